@@ -40,6 +40,8 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autosummary_generate = False
+# Optional packages whose names stand in code that runs at import.
+autodoc_mock_imports = ["lightning", "onnxscript", "onnx_ir"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

@@ -30,7 +30,7 @@ ORDER = (
     ("quant",),
     ("layers",),
     (FRONT,),
-    ("offload", "parallel", "lora", "upcycle"),
+    ("offload", "parallel", "lora", "upcycle", "onnx"),
     ("hf",),
     ("testing", "viz", "self_test"),
     ("doctor",),

@@ -4,7 +4,7 @@
 
 A Qwen3-MoE of four layers of 64 experts, four a token, with adapters of rank 8 on both weights of
 each; peft on transformers' own experts and on those of moe_ops, `moe_ops.hf.lora.fuse_adapters`,
-and on int8 and int4 experts `on_quantized_experts`. Times are of forward and backward, in turns in
+and the same on int8 and int4 experts. Times are of forward and backward, in turns in
 one process on one thread, and the least of each counts. Memory is the largest resident size of a
 process of its own in two steps, and that size beyond the imports.
 """
@@ -63,12 +63,9 @@ def build(kind: str, dtype: torch.dtype) -> nn.Module:
     options: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": []}
     if " int" in kind:
         moe_ops.quantize_experts(model, kind.split()[1])
-        options["target_modules"] = ["experts"]
-        config = lora.on_quantized_experts(LoraConfig(**options))
-        return get_peft_model(model, config).train()
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(**options, target_parameters=targets))
-    if kind == FUSED:
+    if kind.startswith(FUSED):
         lora.fuse_adapters(adapted)
     return adapted.train()
 

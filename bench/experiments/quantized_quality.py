@@ -129,18 +129,23 @@ def published_formats(folder: Path) -> Iterator[str]:
         )
 
 
-@torch.no_grad()
 def _stored(bank: ExpertWeights, how: WeightFormat) -> QuantizedExperts:
     options = {"scale_dtype": how.scale_dtype, "zero_points": how.zero_points}
     experts = QuantizedExperts.for_weights(
         bank, format=how.name, group_size=how.group_size, x_scale=False, **options
     )
+    fill_rounded(experts, bank, how)
+    return experts
+
+
+@torch.no_grad()
+def fill_rounded(experts: QuantizedExperts, bank: ExpertWeights, how: WeightFormat) -> None:
+    """Rounds the weights of a bank to the nearest in a format, which `experts` is of."""
     for e in range(bank.num_experts):
         for name, weight in (("w_gate_up", bank.gate_up_of(e)), ("w_down", bank.down_of(e))):
             for part, value in zip(("", "_scale", "_zero"), _rounded(weight, how), strict=True):
                 if value is not None:
                     getattr(experts, name + part)[e].copy_(value)
-    return experts
 
 
 def _rounded(

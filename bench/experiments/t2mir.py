@@ -230,14 +230,12 @@ SMALL_AD = dataclasses.replace(
 # InfoNCE gains from many tasks in a batch: 512, and a longer episode to tell them by.
 MANY_TASKS = dataclasses.replace(
     SMALL,
-    model=dataclasses.replace(SMALL.model, hidden_size=64),
-    train=20_000,
+    train=8000,
     horizon=12,
     step_size=0.15,
-    steps=6000,
+    steps=600,
     batch=1024,
-    warm_up=200,
-    every=200,
+    every=100,
     note="",
 )
 
@@ -261,7 +259,7 @@ EXPERIMENT = Experiment(
             },
         ),
         study(
-            "t2mir-many", "512 tasks a batch, dpt", 61, 20.0, MANY_TASKS, arms=ROUTED_ARMS,
+            "t2mir-many", "512 tasks a batch, dpt", 39, 4.0, MANY_TASKS, arms=ROUTED_ARMS,
         ),
     ),
     (

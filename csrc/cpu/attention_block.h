@@ -150,14 +150,9 @@ class AttentionParts {
     const AttentionBlock& p = block_;
     const int64_t H = p.hidden_size;
     multiply(p.out, {mixed, p.type, width, nullptr}, tokens_, wide, kAccumulate<T>, par_);
-    const T factor = static_cast<T>(p.residual_scale);
     for (int64_t t = 0; t < tokens_; ++t) {
-      T* const row = wide + t * H;
-      if (factor != T(1)) {
-        for (int64_t i = 0; i < H; ++i) row[i] *= factor;
-      }
-      rows_.axpy(p.type, element(p.x, p.type, t * H), T(1), row, H);
-      rows_.store_row(p.type, row, static_cast<char*>(p.y) + t * H * dtype_size(p.type), H);
+      add_to_residual(wide + t * H, static_cast<T>(p.residual_scale), element(p.x, p.type, t * H),
+                      p.type, static_cast<char*>(p.y) + t * H * dtype_size(p.type), H);
     }
   }
 

@@ -52,14 +52,9 @@ void run(const GatedFfnParams& p, const Parallel& par) {
       const T z = k.dot_row(p.type, element(x.data, p.type, r * H), p.type, p.output_gate, H);
       factor /= T(1) + std::exp(-z);
     }
-    T* const row = y + r * O;
-    if (factor != T(1)) {
-      for (int64_t i = 0; i < O; ++i) row[i] *= factor;
-    }
-    if (p.residual != nullptr) {
-      k.axpy(p.type, element(p.residual, p.type, r * O), T(1), row, O);
-    }
-    k.store_row(p.type, row, static_cast<char*>(p.y) + r * O * size, O);
+    const void* const residual =
+        p.residual == nullptr ? nullptr : element(p.residual, p.type, r * O);
+    add_to_residual(y + r * O, factor, residual, p.type, static_cast<char*>(p.y) + r * O * size, O);
   }
 }
 

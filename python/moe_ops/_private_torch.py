@@ -200,6 +200,12 @@ def cuda_driver_version() -> int | None:
     return None if ask is None else int(ask())
 
 
+def ragged_dim(x: Tensor) -> int:
+    """Which dimension of a jagged tensor has sizes of its own; the second where torch does not
+    say."""
+    return int(getattr(x, "_ragged_idx", 1))
+
+
 def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
     """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from."""
     before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
+import runpy
 import sys
+import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from bench.gpu.limits import Limits
 from bench.gpu.peers import PEERS, Peer
 from bench.gpu.problem import relative
 from bench.harness import dump
-from bench.harness.files import RESULTS, ROOT
+from bench.harness.files import RESULTS
 
 from moe_ops import doctor, reference
 
@@ -236,9 +237,12 @@ def check_schema(result):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
+    """All parts. Compiling is left to the test of baselines, which compiles all that is."""
     path = tmp_path_factory.mktemp("gpu") / "walk.json"
     arguments = ["--device", "cpu", "--dry-run", "--quick", "--json", str(path), "--models", "tiny"]
-    code = main.main([*arguments, "--tokens", "1", "16"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Session, "compiled", lambda self, function: function)
+        code = main.main([*arguments, "--tokens", "1", "16"])
     return code, json.loads(path.read_text())
 
 
@@ -257,23 +261,21 @@ def test_walk_writes_a_whole_result(walked):
     assert result["steps"]["small"]["status"] == "passed"
 
 
-def test_walk_is_a_command(tmp_path):
-    """As a user calls it; one part, so that it takes a few seconds, and an hour for it, so that all
-    of it is done on a busy machine too."""
+def test_walk_is_a_command(tmp_path, monkeypatch, capsys):
+    """`python -m bench.gpu` with the real clock: one part, and an hour for it, so that all of it is
+    done on a busy machine too. In this process, as another one takes seconds to begin."""
     path = tmp_path / "walk.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "bench.gpu", "--device", "cpu", "--dry-run", "--quick"),
-            *("--parts", "permute", "--no-tests", "--minutes", "60", "--json", str(path)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "would run: make build MOE_OPS_CUDA=on" in done.stderr
-    assert "permute" in done.stdout and "its times mean nothing" in done.stdout
+    for module in (clock, main, run):
+        monkeypatch.setattr(module, "time", time)
+    arguments = ["--device", "cpu", "--dry-run", "--quick", "--parts", "permute", "--no-tests"]
+    more = ["--minutes", "60", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", *arguments, *more])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("bench.gpu", run_name="__main__")
+    said = capsys.readouterr()
+    assert done.value.code == 0, said.err
+    assert "would run: make build MOE_OPS_CUDA=on" in said.err
+    assert "permute" in said.out and "its times mean nothing" in said.out
     check_schema(json.loads(path.read_text()))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import moe_ops.hf
 from moe_ops.layers import QuantizedExperts
 
+from . import published_checkpoints
 from .published_checkpoints import write
 
 # (model type, method, zero points) -> format of the experts, and how far logits may be off: fp32
@@ -35,10 +39,13 @@ import moe_ops.hf
 torch.set_num_threads(1)
 results = {}
 for folder in sys.argv[1:]:
+    asked = {} if folder.endswith("again") else {"experts_implementation": "moe_ops"}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, experts_implementation="moe_ops", attn_implementation="eager", dtype=torch.float32
+        folder, attn_implementation="eager", dtype=torch.float32, **asked
     )
-    ids = torch.load(folder + "/ids.pt")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # Of a mapped file, they begin anywhere.
+    ids = torch.load(folder.removesuffix("/again") + "/ids.pt")
     with torch.no_grad():
         torch.save(model(ids).logits, folder + "/logits.pt")
     buffers = [m for m in model.modules() if isinstance(m, moe_ops.layers.QuantizedExperts)]
@@ -51,18 +58,26 @@ print(json.dumps(results))
 """
 
 
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="moe_ops", dtype=torch.float32, **options
+    )
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """What one fresh process says of all checkpoints."""
+    """What one fresh process says of all checkpoints, and of what was saved of each here."""
     ids = torch.randint(1, 64, (1, 6), generator=torch.Generator().manual_seed(0))
     folders, references, stored = {}, {}, {}
     for case in CASES:
         folder = tmp_path_factory.mktemp("-".join(map(str, case)))
         references[case], stored[case] = write(folder, *case)
         torch.save(ids, folder / "ids.pt")
+        load(folder).save_pretrained(folder / "again")
         folders[case] = folder
+    both = [str(folder / name) for folder in folders.values() for name in ("", "again")]
     run = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, folders.values())],
+        [sys.executable, "-c", LOAD, *both],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -91,27 +106,95 @@ def test_a_fresh_process_reads_it(case, loaded):
     assert "newly initialized" not in stderr and "UNEXPECTED" not in stderr
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{'zero' * c[2]}")
+def test_saved_and_read_again(case, loaded):
+    _, results = loaded
+    folder, said, *_ = results[case]
+    config = json.loads((folder / "again" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "moe_ops"
+    kinds = {name: text.removeprefix("moe_ops (")[:-1] for name, text in said["status"].items()}
+    assert config["layers"].items() >= kinds.items()
+    dense = [name for name in config["layers"] if name.endswith("proj")]
+    assert len(dense) == (0 if case[1] == "mxfp4" else 4)
+    logits = [torch.load(path / "logits.pt") for path in (folder, folder / "again")]
+    assert torch.equal(*logits)
+
+
 def test_what_is_refused(tmp_path):
     write(tmp_path, "qwen3_moe", "gptq")
-    config = json.loads((tmp_path / "config.json").read_text())
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
     config["quantization_config"]["bits"] = 3
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"bits of a gptq checkpoint must be 4 or 8"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_ops")
+        load(tmp_path)
+    for layers, message in (
+        ({"model.norm": "int8"}, "must be banks of experts and dense layers"),
+        ({"model.layers.0.mlp.experts": "int4 h64"}, "label must be of a format"),
+        ([3], "layers must be formats by name"),
+    ):
+        config["quantization_config"] = {"quant_method": "moe_ops", "layers": layers}
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
 
 
-def test_adapters_train_and_it_is_not_saved(tmp_path):
+def test_adapters_train_and_do_not_merge(tmp_path):
     write(tmp_path, "qwen3_moe", "awq", True)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, experts_implementation="moe_ops", dtype=torch.float32
-    )
+    model = load(tmp_path)
     assert model.hf_quantizer.is_trainable
     ids = torch.randint(1, 64, (2, 8))
     model(ids, labels=ids).loss.backward()
     assert model.model.embed_tokens.weight.grad.any()
     assert any(isinstance(m, QuantizedExperts) for m in model.modules())
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "again")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert type(weight + 1) is torch.Tensor
+    with pytest.raises(ValueError, match="merge adapters into the float model"):
+        weight.data += 1
+
+
+def auto_gptq(monkeypatch):
+    """AutoGPTQ's quantiser and its layer, which packs what that finds. The package itself imports
+    models of a transformers of long ago."""
+    spec = importlib.util.find_spec("auto_gptq")
+    if spec is None:
+        pytest.skip("auto_gptq is not installed (pip install --no-deps auto-gptq).")
+    package = ModuleType("auto_gptq")
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "auto_gptq", package)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    layers = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda_old")
+    return importlib.import_module("auto_gptq.quantization.gptq").GPTQ, layers.QuantLinear
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_file_of_auto_gptq(zeros, tmp_path, monkeypatch):
+    quantiser, layer = auto_gptq(monkeypatch)
+
+    def quantise(_, weight, zeros):
+        rows, depth = weight.shape
+        linear = torch.nn.Linear(depth, rows, bias=False).requires_grad_(False)
+        linear.weight.copy_(weight)
+        gptq = quantiser(linear)
+        gptq.quantizer.configure(4, perchannel=True, sym=not zeros)
+        x = torch.randn(1, 256, depth)
+        gptq.add_batch(x, linear(x))
+        found = gptq.fasterquant(group_size=published_checkpoints.GROUP)
+        meaning = linear.weight.clone()
+        packed = layer(4, published_checkpoints.GROUP, depth, rows, bias=False)
+        packed.pack(linear.half(), *found)
+        return packed.state_dict(), meaning
+
+    monkeypatch.setattr(published_checkpoints, "quantise", quantise)
+    reference, _ = write(tmp_path, "qwen3_moe", "gptq", zeros)
+    model = load(tmp_path)
+    kind = "int4 g64 float16 zero" if zeros else "int4 g64"
+    assert set(moe_ops.hf.status(model).values()) == {f"moe_ops ({kind})"}
+    ids = torch.randint(1, 64, (1, 6))
+    with torch.no_grad():
+        got, wanted = model(ids).logits, reference(ids).logits
+    # Scales are rounded to 16 bits, and tokens to 8 without zero points.
+    assert (got - wanted).norm() <= (2e-3 if zeros else 0.08) * wanted.norm()
 
 
 def test_a_gguf_file(tmp_path):
@@ -119,12 +202,15 @@ def test_a_gguf_file(tmp_path):
     from .gguf_file import write_gguf
 
     reference, kinds = write_gguf(gguf, tmp_path / "model.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", experts_implementation="moe_ops", dtype=torch.float32
-    )
+    model = load(tmp_path, gguf_file="model.gguf")
     assert list(moe_ops.hf.status(model).values()) == [f"moe_ops ({kind})" for kind in kinds]
     ids = torch.randint(1, 64, (1, 6))
     with torch.no_grad():
         got, wanted = model(ids).logits, reference(ids).logits
     assert (got - wanted).norm() <= 1e-4 * wanted.norm()
     assert Path(tmp_path / "model.gguf").exists()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert moe_ops.hf.status(again) == moe_ops.hf.status(model)
+    with torch.no_grad():
+        assert (again(ids).logits - got).norm() <= 1e-6 * got.norm()

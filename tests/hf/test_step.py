@@ -291,6 +291,29 @@ def test_latents_are_kept_as_the_model_keeps_them(model_type, calls):
     both(models, kept)
 
 
+def test_long_prompts_of_latent_attention_keep_no_scores(calls):
+    """Keys have more features than values; padded sequences, and a second part of a prompt."""
+    models = pair("deepseek_v3", max_position_embeddings=256)
+    for m in models:
+        m.set_attn_implementation("sdpa")
+    ids = tokens(2, 100)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+
+    def in_two_parts(m):
+        cache = DynamicCache(config=m.config)
+        outs = [m(ids[:, :40], cache=cache).logits, m(ids[:, 40:], cache=cache).logits]
+        return [*outs, m(ids, attention_mask=mask).logits[1, 7:]]
+
+    both(models, in_two_parts)
+    for m, kernel in zip(models, ("attention_math", "flash_attention_for_cpu"), strict=True):
+        with torch.no_grad(), torch.profiler.profile() as recorded:
+            m(ids)
+        names = {event.key for event in recorded.key_averages()}
+        prefix = "aten::_scaled_dot_product_"
+        assert {n for n in names if n.startswith(prefix)} == {prefix + kernel}
+
+
 def test_codes_of_latent_attention(calls):
     ids = tokens(1, 5)
     for weights, group_size in (("int8", None), ("int4", 32)):

@@ -123,6 +123,19 @@ def test_dynamic_number_of_tokens():
         torch.testing.assert_close(fast(x), moe(x))
 
 
+@pytest.mark.parametrize("name", ["attention", "soft attention", "capacity"])
+def test_exports_with_a_dynamic_number_of_tokens(name):
+    if name == "capacity":
+        layer = MoE.build(H, I, E, K, kind="capacity", eval_capacity_factor=1.0).eval()
+    else:
+        soft = name == "soft attention"
+        layer = AttentionExperts(Router(H, E, K), 2, 4, soft_routing=soft, expert_kv=soft)
+    tokens = {1: torch.export.Dim("tokens", min=2, max=64)}
+    program = torch.export.export(layer, (torch.randn(1, 5, H),), dynamic_shapes=(tokens,))
+    x = torch.randn(1, 9, H)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_losses(masked):
     logits, ids = torch.randn(B, S, E, requires_grad=True), torch.randint(E, (B, S, K))

@@ -149,6 +149,26 @@ def test_in_a_layer():
     assert layer(x[:0]).shape == (0, 3, H)
 
 
+def test_names_and_shapes_of_peft():
+    layer = make(num_adapters=M)
+    saved = layer.peft_state_dict(1, "experts.")
+    deltas = layer.merged(1), layer.experts
+    for part, prefix in (("gate_up", "experts.base_layer."), ("down", "experts.")):
+        a, b = (saved.pop(f"{prefix}lora_{side}.weight") for side in "AB")
+        delta = torch.einsum("ore,eri->eoi", b.view(len(b), R, E), a.view(E, R, -1))
+        got, before = (getattr(bank, f"w_{part}") for bank in deltas)
+        torch.testing.assert_close(got - before, layer.scaling * delta, rtol=1e-5, atol=1e-6)
+    assert not saved
+    one = make()
+    one.load_peft_state_dict({**layer.peft_state_dict(2), "other": torch.ones(1)})
+    for name in FACTORS:
+        assert torch.equal(getattr(one, name), getattr(layer, name)[:, 2])
+    with pytest.raises(ValueError, match=r"^load_peft_state_dict: base_layer.lora_A.weight must"):
+        one.load_peft_state_dict({})
+    with pytest.raises(ValueError, match="a_down must be of each expert"):
+        make(shared=["a_down"]).load_peft_state_dict(one.peft_state_dict())
+
+
 def test_what_is_refused():
     layer, (x, weights, ids) = make(), call()
     with pytest.raises(ValueError, match="must be frozen"):

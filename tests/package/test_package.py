@@ -300,10 +300,12 @@ EXAMPLES_NEED = {
     "from transformers import Trainer": "accelerate",
     "moe_ops.zoo.mowst": "torch_geometric",
     "from river": "river",
+    "moe_ops.onnx": "onnxruntime",
 }
 # The same for one block, without which the others of its page run.
 BLOCKS_NEED = {
     "peft": "peft",
+    "lightning": "lightning",
     # Of transformers 5.23, which Python 3.10 has not.
     "ep_implementation": "transformers.distributed.expert_parallel",
 }

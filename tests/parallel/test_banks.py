@@ -152,6 +152,23 @@ def test_each_rank_packs_its_experts(processes):
 GROUPS = {"int8": None, "int4": 32}
 
 
+def with_zero_points():
+    """A layer whose bank is as a checkpoint of GPTQ or AWQ has one."""
+    layer = make_layer()
+    bank = QuantizedExperts(
+        EXPERTS, HIDDEN, 32, group_size=32, scale_dtype="float16", zero_points=True, bias=True
+    )
+    generator = torch.Generator().manual_seed(3)
+    for name, buffer in bank.named_buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.02)
+        else:
+            high = 16 if name.endswith("_zero") else 256
+            buffer.copy_(torch.randint(high, buffer.shape, generator=generator))
+    layer.experts = bank
+    return layer
+
+
 def quantise(rank, format):
     ep_mesh = make_meshes(2).ep
     layer = shard_experts(make_layer(), ep_mesh)
@@ -177,9 +194,11 @@ def quantise(rank, format):
         with pytest.raises(ValueError) as caught:
             call()
         refused.append(str(caught.value))
+    zeros = shard_experts(with_zero_points(), ep_mesh)
     return {
         "said": said,
         "y": y,
+        "zeros": results(zeros, rank)[1],
         "other": results(other, rank)[1],
         "same": same,
         "buffers": buffers,
@@ -204,6 +223,8 @@ def test_each_rank_quantises_its_experts(processes, format):
         assert got["refused"][1].startswith("QuantizedExperts.select: w_gate_up must be a plain")
     for key in ("y", "other"):
         torch.testing.assert_close(torch.cat([got[key] for got in parts]), y)
+    _, y = results(with_zero_points(), 0)
+    torch.testing.assert_close(torch.cat([got["zeros"] for got in parts]), y)
 
 
 # ------------------------------------------------------------------------------------ others

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_ops import quant
+from moe_ops.quant import formats
 
 
 def relative(a, b):
@@ -120,3 +121,28 @@ def test_finer_groups_are_better():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "int8",
+        "int4 g64",
+        "int4 g96 float16 zero",
+        "int8 g32 float16",
+        "mxfp4",
+        "fp8",
+        "q4_k, down q6_k",
+        "q4_k, down int8 g32 float16",
+        "int4 g32 bfloat16, down q6_k",
+    ],
+)
+def test_labels(label):
+    options = formats.options_of_label(label)
+    assert formats.label_of_bank(formats.bank_formats("a bank", **options)) == label
+
+
+@pytest.mark.parametrize("label", ["", "int3", "int4", "int4 g", "int4 g64 float64", "fp8 g32"])
+def test_no_labels(label):
+    with pytest.raises(ValueError, match=r"^WeightFormat: "):
+        formats.options_of_label(label)

@@ -1,9 +1,10 @@
-// The products of dense layers.
+// The products of dense layers, and how a block that ends with one adds it to the stream.
 #pragma once
 
 #include <array>
 #include <span>
 
+#include "cpu/kernels/rows.h"
 #include "moe_ops/dense_layer.h"
 
 namespace moe_ops::cpu {
@@ -41,6 +42,18 @@ void multiply(const DenseProduct (&products)[N], const Rows& a, int64_t rows, DT
 inline void multiply(const DenseLayer& layer, const Rows& a, int64_t rows, void* out, DType type,
                      const Parallel& par) {
   multiply({{layer, out}}, a, rows, type, par);
+}
+
+// y = residual + factor * row, of n elements of `type`; the row is overwritten. residual ==
+// nullptr: factor * row.
+template <class T>
+void add_to_residual(T* row, T factor, const void* residual, DType type, void* y, int64_t n) {
+  const RowKernels<T>& k = row_kernels<T>();
+  if (factor != T(1)) {
+    for (int64_t i = 0; i < n; ++i) row[i] *= factor;
+  }
+  if (residual != nullptr) k.axpy(type, residual, T(1), row, n);
+  k.store_row(type, row, y, n);
 }
 
 }  // namespace moe_ops::cpu

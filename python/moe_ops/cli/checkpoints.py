@@ -44,6 +44,11 @@ def check_folders(
 
 def read_text(command: str, source: Path, text: Path, tokens: int) -> tuple[Tensor, Tensor]:
     """The first `tokens` tokens, to calibrate, and the last ones, to judge by; none is in both."""
+    return read_tokens(command, source, text, tokens)[:2]
+
+
+def read_tokens(command: str, source: Path, text: Path, tokens: int) -> tuple[Tensor, Tensor, Any]:
+    """As `read_text`, and the tokenizer."""
     from transformers import AutoTokenizer
 
     if not text.is_file():
@@ -61,7 +66,7 @@ def read_text(command: str, source: Path, text: Path, tokens: int) -> tuple[Tens
     each = min(tokens, ids.numel() // 2)
     if each < 2:
         raise ValueError(f"{command}: --text must hold at least 4 tokens, got {ids.numel()}.")
-    return ids[:each], ids[-each:]
+    return ids[:each], ids[-each:], tokenizer
 
 
 def batches(tokens: Tensor, context: int) -> list[dict[str, Any]]:

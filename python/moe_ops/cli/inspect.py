@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 import moe_ops.hf  # noqa: F401
 from moe_ops.cli import checkpoints
@@ -27,7 +26,7 @@ def run(
     Raises:
         ValueError: a checkpoint, a text or a pair of models that cannot work, with a sentence.
     """
-    ids, _ = checkpoints.read_text("inspect", source, text, tokens)
+    ids, _, tokenizer = checkpoints.read_tokens("inspect", source, text, tokens)
     models: dict[str, Any] = {}
     for folder in (source,) if against is None else (against, source):
         if not (folder / "config.json").is_file():
@@ -37,15 +36,9 @@ def run(
         name = folder.name if folder.name not in models else str(folder)
         models[name] = routing_data(model, checkpoints.batches(ids, context))
         del model
-    routing_page(models, _texts(source, ids[:MAX_TOKENS]), out, title=f"Experts of {source.name}")
+    # What each token stands for in the text; parts of a character are shown as such.
+    texts = [str(tokenizer.decode([i])) for i in ids[:MAX_TOKENS].tolist()]
+    routing_page(models, texts, out, title=f"Experts of {source.name}")
     console.print(f"Written: {out}", markup=False, soft_wrap=True)
     kept = ("name", "num_experts", "top_k", "tokens", "load", "max_violation", "dead", "entropy")
     return {name: [{k: one[k] for k in kept} for one in layers] for name, layers in models.items()}
-
-
-def _texts(source: Path, ids: Tensor) -> list[str]:
-    """What each token stands for in the text; parts of a character are shown as such."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    return [str(tokenizer.decode([i])) for i in ids.tolist()]

@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from moe_ops.hf.quantizer import mark_stored
 from moe_ops.quant import published
 from moe_ops.quant.bank import find_banks
+from moe_ops.quant.formats import label_of_bank, options_of_label
 from moe_ops.quant.published import StoredWeight
 
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
@@ -78,15 +80,9 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
                     f"from_pretrained: gate and up of {found.name} must have one type, got "
                     f"{kinds['gate'].label} and {kinds['up'].label}."
                 )
-            up, down = kinds["up"], kinds["down"]
+            label = label_of_bank({"w_gate_up": kinds["up"], "w_down": kinds["down"]})
             experts = found.hook.new_quantized(
-                found.module,
-                found.bank,
-                format=up.name,
-                down_format=None if down.name == up.name else down.name,
-                group_size=up.group_size or down.group_size,
-                x_scale=False,
-                scale_dtype="float16",
+                found.module, found.bank, x_scale=False, **options_of_label(label)
             )
             experts._is_hf_initialized = True
             found.hook.install(model, found.module, experts)
@@ -144,10 +140,7 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
                 getattr(experts, weight).copy_(stored.codes)
                 getattr(experts, f"{weight}_scale").copy_(stored.scale)
         self._tensors = {}
-        model.config.experts_implementation = "moe_ops"
-        # transformers has taken it for a model of floats, which could be saved.
-        model.hf_quantizer, model.is_quantized = self, True
-        model.quantization_method = self.quantization_config.quant_method
+        mark_stored(model, list(self._banks))
         return model
 
     @property

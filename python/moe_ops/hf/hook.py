@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
-from moe_ops.hf.quantizer import mark_quantized
+from moe_ops.hf.quantizer import METHOD, mark_quantized, refuse_to_save
 from moe_ops.hf.switch import status_of
 
 
@@ -37,12 +37,10 @@ class TransformersHook(ExpertsHook):
         return _kind_of(module).install(root, module, experts)
 
     def check_root(self, root: nn.Module) -> None:
-        method = getattr(root, "quantization_method", None)
-        if isinstance(root, PreTrainedModel) and method is not None:
-            # A checkpoint has room for one method and one format.
+        if isinstance(root, PreTrainedModel) and _method_of(root) == METHOD:
+            # A checkpoint has room for one format.
             raise ValueError(
-                "quantize_experts: model must be a float model, got one quantised by "
-                f"{getattr(method, 'value', method)}."
+                "quantize_experts: model must be a float model, got one quantised by moe_ops."
             )
 
     def mark_quantized(
@@ -53,8 +51,17 @@ class TransformersHook(ExpertsHook):
         x_scale: bool,
         skip: Sequence[str],
     ) -> None:
-        if isinstance(root, PreTrainedModel):
+        if not isinstance(root, PreTrainedModel):
+            return
+        if _method_of(root) is None:
             mark_quantized(root, format, group_size, x_scale, skip)
+        else:
+            refuse_to_save(root)
+
+
+def _method_of(root: nn.Module) -> str | None:
+    method = getattr(root, "quantization_method", None)
+    return getattr(method, "value", method)
 
 
 def _kinds() -> Sequence[ExpertsHook]:

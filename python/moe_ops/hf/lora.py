@@ -1,35 +1,35 @@
-"""LoRA of the package peft on experts.
+"""LoRA of the package peft on experts, float or quantised, by the same `LoraConfig`:
 
-Float experts, which peft adapts by `target_parameters=["mlp.experts.gate_up_proj", ...]`:
+    import moe_ops.hf.lora
 
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=targets)
     model = get_peft_model(model, config)  # or PeftModel.from_pretrained
     moe_ops.hf.lora.fuse_adapters(model)
 
-Modules, parameters and checkpoints stay peft's; the experts of a block and their adapters are
-computed together, and no weight with its adapter added is made.
-
-Quantised experts (QLoRA):
-
-    config = moe_ops.hf.lora.on_quantized_experts(LoraConfig(target_modules=["q_proj", "experts"]))
-    model = get_peft_model(model, config)
-
-Everything else is peft's: training, `save_pretrained`, `PeftModel.from_pretrained(model, folder,
-config=on_quantized_experts(LoraConfig.from_pretrained(folder)))`, `merge_and_unload`.
+Modules, parameters and checkpoints are peft's, so that what is trained on one kind of experts loads
+on the other. The experts of a block and their adapters are computed together, and no weight with
+its adapter added is made: for float experts once `fuse_adapters` is called, for quantised ones
+(QLoRA) always. peft finds the weights of quantised experts where this module is imported.
 
 E experts, H hidden size, I intermediate size, r rank.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import functools
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 try:
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
 except ModuleNotFoundError as error:
     if error.name != "peft":
         raise
@@ -47,6 +47,9 @@ from moe_ops.layers.expert_adapters import (
     FrozenWeight,
     activation_of_name,
     adapted_experts,
+    factors_of_peft,
+    factors_to_peft,
+    frozen_bank,
     stack_of,
     sum_of,
 )
@@ -57,9 +60,28 @@ _PARTS = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
 
 def on_quantized_experts(config: Any) -> Any:
-    """Makes a `LoraConfig` find quantised experts among its `target_modules`, by the name of their
-    module ("experts"); returns it. peft does not save that: call it for a config that is read."""
-    config._register_custom_module({QuantizedHfExperts: QuantizedExpertsLora})
+    """Turns "experts" among the `target_modules` of a `LoraConfig` into `target_parameters`;
+    returns it.
+
+    A short way to write the latter, and how adapters are read that had names of their own: their
+    config names the module.
+
+    Raises:
+        ValueError: `target_modules` that are a pattern which names experts.
+    """
+    modules = config.target_modules
+    if isinstance(modules, str):
+        if "experts" in modules:
+            raise ValueError(
+                "on_quantized_experts: target_modules must be a list, or name experts in "
+                f"target_parameters, got {modules!r}."
+            )
+        return config
+    experts = [name for name in modules or () if name.rpartition(".")[2] == "experts"]
+    if experts:
+        config.target_modules = set(modules) - set(experts)
+        weights = {f"{name}.{weight}" for name in experts for weight in _PARTS}
+        config.target_parameters = sorted({*(config.target_parameters or ()), *weights})
     return config
 
 
@@ -72,7 +94,8 @@ def fuse_adapters(model: nn.Module) -> list[str]:
     change, and adapters may be loaded later. Products of rank r run in the dtype of the experts.
 
     Left to peft: biases as targets, norms of expert outputs, one expert, sharded experts; and a
-    call in which the experts are not frozen, have hooks, or hold a merged adapter.
+    call in which the experts are not frozen, have hooks, or hold a merged adapter. Quantised
+    experts are computed so without this function.
 
     Args:
         model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or any module with
@@ -86,8 +109,9 @@ def fuse_adapters(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, ParamWrapper) and _fits(module):
-            if getattr(type(module), "_moe_ops_kind", None) != _KIND:
+        quantised = isinstance(module, QuantizedExpertsLora)
+        if quantised or (isinstance(module, ParamWrapper) and _fits(module)):
+            if not quantised and getattr(type(module), "_moe_ops_kind", None) != _KIND:
                 set_fused(module, _KIND, None)
             if not isinstance(module.base_layer, ParamWrapper):
                 found.append(f"{name}.base_layer")
@@ -133,8 +157,7 @@ def _fits(wrapper: Any) -> bool:
 
 def _fused_forward(cls: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        call = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
-        call |= kwargs
+        call = _call(args, kwargs)
         names = call.pop("adapter_names", None)
         experts, chain = self.get_base_layer(), _chain(self)
         plain = any(each.disable_adapters or each.merged for each in chain)
@@ -143,32 +166,51 @@ def _fused_forward(cls: Any) -> Any:
         if plain or busy or not frozen or len(call) != 3:
             result: Tensor = cls.forward(self, *args, **kwargs)
             return result
-        hidden_states, ids, weights = (
-            call["hidden_states"],
-            call["top_k_index"],
-            call["top_k_weights"],
-        )
-        adapter_ids = None
-        if names is None:
-            active = [name for name in self.active_adapters if name in self.lora_A]
-        else:
-            active, adapter_ids = _ids_of(self, names, hidden_states)
-        if not active:
-            result = experts(**call)
-            return result
-        adapter = _cached(self, chain, active, mixed=names is not None)
-        bank = _bank_of(experts)
-        x = cast_like(hidden_states, bank.gate_up.weight)
-        y = adapted_experts(bank, x, weights, ids, [adapter], adapter_ids=adapter_ids)
-        return y.to(hidden_states.dtype)
+        return _forward(self, chain, experts, names, **call)
 
     return forward
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of experts, and adapter_names of a batch of several adapters, by name."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _forward(
+    wrapper: Any,
+    chain: list[Any],
+    experts: Any,
+    names: list[str] | None,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """What experts give with their adapters."""
+    adapter_ids = None
+    if names is None:
+        active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    else:
+        active, adapter_ids = _ids_of(wrapper, names, hidden_states)
+    if not active:
+        result: Tensor = experts(hidden_states, top_k_index, top_k_weights)
+        return result
+    adapter = _cached(wrapper, chain, active, mixed=names is not None)
+    bank = _bank_of(experts)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if bank.gate_up.scale is None:
+        x = cast_like(x, bank.gate_up.weight)
+    args = bank, x, top_k_weights, top_k_index, [adapter]
+    y = adapted_experts(*args, adapter_ids=adapter_ids)
+    return y.to(hidden_states.dtype).view(hidden_states.shape)
 
 
 register_kind(_KIND, _fused_forward)
 
 
 def _bank_of(experts: Any) -> FrozenBank:
+    if isinstance(experts, QuantizedHfExperts):
+        return frozen_bank(experts)
     (w_up, w_down), (b_up, b_down) = bank_views(experts), bank_bias(experts)
     fused = fused_activation(experts)
     if fused is not None:
@@ -195,13 +237,12 @@ def _ids_of(layer: Any, names: list[str], x: Tensor) -> tuple[list[str], Tensor]
 
 
 def _adapter_of(chain: list[Any], name: str) -> ExpertAdapter:
-    """peft's adapter of a block: lora_A.weight [E * r, in] and lora_B.weight [out, r * E]."""
+    """peft's adapter of a block."""
     factors: dict[str, Any] = {}
     for wrapper in chain:
         if name in wrapper.lora_A:
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-            a = a.view(wrapper.num_experts, -1, a.shape[1])
-            b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1).contiguous()
+            a, b = factors_of_peft(a, b, wrapper.num_experts)
             if wrapper.scaling[name] != chain[0].scaling[name]:  # The patterns of a LoraConfig.
                 b = b * (wrapper.scaling[name] / chain[0].scaling[name])
             factors[_PARTS[wrapper.parameter_name]] = a, b
@@ -230,133 +271,29 @@ def _cached(wrapper: Any, chain: list[Any], names: list[str], mixed: bool) -> Ex
     return kept[1]
 
 
-class _Factors(nn.Module):
-    """One factor of the two weights."""
+class QuantizedExpertsLora(ParamWrapper):
+    """peft's layer around one weight of a `QuantizedHfExperts`, or around such a layer of another
+    weight. Parameters, their names and shapes are those of float experts; in float32."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(gate_up)
-        self.down = nn.Parameter(down)
+    def get_param(self) -> Tensor:
+        """What peft looks at for sizes, type and device."""
+        return _stand_in(self.get_base_layer(), self.parameter_name)
 
-
-class QuantizedExpertsLora(nn.Module, LoraLayer):
-    """peft's layer around a `QuantizedHfExperts`: r rows and columns for each expert and weight.
-
-    Parameters, an adapter at a time: lora_A gate_up [E, r, H] and down [E, r, I], uniform as
-    peft's; lora_B gate_up [E, 2I, r] and down [E, H, r], zeros.
-    """
-
-    # Of LoraLayer: dictionaries by the name of an adapter, and what peft keeps of them.
-    r: Any
-    lora_alpha: Any
-    lora_dropout: Any
-    lora_A: Any
-    lora_B: Any
-    scaling: Any
-    use_rslora: Any
-    use_dora: Any
-    lora_bias: Any
-    base_layer: Any
-    active_adapters: Any
-    merged_adapters: Any
-    set_adapter: Any
-    get_base_layer: Any
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: Any,
-        r: int = 0,
-        lora_alpha: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        LoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        experts: Any = module
-        return experts.hidden_size, experts.hidden_size
-
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any
-    ) -> None:
-        """Adds an adapter; peft calls it."""
-        experts: Any = self.get_base_layer()
-        refused = [
-            name for name in ("use_dora", "lora_bias", "lora_dropout") if getattr(config, name)
-        ]
-        if not isinstance(config.init_lora_weights, bool):
-            refused.append(f"init_lora_weights={config.init_lora_weights!r}")
-        if r <= 0 or refused:
-            what = f"r = {r}" if r <= 0 else refused[0]
-            raise ValueError(
-                "LoraConfig: for quantised experts it must have r of at least 1 and neither DoRA, "
-                f"bias, dropout nor another initialisation, got {what}."
-            )
-        if experts.sharding is not None:
-            raise ValueError(
-                "LoraConfig: quantised experts must all be in this process, got a sharded bank."
-            )
-        E, H, I = experts.num_experts, experts.hidden_size, experts.intermediate_size
-        width = experts.w_gate_up.shape[1]
-        # float32, as peft trains its adapters; products run in that.
-        where: dict[str, Any] = {"device": experts.w_down.device, "dtype": torch.float32}
-        a = [torch.empty(E, r, size, **where) for size in (H, I)]
-        b = [torch.zeros(E, size, r, **where) for size in (width, H)]
-        for t in (*a, *(() if config.init_lora_weights else b)):
-            nn.init.kaiming_uniform_(t.view(-1, t.shape[-1]), a=math.sqrt(5))
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.lora_dropout[adapter_name] = nn.Identity()
-        self.lora_A[adapter_name] = _Factors(*a)
-        self.lora_B[adapter_name] = _Factors(*b)
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _adapters(self, names: Any) -> list[ExpertAdapter]:
-        found = []
-        for name in names:
-            if name in self.lora_A:
-                a: Any = self.lora_A[name]
-                b: Any = self.lora_B[name]
-                factors = (a.gate_up, b.gate_up, a.down, b.down)
-                found.append(ExpertAdapter(*factors, scaling=self.scaling[name]))
-        return found
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        adapter_names: list[str] | None = None,
-    ) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `experts_forward`; hidden_states may be [..., H]. adapter_names is peft's, for a batch
         of several adapters."""
-        experts: Any = self.get_base_layer()
-        adapters, ids = [], None
-        if not self.disable_adapters and not self.merged:
-            names = self.active_adapters
-            if adapter_names is not None:
-                names, ids = _ids_of(self, adapter_names, hidden_states)
-            adapters = self._adapters(names)
-        if not adapters:
-            y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
-            return y
-        if ids is not None:
-            adapters = [stack_of(adapters)]
-        x = hidden_states.reshape(-1, experts.hidden_size)
-        y = adapted_experts(experts, x, top_k_weights, top_k_index, adapters, adapter_ids=ids)
-        return y.view(hidden_states.shape)
+        call = _call(args, kwargs)
+        names = call.pop("adapter_names", None)
+        experts, chain = self.get_base_layer(), _chain(self)
+        if self.disable_adapters or any(each.merged for each in chain):
+            result: Tensor = experts(**call)
+            return result
+        return _forward(self, chain, experts, names, **call)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the weights, which are rounded anew to their format: to scales of their
-        own, so the result is not the same to the last bit, and cannot be undone.
+        """Adds adapters to the weight, which is rounded anew to its format: to scales of its own,
+        so the result is not the same to the last bit, and cannot be undone.
 
         Raises:
             ValueError: a format that is read and not made; merge into the float model instead.
@@ -376,25 +313,25 @@ class QuantizedExpertsLora(nn.Module, LoraLayer):
                 "much as quantising did.",
                 stacklevel=2,
             )
-        for adapter in self._adapters(names):
+        for name in names:
+            layers: Any = self.lora_A[name], self.lora_B[name]
+            a, b = factors_of_peft(layers[0].weight, layers[1].weight, experts.num_experts)
             for expert in range(experts.num_experts):
-                self._merge_expert(experts, adapter, expert, safe_merge)
+                delta = b[expert].float() @ a[expert].float() * self.scaling[name]
+                self._add(experts, expert, delta, safe_merge)
         self.merged_adapters.extend(names)
 
-    def _merge_expert(self, experts: Any, adapter: Any, expert: int, safe_merge: bool) -> None:
-        for part in ("gate_up", "down"):
-            name = f"w_{part}"
-            a, b = (getattr(adapter, f"{f}_{part}")[expert].float() for f in ("a", "b"))
-            delta = b @ a * adapter.scaling
-            if part == "gate_up" and experts.x_scale is not None:
-                delta = delta / experts.x_scale
-            weight = experts.weight_of(name, expert) + delta
-            if safe_merge and not bool(weight.isfinite().all()):
-                raise ValueError("merge: adapters must be finite, got infinities or NaNs.")
-            how = experts.formats[name]
-            q, scale = quantize(weight, how.name, how.group_size)
-            getattr(experts, name)[expert].copy_(q)
-            getattr(experts, f"{name}_scale")[expert].copy_(scale)
+    def _add(self, experts: Any, expert: int, delta: Tensor, safe_merge: bool) -> None:
+        name = f"w_{_PARTS[self.parameter_name]}"
+        if name == "w_gate_up" and experts.x_scale is not None:
+            delta = delta / experts.x_scale
+        weight = experts.weight_of(name, expert) + delta
+        if safe_merge and not bool(weight.isfinite().all()):
+            raise ValueError("merge: adapters must be finite, got infinities or NaNs.")
+        how = experts.formats[name]
+        q, scale = quantize(weight, how.name, how.group_size)
+        getattr(experts, name)[expert].copy_(q)
+        getattr(experts, f"{name}_scale")[expert].copy_(scale)
 
     def unmerge(self) -> None:
         """Not for quantised weights, which merging has rounded."""
@@ -403,5 +340,93 @@ class QuantizedExpertsLora(nn.Module, LoraLayer):
             "and the adapter again."
         )
 
-    def __repr__(self) -> str:
-        return "lora." + super().__repr__()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # Names of before: lora_A.gate_up [E, r, H], lora_A.down [E, r, I], lora_B [E, out, r].
+        for depth, wrapper in enumerate(_chain(self)):
+            part = _PARTS[wrapper.parameter_name]
+            pattern = re.compile(rf"{re.escape(prefix)}lora_A\.((.+)\.)?{part}$")
+            for match in [m for m in map(pattern.match, list(state_dict)) if m]:
+                # peft puts the adapter's name into keys that it knows; it has just added this one.
+                name = match[2] or list(self.lora_A)[-1]
+                old = [match[0], f"{prefix}lora_B.{match[1] or ''}{part}"]
+                if old[1] not in state_dict:
+                    continue
+                factors = factors_to_peft(*map(state_dict.pop, old))
+                for side, factor in zip("AB", factors, strict=True):
+                    new = f"{prefix}{'base_layer.' * depth}lora_{side}.{name}.weight"
+                    state_dict[new] = factor
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _stand_in(experts: Any, name: str) -> Tensor:
+    """A tensor of the shape [E, out, in], type and place that a weight of quantised experts would
+    have as peft's target. It takes no memory and means nothing."""
+    width, size = experts.w_gate_up.shape[1], experts.hidden_size
+    shape = (size, experts.intermediate_size) if name == "down_proj" else (width, size)
+    empty = torch.zeros((), dtype=torch.float32, device=experts.w_down.device)
+    return empty.expand(experts.num_experts, *shape)
+
+
+@contextlib.contextmanager
+def _with_parameters(banks: list[Any]) -> Iterator[None]:
+    """Gives quantised experts the parameters that peft looks for, as long as it looks."""
+    names = {bank: ("gate_up_proj" if bank.gated else "up_proj", "down_proj") for bank in banks}
+    try:
+        for bank in banks:
+            for name in names[bank]:
+                bank._parameters[name] = nn.Parameter(_stand_in(bank, name), requires_grad=False)
+        yield
+    finally:
+        for bank in banks:
+            for name in names[bank]:
+                bank._parameters.pop(name, None)
+
+
+def _check(config: Any, bank: Any) -> None:
+    if bank.sharding is not None:
+        raise ValueError(
+            "LoraConfig: quantised experts must all be in this process, got a sharded bank."
+        )
+    refused = [name for name in ("use_dora", "lora_bias", "lora_dropout") if getattr(config, name)]
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        refused.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if refused:
+        raise ValueError(
+            "LoraConfig: for quantised experts it must have neither DoRA, bias, dropout nor an "
+            f"initialisation that reads weights, got {refused[0]}."
+        )
+
+
+def _set_classes(model: nn.Module, before: type, after: type) -> None:
+    layers: list[Any] = [module for module in model.modules() if type(module) is before]
+    for layer in layers:
+        if isinstance(layer.get_base_layer(), QuantizedHfExperts):
+            layer.__class__ = after
+
+
+def _find_quantized_experts(original: Any) -> Any:
+    """peft's function that puts layers around `target_parameters`, for quantised experts too."""
+
+    @functools.wraps(original)
+    def inject_parameters(
+        self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        banks = [m for m in model.modules() if isinstance(m, QuantizedHfExperts)]
+        for bank in banks:
+            _check(peft_config, bank)
+        # peft knows the layers of an adapter before by the name of their class.
+        _set_classes(model, QuantizedExpertsLora, ParamWrapper)
+        try:
+            with _with_parameters(banks):
+                found = original(self, peft_config, model, *args, **kwargs)
+        finally:
+            _set_classes(model, ParamWrapper, QuantizedExpertsLora)
+        return found
+
+    return inject_parameters
+
+
+# peft looks for targets among parameters and has no hook there; quantised experts have none.
+if not hasattr(BaseTuner._inject_parameters, "__wrapped__"):
+    inject = _find_quantized_experts(BaseTuner._inject_parameters)
+    BaseTuner._inject_parameters = inject  # type: ignore[method-assign]

@@ -5,7 +5,8 @@ GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized), MXFP4 and fp8 in 
 
 Experts become `QuantizedHfExperts`, dense layers that are quantised too `StoredLinear`. No weight
 is a float in between, and one expert at most is in memory twice. Without that argument transformers
-reads such a checkpoint as it always does.
+reads such a checkpoint as it always does. `save_pretrained` writes the same codes, scales and zero
+points as a checkpoint of moe_ops.
 
 E experts, H hidden size, I intermediate size, O and D output and input features of a weight.
 """
@@ -25,10 +26,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops._files import shown
-from moe_ops.layers.stored_linear import StoredLinear
+from moe_ops.hf.quantizer import mark_stored, replace_linear
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
-from moe_ops.quant.formats import WeightFormat
+from moe_ops.quant.formats import WeightFormat, options_of_label
 from moe_ops.quant.published import StoredWeight
 
 METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4", "fp8")
@@ -247,7 +248,11 @@ class PublishedQuantizer(HfQuantizer):
             )
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and f"{name}.{self._method.marker}" in files:
-                self._replace_linear(model, name, module, files)
+                stored: Any = replace_linear(
+                    model, name, self._method.format(files, name, module.in_features)
+                )
+                stored._is_hf_initialized = True
+                self._linears.append(name)
         ours = [bank.name for bank in self._banks] + self._linears
         hidden = {rf"^{re.escape(name)}\." for name in ours}
         model._keys_to_ignore_on_load_missing = hidden | set(
@@ -286,32 +291,10 @@ class PublishedQuantizer(HfQuantizer):
                 f"{down.label}."
             )
         experts = found.hook.new_quantized(
-            found.module,
-            weights,
-            format=up.name,
-            group_size=up.group_size,
-            x_scale=False,
-            scale_dtype=up.scale_dtype,
-            zero_points=up.zero_points,
+            found.module, weights, x_scale=False, **options_of_label(up.label)
         )
         experts._is_hf_initialized = True
         found.hook.install(model, found.module, experts)
-
-    def _replace_linear(
-        self, model: nn.Module, name: str, module: nn.Linear, files: Checkpoint
-    ) -> None:
-        how = self._method.format(files, name, module.in_features)
-        stored: Any = StoredLinear(
-            module.in_features,
-            module.out_features,
-            how,
-            bias=module.bias is not None,
-            device="meta",
-            dtype=module.weight.dtype,
-        )
-        stored._is_hf_initialized = True
-        model.set_submodule(name, stored)
-        self._linears.append(name)
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
         """Without those that would put experts together: their targets are not in the model."""
@@ -339,7 +322,7 @@ class PublishedQuantizer(HfQuantizer):
                 if mine is not None:
                     mine.copy_(part)
         self._files = None
-        model.config.experts_implementation = "moe_ops"
+        mark_stored(model, [bank.name for bank in self._banks], self._linears)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

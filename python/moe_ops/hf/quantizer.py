@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops._files import shown
 from moe_ops.layers import QuantizedExperts
+from moe_ops.layers.stored_linear import StoredLinear
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
 from moe_ops.quant.convert import check_sizes, quantize_experts, replace_bank
-from moe_ops.quant.formats import check_format
+from moe_ops.quant.formats import WeightFormat, check_format, options_of_label
 
 METHOD = "moe_ops"
 
@@ -36,6 +38,9 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         x_scale: whether the banks have an activation-aware scale. It takes calibration, which
             loading cannot do: use `moe_ops.quantize_experts` for that.
         skip: shell patterns of module names whose banks stay float.
+        layers: of a checkpoint that was saved from one of another method: the name of each bank
+            and dense layer that is quantised -> its format ("int4 g128 float16 zero", "q4_k, down
+            q6_k"). Nothing else counts then.
 
     Raises:
         ValueError: an unknown format or group size.
@@ -48,13 +53,14 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         x_scale: bool = False,
         skip: Sequence[str] = (),
         quant_method: str = METHOD,
+        layers: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         # What config.json of a stranger holds.
         name = type(self).__name__
         if unknown:
             raise ValueError(
-                f"{name}: fields must be format, group_size, x_scale and skip, got "
+                f"{name}: fields must be format, group_size, x_scale, skip and layers, got "
                 f"{', '.join(sorted(unknown))}."
             )
         if not isinstance(format, str):
@@ -65,11 +71,23 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"{name}: x_scale must be true or false, got {shown(x_scale)}.")
         if not isinstance(skip, Sequence) or not all(isinstance(s, str) for s in skip):
             raise ValueError(f"{name}: skip must be names, got {shown(skip)}.")
+        if layers is not None:
+            if not isinstance(layers, Mapping) or not all(
+                isinstance(text, str) for pair in layers.items() for text in pair
+            ):
+                raise ValueError(
+                    f"{name}: layers must be formats by name of a layer, got {shown(layers)}."
+                )
+            layers = dict(layers)
+        self.layers = layers
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format = format
         self.group_size = check_format(type(self).__name__, format, group_size) or None
         self.x_scale = x_scale
         self.skip = [skip] if isinstance(skip, str) else list(skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if k != "layers" or v is not None}
 
 
 class _TakeFloats(ConversionOps):
@@ -183,6 +201,9 @@ class ExpertsQuantizer(BankReader):
                 check_sizes(found.name, found.bank, config.group_size)
                 self.expect(found)
             return model
+        if config.layers is not None:
+            _build_layers(model, config.layers)
+            return model
         count = 0
         for found in find_banks(model, tuple(config.skip)):
             check_sizes(found.name, found.bank, config.group_size)
@@ -216,8 +237,9 @@ class ExpertsQuantizer(BankReader):
             self.pre_quantized = True
             return model
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedExperts):
-                module.check(name)
+            if isinstance(module, QuantizedExperts | StoredLinear):
+                if isinstance(module, QuantizedExperts):
+                    module.check(name)
                 for key, buffer in module.named_buffers(recurse=False):
                     if buffer.is_meta and hasattr(module, "_hf_hook"):
                         continue  # Offloaded: accelerate's hook brings it for each call.
@@ -236,6 +258,40 @@ class ExpertsQuantizer(BankReader):
         )
 
 
+def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
+    """Puts the layers of a checkpoint with `layers` into a model on the meta device."""
+    left = dict(layers)
+    for found in find_banks(model, unsupported="skip"):
+        label = left.pop(found.name, None)
+        if label is not None:
+            options = options_of_label(label)
+            bank = found.hook.new_quantized(found.module, found.bank, x_scale=False, **options)
+            found.hook.install(model, found.module, bank)
+    modules = dict(model.named_modules())
+    for name, label in left.items():
+        if type(modules.get(name)) is not nn.Linear:
+            raise ValueError(
+                "from_pretrained: layers of a checkpoint quantised by moe_ops must be banks of "
+                f"experts and dense layers of {type(model).__name__}, got {shown(name)}."
+            )
+        replace_linear(model, name, WeightFormat.from_label(label))
+
+
+def replace_linear(model: nn.Module, name: str, how: WeightFormat) -> StoredLinear:
+    """Puts a `StoredLinear` on the meta device where a dense layer is; returns it."""
+    module: Any = model.get_submodule(name)
+    stored = StoredLinear(
+        module.in_features,
+        module.out_features,
+        how,
+        bias=module.bias is not None,
+        device="meta",
+        dtype=module.weight.dtype,
+    )
+    model.set_submodule(name, stored)
+    return stored
+
+
 def _bank_at(model: nn.Module, name: str) -> FoundBank | None:
     module = model.get_submodule(name)
     found = next(iter(find_banks(module)), None)
@@ -246,7 +302,37 @@ def mark_quantized(
     model: Any, format: str, group_size: int | None, x_scale: bool, skip: Sequence[str]
 ) -> None:
     """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs."""
-    config = ExpertsQuantizationConfig(format, group_size, x_scale, list(skip))
+    _mark(model, ExpertsQuantizationConfig(format, group_size, x_scale, list(skip)))
+
+
+def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -> None:
+    """The same for a model that was read from a checkpoint of another method.
+
+    Args:
+        banks: names of what its experts are in; of a block, or of the bank itself.
+        linears: names of its `StoredLinear`.
+    """
+    layers = {name: model.get_submodule(name).format_name for name in banks}
+    layers |= {name: model.get_submodule(name).format.label for name in linears}
+    _mark(model, ExpertsQuantizationConfig(layers=layers))
+
+
+def refuse_to_save(model: Any) -> None:
+    """Has `save_pretrained` of a model whose other parts are quantised by another method end in a
+    sentence: a checkpoint has room for one."""
+    method = model.quantization_method
+    refuse = functools.partial(_refuse_to_save, getattr(method, "value", method))
+    model.hf_quantizer.is_serializable = refuse
+
+
+def _refuse_to_save(method: str, *_: Any, **__: Any) -> bool:
+    raise ValueError(
+        f"save_pretrained: model must be quantised by one method, got {method} and moe_ops; save "
+        "its adapters, and quantise the experts again after loading."
+    )
+
+
+def _mark(model: Any, config: ExpertsQuantizationConfig) -> None:
     model.config.quantization_config = config
     _claim_experts(model)
     for module in model.modules():

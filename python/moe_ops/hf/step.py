@@ -9,6 +9,7 @@ tensors), it is the forward that the layer had.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from moe_ops._private_torch import has_global_hooks
 from moe_ops.expert_weights.packing import expert_ffn
 from moe_ops.hf.attention_layout import AttentionLayout, LatentLayout, latent_operands
+from moe_ops.hf.attention_widths import PaddedValues
 from moe_ops.hf.experts import bank_bias, bank_views
 from moe_ops.hf.fused import register_kind, route
 from moe_ops.hf.layout import BlockLayout, LayerLayout
@@ -58,7 +60,8 @@ def step_forward(cls: Any) -> Callable[..., Any]:
         layout: LayerLayout = self._moe_ops_fused
         x = hidden_states
         if args or self.training or not _is_step(x) or not _sees_all(self, layout):
-            return cls.forward(self, hidden_states, *args, **kwargs)
+            with _fast_attention(layout):
+                return cls.forward(self, hidden_states, *args, **kwargs)
         attended = None
         if layout.attention is not None:
             attended = _attend(self, layout, layout.attention, x, kwargs)
@@ -70,6 +73,12 @@ def step_forward(cls: Any) -> Callable[..., Any]:
         return _through_block(self, layout, attended)
 
     return forward
+
+
+def _fast_attention(layout: LayerLayout) -> AbstractContextManager[Any]:
+    """Around the layer's own forward."""
+    latent = isinstance(layout.attention, LatentLayout)
+    return PaddedValues() if latent and not torch.compiler.is_compiling() else nullcontext()
 
 
 def _is_step(x: Tensor) -> bool:

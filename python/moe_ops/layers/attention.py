@@ -7,7 +7,7 @@ n key-value heads, d head size, D = n * d.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from moe_ops.ops._checks import check_positive
 from moe_ops.ops.moa_attention import KINDS
 
 from .functional import apply_linear
+from .inputs import jagged_parts, leaf_of_fx, values_of
 from .losses import aux_losses_of, check_aux_losses
 from .rotary import Rope
 from .router import Router
@@ -227,6 +228,7 @@ class AttentionExperts(nn.Module):
                 if b is not None:
                     b.zero_()
 
+    @leaf_of_fx
     def forward(
         self,
         x: Tensor,
@@ -245,7 +247,9 @@ class AttentionExperts(nn.Module):
         """The layer's output: a tensor, or an AttentionExpertsOutput with `return_routing=True`.
 
         Args:
-            x: [B, S, H] in the dtype of the parameters (any under autocast).
+            x: [B, S, H] in the dtype of the parameters (any under autocast). Jagged [B, j*, H]
+                (torch.nested) stands for sequences one after the other and their `cu_seqlens`; y
+                and remainder are jagged then, and other arguments of the tokens may be.
             cache: keys and values before x; those of x are appended.
             positions: [S] or [B, S], where the tokens are, for RoPE; None: after the cache from 0,
                 and from 0 in each sequence of `cu_seqlens`.
@@ -266,6 +270,21 @@ class AttentionExperts(nn.Module):
             ValueError: `topk_weights` without `topk_ids`, a cache with `cu_seqlens`, or shapes that
                 do not match.
         """
+        if x.is_nested:
+            return self._forward_jagged(
+                x,
+                cache is None and cu_seqlens is None,
+                tokens={
+                    "positions": positions,
+                    "topk_ids": topk_ids,
+                    "topk_weights": topk_weights,
+                    "token_mask": token_mask,
+                },
+                angles=angles,
+                expert_mask=expert_mask,
+                add_bias=add_bias,
+                return_routing=return_routing,
+            )
         hidden = self.router.hidden_size
         if x.dim() != 3 or x.shape[-1] != hidden:
             raise ValueError(
@@ -277,13 +296,14 @@ class AttentionExperts(nn.Module):
         heads, size, experts = self.num_kv_heads, self.head_size, self.router.num_experts
         flat = x.reshape(-1, hidden)
         name = "AttentionExperts"
-        topk_ids, topk_weights = check_given(name, topk_ids, topk_weights, len(flat))
+        topk_ids, topk_weights = check_given(name, topk_ids, topk_weights, flat.shape[0])
         routing = self._route(flat, topk_ids, topk_weights, expert_mask)
         _, slot_weights, slot_ids = routing
         if self.expert_kv:  # Slot e is expert e, so that queries meet their own keys.
             slot_weights, slot_ids = _by_expert(slot_weights, slot_ids, experts)
-        q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, -1, heads, size)
-        kv = apply_linear(self.kv_proj, flat).view(batch, length, 2, -1, size)
+        slots, kv_heads = slot_ids.shape[1], heads * (experts if self.expert_kv else 1)
+        q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, slots, heads, size)
+        kv = apply_linear(self.kv_proj, flat).view(batch, length, 2, kv_heads, size)
         k, v = kv.unbind(2)
         if self.rope_theta is not None:
             if angles is None:
@@ -293,7 +313,6 @@ class AttentionExperts(nn.Module):
             q, k = rotary(q, *angles), rotary(k, *angles)
         if cache is not None:
             k, v = cache.update(k, v)
-        slots = q.shape[2]
         if self.expert_kv:
             q = q.reshape(batch, length, 1, slots * heads, size)
         out = moa_attention(
@@ -319,6 +338,27 @@ class AttentionExperts(nn.Module):
             return y
         aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask, self.loss_group)
         return AttentionExpertsOutput(y, *routing, aux, remainder)
+
+    def _forward_jagged(
+        self, x: Tensor, alone: bool, *, tokens: dict[str, Tensor | None], **others: Any
+    ) -> Tensor | AttentionExpertsOutput:
+        name = "AttentionExperts"
+        if not alone:
+            raise ValueError(
+                f"{name}: cache and cu_seqlens must be None with a jagged x, which has sequences "
+                "of its own, got one."
+            )
+        jagged = jagged_parts(name, x)
+        tokens = {what: values_of(name, what, t, x) for what, t in tokens.items()}
+        out = self.forward(
+            jagged.values[None], cu_seqlens=jagged.offsets, **cast(Any, tokens), **others
+        )
+        if isinstance(out, Tensor):
+            return jagged.like(out[0])
+        remainder = out.remainder
+        if remainder is not None:
+            remainder = jagged.like(remainder[0])
+        return out._replace(y=jagged.like(out.y[0]), remainder=remainder)
 
     def _route(
         self,
@@ -408,7 +448,7 @@ class AttentionExperts(nn.Module):
 def _by_expert(weights: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The same routing with E slots a token: slot e holds e or -1, a repeated expert its sum."""
     valid, index = valid_ids(ids, num_experts)
-    zeros = weights.new_zeros(len(ids), num_experts)
+    zeros = weights.new_zeros(ids.shape[0], num_experts)
     summed = zeros.scatter_add(1, index, weights.masked_fill(~valid, 0.0))
     chosen = torch.zeros_like(zeros, dtype=torch.int32).scatter_add(1, index, valid.int()) > 0
     experts = torch.arange(num_experts, dtype=torch.int32, device=ids.device)

@@ -21,6 +21,7 @@ from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.mix_experts import mix_experts
 
 from .functional import multiplies_by_ops
+from .inputs import takes_dense
 
 
 class Segment(NamedTuple):
@@ -306,6 +307,7 @@ class ExpertNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(shape, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
+    @takes_dense
     def forward(self, outputs: Tensor) -> Tensor:
         """[T, E, O] to [T, E, O]."""
         num_tokens = outputs.shape[0]

@@ -123,6 +123,18 @@ def frozen_bank(experts: Any) -> FrozenBank:
     )
 
 
+def factors_of_peft(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """[E, r, in] and [E, out, r] from peft's lora_A.weight [E * r, in] and lora_B.weight
+    [out, r * E]."""
+    b = b.view(b.shape[0], -1, num_experts).permute(2, 0, 1).contiguous()
+    return a.view(num_experts, -1, a.shape[1]), b
+
+
+def factors_to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The way back."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
 def sum_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
     """One adapter that is the sum of several, by putting their ranks side by side."""
     if len(adapters) == 1:

@@ -7,7 +7,7 @@ M adapters.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from moe_ops.ops._checks import check_index, check_positive
 
-from .expert_adapters import ExpertAdapter, adapted_experts
+from .expert_adapters import ExpertAdapter, adapted_experts, factors_of_peft, factors_to_peft
 from .experts import Experts
+from .inputs import takes_dense
 from .quantized import QuantizedExperts
 
 FACTORS = ("a_gate_up", "b_gate_up", "a_down", "b_down")
+# Where peft keeps the factors of a weight: around experts is its layer for w_gate_up, around that
+# the one for w_down.
+_PEFT_LAYERS = {"gate_up": "base_layer.", "down": ""}
 
 
 class ExpertLoRA(nn.Module):
@@ -105,6 +109,7 @@ class ExpertLoRA(nn.Module):
         """alpha / r."""
         return self.alpha / self.rank
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,
@@ -174,14 +179,70 @@ class ExpertLoRA(nn.Module):
         else:
             bank = self.experts.select(range(self.num_experts)).requires_grad_(True)
         for part in ("gate_up", "down"):
-            a, b = (getattr(self, f"{side}_{part}") for side in "ab")
-            if self.num_adapters is not None:
-                a, b = a[:, adapter], b[:, adapter]
+            a, b = (self._one(f"{side}_{part}", adapter).float() for side in "ab")
             weight = getattr(bank, f"w_{part}")
             for e in range(self.num_experts):
-                own_a, own_b = (t[min(e, t.shape[0] - 1)].float() for t in (a, b))
-                weight[e] += (own_b @ own_a * self.scaling).to(weight.dtype)
+                weight[e] += (b[e] @ a[e] * self.scaling).to(weight.dtype)
         return bank
+
+    @torch.no_grad()
+    def peft_state_dict(self, adapter: int = 0, prefix: str = "") -> dict[str, Tensor]:
+        """The factors of one adapter as peft saves those of an experts module whose gate_up_proj
+        and down_proj are `target_parameters`, with alpha as its lora_alpha and rank as its r.
+
+        Args:
+            adapter: which of num_adapters.
+            prefix: of the names, for instance "base_model.model.model.layers.0.mlp.experts.".
+
+        Returns:
+            Of w_gate_up base_layer.lora_A.weight [E * r, H] and base_layer.lora_B.weight
+            [2I, r * E], of w_down lora_A.weight [E * r, I] and lora_B.weight [H, r * E]. A factor
+            that all experts share is repeated.
+        """
+        found = {}
+        for part, layer in _PEFT_LAYERS.items():
+            a, b = (self._one(f"{side}_{part}", adapter) for side in "ab")
+            for side, factor in zip("AB", factors_to_peft(a, b), strict=True):
+                found[f"{prefix}{layer}lora_{side}.weight"] = factor.clone()
+        return found
+
+    @torch.no_grad()
+    def load_peft_state_dict(
+        self, tensors: Mapping[str, Tensor], adapter: int = 0, prefix: str = ""
+    ) -> None:
+        """Takes what `peft_state_dict` gives, or peft has saved.
+
+        Args:
+            tensors: more than these may be in it.
+            adapter, prefix: as of `peft_state_dict`.
+
+        Raises:
+            ValueError: a tensor that is missing or of another shape, factors that experts share.
+        """
+        wanted = self.peft_state_dict(adapter, prefix)
+        shared = [name for name in FACTORS if getattr(self, name).shape[0] != self.num_experts]
+        if shared:
+            raise ValueError(
+                f"load_peft_state_dict: {shared[0]} must be of each expert, as peft's factors are, "
+                "got one that all share."
+            )
+        for name, tensor in wanted.items():
+            got = tensors.get(name)
+            if got is None or got.shape != tensor.shape:
+                what = "none" if got is None else f"shape {list(got.shape)}"
+                wish = f"{name} must have shape {list(tensor.shape)}"
+                raise ValueError(f"load_peft_state_dict: {wish}, got {what}.")
+        for part, layer in _PEFT_LAYERS.items():
+            a, b = (tensors[f"{prefix}{layer}lora_{side}.weight"] for side in "AB")
+            for side, factor in zip("ab", factors_of_peft(a, b, self.num_experts), strict=True):
+                self._one(f"{side}_{part}", adapter).copy_(factor)
+
+    def _one(self, name: str, adapter: int) -> Tensor:
+        """A factor of one adapter, [E, ...]; a view."""
+        factor: Tensor = getattr(self, name)
+        if self.num_adapters is not None:
+            factor = factor[:, adapter]
+        return factor.expand(self.num_experts, -1, -1)
 
     def prepack(self) -> int:
         """Returns 0: the products of training read weights as they lie."""

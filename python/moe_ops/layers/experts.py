@@ -23,6 +23,7 @@ from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from .dense import expert_inputs, fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .fp8 import fp8_ffn
 from .functional import plain_activation
+from .inputs import takes_dense
 from .surgery import experts as surgery
 
 # Attributes of a bank that are arguments of moe_ffn.
@@ -153,6 +154,7 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,

@@ -19,6 +19,8 @@ from moe_ops.ops import grouped_gemm, grouped_gemm_quantized
 from moe_ops.ops._checks import dtype_name
 from moe_ops.quant.formats import GROUP_SIZES, check_format, dequantize, quantize
 
+from .inputs import Proxy, as_leaf, jagged_parts
+
 # Up to so many rows a product of one expert is the faster one on the CPU: torch's libraries read
 # the weights of such products at a third to a half of the speed of memory.
 FEW_ROWS = 64
@@ -41,6 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., O], summed in fp32 (fp64 for fp64).
     """
+    if x.is_nested:
+        return F.linear(x, weight, bias)
     size = x.shape[-1]
     num_rows = x.numel() // size if size else 0
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -180,6 +184,11 @@ class QuantizedLinear(nn.Linear):
         return dequantize(self.q, self.scale, self.weight_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)  # type: ignore[return-value]
+        if input.is_nested:
+            jagged = jagged_parts("QuantizedLinear", input)
+            return jagged.like(self.forward(jagged.values))
         rows = input.reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(rows.dtype)[None]
         offsets = one_expert(rows.shape[0], rows.device)

@@ -16,6 +16,7 @@ from moe_ops.ops import permute, unpermute
 from moe_ops.ops._checks import check_positive
 
 from .functional import apply_linear, linear, plain_activation
+from .inputs import takes_dense
 
 
 class MixtureOfDepthsOutput(NamedTuple):
@@ -105,6 +106,7 @@ class MixtureOfDepths(nn.Module):
             if layer is not None:
                 layer.reset_parameters()
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .dense_gradient import check_dense_gradient, dense_gradient_weights, with_dense_gradient
 from .experts import Experts
 from .functional import apply_linear, sigmoid
+from .inputs import takes_jagged
 from .latent import LatentProjection
 from .losses import aux_losses_of, check_aux_losses
 from .recompute import LoggedCall, RoutingLog
@@ -223,6 +224,7 @@ class MoE(nn.Module):
             freeze_routing_in_recompute=freeze_routing_in_recompute,
         )
 
+    @takes_jagged
     def forward(
         self,
         x: Tensor,
@@ -236,7 +238,9 @@ class MoE(nn.Module):
         """The layer's output: a tensor, or a MoEOutput with `return_routing=True`.
 
         Args:
-            x: [..., H] in the dtype of the experts (any under autocast). No tokens is fine.
+            x: [..., H] in the dtype of the experts (any under autocast). No tokens is fine. Jagged
+                [B, j*, H] (torch.nested) is, too: y then has its offsets, and the other arguments
+                of the tokens may be jagged.
             topk_ids: [..., K'] or [T, K'] int32 or int64, a choice to use instead of the router's;
                 ids outside [0, E) contribute nothing. K' is free. Alone, its weights are what the
                 router gives these experts (`Router.weights_at`).

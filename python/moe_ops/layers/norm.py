@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from moe_ops.ops.add_rms_norm import add_rms_norm
 
+from .inputs import jagged_parts, leaf_of_fx, values_of
+
 
 class ResidualNorm(nn.RMSNorm):
     """`nn.RMSNorm` of [..., H] that first adds what the layer before it made of the stream.
@@ -31,19 +33,25 @@ class ResidualNorm(nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, device=device, dtype=dtype)
 
+    @leaf_of_fx
     def forward(  # type: ignore[override]
         self, x: Tensor, delta: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The norm of the sum x + delta + bias, and the sum.
 
         Args:
-            x: [..., H], the stream.
+            x: [..., H], the stream; it may be jagged.
             delta: like x, what is added to it, or None.
             bias: [H] or None.
 
         Returns:
             Both [..., H], in the widest dtype of x, delta and weight.
         """
+        if x.is_nested:
+            jagged = jagged_parts("ResidualNorm", x)
+            delta = values_of("ResidualNorm", "delta", delta, x)
+            y, total = self.forward(jagged.values, delta, bias)
+            return jagged.like(y), jagged.like(total)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         if delta is not None:
             dtype = torch.promote_types(dtype, delta.dtype)

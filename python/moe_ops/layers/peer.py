@@ -19,6 +19,7 @@ from moe_ops.ops._checks import check_positive
 
 from .experts import Experts
 from .functional import apply_linear, linear
+from .inputs import takes_jagged
 
 
 class PEEROutput(NamedTuple):
@@ -149,9 +150,10 @@ class PEER(nn.Module):
         shape = (num_tokens, self.num_heads * k)
         return weights.view(shape), ids.view(shape)
 
+    @takes_jagged
     def forward(self, x: Tensor, *, return_routing: bool = False) -> Tensor | PEEROutput:
-        """x [..., H] to [..., H]; a PEEROutput with `return_routing=True`. No tokens is fine; with
-        `query_norm`, training needs at least two.
+        """x [..., H], which may be jagged, to [..., H]; a PEEROutput with `return_routing=True`. No
+        tokens is fine; with `query_norm`, training needs at least two.
 
         Raises:
             ValueError: another last dimension than H.

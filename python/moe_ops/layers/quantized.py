@@ -18,10 +18,11 @@ from moe_ops.expert_weights import ExpertWeights
 from moe_ops.ops import moe_ffn_fp8, moe_ffn_quantized
 from moe_ops.ops._checks import check_positive, dtype_name
 from moe_ops.quant.convert import check_sizes, quantize_experts
-from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides
+from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides, label_of_bank
 from moe_ops.reference._codes import dequantized
 
 from .experts import ACTIVATION_OPTIONS, Experts, check_activation
+from .inputs import takes_dense
 from .surgery.rows import as_ids
 
 _FROZEN = (*(name + part for name in WEIGHTS for part in ("", "_scale", "_zero")), "x_scale")
@@ -207,6 +208,7 @@ class QuantizedExperts(nn.Module):
             **weights.activation,
         )
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,
@@ -282,8 +284,8 @@ class QuantizedExperts(nn.Module):
         if self.format == "fp8" and self._takes_fp8(x, topk_weights):
             return moe_ffn_fp8(x, *weights, topk_weights, topk_ids, **how)
         if self.zero_points:
-            how["w_gate_up_zero"] = b["w_gate_up_zero"]
-            how["w_down_zero"] = b["w_down_zero"]
+            how["w_gate_up_zero"] = local_part(b["w_gate_up_zero"])
+            how["w_down_zero"] = local_part(b["w_down_zero"])
         x_scale = b["x_scale"]
         return moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale=x_scale, **how)
 
@@ -397,8 +399,7 @@ class QuantizedExperts(nn.Module):
     @property
     def format_name(self) -> str:
         """ "int8", or "int4" with its group size: "int4 g64"; "q4_k, down q6_k"."""
-        up, down = (self.formats[name].label for name in WEIGHTS)
-        return up if up == down else f"{up}, down {down}"
+        return label_of_bank(self.formats)
 
     def stand_in(self, bank: nn.Module) -> nn.Module:
         """What is to take this module's place for `bank`, which is called as `Experts` are."""

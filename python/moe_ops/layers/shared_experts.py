@@ -10,6 +10,7 @@ from moe_ops.ops._checks import check_positive
 
 from .experts import check_activation
 from .functional import linear, plain_activation
+from .inputs import takes_jagged
 
 
 class SharedExperts(nn.Module):
@@ -63,8 +64,9 @@ class SharedExperts(nn.Module):
             bound = weight.shape[-1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
 
+    @takes_jagged
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] to [..., H], same dtype."""
+        """x [..., H], which may be jagged, to [..., H], same dtype."""
         preact = linear(x, self.w_gate_up)
         if self.gated:
             h = gated_act(preact, self.activation, alpha=self.alpha, limit=self.limit)

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops.ops import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops._checks import check_positive
 
 from .dense import mix_outputs
 from .functional import multiplies_by_ops
+from .inputs import jagged_parts, leaf_of_fx
 
 
 class SoftMoEOutput(NamedTuple):
@@ -87,6 +89,7 @@ class SoftMoE(nn.Module):
         if self.scale is not None:
             nn.init.ones_(self.scale)
 
+    @leaf_of_fx
     def forward(
         self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: bool = False
     ) -> Tensor | SoftMoEOutput:
@@ -94,7 +97,8 @@ class SoftMoE(nn.Module):
 
         Args:
             x: [..., S, H] in the dtype of the experts (any under autocast); sequences do not see
-                each other. No tokens is fine.
+                each other. No tokens is fine. Jagged [B, j*, H] (torch.nested) is, too; what is
+                returned then has the sequences of x, without a token_mask.
             token_mask: [..., S] bool, False where a token is padding: no slot reads it, and its
                 output is 0.
             return_routing: return the weights too.
@@ -105,6 +109,8 @@ class SoftMoE(nn.Module):
         Raises:
             ValueError: shapes that do not match.
         """
+        if x.is_nested:
+            return self._forward_jagged(x, token_mask, return_routing)
         if x.dim() < 2 or x.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"SoftMoE: x must be [..., S, {self.hidden_size}], got shape {list(x.shape)}."
@@ -124,17 +130,54 @@ class SoftMoE(nn.Module):
             logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
             combine = combine.masked_fill(~mask, 0.0)
         dispatch = logits.transpose(1, 2).softmax(-1)
-        rows = _mix(dispatch.to(x.dtype), tokens).reshape(-1, self.hidden_size)
-        ids = torch.arange(experts, dtype=torch.int32, device=x.device)
-        ids = ids.repeat_interleave(slots).repeat(tokens.shape[0])[:, None]
-        made = self.experts(rows, torch.ones_like(ids, dtype=logits.dtype), ids)
-        made = made.view(tokens.shape[0], experts * slots, made.shape[-1])
+        made = self._run_experts(_mix(dispatch.to(x.dtype), tokens), logits.dtype)
         y = _mix(combine.to(made.dtype), made)
         y = y.view(*x.shape[:-1], made.shape[-1])
         if not return_routing:
             return y
         dispatch = dispatch.view(*lead, experts, slots, x.shape[-2])
         return SoftMoEOutput(y, dispatch, combine.view(*x.shape[:-1], experts, slots))
+
+    def _forward_jagged(
+        self, x: Tensor, token_mask: Tensor | None, return_routing: bool
+    ) -> Tensor | SoftMoEOutput:
+        """`forward` of sequences of their own lengths: both means as grouped products, in which a
+        sequence is what an expert is elsewhere."""
+        jagged = jagged_parts("SoftMoE", x)
+        tokens, offsets = jagged
+        if x.dim() != 3 or tokens.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"SoftMoE: a jagged x must be [B, j*, {self.hidden_size}], got values of shape "
+                f"{list(tokens.shape)}."
+            )
+        if token_mask is not None:
+            raise ValueError(
+                "SoftMoE: token_mask must be None with a jagged x, whose tokens are all real, got "
+                "one."
+            )
+        logits = self._logits(tokens[None])[0]
+        combine = logits.softmax(-1)
+        dispatch = _softmax_of_sequences(logits, offsets)
+        made = self._run_experts(
+            grouped_gemm_wgrad(dispatch.to(x.dtype), tokens, offsets), logits.dtype
+        )
+        y = jagged.like(grouped_gemm(combine.to(made.dtype), made.transpose(1, 2), offsets))
+        if not return_routing:
+            return y
+        slots = self.num_experts, self.slots_per_expert
+        return SoftMoEOutput(
+            y,
+            jagged.like(dispatch.t().unflatten(0, slots), dim=3),
+            jagged.like(combine.unflatten(1, slots)),
+        )
+
+    def _run_experts(self, rows: Tensor, weight_dtype: torch.dtype) -> Tensor:
+        """[B, E P, H], the slots of B sequences, to [B, E P, O]."""
+        ids = torch.arange(self.num_experts, dtype=torch.int32, device=rows.device)
+        ids = ids.repeat_interleave(self.slots_per_expert).repeat(rows.shape[0])[:, None]
+        weights = torch.ones_like(ids, dtype=weight_dtype)
+        made: Tensor = self.experts(rows.reshape(-1, self.hidden_size), weights, ids)
+        return made.view(*rows.shape[:2], made.shape[-1])
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """[B, S, H] to [B, S, E P], in fp32 (fp64 of fp64)."""
@@ -147,6 +190,18 @@ class SoftMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots_per_expert={self.slots_per_expert}, normalize={self.normalize}"
+
+
+def _softmax_of_sequences(logits: Tensor, offsets: Tensor) -> Tensor:
+    """softmax over the tokens [T, N] of each sequence; `offsets` [B + 1] say where one begins."""
+    token = torch.arange(logits.shape[0], device=logits.device)
+    sequence = torch.bucketize(token, offsets[1:], right=True)
+    largest = logits.detach().new_full((offsets.shape[0] - 1, logits.shape[1]), -torch.inf)
+    largest = largest.scatter_reduce(
+        0, sequence[:, None].expand_as(logits), logits.detach(), "amax"
+    )
+    powers = (logits - largest[sequence]).exp()
+    return powers / grouped_sum(powers, offsets)[sequence]
 
 
 def _mix(weights: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,23 @@ from .linear import one_expert
 _CODES = ("codes", "scale", "zero")
 
 
+class _MadeWeight(Tensor):
+    """A weight that nothing can be written to: adapters are merged by way of `data`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        raise ValueError(
+            "StoredLinear: its weight must stay as the checkpoint stores it, got a write to "
+            "weight.data; merge adapters into the float model."
+        )
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _ = self.data
+
+
 class StoredLinear(nn.Linear):
     """nn.Linear with a frozen weight of few bits; x has gradients, the weight has none.
 
@@ -62,7 +79,8 @@ class StoredLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight [O, I] that is computed with, made anew at every look."""
         b: Any = self._buffers
-        return dequantized(b["codes"], b["scale"], b["zero"], torch.float32).to(self.weight_dtype)
+        weight = dequantized(b["codes"], b["scale"], b["zero"], torch.float32)
+        return weight.to(self.weight_dtype).as_subclass(_MadeWeight)
 
     def forward(self, input: Tensor) -> Tensor:
         b: Any = self._buffers

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import linear
+from .inputs import takes_dense
 from .routing import valid_ids
 from .stats import count_tokens_per_expert
 
@@ -85,6 +86,7 @@ class ZeroComputationExperts(nn.Module):
             bound = self.hidden_size**-0.5
             nn.init.uniform_(self.constant_gate, -bound, bound)
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,

@@ -6,7 +6,9 @@ Letters: E experts, O output features, D input features of a weight [..., O, D],
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +139,26 @@ class WeightFormat:
         if problem is not None:
             raise ValueError(f"WeightFormat: {problem}")
 
+    @classmethod
+    def from_label(cls, label: str) -> WeightFormat:
+        """The format of a `label`.
+
+        Raises:
+            ValueError: no such format.
+        """
+        name, *rest = label.split(" ")
+        options: dict[str, Any] = {}
+        for part in rest:
+            if part in _SCALE_DTYPES:
+                options["scale_dtype"] = part
+            elif part == "zero":
+                options["zero_points"] = True
+            elif part[:1] == "g" and part[1:].isdecimal():
+                options["group_size"] = int(part[1:])
+            else:
+                raise ValueError(f"WeightFormat: label must be of a format, got {label!r}.")
+        return cls(name, **options)
+
     @property
     def multiple(self) -> int:
         """What D must be a multiple of."""
@@ -189,6 +211,30 @@ class WeightFormat:
         if self.name not in FORMATS or self.zero_points or self.scale_dtype != "float32":
             return False
         return self.group_size in ((None,) if self.name == "int8" else GROUP_SIZES)
+
+
+def label_of_bank(formats: Mapping[str, WeightFormat]) -> str:
+    """One label of both weights: "int4 g64", or "q4_k, down q6_k"."""
+    up, down = (formats[name].label for name in WEIGHTS)
+    return up if up == down else f"{up}, down {down}"
+
+
+def options_of_label(label: str) -> dict[str, Any]:
+    """The arguments of a bank's layer from a label of both weights.
+
+    Raises:
+        ValueError: no such formats.
+    """
+    first, _, last = label.partition(", down ")
+    up, down = (WeightFormat.from_label(part) for part in (first, last or first))
+    integers = [how for how in (up, down) if how.name in FORMATS]
+    return {
+        "format": up.name,
+        "down_format": None if down.name == up.name else down.name,
+        "group_size": next((how.group_size for how in integers if how.group_size), None),
+        "scale_dtype": integers[0].scale_dtype if integers else "float32",
+        "zero_points": any(how.zero_points for how in integers),
+    }
 
 
 def bank_formats(

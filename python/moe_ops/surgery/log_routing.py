@@ -1,4 +1,4 @@
-"""Routing in the logs of transformers' Trainer."""
+"""Routing in the logs of transformers' Trainer; what `lightning` logs is made here, too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.layers import RoutingStats
 from moe_ops.layers.recompute import in_backward
-from moe_ops.surgery.routed_layers import routed_layers
+from moe_ops.surgery.routed_layers import RoutedLayer, routed_layers
 
 
 def log_routing(
@@ -31,7 +31,8 @@ def log_routing(
     Args:
         trainer: of a model with routed layers (`moe_ops.surgery.routed_layers`), on moe_ops or not.
         layers: shell patterns of the names of layers; None is all.
-        every_layer: also an entry ``moe/max_violation/<name>`` a layer.
+        every_layer: also entries ``moe/max_violation/<name>`` and ``moe/load_entropy/<name>`` of
+            each layer.
 
     Returns:
         The statistics, emptied at each entry: what has been counted since.
@@ -40,30 +41,37 @@ def log_routing(
         ValueError: the model has no routed layer.
     """
     stats = RoutingStats()
-
-    def watcher(layer: Any) -> Any:
-        def watch(x: Tensor, routing: Any) -> None:
-            if layer.block.training and not in_backward():
-                stats.update(routing.topk_ids, layer.num_experts, layer=layer.name)
-
-        return watch
-
-    for layer in routed_layers(trainer.model, layers, caller="log_routing"):
-        layer.watch(watcher(layer))
+    count_in_training(stats, routed_layers(trainer.model, layers, caller="log_routing"))
     log = trainer.log
 
     def with_routing(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         if "loss" in logs and len(stats):  # An entry of training, not of evaluation or its end.
             measured = stats.all_reduce().as_dict()
             stats.reset()
-            logs = {**logs, **_summary(measured, every_layer)}
+            logs = {**logs, **summary(measured, every_layer)}
         return log(logs, *args, **kwargs)
 
     trainer.log = with_routing
     return stats
 
 
-def _summary(measured: dict[Any, dict[str, Any]], every_layer: bool) -> dict[str, float]:
+def count_in_training(stats: RoutingStats, layers: Sequence[RoutedLayer]) -> list[Any]:
+    """Adds to `stats` what the layers route in training, once where they are recomputed; handles
+    whose `remove` ends it."""
+
+    def watcher(layer: RoutedLayer) -> Any:
+        def watch(x: Tensor, routing: Any) -> None:
+            if layer.block.training and not in_backward():
+                stats.update(routing.topk_ids, layer.num_experts, layer=layer.name)
+
+        return watch
+
+    return [handle for layer in layers for handle in layer.watch(watcher(layer))]
+
+
+def summary(measured: dict[Any, dict[str, Any]], every_layer: bool) -> dict[str, float]:
+    """The entries of a log, from `RoutingStats.as_dict`."""
+
     def mean(name: str) -> float:
         return sum(layer[name] for layer in measured.values()) / len(measured)
 
@@ -73,5 +81,6 @@ def _summary(measured: dict[Any, dict[str, Any]], every_layer: bool) -> dict[str
         "moe/dead_experts": float(sum(len(m["dead_experts"]) for m in measured.values())),
     }
     if every_layer:
-        found |= {f"moe/max_violation/{n}": m["max_violation"] for n, m in measured.items()}
+        for name in ("max_violation", "load_entropy"):
+            found |= {f"moe/{name}/{layer}": m[name] for layer, m in measured.items()}
     return found

@@ -109,6 +109,11 @@ def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, n
                 f"load_pruned: {folder} must hold a float checkpoint, or one whose experts "
                 f"moe_ops.quantize_experts has quantised, got quant_method {shown(method)}."
             )
+        if quantized.get("layers") is not None:
+            raise ValueError(
+                f"load_pruned: {folder} must have experts of moe_ops.quantize_experts, got those "
+                "of a checkpoint of another method."
+            )
         # transformers learns from it how such a checkpoint is read.
         importlib.import_module("moe_ops.hf")
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from moe_ops import _files
 
 from ._progress import bar
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -102,16 +104,39 @@ def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     return state
 
 
-def train_once(model: nn.Module, folder: Path, name: str, fit: Callable[[Path], Any]) -> None:
-    """Gives a model the weights of folder/name.pt; where there are none, those that `fit` trains,
-    which is told the file of its checkpoint."""
-    done, checkpoint = folder / f"{name}.pt", folder / f"{name}.training.pt"
+def _read_weights(model: Model, file: Path) -> Model:
+    model.load_state_dict(read_state(file))
+    return model
+
+
+def _write_weights(model: nn.Module, file: Path) -> None:
+    write_state(file, model.state_dict())
+
+
+def train_once(
+    model: Model,
+    folder: Path,
+    name: str,
+    fit: Callable[[Path], Any],
+    *,
+    kept: str = "{name}.pt",
+    read: Callable[[Model, Path], Model] = _read_weights,
+    write: Callable[[Model, Path], Any] = _write_weights,
+) -> Model:
+    """The model that `folder` keeps; where it keeps none, this one, after `fit` has trained it.
+
+    Args:
+        fit: is told the file of its checkpoint, from which it goes on where it was cut.
+        kept: the file in `folder` that is there when the model is.
+        read: the model, or one like it, from that file. write: the other way round.
+    """
+    done, checkpoint = folder / kept.format(name=name), folder / f"{name}.training.pt"
     if done.is_file():
-        model.load_state_dict(read_state(done))
-        return
+        return read(model, done)
     fit(checkpoint)
-    write_state(done, model.state_dict())
+    write(model, done)
     checkpoint.unlink()
+    return model
 
 
 def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_ops.reference._scores import router_scores
 
 from ..functional import router_logits
+from ..inputs import takes_dense
 from ..recompute import in_backward
 from ..routing import Routing, RoutingOverride, drop_masked, mask_logits, valid_ids
 from ..stats import count_tokens_per_expert, moved_counts
@@ -254,6 +255,7 @@ class Router(nn.Module):
         norm = torch.linalg.vector_norm(weights, self.renormalize_p, dim=-1, keepdim=True)
         return weights / (norm + 1e-20)
 
+    @takes_dense
     def forward(
         self, x: Tensor, *, topk_ids: Tensor | None = None, expert_mask: Tensor | None = None
     ) -> Routing:

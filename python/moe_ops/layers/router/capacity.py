@@ -115,7 +115,7 @@ class Capacity(Router):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None:
             return weights, ids
-        capacity = math.ceil(factor * len(ids) * self.top_k / self.num_experts)
+        capacity = math.ceil(factor * ids.shape[0] * self.top_k / self.num_experts)
         return drop_over_capacity(weights, ids, self.num_experts, capacity, by=self.drop_by)
 
 

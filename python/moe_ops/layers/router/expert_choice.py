@@ -50,7 +50,7 @@ class ExpertChoiceRouter(Router, kind="expert_choice"):
     def choose_experts(
         self, router_logits: Tensor, expert_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        share = self.capacity_factor * len(router_logits) * self.top_k / self.num_experts
+        share = self.capacity_factor * router_logits.shape[0] * self.top_k / self.num_experts
         return expert_choice_router(
             router_logits,
             max(1, math.ceil(share)),

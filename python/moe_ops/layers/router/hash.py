@@ -94,8 +94,12 @@ class HashRouter(Router, kind="hash"):
                 parameter.requires_grad_(False)
 
     def lookup(self, token_ids: Tensor) -> Tensor:
-        """topk_ids [..., K] int32 of token ids [...], each in [0, V)."""
-        return self.table[token_ids.long()]
+        """topk_ids [..., K] int32 of token ids [...], each in [0, V); jagged of jagged ones."""
+        if not token_ids.is_nested:
+            return self.table[token_ids.long()]
+        jagged: Any = token_ids
+        values = self.table[jagged.values().long()]
+        return torch.nested.nested_tensor_from_jagged(values, jagged.offsets())
 
     def choose_experts(
         self, router_logits: Tensor, expert_mask: Tensor | None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._resume import Group, train_steps
+from .._resume import Group, train_once, train_steps
 from .._texts import Text
 from .model import CausalLM
 
@@ -40,31 +40,28 @@ def fit_once(
         length: bytes of a row that are predicted.
         loss: of rows [batch_size, length + 1]; None: the model's own.
     """
-    place = folder / name
-    if (place / "config.json").is_file():
-        found: Model = type(model).from_pretrained(place)
-        return found
 
     def of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = texts[step % len(texts)].draw(batch_size, length + 1, generator)
         return {"loss": model.loss(rows).loss if loss is None else loss(rows)}
 
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    state = folder / f"{name}.training.pt"
-    train_steps(
-        f"train {name}",
+    def fit(checkpoint: Path) -> None:
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [Group(matrices, rate, 30, 0.1), Group(others, rate, 30)]
+        what = f"train {name}"
+        how: Any = {"steps": steps, "seed": seed, "checkpoint": checkpoint, "progress": progress}
+        train_steps(what, model, groups, of_step, **how)
+
+    return train_once(
         model,
-        [Group(matrices, rate, 30, 0.1), Group(others, rate, 30)],
-        of_step,
-        steps=steps,
-        seed=seed,
-        checkpoint=state,
-        progress=progress,
-    )
-    model.save_pretrained(place)
-    state.unlink()
-    return model.eval()
+        folder,
+        name,
+        fit,
+        kept="{name}/config.json",
+        read=lambda model, file: type(model).from_pretrained(file.parent),
+        write=lambda model, file: model.save_pretrained(file.parent),
+    ).eval()
 
 
 @torch.no_grad()
