@@ -42,6 +42,7 @@ REPLACEABLE = {
     "torch._functorch.utils.enable_single_level_autograd_function",
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch.autograd.function._SingleLevelFunction",
     "torch.nn.modules.module._has_any_global_hook",
     "torch.utils._python_dispatch._disable_current_modes",
 }

@@ -109,6 +109,10 @@ try:
     from torch._functorch.utils import enable_single_level_autograd_function
 except ImportError:  # torch.func then refuses the ops in its own words.
     enable_single_level_autograd_function = nullcontext
+# The base class of a Function that is made for one level of torch.func's transforms.
+SingleLevelFunction: Any = getattr(
+    torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function
+)
 
 
 # Where torch lacks it, modes see what is asked of real tensors.

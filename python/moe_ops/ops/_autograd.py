@@ -16,6 +16,7 @@ from torch.overrides import has_torch_function
 
 from moe_ops._private_torch import (
     AutoDispatchBelowAutograd,
+    SingleLevelFunction,
     after_autograd_keyset,
     allow_forward_gradients,
     any_requires_grad,
@@ -155,14 +156,11 @@ def register_autograd(
     def all_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return *backward(ctx, *grads), None
 
-    function: Any = type(
+    apply = _rule_of(
         f"{op}_autograd",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(run_forward),
-            "backward": staticmethod(all_gradients),
-            "jvp": staticmethod(jvp),
-        },
+        forward=staticmethod(run_forward),
+        backward=staticmethod(all_gradients),
+        jvp=staticmethod(jvp),
     )
 
     def run_plain_forward(ctx: Any, *args: Any) -> Any:
@@ -183,7 +181,7 @@ def register_autograd(
     def differentiate(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # torch finds the tangents and calls jvp where there are any.
         row = signature.complete(args, kwargs) if signature.keywords else args
-        return _apply(function, *row, keyset)
+        return apply(*row, keyset)
 
     _register_rule(op, differentiate)
 
@@ -215,17 +213,23 @@ def _lower_levels() -> AbstractContextManager[Any]:
     return stack
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    """``function.apply`` for the autograd rule of an op.
+def _rule_of(name: str, **methods: Any) -> Callable[..., Any]:
+    """``apply`` of an autograd Function, for the rule of an op.
 
     Under torch.func's transforms, the dispatcher comes here once for each level that
     differentiates, with tensors of that level, and what the function calls goes on to the next one,
     as with torch's own operations. torch wants to be told that a function is made for one level.
     """
-    if not are_functorch_transforms_active():
-        return function.apply(*args)
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    single_level: Any = type(name, (SingleLevelFunction,), methods)
+
+    def apply(*args: Any) -> Any:
+        if not are_functorch_transforms_active():
+            return function.apply(*args)
+        with enable_single_level_autograd_function():
+            return single_level.apply(*args)
+
+    return apply
 
 
 # --- ops without a gradient
