@@ -28,6 +28,7 @@ from moe_ops._private_torch import (
     is_plain_eager,
     redispatch_of,
 )
+from moe_ops.ops._error_kinds import LOST, keep_kinds
 from moe_ops.ops._library import Signature, library
 
 # Bound here, since looking names up takes time after the weights of a call have filled the cache.
@@ -92,7 +93,7 @@ def direct_call(name: str) -> Callable[..., Any]:
         with AutoDispatchBelowAutograd():
             return run(*args, **kwargs)
 
-    return call
+    return keep_kinds(name, call) if LOST else call
 
 
 def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:

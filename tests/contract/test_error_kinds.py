@@ -1,0 +1,37 @@
+"""Errors of kernels whose kind torch does not pass on."""
+
+import pytest
+import torch
+
+from moe_ops.ops._error_kinds import keep_kinds
+
+BAD = "some_op: x must be [T, H], got shape [3]."
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return keep_kinds("some_op", call)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError(BAD), ValueError),
+        (RuntimeError("std::bad_alloc"), MemoryError),
+        (RuntimeError("some_op: an illegal memory access was encountered"), RuntimeError),
+        (RuntimeError("other: x must be [T, H], got shape [3]."), RuntimeError),
+        (torch.OutOfMemoryError("some_op: x must be smaller"), torch.OutOfMemoryError),
+        (TypeError(BAD), TypeError),
+    ],
+)
+def test_kinds(error, kind):
+    with pytest.raises(kind) as caught:
+        raising(error)()
+    assert type(caught.value) is kind
+    assert str(caught.value) == str(error)
+
+
+def test_results_pass():
+    assert keep_kinds("some_op", lambda a, *, b: (a, b))(1, b=2) == (1, 2)
