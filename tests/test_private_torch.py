@@ -34,6 +34,7 @@ REPLACEABLE = {
     "torch._C._are_functorch_transforms_active",
     "torch._C._cuda_getDriverVersion",
     "torch._C._current_graph_task_id",
+    "torch._C._disabled_torch_function_impl",
     "torch._C._dispatch_tls_is_dispatch_key_excluded",
     "torch._C._dispatch_tls_is_dispatch_key_included",
     "torch._C._is_any_autocast_enabled",

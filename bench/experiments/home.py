@@ -28,7 +28,13 @@ from bench.experiments.home_arms import (
     parameters,
     with_parts,
 )
-from bench.experiments.home_data import Table, generated, movielens
+from bench.experiments.home_data import (
+    FILM_TASKS,
+    GENERATED_TASKS,
+    Table,
+    generated,
+    movielens,
+)
 from bench.experiments.home_stream import RARE, SMALL, stream_study
 from bench.experiments.picture import Picture
 from bench.experiments.report import means
@@ -227,16 +233,16 @@ def pictures(results: Results, table: str) -> list[Picture]:
         [100 * x for x in results.gap(f"{table}: {name}", f"{table}: MMoE", "test AUC")]
         for name in names
     ]
-    config = arms(drawn(results.seeds[0]) if table == GENERATED else films())["HoME*"]
+    categories = GENERATED_TASKS if table == GENERATED else FILM_TASKS
+    tasks = [task for category in categories for task in category]
+    experts = EXPERTS["HoME"]
     owners = [
-        f"category {c + 1}"
-        for c in range(len(config.categories))
-        for _ in range(config.num_category)
+        f"category {c + 1}" for c in range(len(categories)) for _ in range(experts["num_category"])
     ]
-    owners += ["all"] * config.num_shared
-    owners += [task for task in config.tasks for _ in range(config.num_task)]
+    owners += ["all"] * experts["num_shared"]
+    owners += [task for task in tasks for _ in range(experts["num_task"])]
     weights = torch.tensor(results.every("HoME*", "gates")).mean(0)
-    gates = {"x": owners, "y": list(config.tasks), "z": weights.tolist()}
+    gates = {"x": owners, "y": tasks, "z": weights.tolist()}
     return [
         Picture(
             "zeros", f"{table}: outputs that are zero; stars: normalised Swish experts", "model",

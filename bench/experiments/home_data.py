@@ -10,6 +10,10 @@ from torch import Tensor
 from bench.experiments import movielens as files
 from moe_ops.zoo.home.training import Rows
 
+# Tasks by category.
+GENERATED_TASKS = (("a", "b"), ("c", "d"))
+FILM_TASKS = (("like", "love", "hate", "one"), ("continue", "end", "slow"))
+
 
 class Table(NamedTuple):
     """Rows to train on, to choose the epoch by and to report, and what the config needs to know."""
@@ -49,7 +53,7 @@ def generated(seed: int, num_rows: int = 30000, num_features: int = 40) -> Table
     rows = Rows(users[:, None], x, labels, users)
     cuts = (int(0.6 * num_rows), int(0.8 * num_rows))
     parts = [_take(rows, s) for s in (slice(0, cuts[0]), slice(*cuts), slice(cuts[1], None))]
-    return Table("generated", *parts, (int(users.max()) + 1,), (("a", "b"), ("c", "d")))
+    return Table("generated", *parts, (int(users.max()) + 1,), GENERATED_TASKS)
 
 
 def _draw(logit: Tensor, rate: float, generator: torch.Generator) -> Tensor:
@@ -122,9 +126,8 @@ def movielens() -> Table | None:
     share = position / count
     cut = 0.8 * 0.88
     parts = [_take(rows, m) for m in (share < cut, (share >= cut) & (share < 0.8), share >= 0.8)]
-    tasks = (("like", "love", "hate", "one"), ("continue", "end", "slow"))
     limits = tuple(int(c) + 1 for c in categorical.amax(0))
-    return Table("MovieLens 100k", *parts, limits, tasks)
+    return Table("MovieLens 100k", *parts, limits, FILM_TASKS)
 
 
 def _numbers(words: object) -> dict[str, int]:

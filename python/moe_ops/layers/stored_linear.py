@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._private_torch import disabled_torch_function
 from moe_ops.ops import grouped_gemm_quantized
 from moe_ops.quant.formats import WeightFormat
 from moe_ops.reference._codes import dequantized
@@ -23,7 +24,7 @@ _CODES = ("codes", "scale", "zero")
 class _MadeWeight(Tensor):
     """A weight that nothing can be written to: adapters are merged by way of `data`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
