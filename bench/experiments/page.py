@@ -243,7 +243,7 @@ def counted(counts: Mapping[str, int]) -> str:
 
 
 def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:
-    """For each headline that several sizes have: the mean by size, with its interval."""
+    """For each headline that several studies have: the mean by study, with its interval."""
     by_unit: dict[str, dict[str, dict[str, list]]] = {}
     for headline in found.headlines:
         pairs = zip(found.studies, claims_of(headline, reports), strict=True)
@@ -258,7 +258,9 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
     return [
         Picture(
             "trend" if i == 0 else f"trend-{i + 1}",
-            "By size, with 95 % intervals",
+            # A legend names the headlines where there are several.
+            "By study, with 95 % intervals"
+            + (f": {next(iter(series))}" if len(series) == 1 else ""),
             "",
             unit or "difference",
             "lines",
