@@ -45,8 +45,8 @@ def _any_requires_grad(*args: Any) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-# What a subclass of Tensor has as __torch_function__ so that functions return plain tensors; without
-# it they return the subclass.
+# What a subclass of Tensor has as __torch_function__ so that functions return plain tensors;
+# without it they return the subclass.
 disabled_torch_function: Any = getattr(
     torch._C, "_disabled_torch_function_impl", Tensor.__torch_function__
 )
