@@ -31,7 +31,8 @@ _check_interpreter()
 import torch  # noqa: E402
 
 
-def _torch_version() -> tuple[int, int]:
+def torch_version() -> tuple[int, int]:
+    """Major and minor."""
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
@@ -45,7 +46,7 @@ def load(version: str) -> None:
     Raises:
         ImportError: torch is older than 2.10, the library is missing, or it does not fit.
     """
-    if _torch_version() < (2, 10):
+    if torch_version() < (2, 10):
         raise ImportError(
             f"moe_ops needs torch 2.10 or newer and found {torch.__version__}: "
             "pip install --upgrade torch"

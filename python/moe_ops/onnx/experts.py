@@ -12,7 +12,7 @@ from onnxscript import opset18 as op
 
 from moe_ops.reference.gated_act import GATED
 
-from .products import Weights, combined, dequantized, experts_of, pick, product
+from .products import Weights, combined, experts_of, product, quantized_experts_of
 from .routing import sorted_slots
 from .values import (
     Value,
@@ -136,16 +136,8 @@ def moe_ffn_quantized(
     w_gate_up_zero: Value | None = None,
     w_down_zero: Value | None = None,
 ) -> Value:
-    up, down = (
-        [
-            (dequantized(e, w, scale, zero), None if b is None else pick(wide(b), e))
-            for e in range(size(w, 0))
-        ]
-        for w, scale, zero, b in (
-            (w_gate_up, w_gate_up_scale, w_gate_up_zero, b_gate_up),
-            (w_down, w_down_scale, w_down_zero, b_down),
-        )
-    )
+    up = quantized_experts_of(w_gate_up, w_gate_up_scale, w_gate_up_zero, b_gate_up)
+    down = quantized_experts_of(w_down, w_down_scale, w_down_zero, b_down)
     tokens = wide(x) if x_scale is None else op.Mul(wide(x), wide(x_scale))
     act = (activation, interleaved, alpha, limit)
     widths = size(w_gate_up, 1), size(w_down, 1)

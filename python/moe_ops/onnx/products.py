@@ -14,6 +14,7 @@ from .values import (
     INT8,
     UINT8,
     Value,
+    arange,
     byte,
     int_scalar,
     ints,
@@ -44,10 +45,7 @@ def grouped_gemm_quantized(
     bias: Value | None = None,
     b_zero: Value | None = None,
 ) -> Value:
-    weights = [
-        (dequantized(e, b, b_scale, b_zero), None if bias is None else pick(wide(bias), e))
-        for e in range(size(b, 0))
-    ]
+    weights = quantized_experts_of(b, b_scale, b_zero, bias)
     return like(product(wide(a), weights, long(expert_offsets), size(b, 1)), a)
 
 
@@ -58,11 +56,18 @@ def pick(bank: Value, expert: int) -> Value:
 
 def experts_of(w: Value, bias: Value | None) -> Weights:
     """Weight [O, K] and bias [O] of each expert, in float32."""
+    weights = [wide(pick(w, e), w.dtype) for e in range(size(w, 0))]
+    return _with_bias(weights, bias)
+
+
+def quantized_experts_of(w: Value, scale: Value, zero: Value | None, bias: Value | None) -> Weights:
+    """The same of a bank in int8 or int4."""
+    return _with_bias([dequantized(e, w, scale, zero) for e in range(size(w, 0))], bias)
+
+
+def _with_bias(weights: list[Value], bias: Value | None) -> Weights:
     wide_bias = None if bias is None else wide(bias)
-    return [
-        (wide(pick(w, e), w.dtype), None if wide_bias is None else pick(wide_bias, e))
-        for e in range(size(w, 0))
-    ]
+    return [(w, None if wide_bias is None else pick(wide_bias, e)) for e, w in enumerate(weights)]
 
 
 def product(rows: Value, weights: Weights, offsets: Value, out: int) -> Value:
@@ -108,7 +113,7 @@ def permute(x: Value, expert_offsets: Value, row_to_slot: Value, top_k: Any = No
         top_k = op.Div(length(row_to_slot), op.Max(length(x), int_scalar(1)))
     else:
         top_k = int_scalar(top_k)
-    row = op.Range(int_scalar(0), length(row_to_slot), int_scalar(1))
+    row = arange(length(row_to_slot))
     here = op.Less(row, op.Gather(long(expert_offsets), int_scalar(-1), axis=0))
     here = op.And(here, op.GreaterOrEqual(slots, int_scalar(0)))
     rows = op.Gather(wide(x), op.Div(op.Where(here, slots, int_scalar(0)), top_k), axis=0)

@@ -11,10 +11,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from moe_ops._load import torch_version
 
-# Versions are compared as numbers: "2.9" is before "2.15".
-LOST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+LOST = torch_version() >= (2, 15)
 
 
 def keep_kinds(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
