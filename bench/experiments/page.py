@@ -263,7 +263,7 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
             + (f": {next(iter(series))}" if len(series) == 1 else ""),
             "",
             unit or "difference",
-            "lines",
+            "intervals",
             series,
         )
         for i, (unit, series) in enumerate(by_unit.items())

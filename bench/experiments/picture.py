@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_ops._files import write_text
 
-KINDS = ("lines", "points", "bars", "heatmap")
+KINDS = ("lines", "points", "intervals", "bars", "heatmap")
 # Okabe and Ito's colours, told apart by everybody; the yellow is too pale for lines.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#222222")
 
@@ -23,9 +23,10 @@ class Picture:
         name: of the file, behind the system's.
         title: what is seen, in a sentence.
         xlabel, ylabel: the axes, with units.
-        kind: "lines", "points", "bars" or "heatmap".
+        kind: "lines", "points", "intervals", "bars" or "heatmap".
         series: label -> {"x": [...], "y": [...]} and, for lines and bars, "error": one standard
-            error for each y. x of bars are names, the same for all series. A heatmap has one
+            error for each y; of intervals it is half of the interval's width. x of bars and
+            intervals are names, those of bars the same for all series. A heatmap has one
             series, {"x": names of columns, "y": names of rows, "z": rows of numbers}.
     """
 
@@ -91,6 +92,31 @@ class Picture:
         for i, (label, data) in enumerate(self.series.items()):
             axes.scatter(data["x"], data["y"], s=10, color=_COLORS[i % len(_COLORS)], label=label)
 
+    def _intervals(self, figure: Any, axes: Any) -> None:
+        """Beside each other, and not joined: what the names stand for need not have an order."""
+        names = list(dict.fromkeys(name for data in self.series.values() for name in data["x"]))
+        step = 0.5 / len(self.series)
+        for i, (label, data) in enumerate(self.series.items()):
+            offset = (i - (len(self.series) - 1) / 2) * step
+            places = [names.index(name) + offset for name in data["x"]]
+            color = _COLORS[i % len(_COLORS)]
+            axes.errorbar(
+                places, data["y"], data["error"], fmt="o", color=color, label=label, capsize=3
+            )
+        low, high = axes.get_ylim()
+        if low < 0 < high:
+            axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        self._name_columns(axes, names)
+
+    def _name_columns(self, axes: Any, names: Sequence[str]) -> None:
+        """Upright where there is room, else slanting."""
+        long = max(len(str(n)) for n in names) * len(names) > 70
+        axes.set_xticks(range(len(names)), names, rotation=25 if long else 0, fontsize=8)
+        if long:
+            for tick in axes.get_xticklabels():
+                tick.set_horizontalalignment("right")
+
     def _bars(self, figure: Any, axes: Any) -> None:
         names = list(next(iter(self.series.values()))["x"])
         width = 0.8 / len(self.series)
@@ -101,15 +127,11 @@ class Picture:
             axes.bar(places, data["y"], width * 0.95, color=color, label=label)
             if "error" in data:
                 axes.errorbar(places, data["y"], data["error"], fmt="none", ecolor="#222222")
-        long = max(len(str(n)) for n in names) * len(names) > 70
-        axes.set_xticks(range(len(names)), names, rotation=25 if long else 0, fontsize=8)
-        if long:
-            for tick in axes.get_xticklabels():
-                tick.set_horizontalalignment("right")
+        self._name_columns(axes, names)
 
     def _heatmap(self, figure: Any, axes: Any) -> None:
         (data,) = self.series.values()
         image = axes.imshow(data["z"], cmap="cividis", aspect="auto")
-        axes.set_xticks(range(len(data["x"])), data["x"], fontsize=8)
+        self._name_columns(axes, data["x"])
         axes.set_yticks(range(len(data["y"])), data["y"], fontsize=8)
         figure.colorbar(image, ax=axes)

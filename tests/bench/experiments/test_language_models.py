@@ -57,11 +57,14 @@ def test_domains():
 def test_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     line = {"a": {"x": [1, 2], "y": [3.0, 4.0], "error": [0.1, 0.2]}}
-    sizes = {"a": {"x": ["small", "large"], "y": [3.0, 4.0], "error": [0.1, 0.2]}}
+    sizes = {
+        "a": {"x": ["small", "large"], "y": [-3.0, 4.0], "error": [0.1, 0.2]},
+        "b": {"x": ["large"], "y": [1.0], "error": [0.1]},
+    }
     bars = {n: {"x": ["left", "right"], "y": [1.0, 2.0], "error": [0.1, 0.2]} for n in "ab"}
     pictures = [
         Picture("l", "Lines", "x", "y", "lines", line),
-        Picture("t", "By size", "", "y", "lines", sizes),
+        Picture("t", "By size", "", "y", "intervals", sizes),
         Picture("p", "Points", "x", "y", "points", {"a": {"x": [1, 2], "y": [3, 4]}}),
         Picture("b", "Bars", "x", "y", "bars", bars),
         Picture("h", "Map", "x", "y", "heatmap", {"": {"x": ["u"], "y": ["v"], "z": [[0.5]]}}),
