@@ -205,11 +205,12 @@ class Study:
             headlines, those with the most of them a minute first; from 30 on those without a pilot
             and those that add a size to what is decided; from 50 on those of an hour and more.
         runs: name -> job.
-        seeds: how many, from FIRST_SEED on.
+        seeds: how many, from `first_seed` on.
         minutes: of processor time a run, roughly: for the time left before any run is done.
         hypotheses: what is claimed.
         setting: what a reader needs to know of it.
         pictures: what is drawn of the results.
+        first_seed: above those of an earlier study of the same setting that is this one's pilot.
     """
 
     name: str
@@ -221,11 +222,12 @@ class Study:
     hypotheses: Sequence[Hypothesis]
     setting: Callable[[], dict[str, str]]
     pictures: Callable[[Results], list[Picture]] = no_pictures
+    first_seed: int = FIRST_SEED
 
     @property
     def numbers(self) -> range:
         """The seeds."""
-        return range(FIRST_SEED, FIRST_SEED + self.seeds)
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def fixed(self) -> dict[str, Any]:
         """What must not change once there are results."""
