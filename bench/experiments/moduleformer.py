@@ -37,6 +37,44 @@ THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4)
 LOSS_ALLOWED = 0.01
 
 
+# Arm -> the loss that balances its experts.
+BALANCED = {"mutual information": "mutual_information", "balance": "load_balancing"}
+
+
+def balanced(
+    base: ModuleFormerConfig, recipe: Recipe, domains: Sequence[Domain], seed: int, run: Run
+) -> dict[str, tuple[Trained, dict[str, float]]]:
+    """Arm of `BALANCED` -> its model, and what experts tell about the domain, by layer."""
+    found = {}
+    for arm, name in BALANCED.items():
+        trained = train(
+            lambda: ModuleFormer(base),
+            domains,
+            recipe,
+            seed,
+            coefficients={name: BALANCE},
+            run=run.part(name),
+        )
+        found[arm] = trained, layer_information(trained.model, domains, recipe)
+    return found
+
+
+def told(base: ModuleFormerConfig, recipe: Recipe) -> Job:
+    """The two arms that the mutual-information loss is about."""
+
+    def perform(seed: int, run: Run) -> dict[str, Any]:
+        found = balanced(base, recipe, load_domains(), seed, run)
+        return {
+            "rows": {
+                arm: {"loss": trained.loss, "information": fmean(layers.values())}
+                for arm, (trained, layers) in found.items()
+            },
+            "information": {arm: layers for arm, (_, layers) in found.items()},
+        }
+
+    return perform
+
+
 def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
     """All arms of a seed: what is tuned, pruned or taught begins with what another arm trained.
 
@@ -54,22 +92,11 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
             numbers: dict[str, float | None] = dict.fromkeys(COLUMNS)
             rows[arm] = {**numbers, "loss": trained.loss, **more}
 
-        losses = {"mutual information": "mutual_information", "balance": "load_balancing"}
-        for arm, name in losses.items():
-            coefficients = {name: BALANCE}
-            trained = train(
-                lambda: ModuleFormer(base),
-                domains,
-                recipe,
-                seed,
-                coefficients=coefficients,
-                run=run.part(name),
-            )
-            told = layer_information(trained.model, domains, recipe)
-            kept["information"][arm] = told
-            note(arm, trained, information=fmean(told.values()))
-            if arm == "mutual information":
-                pretrained = trained.model
+        found = balanced(base, recipe, domains, seed, run)
+        for arm, (trained, layers) in found.items():
+            kept["information"][arm] = layers
+            note(arm, trained, information=fmean(layers.values()))
+        pretrained = found["mutual information"][0].model
         for arm, strength in (("concentrated", CONCENTRATION), ("plainly tuned", 0.0)):
             tuned = train(
                 lambda: copy.deepcopy(pretrained),
@@ -127,6 +154,40 @@ COLUMNS = ("loss", "information", "pruned", "forgotten", "gained")
 SEED = "all arms of a seed"
 
 
+def made_of(base: ModuleFormerConfig, recipe: Recipe) -> dict[str, str]:
+    count = ModuleFormer(base).num_parameters()
+    said = f"{count['total']:,} parameters, {count['active']:,} active; balance {BALANCE:g}"
+    return {**setting(DOMAINS, recipe), "Model": said}
+
+
+def informative(expected: float, deviation: float, pilot: str) -> Hypothesis:
+    return Hypothesis(
+        "experts tell more about the domain with the mutual-information loss",
+        lambda r: r.gap("mutual information", "balance", "information"),
+        "nats",
+        below=False,
+        key="information",
+        expected=expected,
+        deviation=deviation,
+        pilot=pilot,
+    )
+
+
+def told_study(
+    name: str, size: str, rank: int, minutes: float, seeds: int, first_seed: int, recipe: Recipe
+) -> Study:
+    """The mutual-information loss alone, with as many seeds as five others ask for."""
+
+    def made() -> dict[str, str]:
+        columns = "loss: held out, nats a byte; information of expert and domain, nats"
+        return {**made_of(BASE, recipe), "Columns": columns}
+
+    return Study(
+        name, size, rank, {SEED: told(BASE, recipe)}, seeds, minutes,
+        [informative(0.0048, 0.0069, "seeds 10 to 14")], made, first_seed=first_seed,
+    )  # fmt: skip
+
+
 def study(
     name: str,
     size: str,
@@ -136,14 +197,10 @@ def study(
     recipe: Recipe = RECIPE,
 ) -> Study:
     def made() -> dict[str, str]:
-        found = setting(DOMAINS, recipe)
-        count = ModuleFormer(base).num_parameters()
+        found = made_of(base, recipe)
         found["Data"] += f"; tuned to {DOMAINS[0]}; new is {DOMAINS[-1]}"
         found["Training"] += f"; {tuning_of(recipe).steps} steps of tuning"
-        found["Model"] = (
-            f"{count['total']:,} parameters, {count['active']:,} active; balance {BALANCE:g}, "
-            f"concentration {CONCENTRATION:g}"
-        )
+        found["Model"] += f", concentration {CONCENTRATION:g}"
         found["Columns"] = (
             "loss: held out, nats a byte; information of expert and domain, nats; pruned: share of "
             f"the experts that can go at {LOSS_ALLOWED:.0%} of loss; forgotten: loss added on the "
@@ -152,16 +209,7 @@ def study(
         return found
 
     hypotheses = [
-        Hypothesis(
-            "experts tell more about the domain with the mutual-information loss",
-            lambda r: r.gap("mutual information", "balance", "information"),
-            "nats",
-            below=False,
-            key="information",
-            expected=0.0143,
-            deviation=0.0081,
-            pilot="seeds 0 to 2 of 0.6 MB",
-        ),
+        informative(0.0143, 0.0081, "seeds 0 to 2 of 0.6 MB"),
         Hypothesis(
             "concentration lets a larger share of experts go at 1 % of loss",
             lambda r: r.gap("concentrated", "plainly tuned", "pruned"),
@@ -192,10 +240,10 @@ def study(
 
 def pictures(results: Results) -> list[Picture]:
     """Information of each layer, loss against experts that went, learning against forgetting."""
-    told = results.every(SEED, "information")
+    by_seed = results.every(SEED, "information")
     layers: Series = {}
-    for arm in told[0]:
-        found = [of[arm] for of in told]
+    for arm in by_seed[0]:
+        found = [of[arm] for of in by_seed]
         layers[arm] = series(list(found[0]), [list(f.values()) for f in found])
     points: Series = {}
     for cuts in results.every(SEED, "cuts"):
@@ -268,6 +316,10 @@ EXPERIMENT = Experiment(
         study(
             "moduleformer-2000", "2.3 MB", 51, 10.0,
             recipe=dataclasses.replace(RECIPE, steps=2000),
+        ),
+        told_study(
+            "moduleformer-2000-24", "2.3 MB, more seeds", 52, 1.1, 24, 15,
+            dataclasses.replace(RECIPE, steps=2000),
         ),
     ),
     (
