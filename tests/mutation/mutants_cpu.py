@@ -640,7 +640,7 @@ FAMILIES: dict[str, Family] = {
         ),
         of(
             "gemm/dequant.cpp",
-            ("scales of the first expert", "e * q.scale_stride_e, size", "0 * e, size"),
+            ("scales of the first expert", "e * q.scale_stride_e", "0 * e"),
             ("zero points of the first expert", "q.zero + scale", "q.zero + 0 * scale"),
             (
                 "decoded: end of the tokens not cleared",
@@ -652,19 +652,31 @@ FAMILIES: dict[str, Family] = {
             "kernels/quant_codes-inl.h",
             (
                 "the first run's scale for a block",
-                "const int64_t entry = (b * D::kRunCount + run) >> shift;",
-                "const int64_t entry = (b * D::kRunCount) >> shift;",
+                "(b * D::kRunCount + run) >> shift",
+                "(b * D::kRunCount) >> shift",
             ),
             (
                 "zero points of 8 for all",
-                "static_cast<float>(8 - zero[",
-                "static_cast<float>(0 * zero[",
+                "static_cast<float>(8 - zero[how.repeat == 1 ? i : i / how.repeat])",
+                "0.0f",
             ),
             ("q4_K: upper bits of scales lost", "_mm_or_si128(low, upper)", "low"),
             ("q6_K: the first quarter for all", "quarter(block, run / 2)", "quarter(block, 0)"),
-            ("fp8: NaN is 480", '? __builtin_nanf("") : 256.0f', "? 256.0f : 256.0f"),
-            ("mxfp4: an exponent of 0 is 0", "e == 0 ? 0x00400000u", "e == 0 ? 0u"),
-            ("mxfp4: no NaN", "e == 255 ? 0x7fc00000u", "e == 255 ? 0x7f000000u"),
+            (
+                "fp8: NaN is 480",
+                'has_e4m3_nan(codes, rows.k) ? __builtin_nanf("") : 256.0f',
+                "256.0f",
+            ),
+            (
+                "mxfp4: an exponent of 0 is 0",
+                "e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23",
+                "e == 255 ? 0x7fc00000u : e << 23",
+            ),
+            (
+                "mxfp4: no NaN",
+                "e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23",
+                "e == 0 ? 0x00400000u : e << 23",
+            ),
             (
                 "a row's end of codes missed",
                 "n * D::kBytes / D::kBlock",
@@ -674,12 +686,12 @@ FAMILIES: dict[str, Family] = {
         + of(
             "kernels/quant_decoded-inl.h",
             ("offsets forgotten", "scales[0].offset == nullptr", "true"),
-            ("the first row's scales for four", "scales[f].scale[(b", "scales[0].scale[(b"),
+            ("the first row's scales for four", "scales[f].scale", "scales[0].scale"),
             ("blocks behind whole lines missed", "while (b < whole) add_blocks();", "b = whole;"),
             (
                 "sums of a token by runs instead of scales",
-                "sums[run >> shift] += horizontal_sum",
-                "sums[run] += horizontal_sum",
+                "sums[run >> shift]",
+                "sums[run]",
             ),
         ),
     ),
