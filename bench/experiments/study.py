@@ -271,12 +271,17 @@ class Study:
             + (f"; {done} of {len(seeds)} are done" if done < len(seeds) else "")
         ]
         for h in fixed["hypotheses"]:
-            if "power" in h:
-                lines.append(
-                    f"{h['statement']}: by {h['pilot']}, {h['expected']:.3g} with a deviation of "
-                    f"{h['deviation']:.2g} a seed, so that {len(seeds)} seeds show it with a "
-                    f"chance of {h['power']:.2f}"
-                )
+            if "power" not in h:
+                continue
+            beyond = h["expected"] - h["bound"]
+            does, chance = "show", h["power"]
+            if (beyond < 0) != h["below"]:
+                does, chance = "contradict", power(abs(beyond), h["deviation"], len(seeds))
+            lines.append(
+                f"{h['statement']}: by {h['pilot']}, {h['expected']:.3g} with a deviation of "
+                f"{h['deviation']:.2g} a seed, so that {len(seeds)} seeds {does} it with a chance "
+                f"of {chance:.2f}"
+            )
         return lines
 
 
