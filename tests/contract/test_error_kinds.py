@@ -8,11 +8,11 @@ from moe_ops.ops._error_kinds import keep_kinds
 BAD = "some_op: x must be [T, H], got shape [3]."
 
 
-def raising(error):
+def raising(error, name="some_op"):
     def call():
         raise error
 
-    return keep_kinds("some_op", call)
+    return keep_kinds(name, call)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ def raising(error):
         (RuntimeError("other: x must be [T, H], got shape [3]."), RuntimeError),
         (torch.OutOfMemoryError("some_op: x must be smaller"), torch.OutOfMemoryError),
         (TypeError(BAD), TypeError),
+        (RuntimeError("some_op_bwd: x must be [T, H], got shape [3]."), RuntimeError),
     ],
 )
 def test_kinds(error, kind):
@@ -31,6 +32,16 @@ def test_kinds(error, kind):
         raising(error)()
     assert type(caught.value) is kind
     assert str(caught.value) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [("some_op_accumulate", ValueError), ("some_operation", RuntimeError), ("some", RuntimeError)],
+)
+def test_a_variant_of_an_op(variant, kind):
+    with pytest.raises(kind, match=r"^some_op: x must") as caught:
+        raising(RuntimeError(BAD), variant)()
+    assert type(caught.value) is kind
 
 
 def test_results_pass():

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.ops._error_kinds import LOST
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What an op raises for bad input when it is called as torch.ops.moe_ops.*, apart from the functions
+# of moe_ops: torch 2.15 and later do not pass on the kind.
+BARE_OP_ERROR = RuntimeError if LOST else ValueError
 
 
 class Sizes:

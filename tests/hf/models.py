@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 VOCAB = 64
+# What models call the argument; the other is its name in transformers 5.20 and before.
+CACHE = "cache"
+if CACHE not in inspect.signature(MixtralForCausalLM.forward).parameters:
+    CACHE = "past_key_values"
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -212,6 +219,17 @@ def build(
             else:
                 tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
     return model.to(dtype).eval()
+
+
+@functools.cache
+def router_is_unknown(model_type: str) -> bool:
+    """Of Granite in transformers 5.20 and before: its router returned ids, weights and logits, in
+    this order, and nothing takes its place."""
+    if model_type != "granitemoe":
+        return False
+    block = build(model_type).model.layers[0].block_sparse_moe
+    with torch.no_grad():
+        return not block.router(torch.randn(4, 32))[0].is_floating_point()
 
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import inspect
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import DynamicCache
 import moe_ops.hf
 from moe_ops.hf.jetmoe_attention import _is_causal
 
-from .models import build, loss_and_gradients, tokens
+from .models import CACHE, build, loss_and_gradients, tokens
 from .test_models import CountOps, assert_close
 
 IMPLEMENTATIONS = ("eager", "sdpa", "moe_ops")
@@ -73,13 +72,10 @@ def test_steps_with_a_cache_equal_the_whole(implementation):
     moe_ops.hf.enable(model)
     ids = tokens(length=12)
     _, whole = attention_calls(model, input_ids=ids)
-    # Its name before transformers 5.20 is the other one.
-    known = "cache" in inspect.signature(type(model).forward).parameters
-    name = "cache" if known else "past_key_values"
     cache, logits, calls = DynamicCache(), [], 0
     for start, end in ((0, 6), (6, 7), (7, 11), (11, 12)):
         count, output = attention_calls(
-            model, input_ids=ids[:, start:end], use_cache=True, **{name: cache}
+            model, input_ids=ids[:, start:end], use_cache=True, **{CACHE: cache}
         )
         calls += count
         logits.append(output.logits)

@@ -15,7 +15,7 @@ from moe_ops import memory
 from moe_ops.hf.fused import fuse
 from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
 
-from .models import MODEL_TYPES, VOCAB, build, tokens
+from .models import MODEL_TYPES, VOCAB, build, router_is_unknown, tokens
 from .test_quantize import WIDE, logits, make, relative
 
 # The kinds of fused modules in each model; LayerNorms and other choices stay.
@@ -50,7 +50,8 @@ def test_greedy_tokens_and_the_way_back(model_type):
     assert torch.equal(model.generate(**batch, **GREEDY), want)
     assert torch.equal(model.generate(ids, **GREEDY), one)
     torch.testing.assert_close(logits(model, ids), exact, rtol=2e-4, atol=2e-4)
-    assert {how for how in report.values() if how.startswith("fused")} == FUSED[model_type]
+    fused = FUSED[model_type] - ({"fused router"} if router_is_unknown(model_type) else set())
+    assert {how for how in report.values() if how.startswith("fused")} == fused
     linear = {n for n, m in model.named_modules() if isinstance(m, FewRowsLinear)}
     assert linear and linear == {n for n, how in report.items() if how == "few rows"}
     assert "lm_head" in linear
@@ -338,6 +339,8 @@ def test_other_formulas_are_left_alone():
 @pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if "fused router" in FUSED[m]])
 def test_router_of_a_wide_model(model_type, change):
     """What tells formulas apart must do so where sums are over thousands of features."""
+    if router_is_unknown(model_type):
+        pytest.skip("Granite's router returns its results in another order in this transformers")
     torch.manual_seed(0)
     model = build(model_type, hidden_size=2048, **change)
     routers = [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "weight")]

@@ -171,6 +171,8 @@ def test_names_and_shapes_of_peft():
 
 def test_what_is_refused():
     layer, (x, weights, ids) = make(), call()
+    with pytest.raises(ValueError, match=r"^grouped_gemm: .* must"):
+        layer(x[:, 1:], weights, ids)
     with pytest.raises(ValueError, match="must be frozen"):
         layer.experts.requires_grad_(True)
         layer(x, weights, ids)

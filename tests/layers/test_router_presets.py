@@ -132,6 +132,8 @@ def test_same_as_transformers(model, router, config, kwargs, overrides, bias):
         ours.expert_bias.copy_(theirs.e_score_correction_bias)
     x = torch.randn(T, H)
     logits, weights, ids = theirs(x)
+    if not logits.is_floating_point():  # Granite's in transformers 5.20.
+        logits, ids = ids, logits
     torch.testing.assert_close(ours(x).router_logits, logits)
     assert_same_routing(ours, weights, ids, x)
 

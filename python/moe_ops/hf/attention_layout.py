@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -160,13 +161,15 @@ def _padded_mask() -> Tensor:
 def _call_attention(
     probe: Any, x: Tensor, positions: Any, mask: Tensor, cache: Any
 ) -> Tensor | None:
+    # The other is its name in transformers 5.20 and before.
+    known = "cache" in inspect.signature(type(probe).forward).parameters
     y = call_quietly(
         probe,
         hidden_states=x,
         position_embeddings=positions,
         attention_mask=mask,
         position_ids=None,
-        cache=cache,
+        **{"cache" if known else "past_key_values": cache},
     )
     return y[0] if isinstance(y, tuple) and isinstance(y[0], Tensor) else None
 

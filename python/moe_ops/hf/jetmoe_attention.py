@@ -41,7 +41,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        if cache is None:  # Its name before transformers 5.20.
+        if cache is None:  # Its name in transformers 5.20 and before.
             cache = kwargs.pop("past_key_values", None)
         assert position_embeddings is not None
         experts = self.experts

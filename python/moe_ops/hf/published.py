@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops._files import shown
-from moe_ops.hf.quantizer import mark_stored, replace_linear
+from moe_ops.hf.quantizer import mark_stored, parameter_types, replace_linear, restore_types
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
 from moe_ops.quant.formats import WeightFormat, options_of_label
@@ -215,6 +215,7 @@ class PublishedQuantizer(HfQuantizer):
         self._banks: list[_Bank] = []
         self._linears: list[str] = []
         self._files: Checkpoint | None = None
+        self._types: dict[str, torch.dtype] = {}
 
     def update_device_map(self, device_map: Any) -> Any:
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
@@ -261,6 +262,7 @@ class PublishedQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*hidden, *_LEAVES} | set(
             model._keys_to_ignore_on_load_unexpected or ()
         )
+        self._types = parameter_types(model)
         return model
 
     def _bank(self, found: FoundBank, experts: dict[tuple[str, ...], Any]) -> _Bank | None:
@@ -296,9 +298,10 @@ class PublishedQuantizer(HfQuantizer):
         experts._is_hf_initialized = True
         found.hook.install(model, found.module, experts)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         """Without those that would put experts together: their targets are not in the model."""
-        names = "\n".join(name for name, _ in model.named_parameters())
+        # The model is an argument from transformers 5.21 or later on.
+        names = "\n".join(self._types)
         return [
             c
             for c in weight_conversions
@@ -322,6 +325,7 @@ class PublishedQuantizer(HfQuantizer):
                 if mine is not None:
                     mine.copy_(part)
         self._files = None
+        restore_types(model, self._types)
         mark_stored(model, [bank.name for bank in self._banks], self._linears)
         return model
 

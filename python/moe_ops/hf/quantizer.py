@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -172,6 +173,7 @@ class ExpertsQuantizer(BankReader):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._num_quantized = 0
+        self._types: dict[str, torch.dtype] = {}
 
     def finish(self, model: nn.Module, found: FoundBank) -> None:
         try:
@@ -203,6 +205,7 @@ class ExpertsQuantizer(BankReader):
             return model
         if config.layers is not None:
             _build_layers(model, config.layers)
+            self._types = parameter_types(model)
             return model
         count = 0
         for found in find_banks(model, tuple(config.skip)):
@@ -221,6 +224,7 @@ class ExpertsQuantizer(BankReader):
                 f"from_pretrained: a checkpoint quantised by moe_ops must be of a model with banks "
                 f"of experts, got {type(model).__name__} without one."
             )
+        self._types = parameter_types(model)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -248,6 +252,7 @@ class ExpertsQuantizer(BankReader):
                         raise ValueError(
                             f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
                         )
+        restore_types(model, self._types)
         _claim_experts(model)
         return model
 
@@ -275,6 +280,21 @@ def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
                 f"experts and dense layers of {type(model).__name__}, got {shown(name)}."
             )
         replace_linear(model, name, WeightFormat.from_label(label))
+
+
+def parameter_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The type of each parameter that is no code, of a model before its checkpoint is read."""
+    return {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
+
+
+def restore_types(model: Any, types: Mapping[str, torch.dtype]) -> None:
+    """Gives parameters these types again: of a quantised checkpoint transformers 5.20 leaves those
+    whose names it changes in the types of the files."""
+    wide = (model._keep_in_fp32_modules or (), model._keep_in_fp32_modules_strict or ())
+    for name, p in model.named_parameters():
+        kept = p.dtype == torch.float32 and any(re.search(k, name) for keys in wide for k in keys)
+        if not (kept or p.is_meta) and p.dtype != types.get(name, p.dtype):
+            p.data = p.data.to(types[name])
 
 
 def replace_linear(model: nn.Module, name: str, how: WeightFormat) -> StoredLinear:

@@ -37,6 +37,7 @@ _KNOWN = frozenset(
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
+        "past_key_values",
         "position_embeddings",
         "position_ids",
         "use_cache",
@@ -129,6 +130,8 @@ def _attend(
 ) -> Tensor | None:
     """x + attention; None where the ops cannot do what is asked for."""
     cache = kwargs.get("cache")
+    if cache is None:  # Its name in transformers 5.20 and before.
+        cache = kwargs.get("past_key_values")
     positions = kwargs.get("position_embeddings")
     norm = _vector(layer._modules["input_layernorm"], x)
     if (

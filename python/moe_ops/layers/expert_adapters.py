@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_ops.ops import gated_act, grouped_gemm, permute, sort_slots, unpermute
-from moe_ops.ops._autograd import in_transform
+from moe_ops.ops._autograd import direct_call, in_transform
 from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.reference.gated_act import plain_act
 
 _ops = torch.ops.moe_ops
+_quantized = direct_call("grouped_gemm_quantized")
+_quantized_exact = direct_call("grouped_gemm_quantized_exact")
 
 
 class ExpertAdapter(NamedTuple):
@@ -54,11 +56,11 @@ class FrozenWeight(NamedTuple):
         """[N, out]. exact: quantised weights meet rows that are not rounded, as in training."""
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         if self.scale is None:
-            return _ops.grouped_gemm(rows, self.weight.to(rows.dtype), expert_offsets, bias)
+            return grouped_gemm(rows, self.weight.to(rows.dtype), expert_offsets, bias=bias)
         args = rows, self.weight, self.scale, expert_offsets, bias, self.zero
         if exact:
-            return _ops.grouped_gemm_quantized_exact(*args, False)
-        return _ops.grouped_gemm_quantized(*args)
+            return _quantized_exact(*args, False)
+        return _quantized(*args)
 
     def gradient(self, grad: Tensor, expert_offsets: Tensor) -> Tensor:
         """The gradient of the rows of `product`."""

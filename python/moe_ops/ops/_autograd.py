@@ -96,6 +96,12 @@ def direct_call(name: str) -> Callable[..., Any]:
     return keep_kinds(name, call) if LOST else call
 
 
+def plain_call(name: str) -> Callable[..., Any]:
+    """A function that calls an op that has no rule of autograd: there is nothing to pass by."""
+    op: Callable[..., Any] = getattr(torch.ops.moe_ops, name)
+    return keep_kinds(name, op) if LOST else op
+
+
 def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
     """``ctx.needs_input_grad`` for all ``count`` arguments.
 

@@ -36,6 +36,8 @@ def _kind_of(name: str, error: RuntimeError) -> type[Exception] | None:
     text = str(error)
     if type(error) is not RuntimeError:
         return None
-    if text.startswith(f"{name}: ") and " must " in text.partition("\n")[0]:
+    # grouped_gemm_fp8_wgrad_accumulate speaks of grouped_gemm_fp8_wgrad, which is what users call.
+    op, _, sentence = text.partition("\n")[0].partition(": ")
+    if (name == op or name.startswith(f"{op}_")) and " must " in sentence:
         return ValueError
     return MemoryError if text.startswith("std::bad_alloc") else None

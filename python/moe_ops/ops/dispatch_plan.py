@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_ops.ops._autograd import plain_call
 from moe_ops.ops._checks import check, check_index, check_same_device
 from moe_ops.ops._library import register_fake
+
+_dispatch_plan = plain_call("dispatch_plan")
 
 
 def dispatch_plan(
@@ -51,7 +54,7 @@ def dispatch_plan(
     Source:
         The plan of DeepEP's compact dispatch (https://github.com/deepseek-ai/DeepEP).
     """
-    return torch.ops.moe_ops.dispatch_plan(topk_ids, num_ranks, experts_per_rank, physical)
+    return _dispatch_plan(topk_ids, num_ranks, experts_per_rank, physical)
 
 
 @register_fake("dispatch_plan")

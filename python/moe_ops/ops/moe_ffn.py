@@ -13,6 +13,7 @@ from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
     only_needed,
+    plain_call,
     refuse_tangents,
     register_autograd,
     register_no_double_backward,
@@ -37,6 +38,7 @@ from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 
 _moe_ffn = direct_call("moe_ffn")
 _moe_ffn_bwd = direct_call("moe_ffn_bwd")
+_moe_ffn_bwd_accumulate = plain_call("moe_ffn_bwd_accumulate")
 
 
 def moe_ffn(
@@ -347,9 +349,7 @@ class _AccumulatingFfn(torch.autograd.Function):
         wanted = [needs[0], needs[1], needs[2], needs[3], needs[5], needs[6]]
         main = [g if need else None for g, need in zip(ctx.main_grads, needs[1:3], strict=True)]
         saved = ctx.saved_tensors
-        grads = torch.ops.moe_ops.moe_ffn_bwd_accumulate(
-            grad_y, *saved, *ctx.arguments, *wanted, *main
-        )
+        grads = _moe_ffn_bwd_accumulate(grad_y, *saved, *ctx.arguments, *wanted, *main)
         # A weight whose gradient went into its buffer has none to return.
         given = [need and g is None for g, need in zip(main, wanted[1:3], strict=True)]
         returned = [wanted[0], *given, *wanted[3:]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops import _C
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, register_gradient_of
+from moe_ops.ops._autograd import direct_call, plain_call, register_gradient_of
 from moe_ops.ops._checks import (
     check,
     check_float,
@@ -22,6 +22,7 @@ from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn import check_call, options_of, with_out_dtype
 
+_pack_experts = plain_call("pack_experts")
 _moe_ffn_packed = direct_call("moe_ffn_packed")
 
 
@@ -44,7 +45,7 @@ def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
     Raises:
         ValueError: wrong dtype or rank, or halves of an odd O.
     """
-    return torch.ops.moe_ops.pack_experts(w, halves)
+    return _pack_experts(w, halves)
 
 
 def moe_ffn_packed(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_ops.ops._autograd import plain_call
 from moe_ops.ops._checks import check, check_index
 from moe_ops.ops._library import register_fake
+
+_sort_slots = plain_call("sort_slots")
 
 
 def sort_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +31,7 @@ def sort_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     Raises:
         ValueError: wrong dtype, rank or num_experts; 2^31 slots or more.
     """
-    return torch.ops.moe_ops.sort_slots(topk_ids, num_experts)
+    return _sort_slots(topk_ids, num_experts)
 
 
 @register_fake("sort_slots")

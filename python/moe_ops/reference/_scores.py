@@ -22,7 +22,9 @@ def _sqrtsoftplus(logits: Tensor) -> Tensor:
     # Far below zero it is exp(logit / 2): log(1 + exp(logit)) is zero from half as far on, and the
     # gradient of its root infinite.
     # Each branch is computed of logits it is meant for: zero times infinity would be a NaN.
-    softplus = F.softplus(logits.clamp(min=-40), threshold=40)  # above, it is the logit
+    # Not clamp, whose gradient at -40 is 0 from torch 2.14 on.
+    above = torch.where(logits < -40, -40.0, logits)
+    softplus = F.softplus(above, threshold=40)  # above 40 it is the logit
     return torch.where(logits < -40, (logits.clamp(max=-40) / 2).exp(), softplus.sqrt())
 
 

@@ -37,8 +37,9 @@ def gated_act(
     elif activation == "reglu":
         h = F.relu(gate) * up
     elif activation == "swiglu_oai":
-        gate = gate.clamp(max=limit)
-        up = up.clamp(-limit, limit)
+        # The gradient of torch's clamp at its bounds is 1 before torch 2.14 and 0 from then on.
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
         h = (up + 1) * gate * torch.sigmoid(alpha * gate)
     else:
         raise ValueError(f"gated_act: activation must be one of {GATED}, got {activation!r}")
