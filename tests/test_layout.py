@@ -439,6 +439,13 @@ def test_long_sources_say_why():
         assert len(lines) <= 500 or "long because" in top, f"{path} has {len(lines)} lines"
 
 
+def test_class_variables_have_types():
+    """Python 3.10 cannot read the annotations of a class that has a ClassVar of no type."""
+    for path in (ROOT / "python").rglob("*.py"):
+        plain = [x for x in path.read_text("utf-8").splitlines() if ": ClassVar =" in x]
+        assert not plain, f"{path}: {plain[0].strip()}"
+
+
 def test_text_files_are_tidy():
     for path in tracked_files():
         text = path.read_text(encoding="utf-8")

@@ -52,7 +52,7 @@ class CoEConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_published", "c2k4", "c1k8")
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         **LATENT_KEYS,
         "num_heads": size("num_attention_heads"),
@@ -66,7 +66,7 @@ class CoEConfig(LMConfig):
         "routed_scaling_factor": number("routed_scaling_factor", default=1.0),
         "sequence_balance_coefficient": number("aux_loss_alpha", default=0.0),
     }
-    FIXED: ClassVar = {
+    FIXED: ClassVar[dict[str, Any]] = {
         "hidden_act": "silu",
         "attention_bias": False,
         "first_k_dense_replace": 0,

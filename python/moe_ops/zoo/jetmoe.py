@@ -45,7 +45,7 @@ class JetMoEConfig(LMConfig):
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "jetmoe_8b")
     # The names of transformers, then of the code released with the checkpoint: it calls I, E
     # and K otherwise.
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_kv_heads": size("num_key_value_heads"),
         "head_size": size("kv_channels"),
@@ -55,7 +55,7 @@ class JetMoEConfig(LMConfig):
         "tie_embeddings": flag("tie_word_embeddings", default=True),
         "load_balancing_coefficient": number("aux_loss_coef", default=OWN),
     }
-    FIXED: ClassVar = {"activation_function": "silu"}
+    FIXED: ClassVar[dict[str, Any]] = {"activation_function": "silu"}
 
     vocab_size: int = 32_000
     hidden_size: int = 2048

@@ -37,13 +37,17 @@ class LlamaConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tinyllama_1b")
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_heads": size("num_attention_heads"),
         "intermediate_size": size("intermediate_size"),
         "tie_embeddings": flag("tie_word_embeddings", default=False),
     }
-    FIXED: ClassVar = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    FIXED: ClassVar[dict[str, Any]] = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
     num_heads: int = 4
     num_kv_heads: int = 4

@@ -48,7 +48,7 @@ class TopPConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny",)
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "expert_frequency": size("expert_frequency", default=2),
         "num_heads": size("num_attention_heads"),
@@ -57,7 +57,7 @@ class TopPConfig(LMConfig):
         "top_p": number("top_p_threshold", default=OWN),
         "expected_experts": size("experts_topk", default=OWN),
     }
-    FIXED: ClassVar = {"hidden_act": "silu", "tie_word_embeddings": False}
+    FIXED: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "tie_word_embeddings": False}
 
     expert_frequency: int = 1
     num_heads: int = 4

@@ -52,7 +52,7 @@ class BAMConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "bam_590m", "bam_2b")
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_heads": size("num_attention_heads"),
         "num_kv_heads": size("num_key_value_heads"),
@@ -64,7 +64,7 @@ class BAMConfig(LMConfig):
         "attention_top_k": size("num_attention_experts_per_tok", default=None),
         "tie_embeddings": flag("tie_word_embeddings", default=False),
     }
-    FIXED: ClassVar = {"hidden_act": "silu"}
+    FIXED: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
 
     num_experts: int = 4
     top_k: int = 1

@@ -51,8 +51,8 @@ class DeepSeekConfig(LMConfig):
         "v2",
         "v3",
     )
-    KEYS: ClassVar = KEYS
-    FIXED: ClassVar = FIXED
+    KEYS: ClassVar[dict[str, Any]] = KEYS
+    FIXED: ClassVar[dict[str, Any]] = FIXED
 
     num_dense_layers: int = 1
     dense_intermediate_size: int = 128

@@ -37,7 +37,7 @@ class ModuleFormerConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "molm_350m_4b", "molm_700m_4b", "molm_700m_8b")
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         "vocab_size": size("vocab_size"),
         "hidden_size": size("n_embd"),
         "num_layers": size("n_layer"),
@@ -55,7 +55,10 @@ class ModuleFormerConfig(LMConfig):
         "context": size("block_size", default=OWN),
         "init_std": number("initializer_range", default=OWN, least=0),
     }
-    FIXED: ClassVar = {"activation_function": "gelu_new", "tie_word_embeddings": False}
+    FIXED: ClassVar[dict[str, Any]] = {
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": False,
+    }
 
     vocab_size: int = 50_295
     hidden_size: int = 1024

@@ -51,7 +51,7 @@ class ThorConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_decoder", "iwslt")
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         "vocab_size": size("vocab_size"),
         "hidden_size": size("decoder_embed_dim"),
         "num_layers": size("decoder_layers"),

@@ -38,7 +38,7 @@ class WideNetConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_vision", "b", "l", "h")
-    KEYS: ClassVar = {
+    KEYS: ClassVar[dict[str, Any]] = {
         "vocab_size": size("vocab_size"),
         "hidden_size": size("hidden_size"),
         "num_layers": size("num_layers"),
