@@ -30,6 +30,7 @@ BASE = ModuleFormerConfig(
     gate_size=32,
 )
 RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
+LONGER = dataclasses.replace(RECIPE, steps=2000)
 BALANCE = 0.1
 CONCENTRATION = 0.1
 # Shares of tokens below which experts go, and the rise of the loss that is allowed.
@@ -313,14 +314,8 @@ EXPERIMENT = Experiment(
     "moduleformer",
     (
         study("moduleformer-500", "0.6 MB", 16, 2.5),
-        study(
-            "moduleformer-2000", "2.3 MB", 51, 10.0,
-            recipe=dataclasses.replace(RECIPE, steps=2000),
-        ),
-        told_study(
-            "moduleformer-2000-24", "2.3 MB, more seeds", 52, 1.1, 24, 15,
-            dataclasses.replace(RECIPE, steps=2000),
-        ),
+        study("moduleformer-2000", "2.3 MB", 51, 10.0, recipe=LONGER),
+        told_study("moduleformer-2000-24", "2.3 MB, more seeds", 52, 1.1, 24, 15, LONGER),
     ),
     (
         Headline(

@@ -162,6 +162,13 @@ def costs(graph: str) -> Hypothesis:
     )
 
 
+def with_sage(graph: str, pilot: tuple[float, float, str]) -> Hypothesis:
+    return ahead(
+        graph, "Mowst* with SAGE is ahead of MLP and SAGE", "Mowst*, SAGE", ("MLP", "SAGE"),
+        key="sage", pilot=pilot,
+    )  # fmt: skip
+
+
 PAIR, WIDE_PAIR = ("MLP", "GCN"), ("MLP, wide", "GCN, wide")
 
 
@@ -174,10 +181,7 @@ def populations_planned(graph: str = "populations") -> list[Hypothesis]:
             key="experts",
         ),
         ahead(graph, "Mowst* is ahead of SAGE", "Mowst*", ("SAGE",)),
-        ahead(
-            graph, "Mowst* with SAGE is ahead of MLP and SAGE", "Mowst*, SAGE", ("MLP", "SAGE"),
-            key="sage", pilot=(-0.004, 0.007, "seeds 0 to 2"),
-        ),
+        with_sage(graph, (-0.004, 0.007, "seeds 0 to 2")),
         ahead(
             graph, "Mowst* is ahead of the mean of MLP and GCN", "Mowst*", (MEAN,),
             key="mean, both", pilot=(-0.036, 0.007, "seeds 0 to 2"),
@@ -200,10 +204,7 @@ def misleading_planned(graph: str = "misleading") -> list[Hypothesis]:
         ahead(graph, "Mowst* is ahead of MLP and GCN", "Mowst*", PAIR),
         ahead(graph, "Mowst* is ahead of both widened", "Mowst*", WIDE_PAIR, key="experts"),
         ahead(graph, "Mowst* is ahead of SAGE", "Mowst*", ("SAGE",), pilot=(-0.060, 0.015, said)),
-        ahead(
-            graph, "Mowst* with SAGE is ahead of MLP and SAGE", "Mowst*, SAGE", ("MLP", "SAGE"),
-            key="sage", pilot=(0.0064, 0.0043, said),
-        ),
+        with_sage(graph, (0.0064, 0.0043, said)),
         ahead(graph, "Mowst* is ahead of Mowst", "Mowst*", ("Mowst",)),
         saves(graph, ALONE, "one by one", key="saved"),
         *(surer(graph, arm, *FEATURED, "surer" * (arm == "Mowst*")) for arm in MIXTURES),
@@ -213,10 +214,7 @@ def misleading_planned(graph: str = "misleading") -> list[Hypothesis]:
 def repeated(graph: str = "misleading") -> list[Hypothesis]:
     """What ten seeds leave open, with seeds of its own."""
     return [
-        ahead(
-            graph, "Mowst* with SAGE is ahead of MLP and SAGE", "Mowst*, SAGE", ("MLP", "SAGE"),
-            key="sage", pilot=(-0.0048, 0.0081, "seeds 10 to 19"),
-        ),
+        with_sage(graph, (-0.0048, 0.0081, "seeds 10 to 19")),
         ahead(graph, "Mowst* is ahead of MLP and GCN", "Mowst*", PAIR),
     ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
@@ -230,6 +231,12 @@ def router_is_unknown(model_type: str) -> bool:
     block = build(model_type).model.layers[0].block_sparse_moe
     with torch.no_grad():
         return not block.router(torch.randn(4, 32))[0].is_floating_point()
+
+
+def skip_unknown_router(model_type: str) -> None:
+    """Ends a test of what only a known router has."""
+    if router_is_unknown(model_type):
+        pytest.skip("Granite's router returns its results in another order in this transformers")
 
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:

@@ -15,7 +15,7 @@ from moe_ops import memory
 from moe_ops.hf.fused import fuse
 from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
 
-from .models import MODEL_TYPES, VOCAB, build, router_is_unknown, tokens
+from .models import MODEL_TYPES, VOCAB, build, router_is_unknown, skip_unknown_router, tokens
 from .test_quantize import WIDE, logits, make, relative
 
 # The kinds of fused modules in each model; LayerNorms and other choices stay.
@@ -339,8 +339,7 @@ def test_other_formulas_are_left_alone():
 @pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if "fused router" in FUSED[m]])
 def test_router_of_a_wide_model(model_type, change):
     """What tells formulas apart must do so where sums are over thousands of features."""
-    if router_is_unknown(model_type):
-        pytest.skip("Granite's router returns its results in another order in this transformers")
+    skip_unknown_router(model_type)
     torch.manual_seed(0)
     model = build(model_type, hidden_size=2048, **change)
     routers = [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "weight")]

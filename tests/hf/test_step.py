@@ -14,7 +14,7 @@ from moe_ops.hf import step
 from moe_ops.hf.attention_layout import LatentLayout
 from moe_ops.hf.layout import layout_of
 
-from .models import CACHE, MODEL_TYPES, build, router_is_unknown, tokens
+from .models import CACHE, MODEL_TYPES, build, skip_unknown_router, tokens
 from .test_optimize import GREEDY, padded
 
 # Models whose attention is that of an op.
@@ -57,8 +57,7 @@ def both(models, function):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_layouts(model_type):
-    if router_is_unknown(model_type):
-        pytest.skip("Granite's router returns its results in another order in this transformers")
+    skip_unknown_router(model_type)
     layouts = [layout_of(m, {}) for m in build(model_type).modules()]
     known = [layout for layout in layouts if layout is not None]
     assert len(known) == (0 if model_type in OTHERS else 2)
