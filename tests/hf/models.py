@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import inspect
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
+from moe_ops.hf.cache_argument import cache_name
+
 VOCAB = 64
-# What models call the argument; the other is its name in transformers 5.20 and before.
-CACHE = "cache"
-if CACHE not in inspect.signature(MixtralForCausalLM.forward).parameters:
-    CACHE = "past_key_values"
+CACHE = cache_name(MixtralForCausalLM.forward)
 
 _COMMON = {
     "vocab_size": VOCAB,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe_ops.hf.cache_argument import cache_name
 from moe_ops.hf.fused import call_quietly, close, norm_eps
 from moe_ops.hf.probe import numbers, random_copy
 from moe_ops.reference import attention_step, latent_attention_step
@@ -161,15 +161,13 @@ def _padded_mask() -> Tensor:
 def _call_attention(
     probe: Any, x: Tensor, positions: Any, mask: Tensor, cache: Any
 ) -> Tensor | None:
-    # The other is its name in transformers 5.20 and before.
-    known = "cache" in inspect.signature(type(probe).forward).parameters
     y = call_quietly(
         probe,
         hidden_states=x,
         position_embeddings=positions,
         attention_mask=mask,
         position_ids=None,
-        **{"cache" if known else "past_key_values": cache},
+        **{cache_name(type(probe).forward): cache},
     )
     return y[0] if isinstance(y, tuple) and isinstance(y[0], Tensor) else None
 

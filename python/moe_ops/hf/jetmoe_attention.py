@@ -16,6 +16,7 @@ from transformers.models.jetmoe.modeling_jetmoe import (
     eager_attention_forward,
 )
 
+from moe_ops.hf.cache_argument import OLDER_NAME
 from moe_ops.hf.experts import cast_like
 from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
@@ -41,8 +42,8 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        if cache is None:  # Its name in transformers 5.20 and before.
-            cache = kwargs.pop("past_key_values", None)
+        if cache is None:
+            cache = kwargs.pop(OLDER_NAME, None)
         assert position_embeddings is not None
         experts = self.experts
         batch, length, hidden_size = hidden_states.shape

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from moe_ops._private_torch import has_global_hooks
 from moe_ops.expert_weights.packing import expert_ffn
+from moe_ops.hf import cache_argument
 from moe_ops.hf.attention_layout import AttentionLayout, LatentLayout, latent_operands
 from moe_ops.hf.attention_widths import PaddedValues
 from moe_ops.hf.experts import bank_bias, bank_views
@@ -32,12 +33,12 @@ _TENSORS = (Tensor, nn.Parameter)
 # Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
 _KNOWN = frozenset(
     (
+        cache_argument.NAME,
+        cache_argument.OLDER_NAME,
         "attention_mask",
-        "cache",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
-        "past_key_values",
         "position_embeddings",
         "position_ids",
         "use_cache",
@@ -129,9 +130,7 @@ def _attend(
     kwargs: Mapping[str, Any],
 ) -> Tensor | None:
     """x + attention; None where the ops cannot do what is asked for."""
-    cache = kwargs.get("cache")
-    if cache is None:  # Its name in transformers 5.20 and before.
-        cache = kwargs.get("past_key_values")
+    cache = cache_argument.find_cache(kwargs)
     positions = kwargs.get("position_embeddings")
     norm = _vector(layer._modules["input_layernorm"], x)
     if (

@@ -117,6 +117,8 @@ class SelfContrast:
         return longer and torch.equal(input_ids[:, :length], seen)
 
     def _run_transformers(self, input_ids: Tensor, new: Tensor) -> Tensor:
+        from moe_ops.hf.cache_argument import cache_name
+
         options: dict[str, Any] = {}
         if (mask := self.attention_mask) is not None:
             added = input_ids.shape[1] - mask.shape[1]
@@ -127,8 +129,7 @@ class SelfContrast:
                 options["position_ids"] = positions[:, -new.shape[1] :]
         if "logits_to_keep" in self._parameters:
             options["logits_to_keep"] = 1
-        # Its newer name, and the older one.
-        options["cache" if "cache" in self._parameters else "past_key_values"] = self._cache
+        options[cache_name(self.model.forward)] = self._cache
         return self.model(input_ids=new, use_cache=True, **options).logits
 
     def _new_cache(self) -> Any:
