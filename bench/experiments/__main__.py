@@ -87,11 +87,9 @@ def listed(study: Study) -> str:
     """A study in a line."""
     store = queue.Store(study)
     total, left = len(study.runs) * study.seeds, len(store.missing())
-    system = study.name.split("-")[0]
-    chances = worth.decisions(study, registry.experiment(system), page.earlier(system))
     return (
         f"{study.name}: {total - left} of {total} runs, {left * store.minutes():.0f} min left; "
-        f"{worth.said(chances)}"
+        f"{worth.said(worth.decisions(study))}"
     )
 
 

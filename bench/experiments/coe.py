@@ -353,7 +353,7 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "text", "C2K2 has lower loss than C1K4", "1.20 to 1.12 on mathematics (C2K4, C1K8)",
-            "quality", earlier="two iterations of 2 are better than one of 4",
+            "quality",
             contradicted="two layers and 0.6 MB are not limited by depth, and of each gate's "
             "tokens and gradient there is half",
             not_shown="two layers and 0.6 MB are not limited by depth",
@@ -367,7 +367,6 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "gates", "own gates are better than one", "1.12 against 1.24", "mechanism",
-            earlier="own gates are better than one for both",
             contradicted="a gate of one iteration gets half of the gradient, and balanced worse "
             "in the run before (MaxVio 1.0 against 0.75)",
             not_shown="a gate of one iteration gets half of the gradient, and balanced worse in "

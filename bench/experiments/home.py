@@ -278,24 +278,20 @@ EXPERIMENT = Experiment(
             Headline(
                 "zeros", "normalised Swish experts are never all zeros",
                 "over 90 % zeros of some experts without", "mechanism",
-                earlier="generated: normalised Swish experts of HoME have fewer zeros",
                 shown="ReLU is zero on half of the line, where it has no gradient that leads back; "
                 "Swish is zero in one point",
             ),
             Headline(
                 "scale", "and have outputs of one scale", "scales differ much without", "mechanism",
-                earlier="generated: and outputs of more even scale, HoME",
                 shown="each expert's outputs are normalised by statistics of their own",
             ),
             Headline(
                 "MMoE", "HoME* is ahead of MMoE*", "not at hand", "quality",
-                earlier="generated: HoME* is ahead of MMoE* in test AUC",
                 shown="categories that use a feature in opposite ways have gates of their own",
                 contradicted=GATES, not_shown=EQUAL,
             ),
             Headline(
                 "PLE", "HoME* is ahead of PLE*", "not at hand", "quality",
-                earlier="generated: HoME* is ahead of PLE* in test AUC",
                 shown="categories that use a feature in opposite ways have gates of their own",
                 contradicted=GATES, not_shown=EQUAL,
             ),

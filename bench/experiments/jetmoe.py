@@ -167,18 +167,15 @@ EXPERIMENT = Experiment(
         Headline(
             "dense", "lower loss than a dense model of as many active parameters",
             "JetMoE-8B beats Llama2-7B, 70 % less inference compute", "quality",
-            earlier="JetMoE's loss is below that of the dense model",
-            shown="three seeds of 0.6 MB were too little: with four times the text the gap is "
-            "three times as wide and its spread a third",
+            shown="0.6 MB are too little to see it: with four times the text the gap is wider and "
+            "its spread over seeds a quarter",
         ),
         Headline(
             "balance", "the balance loss evens the load", "used, not ablated", "mechanism",
-            earlier="the balance loss lowers MaxVio",
             shown="without it one expert ends at 3.3 times its share",
         ),
         Headline(
             "z", "the z-loss keeps logits small", "used, not ablated", "mechanism",
-            earlier="the z-loss lowers the mean of logsumexp^2",
             shown="it is what the loss minimises",
         ),
     ),

@@ -321,26 +321,22 @@ EXPERIMENT = Experiment(
         Headline(
             "information", "the mutual-information loss makes experts tell the domain",
             "used, not ablated", "mechanism",
-            earlier="experts tell more about the domain with the mutual-information loss",
             shown="it asks for sure choices with all experts in use, and kinds of text are what "
             "tokens can be told apart by",
         ),
         Headline(
             "pruned", "more experts can go after concentration",
             "modules that a task does not need can be pruned", "cost",
-            earlier="concentration lets a larger share of experts go at 1 % of loss",
             shown="it lowers the entropy of the experts' use, and experts that nobody uses can go",
         ),
         Headline(
             "added", "added experts learn a new domain", "new modules learn new knowledge",
             "quality",
-            earlier="added experts learn the new domain",
             shown="they and their rows of the routers are trained on nothing else",
         ),
         Headline(
             "forgotten", "and forget less than full tuning",
             "more robust to forgetting than dense models", "quality",
-            earlier="they forget less than tuning everything",
             shown="the old experts stay as they are; what is forgotten is what new rows of the "
             "routers take from them",
         ),

@@ -270,7 +270,6 @@ EXPERIMENT = Experiment(
         Headline(
             "experts", "Mowst* is ahead of its experts, widened too",
             "ahead on six graphs", "quality",
-            earlier="populations: Mowst* is 5 points ahead of both widened",
             shown="each half of the nodes is read better by another expert, and C tells them apart",
         ),
         Headline(
@@ -280,19 +279,16 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "mean, both", "and where neighbours help, or tell nothing", "not compared", "quality",
-            earlier="populations: Mowst* is ahead of the mean of MLP and GCN",
             contradicted="how sure the GCN is tells the halves apart too: a mean reads it, and C "
             "is a function of the MLP's prediction alone",
         ),
         Headline(
             "films", "Mowst* is ahead of its experts on films", "not used there", "quality",
-            earlier="films: Mowst* is ahead of MLP and GCN",
             shown="likely: features and links tell different films",
         ),
         Headline(
             "sage", "with SAGE as its strong expert, it is ahead of SAGE",
             "ahead with four graph networks", "quality",
-            earlier="populations: Mowst* with SAGE is ahead of MLP and SAGE",
             shown="the gain is small, for SAGE weighs a node against its neighbours itself",
             contradicted="SAGE weighs a node against its neighbours itself",
             not_shown="SAGE weighs a node against its neighbours itself",
@@ -300,12 +296,10 @@ EXPERIMENT = Experiment(
         Headline(
             "surer", "C is higher on nodes that features tell", "follows from the loss",
             "mechanism",
-            earlier="populations: Mowst* is surer of feature nodes than of structure nodes",
             shown="the loss pays for a sure MLP only where it is right",
         ),
         Headline(
             "saved", "a quarter of the FLOPs saved, nodes one by one", "not measured", "cost",
-            earlier="populations: Mowst* saves a quarter of the FLOPs, nodes one by one",
             shown="a node of which the MLP is sure needs none of its neighbours computed; all at "
             "once, others need them",
         ),

@@ -2,8 +2,7 @@
 
 The results of all runs lie in bench/experiments/results, a file a study. Of them come, between two
 marks, the tables of docs/zoo/<system>.md and the table of all systems in docs/zoo.md, and the
-pictures beside the pages. results/earlier has reports of runs before the present rules, with three
-seeds; their verdicts are computed by the present ones.
+pictures beside the pages.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from . import registry
 from .inference import CONTRADICTED, NOT_SHOWN, SHOWN, detectable
 from .picture import Picture
 from .queue import RESULTS
-from .report import MIN_SEEDS, Claim, Report, measured
+from .report import Claim, Report, measured
 from .study import Experiment, Headline, Hypothesis, Study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +30,8 @@ BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
 KINDS = ("quality", "mechanism", "cost")
 MOST_COLUMNS = 3
 MARKS = {SHOWN: "●", NOT_SHOWN: "○", CONTRADICTED: "✕"}
-FEW_SEEDS, NOT_RUN = "with three seeds alone", "not run so far"
-STATES = (SHOWN, CONTRADICTED, NOT_SHOWN, FEW_SEEDS, NOT_RUN)
+NOT_RUN = "not run so far"
+STATES = (SHOWN, CONTRADICTED, NOT_SHOWN, NOT_RUN)
 
 
 def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIEW) -> list[Path]:
@@ -71,18 +70,14 @@ def fill(page: Path, text: str) -> Path:
 def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]]:
     """What stands between the marks of a system's page, and its pictures."""
     reports = reports_of(found, results)
-    before = earlier(found.system, results)
-    parts, drawn = [headlines(found, reports, before)], trends(found, reports)
-    drawn += last_pictures([*before, *(report for report in reports if report is not None)])
+    parts, drawn = [headlines(found, reports)], trends(found, reports)
+    drawn += last_pictures([report for report in reports if report is not None])
     parts += [f"![{p.title}]({found.system}-{p.name}.svg)" for p in drawn]
     for study, report in zip(found.studies, reports, strict=True):
         if report is None:
             parts.append(f"### {study.size}\n\nNot run so far: `{study.name}` of the queue.")
         else:
             parts.append(f"{report.markdown().rstrip()}\n\nStudy `{study.name}`.")
-    for report in before:
-        title = f"### Run before, 3 seeds{': ' * bool(report.title)}{report.title}"
-        parts += [title, replace(report, title="").markdown().rstrip()]
     return "\n\n".join(parts), drawn
 
 
@@ -96,12 +91,6 @@ def reports_of(found: Experiment, results: Path = RESULTS) -> list[Report | None
     return reports
 
 
-def earlier(system: str, results: Path = RESULTS) -> list[Report]:
-    """Reports of the runs before the present rules."""
-    paths = sorted((results / "earlier").glob(f"{system}*.json"))
-    return [Report.from_dict(json.loads(path.read_text("utf-8"))) for path in paths]
-
-
 def claims_of(headline: Headline, reports: Sequence[Report | None]) -> list[Claim | None]:
     """What each study says about it."""
     return [
@@ -111,19 +100,15 @@ def claims_of(headline: Headline, reports: Sequence[Report | None]) -> list[Clai
 
 
 def deciding(
-    headline: Headline,
-    found: Experiment,
-    reports: Sequence[Report | None],
-    before: Sequence[Report],
+    headline: Headline, found: Experiment, reports: Sequence[Report | None]
 ) -> Claim | None:
-    """The claim of the largest study whose seeds are all done, else of the run before.
+    """The claim of the largest study whose seeds are all done.
 
     A study of which a part is done decides nothing: who looks again after each seed finds at some
     time what he looks for.
     """
     whole = done(headline, found, reports)
-    old = [c for r in before for c in r.claims if c.statement == headline.earlier]
-    return whole[-1] if whole else old[0] if old else None
+    return whole[-1] if whole else None
 
 
 def promise(study: Study, hypothesis: Hypothesis) -> str:
@@ -142,7 +127,7 @@ def done(headline: Headline, found: Experiment, reports: Sequence[Report | None]
     return [c for s, c in pairs if c is not None and len(c.differences) == s.seeds]
 
 
-def headlines(found: Experiment, reports: Sequence[Report | None], before: Sequence[Report]) -> str:
+def headlines(found: Experiment, reports: Sequence[Report | None]) -> str:
     """The table that a page leads with: claim, published, ours by size, verdict, why."""
     of_all = {h: claims_of(h, reports) for h in found.headlines}
     # Only studies that decide a headline have a column.
@@ -158,21 +143,15 @@ def headlines(found: Experiment, reports: Sequence[Report | None], before: Seque
     apart = len(shown) > MOST_COLUMNS and all(len(plan) == 1 for plan in plans.values())
     if apart:
         names = ["measured"]
-    lines = [
-        f"| claim | published | {'before, 3 seeds | ' * bool(before)}{' | '.join(names)} | verdict "
-        "| why |"
-    ]
-    lines.append("|---" * (4 + len(names) + bool(before)) + "|")
+    lines = [f"| claim | published | {' | '.join(names)} | verdict | why |"]
+    lines.append("|---" * (4 + len(names)) + "|")
     for headline, claims in of_all.items():
         cells = [headline.statement, headline.published]
-        if before:
-            old = [c for r in before for c in r.claims if c.statement == headline.earlier]
-            cells.append(cell(old[0]) if old else "–")
         for i in plans[headline] if apart else shown:
             claim = claims[i]
             planned = any(h.key == headline.key for h in found.studies[i].hypotheses)
             cells.append(cell(claim) if claim else "to be run" if planned else "–")
-        decided = deciding(headline, found, reports, before)
+        decided = deciding(headline, found, reports)
         cells.append(f"**{decided.said()}**" if decided else "open")
         cells.append(why(headline, found, decided) or "–")
         lines.append(f"| {' | '.join(cells)} |")
@@ -212,28 +191,24 @@ def cell(claim: Claim) -> str:
 def cells(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
     """A row of the table of all systems: its headlines by kind, with their verdicts, and those of
     all studies that are done where they differ."""
-    reports, before = reports_of(found, results), earlier(found.system, results)
+    reports = reports_of(found, results)
     for kind in KINDS:
         said = []
         for headline in (h for h in found.headlines if h.kind == kind):
-            decided = deciding(headline, found, reports, before)
+            decided = deciding(headline, found, reports)
             mark = MARKS[decided.verdict()] if decided else "–"
-            few = "*" if decided and len(decided.differences) < MIN_SEEDS else ""
             every = [MARKS[claim.verdict()] for claim in done(headline, found, reports)]
             by_study = f" ({' '.join(every)} by study)" if len(set(every)) > 1 else ""
-            said.append(f"{mark}{few} {headline.statement}{by_study}")
+            said.append(f"{mark} {headline.statement}{by_study}")
         yield "<br>".join(said) or "–"
 
 
 def states(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
-    """The verdict of each headline that has one by the present rules, else what is missing."""
-    reports, before = reports_of(found, results), earlier(found.system, results)
+    """The verdict of each headline that has one."""
+    reports = reports_of(found, results)
     for headline in found.headlines:
-        decided = deciding(headline, found, reports, before)
-        if decided is None:
-            yield NOT_RUN
-        else:
-            yield decided.verdict() if len(decided.differences) >= MIN_SEEDS else FEW_SEEDS
+        decided = deciding(headline, found, reports)
+        yield decided.verdict() if decided else NOT_RUN
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -1,10 +1,10 @@
-"""Pictures of an experiment: data first, so that they can be drawn again without the run."""
+"""Pictures of an experiment: data first, drawn by matplotlib."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,6 @@ class Picture:
                     f"Picture: {self.name}, {label!r}: x (of a heatmap z) and y must be equally "
                     f"long, got {len(rows)} and {len(data['y'])}."
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def draw(self, path: Path) -> None:
         """Writes an SVG whose bytes depend on the data and on matplotlib alone."""

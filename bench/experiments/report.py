@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import stdev
 from typing import Any
-
-from moe_ops._files import write_text
 
 from .inference import Interval, interval, verdict
 from .picture import Picture
@@ -111,54 +107,6 @@ class Report:
             cells += [f"{side} {claim.bound:g}", claim.said()]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python, ready for JSON."""
-        return {
-            "system": self.system,
-            "setting": dict(self.setting),
-            "columns": list(self.columns),
-            "arms": {arm: [list(row) for row in rows] for arm, rows in self.arms.items()},
-            "claims": [
-                {
-                    "statement": c.statement,
-                    "unit": c.unit,
-                    "differences": list(c.differences),
-                    "mean": c.mean,
-                    "standard_error": None if math.isinf(c.standard_error) else c.standard_error,
-                    "bound": c.bound,
-                    "below": c.below,
-                    "key": c.key,
-                    "verdict": c.verdict(),
-                }
-                for c in self.claims
-            ],
-            "pictures": [picture.to_dict() for picture in self.pictures],
-            "title": self.title,
-            "fixed": list(self.fixed),
-        }
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """What `to_dict` gave."""
-        kept = ("statement", "differences", "unit", "bound", "below", "key")
-        return cls(
-            data["system"],
-            dict(data["setting"]),
-            data["columns"],
-            dict(data["arms"]),
-            [
-                Claim(**{name: claim[name] for name in kept if name in claim})
-                for claim in data["claims"]
-            ],
-            [Picture(**picture) for picture in data["pictures"]],
-            data.get("title", ""),
-            data.get("fixed", []),
-        )
 
 
 def gaps(

@@ -294,7 +294,6 @@ class Headline:
         statement: in a few words.
         published: what the authors report.
         kind: "quality", "mechanism" or "cost": a column of the table of all systems.
-        earlier: statement of the claim in the run before the present rules, "" for none.
         shown, contradicted, not_shown: what the result is put down to, should it be this one; ""
             where nothing is known.
     """
@@ -303,7 +302,6 @@ class Headline:
     statement: str
     published: str
     kind: str
-    earlier: str = ""
     shown: str = ""
     contradicted: str = ""
     not_shown: str = ""

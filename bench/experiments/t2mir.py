@@ -266,7 +266,6 @@ EXPERIMENT = Experiment(
         Headline(
             "tells", "the contrastive loss makes the router tell the task", "tasks lie apart",
             "mechanism",
-            earlier="contrast 0.1: the router tells the rotation better than without",
             shown="it is what the loss asks for; the features before the router tell it as well",
             contradicted="features tell the task before any training; a contrast among 24 tasks "
             "adds nothing to it",
@@ -275,7 +274,6 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "return", "and that raises the return", "higher than without", "quality",
-            earlier="contrast 0.1: higher return than without",
             contradicted="one step of an episode tells the task, so that nobody needs the router "
             "to know it",
             not_shown="one step of an episode tells the task, so that nobody needs the router to "
@@ -283,7 +281,7 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "dense", "higher return than a dense transformer", "higher on all environments",
-            "quality", earlier="contrast 0.1: higher return than dense",
+            "quality",
             contradicted="likely: training is short, and each expert sees a share of the tokens",
             not_shown="likely: training is short, and each expert sees a share of the tokens",
         ),

@@ -272,19 +272,16 @@ EXPERIMENT = Experiment(
         Headline(
             "fewer", "fewer experts than top-2", "less than 90 % of its active parameters",
             "cost",
-            earlier="top-p uses fewer than 2 experts a token",
             shown="the entropy loss makes routers sure, and where p is moved it is moved for this",
         ),
         Headline(
             "loss", "at a loss no higher than that of top-2", "0.7 % better on tasks", "quality",
-            earlier="its loss is at most 0.01 above that of top-2",
             shown="the experts that go are those of the least weight",
             not_shown="how far the entropy loss brings the routers differs from seed to seed, and "
             "the loss with it",
         ),
         Headline(
             "tokens", "harder tokens use more experts", "not reported by token", "mechanism",
-            earlier="harder tokens use more experts (rank correlation)",
             contradicted="the router chooses by the byte that it reads, before it is known how "
             "hard the next one is",
             not_shown="the router chooses by the byte that it reads, before it is known how hard "
@@ -297,7 +294,7 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "entropy", "the entropy loss lowers the number of experts", "used, not ablated",
-            "mechanism", earlier="the entropy loss lowers the number of experts",
+            "mechanism",
             shown="it is what the loss minimises: flat probabilities need more experts to reach p",
         ),
     ),

@@ -167,4 +167,3 @@ def test_report_tables():
     assert "| arm | loss | MaxVio |" in text
     assert "| dense | 3 ± 1 | 0 ± 0 |" in text
     assert "| sparse is lower | -1.5 (-7.85 to 4.85) nat | 2 | < 0 | not shown (2 seeds) |" in text
-    json.dumps(report.to_dict())

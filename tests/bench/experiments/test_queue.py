@@ -14,7 +14,7 @@ from bench.experiments import jetmoe, moduleformer, page, queue, registry, worth
 from bench.experiments.deepseek import BASE as DEEPSEEK
 from bench.experiments.deepseek import POOLED, runs
 from bench.experiments.inference import power
-from bench.experiments.report import Claim, Report
+from bench.experiments.report import Claim
 from bench.experiments.study import (
     FIRST_SEED,
     Experiment,
@@ -298,33 +298,13 @@ def test_every_study_is_planned():
         registry.study("coe-1")
 
 
-def test_runs_before_have_present_verdicts():
-    """In their files, and each headline that names a claim of them means one."""
-    for path in (queue.RESULTS / "earlier").glob("*.json"):
-        stored = json.loads(path.read_text("utf-8"))["claims"]
-        claims = Report.from_dict(json.loads(path.read_text("utf-8"))).claims
-        assert [c["verdict"] for c in stored] == [c.verdict() for c in claims], path.name
-    for system in registry.NAMES:
-        for headline in registry.experiment(system).headlines:
-            named = [
-                [c.statement for c in report.claims].count(headline.earlier)
-                for report in page.earlier(system)
-            ]
-            assert not headline.earlier or max(named) == 1, headline
-
-
 def test_what_studies_promise():
-    """By the plan; without one by the run before, whose deviation is that of its seeds."""
-    headline = Headline("lower", "b is lower", "1 nat", "quality", earlier="b was lower")
+    """By the pilot in the plan."""
     study = toy()
-    found = Experiment("toy", (study,), (headline,))
-    before = [Report("toy", {}, [], claims=[Claim("b was lower", [-0.5, -1.5, -1.0], "nats")])]
-    planned = worth.decisions(study, found, before)
-    assert planned == {"lower": pytest.approx(power(1.0, 0.5, 5), abs=1e-3)}
+    assert worth.decisions(study) == {"lower": pytest.approx(power(1.0, 0.5, 5), abs=1e-3)}
     plain = dataclasses.replace(study.hypotheses[0], expected=None, deviation=None)
     study = dataclasses.replace(study, hypotheses=[plain, study.hypotheses[1]])
-    assert worth.decisions(study, found, before) == planned
-    assert worth.decisions(study, found, []) == {"lower": None}
+    assert worth.decisions(study) == {"lower": None}
     assert worth.said({"lower": None}) == "1 headlines, nothing known"
     assert worth.said({"a": 0.5, "b": 1.0, "c": None}) == (
         "decides 1.5 of 2 headlines by what is known, 1 of which nothing is known"
