@@ -24,7 +24,8 @@ from .partial_loading import PartlyLoaded, load_pruned
 from .profile import LayerProfile, Profile, profile
 from .prune import merge, prune, zeroed
 from .route_as import given, only, random, rank, route_as, top_k
-from .routed_layers import RoutedLayer, routed_layers
+from .routed_layer import RoutedLayer
+from .routed_layers import routed_layers
 from .self_contrast import SelfContrast, contrast
 from .super_experts import (
     Found,

@@ -13,7 +13,8 @@ from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers import AttentionExperts, Router
 from moe_ops.zoo.lm.config import LMConfig
 
-from .routed_layers import RoutedLayer, routed_layers
+from .routed_layer import RoutedLayer
+from .routed_layers import routed_layers
 
 # Names in configs of transformers for the experts of a layer and those of a token.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

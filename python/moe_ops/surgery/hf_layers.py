@@ -19,7 +19,7 @@ from moe_ops.hf.switch import status_of
 from moe_ops.layers import Experts, Router, Routing
 from moe_ops.layers.routing import RoutingOverride
 
-from .routed_layers import RoutedLayer, Watcher
+from .routed_layer import RoutedLayer, Watcher
 
 # What blocks call their router.
 _ROUTERS = ("gate", "router")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_ops.layers import RoutingStats
 from moe_ops.layers.recompute import in_backward
-from moe_ops.surgery.routed_layers import RoutedLayer, routed_layers
+from moe_ops.surgery.routed_layer import RoutedLayer
+from moe_ops.surgery.routed_layers import routed_layers
 
 
 def log_routing(

@@ -20,7 +20,8 @@ from moe_ops.layers import Routing
 from moe_ops.layers.routing import valid_ids
 
 from ._optional import safetensors_torch, saved_by
-from .routed_layers import RoutedLayer, routed_layers
+from .routed_layer import RoutedLayer
+from .routed_layers import routed_layers
 
 _FORMAT = "moe_ops.surgery.Profile 1"
 

@@ -17,7 +17,8 @@ from moe_ops.layers.surgery.rows import as_groups, as_ids
 from .editing import check_attention, finish, merge_layer, select_layer
 from .profile import expert_weights_of
 from .route_as import groups_left
-from .routed_layers import RoutedLayer, routed_layers
+from .routed_layer import RoutedLayer
+from .routed_layers import routed_layers
 
 
 def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moe_ops.layers import Router, TopKRouter
 from moe_ops.layers.routing import RoutingOverride, mask_logits
 
-from .routed_layers import RoutedLayer, routed_layers
+from .routed_layer import RoutedLayer
+from .routed_layers import routed_layers
 
 # (layer, router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'].
 Rule = Callable[[RoutedLayer, Tensor, Tensor | None], Tensor]
