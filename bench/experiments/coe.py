@@ -367,10 +367,8 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "gates", "own gates are better than one", "1.12 against 1.24", "mechanism",
-            contradicted="a gate of one iteration gets half of the gradient, and balanced worse "
-            "in the run before (MaxVio 1.0 against 0.75)",
-            not_shown="a gate of one iteration gets half of the gradient, and balanced worse in "
-            "the run before (MaxVio 1.0 against 0.75)",
+            contradicted="a gate of one iteration gets half of the gradient",
+            not_shown="a gate of one iteration gets half of the gradient",
         ),
     ),
 )  # fmt: skip

@@ -434,8 +434,7 @@ EXPERIMENT = Experiment(
             "the shared expert is missed more than a routed one at random, the next routed one in "
             "the place of either",
             "1.808 to 2.414 without it, one more routed one in its place", "mechanism",
-            shown="another routed expert does not do what all tokens need; in the run before, only "
-            "the shared one was given a replacement",
+            shown="another routed expert does not do what all tokens need",
             contradicted="here the shared expert is one of eight of quarter width that a token "
             "uses, no more than any other; the published gap is that of 100 billion tokens",
         ),
