@@ -73,12 +73,19 @@ def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]
     parts, drawn = [headlines(found, reports)], trends(found, reports)
     drawn += last_pictures([report for report in reports if report is not None])
     parts += [f"![{p.title}]({found.system}-{p.name}.svg)" for p in drawn]
-    for study, report in zip(found.studies, reports, strict=True):
-        if report is None:
-            parts.append(f"### {study.size}\n\nNot run so far: `{study.name}` of the queue.")
-        else:
-            parts.append(f"{report.markdown().rstrip()}\n\nStudy `{study.name}`.")
+    pairs = list(zip(found.studies, reports, strict=True))
+    parts += [folded(study, report) for study, report in pairs if report is not None]
+    missing = [f"`{study.name}` ({study.size})" for study, report in pairs if report is None]
+    if missing:
+        parts.append(f"Not run so far: {', '.join(missing)}.")
     return "\n\n".join(parts), drawn
+
+
+def folded(study: Study, report: Report) -> str:
+    """The numbers of a study, under a line that unfolds them: a heading in there would end it."""
+    text = replace(report, title="").markdown().rstrip()
+    summary = f"<summary>Numbers: {study.size} (study <code>{study.name}</code>)</summary>"
+    return f"<details>\n{summary}\n\n{text}\n\n</details>"
 
 
 def reports_of(found: Experiment, results: Path = RESULTS) -> list[Report | None]:

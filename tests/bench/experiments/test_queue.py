@@ -383,6 +383,7 @@ def test_the_command(registered, monkeypatch, tmp_path, capsys):
     assert command.main(["--pages"]) == 0
     text = (pages / "toy.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "<summary>Numbers: small (study <code>toy</code>)</summary>" in text
     measured = "● -1.12 (-1.14 to -1.1) nats, < 0?, n 5"
     assert f"| b is lower | 1 nat | {measured} | **shown** | it is made so |" in text
     overview = (tmp_path / "zoo.md").read_text()
