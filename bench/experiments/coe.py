@@ -332,8 +332,8 @@ EXPERIMENT = Experiment(
             dataclasses.replace(RECIPE, steps=2000), [MATHS_CLAIM], ("maths",),
         ),
         text_study(
-            "coe-maths-wide", "8 MB of maths, H 128", 60, 15.0, pair_of(WIDE_MATHS),
-            dataclasses.replace(RECIPE, steps=7000), [MATHS_CLAIM], ("maths",),
+            "coe-maths-wide", "4 MB of maths, H 128", 60, 7.5, pair_of(WIDE_MATHS),
+            dataclasses.replace(RECIPE, steps=3500), [MATHS_CLAIM], ("maths",),
         ),
     ),
     (
