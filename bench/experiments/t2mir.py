@@ -239,6 +239,19 @@ MANY_TASKS = dataclasses.replace(
     note="",
 )
 
+
+def repeated() -> Study:
+    """What contrast does to the return, with as many seeds as five others ask for."""
+    arms = {f"experts, contrast {weight:g}": Arm("both", weight) for weight in (0.0, 0.1)}
+    pilots = {"return": (-0.698, 0.634, "seeds 10 to 14")}
+    claims = [h for h in hypotheses(arms, pilots) if h.key == "return"]
+    return Study(
+        "t2mir-ad-12", "ad, more seeds", 15,
+        {arm: one(arm, made, SMALL_AD, "cpu") for arm, made in arms.items()},
+        12, 1.0, claims, functools.partial(setting, SMALL_AD), first_seed=15,
+    )  # fmt: skip
+
+
 EXPERIMENT = Experiment(
     "t2mir",
     (
@@ -261,6 +274,7 @@ EXPERIMENT = Experiment(
         study(
             "t2mir-many", "512 tasks a batch, dpt", 39, 4.0, MANY_TASKS, arms=ROUTED_ARMS,
         ),
+        repeated(),
     ),
     (
         Headline(
