@@ -288,8 +288,8 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "return", "and that raises the return", "higher than without", "quality",
-            contradicted="one step of an episode tells the task, so that nobody needs the router "
-            "to know it",
+            contradicted="likely: one step of an episode tells the task anyway, and what the "
+            "contrast keeps takes room in a narrow model",
             not_shown="one step of an episode tells the task, so that nobody needs the router to "
             "know it",
         ),
