@@ -252,7 +252,8 @@ class Study:
         for rows in arms.values():
             columns.update(dict.fromkeys(rows[0]))
         minutes = sum(r["seconds"] for found in runs.values() for r in found.values()) / 60
-        setting = {**self.setting(), "Machine": f"{stored['machine']}; {minutes:.0f} minutes of it"}
+        spent = "less than a minute" if minutes < 1 else f"{minutes:.0f} min"
+        setting = {**self.setting(), "Machine": f"{stored['machine']}; {spent} of it"}
         return Report(
             system,
             setting,
