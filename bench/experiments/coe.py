@@ -71,6 +71,8 @@ def text_study(
     def pictures(results: Results) -> list[Picture]:
         baseline, *rest = arms
         names = (baseline, *rest)
+        if len(domains) == 1:  # Two numbers, which the table has.
+            return []
         return [
             loss_picture(results, rest, baseline),
             curves_picture(
