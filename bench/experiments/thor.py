@@ -123,10 +123,12 @@ EXPERIMENT = Experiment(
         Headline(
             "switch", "lower loss than Switch", "2 BLEU more in multilingual translation",
             "quality",
+            shown="two passes that must agree keep 800 pairs, seen 30 times, from being learned by "
+            "heart; translations are not better (chrF)",
         ),
         Headline(
             "random", "and than random experts without consistency", "figures not checked",
-            "quality",
+            "quality", shown="the same",
         ),
         Headline(
             "r-drop", "and than R-Drop, which has no experts", "not compared", "quality",
@@ -136,6 +138,7 @@ EXPERIMENT = Experiment(
         Headline(
             "router", "random experts lose at most 0.02 nats to a router",
             "gates are no better than random routing", "mechanism",
+            shown="to draw experts is a kind of dropout, and dropout is what so little text needs",
         ),
         Headline(
             "draws", "consistency makes draws of experts alike", "experts predict consistently",
@@ -143,7 +146,7 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "mean", "the mean of experts is better than drawn ones", "figures not checked",
-            "mechanism",
+            "mechanism", shown="by 0.005 nats, for experts that agree have little to average",
         ),
     ),
 )  # fmt: skip
