@@ -79,6 +79,7 @@ class SelfContrast:
         self.renormalize = renormalize
         self.attention_mask = attention_mask
         self._cache: Any = None
+        self._cache_name = ""  # Asked once a cache: reading a signature takes time.
         self._seen: Tensor | None = None
         # The zoo's models make caches themselves.
         self._is_ours = hasattr(model, "new_cache")
@@ -117,8 +118,6 @@ class SelfContrast:
         return longer and torch.equal(input_ids[:, :length], seen)
 
     def _run_transformers(self, input_ids: Tensor, new: Tensor) -> Tensor:
-        from moe_ops.hf.cache_argument import cache_name
-
         options: dict[str, Any] = {}
         if (mask := self.attention_mask) is not None:
             added = input_ids.shape[1] - mask.shape[1]
@@ -129,12 +128,15 @@ class SelfContrast:
                 options["position_ids"] = positions[:, -new.shape[1] :]
         if "logits_to_keep" in self._parameters:
             options["logits_to_keep"] = 1
-        options[cache_name(self.model.forward)] = self._cache
+        options[self._cache_name] = self._cache
         return self.model(input_ids=new, use_cache=True, **options).logits
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
+        from moe_ops.hf.cache_argument import cache_name
+
+        self._cache_name = cache_name(self.model.forward)
         return DynamicCache(config=self.model.config)
 
 
