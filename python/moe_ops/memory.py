@@ -216,11 +216,8 @@ def new_zeros(*shape: int, dtype: torch.dtype, device: Any = None) -> Tensor:
     return t.zero_()
 
 
-MADV_WILLNEED = 3
-MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_PAGEOUT = 21  # Linux 5.4
-MADV_POPULATE_READ = 22  # Linux 5.14
 
 
 def madvise(address: int, num_bytes: int, advice: int) -> bool:

@@ -19,7 +19,9 @@ from moe_ops.offload import (
     Policy,
     offload_experts,
     record_trace,
+    write_experts,
 )
+from moe_ops.offload.store import Stored, read_header
 
 E, H, I, K = 8, 64, 32, 3
 KINDS = {
@@ -140,6 +142,28 @@ def test_an_opened_file(tmp_path):
         torch.testing.assert_close(banks(x), want)
     with pytest.raises(RuntimeError, match="must be open"):
         banks(x)
+
+
+@pytest.mark.parametrize("preadv", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pieces_of_a_file(tmp_path, monkeypatch, transposed, dtype, preadv):
+    """Rows of 20 and of 160 bytes, 100 bytes or one row at a time where they are not read as they
+    lie."""
+    monkeypatch.setattr("moe_ops.offload.store._READ_BYTES", 100)
+    if not preadv:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    path = tmp_path / "experts.safetensors"
+    for width in (5, 40):
+        bank = torch.randn(2, 7, width)
+        write_experts(path, [{"w": [bank]}])
+        piece = read_header(path)["0.1.w"]._replace(transposed=transposed)
+        want = bank[1].T if transposed else bank[1]
+        store = FileStore([[{"w": [piece, piece]}]], {"w": Stored((0,), dtype)})
+        into = torch.full((2 * want.shape[0], want.shape[1]), torch.nan, dtype=dtype)
+        store.read((0, 0), {"w": into})
+        assert torch.equal(into, torch.cat([want, want]).to(dtype))
+        store.close()
 
 
 class Gate(MemoryStore):
@@ -355,6 +379,14 @@ def test_bad_calls(tmp_path):
     path = tmp_path / "experts.safetensors"
     offload_experts(Layers("relu2"), 2, path=path).close()
     fails("store must hold", store=FileStore.open(path))
+    shortened = FileStore.open(path)
+    os.truncate(path, path.stat().st_size - 1)
+    into = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in shortened.tensors.items()}
+    shortened.read((0, 0), into)
+    with pytest.raises(OSError, match=r"must have [0-9,]+ bytes, got"):
+        shortened.read((1, E - 1), into)
+    shortened.close()
+    offload_experts(Layers("relu2"), 2, path=path).close()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="whole safetensors file"):
         FileStore.open(path)

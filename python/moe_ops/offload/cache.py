@@ -429,6 +429,7 @@ class _Copies:
         self._ready: list[Any] = [torch.cuda.Event() for _ in range(cache.num_slots)]
         self._used: list[Any] = [None] * cache.num_slots
         self._device = cache.device
+        self._pinned_store = cache.store.pinned
         self._staging = threading.local()  # Pinned memory of each thread that loads.
 
     def load(self, key: Key, slot: int, into: Mapping[str, Tensor]) -> None:
@@ -436,9 +437,7 @@ class _Copies:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             if self._used[slot] is not None:
                 self._stream.wait_event(self._used[slot])
-            parts = store.parts(key)
-            pinned = all(p.is_pinned() for pieces in parts.values() for p in pieces)
-            if pinned:
+            if self._pinned_store:
                 store.read(key, into, non_blocking=True)
             else:
                 staging = self._pinned()

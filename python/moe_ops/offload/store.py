@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from moe_ops import _files
-from moe_ops.memory import MADV_DONTNEED, MADV_POPULATE_READ, MADV_WILLNEED, madvise
 
 Key = tuple[int, int]  # Number of a bank, and of an expert in it.
 # One expert: name of a tensor -> its parts, one below the other along dimension 0.
@@ -35,6 +33,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 64  # Of the first tensor of a file; what follows is as aligned as sizes are.
+_READ_BYTES = 256 << 10  # What is read at a time of numbers that are converted or transposed.
 
 
 class Stored(NamedTuple):
@@ -66,14 +65,14 @@ class ExpertStore:
         """What one expert takes in a slot."""
         return sum(stored.num_bytes for stored in self.tensors.values())
 
-    def parts(self, key: Key) -> Parts:
-        """The tensors of one expert, as views of where they lie."""
-        raise NotImplementedError
+    @property
+    def pinned(self) -> bool:
+        """Whether `read` copies from pinned memory alone, so that it may be non-blocking."""
+        return False
 
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         """Copies one expert into tensors of the shapes of `tensors`."""
-        for name, parts in self.parts(key).items():
-            copy_parts(into[name], parts, non_blocking)
+        raise NotImplementedError
 
     def close(self) -> None:
         """Lets go of what it holds; nothing can be read afterwards."""
@@ -102,9 +101,14 @@ class MemoryStore(ExpertStore):
             {n: [_held(p, pin) for p in parts] for n, parts in bank.items()} for bank in banks
         ]
 
-    def parts(self, key: Key) -> Parts:
+    @property
+    def pinned(self) -> bool:
+        return all(p.is_pinned() for bank in self._banks for parts in bank.values() for p in parts)
+
+    def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         bank, expert = key
-        return {n: [part[expert] for part in parts] for n, parts in self._banks[bank].items()}
+        for name, parts in self._banks[bank].items():
+            copy_parts(into[name], [part[expert] for part in parts], non_blocking)
 
     def close(self) -> None:
         self._banks = []
@@ -138,12 +142,22 @@ class Piece(NamedTuple):
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def rows(self) -> Iterator[Piece]:
+        """The rows as they lie in the file, in pieces of at most `_READ_BYTES` or of one row."""
+        num_rows = self.shape[0]
+        row_bytes = self.num_bytes // max(1, num_rows)
+        step = max(1, _READ_BYTES // max(1, row_bytes))
+        for first in range(0, num_rows, step):
+            shape = (min(step, num_rows - first), *self.shape[1:])
+            yield self._replace(offset=self.offset + first * row_bytes, shape=shape)
+
 
 class FileStore(ExpertStore):
-    """Experts in safetensors files, which are mapped and read where they are.
+    """Experts in safetensors files, each read into its slot.
 
-    After an expert is copied its pages leave the memory of this process: what stays is the system's
-    file cache, which gives way to whoever needs memory.
+    Beside the slots this takes no memory of the process but, where numbers are converted or
+    transposed, 256 KiB or one row for each thread that reads. The system's file cache gives way to
+    whoever needs memory.
 
     Args:
         experts: bank by bank, expert by expert: name -> pieces, one below the other.
@@ -163,7 +177,7 @@ class FileStore(ExpertStore):
         self.keep_cached = keep_cached
         self.experts = experts
         paths = {p.file for bank in experts for e in bank for parts in e.values() for p in parts}
-        self._files = {path: _MappedFile(path) for path in sorted(paths)}
+        self._files = {path: _File(path) for path in sorted(paths)}
 
     @classmethod
     def open(cls, path: Path | str, *, keep_cached: bool = True) -> FileStore:
@@ -188,24 +202,31 @@ class FileStore(ExpertStore):
         tensors = found[0][0]
         return cls(experts, tensors, keep_cached=keep_cached)
 
-    def parts(self, key: Key) -> Parts:
-        bank, expert = key
-        pieces = self.experts[bank][expert]
-        return {n: [self._files[p.file].view(p) for p in parts] for n, parts in pieces.items()}
-
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         bank, expert = key
         for name, pieces in self.experts[bank][expert].items():
             row = 0
             for piece in pieces:
-                file = self._files[piece.file]
-                file.fetch(piece)
-                part = file.view(piece)
-                # Pages are let go below, so the copy must be done by then.
-                copy_parts(into[name][row : row + len(part)], [part])
-                row += len(part)
-                del part
-                file.release(piece, drop=not self.keep_cached)
+                num_rows = piece.shape[-1 if piece.transposed else 0]
+                self._copy(piece, into[name][row : row + num_rows])
+                row += num_rows
+
+    @torch.no_grad()
+    def _copy(self, piece: Piece, target: Tensor) -> None:
+        file = self._files[piece.file]
+        if piece.transposed:
+            target = target.transpose(-1, -2)
+        if target.dtype == piece.dtype and target.device.type == "cpu" and target.is_contiguous():
+            file.read(piece.offset, _buffer(target))
+        else:
+            row = 0
+            for rows in piece.rows():
+                read = torch.empty(rows.shape, dtype=rows.dtype)
+                file.read(rows.offset, _buffer(read))
+                target[row : row + len(read)].copy_(read)
+                row += len(read)
+        if not self.keep_cached:
+            file.drop(piece.offset, piece.num_bytes)
 
     def drop_cached(self) -> None:
         """Asks the system to forget the files, so that the next reads are from the disk."""
@@ -221,53 +242,43 @@ def _form(expert: Mapping[str, Sequence[Piece]]) -> dict[str, Stored]:
     return {name: Stored(piece.shape, piece.dtype) for name, (piece,) in expert.items()}
 
 
-class _MappedFile:
-    """A file, mapped for reading."""
+class _File:
+    """A file that several threads read. It is not mapped: where a mapping is touched, the system
+    may map 2 MiB around it, so that the memory of the process would have no sharp bound."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():  # Nothing writes to it.
-            warnings.simplefilter("ignore")
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._file = path.open("rb", buffering=0)
+        self._turn = threading.Lock()
 
-    def view(self, piece: Piece) -> Tensor:
-        data = self._bytes[piece.offset : piece.offset + piece.num_bytes]
-        if piece.offset % piece.dtype.itemsize:  # No such view; other writers may not align.
-            data = data.clone()
-        whole = data.view(piece.dtype).view(piece.shape)
-        return whole.transpose(-1, -2) if piece.transposed else whole
+    def read(self, offset: int, into: Any) -> None:
+        """Fills a buffer from byte `offset` on, while other Python threads run.
 
-    def fetch(self, piece: Piece) -> None:
-        """Brings a piece into memory in one call, while other Python threads run."""
-        first, size = self._pages(piece)
-        if not madvise(first, size, MADV_POPULATE_READ):  # Linux 5.14
-            madvise(first, size, MADV_WILLNEED)
+        Raises:
+            OSError: the file ends too soon.
+        """
+        done = 0
+        while done < len(into):
+            count = self._read_some(offset + done, into[done:])
+            if not count:
+                raise OSError(
+                    f"FileStore: {self._file.name} must have {offset + len(into):,} bytes, got "
+                    f"{offset + done:,}."
+                )
+            done += count
 
-    def release(self, piece: Piece, *, drop: bool) -> None:
-        """Takes the pages of a piece out of this process's memory."""
-        first, size = self._pages(piece)
-        madvise(first, size, MADV_DONTNEED)
-        if drop:
-            self.drop(piece.offset, piece.num_bytes)
+    def _read_some(self, offset: int, into: Any) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], offset)
+        with self._turn:
+            self._file.seek(offset)
+            return self._file.readinto(into) or 0
 
     def drop(self, offset: int, size: int) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_DONTNEED)
-
-    def _pages(self, piece: Piece) -> tuple[int, int]:
-        """Address and bytes of the whole pages that hold a piece."""
-        begin = self._bytes.data_ptr() + piece.offset
-        first = begin - begin % mmap.PAGESIZE
-        return first, begin + piece.num_bytes - first
+            os.posix_fadvise(self._file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        del self._bytes
-        try:
-            self._map.close()
-        except BufferError:  # Somebody holds a view; the mapping goes with it.
-            pass
-        os.close(self._descriptor)
+        self._file.close()
 
 
 def read_header(path: Path) -> dict[str, Piece]:
