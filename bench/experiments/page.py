@@ -71,7 +71,7 @@ def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]
     """What stands between the marks of a system's page, and its pictures."""
     reports = reports_of(found, results)
     parts, drawn = [headlines(found, reports)], trends(found, reports)
-    drawn += last_pictures([report for report in reports if report is not None])
+    drawn += last_pictures(found, reports)
     parts += [f"![{p.title}]({found.system}-{p.name}.svg)" for p in drawn]
     pairs = list(zip(found.studies, reports, strict=True))
     parts += [folded(study, report) for study, report in pairs if report is not None]
@@ -252,6 +252,12 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
     ]
 
 
-def last_pictures(reports: Sequence[Report]) -> list[Picture]:
-    """Each picture of the largest study that has it."""
-    return list({p.name: p for report in reports for p in report.pictures}.values())
+def last_pictures(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:
+    """Each picture of the largest study that has it; where several do, its title says which."""
+    last: dict[str, Picture] = {}
+    for study, report in zip(found.studies, reports, strict=True):
+        for picture in report.pictures if report else ():
+            of_many = picture.name in last
+            title = f"{picture.title} ({study.size})" if of_many else picture.title
+            last[picture.name] = replace(picture, title=title)
+    return list(last.values())

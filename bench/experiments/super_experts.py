@@ -41,17 +41,14 @@ def natural(name: str) -> Job:
             batches,
         )  # fmt: skip
         report = surgery.report_super_experts(model, found, batches, controls=CONTROLS)
-        ratios, within = [], []
-        for damage, others in zip(report.damage, report.control_damage, strict=True):
-            ratios.append(damage / max(max(map(abs, others)), 1e-6))
+        within = []
         for layer_name, layer in found.layers.items():
             of_layer = torch.tensor([costs[layer_name, e] for e in range(layer.num_experts)])
             within.append(rank_correlation(layer.largest_output(), of_layer))
         sinks = torch.tensor(report.sinks)
         row = {
             "experts": float(len(report.experts)),
-            "damage": fmean(report.damage) if report.damage else 0.0,
-            "ratio": fmean(ratios) if ratios else 0.0,
+            "damage": fmean(report.damage) if report.damage else None,
             "rank correlation": fmean(within),
             "largest sink": float(sinks.max()),
             "decay": None if report.decay != report.decay else report.decay,
@@ -108,7 +105,7 @@ def planted(name: str) -> Job:
     """One expert a model, in each of the first layers; then a short training around it."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
-        rows: dict[str, dict[str, float | None]] = {}
+        rows: dict[str, dict[str, float]] = {}
         places = {}
         for place in PLACES:
             there = load(name, seed, run)
@@ -119,19 +116,23 @@ def planted(name: str) -> Job:
             expert = plant(model, layer, batches[0], SIZE * usual)
             surgery.tune(model, text(there, seed + 1, 4 * PROFILED), STEPS, rate=RATE)
             model.eval()
-            found = surgery.find_super_experts(surgery.profile(model, batches))
+            after = surgery.profile(model, batches)
+            found = surgery.find_super_experts(after)
             hits = [(one.layer, one.expert) for one in found.experts]
+            controls = surgery.matched_controls(after[layer], expert, CONTROLS)
+            costs = surgery.damage(model, [(layer, e) for e in (expert, *controls)], batches)
+            cost, *others = costs.values()
+            largest = float(after[layer].largest_output()[expert])
             rows[f"layer {place}"] = {
                 "found": float((layer, expert) in hits),
                 "others": float(sum(hit != (layer, expert) for hit in hits)),
-                "z": found.experts[0].z if found.experts else None,
+                "of the threshold": largest / found.threshold,
+                "damage": cost,
+                "of its controls'": cost / max(1e-6, *map(abs, others)),
             }
             places[layer] = hits
-        together = {
-            "found": fmean(row["found"] or 0.0 for row in rows.values()),
-            "others": fmean(row["others"] or 0.0 for row in rows.values()),
-            "z": None,
-        }
+        first = next(iter(rows.values()))
+        together = {name: fmean(row[name] for row in rows.values()) for name in first}
         return {"rows": {**rows, "all": together}, "places": places}
 
     return perform
@@ -157,8 +158,8 @@ PILOT = "a pilot of one model, whose spread is a guess"
 def study(name: str, size: str, rank: int, minutes: float, model: str) -> Study:
     hypotheses = [
         Hypothesis(
-            "zeroing the experts found costs more than 5 times the worst of their controls",
-            lambda r: r.of("found", "ratio"), "times", 5.0, False, key="damage",
+            "the model has a super expert",
+            lambda r: r.of("found", "experts"), "experts", 0.99, False, key="natural",
         ),
         Hypothesis(
             "within a layer, the larger an expert's output the more it costs",
@@ -191,6 +192,10 @@ def planted_study(name: str, size: str, rank: int, minutes: float, model: str) -
         Hypothesis(
             "and nothing else", lambda r: r.of("all", "others"), "experts", 0.01, key="others",
         ),
+        Hypothesis(
+            "zeroing the planted expert costs more than 5 times the worst of its controls",
+            lambda r: r.of("all", "of its controls'"), "times", 5.0, False, key="damage",
+        ),
     ]  # fmt: skip
 
     def made() -> dict[str, str]:
@@ -200,6 +205,13 @@ def planted_study(name: str, size: str, rank: int, minutes: float, model: str) -
                 f"in each of layers {', '.join(map(str, PLACES))}, a model each: the expert of BOS "
                 f"writes {SIZE:g} times the median largest output into one channel; {STEPS} steps "
                 "of training follow"
+            ),
+            "Controls": f"the {CONTROLS} experts of the layer whose load is nearest",
+            "Columns": (
+                "found: whether the detector names the planted expert; others: what it names "
+                "beside; of the threshold: the planted expert's largest output over what the "
+                "detector asks for; damage: nats a byte that zeroing it adds, also over the "
+                "largest of its controls"
             ),
         }
 
@@ -218,7 +230,11 @@ EXPERIMENT = Experiment(
         ),
         Headline("others", "and nothing else", "random experts cost nothing", "mechanism"),
         Headline(
-            "damage", "experts that are found cost 5 times their controls",
+            "natural", "a trained model has some", "1 of 256 in Mixtral, 3 of 6144 in Qwen3",
+            "mechanism",
+        ),
+        Headline(
+            "damage", "a super expert costs 5 times its controls",
             "perplexity 8.7 to 59.9 without 3 of 6144", "quality",
         ),
         Headline("rank", "the size of outputs tells what an expert is worth", "-", "mechanism"),

@@ -94,7 +94,7 @@ def test_pictures_refuse_what_cannot_be_drawn():
 def test_pages_say_what_the_results_say(monkeypatch):
     """What stands between the marks is what bench/experiments/results holds, pictures apart."""
     # Pictures of films read them.
-    monkeypatch.setattr(page, "last_pictures", lambda reports: [])
+    monkeypatch.setattr(page, "last_pictures", lambda found, reports: [])
     for system in registry.NAMES:
         found = registry.experiment(system)
         made, trends = page.body(found)

@@ -82,7 +82,9 @@ def test_uncurl():
 
 def test_super_experts():
     planted = checked(super_experts.EXPERIMENT.studies[0])
-    assert planted["rows"]["layer 0"]["found"] == planted["rows"]["layer 1"]["found"] == 1.0
+    rows = planted["rows"]
+    assert rows["layer 0"]["found"] == rows["layer 1"]["found"] == 1.0
+    assert all(row["of the threshold"] > 1 for row in (rows["layer 0"], rows["layer 1"]))
     result = checked(super_experts.EXPERIMENT.studies[1])
     assert list(result["damage"]) == [f"layers.{i}.mlp" for i in range(3)]
 
