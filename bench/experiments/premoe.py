@@ -213,22 +213,26 @@ EXPERIMENT = Experiment(
         Headline(
             "wrong", "a task's pattern keeps what the task needs: better than another task's",
             "R1 keeps MATH500 at half the experts", "mechanism",
+            shown="kinds of text use other experts",
         ),
         Headline(
             "pooled", "and than that of all tasks", "used, not ablated", "mechanism",
+            shown="what most tasks need a little pushes out what one needs",
         ),
         Headline("random", "and than random experts", "used, not ablated", "mechanism"),
         Headline(
             "frequency", "TCESS is better than frequency", "ahead of frequency", "quality",
+            shown="frequency counts a weak choice like a strong one",
         ),
         Headline("norm", "and than weight x norm", "not compared", "quality"),
         Headline(
             "found", "a prompt of 512 bytes finds its task by the last layer",
             "the first layer's vector is used", "mechanism",
+            contradicted="the misses are pages on Python that are taken for Python",
         ),
         Headline(
             "free", "half of the experts cost at most 0.1 nats", "97.2 on MATH500 at 8/128",
-            "cost",
+            "cost", contradicted="likely: 16 experts have little that a task does not use",
         ),
     ),
 )  # fmt: skip
