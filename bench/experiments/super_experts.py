@@ -227,17 +227,25 @@ EXPERIMENT = Experiment(
     (
         Headline(
             "found", "a planted super expert is found", "3 of 6144 in Qwen3-30B-A3B", "mechanism",
+            not_shown="in 4 of 15 places the training that follows takes the large output back",
         ),
         Headline("others", "and nothing else", "random experts cost nothing", "mechanism"),
         Headline(
             "natural", "a trained model has some", "1 of 256 in Mixtral, 3 of 6144 in Qwen3",
-            "mechanism",
+            "mechanism", contradicted="the largest outputs are those of the last layer",
         ),
         Headline(
             "damage", "a super expert costs 5 times its controls",
             "perplexity 8.7 to 59.9 without 3 of 6144", "quality",
+            contradicted="a large output at a token that attention does not use is worth nothing",
         ),
-        Headline("rank", "the size of outputs tells what an expert is worth", "-", "mechanism"),
-        Headline("sink", "sinks form", "they decay by 0.9 without super experts", "mechanism"),
+        Headline(
+            "rank", "the size of outputs tells what an expert is worth", "not compared",
+            "mechanism", shown="a little, and within a layer alone",
+        ),
+        Headline(
+            "sink", "sinks form", "they decay by 0.9 without super experts", "mechanism",
+            contradicted="likely: a model of 4 layers needs none",
+        ),
     ),
 )  # fmt: skip

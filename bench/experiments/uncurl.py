@@ -208,13 +208,20 @@ EXPERIMENT = Experiment(
     (
         Headline(
             "aligned", "alignment before merging pays", "used, not ablated", "mechanism",
+            shown="neurons in another order are other neurons: their averages lose both",
         ),
         Headline(
             "frequency", "merging beats dropping by frequency", "frequency pruning hurts",
-            "quality",
+            "quality", not_shown="level, before tuning dropping is ahead",
         ),
-        Headline("norm", "and by weight x norm", "not compared", "quality"),
-        Headline("outputs", "router logits group better than outputs", "not compared", "mechanism"),
+        Headline(
+            "norm", "and by weight x norm", "not compared", "quality",
+            contradicted="likely: an average blurs the few experts that do most of a task's work",
+        ),
+        Headline(
+            "outputs", "router logits group better than outputs", "not compared", "mechanism",
+            shown="likely: what is chosen together can stand for one another",
+        ),
         Headline(
             "scratch", "a reduced model is ahead of one of its size from scratch",
             "at factors of 2, sometimes 4", "quality",
