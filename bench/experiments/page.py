@@ -253,10 +253,16 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
 
 
 def last_pictures(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:
-    """Each picture of the largest study that has it; where several do, its title says which."""
+    """Each picture of the largest study that has it, of those that are done where one is; where
+    several have it, its title says which."""
+
+    def is_done(pair: tuple[Study, Report]) -> bool:
+        return all(len(c.differences) == pair[0].seeds for c in pair[1].claims)
+
+    there = [(s, r) for s, r in zip(found.studies, reports, strict=True) if r is not None]
     last: dict[str, Picture] = {}
-    for study, report in zip(found.studies, reports, strict=True):
-        for picture in report.pictures if report else ():
+    for study, report in sorted(there, key=is_done):
+        for picture in report.pictures:
             of_many = picture.name in last
             title = f"{picture.title} ({study.size})" if of_many else picture.title
             last[picture.name] = replace(picture, title=title)
