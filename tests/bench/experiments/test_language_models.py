@@ -11,7 +11,7 @@ import torch
 from bench.experiments import coe, deepseek, jetmoe, moduleformer, page, queue, registry, topp
 from bench.experiments.picture import Picture
 from bench.experiments.report import Claim, Report
-from bench.experiments.study import Run, Study
+from bench.experiments.study import Experiment, Run, Study
 from bench.experiments.text import Domain, heldout_batches, load_domains, train_batches
 from bench.experiments.training import Recipe, evaluate, thinned, train
 
@@ -89,6 +89,25 @@ def test_pictures_refuse_what_cannot_be_drawn():
         Picture("n", "t", "x", "y", "pie", data)
     with pytest.raises(ValueError, match="must have a series, got none"):
         Picture("n", "t", "x", "y", "bars", {})
+
+
+def test_pictures_of_the_largest_study_that_is_done():
+    studies = [
+        Study("s-1", "small", 1, {}, 2, 1.0, [], dict),
+        Study("s-2", "large", 2, {}, 2, 1.0, [], dict),
+        Study("s-3", "not run", 3, {}, 2, 1.0, [], dict),
+    ]
+    found = Experiment("s", studies, [])
+
+    def of(y: float, seeds: int, *names: str) -> Report:
+        pictures = [Picture(n, n, "", "", "lines", {"": {"x": [0], "y": [y]}}) for n in names]
+        return Report("s", {}, [], {}, [Claim("", [1.0] * seeds, "")], pictures)
+
+    def titles(*reports: Report | None) -> dict[str, float]:
+        return {p.title: p.series[""]["y"][0] for p in page.last_pictures(found, reports)}
+
+    assert titles(of(1.0, 2, "a", "b"), of(2.0, 2, "a"), None) == {"a (large)": 2.0, "b": 1.0}
+    assert titles(of(1.0, 2, "a"), of(2.0, 1, "a", "c"), None) == {"a (small)": 1.0, "c": 2.0}
 
 
 def test_pages_say_what_the_results_say(monkeypatch):
