@@ -131,7 +131,12 @@ def promise(study: Study, hypothesis: Hypothesis) -> str:
 def done(headline: Headline, found: Experiment, reports: Sequence[Report | None]) -> list[Claim]:
     """What the studies say whose seeds are all done, in their order."""
     pairs = zip(found.studies, claims_of(headline, reports), strict=True)
-    return [c for s, c in pairs if c is not None and len(c.differences) == s.seeds]
+    return [c for s, c in pairs if c is not None and is_done(s, c)]
+
+
+def is_done(study: Study, claim: Claim) -> bool:
+    """Whether all seeds of the study are in its claim."""
+    return len(claim.differences) == study.seeds
 
 
 def headlines(found: Experiment, reports: Sequence[Report | None]) -> str:
@@ -255,13 +260,9 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
 def last_pictures(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:
     """Each picture of the largest study that has it, of those that are done where one is; where
     several have it, its title says which."""
-
-    def is_done(pair: tuple[Study, Report]) -> bool:
-        return all(len(c.differences) == pair[0].seeds for c in pair[1].claims)
-
     there = [(s, r) for s, r in zip(found.studies, reports, strict=True) if r is not None]
     last: dict[str, Picture] = {}
-    for study, report in sorted(there, key=is_done):
+    for study, report in sorted(there, key=lambda t: all(is_done(t[0], c) for c in t[1].claims)):
         for picture in report.pictures:
             of_many = picture.name in last
             title = f"{picture.title} ({study.size})" if of_many else picture.title
