@@ -224,15 +224,19 @@ EXPERIMENT = Experiment(
             "frequency", "TCESS is better than frequency", "ahead of frequency", "quality",
             shown="frequency counts a weak choice like a strong one",
         ),
-        Headline("norm", "and than weight x norm", "not compared", "quality"),
+        Headline(
+            "norm", "and than weight x norm", "not compared", "quality",
+            not_shown="behind on plain text, level on code and Python's reference",
+        ),
         Headline(
             "found", "a prompt of 512 bytes finds its task by the last layer",
             "the first layer's vector is used", "mechanism",
             contradicted="the misses are pages on Python that are taken for Python",
+            not_shown="the misses are pages on Python that are taken for Python",
         ),
         Headline(
             "free", "half of the experts cost at most 0.1 nats", "97.2 on MATH500 at 8/128",
-            "cost", contradicted="likely: 16 experts have little that a task does not use",
+            "cost", contradicted="likely: of 16 or 32 experts few are of no use to a task",
         ),
     ),
 )  # fmt: skip
