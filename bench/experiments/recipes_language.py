@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +20,7 @@ from moe_ops.zoo.lm.model import CausalLM
 from moe_ops.zoo.recipes import light_reasoner, prox, talking_models
 
 from .recipes_setup import Rows, ahead, steps_of, study
-from .study import Hypothesis
+from .study import Hypothesis, Study
 from .text import Domain, heldout_batches, load_domains, problem
 from .training import Recipe, train
 
@@ -288,6 +289,7 @@ BOILERPLATE = (
     "Share: http://example.org/share?id=99182&ref=top http://example.org/x",
 )  # fmt: skip
 SPOILED = 0.5
+PROX_TEXT = 419_575  # Bytes: what Python 3.11's reference has.
 
 
 def spoiled(text: str, draw: random.Random) -> str:
@@ -300,10 +302,10 @@ def spoiled(text: str, draw: random.Random) -> str:
     return "\n".join(lines)
 
 
-def refining(seed: int) -> Rows:
+def refining(seed: int, name: str = "reference") -> Rows:
     """The same number of bytes of a text as it was, spoiled, and refined."""
-    (clean,) = load_domains(("reference",))
-    text = bytes(clean.train.tolist()).decode("utf-8", "ignore")
+    (clean,) = load_domains((name,))
+    text = bytes(clean.train[:PROX_TEXT].tolist()).decode("utf-8", "ignore")
     documents = prox.chunks(spoiled(text, random.Random(seed)), 400)
     rules = prox.refine(documents, prox.document_program, prox.chunk_program, words=400)
     # As a model would that writes a wrong line in every program: fallbacks are at work.
@@ -332,25 +334,36 @@ def refining(seed: int) -> Rows:
     return rows
 
 
-PROX = study(
-    "prox", "ProX", 61, 1.2, refining,
-    [
-        Hypothesis(
-            "refined text gives a lower loss on clean text than spoiled text of as many bytes",
-            ahead("refined", "spoiled", "loss"), NATS, key="prox",
-        ),
-        Hypothesis(
-            "and at most 0.05 more than the text before it was spoiled",
-            ahead("refined", "as it was", "loss"), NATS, 0.05, key="clean",
-        ),
-    ],
-    {
-        "Model": "H 64, 2 layers",
-        "Data": "bytes of Python's language reference; behind half of its lines a menu, notice, "
-        "link or rule; refined by rules that write programs",
-        "Training": f"500 steps of 12 x {BYTES}, the same number for each text",
-    },
-    seeds=5,
+def prox_study(
+    name: str, size: str, of: str, keys: tuple[str, str], perform: Callable[[int], Rows]
+) -> Study:
+    return study(
+        name, size, 61, 1.2, perform,
+        [
+            Hypothesis(
+                "refined text gives a lower loss on clean text than spoiled text of as many bytes",
+                ahead("refined", "spoiled", "loss"), NATS, key=keys[0],
+            ),
+            Hypothesis(
+                "and at most 0.05 more than the text before it was spoiled",
+                ahead("refined", "as it was", "loss"), NATS, 0.05, key=keys[1],
+            ),
+        ],
+        {
+            "Model": "H 64, 2 layers",
+            "Data": f"bytes of {of}; behind half of its lines a menu, notice, link or rule; "
+            "refined by rules that write programs",
+            "Training": f"500 steps of 12 x {BYTES}, the same number for each text",
+        },
+        seeds=5,
+    )  # fmt: skip
+
+
+PROX = prox_study("prox", "ProX", "Python's language reference", ("prox", "clean"), refining)
+# The rules take 16 % of the reference, tables and underlines, for noise; of this text 0.1 %.
+PROX_PROSE = prox_study(
+    "prox-prose", "ProX, prose", "the Brown corpus, as many as the reference has",
+    ("prose", "prose clean"), partial(refining, name="brown"),
 )  # fmt: skip
 
-STUDIES = (TALKING, REASONER, PROX)
+STUDIES = (TALKING, REASONER, PROX, PROX_PROSE)
