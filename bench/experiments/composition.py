@@ -3,8 +3,10 @@ a router that learns which model is best."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,12 +44,13 @@ AGREE, OF_CATEGORIES, OF_PROMPTS = "agreement", "labels of categories", "labels 
 @dataclass(frozen=True)
 class Plan:
     """What is trained: a specialist a category, a generalist of their size, and one of width
-    `large`."""
+    `large`. tuned: specialists go on from the generalist, and do not begin anew."""
 
     settings: Settings
     specialist: Recipe
     general: Recipe
     large: int
+    tuned: bool = False
 
 
 PLAN = Plan(
@@ -59,6 +62,8 @@ PLAN = Plan(
     Recipe(steps=2000, batch=10, rate=3e-3),
     128,
 )  # fmt: skip
+# Of one kind of text a generalist has seen as much as a specialist of `PLAN`, which knows no more.
+TUNED = dataclasses.replace(PLAN, specialist=Recipe(steps=1000, batch=8, rate=1.5e-3), tuned=True)
 
 
 def domains_of(settings: Settings) -> list[Domain]:
@@ -72,15 +77,22 @@ def models_of(plan: Plan, domains: list[Domain], seed: int, run: Run) -> dict[st
     """By name; `LARGE` beside those that are composed."""
     settings = plan.settings
     wide = dataclasses.replace(settings, hidden_size=plan.large)
-    found = {}
-    for number, name in enumerate((*settings.models, LARGE)):
+    numbers = {name: number for number, name in enumerate((*settings.models, LARGE))}
+    found: dict[str, Any] = {}
+
+    def begun(name: str) -> CausalLM:
+        if plan.tuned and name not in (GENERALIST, LARGE):
+            return copy.deepcopy(found[GENERALIST]).train()
+        return dense_model(wide if name == LARGE else settings)
+
+    for name in sorted(numbers, key=lambda name: name != GENERALIST):  # It comes first.
         general = name in (GENERALIST, LARGE)
         own = domains if general else [d for d in domains if d.name == name]
         made = train(
-            lambda name=name: dense_model(wide if name == LARGE else settings),
+            partial(begun, name),
             own,
             plan.general if general else plan.specialist,
-            1000 * seed + number,
+            1000 * seed + numbers[name],
             run=run.part(name.replace(" ", "-")),
         )
         found[name] = made.model.eval()
@@ -188,7 +200,7 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             "Data": f"bytes of {', '.join(settings.categories)}; {STRANGE} for prompts of no "
             f"category, which generalists have seen; prompts of {settings.prompt_length} bytes, "
             f"scored on as many that follow; {settings.prompts} a category for training",
-            "Specialists": str(plan.specialist),
+            "Specialists": "from the generalist on, " * plan.tuned + str(plan.specialist),
             "Generalists": str(plan.general),
             "Router": f"linear, on the generalist's states; labels from {settings.labelled} "
             "prompts a category; the generalist takes the tenth of the validation prompts with "
@@ -207,7 +219,10 @@ def pictures(results: Results) -> list[Picture]:
 
 EXPERIMENT = Experiment(
     "composition",
-    (study("composition-bytes", "H 64", 45, 5.0, PLAN),),
+    (
+        study("composition-bytes", "H 64", 45, 5.0, PLAN),
+        study("composition-tuned", "H 64, tuned", 46, 5.0, TUNED),
+    ),
     (
         Headline(
             "single", "two-step routing is ahead of the best single model",

@@ -49,6 +49,7 @@ def plot_expert_scores(
         )
         axes.set_title(label, loc="left", fontsize=9)
         axes.set_xlabel("expert")
+        axes.set_xticks(range(0, width, max(1, math.ceil(width / 10))))
         axes.tick_params(length=2)
         figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05)
     names = layer_names or [f"layer {index}" for index in range(num_layers)]

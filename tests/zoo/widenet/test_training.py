@@ -29,6 +29,7 @@ def test_digits():
 SMALL = training.Settings(
     arms=("widenet", "shared-norms", "unshared"), domains=("reference", "maths"), hidden_size=16,
     num_layers=2, intermediate_size=8, steps=4, batch_size=2, length=16, image_size=8, rows=2,
+    pictures=0,
 )  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def test_command(texts, tmp_path, capsys, monkeypatch):
     assert arms["widenet"]["parameters"] < arms["unshared"]["parameters"]
     seeing = ["--folder", str(tmp_path / "images"), "--quiet", "--trunk", "vision", "--arms",
               "widenet", "--hidden-size", "16", "--num-layers", "2", "--intermediate-size", "8",
-              "--steps", "2", "--batch-size", "2", "--image-size", "8", "--rows", "2"]  # fmt: skip
+              "--steps", "2", "--batch-size", "2", "--image-size", "8", "--rows", "2",
+              "--pictures", "0"]  # fmt: skip
     command.main(seeing)
     first = capsys.readouterr().out
     assert "accuracy" in first
@@ -92,3 +94,31 @@ def test_arms_use_as_many_features_for_a_token():
     assert {c.top_k * c.intermediate_size for c in configs.values()} == {16}
     assert configs["widenet"].sharing == "own_norms" and configs["widenet"].num_experts == 4
     assert configs["unshared-experts"].num_experts == 4
+
+
+@torch.no_grad()
+def test_picture_of_experts_by_depth(texts, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    models = {arm: build(training.make_config(SMALL, arm)) for arm in SMALL.arms}
+    drawn = []
+    plot = training.plot_expert_scores
+
+    def kept(panels, **options):
+        drawn.append(panels)
+        return plot(panels, **options)
+
+    monkeypatch.setattr(training, "plot_expert_scores", kept)
+    training.draw(models, SMALL, texts, tmp_path / "experts.png")
+    assert (tmp_path / "experts.png").stat().st_size > 1000
+    (panels,) = drawn
+    assert list(panels) == ["widenet", "shared-norms"]  # The others have no experts.
+    for name, loads in panels.items():
+        wanted = torch.zeros(2, 4)
+        for text in texts.values():
+            rows = text.spread(SMALL.rows, SMALL.length + 1)
+            for depth, routed in enumerate(models[name].loss(rows).routing):
+                wanted[depth] += torch.bincount(routed.routing.topk_ids.flatten(), minlength=4)
+        wanted = wanted / wanted.sum(1, keepdim=True)
+        torch.testing.assert_close(torch.stack(loads), wanted.double(), rtol=1e-6, atol=1e-6)
+    training.draw({"unshared": models["unshared"]}, SMALL, texts, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -142,6 +142,15 @@ def same_entries(model: nn.Module) -> list[Entry]:
 
 
 @torch.no_grad()
+def depth_loads(routing: Sequence[Routed]) -> Tensor:
+    """[depths, E] fp64: the share of each depth's choices that an expert has, of one forward."""
+    loads = torch.stack(
+        [count_tokens_per_expert(r.routing.topk_ids, r.router.num_experts) for r in routing]
+    ).double()
+    return loads / loads.sum(1, keepdim=True)
+
+
+@torch.no_grad()
 def across_depths(routing: Sequence[Routed]) -> dict[str, float]:
     """How the choice of experts changes with depth.
 
@@ -158,10 +167,7 @@ def across_depths(routing: Sequence[Routed]) -> dict[str, float]:
             f"across_depths: routing must be of two depths or more, got {len(routing)}."
         )
     best = torch.stack([r.routing.router_logits.argmax(-1) for r in routing])
-    loads = torch.stack(
-        [count_tokens_per_expert(r.routing.topk_ids, r.router.num_experts) for r in routing]
-    ).double()
-    loads = loads / loads.sum(1, keepdim=True)
+    loads = depth_loads(routing)
 
     def entropy(p: Tensor) -> Tensor:
         return -torch.xlogy(p, p).sum(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
+from moe_ops.viz import import_matplotlib, plot_expert_scores
 
 from .. import _texts
 from .._command import settings_folder
 from .._resume import Group, train_steps
 from .config import TRUNKS, WideNetConfig
 from .images import warped_digits
-from .layers import across_depths
+from .layers import across_depths, depth_loads
 from .model import WideNetLM, WideNetViT, build
 
 # Fields of the config that make the models of the comparison; "dense" ones have one network as wide
@@ -93,6 +94,7 @@ class Settings:
         steps, batch_size, rate: of each arm. length: bytes of a sequence.
         image_size, patch_size: of "vision".
         rows: of the evaluation: sequences of each domain, or 10 times as many images.
+        pictures: 1: experts by depth are drawn, 0: they are not, which needs no matplotlib.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -110,6 +112,7 @@ class Settings:
     image_size: int = 16
     patch_size: int = 4
     rows: int = 64
+    pictures: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -152,35 +155,64 @@ def make_loss(
 
 
 @torch.no_grad()
+def _held_out(
+    model: WideNetLM | WideNetViT, settings: Settings, texts: Mapping[str, _texts.Text]
+) -> Iterator[tuple[Any, Tensor | None]]:
+    """What `model.loss` returns for each batch of held-out text or fresh images, and whose labels
+    they are: None of text."""
+    model.eval()
+    if isinstance(model, WideNetLM):
+        for text in texts.values():
+            for rows in text.spread(settings.rows, settings.length + 1).split(ROWS):
+                yield model.loss(rows), None
+    else:
+        fresh = torch.Generator().manual_seed(settings.seed + 10_000)
+        for _ in range(-(-10 * settings.rows // ROWS)):
+            images, labels = warped_digits(ROWS, settings.image_size, fresh)
+            yield model.loss(images, labels), labels
+
+
 def evaluate(
     model: WideNetLM | WideNetViT, settings: Settings, texts: Mapping[str, _texts.Text]
 ) -> dict[str, float]:
     """On held-out text or fresh images: "loss" in nats a byte or an image, "accuracy" of images,
     the number of parameters, and the numbers of `across_depths` where there are routers."""
-    model.eval()
-    found: dict[str, float] = {"parameters": model.num_parameters()["total"]}
     losses, depths, right = [], [], []
-    if isinstance(model, WideNetLM):
-        for text in texts.values():
-            for rows in text.spread(settings.rows, settings.length + 1).split(ROWS):
-                out: Any = model.loss(rows)
-                losses.append(out.cross_entropy)
-                depths.append(out.routing)
-    else:
-        fresh = torch.Generator().manual_seed(settings.seed + 10_000)
-        for _ in range(-(-10 * settings.rows // ROWS)):
-            images, labels = warped_digits(ROWS, settings.image_size, fresh)
-            out = model.loss(images, labels)
-            losses.append(out.cross_entropy)
-            depths.append(out.routing)
+    for out, labels in _held_out(model, settings, texts):
+        losses.append(out.cross_entropy)
+        if out.routing:
+            depths.append(across_depths(out.routing))
+        if labels is not None:
             right.append((out.logits.argmax(-1) == labels).float().mean())
+    found: dict[str, float] = {"parameters": model.num_parameters()["total"]}
+    if right:
         found["accuracy"] = float(torch.stack(right).mean())
     found["loss"] = float(torch.stack(losses).mean())
-    if depths[0]:
-        parts = [across_depths(routing) for routing in depths]
-        for name in parts[0]:
-            found[name] = sum(part[name] for part in parts) / len(parts)
+    for name in depths[0] if depths else ():
+        found[name] = sum(of[name] for of in depths) / len(depths)
     return found
+
+
+def draw(
+    models: Mapping[str, WideNetLM | WideNetViT],
+    settings: Settings,
+    texts: Mapping[str, _texts.Text],
+    path: Path,
+) -> None:
+    """Each depth's choices by expert, on the batches of the evaluation, a panel a model that has
+    experts; nothing where none has."""
+    panels = {}
+    for name, model in models.items():
+        batches = [out.routing for out, _ in _held_out(model, settings, texts)]
+        if batches[0]:
+            panels[name] = torch.stack([depth_loads(routing) for routing in batches]).mean(0)
+    if panels:
+        plot_expert_scores(
+            {name: list(loads) for name, loads in panels.items()},
+            layer_names=[f"depth {i + 1}" for i in range(settings.num_layers)],
+            title="Share of each depth's choices",
+            path=path,
+        )
 
 
 def train(
@@ -190,7 +222,8 @@ def train(
     texts: Mapping[str, _texts.Text] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains each arm on the same batches and evaluates it; writes and returns report.json.
+    """Trains each arm on the same batches and evaluates it, draws experts by depth (experts.png);
+    writes and returns report.json.
 
     What is done is not done again; what was cut goes on from its checkpoint. A model's folder is
     one of `from_pretrained`.
@@ -199,13 +232,16 @@ def train(
         texts: of "language", by name; None: those that Python has.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder is of other settings. ImportError: the picture needs matplotlib.
     """
     settings = settings or Settings()
-    folder, now = settings_folder(folder, settings, "models", ("arms", "rows"))
+    if settings.pictures:
+        import_matplotlib()
+    folder, now = settings_folder(folder, settings, "models", ("arms", "rows", "pictures"))
     if texts is None:
         texts = _texts.load(settings.domains) if settings.trunk == "language" else {}
     report: dict[str, Any] = {"settings": now, "arms": {}}
+    models = {}
     for arm in settings.arms:
         config, place = make_config(settings, arm), folder / arm
         if (place / "config.json").is_file():
@@ -221,6 +257,9 @@ def train(
             )  # fmt: skip
             model.save_pretrained(place)
             state.unlink()
+        models[arm] = model
         report["arms"][arm] = evaluate(model, settings, texts)
+    if settings.pictures:
+        draw(models, settings, texts, folder / "experts.png")
     _files.write_json(folder / "report.json", report)
     return report
