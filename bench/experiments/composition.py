@@ -73,25 +73,27 @@ def domains_of(settings: Settings) -> list[Domain]:
     return [*found, Domain(STRANGE, strange.train, strange.held_out)]
 
 
+def begun(settings: Settings, start: CausalLM | None) -> CausalLM:
+    """A model that goes on from another, or a fresh one."""
+    return dense_model(settings) if start is None else copy.deepcopy(start).train()
+
+
 def models_of(plan: Plan, domains: list[Domain], seed: int, run: Run) -> dict[str, CausalLM]:
     """By name; `LARGE` beside those that are composed."""
     settings = plan.settings
     wide = dataclasses.replace(settings, hidden_size=plan.large)
     numbers = {name: number for number, name in enumerate((*settings.models, LARGE))}
-    found: dict[str, Any] = {}
-
-    def begun(name: str) -> CausalLM:
-        if plan.tuned and name not in (GENERALIST, LARGE):
-            return copy.deepcopy(found[GENERALIST]).train()
-        return dense_model(wide if name == LARGE else settings)
-
+    found: dict[str, CausalLM] = {}
     for name in sorted(numbers, key=lambda name: name != GENERALIST):  # It comes first.
-        general = name in (GENERALIST, LARGE)
-        own = domains if general else [d for d in domains if d.name == name]
+        specialist = name in settings.categories
         made = train(
-            partial(begun, name),
-            own,
-            plan.general if general else plan.specialist,
+            partial(
+                begun,
+                wide if name == LARGE else settings,
+                found[GENERALIST] if specialist and plan.tuned else None,
+            ),
+            [d for d in domains if d.name == name] if specialist else domains,
+            plan.specialist if specialist else plan.general,
             1000 * seed + numbers[name],
             run=run.part(name.replace(" ", "-")),
         )

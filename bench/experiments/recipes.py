@@ -15,7 +15,7 @@ EXPERIMENT = Experiment(
         Headline(
             "noise", "gradient noise trains 20 layers that start too small",
             "MNIST: trains where nothing else does", "mechanism",
-            shown="to 34 % of the training images from 9; none of ten seeds gets to 90",
+            shown="to 34 % of the test images from 9; no seed gets to 90 % of the training ones",
         ),
         Headline(
             "counter", "Counter-Current Learning is at most 0.02 behind back-propagation",

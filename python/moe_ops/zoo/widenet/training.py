@@ -174,14 +174,16 @@ def _held_out(
 
 def evaluate(
     model: WideNetLM | WideNetViT, settings: Settings, texts: Mapping[str, _texts.Text]
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor | None]:
     """On held-out text or fresh images: "loss" in nats a byte or an image, "accuracy" of images,
-    the number of parameters, and the numbers of `across_depths` where there are routers."""
-    losses, depths, right = [], [], []
+    the number of parameters, and the numbers of `across_depths` where there are routers; beside
+    them [depths, E], the share of each depth's choices that an expert has, None without routers."""
+    losses, depths, loads, right = [], [], [], []
     for out, labels in _held_out(model, settings, texts):
         losses.append(out.cross_entropy)
         if out.routing:
             depths.append(across_depths(out.routing))
+            loads.append(depth_loads(out.routing))
         if labels is not None:
             right.append((out.logits.argmax(-1) == labels).float().mean())
     found: dict[str, float] = {"parameters": model.num_parameters()["total"]}
@@ -190,26 +192,18 @@ def evaluate(
     found["loss"] = float(torch.stack(losses).mean())
     for name in depths[0] if depths else ():
         found[name] = sum(of[name] for of in depths) / len(depths)
-    return found
+    return found, torch.stack(loads).mean(0) if loads else None
 
 
-def draw(
-    models: Mapping[str, WideNetLM | WideNetViT],
-    settings: Settings,
-    texts: Mapping[str, _texts.Text],
-    path: Path,
-) -> None:
-    """Each depth's choices by expert, on the batches of the evaluation, a panel a model that has
-    experts; nothing where none has."""
-    panels = {}
-    for name, model in models.items():
-        batches = [out.routing for out, _ in _held_out(model, settings, texts)]
-        if batches[0]:
-            panels[name] = torch.stack([depth_loads(routing) for routing in batches]).mean(0)
+def draw(loads: Mapping[str, Tensor | None], path: Path) -> None:
+    """Each depth's choices by expert, as `evaluate` returns them, a panel a model that has experts;
+    nothing where none has."""
+    panels = {name: list(of) for name, of in loads.items() if of is not None}
     if panels:
+        num_layers = max(map(len, panels.values()))
         plot_expert_scores(
-            {name: list(loads) for name, loads in panels.items()},
-            layer_names=[f"depth {i + 1}" for i in range(settings.num_layers)],
+            panels,
+            layer_names=[f"depth {i + 1}" for i in range(num_layers)],
             title="Share of each depth's choices",
             path=path,
         )
@@ -241,7 +235,7 @@ def train(
     if texts is None:
         texts = _texts.load(settings.domains) if settings.trunk == "language" else {}
     report: dict[str, Any] = {"settings": now, "arms": {}}
-    models = {}
+    loads = {}
     for arm in settings.arms:
         config, place = make_config(settings, arm), folder / arm
         if (place / "config.json").is_file():
@@ -257,9 +251,8 @@ def train(
             )  # fmt: skip
             model.save_pretrained(place)
             state.unlink()
-        models[arm] = model
-        report["arms"][arm] = evaluate(model, settings, texts)
+        report["arms"][arm], loads[arm] = evaluate(model, settings, texts)
     if settings.pictures:
-        draw(models, settings, texts, folder / "experts.png")
+        draw(loads, folder / "experts.png")
     _files.write_json(folder / "report.json", report)
     return report
