@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import nullcontext
 from statistics import fmean
 from typing import Any
 
@@ -15,13 +17,11 @@ from moe_ops.zoo.lm.model import CausalLM
 
 from . import subject
 from .compare import bars
-from .on_subject import Loaded, load
+from .on_subject import BATCH, Loaded, load
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 
 SLICES = 4
-TOP_KS = (1, 2)
-STEPS, RATE, TUNED = 300, 5e-4, 480
 PRIOR = "prior-approximate"
 ARMS: dict[str, dict[str, Any]] = {
     PRIOR: {},
@@ -31,6 +31,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "random slices": {"router_training": "released", "random": True},
 }
 DENSE, ALL = "dense", "all arms of a seed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the sliced models of a study are tuned: so many steps of eight sequences, at most at this
+    learning rate; each of the arms with each of the numbers of slices a token uses."""
+
+    steps: int
+    rate: float
+    arms: tuple[str, ...] = tuple(ARMS)
+    top_ks: tuple[int, ...] = (1, 2)
+
+    def text(self, there: Loaded, seed: int) -> list[Tensor]:
+        """Batches of all steps, the domains in turn."""
+        domains = there.domains
+        count = BATCH * -(-self.steps // len(domains))
+        drawn = [there.profiled(domain, seed + 1, count) for domain in domains]
+        return [batch for group in zip(*drawn, strict=True) for batch in group]
 
 
 def dense_of(there: Loaded) -> Llama:
@@ -66,8 +84,12 @@ def loss_of(model: CausalLM, there: Loaded) -> float:
     return fmean(surgery.mean_loss(model, there.judged(name)) for name in there.domains)
 
 
+def judged(model: CausalLM, there: Loaded) -> dict[str, float]:
+    return {"accuracy": accuracy(model, there), "loss": loss_of(model, there)}
+
+
 def tuned(
-    dense: Llama, there: Loaded, text: list[Tensor], top_k: int, arm: dict[str, Any], seed: int
+    dense: Llama, there: Loaded, plan: Plan, top_k: int, arm: dict[str, Any], seed: int
 ) -> dict[str, float]:
     options = dict(arm)
     random, orders = options.pop("random", False), None
@@ -82,38 +104,28 @@ def tuned(
             return student.loss(batch).loss
         return student.distill(batch, dense).loss
 
-    def judge() -> dict[str, float]:
-        return {"accuracy": accuracy(model, there), "loss": loss_of(model, there)}
-
-    if not random:
-        surgery.tune(model, text, STEPS, rate=RATE, loss=loss)
-        model.eval()
-        return judge()
-    with surgery.route_as(model, surgery.random(top_k)):
-        surgery.tune(model, text, STEPS, rate=RATE, loss=loss)
-        model.eval()
-        return judge()
+    routed = surgery.route_as(model, surgery.random(top_k)) if random else nullcontext()
+    with routed:
+        surgery.tune(model, plan.text(there, seed), plan.steps, rate=plan.rate, loss=loss)
+        return judged(model.eval(), there)
 
 
 def column(name: str, top_k: int) -> str:
     return f"{name}, {top_k} of {SLICES}"
 
 
-def whole(name: str) -> Job:
+def job(name: str, plan: Plan, arms: tuple[str, ...]) -> Job:
+    """The dense model of a seed as it is, and these arms."""
+
     def perform(seed: int, run: Run) -> dict[str, Any]:
         there = load(name, seed, run)
         dense = dense_of(there)
-        text = [t for group in zip(
-            *(there.profiled(domain, seed + 1, TUNED) for domain in there.domains), strict=True
-        ) for t in group]  # fmt: skip
-        full = {"accuracy": accuracy(dense, there), "loss": loss_of(dense, there)}
-        rows = {DENSE: {column(n, k): value for k in TOP_KS for n, value in full.items()}}
-        for row in rows.values():
-            row.update({column("accuracy kept", k): 1.0 for k in TOP_KS})
-        for arm, options in ARMS.items():
-            row = rows.setdefault(arm, {})
-            for k in TOP_KS:
-                got = tuned(dense, there, text, k, options, seed)
+        full = judged(dense, there)
+        rows: dict[str, dict[str, float]] = {}
+        for arm in arms:
+            row = rows[arm] = {}
+            for k in plan.top_ks:
+                got = full if arm == DENSE else tuned(dense, there, plan, k, ARMS[arm], seed)
                 row.update({column(n, k): value for n, value in got.items()})
                 row[column("accuracy kept", k)] = got["accuracy"] / full["accuracy"]
         return {"rows": rows}
@@ -121,40 +133,55 @@ def whole(name: str) -> Job:
     return perform
 
 
-def study(name: str, size: str, rank: int, minutes: float, model: str) -> Study:
-    one = column("loss", 1)
+# Claim, bound, headline, by the number of slices that a token uses.
+KEPT = {
+    1: ("one slice of four keeps 85 % of the accuracy", 0.85, "kept"),
+    2: ("two of four keep 95 %", 0.95, ""),
+}
+# Claim, the arm of lower loss, the other, headline.
+LOWER = (
+    (
+        "a prior-approximate router has lower loss than one without a gradient",
+        PRIOR, "as released", "released",
+    ),
+    ("and than random slices", PRIOR, "random slices", "random"),
+    (
+        "and than one trained by the language model's loss", PRIOR, "straight-through", "straight",
+    ),
+    (
+        "clusters of neurons are better slices than contiguous ones",
+        "prior-approximate, clusters", PRIOR, "clusters",
+    ),
+)  # fmt: skip
+SHORT = Plan(300, 5e-4)
+# Steps and rate are those that keep most with seed 0, of 1000 steps at 5e-4, 1.5e-3, and 3e-3.
+LONGER = Plan(1000, 1.5e-3, (PRIOR, "straight-through", "as released", "random slices"), (1,))
 
-    def against(other: str, at: str = one) -> Any:
-        return lambda r: r.gap(PRIOR, other, at)
 
-    hypotheses = [
-        Hypothesis(
-            "one slice of four keeps 85 % of the accuracy",
-            lambda r: r.of(PRIOR, column("accuracy kept", 1)), "of the dense model's",
-            bound=0.85, below=False, key="kept",
-        ),
-        Hypothesis(
-            "two of four keep 95 %",
-            lambda r: r.of(PRIOR, column("accuracy kept", 2)), "of the dense model's",
-            bound=0.95, below=False,
-        ),
-        Hypothesis(
-            "a prior-approximate router has lower loss than one without a gradient",
-            against("as released"), "nats a byte", key="released",
-        ),
-        Hypothesis(
-            "and than random slices", against("random slices"), "nats a byte", key="random",
-        ),
-        Hypothesis(
-            "and than one trained by the language model's loss",
-            against("straight-through"), "nats a byte", key="straight",
-        ),
-        Hypothesis(
-            "clusters of neurons are better slices than contiguous ones",
-            lambda r: r.gap("prior-approximate, clusters", PRIOR, one), "nats a byte",
-            key="clusters",
-        ),
-    ]  # fmt: skip
+def study(
+    name: str, size: str, rank: int, minutes: float, model: str, plan: Plan, *, apart: bool
+) -> Study:
+    """`apart`: each arm is a run of its own."""
+
+    def kept(k: int) -> Hypothesis:
+        statement, bound, key = KEPT[k]
+        return Hypothesis(
+            statement, lambda r: r.of(PRIOR, column("accuracy kept", k)), "of the dense model's",
+            bound=bound, below=False, key=key,
+        )  # fmt: skip
+
+    def lower(statement: str, arm: str, other: str, key: str) -> Hypothesis:
+        def gap(results: Results) -> list[float]:
+            return results.gap(arm, other, column("loss", 1))
+
+        return Hypothesis(statement, gap, "nats a byte", key=key)
+
+    hypotheses = [kept(k) for k in plan.top_ks]
+    hypotheses += [lower(*row) for row in LOWER if {*row[1:3]} <= {*plan.arms}]
+    arms = (DENSE, *plan.arms)
+    runs = (
+        {arm: job(model, plan, (arm,)) for arm in arms} if apart else {ALL: job(model, plan, arms)}
+    )
 
     def made() -> dict[str, str]:
         of = subject.SUBJECTS[model]
@@ -166,21 +193,30 @@ def study(name: str, size: str, rank: int, minutes: float, model: str) -> Study:
             ),
             "Data": f"bytes of {', '.join(of.domains)}, equal shares",
             "Training": str(of.recipe),
-            "Tuning": f"{STEPS} steps of 8 x {of.recipe.length} bytes, AdamW, rate {RATE:g}",
+            "Tuning": f"{plan.steps} steps of 8 x {of.recipe.length} bytes, AdamW, "
+            f"rate {plan.rate:g}",
         }
 
-    return Study(name, size, rank, {ALL: whole(model)}, 5, minutes, hypotheses, made, pictures)
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures(plan))
 
 
-def pictures(results: Results) -> list[Picture]:
-    columns = {f"{k} of {SLICES} slices": column("accuracy kept", k) for k in TOP_KS}
-    title = "Share of the dense model's accuracy that is kept"
-    return [Picture("accuracy", title, "", "share", "bars", bars(results, list(ARMS), columns))]
+def pictures(plan: Plan) -> Any:
+    columns = {f"{k} of {SLICES} slices": column("accuracy kept", k) for k in plan.top_ks}
+    name = f"accuracy-{plan.steps}-steps"
+    title = f"Share of the dense model's accuracy that is kept, {plan.steps} steps of tuning"
+
+    def drawn(results: Results) -> list[Picture]:
+        return [Picture(name, title, "", "share", "bars", bars(results, plan.arms, columns))]
+
+    return drawn
 
 
 EXPERIMENT = Experiment(
     "factorllm",
-    (study("factorllm-subject", "1 and 2 of 4", 43, 20.0, "dense"),),
+    (
+        study("factorllm-subject", "1 and 2 of 4", 43, 20.0, "dense", SHORT, apart=False),
+        study("factorllm-longer", "1 of 4, longer", 47, 2.0, "dense", LONGER, apart=True),
+    ),
     (
         Headline(
             "kept", "one slice of four keeps 85 % of the accuracy", "85 % of the quality", "quality"

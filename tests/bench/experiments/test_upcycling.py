@@ -75,10 +75,12 @@ def test_factorllm(monkeypatch, tmp_path):
     monkeypatch.setattr(subject, "SUBJECTS", {"dense": found})
     monkeypatch.setenv("MOE_OPS_CACHE", str(tmp_path))
     monkeypatch.setattr(on_subject, "JUDGED", 8)
-    monkeypatch.setattr(factorllm, "STEPS", 2)
-    monkeypatch.setattr(factorllm, "TUNED", 8)
-    result = checked(factorllm.EXPERIMENT.studies[0])
+    plan = factorllm.Plan(steps=3, rate=5e-4)
+    study = factorllm.study("factorllm-toy", "toy", 1, 1.0, "dense", plan, apart=False)
+    result = checked(study)
     assert list(result["rows"]) == ["dense", *factorllm.ARMS]
+    apart = factorllm.study("factorllm-toy", "toy", 1, 1.0, "dense", plan, apart=True)
+    assert {arm: apart.runs[arm](0, Run())["rows"][arm] for arm in apart.runs} == result["rows"]
     there = on_subject.load("dense", 0, Run())
     dense, tokens = factorllm.dense_of(there), there.judged("maths")[0]
     with torch.no_grad():
