@@ -227,6 +227,10 @@ EXPERIMENT = Experiment(
         ),
         Headline("random", "and than random slices", "not compared", "mechanism"),
         Headline("straight", "and than one of the loss alone", "not compared", "mechanism"),
-        Headline("clusters", "clusters of neurons are better slices", "not compared", "quality"),
+        Headline(
+            "clusters", "clusters of neurons are better slices", "not compared", "quality",
+            contradicted="likely: neurons of a cluster act alike, so that one cluster says less of "
+            "the sum of all than one contiguous slice; of two slices clusters are the better",
+        ),
     ),
 )  # fmt: skip
