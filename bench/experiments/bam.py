@@ -189,7 +189,7 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "shared", "with shared keys and values too", "perplexity 10.32 against 10.72",
-            "quality", shown="queries and outputs of their own bring two thirds of the gain",
+            "quality",
         ),
         Headline(
             "soft", "soft routing of attention is better than the best two",
