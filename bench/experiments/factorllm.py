@@ -89,7 +89,13 @@ def judged(model: CausalLM, there: Loaded) -> dict[str, float]:
 
 
 def tuned(
-    dense: Llama, there: Loaded, plan: Plan, top_k: int, arm: dict[str, Any], seed: int
+    dense: Llama,
+    there: Loaded,
+    text: list[Tensor],
+    plan: Plan,
+    top_k: int,
+    arm: dict[str, Any],
+    seed: int,
 ) -> dict[str, float]:
     options = dict(arm)
     random, orders = options.pop("random", False), None
@@ -106,7 +112,7 @@ def tuned(
 
     routed = surgery.route_as(model, surgery.random(top_k)) if random else nullcontext()
     with routed:
-        surgery.tune(model, plan.text(there, seed), plan.steps, rate=plan.rate, loss=loss)
+        surgery.tune(model, text, plan.steps, rate=plan.rate, loss=loss)
         return judged(model.eval(), there)
 
 
@@ -120,12 +126,12 @@ def job(name: str, plan: Plan, arms: tuple[str, ...]) -> Job:
     def perform(seed: int, run: Run) -> dict[str, Any]:
         there = load(name, seed, run)
         dense = dense_of(there)
-        full = judged(dense, there)
+        text, full = plan.text(there, seed), judged(dense, there)
         rows: dict[str, dict[str, float]] = {}
         for arm in arms:
             row = rows[arm] = {}
             for k in plan.top_ks:
-                got = full if arm == DENSE else tuned(dense, there, plan, k, ARMS[arm], seed)
+                got = full if arm == DENSE else tuned(dense, there, text, plan, k, ARMS[arm], seed)
                 row.update({column(n, k): value for n, value in got.items()})
                 row[column("accuracy kept", k)] = got["accuracy"] / full["accuracy"]
         return {"rows": rows}
