@@ -94,19 +94,13 @@ def test_masks_of_the_zoo():
     assert mask.tolist() == [[True, False], [True, True]]
 
 
-def test_gates_of_transformers():
+def test_norms_of_transformers():
     pytest.importorskip("transformers")
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-    import moe_ops.hf.experts as experts
+    from moe_ops.hf.agreement import why_not
+    from moe_ops.hf.models.known import find
 
-    def own_tensors(self, gate_up):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up * torch.ones((), dtype=gate.dtype)
-
+    norm = MixtralRMSNorm(8)
     with other_defaults():
-        experts._GATE_KINDS.clear()
-        assert experts.gate_kind(MixtralExperts._apply_gate) == "act_fn"
-        assert experts.gate_kind(GptOssExperts._apply_gate) == "clamped_interleaved"
-        assert experts.gate_kind(own_tensors) == "act_fn"
+        assert why_not("norm", norm, find("norm", norm)) is None

@@ -12,7 +12,6 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import (
@@ -20,7 +19,7 @@ from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter im
 )
 
 import moe_ops.hf
-from moe_ops.hf.experts import activation_name, fused_activation, gate_kind
+from moe_ops.hf.models.gates import fused_activation
 
 from .models import BLOCK_NAMES, DECORATED, build
 
@@ -165,109 +164,6 @@ def test_layout_flags(flags, act, norm):
     grad = torch.randn(T, H)
     expected = run(experts, "eager", x, ids, weights, grad)
     assert_same(run(experts, "moe_ops", x, ids, weights, grad), expected)
-
-
-GATED = {
-    "silu": "swiglu",
-    "swish": "swiglu",
-    "gelu": "geglu",
-    "gelu_python": "geglu",
-    "gelu_new": "geglu_tanh",
-    "gelu_fast": "geglu_tanh",
-    "gelu_accurate": "geglu_tanh",
-    "gelu_pytorch_tanh": "geglu_tanh",
-    "relu": "reglu",
-    "relu2": None,
-    "gelu_10": None,
-    "relu6": None,
-    "mish": None,
-    "tanh": None,
-}
-
-
-@pytest.mark.parametrize("act", GATED)
-def test_gated_activations(act):
-    experts = make_experts(act)
-    assert (fused_activation(experts) or {}).get("activation") == GATED[act]
-    assert_like_eager(experts)
-
-
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_new", "relu", "relu2", "relu6"])
-def test_plain_activations(act):
-    experts = make_experts(act, has_gate=False)
-    assert (fused_activation(experts) is None) == (act == "relu6")
-    assert_like_eager(experts)
-
-
-def test_torch_gelu_modules_are_known():
-    assert activation_name(nn.GELU()) == "gelu"
-    assert activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh"
-
-
-@pytest.mark.parametrize("act", [type("Scaled", (nn.SiLU,), {})(), torch.nn.functional.silu])
-def test_subclasses_and_functions_are_unknown(act):
-    assert activation_name(act) is None
-
-
-def gate_clamped(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=self.limit)
-    return (up.clamp(-self.limit, self.limit) + 1) * gate * torch.sigmoid(self.alpha * gate)
-
-
-def gate_clamped_far_out(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    return self.act_fn(gate.clamp(max=1000.0)) * up
-
-
-def gate_swapped(self, gate_up):
-    up, gate = gate_up.chunk(2, dim=-1)
-    return self.act_fn(gate) * up
-
-
-def gate_fixed_alpha(self, gate_up):
-    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-    gate = gate.clamp(max=self.limit)
-    return (up.clamp(-self.limit, self.limit) + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-GATES = {
-    "clamped": gate_clamped,
-    "clamped_interleaved": GptOssExperts._apply_gate,
-    "act_fn": MixtralExperts._apply_gate,
-    "unknown": DeepseekV4Experts._apply_gate,
-    "unknown-far_out": gate_clamped_far_out,
-    "unknown-swapped": gate_swapped,
-    "unknown-fixed_alpha": gate_fixed_alpha,
-}
-
-
-@pytest.mark.parametrize("case", GATES)
-def test_gates_are_known_by_what_they_compute(case):
-    assert gate_kind(GATES[case]) == case.split("-")[0]
-
-
-@pytest.mark.parametrize("gate", [gate_clamped_far_out, gate_swapped])
-def test_an_unknown_gate_is_used_as_it_is(gate):
-    experts = make_experts(gate=gate)
-    assert fused_activation(experts) is None
-    assert_like_eager(experts)
-
-
-def test_a_gate_replaced_on_the_module_is_used():
-    experts = make_experts()
-    experts._apply_gate = types.MethodType(gate_swapped, experts)
-    assert_like_eager(experts)
-
-
-def test_gates_are_probed_under_a_fake_mode():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def gate(self, gate_up):
-        return gate_clamped(self, gate_up)
-
-    with FakeTensorMode():
-        assert gate_kind(gate) == "clamped"
 
 
 OTHER_MODELS = {

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import DynamicCache
 
 import moe_ops.hf
-from moe_ops.hf import step
-from moe_ops.hf.attention_layout import LatentLayout
-from moe_ops.hf.layout import layout_of
+from moe_ops.hf import cache_room, step
+from moe_ops.hf.models.attention import LatentAttention
+from moe_ops.hf.stock import take_stock
 
 from .models import CACHE, MODEL_TYPES, build, skip_unknown_router, tokens
 from .test_optimize import GREEDY, padded
@@ -56,21 +56,20 @@ def both(models, function):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_layouts(model_type):
+def test_known_layers(model_type):
     skip_unknown_router(model_type)
-    layouts = [layout_of(m, {}) for m in build(model_type).modules()]
-    known = [layout for layout in layouts if layout is not None]
+    known = list(take_stock(build(model_type)).layers.values())
     assert len(known) == (0 if model_type in OTHERS else 2)
-    for layout in known:
-        assert (layout.attention is not None) == (model_type in ATTENDED)
-        assert isinstance(layout.attention, LatentLayout) == (model_type in LATENT)
+    for parts in known:
+        assert (parts.attention is not None) == (model_type in ATTENDED)
+        is_latent = parts.attention and isinstance(parts.attention.entry, LatentAttention)
+        assert is_latent == (model_type in LATENT)
+        assert not parts.left
     if known:
         dense = model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe")
         assert (known[0].network is not None) == dense == (known[0].block is None)
         assert known[1].block is not None and known[1].network is None
-        shared = known[1].block.shared
-        assert (shared is not None) == (dense or model_type == "qwen2_moe")
-        assert (known[1].block.shared_activation == "swiglu") == (shared is not None)
+        assert (known[1].shared is not None) == (dense or model_type == "qwen2_moe")
 
 
 @pytest.mark.parametrize("model_type", ATTENDED)
@@ -122,7 +121,7 @@ def test_a_cache_that_is_cut_copied_and_reordered():
 
 
 def test_growing_past_the_room(monkeypatch):
-    monkeypatch.setattr(step, "_LEAST_ROOM", 2)
+    monkeypatch.setattr(cache_room, "_LEAST_ROOM", 2)
     models = pair(max_position_embeddings=128)
     want, got = (m.generate(tokens(2, 3), **{**GREEDY, "max_new_tokens": 40}) for m in models)
     assert torch.equal(got, want)
@@ -183,7 +182,7 @@ def test_what_takes_the_place_of_a_part(calls):
         gate = m.model.layers[1].mlp.gate
         gate.forward = lambda x, gate=gate: type(gate).forward(gate, x * 0.5)
     both(models, lambda m: m(tokens()).logits)
-    assert len(calls) == 0, "one has another part, the other another forward"
+    assert len(calls) == 1, "one has another part, the other another forward in its block"
 
 
 def test_changed_parameters_are_read():
@@ -213,7 +212,7 @@ def test_training_goes_the_old_way(calls):
     assert not calls
 
 
-def test_other_formulas_are_left_alone():
+def test_other_classes_are_left_alone():
     model = build("qwen3_moe")
     first, second = model.model.layers
     attend, forward = type(first.self_attn).forward, type(second).forward
@@ -232,15 +231,18 @@ def test_other_formulas_are_left_alone():
             return super().forward(hidden_states) * 0.5
 
     first.self_attn.__class__ = Halved
-    assert layout_of(first, {}).attention is None
-    assert layout_of(first, {}).block is not None
+    stock = take_stock(model)
+    parts = stock.layers["model.layers.0"]
+    assert parts.attention is None and parts.block is not None
+    assert "Halved is not a class of transformers" in stock.left["model.layers.0.self_attn"]
     first.mlp.__class__ = Rescaled
-    assert layout_of(first, {}) is None
     second.__class__ = Scaled
-    assert layout_of(second, {}) is None
-    third = build("qwen3_moe").model.layers[0]
-    third.forward = lambda *args, **kwargs: None
-    assert layout_of(third, {}) is None
+    assert not take_stock(model).layers
+    model = build("qwen3_moe")
+    model.model.layers[0].forward = lambda *args, **kwargs: None
+    stock = take_stock(model)
+    assert list(stock.layers) == ["model.layers.1"]
+    assert "has a forward of its own" in stock.left["model.layers.0"]
 
 
 def test_half_precision_and_codes(calls):

@@ -39,13 +39,24 @@ from moe_ops.expert_weights import register_hook
 from moe_ops.hf import attention, published
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.hook import TransformersHook
+from moe_ops.hf.models import (
+    register_attention,
+    register_block,
+    register_layer,
+    register_network,
+    register_norm,
+    register_router,
+)
+from moe_ops.hf.models.attention import PLAIN_FUNCTIONS
 from moe_ops.hf.offloading import load_offloaded
 from moe_ops.hf.optimize import optimize, restore
 from moe_ops.hf.parallel import Interface, register_ep_implementation
 from moe_ops.hf.quantizer import ExpertsQuantizationConfig
+from moe_ops.hf.report import report
 from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
+PLAIN_FUNCTIONS.add(attention.attention_forward)
 attention.register()
 published.install()
 if Interface is not None and "moe_ops" not in Interface():  # It is, where this is reloaded.
@@ -60,7 +71,14 @@ __all__ = [
     "experts_forward",
     "load_offloaded",
     "optimize",
+    "register_attention",
+    "register_block",
     "register_ep_implementation",
+    "register_layer",
+    "register_network",
+    "register_norm",
+    "register_router",
+    "report",
     "restore",
     "status",
 ]

@@ -5,18 +5,17 @@ T tokens, H hidden size, I intermediate size, E experts, K top-k, N = T*K routed
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import activations as hf_activations
 
-from moe_ops._private_torch import disable_modes
+from moe_ops import _verify as verify
 from moe_ops.expert_weights.packing import expert_ffn
+from moe_ops.hf.models.gates import fused_activation, fused_gate
 from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
-from moe_ops.reference import gated_act as gated_act_reference
 
 
 def experts_forward(
@@ -50,9 +49,11 @@ def experts_forward(
     b_up, b_down = bank_bias(self)
     post_norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
 
+    if verify.takes_own_forward() and out_dtype is None:
+        return own_forward(self, hidden_states, top_k_index, top_k_weights)
     act = self._apply_gate if has_gate else self.act_fn
     fused = fused_activation(self) if post_norm is None else None
-    return _run(
+    y = _run(
         self,
         hidden_states,
         w_up,
@@ -66,6 +67,20 @@ def experts_forward(
         post_norm=post_norm,
         out_dtype=out_dtype,
     )
+    if out_dtype is None and verify.is_due(self):
+        verify.compare(
+            self,
+            "experts",
+            y,
+            lambda: own_forward(self, hidden_states, top_k_index, top_k_weights),
+        )
+    return y
+
+
+def own_forward(experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return what the loop over experts gives that transformers calls "eager"."""
+    y: Tensor = inspect.unwrap(type(experts).forward)(experts, x, ids, weights)
+    return y
 
 
 def bank_views(experts: Any) -> tuple[Tensor, Tensor]:
@@ -168,99 +183,3 @@ def cast_like(t: Tensor, weight: Tensor) -> Tensor:
     if t.dtype == weight.dtype or torch.is_autocast_enabled(t.device.type):
         return t
     return t.to(weight.dtype)
-
-
-# By exact class: a subclass may compute something else. The four tanh forms differ by rounding.
-_ACTIVATION_OF_CLASS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
-for _class_name, _activation in (
-    ("SiLUActivation", "silu"),
-    ("GELUActivation", "gelu"),
-    ("GELUTanh", "gelu_tanh"),
-    ("NewGELUActivation", "gelu_tanh"),
-    ("FastGELUActivation", "gelu_tanh"),
-    ("AccurateGELUActivation", "gelu_tanh"),
-    ("ReLUSquaredActivation", "relu2"),
-):
-    if hasattr(hf_activations, _class_name):
-        _ACTIVATION_OF_CLASS[getattr(hf_activations, _class_name)] = _activation
-
-_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
-
-
-def fused_gate(act_fn: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
-    """The activation arguments of moe_ffn that compute ``act_fn(gate) * up``; None if none do."""
-    name = activation_name(act_fn)
-    return {"activation": _GATED[name]} if name in _GATED else None
-
-
-def activation_name(act_fn: Callable[[Tensor], Tensor]) -> str | None:
-    """What `act_fn` computes, as moe_ffn names its plain activations; None when unknown.
-
-    A module with forward hooks counts as unknown: inside a fused op they would never run.
-    """
-    if not isinstance(act_fn, nn.Module) or act_fn._forward_hooks or act_fn._forward_pre_hooks:
-        return None
-    if type(act_fn) is nn.GELU:
-        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
-    return _ACTIVATION_OF_CLASS.get(type(act_fn))
-
-
-def fused_activation(experts: Any) -> dict[str, Any] | None:
-    """The activation arguments of moe_ffn that compute what this module does; None if none do."""
-    if not getattr(experts, "has_gate", True):
-        name = activation_name(experts.act_fn)
-        return None if name is None else {"activation": name}
-    if "_apply_gate" in experts.__dict__:  # Replaced on this one module.
-        return None
-    kind = gate_kind(type(experts)._apply_gate)
-    if kind == "act_fn":
-        return fused_gate(experts.act_fn)
-    if kind == "unknown":
-        return None
-    return {
-        "activation": "swiglu_oai",
-        "interleaved": kind == "clamped_interleaved",
-        "alpha": float(experts.alpha),
-        "limit": float(experts.limit),
-    }
-
-
-_GATE_KINDS: dict[Callable[..., Tensor], str] = {}
-
-
-@torch.compiler.assume_constant_result
-def gate_kind(apply_gate: Callable[..., Tensor]) -> str:
-    """Which gate an `_apply_gate` function is: act_fn, clamped, clamped_interleaved or unknown.
-
-    act_fn is transformers' default, ``act_fn(gate) * up`` on halves; the clamped ones are gpt-oss's
-    with the attributes `alpha` and `limit`. The function is judged by what it computes on a few
-    numbers in fp64, once: its name would not show a changed formula.
-    """
-    if apply_gate not in _GATE_KINDS:
-        # from_pretrained builds models with "meta" as the default device: what the function makes
-        # of its own must not go there either.
-        with disable_modes(), torch.device("cpu"), torch.no_grad():
-            _GATE_KINDS[apply_gate] = _probe_gate(apply_gate)
-    return _GATE_KINDS[apply_gate]
-
-
-def _probe_gate(apply_gate: Callable[..., Tensor]) -> str:
-    # Small values, and large ones that any clamp would show. No gate equals its up.
-    where: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    steps = torch.arange(64, **where).reshape(2, 32)
-    gate_up = torch.sin(3.0 * steps + 0.5) * torch.tensor([[3.0], [2000.0]], **where)
-    module = SimpleNamespace(act_fn=torch.sin, alpha=1.25, limit=1.5)
-    try:
-        actual = apply_gate(module, gate_up.clone())
-    except Exception:  # It needs more than these attributes, so it is none of the known gates.
-        return "unknown"
-    gate, up = gate_up.chunk(2, dim=-1)
-    expected = {"act_fn": torch.sin(gate) * up}
-    for kind, interleaved in (("clamped", False), ("clamped_interleaved", True)):
-        expected[kind] = gated_act_reference(
-            gate_up, "swiglu_oai", interleaved=interleaved, alpha=module.alpha, limit=module.limit
-        )
-    for kind, value in expected.items():
-        if actual.shape == value.shape and torch.allclose(actual, value, rtol=1e-12, atol=1e-12):
-            return kind
-    return "unknown"

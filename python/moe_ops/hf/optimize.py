@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,10 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
+from moe_ops._verify import parse as parse_verify
+from moe_ops._verify import watch
 from moe_ops.hf import step
-from moe_ops.hf.attention_layout import LatentLayout
-from moe_ops.hf.fused import fuse, set_fused
-from moe_ops.hf.layout import LayerLayout, layout_of
+from moe_ops.hf.fused import set_fused
+from moe_ops.hf.known_parts import LayerParts
+from moe_ops.hf.report import Report
+from moe_ops.hf.stock import take_stock
 from moe_ops.hf.switch import enable, interface_of, set_implementation
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import replace_linears
@@ -49,6 +53,8 @@ class _Before(NamedTuple):
     kept_bytes: int
 
 
+# One thread at a time changes the modules of models.
+_lock = threading.RLock()
 _optimized: weakref.WeakKeyDictionary[nn.Module, _Before] = weakref.WeakKeyDictionary()
 register_holder("original weights", lambda: sum(b.kept_bytes for b in _optimized.values()))
 
@@ -60,7 +66,8 @@ def optimize(
     group_size: int | None = None,
     keep_original: bool = False,
     compile: bool | str = False,
-) -> dict[str, str]:
+    verify: int | str | None = None,
+) -> Report:
     """Puts all of a transformers model on kernels for inference, in place.
 
     - Experts run on moe_ops (:func:`moe_ops.hf.enable`).
@@ -68,12 +75,17 @@ def optimize(
       are read at the speed of memory. With `weights` they are stored in 8 or 4 bits, and so are
       experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float, and
       `kv_b_proj` of latent attention.
-    - RMS norms and routers whose formula is known are one or two ops each; a decoder layer of a
-      known layout runs few tokens in a few calls, its attention in one.
+    - RMS norms and routers are one or two ops each; a decoder layer runs few tokens in a few calls,
+      its attention in one.
     - With `compile`, `generate` uses a static cache and compiles its decoding steps.
 
-    Attention stays what the model has: torch's, unless "eager" was asked for. What is left as it
-    was is not in the report. Parameters, their names and checkpoints stay those of the model; with
+    What a norm, router, network, attention or layer computes is known by the code of its class. A
+    class that is not known, a subclass, a module with a forward of its own is left alone, and the
+    report says why; `moe_ops.hf.register_norm` and its kin make a class known. Settings are read
+    at each call, so that a changed one counts at once.
+
+    Attention stays what the model has: torch's, unless "eager" was asked for. Parameters, their
+    names and checkpoints stay those of the model; with
     `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
     layers as floats with the values that are computed with. A model that was saved so is loaded in
     the time that its bytes take; `optimize` with the same `weights` rounds its dense layers again,
@@ -89,29 +101,47 @@ def optimize(
             :func:`restore` can bring them back; `moe_ops.memory.held_bytes` counts them.
         compile: True, or the name of a backend of torch.compile; the setting is in
             `model.generation_config`. Assisted decoding needs a cache that is not static.
+        verify: n compares one call in n of each module that was changed with the module's own
+            forward, and raises where they differ by more than rounding; "warn:n" warns. None is
+            the environment variable MOE_OPS_VERIFY, 0 without it.
 
     Returns:
-        Name of each module that changed -> what it is now.
+        Name of each module that changed -> what it is now; `left` has the reasons for those of the
+        same kinds that did not.
 
     Raises:
-        ValueError: unknown `weights`, a model that is optimised already or that cannot generate
-            where `compile` is asked for; what `enable` and `quantize_experts` refuse.
+        ValueError: unknown `weights` or `verify`, a model that is optimised already or that cannot
+            generate where `compile` is asked for; what `enable` and `quantize_experts` refuse.
     """
     if weights not in FORMATS:
         raise ValueError(f"optimize: weights must be None, 'int8' or 'int4', got {weights!r}.")
     if group_size is not None and weights != "int4":
         raise ValueError(f"optimize: group_size belongs to 'int4', got weights={weights!r}.")
-    if model in _optimized:
-        raise ValueError("optimize: model must not be optimised already; call restore first.")
-    if compile and getattr(model, "generation_config", None) is None:
-        raise ValueError(
-            f"optimize: model must be one that generates to compile its steps, got "
-            f"{type(model).__name__}."
-        )
+    every, warn = parse_verify(verify)
+    with _lock:
+        if model in _optimized:
+            raise ValueError("optimize: model must not be optimised already; call restore first.")
+        if compile and getattr(model, "generation_config", None) is None:
+            raise ValueError(
+                f"optimize: model must be one that generates to compile its steps, got "
+                f"{type(model).__name__}."
+            )
+        report = _optimize(model, weights, group_size, keep_original, compile)
+        if every:
+            watch(_watched(model, report), every, warn)
+        return report
+
+
+def _optimize(
+    model: nn.Module,
+    weights: str | None,
+    group_size: int | None,
+    keep_original: bool,
+    compile: bool | str,
+) -> Report:
     keeps = weights is None or keep_original
-    modules = dict(_snapshot(model)) if keeps else None
     before = _Before(
-        modules=modules,
+        modules=dict(_snapshot(model)) if keeps else None,
         after={},
         implementations=_implementations(model),
         attributes={n: model.__dict__[n] for n in _CONFIG_ATTRIBUTES if n in model.__dict__},
@@ -121,20 +151,21 @@ def optimize(
     )
     held = {p.data_ptr(): p.nbytes for p in model.parameters()} if keep_original else {}
 
-    report: dict[str, str] = {}
-    known: dict[Any, LayerLayout | None] = {}
-    layouts = {name: layout_of(module, known) for name, module in model.named_modules()}
+    found = take_stock(model)
+    report = Report()
     if weights is not None and not _experts_are(model, weights, group_size):
         quantize_experts(model, weights, group_size=group_size)
     report |= enable(model)
-    latent = any(x is not None and isinstance(x.attention, LatentLayout) for x in layouts.values())
-    report |= replace_linears(model, weights, group_size, _FLOAT_OF_LATENTS if latent else ())
+    report |= replace_linears(model, weights, group_size, _FLOAT_OF_LATENTS if found.latent else ())
     for name, module in model.named_modules():
-        if (kind := fuse(module)) is not None:
-            report[name] = f"fused {kind}"
-        elif (layout := layouts.get(name)) is not None:
-            set_fused(module, step.KIND, layout)
+        for kind, entries in (("norm", found.norms), ("router", found.routers)):
+            if name in entries:
+                set_fused(module, kind, entries[name])
+                report[name] = f"fused {kind}"
+        if name in found.layers:
+            set_fused(module, step.KIND, found.layers[name])
             report[name] = f"fused {step.KIND}"
+    report.left.update(found.left)
     if compile:
         _compile_steps(model, "inductor" if compile is True else compile)
     for p in model.parameters():
@@ -151,6 +182,11 @@ def restore(model: nn.Module) -> None:
         ValueError: a model that is not optimised, whose float weights were not kept, or whose
             modules something else has changed since (adapters, for instance: remove them first).
     """
+    with _lock:
+        _restore(model)
+
+
+def _restore(model: nn.Module) -> None:
     before = _optimized.get(model)
     if before is None:
         raise ValueError(f"restore: model must be optimised, got {type(model).__name__}.")
@@ -188,6 +224,25 @@ def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
         m.format == format and (group_size is None or m.group_size == group_size) for m in found
     )
     return bool(found) and fits and next(find_banks(model, ()), None) is None
+
+
+def _watched(model: nn.Module, report: Report) -> dict[str, nn.Module]:
+    """Return the modules whose calls can be compared, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if name in report and not report[name].startswith("fused layer"):
+            found[name] = module
+        parts = getattr(module, "_moe_ops_fused", None)
+        if isinstance(parts, LayerParts):
+            inner = ["self_attn"] if parts.attention is not None else []
+            form = parts.layer.entry
+            if parts.network is not None:
+                inner.append(form.block)
+            if parts.shared is not None and parts.block is not None:
+                block: Any = module._modules[form.block]
+                inner.append(f"{form.block}.{parts.block.entry.shared_of(block)}")
+            found |= {f"{name}.{part}": module.get_submodule(part) for part in inner}
+    return found
 
 
 def _compile_steps(model: Any, backend: str) -> None:

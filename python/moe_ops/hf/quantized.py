@@ -8,17 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
+from moe_ops import _verify as verify
 from moe_ops._sharded import is_sharded
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
-from moe_ops.hf.experts import bank_bias, bank_views, fused_activation, fused_gate
+from moe_ops.hf.experts import bank_bias, bank_views
 from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.hf.models.gates import fused_activation, fused_gate
 from moe_ops.hf.switch import interface_of
 from moe_ops.layers import QuantizedExperts
+from moe_ops.ops import gated_act
 
 _UNKNOWN = "must have an activation that moe_ffn knows, got {}."
 
@@ -59,7 +63,31 @@ class QuantizedHfExperts(QuantizedExperts):
     ) -> Tensor:
         """As `experts_forward`; hidden_states may be [..., H]."""
         x = hidden_states.reshape(-1, self.hidden_size)
-        return self.run(x, top_k_weights, top_k_index).view(hidden_states.shape)
+        y = self.run(x, top_k_weights, top_k_index).view(hidden_states.shape)
+        if self.dispatcher is None and verify.is_due(self):
+            verify.compare(
+                self,
+                "experts",
+                y,
+                lambda: self._dequantized(x, top_k_index, top_k_weights).view(y.shape),
+                quantized=True,
+            )
+        return y
+
+    def _dequantized(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return what the numbers that the codes stand for give, expert by expert."""
+        rows = x.float() if self.x_scale is None else x.float() * self.x_scale
+        options = {"interleaved": self.interleaved, "alpha": self.alpha, "limit": self.limit}
+        y = torch.zeros_like(x, dtype=torch.float32)
+        for expert in ids[(ids >= 0) & (ids < self.num_experts)].unique().tolist():
+            token, slot = torch.where(ids == expert)
+            h = F.linear(rows[token], self.weight_of("w_gate_up", expert))
+            h = h if self.b_gate_up is None else h + self.b_gate_up[expert].float()
+            h = gated_act(h, self.activation, **options)
+            out = F.linear(h, self.weight_of("w_down", expert))
+            out = out if self.b_down is None else out + self.b_down[expert].float()
+            y.index_add_(0, token, out * weights[token, slot, None].float())
+        return y.to(x.dtype)
 
 
 class QuantizedJetMoeMoE(JetMoeMoE):

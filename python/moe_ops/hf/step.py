@@ -1,35 +1,44 @@
 """Decoder layers of transformers on few tokens, in few calls.
 
-A layer whose layout is known gets a fused class. In inference on few tokens its forward reads the
-parameters of its parts and calls the ops itself; otherwise, and where anything would go unnoticed
-that way (hooks, adapters in the place of a part, autocast, compilers, caches that are not plain
-tensors), it is the forward that the layer had.
+A layer whose parts are known gets a fused class. In inference on few tokens its forward reads the
+parameters of its parts and calls the ops itself. A part that is not as it was known (another class,
+hooks, adapters in its place, other settings) is called instead; where nothing is left to do here,
+the forward is the one that the layer had. `reason_of` says why.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from moe_ops import _verify as verify
 from moe_ops._private_torch import has_global_hooks
 from moe_ops.expert_weights.packing import expert_ffn
 from moe_ops.hf import cache_argument
-from moe_ops.hf.attention_layout import AttentionLayout, LatentLayout, latent_operands
 from moe_ops.hf.attention_widths import PaddedValues
+from moe_ops.hf.cache_room import Room, room
 from moe_ops.hf.experts import bank_bias, bank_views
-from moe_ops.hf.fused import register_kind, route
-from moe_ops.hf.layout import BlockLayout, LayerLayout
-from moe_ops.hf.switch import is_quantized
+from moe_ops.hf.fused import (
+    is_silent,
+    kind_of,
+    norm_operands,
+    register_kind,
+    route,
+)
+from moe_ops.hf.known_parts import Found, LayerParts
+from moe_ops.hf.models.attention import HeadAttention, LatentAttention, implementation_of
+from moe_ops.hf.models.gates import fused_activation
+from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
+from moe_ops.hf.switch import interface_of, is_quantized
 from moe_ops.layers import QuantizedExperts
-from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
+from moe_ops.layers.linear import FEW_ROWS, dense_operands, in_inference_on_few_rows
 from moe_ops.ops import add_rms_norm, attention_step, gated_ffn, latent_attention_step
 
-_TENSORS = (Tensor, nn.Parameter)
 # Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
 _KNOWN = frozenset(
     (
@@ -44,370 +53,399 @@ _KNOWN = frozenset(
         "use_cache",
     )
 )
-# Room that a growing cache is given at least, and by how much more than it needs.
-_LEAST_ROOM, _MORE_ROOM = 64, 1.5
-_KEPT = "_moe_ops_kept"
 KIND = "layer"
+_REASON = "_moe_ops_reason"
 
-try:  # What transformers' own hooks collect; without it, all hooks count.
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:
-    _active_collector = None  # type: ignore[assignment]
+
+def reason_of(layer: nn.Module) -> str | None:
+    """Return why the last call of a fused layer computed less here than it could; None where it
+    did not."""
+    return layer.__dict__.get(_REASON)
 
 
 def step_forward(cls: Any) -> Callable[..., Any]:
-    """The forward of the fused class of a decoder layer."""
+    """Return the forward of the fused class of a decoder layer."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layout: LayerLayout = self._moe_ops_fused
-        x = hidden_states
-        if args or self.training or not _is_step(x) or not _sees_all(self, layout):
-            with _fast_attention(layout):
-                return cls.forward(self, hidden_states, *args, **kwargs)
-        attended = None
-        if layout.attention is not None:
-            attended = _attend(self, layout, layout.attention, x, kwargs)
-            if attended is None and layout.block is None and layout.network is None:
-                return cls.forward(self, hidden_states, **kwargs)
-        if attended is None:
-            y = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
-            attended = torch.add(x, y, alpha=layout.residual_scale)
-        return _through_block(self, layout, attended)
+        parts: LayerParts = self._moe_ops_fused
+        y: Tensor | str = _why_not(self, parts, hidden_states, args)
+        if not isinstance(y, str):
+            y = _step(self, parts, hidden_states, kwargs)
+        if not isinstance(y, str):
+            return y
+        self.__dict__[_REASON] = y
+        with _fast_attention(parts):
+            return cls.forward(self, hidden_states, *args, **kwargs)
 
     return forward
 
 
-def _fast_attention(layout: LayerLayout) -> AbstractContextManager[Any]:
-    """Around the layer's own forward."""
-    latent = isinstance(layout.attention, LatentLayout)
+def _fast_attention(parts: LayerParts) -> AbstractContextManager[Any]:
+    """Return what is entered around the layer's own forward."""
+    latent = parts.attention is not None and isinstance(parts.attention.entry, LatentAttention)
     return PaddedValues() if latent and not torch.compiler.is_compiling() else nullcontext()
 
 
-def _is_step(x: Tensor) -> bool:
-    return in_inference_on_few_rows(x) and x.dim() == 3
-
-
-def _sees_all(layer: Any, layout: LayerLayout) -> bool:
-    """Whether nobody waits for a call of a part that is passed by."""
+def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) -> str | Any:
+    if args:
+        return "it was called with arguments by position"
+    if layer.training:
+        return "it is in training mode"
+    if x.dim() != 3 or not in_inference_on_few_rows(x):
+        return f"it is not inference of at most {FEW_ROWS} tokens in eager code on the CPU"
     if has_global_hooks():
-        return False
-    parts = layer._modules
-    if layout.attention is not None:
-        attention = parts["self_attn"]
-        if not _is_silent(attention) or not all(map(_is_silent, attention._modules.values())):
-            return False
-    if layout.block is not None:
-        block = parts[layout.block_name]
-        if not _is_silent(block) or not _is_silent(block._modules[layout.block.router]):
-            return False
-    return _is_silent(parts["input_layernorm"]) and _is_silent(parts["post_attention_layernorm"])
+        return "hooks wait for calls of all modules"
+    if verify.takes_own_forward():
+        return "it is being compared with its own forward"
+    code = parts.layer.code
+    if code is not None and not code.is_intact():
+        return "the code of its class was replaced"
+    return None
 
 
-def _is_silent(m: nn.Module) -> bool:
-    state = m.__dict__
-    if "forward" in state or state["_forward_pre_hooks"]:
-        return False
-    hooks = state["_forward_hooks"]
-    if not hooks:
-        return True
-    # transformers leaves its hooks behind after a call with output_router_logits, say.
-    if _active_collector is None or not all(
-        getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks.values()
-    ):
-        return False
-    collected = _active_collector.get() or ()
-    return "router_logits" not in collected and "attentions" not in collected
+def _step(layer: Any, parts: LayerParts, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | str:
+    """Return the output of the layer, or why nothing of it is computed here."""
+    form: DecoderLayer = parts.layer.entry
+    scale = form.factor(layer)
+    if scale is None or not form.attends(layer):
+        return "its settings are not those of the formula"
+    attended = _attend(layer, parts, x, scale, kwargs)
+    reason = attended if isinstance(attended, str) else None
+    operands = _post_norm(layer, parts, form, x.dtype)
+    if isinstance(attended, str):
+        if isinstance(operands, str):
+            return f"{attended}; {operands}"
+        y = layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+        attended = torch.add(x, y, alpha=scale)
+    if isinstance(operands, str):
+        reason = operands if reason is None else f"{reason}; {operands}"
+    layer.__dict__[_REASON] = reason
+    return _through_block(layer, parts, form, scale, attended, operands)
 
 
 # --------------------------------------------------------------------------------------- attention
 
 
 def _attend(
-    layer: Any,
-    layout: LayerLayout,
-    how: AttentionLayout | LatentLayout,
-    x: Tensor,
-    kwargs: Mapping[str, Any],
-) -> Tensor | None:
-    """x + attention; None where the ops cannot do what is asked for."""
+    layer: Any, parts: LayerParts, x: Tensor, scale: float, kwargs: Mapping[str, Any]
+) -> Tensor | str:
+    """Return x + scale * attention, or why it is not computed here."""
+    found = parts.attention
+    if found is None:
+        return parts.left.get("self_attn", "its attention is not known")
+    attention = layer._modules["self_attn"]
+    if not found.is_still(attention):
+        return "self_attn has another class or other code"
+    if not is_silent(attention) or not all(map(is_silent, attention._modules.values())):
+        return "self_attn or a part of it has hooks or a forward of its own"
+    entry: HeadAttention | LatentAttention = found.entry
+    if (why := entry.why_not_now(attention)) is not None:
+        return f"self_attn: {why}"
+    norm = norm_operands(layer._modules["input_layernorm"], x.dtype)
+    if norm is None:
+        return "input_layernorm is to be called"
     cache = cache_argument.find_cache(kwargs)
-    positions = kwargs.get("position_embeddings")
-    norm = _vector(layer._modules["input_layernorm"], x)
-    if (
-        cache is None
-        or positions is None
-        or norm is None
-        or any(kwargs[k] is not None for k in kwargs.keys() - _KNOWN)
-    ):
-        return None
-    options = {"norm_weight": norm, "eps": how.eps, "residual_scale": layout.residual_scale}
-    attention, mask = layer._modules["self_attn"], kwargs.get("attention_mask")
-    if isinstance(how, LatentLayout):
-        return _attend_to_latents(attention, how, x, positions, cache, mask, options)
-    return _attend_to_heads(attention, how, x, positions, cache, mask, options)
+    positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+    if cache is None or positions is None:
+        return "it was called without a cache or without positions"
+    if any(kwargs[k] is not None for k in kwargs.keys() - _KNOWN):
+        unknown = next(k for k in kwargs.keys() - _KNOWN if kwargs[k] is not None)
+        return f"it was called with {unknown}"
+    options = {"norm_weight": norm[0], "eps": norm[1], "residual_scale": scale}
+    attend = _attend_to_latents if isinstance(entry, LatentAttention) else _attend_to_heads
+    operands = attend(attention, entry, x, positions, options)
+    if isinstance(operands, str):
+        return operands
+    call, heads, sizes = operands
+    own = None
+    if verify.is_due(attention):
+        own = _own_attention(layer, x, scale, kwargs, attention.layer_idx)
+    found_room = _room(cache, attention, x, mask, heads, sizes)
+    if isinstance(found_room, str):
+        return found_room
+    where, mask = found_room
+    y: Tensor = call(where.keys, where.values, where.start, mask)
+    where.note(x.shape[1])
+    if own is not None:
+        quantized = any(t.dtype in (torch.int8, torch.uint8) for t in _tensors_of(attention))
+        verify.compare(attention, "attention", y, own, quantized=quantized)
+    return y
 
 
 def _attend_to_heads(
-    attention: Any,
-    how: AttentionLayout,
-    x: Tensor,
-    positions: Any,
-    cache: Any,
-    mask: Any,
-    options: Mapping[str, Any],
-) -> Tensor | None:
-    parts = attention._modules
-    q, k, v, o = (
-        dense_operands(parts[n], x.dtype) for n in ("q_proj", "k_proj", "v_proj", "o_proj")
-    )
-    if q is None or k is None or v is None or o is None:
-        return None
-    q_norm = k_norm = None
-    if how.head_eps is not None:
-        q_norm, k_norm = _vector(parts["q_norm"], x), _vector(parts["k_norm"], x)
-        if q_norm is None or k_norm is None:
-            return None
+    attention: Any, entry: HeadAttention, x: Tensor, positions: Any, options: dict[str, Any]
+) -> tuple[Callable[..., Tensor], int, tuple[int, int]] | str:
+    """Return a call of attention_step on keys, values, start and mask, the heads of keys, and the
+    features of a key and of a value."""
+    parts, size = attention._modules, attention.head_dim
+    projections = [dense_operands(parts[f"{name}_proj"], x.dtype) for name in "qkvo"]
+    if any(operands is None for operands in projections):
+        return "a projection of self_attn is no plain linear layer of the type of the tokens"
+    for name, operands in zip("qkvo", projections, strict=True):
+        options[f"w_{name}_scale"], options[f"b_{name}"] = operands[1:]  # type: ignore[index]
+    q, k, v, o = (operands[0] for operands in projections)  # type: ignore[index]
+    if entry.has_norms(attention):
+        norms = [norm_operands(parts[name], x.dtype) for name in ("q_norm", "k_norm")]
+        if norms[0] is None or norms[1] is None or norms[0][1] != norms[1][1]:
+            return "q_norm and k_norm are to be called"
+        options |= {"q_norm": norms[0][0], "k_norm": norms[1][0], "head_eps": norms[0][1]}
     sinks = attention._parameters.get("sinks")
-    if sinks is not None and sinks.dtype != x.dtype:
-        return None
+    if (sinks is not None) != entry.sinks or (sinks is not None and sinks.dtype != x.dtype):
+        return "sinks of self_attn have another type than tokens"
+    if not isinstance(positions, tuple) or len(positions) != 2:
+        return "positions are not cos and sin"
     cos, sin = positions
-    rotary_size = cos.shape[-1] * (2 if how.one_angle else 1)
-    if rotary_size != how.head_size and not (how.partial and rotary_size < how.head_size):
-        return None
-    heads = k[0].shape[0] // how.head_size
-    room = _room(cache, attention.layer_idx, x, mask, heads, (how.head_size, how.head_size))
-    if room is None:
-        return None
-    kept, keys, values, start, mask = room
-    y = attention_step(
-        x,
-        q[0],
-        k[0],
-        v[0],
-        o[0],
-        cos,
-        sin,
-        keys,
-        values,
-        start,
-        rotary_size=rotary_size,
-        scale=how.scale,
-        b_q=q[2],
-        b_k=k[2],
-        b_v=v[2],
-        b_o=o[2],
-        w_q_scale=q[1],
-        w_k_scale=k[1],
-        w_v_scale=v[1],
-        w_o_scale=o[1],
-        q_norm=q_norm,
-        k_norm=k_norm,
-        head_eps=how.head_eps or 0.0,
-        mask=mask,
-        sinks=sinks,
-        **options,
-    )
-    _note(kept, keys, values, x.shape[1], start + x.shape[1])
-    return y
+    rotary_size = cos.shape[-1] * (2 if entry.one_angle else 1)
+    if rotary_size != size and not (entry.partial and rotary_size < size):
+        return f"positions are for {rotary_size} features, and a head has {size}"
+
+    def call(keys: Tensor, values: Tensor, start: int, mask: Tensor | None) -> Tensor:
+        return attention_step(
+            x,
+            q,
+            k,
+            v,
+            o,
+            cos,
+            sin,
+            keys,
+            values,
+            start,
+            rotary_size=rotary_size,
+            scale=attention.scaling,
+            mask=mask,
+            sinks=sinks,
+            **options,
+        )
+
+    return call, k.shape[0] // size, (size, size)
 
 
 def _attend_to_latents(
-    attention: Any,
-    how: LatentLayout,
-    x: Tensor,
-    positions: Any,
-    cache: Any,
-    mask: Any,
-    options: Mapping[str, Any],
-) -> Tensor | None:
-    """The caches of transformers keep latents in the place of keys, and rotated keys in that of
-    values, so that keys and values of heads need not be made."""
+    attention: Any, entry: LatentAttention, x: Tensor, positions: Any, options: dict[str, Any]
+) -> tuple[Callable[..., Tensor], int, tuple[int, int]] | str:
+    """Return the same of latent_attention_step.
+
+    The caches of transformers keep latents in the place of keys, and rotated keys in that of
+    values, so that keys and values of heads need not be made.
+    """
     parts: dict[str, Any] = {}
     for name, m in attention._modules.items():
-        is_norm = name.endswith("layernorm")
-        parts[name] = _vector(m, x) if is_norm else dense_operands(m, x.dtype)
-        if parts[name] is None:
-            return None
-    angles = how.angles(positions)
-    if angles is None or parts["kv_b_proj"][1] is not None:
-        return None
-    room = _room(cache, attention.layer_idx, x, mask, 1, (how.rank, how.rope_size))
-    if room is None:
-        return None
-    kept, latents, rope_keys, start, mask = room
-    operands = latent_operands(how, parts)
-    y = latent_attention_step(
-        x,
-        cos=angles[0],
-        sin=angles[1],
-        latents=latents,
-        rope_keys=rope_keys,
-        start=start,
-        mask=mask,
-        **operands,
-        **options,
-    )
-    _note(kept, latents, rope_keys, x.shape[1], start + x.shape[1])
-    return y
+        if name.endswith("layernorm"):
+            norm = norm_operands(m, x.dtype)
+            if norm is None or options.setdefault("latent_eps", norm[1]) != norm[1]:
+                return f"{name} of self_attn is to be called"
+            parts[name] = norm[0]
+        else:
+            parts[name] = dense_operands(m, x.dtype)
+            if parts[name] is None:
+                return f"{name} of self_attn is no plain linear layer of the type of the tokens"
+    angles = entry.angles(positions, attention.qk_rope_head_dim)
+    if angles is None:
+        return "positions are not those of latent attention"
+    if parts["kv_b_proj"][1] is not None:
+        return "kv_b_proj is quantised"
+    operands = entry.operands(attention, parts)
 
+    def call(latents: Tensor, rope_keys: Tensor, start: int, mask: Tensor | None) -> Tensor:
+        return latent_attention_step(
+            x,
+            cos=angles[0],
+            sin=angles[1],
+            latents=latents,
+            rope_keys=rope_keys,
+            start=start,
+            mask=mask,
+            **operands,
+            **options,
+        )
 
-def _vector(norm: nn.Module, x: Tensor) -> Tensor | None:
-    weight: Any = norm._parameters["weight"]
-    return weight if type(weight) in _TENSORS and weight.dtype == x.dtype else None
+    return call, 1, (attention.kv_lora_rank, attention.qk_rope_head_dim)
 
 
 def _room(
-    cache: Any, index: int, x: Tensor, mask: Any, heads: int, sizes: tuple[int, int]
-) -> tuple[Any, Tensor, Tensor, int, Tensor | None] | None:
-    """The cache of a layer, keys and values of `sizes` features with room for those of x, how many
-    there are, and the mask of all of them; None where a cache or a mask is of another kind."""
-    found = _memory(cache, index, x, heads, sizes)
-    if found is None or mask is None:
-        return None if found is None else (*found, None)
-    end = found[3] + x.shape[1]
-    if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] < end:
-        return None
-    return (*found, mask if mask.shape[3] == end else mask[..., :end])
+    cache: Any, attention: Any, x: Tensor, mask: Any, heads: int, sizes: tuple[int, int]
+) -> tuple[Room, Tensor | None] | str:
+    """Return room in the cache and the mask of all tokens in it, or why an op cannot have them."""
+    length = x.shape[1]
+    if mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1):
+        return "the mask is not one tensor for all heads"
+    if mask is None and length > 1 and implementation_of(attention) != "sdpa":
+        return "without a mask its attention sees later tokens too"
+    found = room(cache, attention.layer_idx, x, heads, sizes)
+    if isinstance(found, str):
+        return found
+    end = found.start + length
+    if mask is None:
+        # torch's attention without a mask counts queries from the first key on.
+        if length > 1 and found.start:
+            return "without a mask later parts of a prompt see other keys"
+        return found, None
+    if mask.shape[3] < end:
+        return "the mask has fewer keys than the cache"
+    return found, mask if mask.shape[3] == end else mask[..., :end]
 
 
-def _memory(
-    cache: Any, index: int, x: Tensor, heads: int, sizes: tuple[int, int]
-) -> tuple[Any, Tensor, Tensor, int] | None:
-    """Of `_room`, without the mask. A growing cache gets buffers that it fills: what it shows as
-    keys and values are views of them. It is given new ones whenever these views are not what was
-    put there."""
-    layers = getattr(cache, "layers", None)
-    if layers is None or getattr(cache, "offloading", True) or index >= len(layers):
-        return None
-    kept: Any = layers[index]
-    batch, length, _ = x.shape
-    if type(kept) is StaticLayer:
-        if not kept.is_initialized:
-            return None
-        own: Any = kept.keys, kept.values
-        start = int(kept.cumulative_length)
-        if start + length > kept.max_cache_len or not _fits(own[0], x, batch):
-            return None
-        return kept, *own, start
-    if type(kept) is DynamicSlidingWindowLayer:
-        if kept.record_past:
-            return None
-    elif type(kept) is not DynamicLayer:
-        return None
-    if not kept.is_initialized:
-        kept.lazy_initialization(x, x)
-    empty = kept.keys.dim() != 4
-    start = 0 if empty else kept.keys.shape[2]
-    own = kept.__dict__.get(_KEPT)
-    if own is not None and own[0] is kept.keys and own[1] is kept.values:
-        keys, values = own[2], own[3]
-        if start + length <= keys.shape[2] and _fits(keys, x, batch):
-            return kept, keys, values, start
-    if not empty and not (_fits(kept.keys, x, batch) and kept.keys.shape[1] == heads):
-        return None
-    most = max(_LEAST_ROOM, int((start + length) * _MORE_ROOM))
-    keys, values = (x.new_empty(batch, heads, most, size) for size in sizes)
-    if start:
-        keys[:, :, :start] = kept.keys
-        values[:, :, :start] = kept.values
-    return kept, keys, values, start
+def _own_attention(
+    layer: Any, x: Tensor, scale: float, kwargs: Mapping[str, Any], index: int
+) -> Callable[[], Tensor]:
+    """Return a call of the layer's own attention on the cache as it is now."""
+    before = dict(kwargs)
+    for name in (cache_argument.NAME, cache_argument.OLDER_NAME):
+        if before.get(name) is not None:
+            cache = before[name] = copy.copy(before[name])
+            cache.layers = list(cache.layers)
+            kept = cache.layers[index] = copy.copy(cache.layers[index])
+            for key, value in kept.__dict__.items():
+                if isinstance(value, Tensor) and key not in ("keys", "values"):
+                    kept.__dict__[key] = value.clone()
+            if type(kept).__name__ == "StaticLayer":
+                kept.keys, kept.values = kept.keys.clone(), kept.values.clone()
+
+    def own() -> Tensor:
+        y = layer.self_attn(hidden_states=layer.input_layernorm(x), **before)[0]
+        return torch.add(x, y, alpha=scale)
+
+    return own
 
 
-def _note(kept: Any, keys: Tensor, values: Tensor, length: int, end: int) -> None:
-    """Says in a cache that `length` more tokens are there, and `end` in keys and values."""
-    if type(kept) is StaticLayer:
-        kept.cumulative_length.add_(length)
-        return
-    first = 0
-    if type(kept) is DynamicSlidingWindowLayer:
-        kept.cumulative_length += length
-        first = max(0, end - kept.sliding_window + 1)
-    if first:
-        rest = keys.shape[2] - first
-        keys, values = keys.narrow(2, first, rest), values.narrow(2, first, rest)
-    kept.keys, kept.values = keys.narrow(2, 0, end - first), values.narrow(2, 0, end - first)
-    setattr(kept, _KEPT, (kept.keys, kept.values, keys, values))
-
-
-def _fits(keys: Tensor, x: Tensor, batch: int) -> bool:
-    return keys.dtype == x.dtype and keys.device == x.device and keys.shape[0] == batch
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 # --------------------------------------------------------------------------------------- the block
 
 
-def _through_block(layer: Any, layout: LayerLayout, x: Tensor) -> Tensor:
-    """x + block(norm(x))."""
-    parts = layer._modules
-    norm, block = parts["post_attention_layernorm"], parts[layout.block_name]
-    weight, scale = _vector(norm, x), layout.residual_scale
-    rows = x.reshape(-1, x.shape[2])
-    if layout.network is not None and weight is not None:
-        operands = _network_operands(block, x.dtype)
-        if operands is not None:
-            how: dict[str, Any] = {**operands, **layout.network._asdict(), "residual_scale": scale}
-            return gated_ffn(rows, norm_weight=weight, residual=rows, **how).view(x.shape)
-    if layout.block is not None and weight is not None:
-        y = _routed(block, layout.block, add_rms_norm(rows, weight, eps=layout.block.eps)[0])
-        return torch.add(rows, y, alpha=scale).view(x.shape)
-    y = block(norm(x))
-    return torch.add(x, y[0] if layout.returns_pair else y, alpha=scale)
+def _post_norm(
+    layer: Any, parts: LayerParts, form: DecoderLayer, dtype: torch.dtype
+) -> tuple[Tensor, float] | str:
+    """Return weight and epsilon of the norm before the block, or why the block is called as the
+    layer calls it."""
+    found = parts.block or parts.network
+    if found is None:
+        return parts.left.get(form.block, "its block is not known")
+    block = layer._modules[form.block]
+    if not found.is_still(block):
+        return f"{form.block} has another class or other code"
+    if not is_silent(block):
+        return f"{form.block} has hooks or a forward of its own"
+    norm = norm_operands(layer._modules["post_attention_layernorm"], dtype)
+    return "post_attention_layernorm is to be called" if norm is None else norm
 
 
-def _routed(block: Any, how: BlockLayout, y: Tensor) -> Tensor:
-    parts: dict[str, Any] = block._modules
-    router = parts[how.router]
-    is_fused = getattr(type(router), "_moe_ops_kind", None) == "router"
-    chosen = route(router, y, exact=True) if is_fused else None
+def _through_block(
+    layer: Any,
+    parts: LayerParts,
+    form: DecoderLayer,
+    scale: float,
+    x: Tensor,
+    norm: tuple[Tensor, float] | str,
+) -> Tensor:
+    """Return x + scale * block(norm(x))."""
+    block = layer._modules[form.block]
+    if not isinstance(norm, str):
+        weight, eps = norm
+        rows = x.reshape(-1, x.shape[2])
+        if parts.network is not None:
+            operands = _network_operands(parts.network, block, x.dtype)
+            if operands is not None:
+                options: dict[str, Any] = {"norm_weight": weight, "eps": eps, "residual": rows}
+                y = gated_ffn(rows, residual_scale=scale, **options, **operands).view(x.shape)
+                if verify.is_due(block):
+                    _verify_network(layer, block, operands, x, y, scale)
+                return y
+        if parts.block is not None:
+            normed = add_rms_norm(rows, weight, eps=eps)[0]
+            y = _routed(block, parts, parts.block.entry, normed)
+            return torch.add(rows, y, alpha=scale).view(x.shape)
+    out = block(layer._modules["post_attention_layernorm"](x))
+    return torch.add(x, out[0] if form.pair else out, alpha=scale)
+
+
+def _verify_network(
+    layer: Any, block: Any, operands: dict[str, Any], x: Tensor, y: Tensor, scale: float
+) -> None:
+    def own() -> Tensor:
+        return torch.add(x, block(layer._modules["post_attention_layernorm"](x)), alpha=scale)
+
+    quantized = operands["w_up_scale"] is not None
+    verify.compare(block, "dense network", y, own, quantized=quantized)
+
+
+def _routed(block: Any, parts: LayerParts, entry: RoutedBlock, y: Tensor) -> Tensor:
+    """Return the output of a block of experts for tokens [T, H] behind the norm."""
+    modules: dict[str, Any] = block._modules
+    router = modules[entry.router]
+    chosen = None
+    if kind_of(router) == "router" and is_silent(router):
+        chosen = route(router, y, exact=True)
     _, weights, ids = router(y) if chosen is None else chosen
-    out = _through_experts(parts["experts"], how, y, ids, weights)
-    if how.shared is None:
+    out = _through_experts(modules["experts"], y, ids, weights)
+    name = entry.shared_of(block)
+    if name is None:
         return out
-    gate = parts["shared_expert_gate"] if how.gated else None
-    if how.shared_activation is not None:
-        operands = _network_operands(parts[how.shared], y.dtype)
+    network = modules[name]
+    gate = modules[entry.gate] if entry.gate is not None else None
+    operands = None
+    if parts.shared is not None:
+        operands = _network_operands(parts.shared, network, y.dtype)
+    if operands is not None:
+        if verify.is_due(network):
+            quantized = operands["w_up_scale"] is not None
+            alone = gated_ffn(y, **operands)
+            verify.compare(
+                network, "shared experts", alone, lambda: network(y), quantized=quantized
+            )
         weight = None
         if gate is not None:
-            dense = dense_operands(gate, y.dtype) if _is_silent(gate) else None
+            dense = dense_operands(gate, y.dtype) if is_silent(gate) else None
             weight = None if dense is None or dense[1:] != (None, None) else dense[0][0]
-        if operands is not None and (gate is None or weight is not None):
-            activation = how.shared_activation
-            return gated_ffn(y, output_gate=weight, residual=out, activation=activation, **operands)
-    shared: Tensor = parts[how.shared](y)
+        if gate is None or weight is not None:
+            return gated_ffn(y, output_gate=weight, residual=out, **operands)
+    shared: Tensor = network(y)
     return out + (shared if gate is None else shared * torch.sigmoid(gate(y)))
 
 
-def _network_operands(network: Any, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Weights and scales of a dense network for gated_ffn; None where it is to be called."""
-    parts = network._modules
-    operands: dict[str, Any] = {}
+def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return weights, scales and activation of a dense network for gated_ffn; None where it is to
+    be called."""
+    if not found.is_still(network) or not is_silent(network):
+        return None
+    activation = found.entry.activation(network)
+    if activation is None:
+        return None
+    operands: dict[str, Any] = {"activation": activation}
+    modules = network._modules
     for name in ("gate", "up", "down"):
-        layer = parts[f"{name}_proj"]
-        dense = dense_operands(layer, dtype) if _is_silent(layer) else None
+        layer = modules[f"{name}_proj"]
+        dense = dense_operands(layer, dtype) if is_silent(layer) else None
         if dense is None or dense[2] is not None:
             return None
         operands[f"w_{name}"], operands[f"w_{name}_scale"], _ = dense
-    return operands if _is_silent(network) else None
+    return operands
 
 
-def _through_experts(
-    experts: Any, how: BlockLayout, y: Tensor, ids: Tensor, weights: Tensor
-) -> Tensor:
-    """experts(y, ids, weights), without what only finds out what is known here."""
-    if is_quantized(experts) and isinstance(experts, QuantizedExperts):
-        if experts.dispatcher is None and _is_silent(experts):
+def _through_experts(experts: Any, y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return experts(y, ids, weights), without what only finds out what is known here."""
+    if verify.is_active():
+        pass  # Its forward compares.
+    elif is_quantized(experts) and isinstance(experts, QuantizedExperts):
+        if experts.dispatcher is None and is_silent(experts):
             return experts.run(y, weights, ids)
     elif (
-        how.activation is not None
-        and "dispatcher" not in experts.__dict__
-        and _is_silent(experts)
+        "dispatcher" not in experts.__dict__
+        and is_silent(experts)
         and _is_enabled(experts)
+        and interface_of(experts) is not None
+        and not getattr(experts, "has_post_expert_norm", False)
     ):
-        w_up, w_down = bank_views(experts)
-        if w_up.dtype == w_down.dtype == y.dtype:
-            b_up, b_down = bank_bias(experts)
-            bias: dict[str, Any] = {"b_gate_up": b_up, "b_down": b_down}
-            return expert_ffn(experts, y, w_up, w_down, weights, ids, **bias, **how.activation)
+        activation = fused_activation(experts)
+        if activation is not None:
+            w_up, w_down = bank_views(experts)
+            if w_up.dtype == w_down.dtype == y.dtype:
+                b_up, b_down = bank_bias(experts)
+                bias: dict[str, Any] = {"b_gate_up": b_up, "b_down": b_down}
+                return expert_ffn(experts, y, w_up, w_down, weights, ids, **bias, **activation)
     out: Tensor = experts(y, ids, weights)
     return out
 

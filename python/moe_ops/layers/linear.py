@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from moe_ops import _verify as verify
 from moe_ops import memory
 from moe_ops._private_torch import is_plain_eager
 from moe_ops.ops import grouped_gemm, grouped_gemm_quantized
@@ -117,7 +118,12 @@ class FewRowsLinear(nn.Linear):
     """nn.Linear through `linear`: the same parameters, sums in another order."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        if verify.takes_own_forward():
+            return F.linear(input, self.weight, self.bias)
+        y = linear(input, self.weight, self.bias)
+        if verify.is_due(self):
+            verify.compare(self, "linear layer", y, lambda: F.linear(input, self.weight, self.bias))
+        return y
 
 
 class QuantizedLinear(nn.Linear):
@@ -191,9 +197,21 @@ class QuantizedLinear(nn.Linear):
             return jagged.like(self.forward(jagged.values))
         rows = input.reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(rows.dtype)[None]
+        if verify.takes_own_forward():
+            return self._dequantized(input)
         offsets = one_expert(rows.shape[0], rows.device)
         y = grouped_gemm_quantized(rows, self.q[None], self.scale[None], offsets, bias=bias)
-        return y.view(*input.shape[:-1], self.out_features)
+        y = y.view(*input.shape[:-1], self.out_features)
+        if verify.is_due(self):
+            verify.compare(
+                self, "linear layer", y, lambda: self._dequantized(input), quantized=True
+            )
+        return y
+
+    def _dequantized(self, input: Tensor) -> Tensor:
+        """Return the product with the weight that the codes stand for."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
     @property
     def format_name(self) -> str:

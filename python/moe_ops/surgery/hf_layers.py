@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops.expert_weights.packing import invalidate
-from moe_ops.hf.fused import router_settings
 from moe_ops.hf.hook import TransformersHook
+from moe_ops.hf.models.known import Unknown, find
 from moe_ops.hf.switch import status_of
 from moe_ops.layers import Experts, Router, Routing
 from moe_ops.layers.routing import RoutingOverride
@@ -41,13 +41,16 @@ class HFRoutedLayer(RoutedLayer):
         if type(router).__name__ == "PhimoeTopKRouter":
             eps = router.router_jitter_noise
             return Router.like("phimoe", *sizes, sparsemixer_eps=eps, device="meta")
-        settings = router_settings(router)
-        if settings is None:
+        try:
+            choice = find("router", router).arguments(router)
+        except Unknown as error:
             raise ValueError(
                 f"{self.name} must have a router whose way of weighing is known, got "
-                f"{type(router).__name__}."
-            )
-        choice = {n: value for n, value in settings[0].items() if n != "top_k"}
+                f"{type(router).__name__}: {error}."
+            ) from None
+        del choice["top_k"]
+        if "expert_bias" in choice:
+            choice["expert_bias"] = True
         bias = getattr(router, "bias", None) is not None
         return Router(*sizes, **choice, bias=bias, device="meta")
 

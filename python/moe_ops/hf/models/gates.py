@@ -1,0 +1,109 @@
+"""The activations between the two products of an expert or of a dense network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import activations as hf_activations
+
+from moe_ops.hf.models.source import read
+
+# By exact class: a subclass may compute something else. The four tanh forms differ by rounding.
+_ACTIVATION_OF_CLASS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+for _class_name, _activation in (
+    ("SiLUActivation", "silu"),
+    ("GELUActivation", "gelu"),
+    ("GELUTanh", "gelu_tanh"),
+    ("NewGELUActivation", "gelu_tanh"),
+    ("FastGELUActivation", "gelu_tanh"),
+    ("AccurateGELUActivation", "gelu_tanh"),
+    ("ReLUSquaredActivation", "relu2"),
+):
+    if hasattr(hf_activations, _class_name):
+        _ACTIVATION_OF_CLASS[getattr(hf_activations, _class_name)] = _activation
+
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+
+
+def activation_name(act_fn: Any) -> str | None:
+    """Return the name that moe_ffn has for an activation; None for an unknown one.
+
+    A module with forward hooks or a forward of its own counts as unknown: inside a fused op they
+    would never run.
+    """
+    if not isinstance(act_fn, nn.Module):
+        return None
+    state = act_fn.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        return None
+    if type(act_fn) is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return _ACTIVATION_OF_CLASS.get(type(act_fn))
+
+
+def fused_gate(act_fn: Any) -> dict[str, Any] | None:
+    """Return the arguments of moe_ffn for ``act_fn(gate) * up``; None where it has none."""
+    name = activation_name(act_fn)
+    return {"activation": _GATED[name]} if name in _GATED else None
+
+
+@dataclass(frozen=True)
+class ClampedGate:
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up between -limit and
+    limit.
+
+    alpha, limit: names of attributes of the experts.
+    interleaved: whether gate and up alternate instead of lying side by side.
+    """
+
+    alpha: str
+    limit: str
+    interleaved: bool = False
+
+
+# Digest of `_apply_gate` -> the clamped gate, or None for act_fn(gate) * up on halves.
+_GATES: dict[str, ClampedGate | None] = {
+    "c2ed68475700": None,
+    # gpt-oss
+    "12f3205ad306": ClampedGate("alpha", "limit", interleaved=True),
+    # OpenAI's privacy filter
+    "57ba2beb63a2": ClampedGate("alpha", "limit"),
+    # MiniMax-M3
+    "008f63846b03": ClampedGate("swiglu_alpha", "swiglu_limit"),
+}
+_UNKNOWN = object()
+_known: dict[Callable[..., Any], Any] = {}
+
+
+@torch.compiler.assume_constant_result
+def _gate_of(cls: type) -> Any:
+    function = cls._apply_gate  # type: ignore[attr-defined]
+    if function not in _known:
+        code = read(cls, "_apply_gate")
+        _known[function] = _UNKNOWN if code is None else _GATES.get(code.digest, _UNKNOWN)
+    return _known[function]
+
+
+def fused_activation(experts: Any) -> dict[str, Any] | None:
+    """Return the arguments of moe_ffn for the activation of experts on transformers' interface;
+    None where the experts' own `_apply_gate` or `act_fn` is to be called."""
+    if not getattr(experts, "has_gate", True):
+        name = activation_name(experts.act_fn)
+        return None if name is None else {"activation": name}
+    if "_apply_gate" in experts.__dict__:  # Replaced on this one module.
+        return None
+    gate = _gate_of(type(experts))
+    if gate is None:
+        return fused_gate(experts.act_fn)
+    if gate is _UNKNOWN:
+        return None
+    return {
+        "activation": "swiglu_oai",
+        "interleaved": gate.interleaved,
+        "alpha": float(getattr(experts, gate.alpha)),
+        "limit": float(getattr(experts, gate.limit)),
+    }

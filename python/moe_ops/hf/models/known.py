@@ -1,0 +1,105 @@
+"""Look up what a module of transformers computes, by the code of its class.
+
+Each kind of module has a table: digest of the code (:mod:`moe_ops.hf.models.source`) -> an entry
+that names the formula and the attributes that it reads. A class outside these tables is unknown
+unless `register` says what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from torch import nn
+
+from moe_ops.hf.models.source import Code, has_own_forward, is_of_transformers, path_of, read
+
+KINDS = ("norm", "router", "network", "attention", "block", "layer")
+_tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+_registered: dict[str, dict[type, Any]] = {kind: {} for kind in KINDS}
+_codes: dict[type, Code | None] = {}
+
+
+class Unknown(Exception):
+    """Says why a module is left alone."""
+
+
+def add_table(kind: str, entries: dict[str, Any]) -> None:
+    """Add entries by the digest of a class."""
+    _tables[kind].update(entries)
+
+
+def register(kind: str, cls: type, entry: Any) -> None:
+    """Say what a class outside the tables computes. A subclass of it stays unknown."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_{kind}: cls must be a class of modules, got {cls!r}.")
+    _registered[kind][cls] = entry
+
+
+def own_class(cls: type) -> type:
+    """Return the class that a module had before it was fused."""
+    return cls.__mro__[1] if "_moe_ops_kind" in cls.__dict__ else cls
+
+
+def code_of(cls: type) -> Code | None:
+    """Return the code of the forward of a class, read again if a part of it was replaced."""
+    code = _codes.get(cls)
+    if code is None or not code.is_intact():
+        code = _codes[cls] = read(cls)
+    return code
+
+
+def entry_of(kind: str, cls: type) -> Any:
+    """Return the entry of a class.
+
+    Raises:
+        Unknown: the class is neither in the table nor registered.
+    """
+    if cls in _registered[kind]:
+        return _registered[kind][cls]
+    if not is_of_transformers(cls):
+        raise Unknown(
+            f"{path_of(cls)} is not a class of transformers; moe_ops.hf.register_{kind} can say "
+            "what it computes"
+        )
+    code = code_of(cls)
+    entry = None if code is None else _tables[kind].get(code.digest)
+    if entry is None:
+        raise Unknown(
+            f"moe_ops has no {kind} with the code that {path_of(cls)} has in transformers "
+            f"{transformers.__version__}"
+        )
+    return entry
+
+
+def find(kind: str, module: nn.Module) -> Any:
+    """Return the entry of a module.
+
+    Raises:
+        Unknown: its class is unknown, it has a forward of its own, or it is not as the entry says.
+    """
+    cls = own_class(type(module))
+    if has_own_forward(module):
+        raise Unknown(f"this {path_of(cls)} has a forward of its own")
+    entry = entry_of(kind, cls)
+    check: Callable[[nn.Module], str | None] = entry.why_not
+    reason = check(module)
+    if reason is not None:
+        raise Unknown(f"{path_of(cls)}: {reason}")
+    return entry
+
+
+def parts_of(module: nn.Module) -> set[str]:
+    """Return the names of the submodules that a module has."""
+    return {name for name, part in module._modules.items() if part is not None}
+
+
+def unexpected_parts(module: nn.Module, expected: set[str], optional: set[str]) -> str | None:
+    """Return a sentence about a submodule that is missing or not expected; None without one."""
+    parts = parts_of(module)
+    if missing := sorted(expected - parts):
+        return f"it has no {missing[0]}"
+    if more := sorted(parts - expected - optional):
+        return f"it has a part {more[0]} that the formula does not read"
+    return None

@@ -1,0 +1,51 @@
+"""The dense networks of transformers that `gated_ffn` computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_ops.hf.models.gates import fused_gate
+from moe_ops.hf.models.known import add_table, register, unexpected_parts
+
+
+@dataclass(frozen=True)
+class GatedNetwork:
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)), with no biases."""
+
+    def why_not(self, network: nn.Module) -> str | None:
+        """Return why this one module does not compute the formula; None where it does."""
+        names = {f"{name}_proj" for name in ("gate", "up", "down")}
+        reason = unexpected_parts(network, names, {"act_fn"})
+        if reason is not None:
+            return reason
+        for name in sorted(names):
+            part: Any = network._modules[name]
+            if not isinstance(part, nn.Linear) or part.bias is not None:
+                return f"{name} must be a linear layer without a bias"
+        if self.activation(network) is None:
+            return "its activation is none that gated_ffn has"
+        return None
+
+    def activation(self, network: Any) -> str | None:
+        """Return the name that gated_ffn has for the activation as it is now; None without one."""
+        gate = fused_gate(network._modules.get("act_fn") or network.__dict__.get("act_fn"))
+        return None if gate is None else gate["activation"]
+
+
+# One code in all 48 families that have such a network.
+add_table("network", {"1513f7d96870": GatedNetwork()})
+
+
+def register_network(cls: type[nn.Module]) -> None:
+    """Say that a class is a gated network: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
+
+    Args:
+        cls: a class of modules with these four parts, of which the projections have no bias.
+
+    Raises:
+        TypeError: `cls` is not a class of modules.
+    """
+    register("network", cls, GatedNetwork())

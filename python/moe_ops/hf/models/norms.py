@@ -1,0 +1,73 @@
+"""The norms of transformers that `add_rms_norm` computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_ops.hf.models.known import add_table, register
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """weight * x / sqrt(mean(x^2) + eps), with the mean over the last dimension.
+
+    eps: the name of the attribute that holds epsilon.
+    scaled: the name of a flag without which there is no weight.
+    """
+
+    eps: str = "variance_epsilon"
+    scaled: str | None = None
+
+    def why_not(self, norm: nn.Module) -> str | None:
+        """Return why this one module does not compute the formula; None where it does."""
+        parameters = {name: p for name, p in norm._parameters.items() if p is not None}
+        if parameters.keys() != {"weight"} or parameters["weight"].dim() != 1:
+            return "its only parameter must be a vector called weight"
+        if norm._modules or self.epsilon(norm) is None:
+            return f"it must have a number called {self.eps} and no submodules"
+        return None
+
+    def epsilon(self, norm: Any) -> float | None:
+        """Return epsilon as it is now; None where there is no weight to multiply by."""
+        state = norm.__dict__
+        eps = state.get(self.eps)
+        if self.scaled is not None and state.get(self.scaled) is not True:
+            return None
+        return eps if type(eps) is float else None
+
+
+_T5 = RmsNorm()
+add_table(
+    "norm",
+    {
+        # Mixtral, Qwen, DeepSeek, GLM, Granite, ...: weight * (x / rms).to(x.dtype)
+        "491865596a9b": _T5,
+        # gpt-oss, FlexOlmo, AFMoE, Flint, DeepSeek-V4: (weight * x / rms).to(x.dtype)
+        "7d9ab20ea6ce": _T5,
+        # Nemotron-H, Lara: (weight.float() * x / rms).to(x.dtype)
+        "e296b38744f7": _T5,
+        # Llama 4
+        "3901e6860228": RmsNorm("eps"),
+        # Gemma 4, Muse Spark
+        "ce01b584ad5f": RmsNorm("eps", scaled="with_scale"),
+    },
+)
+
+
+def register_norm(cls: type[nn.Module], eps: str = "variance_epsilon") -> None:
+    """Say that a class is an RMS norm: weight * x / sqrt(mean(x^2) + eps).
+
+    :func:`moe_ops.hf.optimize` then fuses modules of exactly this class, if they agree with the
+    formula on a few inputs.
+
+    Args:
+        cls: a class of modules with one parameter, `weight` [H].
+        eps: the name of the attribute that holds epsilon, a float.
+
+    Raises:
+        TypeError: `cls` is not a class of modules.
+    """
+    register("norm", cls, RmsNorm(eps))

@@ -1,0 +1,165 @@
+"""The code that a module of transformers runs, and digests of it.
+
+A digest identifies a formula: two classes with one digest compute the same function of their
+attributes, whatever they are called and whichever release defines them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_MODELS = "transformers.models."
+# Parts of a definition that do not change what it computes.
+_IGNORED = frozenset(("annotation", "returns", "type_comment", "decorator_list", "type_params"))
+
+
+def is_of_transformers(cls: type) -> bool:
+    """Return True for a class that one of transformers' model files defines."""
+    return cls.__module__.startswith(_MODELS)
+
+
+class Code(NamedTuple):
+    """The code that a method runs.
+
+    digest: 12 hexadecimal digits.
+    functions: a class or a namespace, a name in it, and the function that it held.
+    """
+
+    digest: str
+    functions: tuple[tuple[Any, str, Any], ...]
+
+    def is_intact(self) -> bool:
+        """Return False once one of the functions has been replaced."""
+        for owner, name, function in self.functions:
+            now = owner.get(name) if type(owner) is dict else getattr(owner, name, None)
+            if now is not function:
+                return False
+        return True
+
+
+def read(cls: type, method: str = "forward") -> Code | None:
+    """Return the code of a method and of all functions that it reaches.
+
+    These are other methods and properties of the class and functions of its file. They are taken
+    from the live class, so that a replaced method or helper has another digest. Annotations,
+    docstrings, decorators of transformers and names of functions are left out.
+
+    Args:
+        cls: a class.
+        method: the name of the method, which may be inherited.
+
+    Returns:
+        The code; None where there is no such method or no source to read.
+    """
+    start = _function(inspect.getattr_static(cls, method, None))
+    if start is None:
+        return None
+    trees: dict[CodeType, str] = {}
+    functions = [(cls, method, getattr(cls, method))]
+    try:
+        _collect(cls, method, start, trees, functions)
+    except (OSError, TypeError, SyntaxError):
+        return None
+    text = "\n".join(sorted(trees.values()))
+    return Code(hashlib.sha256(text.encode()).hexdigest()[:12], tuple(functions))
+
+
+def _collect(
+    cls: type,
+    name: str,
+    function: FunctionType,
+    trees: dict[CodeType, str],
+    functions: list[tuple[Any, str, Any]],
+) -> None:
+    for each in _unwrapped(function):
+        code = each.__code__
+        if code in trees:
+            continue
+        trees[code] = f"{name}: {_tree(code)}"
+        for called in _names(code):
+            reached = _function(inspect.getattr_static(cls, called, None))
+            owner: Any = cls
+            if reached is None or not _is_relevant(reached):
+                reached, owner = _function(each.__globals__.get(called)), each.__globals__
+            if reached is not None and _is_relevant(reached):
+                now = owner[called] if owner is not cls else getattr(cls, called)
+                functions.append((owner, called, now))
+                _collect(cls, called, reached, trees, functions)
+
+
+def _function(value: Any) -> FunctionType | None:
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    return value if isinstance(value, FunctionType) else None
+
+
+def _is_relevant(function: Callable[..., Any]) -> bool:
+    """Return False for functions of torch and for those that all models of transformers share."""
+    module = function.__module__ or ""
+    return module.startswith(_MODELS) or module.split(".")[0] not in ("torch", "transformers")
+
+
+def _unwrapped(function: FunctionType) -> Iterator[FunctionType]:
+    """Yield a function and what it wraps, without the wrappers that transformers makes itself."""
+    each: Any = function
+    while isinstance(each, FunctionType):
+        inner = getattr(each, "__wrapped__", None)
+        file = each.__code__.co_filename.replace("\\", "/")
+        if inner is None or "/transformers/" not in file or "/transformers/models/" in file:
+            yield each
+        each = inner
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _tree(code: CodeType) -> str:
+    source = textwrap.dedent("".join(inspect.getsourcelines(code)[0]))
+    # transformers renamed this argument in release 5.21.
+    return _dump(ast.parse(source).body[0]).replace("past_key_values", "cache")
+
+
+def _dump(node: Any) -> str:
+    """Return the same text for the same code under every version of Python."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {k: v for k, v in ast.iter_fields(node) if k not in _IGNORED and v not in (None, [])}
+    if isinstance(node, ast.FunctionDef):
+        fields["body"] = [n for n in node.body if not _is_docstring(n)]
+        fields.pop("name")
+    for name in ("ctx", "kind"):
+        fields.pop(name, None)
+    return f"{type(node).__name__}({','.join(f'{k}={_dump(v)}' for k, v in fields.items())})"
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def path_of(cls: type) -> str:
+    """Return the short name of a class in messages: its file and its own name."""
+    return f"{cls.__module__.rpartition('.')[2].removeprefix('modeling_')}.{cls.__qualname__}"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return True where a forward was set on this one module, as accelerate and kernels do."""
+    return "forward" in module.__dict__

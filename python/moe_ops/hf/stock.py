@@ -1,0 +1,84 @@
+"""All modules of a model that are known, and the reasons for those that are not."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from moe_ops.hf.known_parts import Inventory, LayerParts
+from moe_ops.hf.models.attention import LatentAttention
+from moe_ops.hf.models.known import Unknown, entry_of, own_class
+from moe_ops.hf.models.norms import RmsNorm
+from moe_ops.hf.models.routers import TopkRouter
+
+
+class Stock(NamedTuple):
+    """Modules by name.
+
+    norms, routers, layers: the ones that are known.
+    left: names of others of these kinds, and of parts of layers -> why they are left alone.
+    latent: whether a layer has latent attention.
+    """
+
+    norms: dict[str, RmsNorm]
+    routers: dict[str, TopkRouter]
+    layers: dict[str, LayerParts]
+    left: dict[str, str]
+    latent: bool
+
+
+def take_stock(model: nn.Module) -> Stock:
+    """Return what the modules of a model are."""
+    stock = Stock({}, {}, {}, {}, False)
+    inventory, latent = Inventory(), False
+    kinds: dict[str, dict[str, Any]] = {"norm": stock.norms, "router": stock.routers}
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        if kind is None:
+            continue
+        try:
+            if kind == "layer":
+                parts = inventory.layer_parts(module)
+                stock.layers[name] = parts
+                inner = {f"{name}.{part}": reason for part, reason in parts.left.items()}
+                stock.left.update(inner)
+                if parts.attention is not None:
+                    latent |= isinstance(parts.attention.entry, LatentAttention)
+            else:
+                kinds[kind][name] = inventory.find(kind, module).entry
+        except Unknown as error:
+            stock.left[name] = str(error)
+    return stock._replace(latent=latent)
+
+
+_ENDINGS = {
+    "norm": ("Norm", "NormGated"),
+    "router": ("Router", "Gate", "Gating"),
+    "layer": (),
+}
+
+
+def _kind(module: nn.Module) -> str | None:
+    """Return the kind of module to look up, or to give a reason for; None for all others.
+
+    A known class has its kind from the tables. The name of another class says only what the report
+    is to call it.
+    """
+    cls = own_class(type(module))
+    for kind in _ENDINGS:
+        try:
+            entry_of(kind, cls)
+        except Unknown:
+            continue
+        return kind
+    if cls.__module__.startswith("torch.") and not cls.__name__.startswith("Parametrized"):
+        return None
+    parts = module._modules.keys()
+    if {"input_layernorm", "self_attn"} <= parts or {"post_attention_layernorm", "mlp"} <= parts:
+        return "layer"
+    is_leaf = not parts and bool(module._parameters)
+    for kind in ("norm", "router"):
+        if is_leaf and cls.__name__.endswith(_ENDINGS[kind]):
+            return kind
+    return None
