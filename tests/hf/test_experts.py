@@ -166,6 +166,11 @@ def test_layout_flags(flags, act, norm):
     assert_same(run(experts, "moe_ops", x, ids, weights, grad), expected)
 
 
+def gate_swapped(self, gate_up):
+    up, gate = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
 OTHER_MODELS = {
     "aria": (AriaExperts, "swiglu"),
     "openai_privacy_filter": (OpenAIPrivacyFilterExperts, "swiglu_oai"),

@@ -16,7 +16,7 @@ from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter im
 
 from moe_ops.hf.models.gates import activation_name, fused_activation
 
-from .test_experts import assert_like_eager, make_experts
+from .test_experts import assert_like_eager, gate_swapped, make_experts
 
 GATED = {
     "silu": "swiglu",
@@ -69,11 +69,6 @@ def gate_clamped(self, gate_up):
 def gate_clamped_far_out(self, gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return self.act_fn(gate.clamp(max=1000.0)) * up
-
-
-def gate_swapped(self, gate_up):
-    up, gate = gate_up.chunk(2, dim=-1)
-    return self.act_fn(gate) * up
 
 
 def gate_fixed_alpha(self, gate_up):
