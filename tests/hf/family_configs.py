@@ -215,8 +215,8 @@ TEXT: dict[str, tuple[str, dict]] = {
         "sliding_window": 8, "layer_types": ["hybrid", "hybrid_sliding"]}),
 }  # fmt: skip
 
-# Models that no Auto class of causal language models knows, most of them of images too: the class of
-# the whole model, its configuration or the text's part of it, and the other parts.
+# Models that no Auto class of causal language models knows, most of them of images too: the class,
+# its configuration or that of its text model, and the other parts of the configuration.
 LARGER: dict[str, tuple[str, dict, dict]] = {
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", DEEPSEEK_OCR,
         {"vision_config": {"sam_config": SAM, "encoder_config": PLAIN_VISION}}),
