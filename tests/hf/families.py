@@ -12,7 +12,7 @@ import time
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .family_configs import LARGER, TEXT
 from .models import VOCAB, draw_weights
@@ -27,31 +27,32 @@ NOT_GENERATIVE = {
 LEFT_OUT: dict[str, str] = {}
 
 
+def configuration(family: str, **overrides) -> tuple[type | None, PreTrainedConfig]:
+    """Returns the class of a family's model, None for the one of AutoModelForCausalLM, and its
+    configuration. `overrides` replace options of the text model's part."""
+    if family in TEXT:
+        model_type, config = TEXT[family]
+        return None, AutoConfig.for_model(model_type, **copy.deepcopy({**config, **overrides}))
+    name, config, others = copy.deepcopy(LARGER[family])
+    cls = getattr(transformers, name)
+    config = {**config, **copy.deepcopy(overrides)}
+    if others:
+        ids = {f"{kind}_token_id": VOCAB - 1 for kind in ("image", "video", "audio")}
+        tied = config.get("tie_word_embeddings", False)
+        config = {"text_config": config, **others, **ids, "tie_word_embeddings": tied}
+    return cls, cls.config_class(**config)
+
+
 def build(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """Returns a float32 model in eval mode that reads text. `overrides` replace options of the
     text model's configuration; every parameter is drawn as in `models.build`."""
+    cls, config = configuration(family, **overrides)
     options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    if family in TEXT:
-        model_type, config = TEXT[family]
-        config = AutoConfig.for_model(model_type, **copy.deepcopy({**config, **overrides}))
-        model = AutoModelForCausalLM.from_config(config, **options)
-    else:
-        name, config, others = copy.deepcopy(LARGER[family])
-        cls = getattr(transformers, name)
-        config = {**config, **overrides}
-        if others:
-            ids = {f"{kind}_token_id": VOCAB - 1 for kind in ("image", "video", "audio")}
-            tied = config.get("tie_word_embeddings", False)
-            config = {"text_config": config, **others, **ids, "tie_word_embeddings": tied}
-        model = cls._from_config(cls.config_class(**config), **options)
+    make = AutoModelForCausalLM.from_config if cls is None else cls._from_config
+    model = make(config, **options)
     draw_weights(model, seed)
     model.tie_weights()
     return model.float().eval()
-
-
-def text_config(model: PreTrainedModel):
-    """Returns the part of the configuration that `overrides` of `build` went to."""
-    return model.config.get_text_config()
 
 
 def logits(model: PreTrainedModel, input_ids: torch.Tensor, **inputs) -> torch.Tensor:
