@@ -13,7 +13,7 @@ from moe_ops.hf.cache_argument import cache_name
 VOCAB = 64
 CACHE = cache_name(MixtralForCausalLM.forward)
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 24,
@@ -26,7 +26,7 @@ _COMMON = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
-_MLA = {
+MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -35,7 +35,7 @@ _MLA = {
     "v_head_dim": 8,
     "head_dim": 8,
 }
-_GROUPED = {
+GROUPED = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 20,
@@ -47,28 +47,28 @@ _GROUPED = {
     "norm_topk_prob": True,
 }
 CONFIGS: dict[str, dict] = {
-    "mixtral": {**_COMMON, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "mixtral": {**COMMON, "num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen2_moe": {
-        **_COMMON,
+        **COMMON,
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 20,
         "shared_expert_intermediate_size": 28,
     },
     "qwen3_moe": {
-        **_COMMON,
+        **COMMON,
         "head_dim": 8,
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 20,
         "norm_topk_prob": True,
     },
-    "olmoe": {**_COMMON, "num_experts": 6, "num_experts_per_tok": 3},
-    "deepseek_v2": {**_COMMON, **_MLA, **_GROUPED, "topk_method": "group_limited_greedy"},
-    "deepseek_v3": {**_COMMON, **_MLA, **_GROUPED},
-    "glm4_moe": {**_COMMON, **_GROUPED, "head_dim": 8},
+    "olmoe": {**COMMON, "num_experts": 6, "num_experts_per_tok": 3},
+    "deepseek_v2": {**COMMON, **MLA, **GROUPED, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**COMMON, **MLA, **GROUPED},
+    "glm4_moe": {**COMMON, **GROUPED, "head_dim": 8},
     "granitemoe": {
-        **_COMMON,
+        **COMMON,
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
         "embedding_multiplier": 1.5,
@@ -76,7 +76,7 @@ CONFIGS: dict[str, dict] = {
         "logits_scaling": 1.2,
     },
     "gpt_oss": {
-        **_COMMON,
+        **COMMON,
         "head_dim": 8,
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
@@ -84,8 +84,8 @@ CONFIGS: dict[str, dict] = {
         "swiglu_limit": 1.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "phimoe": {**_COMMON, "num_local_experts": 6, "num_experts_per_tok": 2},
-    "jetmoe": {**_COMMON, "kv_channels": 8, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "phimoe": {**COMMON, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "jetmoe": {**COMMON, "kv_channels": 8, "num_local_experts": 6, "num_experts_per_tok": 2},
     "dbrx": {
         "vocab_size": VOCAB,
         "d_model": 32,
@@ -97,7 +97,7 @@ CONFIGS: dict[str, dict] = {
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
     },
     "llama4_text": {
-        **_COMMON,
+        **COMMON,
         "head_dim": 8,
         "intermediate_size_mlp": 40,
         "num_local_experts": 4,
@@ -107,12 +107,14 @@ CONFIGS: dict[str, dict] = {
     },
 }
 MODEL_TYPES = tuple(CONFIGS)
+# Added to the scores that experts are chosen by; a parameter or a buffer.
+ROUTER_BIASES = ("e_score_correction_bias", "expert_bias")
 # Models with the routing of 2026, which tests of their own run (test_newer_models.py): tables of
 # token ids and clamped gates; experts that return their input; experts in a latent width; linear
 # attention beside experts.
 NEWER: dict[str, dict] = {
     "deepseek_v4": {
-        **_COMMON,
+        **COMMON,
         "num_key_value_heads": 1,
         "head_dim": 16,
         "q_lora_rank": 16,
@@ -129,8 +131,8 @@ NEWER: dict[str, dict] = {
         "num_nextn_predict_layers": 0,
     },
     "longcat_flash": {
-        **_COMMON,
-        **_MLA,
+        **COMMON,
+        **MLA,
         "num_layers": 1,
         "ffn_hidden_size": 24,
         "expert_ffn_hidden_size": 20,
@@ -140,7 +142,7 @@ NEWER: dict[str, dict] = {
         "routed_scaling_factor": 1.5,
     },
     "nemotron_h": {
-        **_COMMON,
+        **COMMON,
         "head_dim": 8,
         "layers_block_type": ["moe", "attention"],
         "n_routed_experts": 8,
@@ -153,8 +155,8 @@ NEWER: dict[str, dict] = {
         "routed_scaling_factor": 1.5,
     },
     "kimi_linear": {
-        **_COMMON,
-        **_MLA,
+        **COMMON,
+        **MLA,
         "num_local_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 20,
@@ -201,23 +203,28 @@ def build(
     model = AutoModelForCausalLM.from_config(
         config, experts_implementation=experts, attn_implementation="eager"
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith("e_score_correction_bias"):
-                tensor.normal_(-0.2, 0.2, generator=generator)
-            elif name.endswith("tid2eid"):  # Distinct experts for each token id.
-                draws = torch.rand(len(tensor), model.config.num_local_experts, generator=generator)
-                tensor.copy_(draws.argsort(1)[:, : tensor.shape[1]])
-            elif "inv_freq" in name or not isinstance(tensor, torch.nn.Parameter):
-                continue
-            elif "norm" in name and tensor.dim() == 1:
-                tensor.normal_(1.0, 0.1, generator=generator)
-            elif tensor.dim() == 1 or name.endswith("proj_bias"):
-                tensor.normal_(0.0, 0.3, generator=generator)
-            else:
-                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+    draw_weights(model)
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def draw_weights(model: PreTrainedModel, seed: int = 0) -> None:
+    """Draws every parameter, and the buffers that models store their router's tables in."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(ROUTER_BIASES):
+            tensor.normal_(-0.2, 0.2, generator=generator)
+        elif name.endswith("tid2eid"):  # Distinct experts for each token id.
+            draws = torch.rand(len(tensor), model.config.num_local_experts, generator=generator)
+            tensor.copy_(draws.argsort(1)[:, : tensor.shape[1]])
+        elif "inv_freq" in name or not isinstance(tensor, torch.nn.Parameter):
+            continue
+        elif "norm" in name and tensor.dim() == 1:
+            tensor.normal_(1.0, 0.1, generator=generator)
+        elif tensor.dim() == 1 or name.endswith("proj_bias"):
+            tensor.normal_(0.0, 0.3, generator=generator)
+        elif tensor.numel():
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
 
 
 @functools.cache
