@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -344,6 +345,34 @@ def test_out_of_turn():
         moe_ops.hf.optimize(model)
     with pytest.raises(ValueError, match=r"one that generates to compile its steps, got ModuleL"):
         moe_ops.hf.optimize(build("mixtral").model.layers, compile=True)
+
+
+def test_threads_take_turns():
+    """What is left after any order of calls is a model that was optimised once, or not at all."""
+    model, ids = build("mixtral"), tokens(1, 5)
+    want, classes = logits(model, ids), {n: type(m) for n, m in model.named_modules()}
+    for _ in range(3):
+        gate, said = threading.Barrier(4), []
+
+        def run(gate=gate, said=said):
+            gate.wait()
+            try:
+                moe_ops.hf.optimize(model)
+                said.append("done")
+            except ValueError as error:
+                said.append(str(error))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert said.count("done") == 1 and all(
+            "optimised already" in s for s in said if s != "done"
+        )
+        moe_ops.hf.restore(model)
+        assert {n: type(m) for n, m in model.named_modules()} == classes
+        assert torch.equal(logits(model, ids), want)
 
 
 def test_one_block():

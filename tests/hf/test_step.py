@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -118,6 +119,51 @@ def test_a_cache_that_is_cut_copied_and_reordered():
         return outputs, before  # Tensors that somebody holds stay as they were.
 
     both(models, run)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_branches_of_a_cache_that_was_copied_shallowly(model_type):
+    """Copies share tensors until one of them goes on, as transformers never writes into these."""
+    models, ids = pair(model_type), tokens(1, 24)
+
+    def branch(cache):
+        other = copy.copy(cache)
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        return other
+
+    def run(m):
+        cache, outputs = DynamicCache(config=m.config), []
+        for i in range(5):
+            m(ids[:, i : i + 1], **{CACHE: cache})
+        branches = [cache, branch(cache), branch(cache)]
+        for step_ in range(4):
+            for n, each in enumerate(branches):
+                token = ids[:, 6 + 4 * n + step_ : 7 + 4 * n + step_]
+                outputs.append(m(token, **{CACHE: each}).logits)
+        late = branch(branches[1])
+        outputs.append(m(ids[:, 20:22], **{CACHE: late}).logits)
+        outputs += [m(ids[:, 23:24], **{CACHE: each}).logits for each in (*branches, late)]
+        kept = [layer.keys for each in (*branches, late) for layer in each.layers]
+        return outputs + kept
+
+    both(models, run)
+
+
+def test_only_one_thread_goes_on_in_shared_buffers():
+    buffers = cache_room._Buffers(torch.empty(1, 1, 64, 2), torch.empty(1, 1, 64, 2), 3)
+    gate, won = threading.Barrier(8), []
+
+    def claim():
+        gate.wait()
+        if buffers.claim(3, 4):
+            won.append(1)
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and not buffers.claim(4, 65) and buffers.claim(4, 64)
 
 
 def test_growing_past_the_room(monkeypatch):
