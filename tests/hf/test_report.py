@@ -108,7 +108,7 @@ REASONS = {
     no_cache: "without a cache",
     other_attention: "its attention implementation is not one of transformers' own",
     static_cache_at_first: "the static cache is not initialised yet",
-    own_block: "mlp has another class or other code",
+    own_block: "mlp has another class",
 }
 
 

@@ -119,11 +119,11 @@ def room(cache: Any, index: int, x: Tensor, heads: int, sizes: tuple[int, int]) 
         if buffers is not None and _fits(buffers.keys, x, batch):
             first = kept.first
             if buffers.claim(first + start, first + start + length):
-                rest = buffers.keys.shape[2] - first
-                keys = buffers.keys.narrow(2, first, rest)
-                return Room(
-                    layer, keys, buffers.values.narrow(2, first, rest), start, buffers, first
-                )
+                keys, values = buffers.keys, buffers.values
+                if first:
+                    rest = keys.shape[2] - first
+                    keys, values = keys.narrow(2, first, rest), values.narrow(2, first, rest)
+                return Room(layer, keys, values, start, buffers, first)
     if not empty and not (_fits(layer.keys, x, batch) and layer.keys.shape[1] == heads):
         return "keys in the cache have another type, place or size"
     most = max(_LEAST_ROOM, int((start + length) * _MORE_ROOM))

@@ -7,7 +7,7 @@ read from the module at each call. What is not as the entry says takes the modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -106,13 +106,24 @@ def _new(kind: str, cls: type) -> Any:
 # ------------------------------------------------------------------------------------------- norms
 
 
-def norm_operands(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, float] | None:
+def norm_operands(
+    norm: Any, dtype: torch.dtype, intact: Collection[type] = ()
+) -> tuple[Tensor, float] | None:
     """Return weight and epsilon of a fused norm that an op may read instead of calling it; None
-    where it is to be called."""
-    if kind_of(norm) != "norm" or not is_silent(norm) or not is_intact(norm):
+    where it is to be called.
+
+    Args:
+        norm: any module.
+        dtype: of the tokens.
+        intact: fused classes whose code was found intact just now.
+    """
+    cls = type(norm)
+    if cls.__dict__.get("_moe_ops_kind") != "norm" or not is_silent(norm):
         return None
-    weight: Any = norm._parameters.get("weight")
-    eps = norm._moe_ops_fused.epsilon(norm)  # type: ignore[operator, union-attr]
+    if cls not in intact and not is_intact(norm):
+        return None
+    weight = norm._parameters.get("weight")
+    eps = norm.__dict__["_moe_ops_fused"].epsilon(norm)
     if eps is None or type(weight) not in _TENSORS or weight.dtype != dtype:
         return None
     return weight, eps
@@ -153,7 +164,9 @@ def _router_forward(cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def route(router: Any, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+def route(
+    router: Any, x: Tensor, *, exact: bool = False, intact: Collection[type] = ()
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return logits, weights and ids of a fused router for tokens [..., H]; None where its own
     forward is to be called.
 
@@ -162,10 +175,13 @@ def route(router: Any, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tenso
         x: tokens.
         exact: whether weights stay in fp32, which experts compute with, where the router rounds
             them.
+        intact: fused classes whose code was found intact just now.
     """
-    entry = router._moe_ops_fused
+    entry = router.__dict__["_moe_ops_fused"]
     weight, bias = router.weight, router.bias if entry.bias else None
-    if (x.dtype != weight.dtype and not entry.wide) or not is_intact(router):
+    if x.dtype != weight.dtype and not entry.wide:
+        return None
+    if type(router) not in intact and not is_intact(router):
         return None
     arguments = entry.arguments(router)
     if arguments is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,8 +25,8 @@ class Found(NamedTuple):
     code: Code | None
 
     def is_still(self, module: nn.Module) -> bool:
-        """Return False once the module has another class, or its class other code."""
-        return type(module) is self.cls and (self.code is None or self.code.is_intact())
+        """Return False once the module has another class."""
+        return type(module) is self.cls
 
 
 class LayerParts:
@@ -48,13 +49,35 @@ class LayerParts:
     ) -> None:
         self.layer, self.attention, self.left = layer, attention, left
         self.block, self.network, self.shared = block, network, shared
+        self._watched: tuple[Any, ...] | None = None
+
+    def intact(self, layer: nn.Module) -> Collection[type] | None:
+        """Return the fused classes of the layer's parts; None once code of any part is replaced."""
+        if self._watched is None:
+            self._watched = self._watch(layer)
+        functions, classes = self._watched
+        for owner, name, function in functions:
+            now = owner.get(name) if type(owner) is dict else getattr(owner, name, None)
+            if now is not function:
+                return None
+        return classes
+
+    def _watch(self, layer: nn.Module) -> tuple[Any, ...]:
+        classes = {type(m) for m in layer.modules() if "_moe_ops_kind" in type(m).__dict__}
+        codes = [found.code for name in _KINDS if (found := getattr(self, name)) is not None]
+        codes += [cls.__dict__["_moe_ops_code"] for cls in classes]
+        functions: dict[Any, Any] = {}
+        for code in codes:
+            for owner, name, function in () if code is None else code.functions:
+                functions[id(owner), name] = (owner, name, function)
+        return tuple(functions.values()), frozenset(classes)
 
     def __deepcopy__(self, memo: Any) -> LayerParts:
         return self  # Nothing in it changes.
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions are not pickled: they are looked up again.
-        state = self.__dict__.copy()
+        state = {**self.__dict__, "_watched": None}
         for name in _KINDS:
             if (found := state[name]) is not None:
                 state[name] = found.entry, found.cls

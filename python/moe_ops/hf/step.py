@@ -9,7 +9,7 @@ the forward is the one that the layer had. `reason_of` says why.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,7 +31,12 @@ from moe_ops.hf.fused import (
     route,
 )
 from moe_ops.hf.known_parts import Found, LayerParts
-from moe_ops.hf.models.attention import HeadAttention, LatentAttention, implementation_of
+from moe_ops.hf.models.attention import (
+    HeadAttention,
+    LatentAttention,
+    implementation_of,
+    option_of,
+)
 from moe_ops.hf.models.gates import fused_activation
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.hf.switch import interface_of, is_quantized
@@ -97,21 +102,21 @@ def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) ->
         return "hooks wait for calls of all modules"
     if verify.takes_own_forward():
         return "it is being compared with its own forward"
-    code = parts.layer.code
-    if code is not None and not code.is_intact():
-        return "the code of its class was replaced"
     return None
 
 
 def _step(layer: Any, parts: LayerParts, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | str:
     """Return the output of the layer, or why nothing of it is computed here."""
     form: DecoderLayer = parts.layer.entry
+    intact = parts.intact(layer)
+    if intact is None:
+        return "the code of a class or of a function of its file was replaced"
     scale = form.factor(layer)
     if scale is None or not form.attends(layer):
         return "its settings are not those of the formula"
-    attended = _attend(layer, parts, x, scale, kwargs)
+    attended = _attend(layer, parts, x, scale, kwargs, intact)
     reason = attended if isinstance(attended, str) else None
-    operands = _post_norm(layer, parts, form, x.dtype)
+    operands = _post_norm(layer, parts, form, x.dtype, intact)
     if isinstance(attended, str):
         if isinstance(operands, str):
             return f"{attended}; {operands}"
@@ -120,77 +125,78 @@ def _step(layer: Any, parts: LayerParts, x: Tensor, kwargs: Mapping[str, Any]) -
     if isinstance(operands, str):
         reason = operands if reason is None else f"{reason}; {operands}"
     layer.__dict__[_REASON] = reason
-    return _through_block(layer, parts, form, scale, attended, operands)
+    return _through_block(layer, parts, form, scale, attended, operands, intact)
 
 
 # --------------------------------------------------------------------------------------- attention
 
 
 def _attend(
-    layer: Any, parts: LayerParts, x: Tensor, scale: float, kwargs: Mapping[str, Any]
+    layer: Any,
+    parts: LayerParts,
+    x: Tensor,
+    scale: float,
+    kwargs: Mapping[str, Any],
+    intact: Collection[type],
 ) -> Tensor | str:
     """Return x + scale * attention, or why it is not computed here."""
     found = parts.attention
     if found is None:
         return parts.left.get("self_attn", "its attention is not known")
-    attention = layer._modules["self_attn"]
+    modules = layer._modules
+    attention = modules["self_attn"]
     if not found.is_still(attention):
-        return "self_attn has another class or other code"
+        return "self_attn has another class"
     if not is_silent(attention) or not all(map(is_silent, attention._modules.values())):
         return "self_attn or a part of it has hooks or a forward of its own"
     entry: HeadAttention | LatentAttention = found.entry
     if (why := entry.why_not_now(attention)) is not None:
         return f"self_attn: {why}"
-    norm = norm_operands(layer._modules["input_layernorm"], x.dtype)
+    norm = norm_operands(modules["input_layernorm"], x.dtype, intact)
     if norm is None:
         return "input_layernorm is to be called"
     cache = cache_argument.find_cache(kwargs)
-    positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+    positions = kwargs.get("position_embeddings")
     if cache is None or positions is None:
         return "it was called without a cache or without positions"
     if any(kwargs[k] is not None for k in kwargs.keys() - _KNOWN):
         unknown = next(k for k in kwargs.keys() - _KNOWN if kwargs[k] is not None)
         return f"it was called with {unknown}"
-    options = {"norm_weight": norm[0], "eps": norm[1], "residual_scale": scale}
-    attend = _attend_to_latents if isinstance(entry, LatentAttention) else _attend_to_heads
-    operands = attend(attention, entry, x, positions, options)
-    if isinstance(operands, str):
-        return operands
-    call, heads, sizes = operands
+    options: dict[str, Any] = {"norm_weight": norm[0], "eps": norm[1], "residual_scale": scale}
     own = None
     if verify.is_due(attention):
         own = _own_attention(layer, x, scale, kwargs, attention.layer_idx)
-    found_room = _room(cache, attention, x, mask, heads, sizes)
-    if isinstance(found_room, str):
-        return found_room
-    where, mask = found_room
-    y: Tensor = call(where.keys, where.values, where.start, mask)
-    where.note(x.shape[1])
-    if own is not None:
-        quantized = any(t.dtype in (torch.int8, torch.uint8) for t in _tensors_of(attention))
+    attend = _attend_to_latents if isinstance(entry, LatentAttention) else _attend_to_heads
+    given = cache, kwargs.get("attention_mask"), positions
+    y = attend(attention, entry, x, given, options, intact)
+    if own is not None and isinstance(y, Tensor):
+        quantized = any(t.dtype in (torch.int8, torch.uint8) for t in attention.buffers())
         verify.compare(attention, "attention", y, own, quantized=quantized)
     return y
 
 
 def _attend_to_heads(
-    attention: Any, entry: HeadAttention, x: Tensor, positions: Any, options: dict[str, Any]
-) -> tuple[Callable[..., Tensor], int, tuple[int, int]] | str:
-    """Return a call of attention_step on keys, values, start and mask, the heads of keys, and the
-    features of a key and of a value."""
-    parts, size = attention._modules, attention.head_dim
-    projections = [dense_operands(parts[f"{name}_proj"], x.dtype) for name in "qkvo"]
-    if any(operands is None for operands in projections):
+    attention: Any,
+    entry: HeadAttention,
+    x: Tensor,
+    given: tuple[Any, Any, Any],
+    options: dict[str, Any],
+    intact: Collection[type],
+) -> Tensor | str:
+    cache, mask, positions = given
+    modules, size, dtype = attention._modules, attention.head_dim, x.dtype
+    q, k = dense_operands(modules["q_proj"], dtype), dense_operands(modules["k_proj"], dtype)
+    v, o = dense_operands(modules["v_proj"], dtype), dense_operands(modules["o_proj"], dtype)
+    if q is None or k is None or v is None or o is None:
         return "a projection of self_attn is no plain linear layer of the type of the tokens"
-    for name, operands in zip("qkvo", projections, strict=True):
-        options[f"w_{name}_scale"], options[f"b_{name}"] = operands[1:]  # type: ignore[index]
-    q, k, v, o = (operands[0] for operands in projections)  # type: ignore[index]
     if entry.has_norms(attention):
-        norms = [norm_operands(parts[name], x.dtype) for name in ("q_norm", "k_norm")]
-        if norms[0] is None or norms[1] is None or norms[0][1] != norms[1][1]:
+        q_norm = norm_operands(modules["q_norm"], dtype, intact)
+        k_norm = norm_operands(modules["k_norm"], dtype, intact)
+        if q_norm is None or k_norm is None or q_norm[1] != k_norm[1]:
             return "q_norm and k_norm are to be called"
-        options |= {"q_norm": norms[0][0], "k_norm": norms[1][0], "head_eps": norms[0][1]}
+        options |= {"q_norm": q_norm[0], "k_norm": k_norm[0], "head_eps": q_norm[1]}
     sinks = attention._parameters.get("sinks")
-    if (sinks is not None) != entry.sinks or (sinks is not None and sinks.dtype != x.dtype):
+    if (sinks is not None) != entry.sinks or (sinks is not None and sinks.dtype != dtype):
         return "sinks of self_attn have another type than tokens"
     if not isinstance(positions, tuple) or len(positions) != 2:
         return "positions are not cos and sin"
@@ -198,41 +204,54 @@ def _attend_to_heads(
     rotary_size = cos.shape[-1] * (2 if entry.one_angle else 1)
     if rotary_size != size and not (entry.partial and rotary_size < size):
         return f"positions are for {rotary_size} features, and a head has {size}"
-
-    def call(keys: Tensor, values: Tensor, start: int, mask: Tensor | None) -> Tensor:
-        return attention_step(
-            x,
-            q,
-            k,
-            v,
-            o,
-            cos,
-            sin,
-            keys,
-            values,
-            start,
-            rotary_size=rotary_size,
-            scale=attention.scaling,
-            mask=mask,
-            sinks=sinks,
-            **options,
-        )
-
-    return call, k.shape[0] // size, (size, size)
+    found = _room(cache, attention, x, mask, k[0].shape[0] // size, (size, size))
+    if isinstance(found, str):
+        return found
+    where, mask = found
+    y = attention_step(
+        x,
+        q[0],
+        k[0],
+        v[0],
+        o[0],
+        cos,
+        sin,
+        where.keys,
+        where.values,
+        where.start,
+        rotary_size=rotary_size,
+        scale=attention.scaling,
+        b_q=q[2],
+        b_k=k[2],
+        b_v=v[2],
+        b_o=o[2],
+        w_q_scale=q[1],
+        w_k_scale=k[1],
+        w_v_scale=v[1],
+        w_o_scale=o[1],
+        mask=mask,
+        sinks=sinks,
+        **options,
+    )
+    where.note(x.shape[1])
+    return y
 
 
 def _attend_to_latents(
-    attention: Any, entry: LatentAttention, x: Tensor, positions: Any, options: dict[str, Any]
-) -> tuple[Callable[..., Tensor], int, tuple[int, int]] | str:
-    """Return the same of latent_attention_step.
-
-    The caches of transformers keep latents in the place of keys, and rotated keys in that of
-    values, so that keys and values of heads need not be made.
-    """
+    attention: Any,
+    entry: LatentAttention,
+    x: Tensor,
+    given: tuple[Any, Any, Any],
+    options: dict[str, Any],
+    intact: Collection[type],
+) -> Tensor | str:
+    # The caches of transformers keep latents in the place of keys, and rotated keys in that of
+    # values, so that keys and values of heads need not be made.
+    cache, mask, positions = given
     parts: dict[str, Any] = {}
     for name, m in attention._modules.items():
         if name.endswith("layernorm"):
-            norm = norm_operands(m, x.dtype)
+            norm = norm_operands(m, x.dtype, intact)
             if norm is None or options.setdefault("latent_eps", norm[1]) != norm[1]:
                 return f"{name} of self_attn is to be called"
             parts[name] = norm[0]
@@ -240,27 +259,29 @@ def _attend_to_latents(
             parts[name] = dense_operands(m, x.dtype)
             if parts[name] is None:
                 return f"{name} of self_attn is no plain linear layer of the type of the tokens"
-    angles = entry.angles(positions, attention.qk_rope_head_dim)
+    rope_size = attention.qk_rope_head_dim
+    angles = entry.angles(positions, rope_size)
     if angles is None:
         return "positions are not those of latent attention"
     if parts["kv_b_proj"][1] is not None:
         return "kv_b_proj is quantised"
-    operands = entry.operands(attention, parts)
-
-    def call(latents: Tensor, rope_keys: Tensor, start: int, mask: Tensor | None) -> Tensor:
-        return latent_attention_step(
-            x,
-            cos=angles[0],
-            sin=angles[1],
-            latents=latents,
-            rope_keys=rope_keys,
-            start=start,
-            mask=mask,
-            **operands,
-            **options,
-        )
-
-    return call, 1, (attention.kv_lora_rank, attention.qk_rope_head_dim)
+    found = _room(cache, attention, x, mask, 1, (attention.kv_lora_rank, rope_size))
+    if isinstance(found, str):
+        return found
+    where, mask = found
+    y = latent_attention_step(
+        x,
+        cos=angles[0],
+        sin=angles[1],
+        latents=where.keys,
+        rope_keys=where.values,
+        start=where.start,
+        mask=mask,
+        **entry.operands(attention, parts),
+        **options,
+    )
+    where.note(x.shape[1])
+    return y
 
 
 def _room(
@@ -309,15 +330,15 @@ def _own_attention(
     return own
 
 
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
 # --------------------------------------------------------------------------------------- the block
 
 
 def _post_norm(
-    layer: Any, parts: LayerParts, form: DecoderLayer, dtype: torch.dtype
+    layer: Any,
+    parts: LayerParts,
+    form: DecoderLayer,
+    dtype: torch.dtype,
+    intact: Collection[type],
 ) -> tuple[Tensor, float] | str:
     """Return weight and epsilon of the norm before the block, or why the block is called as the
     layer calls it."""
@@ -326,10 +347,10 @@ def _post_norm(
         return parts.left.get(form.block, "its block is not known")
     block = layer._modules[form.block]
     if not found.is_still(block):
-        return f"{form.block} has another class or other code"
+        return f"{form.block} has another class"
     if not is_silent(block):
         return f"{form.block} has hooks or a forward of its own"
-    norm = norm_operands(layer._modules["post_attention_layernorm"], dtype)
+    norm = norm_operands(layer._modules["post_attention_layernorm"], dtype, intact)
     return "post_attention_layernorm is to be called" if norm is None else norm
 
 
@@ -340,6 +361,7 @@ def _through_block(
     scale: float,
     x: Tensor,
     norm: tuple[Tensor, float] | str,
+    intact: Collection[type],
 ) -> Tensor:
     """Return x + scale * block(norm(x))."""
     block = layer._modules[form.block]
@@ -356,7 +378,7 @@ def _through_block(
                 return y
         if parts.block is not None:
             normed = add_rms_norm(rows, weight, eps=eps)[0]
-            y = _routed(block, parts, parts.block.entry, normed)
+            y = _routed(block, parts, parts.block.entry, normed, intact)
             return torch.add(rows, y, alpha=scale).view(x.shape)
     out = block(layer._modules["post_attention_layernorm"](x))
     return torch.add(x, out[0] if form.pair else out, alpha=scale)
@@ -372,13 +394,15 @@ def _verify_network(
     verify.compare(block, "dense network", y, own, quantized=quantized)
 
 
-def _routed(block: Any, parts: LayerParts, entry: RoutedBlock, y: Tensor) -> Tensor:
+def _routed(
+    block: Any, parts: LayerParts, entry: RoutedBlock, y: Tensor, intact: Collection[type]
+) -> Tensor:
     """Return the output of a block of experts for tokens [T, H] behind the norm."""
     modules: dict[str, Any] = block._modules
     router = modules[entry.router]
     chosen = None
     if kind_of(router) == "router" and is_silent(router):
-        chosen = route(router, y, exact=True)
+        chosen = route(router, y, exact=True, intact=intact)
     _, weights, ids = router(y) if chosen is None else chosen
     out = _through_experts(modules["experts"], y, ids, weights)
     name = entry.shared_of(block)
@@ -451,8 +475,7 @@ def _through_experts(experts: Any, y: Tensor, ids: Tensor, weights: Tensor) -> T
 
 
 def _is_enabled(experts: nn.Module) -> bool:
-    config = experts.__dict__.get("config")
-    return getattr(config, "__dict__", {}).get("_experts_implementation_internal") == "moe_ops"
+    return option_of(experts, "_experts_implementation_internal") == "moe_ops"
 
 
 register_kind(KIND, step_forward)

@@ -21,11 +21,19 @@ from moe_ops.hf.models.known import Unknown, add_table, find, register, unexpect
 PLAIN_FUNCTIONS: set[Callable[..., Any]] = {sdpa_attention_forward}
 
 
+def option_of(module: Any, name: str, default: Any = None) -> Any:
+    """Return an entry of the configuration of a module. Configurations look attributes up in
+    Python, which takes longer than all else that a step asks for."""
+    config = module.__dict__.get("config")
+    if config is None:
+        return default
+    return object.__getattribute__(config, "__dict__").get(name, default)
+
+
 def implementation_of(attention: Any) -> str | None:
     """Return "eager" or "sdpa", by what masks and scores the module is going to have; None for an
     implementation that is not known."""
-    config = attention.__dict__.get("config")
-    name = getattr(config, "__dict__", {}).get("_attn_implementation_internal")
+    name = option_of(attention, "_attn_implementation_internal")
     if name is None or name == "eager":
         return "eager"
     try:
@@ -156,7 +164,7 @@ class LatentAttention:
         """Return `interleaved` as the module is set now."""
         if self.interleaved is not None:
             return self.interleaved
-        return getattr(attention.__dict__.get("config"), "rope_interleave", None)
+        return option_of(attention, "rope_interleave")
 
     def angles(self, positions: Any, rope_size: int) -> tuple[Tensor, Tensor] | None:
         """Return cos and sin of what a model gives its layers as positions."""
@@ -213,7 +221,7 @@ def _norms_differ(attention: Any, names: list[str]) -> str | None:
 
 
 def _unclipped(attention: Any) -> bool:
-    return getattr(attention.__dict__.get("config"), "clip_qkv", ...) is None
+    return option_of(attention, "clip_qkv", ...) is None
 
 
 def _rotates_exaone(attention: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_ops.hf.models.known import add_table, parts_of, register, unexpected_parts
+from moe_ops.hf.models.known import add_table, register, unexpected_parts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RoutedBlock:
 
     def shared_of(self, block: Any) -> str | None:
         """Return the name of the network that every token passes; None where there is none."""
-        return self.shared if self.shared in parts_of(block) else None
+        return self.shared if block._modules.get(self.shared) is not None else None
 
 
 @dataclass(frozen=True)
