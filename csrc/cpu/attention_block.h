@@ -299,11 +299,21 @@ class AttentionParts {
   bool outside_vanishes(const T* row, Span seen, T sink) const {
     constexpr T kNoWeight = sizeof(T) == 8 ? T(-746) : T(-105);  // e^x rounds to zero below it
     if (seen.first == 0 && seen.last == keys_) return true;
-    T most = sink;
-    for (int64_t j = seen.first; j < seen.last; ++j) most = row[j] > most ? row[j] : most;
-    const auto vanishes = [&](T x) { return x - most < kNoWeight; };
-    return std::all_of(row, row + seen.first, vanishes) &&
-           std::all_of(row + seen.last, row + keys_, vanishes);
+    constexpr int64_t kLanes = 16;  // Loops of so many are made of vectors by the compiler.
+    T lanes[kLanes];
+    std::fill(lanes, lanes + kLanes, sink);
+    int64_t j = seen.first;
+    for (; j + kLanes <= seen.last; j += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = row[j + i] > lanes[i] ? row[j + i] : lanes[i];
+    }
+    for (; j < seen.last; ++j) lanes[0] = row[j] > lanes[0] ? row[j] : lanes[0];
+    const T most = *std::max_element(lanes, lanes + kLanes);
+    const auto vanish = [&](int64_t begin, int64_t end) {
+      int64_t others = 0;
+      for (int64_t i = begin; i < end; ++i) others += row[i] - most < kNoWeight ? 0 : 1;
+      return others == 0;
+    };
+    return vanish(0, seen.first) && vanish(seen.last, keys_);
   }
 
   std::vector<Span> spans_;  // of tokens, where there is a mask

@@ -265,6 +265,17 @@ def test_padding_of_numbers_that_are_not_finite(op, value):
     assert bool(got[:, 3].isnan().all())
 
 
+@pytest.mark.parametrize("op", FILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_query_from_which_numbers_hide_all_keys_alike(op, dtype):
+    """As in torch: a number that is not -inf hides a key beside others only."""
+    call = FILES[op].operands(dtype, batch=2, length=3, start=20)
+    lowest = torch.finfo(dtype).min
+    mask = torch.zeros(2, 1, 3, 23, dtype=dtype).masked_fill(~may_see(call)[:, None], lowest)
+    mask[0, :, :2] = lowest
+    FILES[op].check({**call, "mask": mask})
+
+
 def run_all() -> None:
     """All random cases, in a process of its own, at the level of instructions of its start."""
     for op in FILES:

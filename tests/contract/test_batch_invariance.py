@@ -63,7 +63,7 @@ RARE, COMMON = 5, 6
 
 # Registered ops of which no output belongs to one token, and why.
 NOT_BY_TOKEN = {
-    "attention_step": "a token's keys are other tokens: tests/ops/test_attention_step.py",
+    "attention_step": "a token's keys are other tokens: tests/contract/test_attention_steps.py",
     "dispatch_plan": "rounds nothing",
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",
@@ -71,7 +71,7 @@ NOT_BY_TOKEN = {
     "grouped_gemm_quantized_exact": "of training: test_training_through_quantised_experts",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
-    "latent_attention_step": "as attention_step: tests/ops/test_latent_attention_step.py",
+    "latent_attention_step": "as attention_step: tests/contract/test_attention_steps.py",
     "moe_ffn_quantized_fwd": "of training: test_training_through_quantised_experts",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
