@@ -2,10 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
+#include <vector>
 
 #include "cpu/gemm/dense_layer.h"
 #include "cpu/gemm/desc.h"
+#include "cpu/kernels/attention.h"
 #include "cpu/kernels/router.h"
 #include "cpu/kernels/rows.h"
 #include "moe_ops/add_rms_norm.h"
@@ -17,18 +20,26 @@ namespace moe_ops::cpu {
 template <class T>
 class AttentionParts {
  protected:
-  AttentionParts(const AttentionBlock& p, const Parallel& par)
+  using Block = moe_ops::AttentionBlock;  // and not the one of kernels
+
+  AttentionParts(const Block& p, const Parallel& par)
       : block_(p),
         par_(par),
         tokens_(p.batch * p.num_tokens),
         keys_(p.start + p.num_tokens),
-        // A row of scores has room for the sink, and the width that exp_sum wants.
-        ld_(round_up(keys_ + 1, kRowUnit)) {}
+        sink_(p.sinks != nullptr ? 1 : 0),
+        // A row of scores has room for the sink before its keys, and for what exp_sum reads after
+        // the last of them.
+        ld_(round_up(sink_ + keys_ + kRowUnit - 1, kRowUnit)) {
+    if (p.mask.data == nullptr) return;
+    spans_.reserve(static_cast<size_t>(tokens_));
+    for (int64_t t = 0; t < tokens_; ++t) spans_.push_back(span_of_mask(t));
+  }
 
   // The rows that the first products read: x, or norm(x), which `room` holds. `scratch` is
   // [tokens].
   Rows input(char* room, T* scratch) {
-    const AttentionBlock& p = block_;
+    const Block& p = block_;
     Rows x{p.x, p.type, p.hidden_size, nullptr};
     if (p.norm_weight == nullptr) return x;
     add_rms_norm({p.x, nullptr, p.norm_weight, nullptr, p.type, tokens_, p.hidden_size, p.eps, room,
@@ -66,7 +77,7 @@ class AttentionParts {
   // is [4 half].
   void rotate(T* heads, int64_t num_heads, int64_t ld_head, int64_t ld_token, Pairs pairs,
               T* buffer) {
-    const AttentionBlock& p = block_;
+    const Block& p = block_;
     const int64_t half = p.half;
     if (half == 0) return;
     const bool whole = 2 * half == ld_head && !pairs.interleaved && !pairs.interleaved_after;
@@ -101,7 +112,7 @@ class AttentionParts {
   // Writes heads of d features side by side, of tokens ld_token apart, to where they are kept.
   void keep(const KeptHeads<void>& kept, const T* heads, int64_t num_heads, int64_t d,
             int64_t ld_token) {
-    const AttentionBlock& p = block_;
+    const Block& p = block_;
     for (int64_t t = 0; t < tokens_; ++t) {
       const int64_t b = t / p.num_tokens, s = p.start + t % p.num_tokens;
       for (int64_t h = 0; h < num_heads; ++h) {
@@ -113,41 +124,121 @@ class AttentionParts {
   }
 
   // A row of scores, of `query` = (b, token, head), becomes weights times an unknown that the
-  // result takes away. A query that sees nothing has weights 0.
-  T softmax(T* row, int64_t query) {
-    constexpr T kHidden = -std::numeric_limits<T>::infinity();
-    const AttentionBlock& p = block_;
-    const int64_t S = p.num_tokens, head = query % p.heads;
-    const int64_t s = query / p.heads % S, b = query / p.heads / S;
-    int64_t last = keys_;
-    if (p.mask.data == nullptr) {
-      last = p.start + s + 1;
-    } else {
-      const int64_t from = b * p.mask.stride_batch + s * p.mask.stride_token;
+  // result takes away. A query that sees nothing has weights 0. The sink lies before the first key
+  // that the query sees, and sums start there: they do not depend on keys before or after those.
+  // hide: what a float mask hides by -inf stays hidden where a score is not finite.
+  T softmax(T* row, int64_t query, bool hide) {
+    const Block& p = block_;
+    const int64_t head = query % p.heads, t = query / p.heads;
+    Span seen{0, p.start + t % p.num_tokens + 1};
+    if (p.mask.data != nullptr) {
+      seen = spans_[static_cast<size_t>(t)];
+      const void* mask = mask_of(t);
       if (p.mask.is_bool) {
-        const auto* sees = static_cast<const uint8_t*>(p.mask.data) + from;
-        for (int64_t j = 0; j < keys_; ++j) row[j] = sees[j] != 0 ? row[j] : kHidden;
+        const auto* sees = static_cast<const uint8_t*>(mask);
+        for (int64_t j = seen.first; j < seen.last; ++j) row[j] = sees[j] != 0 ? row[j] : kHidden;
       } else {
-        rows_.axpy(p.mask.type, element(p.mask.data, p.mask.type, from), T(1), row, keys_);
+        rows_.axpy(p.mask.type, mask, T(1), row, keys_);
+        if (hide) hide_by_mask(mask, row);
       }
     }
-    std::fill(row + last, row + ld_, kHidden);
-    if (p.sinks != nullptr) {
-      rows_.load_row(p.type, element(p.sinks, p.type, head), row + keys_, 1, T(1));
+    T sink = kHidden;
+    if (sink_ != 0) rows_.load_row(p.type, element(p.sinks, p.type, head), &sink, 1, T(1));
+    const bool adds = p.mask.data != nullptr && !p.mask.is_bool;
+    if (adds && !outside_vanishes(row, seen, sink)) seen = {0, keys_};
+    T* const first = row + seen.first - sink_;
+    const int64_t count = seen.last - seen.first + sink_, padded = round_up(count, kRowUnit);
+    if (sink_ != 0) *first = sink;
+    T factor = T(1);
+    if (std::all_of(first, first + count, [](T x) { return x == kHidden; })) {
+      std::fill(first, first + count, T(0));
+    } else {
+      std::fill(first + count, first + padded, kHidden);
+      T sum;
+      router_kernels<T>().exp_sum(first, first, 1, ld_, padded, &sum);
+      factor = T(1) / sum;
     }
-    if (std::all_of(row, row + ld_, [](T x) { return x == kHidden; })) {
-      std::fill(row, row + ld_, T(0));
-      return T(1);
+    std::fill(row, row + seen.first, T(0));
+    std::fill(row + seen.last, row + keys_, T(0));
+    return factor;
+  }
+
+  // True if a query of token t may see key j.
+  bool may_see(int64_t t, int64_t j) const {
+    const Block& p = block_;
+    if (p.mask.data == nullptr) return j <= p.start + t % p.num_tokens;
+    if (p.mask.is_bool) return static_cast<const uint8_t*>(mask_of(t))[j] != 0;
+    T x;
+    rows_.load_row(p.mask.type, element(mask_of(t), p.mask.type, j), &x, 1, T(1));
+    return x != kHidden;
+  }
+
+  // Neither infinity nor NaN among n numbers of `type`.
+  bool all_finite(DType type, const void* data, int64_t n) const {
+    constexpr int64_t kPart = 256;
+    if (type == kAccumulate<T>) {
+      return attention_kernels<T>().all_finite(static_cast<const T*>(data), n);
     }
-    T sum;
-    router_kernels<T>().exp_sum(row, row, 1, ld_, ld_, &sum);
-    return T(1) / sum;
+    T part[kPart];
+    for (int64_t i = 0; i < n; i += kPart) {
+      const int64_t count = std::min(kPart, n - i);
+      rows_.load_row(type, element(data, type, i), part, count, T(1));
+      if (!attention_kernels<T>().all_finite(part, count)) return false;
+    }
+    return true;
+  }
+
+  // The product `g` of weights with what is kept of expert e, a head of sequence b whose queries
+  // are p.num_tokens times `group` rows, again for the tokens whose result is not finite. A weight
+  // of zero times a value that is not finite is no zero, so that each of these tokens gets a copy
+  // in which what it may not see is zero. Products have the rows, hence the bits, that they have
+  // without.
+  void multiply_apart(const GroupedGemmParams& g, int64_t e, int64_t b, int64_t group) {
+    const int64_t S = block_.num_tokens, width = g.out_features, rows = S * group;
+    const int64_t first = g.expert_offsets[e], size = dtype_size(block_.type);
+    const int64_t row_bytes = width * dtype_size(g.out.type);
+    const auto out_row = [&](int64_t r) {
+      const int64_t row = g.out.index != nullptr ? g.out.index[first + r] : first + r;
+      return static_cast<char*>(g.out.data) + row * g.out.stride * dtype_size(g.out.type);
+    };
+    const auto finite = [&](int64_t s) {
+      for (int64_t r = s * group; r < (s + 1) * group; ++r) {
+        if (!all_finite(g.out.type, out_row(r), width)) return false;
+      }
+      return true;
+    };
+    // Strides choose the kernel, too.
+    const int64_t ld = g.b.stride_k == 1 ? 1 : std::max(width, int64_t{2});
+    const int32_t offsets[] = {0, static_cast<int32_t>(rows)};
+    std::vector<char> copy, out;
+    for (int64_t s = 0; s < S; ++s) {
+      if (finite(s)) continue;
+      copy.assign(static_cast<size_t>(keys_ * ld * size), 0);
+      out.resize(static_cast<size_t>(rows * row_bytes));
+      for (int64_t j = 0; j < keys_; ++j) {
+        if (may_see(b * S + s, j)) {
+          std::memcpy(copy.data() + j * ld * size, weights_at(g.b, e, 0, j),
+                      static_cast<size_t>(width * size));
+        }
+      }
+      GroupedGemmParams one = g;
+      one.expert_offsets = offsets;
+      one.num_experts = 1;
+      one.a.data = element(g.a.data, g.a.type, first * g.a.stride);
+      one.a_scale = static_cast<const T*>(g.a_scale) + first;
+      one.b = {copy.data(), g.b.type, 0, 1, ld};
+      one.out = {.data = out.data(), .type = g.out.type, .stride = width};
+      grouped_gemm(one, par_);
+      for (int64_t r = s * group; r < (s + 1) * group; ++r) {
+        std::memcpy(out_row(r), out.data() + r * row_bytes, static_cast<size_t>(row_bytes));
+      }
+    }
   }
 
   // y = x + residual_scale * the last product, of `mixed` [tokens, width] of the type of x. `wide`
   // is [tokens, H].
   void finish(const char* mixed, int64_t width, T* wide) {
-    const AttentionBlock& p = block_;
+    const Block& p = block_;
     const int64_t H = p.hidden_size;
     multiply(p.out, {mixed, p.type, width, nullptr}, tokens_, wide, kAccumulate<T>, par_);
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -156,10 +247,76 @@ class AttentionParts {
     }
   }
 
-  const AttentionBlock& block_;
+  const Block& block_;
   const Parallel& par_;
   const RowKernels<T>& rows_ = row_kernels<T>();
-  const int64_t tokens_, keys_, ld_;  // ld_: of rows of scores
+  const int64_t tokens_, keys_, sink_, ld_;  // ld_: of rows of scores, whose keys start at sink_
+
+ private:
+  static constexpr T kHidden = -std::numeric_limits<T>::infinity();
+
+  // Keys from `first` to `last` - 1.
+  struct Span {
+    int64_t first, last;
+  };
+
+  const void* mask_of(int64_t t) const {
+    const AttentionMask& m = block_.mask;
+    const int64_t S = block_.num_tokens;
+    const int64_t at = t / S * m.stride_batch + t % S * m.stride_token;
+    return m.is_bool ? static_cast<const char*>(m.data) + at : element(m.data, m.type, at);
+  }
+
+  // The keys that the mask leaves to token t but for those that it hides before the first and after
+  // the last of them. A float mask hides by the lowest number of float16, or anything below.
+  Span span_of_mask(int64_t t) const {
+    constexpr T kLowest = T(-65504);
+    const AttentionMask& m = block_.mask;
+    const void* mask = mask_of(t);
+    const auto hides = [&](int64_t j) {
+      if (m.is_bool) return static_cast<const uint8_t*>(mask)[j] == 0;
+      T x;
+      rows_.load_row(m.type, element(mask, m.type, j), &x, 1, T(1));
+      return x <= kLowest;
+    };
+    Span seen{0, keys_};
+    while (seen.first < seen.last && hides(seen.first)) ++seen.first;
+    while (seen.last > seen.first && hides(seen.last - 1)) --seen.last;
+    return seen;
+  }
+
+  void hide_by_mask(const void* mask, T* row) const {
+    const DType type = block_.mask.type;
+    for (int64_t j = 0; j < keys_; ++j) {
+      T x;
+      rows_.load_row(type, element(mask, type, j), &x, 1, T(1));
+      if (x == kHidden) row[j] = kHidden;
+    }
+  }
+
+  // True if scores outside of `seen` get weights of exactly zero, as they do beside scores that
+  // the mask leaves alone.
+  bool outside_vanishes(const T* row, Span seen, T sink) const {
+    constexpr T kNoWeight = sizeof(T) == 8 ? T(-746) : T(-105);  // e^x rounds to zero below it
+    if (seen.first == 0 && seen.last == keys_) return true;
+    constexpr int64_t kLanes = 16;  // Loops of so many are made of vectors by the compiler.
+    T lanes[kLanes];
+    std::fill(lanes, lanes + kLanes, sink);
+    int64_t j = seen.first;
+    for (; j + kLanes <= seen.last; j += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = row[j + i] > lanes[i] ? row[j + i] : lanes[i];
+    }
+    for (; j < seen.last; ++j) lanes[0] = row[j] > lanes[0] ? row[j] : lanes[0];
+    const T most = *std::max_element(lanes, lanes + kLanes);
+    const auto vanish = [&](int64_t begin, int64_t end) {
+      int64_t others = 0;
+      for (int64_t i = begin; i < end; ++i) others += row[i] - most < kNoWeight ? 0 : 1;
+      return others == 0;
+    };
+    return vanish(0, seen.first) && vanish(seen.last, keys_);
+  }
+
+  std::vector<Span> spans_;  // of tokens, where there is a mask
 };
 
 }  // namespace moe_ops::cpu

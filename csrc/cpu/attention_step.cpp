@@ -20,6 +20,7 @@ class Step : AttentionParts<T> {
   using Parts::keys_;
   using Parts::ld_;
   using Parts::par_;
+  using Parts::sink_;
   using Parts::tokens_;
 
  public:
@@ -96,6 +97,7 @@ class Step : AttentionParts<T> {
     }
     offsets_[experts] = static_cast<int32_t>(rows);
     const int64_t from = first * S * p_.heads * d;
+    T* const keys = scores_ + sink_;  // the scores of the first key
     GroupedGemmParams g;
     g.expert_offsets = offsets_;
     g.num_experts = experts;
@@ -104,22 +106,34 @@ class Step : AttentionParts<T> {
     g.a = {q_ + from, kAccumulate<T>, d, index_};
     g.b = {element(p_.keys.data, p_.type, first * p_.keys.stride_batch), p_.type,
            p_.keys.stride_head, p_.keys.stride_token, 1};
-    g.out = {scores_, kAccumulate<T>, ld_, nullptr};
-    grouped_gemm(g, par_);
+    g.out = {keys, kAccumulate<T>, ld_, nullptr};
     const double cost = static_cast<double>(keys_) + 20;
-    parallel_range(par_, rows, cost, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        factors_[r] = this->softmax(scores_ + r * ld_, first * S * p_.heads + index_[r]);
-      }
-    });
-    g.out_features = d;
-    g.in_features = keys_;
-    g.a = {scores_, kAccumulate<T>, ld_, nullptr};
-    g.a_scale = factors_;
-    g.b = {element(p_.values.data, p_.type, first * p_.values.stride_batch), p_.type,
-           p_.values.stride_head, 1, p_.values.stride_token};
-    g.out = {mixed_ + from * dtype_size(p_.type), p_.type, d, index_};
-    grouped_gemm(g, par_);
+    const auto weigh = [&](bool hide) {
+      grouped_gemm(g, par_);
+      parallel_range(par_, rows, cost, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          factors_[r] = this->softmax(keys + r * ld_, first * S * p_.heads + index_[r], hide);
+        }
+      });
+    };
+    weigh(false);
+    GroupedGemmParams mix;
+    mix.expert_offsets = offsets_;
+    mix.num_experts = experts;
+    mix.out_features = d;
+    mix.in_features = keys_;
+    mix.a = {keys, kAccumulate<T>, ld_, nullptr};
+    mix.a_scale = factors_;
+    mix.b = {element(p_.values.data, p_.type, first * p_.values.stride_batch), p_.type,
+             p_.values.stride_head, 1, p_.values.stride_token};
+    mix.out = {mixed_ + from * dtype_size(p_.type), p_.type, d, index_};
+    mix.one_chain = true;
+    grouped_gemm(mix, par_);
+    if (this->all_finite(p_.type, mix.out.data, rows * d)) return;
+    weigh(true);
+    for (int64_t e = 0; e < experts; ++e) {
+      this->multiply_apart(mix, e, first + e / p_.kv_heads, group_);
+    }
   }
 
   const AttentionStepParams& p_;

@@ -22,6 +22,7 @@ GemmDesc<T> desc_of(const GroupedGemmParams& p) {
   d.a = p.a;
   d.a_scale = static_cast<const T*>(p.a_scale);
   d.b = p.b;
+  d.one_chain = p.one_chain;
   return d;
 }
 

@@ -115,27 +115,37 @@ class Step : AttentionParts<T> {
     g.a = {latent_q_, kAccumulate<T>, r, nullptr};
     g.b = matrices_of(p_.latents);
     g.out = {scores_, kAccumulate<T>, ld_, nullptr};
-    grouped_gemm(g, par_);
-    g.in_features = 2 * p_.half;
-    g.a = {q_ + p_.nope_size, kAccumulate<T>, q_size, nullptr};
-    g.b = matrices_of(p_.rope_keys);
-    g.out.data = rope_scores_;
-    grouped_gemm(g, par_);
+    GroupedGemmParams rope = g;
+    rope.in_features = 2 * p_.half;
+    rope.a = {q_ + p_.nope_size, kAccumulate<T>, q_size, nullptr};
+    rope.b = matrices_of(p_.rope_keys);
+    rope.out.data = rope_scores_;
     const double cost = static_cast<double>(keys_) + 20;
-    parallel_range(par_, rows, cost, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        T* const row = scores_ + i * ld_;
-        rows_.axpy(kAccumulate<T>, rope_scores_ + i * ld_, T(1), row, keys_);
-        factors_[i] = this->softmax(row, i);
-      }
-    });
-    g.out_features = r;
-    g.in_features = keys_;
-    g.a = {scores_, kAccumulate<T>, ld_, nullptr};
-    g.a_scale = factors_;
-    g.b = transposed(matrices_of(p_.latents));
-    g.out = {latent_mixed_, kAccumulate<T>, r, nullptr};
-    grouped_gemm(g, par_);
+    const auto weigh = [&](bool hide) {
+      grouped_gemm(g, par_);
+      grouped_gemm(rope, par_);
+      parallel_range(par_, rows, cost, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          T* const row = scores_ + i * ld_;
+          rows_.axpy(kAccumulate<T>, rope_scores_ + i * ld_, T(1), row, keys_);
+          factors_[i] = this->softmax(row, i, hide);
+        }
+      });
+    };
+    weigh(false);
+    GroupedGemmParams mix = g;
+    mix.out_features = r;
+    mix.in_features = keys_;
+    mix.a = {scores_, kAccumulate<T>, ld_, nullptr};
+    mix.a_scale = factors_;
+    mix.b = transposed(matrices_of(p_.latents));
+    mix.out = {latent_mixed_, kAccumulate<T>, r, nullptr};
+    mix.one_chain = true;
+    grouped_gemm(mix, par_);
+    if (!this->all_finite(kAccumulate<T>, latent_mixed_, rows * r)) {
+      weigh(true);
+      for (int64_t b = 0; b < p_.batch; ++b) this->multiply_apart(mix, b, b, n);
+    }
 
     g = of_heads;
     g.out_features = p_.value_size;

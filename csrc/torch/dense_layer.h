@@ -24,6 +24,30 @@ inline void check_vector(const Op& op, const char* name, const OptTensor& t, con
   check_size(op, name, *t, 0, size, what);
 }
 
+// The name of a format of grouped_gemm_quantized that blocks do not take, or "" for any other pair.
+inline std::string refused_format(const Tensor& w, const OptTensor& scale) {
+  const ScalarType dtype = w.scalar_type();
+  if (dtype == ScalarType::Float8_e4m3fn) return "fp8 in blocks";
+  if (!scale.has_value() || w.dim() != 2) return "";
+  const ScalarType of_scale = scale->scalar_type();
+  if (dtype == ScalarType::Char) return scale->dim() == 2 ? "int8 in groups" : "";
+  if (dtype != ScalarType::Byte) return "";
+  if (of_scale == ScalarType::Byte) {
+    if (scale->dim() == 2) return "MXFP4";
+    if (scale->dim() != 3) return "";
+    return scale->size(2) == 16 ? "q4_K" : scale->size(2) == 18 ? "q6_K" : "";
+  }
+  if (scale->dim() != 2) return "";
+  if (of_scale == ScalarType::Half || of_scale == ScalarType::BFloat16) {
+    return std::string("4 bits with scales in ") + dtype_name(of_scale);
+  }
+  const int64_t depth = 2 * w.size(1), groups = scale->size(1);
+  if (of_scale != ScalarType::Float || groups == 0 || depth % groups != 0) return "";
+  const int64_t group = depth / groups;
+  if (group == 0 || group % 32 != 0 || group == 32 || group == 64 || group == 128) return "";
+  return "4 bits in groups of " + std::to_string(group);
+}
+
 inline Dense quantized_layer(const Op& op, const std::string& scale_name, const Tensor& w,
                              const Tensor& scale) {
   check_device(op, scale_name.c_str(), scale);
@@ -57,9 +81,22 @@ inline Dense dense_layer(const Op& op, const char* name, const Tensor& w, const 
   check_device(op, name, w);
   const ScalarType dtype = w.scalar_type();
   const bool codes = dtype == ScalarType::Char || dtype == ScalarType::Byte;
-  MOE_CHECK(codes == scale.has_value(), op, ": ", scale_name,
-            codes ? " must be given beside codes, got None."
-                  : " must be None beside a weight that is no codes.");
+  if (const std::string format = refused_format(w, scale); !format.empty()) {
+    fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()),
+         " like x, int8 with float32 scales [O], or 4 bits (uint8) with float32 scales [O, K/G] "
+         "of G = 32, 64 or 128, got ",
+         format, " (", dtype_name(dtype), " of shape ", shape_string(w),
+         scale.has_value() ? std::string(" with ") + dtype_name(scale->scalar_type()) +
+                                 " scales of shape " + shape_string(*scale)
+                           : std::string(" without scales"),
+         ").");
+  }
+  if (codes) {
+    MOE_CHECK(scale.has_value(), op, ": ", scale_name, " must be given beside codes, got None.");
+  } else if (scale.has_value()) {
+    fail(op, ": ", scale_name, " must be None beside a weight that is no codes, got shape ",
+         shape_string(*scale), " beside ", dtype_name(dtype), ".");
+  }
   check_dim(op, name, w, 2, "[O, K]");
   Dense out{w, {}, {}, {}};
   if (codes) {

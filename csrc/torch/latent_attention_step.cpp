@@ -63,6 +63,7 @@ Tensor latent_attention_step(const Tensor& x, const Tensor& w_q, const Tensor& w
   const Dense kv_a =
       dense_layer(kOp, "w_kv_a", w_kv_a, w_kv_a_scale, b_kv_a, x, p.type, r + rope, H);
   check_vector(kOp, "kv_norm", kv_norm, x, r, "r");
+  check_same_dtype(kOp, "w_kv_b", w_kv_b, "x", x);
   const Dense kv_b = dense_layer(kOp, "w_kv_b", w_kv_b, {}, {}, x, p.type, -1, r);
   p.value_size = kv_b.layer.out_features / n - p.nope_size;
   MOE_CHECK(p.value_size >= 1 && (p.nope_size + p.value_size) * n == kv_b.layer.out_features, kOp,

@@ -12,8 +12,11 @@ docs/numerics.md has the guarantees by op, and what the mode costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
 
 from moe_ops import _C
 
@@ -21,6 +24,79 @@ from moe_ops import _C
 # this package ask for it, and a graph of torch.compile that depends on it is compiled anew when it
 # changes.
 _mode: bool = _C.batch_invariant()
+
+
+class _Block:
+    """One open `batch_invariant` block."""
+
+    def __init__(self, mode: bool) -> None:
+        self.mode = mode
+
+
+# The mode outside of all blocks, the open blocks of each thread or asyncio task in the order in
+# which they were entered, and how many threads and tasks have an innermost block for either mode.
+_base: bool = _mode
+_open: dict[Hashable, list[_Block]] = {}
+_wishes: dict[bool, int] = {True: 0, False: 0}
+# Reentrant: a collector that runs inside may close a block.
+_lock = threading.RLock()
+
+
+def _owner() -> Hashable:
+    """Returns the asyncio task that runs here, or the thread if none does."""
+    asyncio = sys.modules.get("asyncio")  # Without the module there are no tasks.
+    if asyncio is not None:
+        with suppress(RuntimeError):  # No event loop runs in this thread.
+            task: Hashable | None = asyncio.current_task()
+            if task is not None:
+                return task
+    return threading.get_ident()
+
+
+def _apply() -> None:
+    """Sets the mode that the open blocks, or without any the base setting, call for."""
+    global _mode
+    mode = _wishes[True] > 0 or (_base and _wishes[False] == 0)
+    if mode != _mode or mode != _C.batch_invariant():
+        _C.set_batch_invariant(mode)
+        _mode = mode
+
+
+def _enter(owner: Hashable, block: _Block) -> None:
+    with _lock:
+        blocks = _open.setdefault(owner, [])
+        if blocks:
+            _wishes[blocks[-1].mode] -= 1
+        blocks.append(block)
+        _wishes[block.mode] += 1
+        _apply()
+
+
+def _leave(owner: Hashable, block: _Block) -> None:
+    """Closes a block, which need not be the innermost: generators may end in any order."""
+    with _lock:
+        blocks = _open[owner]
+        _wishes[blocks[-1].mode] -= 1
+        blocks.remove(block)
+        if blocks:
+            _wishes[blocks[-1].mode] += 1
+        else:
+            del _open[owner]
+        _apply()
+
+
+def _after_fork() -> None:
+    """Closes the blocks of threads that do not exist in a forked process."""
+    global _lock
+    _lock = threading.RLock()  # One of those threads may hold the old one.
+    here = (_owner(), threading.get_ident())
+    for owner in [owner for owner in _open if owner not in here]:
+        _wishes[_open.pop(owner)[-1].mode] -= 1
+    _apply()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def set_batch_invariant(mode: bool) -> None:
@@ -32,7 +108,9 @@ def set_batch_invariant(mode: bool) -> None:
     It is one setting of the process, for all threads, which each op reads when it is called: a
     compiled graph follows the setting at the time it runs, a CUDA graph keeps the kernels that it
     captured. Its value at the start is on if the
-    environment variable ``MOE_OPS_BATCH_INVARIANT`` is ``1``, otherwise off.
+    environment variable ``MOE_OPS_BATCH_INVARIANT`` is ``1``, otherwise off. While a
+    :func:`batch_invariant` block is open anywhere in the process, the blocks decide, and this
+    setting holds from the end of the last of them on.
 
     Args:
         mode: ``True`` for on.
@@ -42,25 +120,40 @@ def set_batch_invariant(mode: bool) -> None:
     """
     if not isinstance(mode, bool):
         raise TypeError(f"set_batch_invariant: mode must be a bool, got {mode!r}")
-    global _mode
-    _C.set_batch_invariant(mode)
-    _mode = mode
+    global _base
+    with _lock:
+        _base = mode
+        _apply()
 
 
 def is_batch_invariant() -> bool:
-    """Whether the batch-invariant mode is on (:func:`set_batch_invariant`)."""
+    """Returns True if the batch-invariant mode is on (:func:`set_batch_invariant`)."""
     return _mode
 
 
 @contextmanager
 def batch_invariant(mode: bool = True) -> Iterator[None]:
-    """Sets the batch-invariant mode for a block, and restores it after that.
+    """Turns the batch-invariant mode on, or off, for a block.
 
-    The setting is of the process (:func:`set_batch_invariant`): other threads see it as well.
+    The mode is one setting of the process, and blocks of several threads and asyncio tasks may be
+    open at once, in any order of entering and leaving. In each thread or task the innermost open
+    block counts. The mode is on while it is ``batch_invariant(True)`` in any of them; otherwise it
+    is off while one of them has a ``batch_invariant(False)`` block; and without open blocks it is
+    what :func:`set_batch_invariant` set. So a block that turns it on has it on throughout, and
+    other threads see it as well; one that turns it off is for measurements in a process that does
+    nothing else.
+
+    Args:
+        mode: ``True`` for on.
+
+    Raises:
+        TypeError: ``mode`` is not a bool.
     """
-    before = is_batch_invariant()
-    set_batch_invariant(mode)
+    if not isinstance(mode, bool):
+        raise TypeError(f"batch_invariant: mode must be a bool, got {mode!r}")
+    owner, block = _owner(), _Block(mode)
+    _enter(owner, block)
     try:
         yield
     finally:
-        set_batch_invariant(before)
+        _leave(owner, block)

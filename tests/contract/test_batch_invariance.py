@@ -63,7 +63,7 @@ RARE, COMMON = 5, 6
 
 # Registered ops of which no output belongs to one token, and why.
 NOT_BY_TOKEN = {
-    "attention_step": "a token's keys are other tokens: tests/ops/test_attention_step.py",
+    "attention_step": "a token's keys are other tokens: tests/contract/test_attention_steps.py",
     "dispatch_plan": "rounds nothing",
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",
@@ -71,7 +71,7 @@ NOT_BY_TOKEN = {
     "grouped_gemm_quantized_exact": "of training: test_training_through_quantised_experts",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
-    "latent_attention_step": "as attention_step: tests/ops/test_latent_attention_step.py",
+    "latent_attention_step": "as attention_step: tests/contract/test_attention_steps.py",
     "moe_ffn_quantized_fwd": "of training: test_training_through_quantised_experts",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
@@ -805,21 +805,7 @@ def test_attention_layer_token_by_token(kind, dtype):
     assert_identical(torch.cat(steps, 1), whole)
 
 
-# --- the switch
-
-
-def test_the_setting_comes_back():
-    moe_ops.set_batch_invariant(False)
-    with pytest.raises(KeyError), moe_ops.batch_invariant():
-        assert moe_ops.is_batch_invariant()
-        assert _C.batch_invariant()
-        with moe_ops.batch_invariant(False):
-            assert not _C.batch_invariant()
-        raise KeyError
-    assert not moe_ops.is_batch_invariant()
-    assert not _C.batch_invariant()
-    with pytest.raises(TypeError, match="set_batch_invariant: mode must be a bool, got 1"):
-        moe_ops.set_batch_invariant(1)  # type: ignore[arg-type]
+# --- the switch (tests/package/test_numerics.py has threads, tasks and nested blocks)
 
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
@@ -839,17 +825,16 @@ def test_compiled_code_follows_the_setting():
     compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for mode in (False, True, False, True):
-            moe_ops.set_batch_invariant(mode)
-            if mode:
-                assert_identical(compiled(x), layer(x))
-                assert_identical(compiled(x[:1]), compiled(x)[:1])
-            else:
-                torch.testing.assert_close(compiled(x), layer(x))
+            with moe_ops.batch_invariant(mode):
+                if mode:
+                    assert_identical(compiled(x), layer(x))
+                    assert_identical(compiled(x[:1]), compiled(x)[:1])
+                else:
+                    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
     monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 8)
-    moe_ops.set_batch_invariant(False)
     layer = moe(torch.float32, intermediate_size=512)
     x = torch.randn(NUM_TOKENS, 96)
     with torch.no_grad(), moe_ops.prepacking("auto"), moe_ops.batch_invariant():

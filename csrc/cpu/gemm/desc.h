@@ -59,6 +59,7 @@ struct GemmProblem {
   int64_t in_features;
   // Whether the number of an expert's rows must not show in the bits of one.
   bool invariant = batch_invariant();
+  bool one_chain = false;  // GroupedGemmParams::one_chain
 
   // Elementary operations, in units of about a nanosecond.
   double cost() const {

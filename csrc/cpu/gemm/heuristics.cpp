@@ -30,9 +30,9 @@ bool can_multiply_bf16(const GemmShape& s, const GemmKernels<T>& k) {
 // Where the bits of a row must not depend on how many there are (batch_invariant.h). Of algorithms
 // that a count of rows tells apart here, GEMV and its blocked form add in the same order, and so do
 // the outer product and row-major B, which then have blocks of one depth. bfloat16 is multiplied as
-// such by all rows or by none, and AMX, which adds in an order of its own, by none. Tokens become
-// integers of 16 bits for weights of 8 bits, which costs less accuracy than 8 bits do, and of 8 for
-// weights of 4.
+// such by all rows or by none, and AMX, which adds in an order of its own, by none. One chain of
+// sums is an outer product of one block, whatever the number of rows. Tokens become integers of 16
+// bits for weights of 8 bits, which costs less accuracy than 8 bits do, and of 8 for weights of 4.
 template <class T>
 Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t rows) {
   const bool bf16 =
@@ -51,7 +51,8 @@ Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t row
     case B::kPacked:
       return {Algorithm::kPackedB, operand(bf16)};
     case B::kDenseFeatures: {
-      const bool few = rows <= (k.outer.one_pass ? k.gemv.max_tokens : kOuterMaxRows);
+      const bool few =
+          s.one_chain || rows <= (k.outer.one_pass ? k.gemv.max_tokens : kOuterMaxRows);
       return {few ? Algorithm::kOuter : Algorithm::kRowMajorB, operand(bf16)};
     }
     case B::kDenseK:
@@ -231,7 +232,8 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
                     s.range == s.features && rows * width * size <= kOneRunSumBytes;
         if (c.one_run) c.features = std::max(c.features, width);
       }
-      c.depth = algorithm == Algorithm::kOuter && !s.invariant ? k_elements : depth;
+      const bool one_block = algorithm == Algorithm::kOuter && (!s.invariant || s.one_chain);
+      c.depth = one_block ? k_elements : depth;
       break;
     }
     case Algorithm::kDequant:

@@ -76,6 +76,7 @@ struct GemmShape {
   int64_t features = 0, segments = 1, feature_unit = 1, in_features = 0;
   int64_t range = 0;  // of the features of each segment, those that are wanted at once
   bool invariant = false;
+  bool one_chain = false;  // GroupedGemmParams::one_chain, which only counts with `invariant`
 };
 
 // For an expert with so many rows. T is the accumulate type; kernels are those of the target.
@@ -93,7 +94,8 @@ GemmShape shape_of(const GemmDesc<T>& d) {
   } else if (d.b.panels != nullptr) {
     s.b = GemmShape::B::kPacked;
   } else {
-    s.b = d.b.stride_k == 1 ? GemmShape::B::kDenseK : GemmShape::B::kDenseFeatures;
+    const bool dense_k = d.b.stride_k == 1 && !(d.invariant && d.one_chain);
+    s.b = dense_k ? GemmShape::B::kDenseK : GemmShape::B::kDenseFeatures;
   }
   s.type = d.b.type;
   s.scaled = d.a_scale != nullptr;
@@ -103,6 +105,7 @@ GemmShape shape_of(const GemmDesc<T>& d) {
   s.feature_unit = d.feature_unit;
   s.in_features = d.in_features;
   s.invariant = d.invariant;
+  s.one_chain = d.one_chain;
   return s;
 }
 

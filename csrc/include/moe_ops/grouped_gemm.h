@@ -81,6 +81,9 @@ struct GroupedGemmParams {
   ExpertMatrices b;                         // [E, O, K]
   ExpertVectors bias;                       // [E, O]
   MutableRows out;                          // [rows, O]
+  // In the batch-invariant mode, a sum over k of weights that are dense along O is one chain in the
+  // order of k. Steps whose factor in `a` is zero then leave no trace, wherever they are.
+  bool one_chain = false;
 };
 
 struct GroupedWgradParams {

@@ -109,6 +109,32 @@ def check_codes(op: str, name: str, w: Tensor, scale: Tensor, zero: Tensor | Non
     return depth
 
 
+def _refused_format(w: Tensor, scale: Tensor | None) -> str:
+    """Returns the name of a format that `check_codes` takes and `check_dense` does not, or ""."""
+    if w.dtype == torch.float8_e4m3fn:
+        return "fp8 in blocks"
+    if scale is None or w.dim() != 2:
+        return ""
+    if w.dtype == torch.int8:
+        return "int8 in groups" if scale.dim() == 2 else ""
+    if w.dtype != torch.uint8:
+        return ""
+    if scale.dtype == torch.uint8:
+        if scale.dim() == 2:
+            return "MXFP4"
+        return {16: "q4_K", 18: "q6_K"}.get(scale.shape[2], "") if scale.dim() == 3 else ""
+    if scale.dim() != 2:
+        return ""
+    if scale.dtype in (torch.float16, torch.bfloat16):
+        return f"4 bits with scales in {dtype_name(scale.dtype)}"
+    depth, groups = 2 * w.shape[1], scale.shape[1]
+    if scale.dtype != torch.float32 or groups == 0 or depth % groups != 0:
+        return ""
+    group = depth // groups
+    known = group == 0 or group % 32 != 0 or group in _GROUPS
+    return "" if known else f"4 bits in groups of {group}"
+
+
 def check_dense(
     op: str, args: Mapping[str, Any], name: str, x: Tensor, features: int | None, depth: int
 ) -> None:
@@ -116,6 +142,24 @@ def check_dense(
     codes with `w_{name}_scale`, and `b_{name}` if the op has it. features None: any number."""
     what = f"w_{name}"
     w, scale = args[what], args[f"{what}_scale"]
+    refused = _refused_format(w, scale)
+    if refused:
+        scales = "without scales"
+        if scale is not None:
+            scales = f"with {dtype_name(scale.dtype)} scales of shape {list(scale.shape)}"
+        raise ValueError(
+            f"{op}: {what} must be {dtype_name(x.dtype)} like x, int8 with float32 scales [O], or "
+            f"4 bits (uint8) with float32 scales [O, K/G] of G = 32, 64 or 128, got {refused} "
+            f"({dtype_name(w.dtype)} of shape {list(w.shape)} {scales})."
+        )
+    if w.dtype in (torch.int8, torch.uint8):
+        check(scale is not None, f"{op}: {what}_scale must be given beside codes, got None.")
+    else:
+        check(
+            scale is None,
+            f"{op}: {what}_scale must be None beside a weight that is no codes, got shape "
+            f"{None if scale is None else list(scale.shape)} beside {dtype_name(w.dtype)}.",
+        )
     if scale is None:
         check_like(op, what, w, "x", x, "[O, K]", K=depth)
     else:

@@ -57,13 +57,15 @@ def attention_step(
     step of decoding does in a layer, in one call; on the CPU its products share one parallel
     region. For a few tokens: scores [B, n, S, start + S] are held at once.
 
-    On CUDA tensors it is this formula in torch's operations. There is no gradient.
+    On the CPU a query's output has the same bits whatever is in a position that it may not see
+    (later tokens without a mask; otherwise False or -inf in the mask), infinities and NaN included,
+    be it a kept position or a token of the call. On CUDA tensors it is this formula in torch's
+    operations, in which a weight of zero times NaN is NaN. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
-        w_q, w_k, w_v: [n d, H], [m d, H] twice, m a divisor of n; in x's dtype, or codes as of
-            :func:`grouped_gemm_quantized` (int8, or uint8 with two weights a byte), each for
-            itself.
+        w_q, w_k, w_v: [n d, H], [m d, H] twice, m a divisor of n; each in x's dtype, or
+            quantized as :func:`gated_ffn` takes it.
         w_o: [H, n d], likewise.
         cos, sin: [B or 1, S, r] of one float dtype, r at least rotary_size / 2; the first
             rotary_size / 2 of a row are the angles of the pairs (i, i + rotary_size / 2).
@@ -75,8 +77,8 @@ def attention_step(
         norm_weight: [H] in x's dtype of the RMS norm before the products, or None without one.
         eps: of that norm, at least 0.
         b_q, b_k, b_v, b_o: in x's dtype, or None.
-        w_q_scale, w_k_scale, w_v_scale, w_o_scale: float32 beside codes: [O] of int8, [O, K/G] of
-            4 bits with G = 32, 64 or 128.
+        w_q_scale, w_k_scale, w_v_scale, w_o_scale: float32 beside quantized weights: [O] of
+            int8, [O, K/G] of 4 bits with G = 32, 64 or 128.
         q_norm, k_norm: RMS norms of q and k in x's dtype, together or not at all: [d] of each head,
             or [n d] and [m d] of a token.
         head_eps: of these.

@@ -50,11 +50,11 @@ def gated_ffn(
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
-        w_gate, w_up: [I, H] in x's dtype, or codes as of :func:`grouped_gemm_quantized` (int8, or
-            uint8 with two weights a byte), each for itself.
+        w_gate, w_up: [I, H]; each in x's dtype, or quantized: int8, or 4 bits (uint8, two weights
+            per byte, stored as q + 8). Other formats of :func:`grouped_gemm_quantized` are refused.
         w_down: [O, I], likewise.
-        w_gate_scale, w_up_scale, w_down_scale: float32 beside codes: [O] of int8, [O, K/G] of 4
-            bits with G = 32, 64 or 128.
+        w_gate_scale, w_up_scale, w_down_scale: float32 beside quantized weights: [O] of int8,
+            [O, K/G] of 4 bits with G = 32, 64 or 128, without zero points.
         norm_weight: [H] in x's dtype of an RMS norm before the products, or None.
         eps: of that norm, at least 0.
         output_gate: [H] in x's dtype, or None.

@@ -62,13 +62,14 @@ def latent_attention_step(
 
     Keys and values of heads are never made: queries are taken into the space of the latents, and
     what they mix out of it. For a few tokens: scores [B, n, S, start + S] are held at once, twice.
-    On CUDA tensors it is this formula in torch's operations. There is no gradient.
+    On the CPU a query's output has the same bits whatever is in a position that it may not see, as
+    in :func:`attention_step`. On CUDA tensors it is this formula in torch's operations, in which a
+    weight of zero times NaN is NaN. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
-        w_q: [n (d_n + d_r), H], or [n (d_n + d_r), r_q] with `w_q_a`; in x's dtype, or codes as of
-            :func:`grouped_gemm_quantized` (int8, or uint8 with two weights a byte), as may be every
-            weight but `w_kv_b`, each for itself.
+        w_q: [n (d_n + d_r), H], or [n (d_n + d_r), r_q] with `w_q_a`; in x's dtype, or quantized
+            as :func:`gated_ffn` takes it, as may be every weight but `w_kv_b`, each for itself.
         w_kv_a: [r + d_r, H].
         kv_norm: [r] in x's dtype, of the RMS norm of latents.
         w_kv_b: [n (d_n + d_v), r] in x's dtype, of each head keys first.
@@ -87,8 +88,8 @@ def latent_attention_step(
         q_norm: [r_q] in x's dtype of an RMS norm after it, or None.
         latent_eps: of kv_norm and q_norm, at least 0.
         b_q, b_q_a, b_kv_a, b_o: in x's dtype, or None.
-        w_q_scale, w_q_a_scale, w_kv_a_scale, w_o_scale: float32 beside codes: [O] of int8,
-            [O, K/G] of 4 bits with G = 32, 64 or 128.
+        w_q_scale, w_q_a_scale, w_kv_a_scale, w_o_scale: float32 beside quantized weights:
+            [O] of int8, [O, K/G] of 4 bits with G = 32, 64 or 128.
         interleaved: whether the pairs that are rotated are (2 i, 2 i + 1) in what `w_q` and
             `w_kv_a` give; otherwise (i, i + d_r / 2).
         interleaved_keys: the same of `rope_keys`.
