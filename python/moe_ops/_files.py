@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_ops import _reading
+
 try:
     import fcntl
 except ImportError:  # This is no POSIX system; leftovers of killed processes stay.
@@ -448,13 +450,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it holds something else, or is too large to be what is wanted.
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file, holds something else, or is too large to be what is
+            wanted.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES} bytes, got {size}")
+    content = _reading.read_bytes(path, "", MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got something else: {error}") from None
     if not isinstance(value, dict):

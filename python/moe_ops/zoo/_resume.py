@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,11 +13,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 
 from ._progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
+_WRONG_STATE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass
@@ -54,9 +61,12 @@ class Checkpoint:
 
     def load(self) -> int:
         """Puts back what was saved; the number of steps done, 0 where there is no file."""
-        if self.path is None or not Path(self.path).is_file():
+        if self.path is None:
             return 0
-        state = read_state(self.path)
+        try:
+            state = read_state(self.path)
+        except FileNotFoundError:
+            return 0
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -68,10 +78,10 @@ class Checkpoint:
             for name in vars(self.history):
                 setattr(self.history, name, state["history"][name])
             return int(state["step"])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _WRONG_STATE as error:
             raise ValueError(
                 f"fit: checkpoint must be of a run with these arguments, got {self.path}: "
-                f"{str(error).splitlines()[0]}"
+                f"{_reading.reason(error)}"
             ) from error
 
 
@@ -86,19 +96,19 @@ def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     """What `write_state` wrote.
 
     Raises:
-        ValueError: a file in which a bit has changed, or one that `write_state` did not write.
+        FileNotFoundError: no such file.
+        ValueError: something that is no regular file, a file in which a bit has changed, or one
+            that `write_state` did not write.
     """
-    content = _files.unsealed(Path(path).read_bytes())
+    content = _files.unsealed(_reading.read_bytes(path, "fit"))
     if content is None:
         raise ValueError(
             f"fit: {path} must match its checksum, got one that is damaged or was written by an "
             "earlier version of moe_ops; remove it to start again."
         )
     state: Any = None
-    try:
+    with _reading.damage("fit", path, "a file of torch.save"):
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"fit: {path} must hold what torch.save wrote, got: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"fit: {path} must hold a dict, got {_files.shown(state)}.")
     return state
@@ -131,7 +141,7 @@ def train_once(
         read: the model, or one like it, from that file. write: the other way round.
     """
     done, checkpoint = folder / kept.format(name=name), folder / f"{name}.training.pt"
-    if done.is_file():
+    if done.exists():  # Something that is no file is refused by `read`, before anything trains.
         return read(model, done)
     fit(checkpoint)
     write(model, done)

@@ -220,7 +220,7 @@ def train(
 
     def trained(name: str, model: ActionTransformer, steps: int, rate: float) -> ActionTransformer:
         done = folder / f"{name}.pt"
-        if done.is_file():
+        if done.exists():
             model.load_state_dict(read_state(done))
             return model
         state = folder / f"{name}.training.pt"

@@ -151,7 +151,7 @@ def train(
         name: str, model: DynamicDino, pairs: tuple[int, ...], steps: int, rate: float
     ) -> DynamicDino:
         done = folder / f"{name}.pt"
-        if done.is_file():
+        if done.exists():
             model.load_state_dict(read_state(done))
             return model
         state = folder / f"{name}.training.pt"

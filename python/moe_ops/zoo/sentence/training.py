@@ -242,7 +242,7 @@ def train(
         name: str, model: SentenceExperts, domains: Sequence[int], steps: int
     ) -> SentenceExperts:
         done = folder / f"{name}.pt"
-        if done.is_file():
+        if done.exists():
             model.load_state_dict(read_state(done))
             return model
         state = folder / f"{name}.training.pt"

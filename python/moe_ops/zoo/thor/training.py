@@ -202,7 +202,7 @@ def train(
     report: dict[str, Any] = {"settings": now, "pairs": len(text.train), "arms": {}}
     for arm in settings.arms:
         place = folder / arm
-        if (place / "config.json").is_file():
+        if (place / "config.json").exists():
             model = Thor.from_pretrained(place)
         else:
             torch.manual_seed(settings.seed)
