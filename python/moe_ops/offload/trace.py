@@ -93,7 +93,7 @@ class RoutingTrace:
         Raises:
             OSError: it could not be written.
         """
-        arrays = {
+        arrays: dict[str, Any] = {
             "ids": self.ids.numpy(),
             "tokens": self.tokens.numpy(),
             "steps": self.steps.numpy(),

@@ -14,7 +14,7 @@ from moe_ops import _files
 
 from .._command import settings_folder
 from .._progress import bar
-from .._resume import Group, read_state, train_steps, write_state
+from .._resume import Group, load_weights, train_steps, write_state
 from .model import ActionTransformer, AdaMoEConfig
 from .skills import REACHED, Demonstrations, SkillRobot, demonstrate
 
@@ -221,7 +221,7 @@ def train(
     def trained(name: str, model: ActionTransformer, steps: int, rate: float) -> ActionTransformer:
         done = folder / f"{name}.pt"
         if done.exists():
-            model.load_state_dict(read_state(done))
+            load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
         fit(

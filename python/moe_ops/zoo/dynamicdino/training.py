@@ -15,7 +15,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 
 from .._command import settings_folder
-from .._resume import Group, read_state, train_steps, write_state
+from .._resume import Group, load_weights, train_steps, write_state
 from .metrics import average_precision, check_installed, detect
 from .model import DynamicDino, DynamicDinoConfig, co_selection, freeze, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
@@ -152,7 +152,7 @@ def train(
     ) -> DynamicDino:
         done = folder / f"{name}.pt"
         if done.exists():
-            model.load_state_dict(read_state(done))
+            load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
         fit(

@@ -6,6 +6,7 @@ were published; reading and writing both follow that list, so that they cannot d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 
 try:
     import safetensors.torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 except ModuleNotFoundError as error:
     if error.name != "safetensors":
         raise
@@ -218,14 +219,13 @@ class Reader:
     def _open_file(self, name: str) -> Any:
         if name not in self._open:
             path = _inside(self.folder, name)
-            try:
+            with self._reading(path):
+                _reading.check_safetensors(path, "from_pretrained")
                 self._open[name] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"from_pretrained: {path} must be a whole safetensors file, got one that is "
-                    f"damaged: {error}."
-                ) from error
         return self._open[name]
+
+    def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        return _reading.damage("from_pretrained", path, "a whole safetensors file")
 
     def _note(self, key: str, name: str) -> None:
         entry = self._open[name].get_slice(key)
@@ -281,12 +281,9 @@ class Reader:
 
     def _raw(self, key: str) -> Tensor:
         name = self.stored[key].file
-        try:
-            return self._open[name].get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(
-                f"from_pretrained: {key} of {self.folder / name} must be readable, got: {error}."
-            ) from error
+        with self._reading(self.folder / name):
+            tensor: Tensor = self._open[name].get_tensor(key)
+        return tensor
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
