@@ -164,5 +164,5 @@ def damage(reader: str, path: Path | str, wanted: str) -> Iterator[None]:
         if ours or failing:
             raise
         raise ValueError(
-            f"{reader}: {path} must be {wanted}, got a damaged one: {reason(error)}."
+            f"{reader}: {path} must be {wanted}, got something else: {reason(error)}."
         ) from error
