@@ -430,12 +430,15 @@ def check_folder(folder: Path, index: str) -> None:
         index: of the safetensors files, where there is one.
 
     Raises:
-        ValueError: a link or an entry of the index leads out of the folder.
+        ValueError: a link or an entry of the index leads out of the folder, or a pipe or the like
+            is in it.
         FileNotFoundError: an entry of the index or a link leads to nothing.
     """
     for path in folder.iterdir():
         if path.is_symlink():
             inside(folder, path.name)
+        elif not path.is_file() and not path.is_dir():  # Reading a pipe would wait.
+            raise ValueError(f"{path} must be a file, got something else")
     if (folder / index).exists():
         names = read_json(inside(folder, index)).get("weight_map")
         if not isinstance(names, dict):

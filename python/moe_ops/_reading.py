@@ -160,7 +160,8 @@ def damage(reader: str, path: Path | str, wanted: str) -> Iterator[None]:
         raise
     except Exception as error:
         ours = isinstance(error, ValueError) and str(error).startswith(f"{reader}: ")
-        failing = isinstance(error, OSError) and error.errno is not None
+        # A place before the file's first byte, which a damaged file can name, is EINVAL.
+        failing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
         if ours or failing:
             raise
         raise ValueError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,22 +45,43 @@ def write_tensors(
     Raises:
         OSError: it could not be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": kind, "about": json.dumps(about)}}
+    parts = safetensors_parts(tensors, {"format": kind, "about": json.dumps(about)})
+    _files.write_file(path, *_files.sealed(b"".join(parts)))
+
+
+def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes]:
+    """Returns the bytes of a safetensors file, header and tensors apart.
+
+    The library of that name writes metadata in an order of chance; these bytes depend on the
+    arguments alone.
+
+    Args:
+        tensors: by name, of the types of `DTYPES`; the widest come first, so that all are aligned.
+        metadata: of the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     parts, offset = [], 0
-    for name, tensor in tensors.items():
-        part = bytes_of(tensor)
-        end = offset + len(part)
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
-        parts.append(part)
+        parts.append(bytes_of(tensor))
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    content = b"".join([len(text).to_bytes(8, "little"), text, *parts])
-    _files.write_file(path, *_files.sealed(content))
+    return [len(text).to_bytes(8, "little") + text, *parts]
+
+
+def crc32(tensor: Tensor) -> str:
+    """Returns the CRC-32 of a tensor's bytes, type and shape, as eight hexadecimal digits."""
+    kind = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    content = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return f"{zlib.crc32(content, zlib.crc32(kind)):08x}"
 
 
 def read_tensors(

@@ -90,7 +90,8 @@ class Checkpoint:
 
     def _slice_file(self, key: str) -> Any:
         if key not in self:
-            raise ValueError(f"{_READER}: the checkpoint must hold {key}, got none.")
+            file = next(iter(self._open), "no file")
+            raise ValueError(f"{_READER}: the checkpoint must hold {key}, got none in {file}.")
         return self._open[self._file_of[key]]
 
 

@@ -67,6 +67,11 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
 
     def read_header(self, gguf_file: str) -> None:
         """Checks the file before transformers reads it."""
+        if gguf_file is None:  # transformers has found no regular file of the name.
+            raise ValueError(
+                f"from_pretrained: gguf_file must be a regular file, got "
+                f"{self.quantization_config.gguf_file}."
+            )
         _check(gguf_file)
         with _reading(gguf_file):
             super().read_header(gguf_file)

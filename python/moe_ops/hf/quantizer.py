@@ -256,7 +256,8 @@ class ExpertsQuantizer(BankReader):
                     # Set by transformers on what it has read.
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise ValueError(
-                            f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
+                            f"from_pretrained: the checkpoint must hold {name}.{key}, got none in "
+                            f"{model.name_or_path}."
                         )
         restore_types(model, self._types)
         _claim_experts(model)

@@ -286,12 +286,10 @@ def concatenated(parts: list[StoredWeight]) -> StoredWeight:
     if len(names) > 1:
         kinds = " and ".join(p.format.label for p in parts)
         raise ValueError(f"gate and up must have one format, got {kinds}.")
-    shapes = {tuple((t.dtype, t.dim(), t.shape[-1]) for t in p[1:] if t is not None) for p in parts}
-    if len(shapes) > 1 and first.scale.dim() == first.codes.dim():
-        raise ValueError(
-            "gate and up must have the same inputs, got "
-            f"{' and '.join(str([list(t.shape) for t in p[1:] if t is not None]) for p in parts)}."
-        )
+    inputs = {(p.codes.dtype, *p.codes.shape[:-2], p.codes.shape[-1]) for p in parts}
+    if len(inputs) > 1 or len({(p.scale.dtype, p.scale.dim()) for p in parts}) > 1:
+        shapes = " and ".join(f"{list(p.codes.shape)} with {list(p.scale.shape)}" for p in parts)
+        raise ValueError(f"gate and up must have the same inputs, got {shapes}.")
     if first.format.name == "fp8" and any(p.codes.shape[-2] % 128 for p in parts[:-1]):
         raise ValueError(
             "halves of fp8 must have a multiple of 128 rows to be put together, got "

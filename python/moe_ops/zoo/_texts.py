@@ -81,7 +81,10 @@ def load(names: Sequence[str] = DOMAINS, files: Mapping[str, str] | None = None)
     for name in names:
         content = readers[name]()
         if len(content) < 10_000:
-            raise ValueError(f"load: {name} must have 10000 bytes or more, got {len(content)}.")
+            where = f" ({files[name]})" if files and name in files else ""
+            raise ValueError(
+                f"load: {name}{where} must have 10000 bytes or more, got {len(content)}."
+            )
         texts[name] = Text.of(content)
     return texts
 

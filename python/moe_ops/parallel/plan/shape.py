@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_ops import _files, _reading
+from moe_ops import _files
 from moe_ops._fields import Fields, check_types
 from moe_ops._files import shown
 
@@ -342,8 +342,12 @@ def find_shape(model: str | Path) -> Shape:
             f"{', '.join(PRESETS)}, got {str(model)!r}."
         )
     title = path.parent.name if path.name == "config.json" else path.stem
-    with _reading.damage("plan", path, "a config.json that describes a mixture of experts"):
+    try:
         return shape_of(_files.read_json(path), title or str(path))
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"plan: in {path}, {str(error).removeprefix('plan: ')}") from error
 
 
 def shape_of(config: Mapping[str, Any], name: str | None = None) -> Shape:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files, _reading
+from moe_ops import _files, _reading, _tensor_file
 
 try:
-    import safetensors.torch
     from safetensors import safe_open
 except ModuleNotFoundError as error:
     if error.name != "safetensors":
@@ -40,6 +39,7 @@ _FP8_BLOCK = 128
 _FP8 = "F8_E4M3"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8
+_MARKS = "checksums"  # In the metadata: JSON, the checksum of each tensor of the file by its key.
 # The largest size that is believed where no tensor of an incomplete checkpoint confirms it. Every
 # vocabulary is smaller.
 _MAX_UNSEEN = 2**18
@@ -147,7 +147,8 @@ class LoadReport:
             keys = getattr(self, name)
             if keys:
                 more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-                lines.append(f"{len(keys)} keys {name}: {', '.join(keys[:_SHOWN])}{more}")
+                named = ", ".join(key if len(key) < 80 else f"{key[:80]}…" for key in keys[:_SHOWN])
+                lines.append(f"{len(keys)} keys {name}: {named}{more}")
         return "; ".join(lines) + "."
 
 
@@ -165,7 +166,8 @@ class Reader:
 
     Reads the files named by model.safetensors.index.json where there is one, else all
     *.safetensors. Only files inside the folder are read; see `moe_ops._files.inside`. A weight with
-    `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is given in bfloat16.
+    `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is given in bfloat16. A tensor that
+    `save` has written is compared with its checksum.
 
     All files are opened at once, and stay what they are when others take their names.
 
@@ -178,6 +180,7 @@ class Reader:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
+        self._marks: dict[str, str] = {}  # Checksums of tensors in files of `save`.
         self.stored: dict[str, Stored] = {}
         if (self.folder / INDEX).exists():
             self._open_indexed()
@@ -222,6 +225,7 @@ class Reader:
             with self._reading(path):
                 _reading.check_safetensors(path, "from_pretrained")
                 self._open[name] = safe_open(path, framework="pt")
+                self._marks |= json.loads((self._open[name].metadata() or {}).get(_MARKS, "{}"))
         return self._open[name]
 
     def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
@@ -283,6 +287,9 @@ class Reader:
         name = self.stored[key].file
         with self._reading(self.folder / name):
             tensor: Tensor = self._open[name].get_tensor(key)
+            mark = self._marks.get(key)
+            if mark is not None and mark != _tensor_file.crc32(tensor):
+                raise ValueError(f"{key} does not match its checksum")
         return tensor
 
 
@@ -430,16 +437,12 @@ def save(
     ]
     with _files.Replacement(folder, last=CONFIG) as files:
         for name, shard in zip(names, shards, strict=True):
-            files.add(name, _serialized(shard))
+            marks = {key: _tensor_file.crc32(part) for key, part in shard.items()}
+            about = {"format": "pt", _MARKS: json.dumps(marks)}
+            files.add(name, *_tensor_file.safetensors_parts(shard, about))
         if not single:
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             files.add(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
         files.add(CONFIG, text)
         files.remove("model-*-of-*.safetensors", INDEX, SINGLE)
-
-
-def _serialized(shard: dict[str, Tensor]) -> bytes:
-    # Copies, since safetensors refuses two tensors in one storage; of one shard at a time.
-    copies = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
-    return safetensors.torch.save(copies, metadata={"format": "pt"})

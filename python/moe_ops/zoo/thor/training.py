@@ -224,8 +224,11 @@ def make_tokens(settings: Settings, text: parallel.ParallelText, file: Path) -> 
     """Bytes, or pairs of bytes that are learnt from the training text unless the file is there."""
     if settings.tokens == "bytes":
         return ByteTokens()
-    if file.exists():
+    try:
         content = _reading.read_bytes(file, "train", _files.MAX_JSON_BYTES)
+    except FileNotFoundError:
+        content = None
+    if content is not None:
         with _reading.damage("train", file, "tokens that an earlier run learnt"):
             return PairTokens(content.decode("utf-8"))
     made = PairTokens.learn([side for pair in text.train for side in pair], int(settings.tokens))
