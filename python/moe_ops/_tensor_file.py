@@ -76,12 +76,11 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return [len(text).to_bytes(8, "little") + text, *parts]
 
 
-def crc32(tensor: Tensor) -> str:
-    """Returns the CRC-32 of a tensor's bytes, type and shape, as eight hexadecimal digits."""
-    kind = f"{tensor.dtype} {list(tensor.shape)}".encode()
+def mark(tensor: Tensor) -> str:
+    """Returns the CRC-32 of a tensor's bytes, eight hexadecimal digits, and its type and shape."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     content = flat.view(torch.uint8).numpy().data if flat.numel() else b""
-    return f"{zlib.crc32(content, zlib.crc32(kind)):08x}"
+    return f"{zlib.crc32(content):08x} {_NAMES.get(tensor.dtype)} {list(tensor.shape)}"
 
 
 def read_tensors(

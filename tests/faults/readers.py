@@ -387,7 +387,10 @@ READERS = [
         "zoo, sharded", lambda folder: _zoo(folder, "jetmoe", max_shard_bytes=20_000), _read_zoo,
         needs=("safetensors",),
     ),
-    Reader("zoo, offloaded", _zoo, _read_offloaded, needs=("safetensors",)),
+    Reader(
+        "zoo, offloaded", _zoo, _read_offloaded, "*.safetensors", protected=True,
+        needs=("safetensors",),
+    ),
     Reader("load_pruned", _make_pruned, _read_pruned, needs=("safetensors",)),
     Reader("settings", _make_settings, _read_settings, missing=True),
     Reader("sentence", _make_sentence, _read_sentence, protected=True, needs=("transformers",)),

@@ -363,7 +363,7 @@ def _check_values(config: dict[str, Any]) -> None:
         method = config["quant_method"]
         raise ValueError(
             f"from_pretrained: {what} of a {method} checkpoint must be {wanted} for moe_ops, got "
-            f"{shown(got)}."
+            f"{shown(got)} in config.json."
         )
 
     method = config["quant_method"]
@@ -460,6 +460,11 @@ def install() -> None:
 
             config.quantization_config = GgufConfig(gguf_file=kwargs["gguf_file"], dequantize=True)
             return GgufExpertsQuantizer(config.quantization_config), config, device_map
+        if asked and isinstance(given, dict) and not isinstance(given.get("quant_method"), str):
+            raise ValueError(
+                "from_pretrained: quant_method of quantization_config in config.json must be a "
+                f"name, got {shown(given.get('quant_method'))}."
+            )
         if not (asked and isinstance(given, dict) and given.get("quant_method") in METHODS):
             arguments = (config, quantization_config, device_map, weights_only, user_agent)
             return original(*arguments, **kwargs)

@@ -180,7 +180,7 @@ class Reader:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
-        self._marks: dict[str, str] = {}  # Checksums of tensors in files of `save`.
+        self.marks: dict[str, str] = {}  # Checksums of tensors in files of `save`.
         self.stored: dict[str, Stored] = {}
         if (self.folder / INDEX).exists():
             self._open_indexed()
@@ -225,7 +225,7 @@ class Reader:
             with self._reading(path):
                 _reading.check_safetensors(path, "from_pretrained")
                 self._open[name] = safe_open(path, framework="pt")
-                self._marks |= json.loads((self._open[name].metadata() or {}).get(_MARKS, "{}"))
+                self.marks |= _marks_in(self._open[name].metadata() or {})
         return self._open[name]
 
     def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
@@ -287,10 +287,16 @@ class Reader:
         name = self.stored[key].file
         with self._reading(self.folder / name):
             tensor: Tensor = self._open[name].get_tensor(key)
-            mark = self._marks.get(key)
-            if mark is not None and mark != _tensor_file.crc32(tensor):
+            if key in self.marks and self.marks[key] != _tensor_file.mark(tensor):
                 raise ValueError(f"{key} does not match its checksum")
         return tensor
+
+
+def _marks_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    marks = json.loads(metadata.get(_MARKS, "{}"))
+    if not isinstance(marks, dict) or not all(isinstance(mark, str) for mark in marks.values()):
+        raise ValueError(f"its checksums are {_files.shown(marks)}")
+    return marks
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -437,7 +443,7 @@ def save(
     ]
     with _files.Replacement(folder, last=CONFIG) as files:
         for name, shard in zip(names, shards, strict=True):
-            marks = {key: _tensor_file.crc32(part) for key, part in shard.items()}
+            marks = {key: _tensor_file.mark(part) for key, part in shard.items()}
             about = {"format": "pt", _MARKS: json.dumps(marks)}
             files.add(name, *_tensor_file.safetensors_parts(shard, about))
         if not single:
