@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_ops import _reading
+
 try:
     import fcntl
 except ImportError:  # This is no POSIX system; leftovers of killed processes stay.
@@ -428,12 +430,15 @@ def check_folder(folder: Path, index: str) -> None:
         index: of the safetensors files, where there is one.
 
     Raises:
-        ValueError: a link or an entry of the index leads out of the folder.
+        ValueError: a link or an entry of the index leads out of the folder, or a pipe or the like
+            is in it.
         FileNotFoundError: an entry of the index or a link leads to nothing.
     """
     for path in folder.iterdir():
         if path.is_symlink():
             inside(folder, path.name)
+        elif not path.is_file() and not path.is_dir():  # Reading a pipe would wait.
+            raise ValueError(f"{path} must be a file, got something else")
     if (folder / index).exists():
         names = read_json(inside(folder, index)).get("weight_map")
         if not isinstance(names, dict):
@@ -448,13 +453,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it holds something else, or is too large to be what is wanted.
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file, holds something else, or is too large to be what is
+            wanted.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES} bytes, got {size}")
+    content = _reading.read_bytes(path, "", MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got something else: {error}") from None
     if not isinstance(value, dict):

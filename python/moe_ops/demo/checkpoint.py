@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 
 FORMAT = "moe_ops.demo/3"
 _NAME = "checkpoint.safetensors"
@@ -141,9 +141,10 @@ def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str:
 
 def _read(path: Path) -> Checkpoint:
     """The checkpoint in a file. ValueError, to stand behind the file's name, if it is damaged."""
-    if path.exists() and not path.is_file():
-        raise ValueError("must be a file, got something else")
-    data = path.read_bytes()  # One file as it was, whatever takes its name meanwhile.
+    try:
+        data = _reading.read_bytes(path, "")  # As it was, whatever takes its name meanwhile.
+    except ValueError:
+        raise ValueError("must be a regular file, got something else") from None
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"][_METADATA])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from moe_ops._reading import damage
+from moe_ops.hf.checkpoint_files import put
+from moe_ops.hf.gguf_header import GgufTensor, check_gguf
 from moe_ops.hf.quantizer import mark_stored
 from moe_ops.quant import published
 from moe_ops.quant.bank import find_banks
@@ -28,16 +32,28 @@ from moe_ops.quant.published import StoredWeight
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
 
 
-def _reader(file: str) -> Any:
+def _check(file: str) -> dict[str, GgufTensor]:
+    """Returns the tensors of a GGUF file that is whole; see `check_gguf`."""
     try:
-        import gguf
+        return check_gguf(file)
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
         raise ImportError(
             "moe_ops needs the package gguf to read GGUF files: pip install gguf"
         ) from error
-    return gguf.GGUFReader(file)
+
+
+def _reader(file: str) -> Any:
+    _check(file)
+    import gguf
+
+    with _reading(file):
+        return gguf.GGUFReader(file)
+
+
+def _reading(file: str) -> AbstractContextManager[None]:
+    return damage("from_pretrained", file, "a whole GGUF file of this model")
 
 
 class GgufExpertsQuantizer(GgufHfQuantizer):
@@ -47,6 +63,18 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._tensors: dict[tuple[str, str], Any] = {}  # layer and part -> the reader's tensor
         self._banks: dict[str, str] = {}  # name of a module -> layer
+        self._file = ""
+
+    def read_header(self, gguf_file: str) -> None:
+        """Checks the file before transformers reads it."""
+        if gguf_file is None:  # transformers has found no regular file of the name.
+            raise ValueError(
+                f"from_pretrained: gguf_file must be a regular file, got "
+                f"{self.quantization_config.gguf_file}."
+            )
+        _check(gguf_file)
+        with _reading(gguf_file):
+            super().read_header(gguf_file)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.dequantize = True  # What is not an expert.
@@ -63,7 +91,9 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
     ) -> Any:
         super()._process_model_before_weight_loading(model, **kwargs)
         assert checkpoint_files
-        for tensor in _reader(checkpoint_files[0]).tensors:
+        file = self._file = checkpoint_files[0]
+        shapes = {name: tensor.shape for name, tensor in _check(file).items()}
+        for tensor in _reader(file).tensors:
             match = _EXPERTS.match(tensor.name)
             if match is not None:
                 self._tensors[match[1], match[2]] = tensor
@@ -71,23 +101,35 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
             layer = "".join(re.findall(r"\d+", found.name)[:1])
             if (layer, "down") not in self._tensors:
                 continue
-            kinds = {
-                part: published.ggml_format(self._tensors[layer, part].tensor_type.name)
-                for part in ("gate", "up", "down")
-            }
+            bank = found.bank
+            rows = (bank.num_experts, bank.intermediate_size, bank.hidden_size)
+            wanted = {"gate": rows, "up": rows, "down": (rows[0], rows[2], rows[1])}
+            for part, shape in wanted.items():
+                name = f"blk.{layer}.ffn_{part}_exps.weight"
+                if shapes.get(name) != shape:
+                    raise ValueError(
+                        f"from_pretrained: {name} in {file} must be {list(shape)}, got "
+                        f"{list(shapes[name]) if name in shapes else 'none'}."
+                    )
+            with _reading(file):
+                kinds = {
+                    part: published.ggml_format(self._tensors[layer, part].tensor_type.name)
+                    for part in wanted
+                }
             if kinds["gate"] != kinds["up"]:
                 raise ValueError(
                     f"from_pretrained: gate and up of {found.name} must have one type, got "
                     f"{kinds['gate'].label} and {kinds['up'].label}."
                 )
             label = label_of_bank({"w_gate_up": kinds["up"], "w_down": kinds["down"]})
-            experts = found.hook.new_quantized(
-                found.module, found.bank, x_scale=False, **options_of_label(label)
-            )
+            with _reading(file):
+                experts = found.hook.new_quantized(
+                    found.module, bank, x_scale=False, **options_of_label(label)
+                )
             experts._is_hf_initialized = True
             found.hook.install(model, found.module, experts)
             self._banks[found.name] = layer
-            del found
+            del found, bank
         if not self._banks:
             raise ValueError(
                 "from_pretrained: a GGUF file on moe_ops must hold experts that "
@@ -99,6 +141,17 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
         return model
 
     def get_state_dict(self, checkpoint_file: str, model: Any) -> dict[str, Any]:
+        with _reading(checkpoint_file):
+            tensors = self._dense_tensors(checkpoint_file, model)
+            for name, own in model.state_dict().items():
+                found = tensors.get(name)
+                if isinstance(found, Tensor) and found.shape != own.shape:
+                    raise ValueError(
+                        f"{name} has shape {list(found.shape)} in place of {list(own.shape)}"
+                    )
+            return tensors
+
+    def _dense_tensors(self, checkpoint_file: str, model: Any) -> dict[str, Any]:
         if self.supported:
             tensors = super().get_state_dict(checkpoint_file, model)
             return {name: t for name, t in tensors.items() if not _EXPERTS.match(name)}
@@ -132,13 +185,14 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
         for name, layer in self._banks.items():
             block: Any = model.get_submodule(name)
             experts = getattr(block, "experts", block)
-            halves = [self._weight(layer, part) for part in ("gate", "up")]
-            for weight, stored in (
-                ("w_gate_up", published.concatenated(halves)),
-                ("w_down", self._weight(layer, "down")),
-            ):
-                getattr(experts, weight).copy_(stored.codes)
-                getattr(experts, f"{weight}_scale").copy_(stored.scale)
+            with _reading(self._file):
+                halves = [self._weight(layer, part) for part in ("gate", "up")]
+                for weight, stored in (
+                    ("w_gate_up", published.concatenated(halves)),
+                    ("w_down", self._weight(layer, "down")),
+                ):
+                    put(getattr(experts, weight), stored.codes, weight)
+                    put(getattr(experts, f"{weight}_scale"), stored.scale, f"{weight}_scale")
         self._tensors = {}
         mark_stored(model, list(self._banks))
         return model

@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import modeling_utils
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moe_ops import _reading
 from moe_ops._files import shown
+from moe_ops.hf.checkpoint_files import Checkpoint, put
 from moe_ops.hf.quantizer import mark_stored, parameter_types, replace_linear, restore_types
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
@@ -49,34 +50,6 @@ _LEAVES = (
 _KERNEL_GROUPS = (64, 128)
 
 
-class Checkpoint:
-    """Tensors of safetensors files, read when they are asked for."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self._open = {file: safe_open(file, framework="pt") for file in files}
-        self._file_of = {key: file for file, f in self._open.items() for key in f.keys()}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file_of
-
-    def keys(self) -> Sequence[str]:
-        return list(self._file_of)
-
-    def get(self, key: str) -> Tensor:
-        if key not in self:
-            raise ValueError(f"from_pretrained: the checkpoint must hold {key}, got none.")
-        return self._open[self._file_of[key]].get_tensor(key)
-
-    def optional(self, key: str) -> Tensor | None:
-        return self.get(key) if key in self else None
-
-    def shape(self, key: str) -> list[int]:
-        return self._open[self._file_of[key]].get_slice(key).get_shape()
-
-    def dtype(self, key: str) -> str:
-        return self._open[self._file_of[key]].get_slice(key).get_dtype()
-
-
 class Method:
     """How a method stores a weight. `marker` is a tensor that every quantised weight has."""
 
@@ -93,8 +66,29 @@ class Method:
         raise NotImplementedError
 
 
+def _scale_dtype(files: Checkpoint, scales: str) -> str:
+    found = files.dtype(scales)
+    if found not in _SCALES:
+        raise ValueError(
+            f"from_pretrained: {scales} must be one of {', '.join(_SCALES)}, got {found}."
+        )
+    return _SCALES[found]
+
+
+def _group(files: Checkpoint, scales: str, dimension: int, in_features: int) -> int:
+    """Returns the size of the groups of inputs that have a scale each."""
+    shape = files.shape(scales)
+    groups = shape[dimension] if len(shape) == 2 else 0
+    if not groups or in_features % groups:
+        raise ValueError(
+            f"from_pretrained: {scales} must have two dimensions and a number of groups that "
+            f"divides {in_features} inputs, got shape {shape}."
+        )
+    return in_features // groups
+
+
 def _int4(files: Checkpoint, scales: str, group: int, zero_points: bool) -> WeightFormat:
-    dtype = _SCALES[files.dtype(scales)]
+    dtype = _scale_dtype(files, scales)
     kernels = not zero_points and group in _KERNEL_GROUPS
     return WeightFormat("int4", group, "float32" if kernels else dtype, zero_points)
 
@@ -104,9 +98,9 @@ class Gptq(Method):
 
     def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
         scales = f"{name}.scales"
-        group = in_features // files.shape(scales)[0]
+        group = _group(files, scales, 0, in_features)
         if self.config.get("bits", 4) == 8:
-            return WeightFormat("int8", group, _SCALES[files.dtype(scales)])
+            return WeightFormat("int8", group, _scale_dtype(files, scales))
         return _int4(files, scales, group, not self.config.get("sym", True))
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
@@ -124,7 +118,7 @@ class Awq(Method):
 
     def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
         scales = f"{name}.scales"
-        group = in_features // files.shape(scales)[0]
+        group = _group(files, scales, 0, in_features)
         return _int4(files, scales, group, bool(self.config.get("zero_point", True)))
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
@@ -139,7 +133,7 @@ class CompressedTensors(Method):
         scale = f"{name}.weight_scale"
         if f"{name}.weight_packed" not in files:
             return WeightFormat("int8")
-        group = in_features // files.shape(scale)[1]
+        group = _group(files, scale, 1, in_features)
         return _int4(files, scale, group, f"{name}.weight_zero_point" in files)
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
@@ -234,7 +228,8 @@ class PublishedQuantizer(HfQuantizer):
                 "from_pretrained: a quantised checkpoint must be of safetensors files, got "
                 f"{shown(checkpoint_files)}."
             )
-        files = self._files = Checkpoint(checkpoint_files)
+        method = self.quantization_config.quant_method
+        files = self._files = Checkpoint(checkpoint_files, f"checkpoint of {method}")
         experts = _experts_in(files)
         for found in find_banks(model, unsupported="skip"):
             bank = self._bank(found, experts)
@@ -249,9 +244,9 @@ class PublishedQuantizer(HfQuantizer):
             )
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and f"{name}.{self._method.marker}" in files:
-                stored: Any = replace_linear(
-                    model, name, self._method.format(files, name, module.in_features)
-                )
+                with files.reading(name):
+                    how = self._method.format(files, name, module.in_features)
+                    stored: Any = replace_linear(model, name, how)
                 stored._is_hf_initialized = True
                 self._linears.append(name)
         ours = [bank.name for bank in self._banks] + self._linears
@@ -263,6 +258,7 @@ class PublishedQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected or ()
         )
         self._types = parameter_types(model)
+        files.check_shapes({n: t for n, t in model.state_dict().items() if not _hides(ours, n)})
         return model
 
     def _bank(self, found: FoundBank, experts: dict[tuple[str, ...], Any]) -> _Bank | None:
@@ -285,16 +281,19 @@ class PublishedQuantizer(HfQuantizer):
             up = down = WeightFormat("mxfp4")
         else:
             gate, _, last = (f"{bank.prefix}.0.{p}" for p in bank.projections)
-            up = self._method.format(files, gate, weights.hidden_size)
-            down = self._method.format(files, last, weights.intermediate_size)
+            with files.reading(gate):
+                up = self._method.format(files, gate, weights.hidden_size)
+            with files.reading(last):
+                down = self._method.format(files, last, weights.intermediate_size)
         if up != down:
             raise ValueError(
                 f"from_pretrained: {bank.name} must have one format, got {up.label} and "
                 f"{down.label}."
             )
-        experts = found.hook.new_quantized(
-            found.module, weights, x_scale=False, **options_of_label(up.label)
-        )
+        with files.reading(bank.prefix):
+            experts = found.hook.new_quantized(
+                found.module, weights, x_scale=False, **options_of_label(up.label)
+            )
         experts._is_hf_initialized = True
         found.hook.install(model, found.module, experts)
 
@@ -317,13 +316,14 @@ class PublishedQuantizer(HfQuantizer):
             _fill_bank(model.get_submodule(bank.name), bank, files, self._method)
         for name in self._linears:
             linear: Any = model.get_submodule(name)
-            weight = self._method.read(files, name, linear.in_features)
-            weight = published.adapted(weight, linear.format)
-            for mine, part in zip(
-                (linear.codes, linear.scale, linear.zero), weight[1:], strict=True
-            ):
-                if mine is not None:
-                    mine.copy_(part)
+            with files.reading(name):
+                weight = self._method.read(files, name, linear.in_features)
+                weight = published.adapted(weight, linear.format)
+                for mine, part in zip(
+                    (linear.codes, linear.scale, linear.zero), weight[1:], strict=True
+                ):
+                    if mine is not None and part is not None:
+                        put(mine, part, name)
         self._files = None
         restore_types(model, self._types)
         mark_stored(model, [bank.name for bank in self._banks], self._linears)
@@ -341,14 +341,29 @@ class PublishedQuantizer(HfQuantizer):
         return True
 
 
+def _hides(modules: Sequence[str], name: str) -> bool:
+    """Returns whether a tensor is of one of these modules."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
 def _check_config(config: dict[str, Any]) -> None:
-    """What is known of a checkpoint before anything of it is read."""
+    """Checks what is known of a checkpoint before anything of it is read.
+
+    Raises:
+        ValueError: moe_ops has no layers for it, or it is not what such checkpoints hold.
+    """
+    wanted = f"that of a {config['quant_method']} checkpoint"
+    with _reading.damage("from_pretrained", "quantization_config of config.json", wanted):
+        _check_values(config)
+
+
+def _check_values(config: dict[str, Any]) -> None:
 
     def refuse(what: str, wanted: str, got: Any) -> None:
         method = config["quant_method"]
         raise ValueError(
             f"from_pretrained: {what} of a {method} checkpoint must be {wanted} for moe_ops, got "
-            f"{shown(got)}."
+            f"{shown(got)} in config.json."
         )
 
     method = config["quant_method"]
@@ -388,25 +403,33 @@ def _fill_bank(experts: Any, bank: _Bank, files: Checkpoint, method: Method) -> 
     experts = getattr(experts, "experts", experts)  # A block that keeps its bank as a part.
     if isinstance(method, Mxfp4):
         for part in ("gate_up", "down"):
-            leaves = (f"{bank.prefix}.{part}_proj_{leaf}" for leaf in ("blocks", "scales"))
-            weight = published.from_mxfp4(*map(files.get, leaves))
-            getattr(experts, f"w_{part}").copy_(weight.codes)
-            getattr(experts, f"w_{part}_scale").copy_(weight.scale)
-            bias = getattr(experts, f"b_{part}")
-            if bias is not None:
-                bias.copy_(files.get(f"{bank.prefix}.{part}_proj_bias"))
+            name = f"{bank.prefix}.{part}_proj"
+            with files.reading(name):
+                leaves = (f"{name}_{leaf}" for leaf in ("blocks", "scales"))
+                weight = published.from_mxfp4(*map(files.get, leaves))
+                put(getattr(experts, f"w_{part}"), weight.codes, f"{name}_blocks")
+                put(getattr(experts, f"w_{part}_scale"), weight.scale, f"{name}_scales")
+                bias = getattr(experts, f"b_{part}")
+                if bias is not None:
+                    put(bias, files.get(f"{name}_bias").to(bias.dtype), f"{name}_bias")
         return
     for e in range(experts.num_experts):
         gate, up, down = (f"{bank.prefix}.{e}.{p}" for p in bank.projections)
         hidden, width = experts.hidden_size, experts.intermediate_size
-        halves = [method.read(files, name, hidden) for name in (gate, up)]
         how = experts.formats["w_gate_up"]
-        together = published.concatenated([published.adapted(h, how) for h in halves])
-        rest = published.adapted(method.read(files, down, width), experts.formats["w_down"])
-        for name, weight in (("w_gate_up", together), ("w_down", rest)):
-            for leaf, value in zip(("", "_scale", "_zero"), weight[1:], strict=True):
-                if value is not None:
-                    getattr(experts, name + leaf)[e].copy_(value)
+        with files.reading(gate):
+            halves = [method.read(files, name, hidden) for name in (gate, up)]
+            together = published.concatenated([published.adapted(h, how) for h in halves])
+            _put_expert(experts, e, "w_gate_up", together)
+        with files.reading(down):
+            rest = published.adapted(method.read(files, down, width), experts.formats["w_down"])
+            _put_expert(experts, e, "w_down", rest)
+
+
+def _put_expert(experts: Any, expert: int, name: str, weight: StoredWeight) -> None:
+    for leaf, value in zip(("", "_scale", "_zero"), weight[1:], strict=True):
+        if value is not None:
+            put(getattr(experts, name + leaf)[expert], value, f"{name}{leaf}")
 
 
 def install() -> None:
@@ -437,6 +460,11 @@ def install() -> None:
 
             config.quantization_config = GgufConfig(gguf_file=kwargs["gguf_file"], dequantize=True)
             return GgufExpertsQuantizer(config.quantization_config), config, device_map
+        if asked and isinstance(given, dict) and not isinstance(given.get("quant_method"), str):
+            raise ValueError(
+                "from_pretrained: quant_method of quantization_config in config.json must be a "
+                f"name, got {shown(given.get('quant_method'))}."
+            )
         if not (asked and isinstance(given, dict) and given.get("quant_method") in METHODS):
             arguments = (config, quantization_config, device_map, weights_only, user_agent)
             return original(*arguments, **kwargs)

@@ -17,6 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops._files import shown
+from moe_ops._reading import damage
+from moe_ops.hf.checkpoint_files import Checkpoint
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.stored_linear import StoredLinear
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
@@ -24,6 +26,7 @@ from moe_ops.quant.convert import check_sizes, quantize_experts, replace_bank
 from moe_ops.quant.formats import WeightFormat, check_format, options_of_label
 
 METHOD = "moe_ops"
+_CONFIG = "quantization_config of config.json"
 
 
 @register_quantization_config(METHOD)
@@ -204,7 +207,9 @@ class ExpertsQuantizer(BankReader):
                 self.expect(found)
             return model
         if config.layers is not None:
-            _build_layers(model, config.layers)
+            with damage("from_pretrained", _CONFIG, "that of a checkpoint of moe_ops"):
+                _build_layers(model, config.layers)
+            _check_files(model, kwargs.get("checkpoint_files"))
             self._types = parameter_types(model)
             return model
         count = 0
@@ -224,6 +229,7 @@ class ExpertsQuantizer(BankReader):
                 f"from_pretrained: a checkpoint quantised by moe_ops must be of a model with banks "
                 f"of experts, got {type(model).__name__} without one."
             )
+        _check_files(model, kwargs.get("checkpoint_files"))
         self._types = parameter_types(model)
         return model
 
@@ -250,7 +256,8 @@ class ExpertsQuantizer(BankReader):
                     # Set by transformers on what it has read.
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise ValueError(
-                            f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
+                            f"from_pretrained: the checkpoint must hold {name}.{key}, got none in "
+                            f"{model.name_or_path}."
                         )
         restore_types(model, self._types)
         _claim_experts(model)
@@ -261,6 +268,16 @@ class ExpertsQuantizer(BankReader):
             "dequantize: quantised blocks of transformers cannot become float blocks again; load "
             "the float checkpoint."
         )
+
+
+def _check_files(model: nn.Module, files: Sequence[str] | None) -> None:
+    """Checks safetensors files before transformers reads them into a model.
+
+    Raises:
+        ValueError: one is damaged, or a tensor has another shape than the model's of that name.
+    """
+    if files and all(file.endswith(".safetensors") for file in files):
+        Checkpoint(files).check_shapes(model.state_dict())
 
 
 def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:

@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading, _tensor_file
+from moe_ops._fields import Fields
 
 from .trace import RoutingTrace
+
+_KIND = "moe_ops.RoutePredictor/2"
+_SIZES = ("vocab_size", "num_calls", "num_experts", "window", "width", "num_layers", "num_heads")
 
 
 class RoutePredictor(nn.Module):
@@ -106,20 +110,45 @@ class RoutePredictor(nn.Module):
         return predict
 
     def save(self, path: Path | str) -> None:
-        """Writes weights and sizes with torch.save.
+        """Writes weights and sizes, with a checksum of all of it.
 
         Raises:
             OSError: it could not be written.
         """
-        with _files.writing(Path(path)) as file:
-            torch.save({"config": self.config, "state": self.state_dict()}, file)
+        _tensor_file.write_tensors(path, _KIND, self.state_dict(), self.config)
 
     @classmethod
     def load(cls, path: Path | str) -> RoutePredictor:
-        """Reads what `save` has written."""
-        saved = torch.load(path, weights_only=True)
-        model = cls(**saved["config"])
-        model.load_state_dict(saved["state"])
+        """Reads what `save` has written; the file cannot run code.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is no regular file, a bit in it has changed, an earlier version wrote it,
+                or its weights are not those of its sizes. All of it is noticed before memory for
+                the model is taken.
+        """
+        reader = f"{cls.__name__}.load"
+        tensors, about = _tensor_file.read_tensors(path, reader, _KIND)
+        fields = Fields(about, reader, f"the sizes in {path}")
+        sizes = {name: fields.size(name) for name in _SIZES}
+        if sizes["num_layers"] > len(tensors):
+            raise ValueError(
+                f"{reader}: num_layers in {path} must be at most its {len(tensors)} tensors, got "
+                f"{sizes['num_layers']}."
+            )
+        with _reading.damage(reader, path, f"a file of {cls.__name__}.save"):
+            with torch.device("meta"):
+                model = cls(**sizes)
+            wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
+            found = {name: list(t.shape) for name, t in tensors.items()}
+            for name in sorted({*wanted, *found}):
+                if wanted.get(name) != found.get(name):
+                    raise ValueError(
+                        f"{reader}: {_files.shown(name)} in {path} must be "
+                        f"{wanted.get(name, 'no tensor')}, got {found.get(name, 'none')}."
+                    )
+            model.to_empty(device=torch.get_default_device())
+            model.load_state_dict(tensors)
         return model.eval()
 
 

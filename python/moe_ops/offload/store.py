@@ -6,10 +6,12 @@ Letters: E experts of a bank, H hidden size, I intermediate size.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import sys
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_ops import _files
+from moe_ops import _files, _reading
+from moe_ops._tensor_file import fits
 
 Key = tuple[int, int]  # Number of a bank, and of an expert in it.
 # One expert: name of a tensor -> its parts, one below the other along dimension 0.
@@ -130,13 +133,19 @@ def forms(bank: Parts) -> dict[str, Stored]:
 
 
 class Piece(NamedTuple):
-    """A part of a tensor of an expert in a file: `shape` numbers from byte `offset` on."""
+    """A part of a tensor of an expert in a file: `shape` numbers from byte `offset` on.
+
+    Attributes:
+        transposed: the last two dimensions are swapped in the file.
+        crc32: of its bytes, where the file says it.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     transposed: bool = False
+    crc32: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -159,6 +168,9 @@ class FileStore(ExpertStore):
     transposed, 256 KiB or one row for each thread that reads. The system's file cache gives way to
     whoever needs memory.
 
+    The first read of an expert compares it with the checksum that `write_experts` has put into the
+    file; files of others have none.
+
     Args:
         experts: bank by bank, expert by expert: name -> pieces, one below the other.
         tensors: what slots hold; numbers of another float type are converted as they are read.
@@ -178,6 +190,7 @@ class FileStore(ExpertStore):
         self.experts = experts
         paths = {p.file for bank in experts for e in bank for parts in e.values() for p in parts}
         self._files = {path: _File(path) for path in sorted(paths)}
+        self._checked: set[Key] = set()
 
     @classmethod
     def open(cls, path: Path | str, *, keep_cached: bool = True) -> FileStore:
@@ -185,7 +198,7 @@ class FileStore(ExpertStore):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is not such a file.
+            ValueError: it is not such a file, or its header differs from its checksum.
         """
         path = Path(path)
         stored = read_header(path)
@@ -195,6 +208,13 @@ class FileStore(ExpertStore):
             banks.setdefault(bank, {}).setdefault(expert, {})[name] = [piece]
         if not banks:
             raise ValueError(f"FileStore: {path} must hold experts, got none.")
+        counts = [len(banks[b]) for b in sorted(banks)]
+        numbers = {(b, e) for b in banks for e in banks[b]}
+        if numbers != {(b, e) for b, count in enumerate(counts) for e in range(count)}:
+            raise ValueError(
+                f"FileStore: {path} must hold all experts of its banks, got some without a number "
+                "in between."
+            )
         experts = [[banks[b][e] for e in sorted(banks[b])] for b in sorted(banks)]
         found = [[_form(expert) for expert in bank] for bank in experts]
         if any(bank != [found[0][0]] * len(found[0]) for bank in found):
@@ -203,30 +223,49 @@ class FileStore(ExpertStore):
         return cls(experts, tensors, keep_cached=keep_cached)
 
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
+        """Copies one expert into tensors of the shapes of `tensors`.
+
+        Raises:
+            OSError: a file cannot be read, or ends too soon.
+            ValueError: an expert that is read for the first time differs from its checksum.
+        """
         bank, expert = key
+        first = key not in self._checked
         for name, pieces in self.experts[bank][expert].items():
             row = 0
             for piece in pieces:
                 num_rows = piece.shape[-1 if piece.transposed else 0]
-                self._copy(piece, into[name][row : row + num_rows])
+                check = first and piece.crc32 is not None
+                found = self._copy(piece, into[name][row : row + num_rows], check)
+                if check and found != piece.crc32:
+                    raise ValueError(
+                        f"FileStore: {name} of expert {expert} of bank {bank} in {piece.file} must "
+                        f"match its checksum {piece.crc32:08x}, got {found:08x}."
+                    )
                 row += num_rows
+        self._checked.add(key)
 
     @torch.no_grad()
-    def _copy(self, piece: Piece, target: Tensor) -> None:
+    def _copy(self, piece: Piece, target: Tensor, check: bool) -> int:
+        """Copies a piece; returns the CRC-32 of its bytes in the file with `check`, else 0."""
+        found = 0
         file = self._files[piece.file]
         if piece.transposed:
             target = target.transpose(-1, -2)
         if target.dtype == piece.dtype and target.device.type == "cpu" and target.is_contiguous():
             file.read(piece.offset, _buffer(target))
+            found = zlib.crc32(_buffer(target)) if check else 0
         else:
             row = 0
             for rows in piece.rows():
                 read = torch.empty(rows.shape, dtype=rows.dtype)
                 file.read(rows.offset, _buffer(read))
+                found = zlib.crc32(_buffer(read), found) if check else 0
                 target[row : row + len(read)].copy_(read)
                 row += len(read)
         if not self.keep_cached:
             file.drop(piece.offset, piece.num_bytes)
+        return found
 
     def drop_cached(self) -> None:
         """Asks the system to forget the files, so that the next reads are from the disk."""
@@ -247,7 +286,7 @@ class _File:
     may map 2 MiB around it, so that the memory of the process would have no sharp bound."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
+        self._file: Any = _reading.open_regular(path, "FileStore")
         self._turn = threading.Lock()
 
     def read(self, offset: int, into: Any) -> None:
@@ -286,36 +325,61 @@ def read_header(path: Path) -> dict[str, Piece]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, or one that ends too soon.
+        ValueError: another kind of file, one that ends too soon, or one of `write_experts` whose
+            header differs from its checksum.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _reading.open_regular(path, "FileStore") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size, _files.MAX_JSON_BYTES):
-            raise ValueError(f"{path} must be a safetensors file, got something else.")
-        try:
-            header = json.loads(file.read(length))
-            found = {}
-            for name, entry in header.items():
-                if name == "__metadata__" or entry["dtype"] not in _DTYPES:
-                    continue
-                first, last = entry["data_offsets"]
-                shape = tuple(map(int, entry["shape"]))
-                piece = Piece(path, 8 + length + first, _DTYPES[entry["dtype"]], shape)
-                if first < 0 or last - first != piece.num_bytes or 8 + length + last > size:
-                    raise ValueError(name)
-                found[name] = piece
-            return found
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} must be a whole safetensors file, got one that is damaged: {error}."
-            ) from error
+        if size < 8 or length > min(size - 8, _files.MAX_JSON_BYTES):
+            raise ValueError(f"FileStore: {path} must be a safetensors file, got something else.")
+        text = file.read(length)
+    with _reading.damage("FileStore", path, "a whole safetensors file"):
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        marks = _marks(header, metadata)
+        found = {}
+        for number, (name, entry) in enumerate(header.items()):
+            kind, shape = entry["dtype"], entry["shape"]
+            if not isinstance(kind, str):
+                raise ValueError(f"{_files.shown(name)} is of {_files.shown(kind)}")
+            if kind not in _DTYPES:
+                continue
+            first, last = entry["data_offsets"]
+            dtype = _DTYPES[kind]
+            if not fits(shape, first, last, dtype.itemsize, size - 8 - length):
+                raise ValueError(f"{_files.shown(name)} does not fit into it")
+            crc32 = int(marks[8 * number :][:8], 16) if marks else None
+            piece = Piece(path, 8 + length + first, dtype, tuple(shape), crc32=crc32)
+            found[name] = piece
+        return found
+
+
+def _marks(header: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Returns the checksums of a header's tensors, eight hexadecimal digits each, or "" where a
+    file is not of `write_experts`.
+
+    Raises:
+        ValueError: the header differs from its own checksum.
+    """
+    marks, said = metadata.get("crc32"), metadata.get("sha256")
+    if marks is None and said is None:
+        return ""
+    if marks is None or said != _header_digest(header, marks) or len(marks) != 8 * len(header):
+        raise ValueError("its header does not match its checksum")
+    return marks
+
+
+def _header_digest(header: Mapping[str, Any], marks: str) -> str:
+    text = json.dumps([[name, entry] for name, entry in header.items()])
+    return hashlib.sha256(f"{text} {marks}".encode()).hexdigest()
 
 
 def _parse(path: Path, key: str) -> tuple[int, int, str]:
     bank, _, rest = key.partition(".")
     expert, _, name = rest.partition(".")
-    if not (bank.isdecimal() and expert.isdecimal() and name):
+    numbers = all(part.isdecimal() and len(part) < 10 for part in (bank, expert))
+    if not (numbers and name):
         raise ValueError(f"FileStore: {path} must hold experts alone, got {_files.shown(key)}.")
     return int(bank), int(expert), name
 
@@ -343,7 +407,7 @@ def write_experts(path: Path | str, banks: Iterable[Parts]) -> None:
         for e in range(next(iter(bank.values()))[0].shape[0])
         for name in sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize)
     ]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {}
     offset = 0
     for b, e, name in order:
         stored = tensors[name]
@@ -355,13 +419,23 @@ def write_experts(path: Path | str, banks: Iterable[Parts]) -> None:
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+
+    def beginning(marks: str) -> bytes:
+        checks = {"format": "pt", "crc32": marks, "sha256": _header_digest(header, marks)}
+        text = json.dumps({"__metadata__": checks, **header}).encode()
+        text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    marks = []
     with _files.writing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(beginning("0" * 8 * len(order)))
         for b, e, name in order:
             whole = torch.cat([part[e].detach().cpu() for part in banks[b][name]])
-            file.write(_buffer(whole))
+            content = _buffer(whole)
+            marks.append(f"{zlib.crc32(content):08x}")
+            file.write(content)
+        file.seek(0)
+        file.write(beginning("".join(marks)))
 
 
 def _buffer(tensor: Tensor) -> Any:

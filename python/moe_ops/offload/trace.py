@@ -7,18 +7,27 @@ a token.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import hashlib
+import io
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 from moe_ops.expert_weights import ExpertInputs
 from moe_ops.quant.bank import find_banks
+
+_NAMES = ("ids", "tokens", "steps", "banks", "num_experts")
+# Deflate makes a byte of at most so many; a zip file that claims more is refused.
+_MOST_INFLATED = 1032
 
 
 @dataclass
@@ -79,20 +88,20 @@ class RoutingTrace:
         return [torch.cat(pieces) for pieces in found]
 
     def save(self, path: Path | str) -> None:
-        """Writes an npz file.
+        """Writes an npz file, with a checksum of its arrays.
 
         Raises:
             OSError: it could not be written.
         """
+        arrays: dict[str, Any] = {
+            "ids": self.ids.numpy(),
+            "tokens": self.tokens.numpy(),
+            "steps": self.steps.numpy(),
+            "banks": np.asarray(self.banks, dtype=np.int64),
+            "num_experts": np.asarray(self.num_experts),
+        }
         with _files.writing(Path(path)) as file:
-            np.savez_compressed(
-                file,
-                ids=self.ids.numpy(),
-                tokens=self.tokens.numpy(),
-                steps=self.steps.numpy(),
-                banks=np.asarray(self.banks),
-                num_experts=np.asarray(self.num_experts),
-            )
+            np.savez_compressed(file, **arrays, sha256=np.asarray(_digest(arrays)))
 
     @classmethod
     def load(cls, path: Path | str) -> RoutingTrace:
@@ -100,21 +109,76 @@ class RoutingTrace:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it holds something else.
+            ValueError: it is no regular file, holds something else, or differs from its checksum,
+                which files of earlier versions do not have.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {n: file[n] for n in ("ids", "tokens", "steps", "banks", "num_experts")}
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # Of zipfile, zlib and NumPy, by what is wrong with the file.
-            raise ValueError(f"RoutingTrace: {path} must be a saved trace, got: {error}.") from None
-        ids, tokens, steps = (torch.from_numpy(arrays[n]) for n in ("ids", "tokens", "steps"))
-        banks, num_experts = arrays["banks"].tolist(), int(arrays["num_experts"])
-        fits = ids.dim() == 3 and steps.dim() == 2 and steps.shape[1] == 2
-        if not fits or len(ids) != len(tokens) != int(steps.prod(1).sum()):
-            raise ValueError(f"RoutingTrace: {path} must hold [N, L, K] ids of its steps' tokens.")
+        reader = "RoutingTrace.load"
+        with (
+            _reading.open_regular(path, reader) as file,
+            _reading.damage(reader, path, "a saved trace"),
+        ):
+            arrays = _arrays(file)
+            said = arrays.pop("sha256", None)
+            if said is not None and str(said) != _digest(arrays):
+                raise ValueError("its arrays do not match its checksum")
+            for name in _NAMES:
+                if arrays[name].dtype.kind != "i":
+                    raise ValueError(f"{name} is of {arrays[name].dtype}")
+            ids, tokens, steps = (torch.from_numpy(arrays[n]) for n in ("ids", "tokens", "steps"))
+            banks, num_experts = arrays["banks"].tolist(), int(arrays["num_experts"])
+            fits = ids.dim() == 3 and tokens.dim() == 1 and steps.dim() == 2 and steps.shape[1] == 2
+            fits = fits and arrays["banks"].shape == ids.shape[1:2] and num_experts > 0
+            fits = fits and bool(((steps >= 0) & (steps <= max(len(tokens), 1))).all())
+            if not fits or not len(ids) == len(tokens) == int(steps.prod(1).sum()):
+                raise ValueError("it holds no [N, L, K] ids of its steps' tokens")
         return cls(ids, tokens, steps, banks, num_experts)
+
+
+def _arrays(file: BinaryIO) -> dict[str, Any]:
+    """Returns the arrays of an npz file, whose sizes are compared with the file before memory is
+    taken for them. Errors are those of zipfile, zlib and NumPy."""
+    size = os.fstat(file.fileno()).st_size
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        there = {info.filename: info for info in archive.infolist()}
+        for name in (*_NAMES, "sha256"):
+            entry = there.get(f"{name}.npy")
+            if entry is None:
+                if name == "sha256":
+                    continue
+                raise ValueError(f"it holds no {name}")
+            plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            most = _MOST_INFLATED * entry.compress_size + 1024
+            if not plain or entry.compress_size > size or entry.file_size > most:
+                raise ValueError(f"{name} cannot have {entry.file_size} bytes in {size}")
+            arrays[name] = _array(archive.read(entry))
+    return arrays
+
+
+def _array(content: bytes) -> Any:
+    """Returns the array of an npy file, which is copied only after its size has been checked."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its arrays are of version {version}")
+    first = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(stream)
+    start = stream.tell()
+    sizes_fit = all(type(n) is int and n >= 0 for n in shape) and not dtype.hasobject
+    if not sizes_fit or math.prod(shape) * dtype.itemsize != len(content) - start:
+        raise ValueError(f"an array of {dtype} {list(shape)} has {len(content) - start} bytes")
+    flat = np.frombuffer(content, dtype, math.prod(shape), start)
+    return flat.reshape(shape, order="F" if by_columns else "C").copy()
+
+
+def _digest(arrays: Mapping[str, Any]) -> str:
+    found = hashlib.sha256()
+    for name in _NAMES:
+        array = arrays[name]
+        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 class TraceRecorder:

@@ -5,6 +5,7 @@ Letters: E experts, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 from moe_ops._sharded import is_sharded, local_part
 from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers import Experts
@@ -95,7 +96,8 @@ class _Files:
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         if (folder / _INDEX).exists():
-            where = _files.read_json(_files.inside(folder, _INDEX)).get("weight_map")
+            with _reading.damage("load_experts", folder / _INDEX, "an index of safetensors files"):
+                where = _files.read_json(_files.inside(folder, _INDEX)).get("weight_map")
             if not isinstance(where, dict):
                 raise ValueError(
                     f"load_experts: weight_map of {folder / _INDEX} must be an object, got "
@@ -109,7 +111,8 @@ class _Files:
                 f"load_experts: {folder} must hold safetensors files, got none."
             )
         for name in names:
-            self._file_of |= dict.fromkeys(self._opened(name).keys(), name)
+            with self._reading(name):
+                self._file_of |= dict.fromkeys(self._opened(name).keys(), name)
 
     def __contains__(self, key: str) -> bool:
         return key in self._file_of
@@ -119,13 +122,8 @@ class _Files:
         if key not in self:
             raise ValueError(f"load_experts: {self.folder} must hold {key}, got no such tensor.")
         name = self._file_of[key]
-        try:
+        with self._reading(name, f" with {key}"):
             found = self._opened(name).get_slice(key)
-        except Exception as error:  # safetensors has an error of its own, derived from nothing.
-            raise ValueError(
-                f"load_experts: {self.folder / str(name)} must be a whole safetensors file with "
-                f"{key}, got: {error}."
-            ) from error
         if found.get_dtype() not in _FLOATS:
             raise ValueError(
                 f"load_experts: {key} must be one of {', '.join(_FLOATS)}, got "
@@ -133,9 +131,20 @@ class _Files:
             )
         return found
 
+    def read(self, key: str, first: int = 0, end: int | None = None) -> Tensor:
+        """Returns rows of a tensor, all of them by default."""
+        with self._reading(self._file_of[key]):
+            found: Tensor = self._opened(self._file_of[key]).get_slice(key)[first:end]
+            return found
+
+    def _reading(self, name: Any, key: str = "") -> contextlib.AbstractContextManager[None]:
+        where = self.folder / (name if isinstance(name, str) else _files.shown(name))
+        return _reading.damage("load_experts", where, f"a whole safetensors file{key}")
+
     def _opened(self, name: str) -> Any:
         if name not in self._open:
             path = _files.inside(self.folder, name)
+            _reading.check_safetensors(path, "")
             self._open[name] = self._safe_open(path, framework="pt")
         return self._open[name]
 
@@ -157,7 +166,7 @@ class _Rows(NamedTuple):
                 key = f"{prefix}.{expert}.{name}.weight"
                 tensor = self.files.slice(key)
                 _check_shape(key, tensor.get_shape(), shape, target)
-                rows[row, part * size : (part + 1) * size] = tensor[:]
+                rows[row, part * size : (part + 1) * size] = self.files.read(key)
         return rows
 
     def together(self, key: str, wanted: Tensor, target: str, swapped: bool = False) -> Tensor:
@@ -170,9 +179,9 @@ class _Rows(NamedTuple):
         first, num = self.experts[0], len(self.experts)
         rows: Tensor
         if list(self.experts) == list(range(first, first + num)):
-            rows = tensor[first : first + num]
+            rows = self.files.read(key, first, first + num)
         else:
-            rows = torch.cat([tensor[expert : expert + 1] for expert in self.experts])
+            rows = torch.cat([self.files.read(key, e, e + 1) for e in self.experts])
         return rows.transpose(1, 2) if swapped else rows
 
 

@@ -52,12 +52,15 @@ def from_gptq(
         version: of the format: 2 stores zero points as they are.
 
     Raises:
-        ValueError: other bits, groups in another order (desc_act), or other zero points of 8 bits.
+        ValueError: other bits, groups in another order (desc_act), other zero points of 8 bits,
+            tensors of other types, or that do not belong together.
     """
     if bits not in (4, 8):
         raise ValueError(f"from_gptq: bits must be 4 or 8, got {bits}.")
-    depth = qweight.shape[-2] * 32 // bits
-    group = depth // scales.shape[-2]
+    for name, words in (("qweight", qweight), ("qzeros", qzeros)):
+        _check_kind("from_gptq", name, words, torch.int32)
+    depth = (qweight.shape[-2] * 32 // bits) if qweight.dim() > 1 else 0
+    group = _group("from_gptq", "scales", scales, -2, depth)
     _check_order("from_gptq", g_idx, depth, group)
     # Words of 8 codes along the inputs, input-major; bytes of a word are pairs, even one low.
     codes = qweight.mT.contiguous().view(torch.uint8)
@@ -82,8 +85,14 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> StoredWeight:
         qweight: int32 [D, O/8], eight outputs in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7.
         qzeros: int32 [D/g, O/8], likewise.
         scales: [D/g, O] float16.
+
+    Raises:
+        ValueError: tensors of other types, or that do not belong together.
     """
-    group = qweight.shape[-2] // scales.shape[-2]
+    for name, words in (("qweight", qweight), ("qzeros", qzeros)):
+        _check_kind("from_awq", name, words, torch.int32)
+    depth = qweight.shape[-2] if qweight.dim() > 1 else 0
+    group = _group("from_awq", "scales", scales, -2, depth)
     codes = _pairs(_awq_columns(qweight).mT.contiguous())
     zeros = _awq_columns(qzeros).mT.contiguous()
     return _int4(codes, scales.mT.contiguous(), zeros, group)
@@ -108,9 +117,10 @@ def from_compressed_tensors(
         in_features: D.
 
     Raises:
-        ValueError: groups in another order.
+        ValueError: groups in another order, tensors of other types, or that do not belong together.
     """
-    group = in_features // weight_scale.shape[-1]
+    _check_kind("from_compressed_tensors", "weight_packed", weight_packed, torch.int32)
+    group = _group("from_compressed_tensors", "weight_scale", weight_scale, -1, in_features)
     _check_order("from_compressed_tensors", weight_g_idx, in_features, group)
     codes = weight_packed.contiguous().view(torch.uint8)[..., : in_features // 2].contiguous()
     zeros = weight_zero_point
@@ -215,11 +225,30 @@ def _integers(name: str, group: int, scale: Tensor, zero_points: bool = False) -
     return WeightFormat(name, group, dtype, zero_points)
 
 
+def _check_kind(name: str, what: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tensor.dim() < 2:
+        raise ValueError(
+            f"{name}: {what} must be {dtype_name(dtype)} of two dimensions or more, got "
+            f"{dtype_name(tensor.dtype)} of shape {list(tensor.shape)}."
+        )
+
+
+def _group(name: str, what: str, scales: Tensor, dimension: int, depth: int) -> int:
+    """Returns the size of the groups of `depth` inputs that have a scale each."""
+    groups = scales.shape[dimension] if scales.dim() > 1 else 0
+    if not groups or not depth or depth % groups:
+        raise ValueError(
+            f"{name}: {what} must have a number of groups that divides {depth} inputs, got shape "
+            f"{list(scales.shape)}."
+        )
+    return depth // groups
+
+
 def _check_order(name: str, g_idx: Tensor | None, depth: int, group: int) -> None:
     if g_idx is None:
         return
     wanted = torch.arange(depth, device=g_idx.device) // group
-    if bool((g_idx.long() != wanted).any()):
+    if g_idx.shape != wanted.shape or bool((g_idx.long() != wanted).any()):
         raise ValueError(
             f"{name}: groups must be of consecutive inputs, got others (desc_act or actorder)."
         )
@@ -250,13 +279,17 @@ def concatenated(parts: list[StoredWeight]) -> StoredWeight:
     """Weights with the same inputs, one under the other: gate and up.
 
     Raises:
-        ValueError: other formats, or fp8 halves that share a block.
+        ValueError: other formats or inputs, or fp8 halves that share a block.
     """
     first = parts[0]
     names = {p.format for p in parts}
     if len(names) > 1:
         kinds = " and ".join(p.format.label for p in parts)
         raise ValueError(f"gate and up must have one format, got {kinds}.")
+    inputs = {(p.codes.dtype, *p.codes.shape[:-2], p.codes.shape[-1]) for p in parts}
+    if len(inputs) > 1 or len({(p.scale.dtype, p.scale.dim()) for p in parts}) > 1:
+        shapes = " and ".join(f"{list(p.codes.shape)} with {list(p.scale.shape)}" for p in parts)
+        raise ValueError(f"gate and up must have the same inputs, got {shapes}.")
     if first.format.name == "fp8" and any(p.codes.shape[-2] % 128 for p in parts[:-1]):
         raise ValueError(
             "halves of fp8 must have a multiple of 128 rows to be put together, got "

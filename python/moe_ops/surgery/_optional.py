@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+from torch import Tensor
+
+from moe_ops import _files, _reading, _tensor_file
 
 # What was asked for -> the extra of this distribution that brings it.
 _EXTRAS = {"safetensors": "surgery", "scipy": "surgery", "transformers": "hf"}
@@ -27,32 +31,54 @@ def optional(caller: str, module: str) -> Any:
         ) from error
 
 
-def safetensors_torch(caller: str) -> Any:
-    """save(tensors, metadata) -> bytes, safe_open and SafetensorError."""
-    library = optional(caller, "safetensors")
-    return SimpleNamespace(
-        save=optional(caller, "safetensors.torch").save,
-        safe_open=library.safe_open,
-        SafetensorError=library.SafetensorError,
-    )
+def save_tensors(
+    owner: str, path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file that `saved_by` reads, with a checksum of tensors and metadata.
+
+    Raises:
+        OSError: it could not be written.
+        ImportError: safetensors is missing.
+    """
+    library = optional(f"{owner}.save", "safetensors.torch")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    about = {**metadata, "sha256": _tensor_file.digest(whole, metadata)}
+    _files.write_file(path, library.save(whole, about))
+
+
+def names_in(text: str) -> list[str]:
+    """Returns the list of names that a JSON text holds.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"its names are {_files.shown(names)}")
+    return names
 
 
 @contextlib.contextmanager
-def saved_by(owner: str, path: Path | str, format: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """A safetensors file that `owner`.save has written, and its metadata.
+def saved_by(
+    owner: str, path: Path | str, format: str
+) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    """Gives the tensors and the metadata of a file that `owner`.save has written.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is something else, which what is done inside may find out too.
+        ValueError: it is no regular file, it differs from its checksum, which files of earlier
+            versions do not have, or it is something else, which what is done inside may find too.
     """
-    library = safetensors_torch(f"{owner}.load")
-    try:
-        with library.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != format:
-                raise ValueError(f"it has the format {metadata.get('format')!r}")
-            yield file, metadata
-    except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{owner}.load: {path} must be a file of {owner}.save, got something else: {error}."
-        ) from error
+    reader = f"{owner}.load"
+    library = optional(reader, "safetensors.torch")
+    content = _reading.read_bytes(path, reader)
+    with _reading.damage(reader, path, f"a file of {owner}.save"):
+        tensors = library.load(content)
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        metadata = dict(json.loads(header).get("__metadata__") or {})
+        if metadata.get("format") != format:
+            raise ValueError(f"it has the format {_files.shown(metadata.get('format'))}")
+        said = metadata.pop("sha256", None)
+        if said is not None and said != _tensor_file.digest(tensors, metadata):
+            raise ValueError("it does not match its checksum")
+        yield tensors, metadata

@@ -86,12 +86,13 @@ class PartialReader(Reader):
 
     def _raw(self, key: str) -> Tensor:
         old, rows = self._source[key]
-        file = self._open[self.stored[key].file]
-        if rows is None:
-            tensor: Tensor = file.get_tensor(old)
-        else:
-            part = file.get_slice(old)
-            tensor = torch.cat([part[a:b] for a, b in _runs(rows)])
+        name = self.stored[key].file
+        with self._reading(self.folder / name):
+            if rows is None:
+                tensor: Tensor = self._open[name].get_tensor(old)
+            else:
+                part = self._open[name].get_slice(old)
+                tensor = torch.cat([part[a:b] for a, b in _runs(rows)])
         self.bytes_read += tensor.nbytes
         return tensor
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_ops import _reading
 from moe_ops._files import shown
 from moe_ops.zoo.lm.config import LMConfig
 
@@ -72,15 +73,22 @@ def load_pruned(
     if model_class is None:
         model_class, whole = _of_transformers(folder, published)
     else:
-        config = model_class._published_config(published, {})
-        with torch.device("meta"):
+        with _reading.damage(
+            "load_pruned", folder / checkpoint.CONFIG, f"of {model_class.__name__}"
+        ):
+            config = model_class._published_config(published, {})
+        with (
+            _reading.damage("load_pruned", folder / checkpoint.CONFIG, "that of a model"),
+            torch.device("meta"),
+        ):
             whole = model_class(config)
     layers = {layer.name: layer for layer in routed_layers(whole, caller="load_pruned")}
     missing = [name for name in layers if name not in keep]
     if missing or len(keep) != len(layers):
         wrong = missing or [name for name in keep if name not in layers]
         raise ValueError(
-            f"load_pruned: keep must name the {len(layers)} routed layers of the model, got "
+            f"load_pruned: keep must name the {len(layers)} routed layers of the model in "
+            f"{folder}, got "
             f"{'none' if missing else 'a layer that is not there'} for {wrong[0]!r}."
         )
     numbers = {number_of(name): (list(keep[name]), layers[name].num_experts) for name in layers}
@@ -116,7 +124,8 @@ def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, n
             )
         # transformers learns from it how such a checkpoint is read.
         importlib.import_module("moe_ops.hf")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    with _reading.damage("load_pruned", folder, "a checkpoint that transformers knows"):
+        config = transformers.AutoConfig.from_pretrained(folder)
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
         raise ValueError(

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
 from moe_ops.expert_weights import ExpertInputs, ExpertWeights, hooks_for
 from moe_ops.layers import Routing
 from moe_ops.layers.routing import valid_ids
 
-from ._optional import safetensors_torch, saved_by
+from ._optional import names_in, save_tensors, saved_by
 from .routed_layer import RoutedLayer
 from .routed_layers import routed_layers
 
@@ -182,9 +181,9 @@ class Profile:
         tensors, names = {}, list(self.layers)
         for index, layer in enumerate(self.layers.values()):
             for field in fields(layer):
-                tensors[f"{index}.{field.name}"] = getattr(layer, field.name).contiguous()
+                tensors[f"{index}.{field.name}"] = getattr(layer, field.name)
         metadata = {"format": _FORMAT, "layers": json.dumps(names)}
-        _files.write_file(path, safetensors_torch("Profile.save").save(tensors, metadata))
+        save_tensors("Profile", path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Profile:
@@ -192,20 +191,20 @@ class Profile:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is something else.
+            ValueError: it is something else, or differs from its checksum.
         """
-        with saved_by("Profile", path, _FORMAT) as (file, metadata):
-            return cls(
-                {
-                    name: LayerProfile(
-                        **{
-                            field.name: file.get_tensor(f"{index}.{field.name}")
-                            for field in fields(LayerProfile)
-                        }
-                    )
-                    for index, name in enumerate(json.loads(metadata["layers"]))
-                }
-            )
+        with saved_by("Profile", path, _FORMAT) as (tensors, metadata):
+            layers = {}
+            for index, name in enumerate(names_in(metadata["layers"])):
+                own = {f.name: tensors[f"{index}.{f.name}"] for f in fields(LayerProfile)}
+                top_k, hidden = own["logit"].shape[0], own["output"].shape[1]
+                empty = LayerProfile.empty(own["load"].numel(), top_k, hidden, 0, "meta")
+                for key, tensor in own.items():
+                    start = int(key == "max_output")  # Its number of positions is free.
+                    if tensor.shape[start:] != getattr(empty, key).shape[start:]:
+                        raise ValueError(f"{key} of {name} is {list(tensor.shape)}")
+                layers[name] = LayerProfile(**own)
+            return cls(layers)
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
 from moe_ops.layers import Routing
 
-from ._optional import safetensors_torch, saved_by
+from ._optional import names_in, save_tensors, saved_by
 from .criteria import CRITERIA, choose_experts, scores
 from .profile import LayerProfile, profile
 from .routed_layers import routed_layers
@@ -175,8 +174,7 @@ class TaskPatterns:
             "tasks": json.dumps(self.tasks),
             "layers": json.dumps(self.layers),
         }
-        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        _files.write_file(path, safetensors_torch("TaskPatterns.save").save(content, metadata))
+        save_tensors("TaskPatterns", path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> TaskPatterns:
@@ -184,8 +182,15 @@ class TaskPatterns:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is something else.
+            ValueError: it is something else, or differs from its checksum.
         """
-        with saved_by("TaskPatterns", path, _FORMAT) as (file, metadata):
-            tasks, layers = (json.loads(metadata[key]) for key in ("tasks", "layers"))
-            return cls(tasks, layers, file.get_tensor("vectors"), file.get_tensor("scores"))
+        with saved_by("TaskPatterns", path, _FORMAT) as (tensors, metadata):
+            tasks, layers = (names_in(metadata[key]) for key in ("tasks", "layers"))
+            vectors, scores = tensors["vectors"], tensors["scores"]
+            wanted = (len(tasks), len(layers), vectors.shape[-1])
+            if vectors.shape != wanted or scores.shape != wanted:
+                raise ValueError(
+                    f"its tensors are {list(vectors.shape)} and {list(scores.shape)} for "
+                    f"{len(tasks)} tasks and {len(layers)} layers"
+                )
+            return cls(tasks, layers, vectors, scores)

@@ -58,7 +58,12 @@ def settings_folder(
         for name, value in dataclasses.asdict(settings).items()
     }
     path = folder / "settings.json"
-    kept = _files.read_json(path) if path.is_file() else now
+    try:
+        kept = _files.read_json(path)
+    except FileNotFoundError:
+        kept = now
+    except ValueError as error:
+        raise ValueError(f"train: {error}.") from None
     if any(kept.get(name) != now.get(name) for name in {*kept, *now} - set(free)):
         raise ValueError(
             f"train: folder must hold {what} of these settings, got others in {folder}; remove "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 
 from ._progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
+_WRONG_STATE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass
@@ -54,9 +63,12 @@ class Checkpoint:
 
     def load(self) -> int:
         """Puts back what was saved; the number of steps done, 0 where there is no file."""
-        if self.path is None or not Path(self.path).is_file():
+        if self.path is None:
             return 0
-        state = read_state(self.path)
+        try:
+            state = read_state(self.path)
+        except FileNotFoundError:
+            return 0
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -68,10 +80,10 @@ class Checkpoint:
             for name in vars(self.history):
                 setattr(self.history, name, state["history"][name])
             return int(state["step"])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _WRONG_STATE as error:
             raise ValueError(
                 f"fit: checkpoint must be of a run with these arguments, got {self.path}: "
-                f"{str(error).splitlines()[0]}"
+                f"{_reading.reason(error)}"
             ) from error
 
 
@@ -86,26 +98,109 @@ def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     """What `write_state` wrote.
 
     Raises:
-        ValueError: a file in which a bit has changed, or one that `write_state` did not write.
+        FileNotFoundError: no such file.
+        ValueError: something that is no regular file, a file in which a bit has changed, or one
+            that `write_state` did not write.
     """
-    content = _files.unsealed(Path(path).read_bytes())
+    content = _files.unsealed(_reading.read_bytes(path, "fit"))
     if content is None:
         raise ValueError(
             f"fit: {path} must match its checksum, got one that is damaged or was written by an "
             "earlier version of moe_ops; remove it to start again."
         )
     state: Any = None
-    try:
+    with _reading.damage("fit", path, "a file of torch.save"):
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"fit: {path} must hold what torch.save wrote, got: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"fit: {path} must hold a dict, got {_files.shown(state)}.")
     return state
 
 
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Puts the state dict that `write_state` wrote into a model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or of another model.
+    """
+    state = read_state(path)
+    with _reading.damage("fit", path, f"the weights of this {type(model).__name__}"):
+        model.load_state_dict(state)
+
+
+def write_about(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file of what a model is made of, with a checksum of its values."""
+    _files.write_json(path, {**values, "sha256": _digest_of(values)})
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Reads what `write_about` wrote; files of earlier versions have no checksum.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON object, or differs from its checksum.
+    """
+    try:
+        values = _files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"load: {error}.") from None
+    said = values.pop("sha256", None)
+    if said is not None and said != _digest_of(values):
+        raise ValueError(f"load: {path} must match its checksum, got one that is damaged.")
+    return values
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load_made(
+    about: Path, weights: Path, make: Callable[[dict[str, Any]], tuple[nn.Module, Any]]
+) -> Any:
+    """Makes a model of what `write_about` wrote, and loads its weights.
+
+    Args:
+        about: the file that says what to make. weights: that of `write_state`.
+        make: from the values of `about` the dense model that it starts from, and a function that
+            makes the whole model of that one.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a damaged file, or sizes that are not those of the weights; these are compared
+            before the model takes memory.
+    """
+    values, state = read_about(about), read_state(weights)
+    tensors = [tensor for tensor in state.values() if isinstance(tensor, Tensor)]
+    most = max([len(tensors), *(size for tensor in tensors for size in tensor.shape)])
+    with _reading.damage("load", about, "a description of the model whose weights are beside it"):
+        for name, value in _counts(values):
+            if value > most:
+                raise ValueError(f"{name} is {value} where no size of a weight is above {most}")
+        with torch.device("meta"):
+            skeleton, _ = make(values)
+        wanted = sum(p.numel() for p in skeleton.parameters())
+        if wanted > sum(tensor.numel() for tensor in tensors):
+            raise ValueError(f"it takes {wanted} numbers, which are more than the weights have")
+        dense, finish = make(values)
+        model = finish(dense)
+        model.load_state_dict(state)
+    return model
+
+
+def _counts(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Gives the numbers of layers, heads, experts and so on in nested values."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _counts(value, str(key))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _counts(value, name)
+    elif type(values) is int and (name.startswith("num_") or "layers" in name or "depths" in name):
+        yield name, values
+
+
 def _read_weights(model: Model, file: Path) -> Model:
-    model.load_state_dict(read_state(file))
+    load_weights(model, file)
     return model
 
 
@@ -131,7 +226,7 @@ def train_once(
         read: the model, or one like it, from that file. write: the other way round.
     """
     done, checkpoint = folder / kept.format(name=name), folder / f"{name}.training.pt"
-    if done.is_file():
+    if done.exists():  # Something that is no file is refused by `read`, before anything trains.
         return read(model, done)
     fit(checkpoint)
     write(model, done)

@@ -12,10 +12,13 @@ import sysconfig
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from moe_ops import _reading
 
 DOMAINS = ("reference", "code", "maths", "names")
 # Of each text's bytes; the held-out part is its end.
@@ -57,7 +60,9 @@ def load(names: Sequence[str] = DOMAINS, files: Mapping[str, str] | None = None)
     """Texts by name; `files` gives further names their files.
 
     Raises:
-        ValueError: an unknown name, or a file of less than 10,000 bytes.
+        FileNotFoundError: no such file.
+        ValueError: an unknown name, something that is no regular file, or a file of less than
+            10,000 bytes.
     """
     readers: dict[str, Callable[[], bytes]] = {
         "reference": _reference,
@@ -66,7 +71,7 @@ def load(names: Sequence[str] = DOMAINS, files: Mapping[str, str] | None = None)
         "names": _names,
     }
     for name, path in (files or {}).items():
-        readers[name] = Path(path).read_bytes
+        readers[name] = partial(_reading.read_bytes, path, "load")
     unknown = [name for name in names if name not in readers]
     if unknown:
         raise ValueError(
@@ -76,7 +81,10 @@ def load(names: Sequence[str] = DOMAINS, files: Mapping[str, str] | None = None)
     for name in names:
         content = readers[name]()
         if len(content) < 10_000:
-            raise ValueError(f"load: {name} must have 10000 bytes or more, got {len(content)}.")
+            where = f" ({files[name]})" if files and name in files else ""
+            raise ValueError(
+                f"load: {name}{where} must have 10000 bytes or more, got {len(content)}."
+            )
         texts[name] = Text.of(content)
     return texts
 

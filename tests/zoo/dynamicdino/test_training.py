@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from moe_ops.zoo._resume import read_state
 from moe_ops.zoo.dynamicdino import Found, average_precision, draw_scenes, training
 from moe_ops.zoo.dynamicdino import __main__ as command
 from moe_ops.zoo.dynamicdino.shapes import ALL, FIRST, HELD_OUT, KNOWN, phrase, tokens_of
@@ -123,7 +124,7 @@ def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
         training.train(tmp_path / "cut", SETTINGS, progress=False)
     assert (tmp_path / "cut" / "experts.training.pt").is_file()
     assert training.train(tmp_path / "cut", SETTINGS, progress=False) == whole
-    one, other = (training.read_state(tmp_path / run / "experts.pt") for run in ("whole", "cut"))
+    one, other = (read_state(tmp_path / run / "experts.pt") for run in ("whole", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match="detectors of these settings"):
         training.train(tmp_path / "cut", dataclasses.replace(SETTINGS, steps=5), progress=False)

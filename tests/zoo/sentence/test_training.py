@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from moe_ops import zoo
 from moe_ops.zoo import _texts
+from moe_ops.zoo._resume import read_state
 from moe_ops.zoo.sentence import ByteTokens, SentenceConfig, SentenceExperts, training
 from moe_ops.zoo.sentence import __main__ as command
 
@@ -52,9 +53,7 @@ def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     again = training.train(tmp_path / "cut", SETTINGS, texts=texts(), progress=False)
     assert again == whole
     for name in ("experts", "specialist-digits"):
-        one, other = (
-            training.read_state(tmp_path / run / f"{name}.pt") for run in ("whole", "cut")
-        )
+        one, other = (read_state(tmp_path / run / f"{name}.pt") for run in ("whole", "cut"))
         assert all(torch.equal(one[key], other[key]) for key in one)
     other = dataclasses.replace(SETTINGS, steps=5)
     with pytest.raises(ValueError, match="models of these settings"):

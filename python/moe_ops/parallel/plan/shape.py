@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from moe_ops import _files
 from moe_ops._fields import Fields, check_types
+from moe_ops._files import shown
 
 _READER = "plan"
 
@@ -335,13 +336,18 @@ def find_shape(model: str | Path) -> Shape:
         return Shape(name=name, **PRESETS[name])
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"plan: MODEL must be a config.json, a folder with one, or one of "
             f"{', '.join(PRESETS)}, got {str(model)!r}."
         )
     title = path.parent.name if path.name == "config.json" else path.stem
-    return shape_of(_files.read_json(path), title or str(path))
+    try:
+        return shape_of(_files.read_json(path), title or str(path))
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"plan: in {path}, {str(error).removeprefix('plan: ')}") from error
 
 
 def shape_of(config: Mapping[str, Any], name: str | None = None) -> Shape:
@@ -377,6 +383,8 @@ def shape_of(config: Mapping[str, Any], name: str | None = None) -> Shape:
     latent = "kv_lora_rank" in fields
     rope = fields.size("qk_rope_head_dim", default=0, least=0) if latent else 0
     head = fields.size("head_dim", default=hidden // heads)
+    if heads > hidden and "head_dim" not in fields and not latent:
+        raise ValueError(f"plan: num_attention_heads must be at most {hidden}, got {heads}.")
     if latent:
         head = fields.size("qk_nope_head_dim") + rope
     return Shape(
@@ -412,12 +420,27 @@ def shape_of(config: Mapping[str, Any], name: str | None = None) -> Shape:
 def _dense_layers(fields: Fields, layers: int) -> int:
     """How many layers have no experts."""
     if "moe_layers" in fields:  # Llama 4: those that have.
-        return layers - len(fields.values["moe_layers"])
+        return layers - len(_numbers(fields, "moe_layers", layers))
     step = fields.size("decoder_sparse_step", "interleave_moe_layer_step", default=1)
-    named = fields.values.get("mlp_only_layers") or ()
+    named = _numbers(fields, "mlp_only_layers", layers)
     first = fields.size("first_k_dense_replace", default=0, least=0)
-    sparse = [i for i in range(layers) if (i + 1) % step == 0 and i not in named and i >= first]
-    return layers - len(sparse)
+    # Of the numbers 1 to `layers`, those after the first ones that `step` divides.
+    sparse = layers // step - min(first, layers) // step
+    return layers - sparse + sum((i + 1) % step == 0 and i >= first for i in named)
+
+
+def _numbers(fields: Fields, name: str, layers: int) -> set[int]:
+    """Returns the numbers below `layers` in a list of a config.json, none where it is missing.
+
+    Raises:
+        ValueError: it is no list of such numbers.
+    """
+    value = fields.values.get(name)
+    value = [] if value is None else value
+    whole = isinstance(value, list) and all(type(number) is int for number in value)
+    if not whole:
+        raise ValueError(f"{_READER}: {name} must be numbers of layers, got {shown(value)}.")
+    return {number for number in value if 0 <= number < layers}
 
 
 def _shared_width(fields: Fields, model_type: str, width: int) -> int:

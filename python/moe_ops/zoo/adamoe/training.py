@@ -14,7 +14,7 @@ from moe_ops import _files
 
 from .._command import settings_folder
 from .._progress import bar
-from .._resume import Group, read_state, train_steps, write_state
+from .._resume import Group, load_weights, train_steps, write_state
 from .model import ActionTransformer, AdaMoEConfig
 from .skills import REACHED, Demonstrations, SkillRobot, demonstrate
 
@@ -220,8 +220,8 @@ def train(
 
     def trained(name: str, model: ActionTransformer, steps: int, rate: float) -> ActionTransformer:
         done = folder / f"{name}.pt"
-        if done.is_file():
-            model.load_state_dict(read_state(done))
+        if done.exists():
+            load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
         fit(

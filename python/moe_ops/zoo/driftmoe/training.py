@@ -88,7 +88,10 @@ def train(
     folder = _files.make_folder(folder)
     made = folder / "settings.json"
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(settings).items()}
-    kept = _files.read_json(made) if made.is_file() else now
+    try:
+        kept = _files.read_json(made)
+    except FileNotFoundError:
+        kept = now
     if {**kept, "streams": 0, "arms": 0} != {**now, "streams": 0, "arms": 0}:
         raise ValueError(
             f"train: folder must hold runs of these settings, got others in {folder}; remove them, "
@@ -102,7 +105,7 @@ def train(
         of_stream: dict[str, Any] = {}
         for arm in settings.arms:
             path = folder / f"{name}-{arm}.json"
-            if not path.is_file():
+            if not path.exists():
                 found = prequential(
                     make_arm(arm, stream, settings.seed, settings.forest),
                     stream.examples(settings.samples, settings.seed),

@@ -31,7 +31,7 @@ from moe_ops.layers import Experts, MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 
-from .._resume import read_state, write_state
+from .._resume import load_made, write_about, write_state
 from .loss import detection_loss
 from .shapes import VOCAB_SIZE
 
@@ -394,7 +394,7 @@ class DynamicDino(nn.Module):
         """Writes weights and sizes into a folder that is made if it is not there."""
         folder = _files.make_folder(folder)
         write_state(folder / "model.pt", self.state_dict())
-        _files.write_json(
+        write_about(
             folder / "dynamicdino.json",
             {
                 "config": dataclasses.asdict(self.config),
@@ -404,12 +404,21 @@ class DynamicDino(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str) -> DynamicDino:
-        """What `save` wrote, in eval mode."""
-        made = _files.read_json(Path(folder) / "dynamicdino.json")
-        config = DynamicDinoConfig(**made["config"])
-        config_class, model_class = DETECTORS[config.detector]
-        model = cls(config, model_class(config_class.from_dict(made["detector"])))
-        model.load_state_dict(read_state(Path(folder) / "model.pt"))
+        """Reads what `save` wrote, in eval mode.
+
+        Raises:
+            FileNotFoundError: no such files.
+            ValueError: a damaged file, or files that do not belong together.
+        """
+
+        def make(made: dict[str, Any]) -> tuple[nn.Module, Any]:
+            config = DynamicDinoConfig(**made["config"])
+            config_class, model_class = DETECTORS[config.detector]
+            detector = model_class(config_class.from_dict(made["detector"]))
+            return detector, lambda detector: cls(config, detector)
+
+        folder = Path(folder)
+        model: DynamicDino = load_made(folder / "dynamicdino.json", folder / "model.pt", make)
         return model.eval()
 
 

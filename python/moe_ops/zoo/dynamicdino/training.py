@@ -15,7 +15,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 
 from .._command import settings_folder
-from .._resume import Group, read_state, train_steps, write_state
+from .._resume import Group, load_weights, train_steps, write_state
 from .metrics import average_precision, check_installed, detect
 from .model import DynamicDino, DynamicDinoConfig, co_selection, freeze, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
@@ -151,8 +151,8 @@ def train(
         name: str, model: DynamicDino, pairs: tuple[int, ...], steps: int, rate: float
     ) -> DynamicDino:
         done = folder / f"{name}.pt"
-        if done.is_file():
-            model.load_state_dict(read_state(done))
+        if done.exists():
+            load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
         fit(

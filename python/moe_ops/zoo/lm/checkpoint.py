@@ -6,6 +6,7 @@ were published; reading and writing both follow that list, so that they cannot d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -17,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _files
+from moe_ops import _files, _reading, _tensor_file
 
 try:
-    import safetensors.torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 except ModuleNotFoundError as error:
     if error.name != "safetensors":
         raise
@@ -39,6 +39,7 @@ _FP8_BLOCK = 128
 _FP8 = "F8_E4M3"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8
+_MARKS = "checksums"  # In the metadata: JSON, the checksum of each tensor of the file by its key.
 # The largest size that is believed where no tensor of an incomplete checkpoint confirms it. Every
 # vocabulary is smaller.
 _MAX_UNSEEN = 2**18
@@ -146,7 +147,8 @@ class LoadReport:
             keys = getattr(self, name)
             if keys:
                 more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-                lines.append(f"{len(keys)} keys {name}: {', '.join(keys[:_SHOWN])}{more}")
+                named = ", ".join(key if len(key) < 80 else f"{key[:80]}…" for key in keys[:_SHOWN])
+                lines.append(f"{len(keys)} keys {name}: {named}{more}")
         return "; ".join(lines) + "."
 
 
@@ -164,7 +166,8 @@ class Reader:
 
     Reads the files named by model.safetensors.index.json where there is one, else all
     *.safetensors. Only files inside the folder are read; see `moe_ops._files.inside`. A weight with
-    `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is given in bfloat16.
+    `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is given in bfloat16. A tensor that
+    `save` has written is compared with its checksum.
 
     All files are opened at once, and stay what they are when others take their names.
 
@@ -177,6 +180,7 @@ class Reader:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
+        self.marks: dict[str, str] = {}  # Checksums of tensors in files of `save`.
         self.stored: dict[str, Stored] = {}
         if (self.folder / INDEX).exists():
             self._open_indexed()
@@ -218,14 +222,14 @@ class Reader:
     def _open_file(self, name: str) -> Any:
         if name not in self._open:
             path = _inside(self.folder, name)
-            try:
+            with self._reading(path):
+                _reading.check_safetensors(path, "from_pretrained")
                 self._open[name] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"from_pretrained: {path} must be a whole safetensors file, got one that is "
-                    f"damaged: {error}."
-                ) from error
+                self.marks |= _marks_in(self._open[name].metadata() or {})
         return self._open[name]
+
+    def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        return _reading.damage("from_pretrained", path, "a whole safetensors file")
 
     def _note(self, key: str, name: str) -> None:
         entry = self._open[name].get_slice(key)
@@ -281,12 +285,18 @@ class Reader:
 
     def _raw(self, key: str) -> Tensor:
         name = self.stored[key].file
-        try:
-            return self._open[name].get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(
-                f"from_pretrained: {key} of {self.folder / name} must be readable, got: {error}."
-            ) from error
+        with self._reading(self.folder / name):
+            tensor: Tensor = self._open[name].get_tensor(key)
+            if key in self.marks and self.marks[key] != _tensor_file.mark(tensor):
+                raise ValueError(f"{key} does not match its checksum")
+        return tensor
+
+
+def _marks_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    marks = json.loads(metadata.get(_MARKS, "{}"))
+    if not isinstance(marks, dict) or not all(isinstance(mark, str) for mark in marks.values()):
+        raise ValueError(f"its checksums are {_files.shown(marks)}")
+    return marks
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -433,16 +443,12 @@ def save(
     ]
     with _files.Replacement(folder, last=CONFIG) as files:
         for name, shard in zip(names, shards, strict=True):
-            files.add(name, _serialized(shard))
+            marks = {key: _tensor_file.mark(part) for key, part in shard.items()}
+            about = {"format": "pt", _MARKS: json.dumps(marks)}
+            files.add(name, *_tensor_file.safetensors_parts(shard, about))
         if not single:
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             files.add(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
         files.add(CONFIG, text)
         files.remove("model-*-of-*.safetensors", INDEX, SINGLE)
-
-
-def _serialized(shard: dict[str, Tensor]) -> bytes:
-    # Copies, since safetensors refuses two tensors in one storage; of one shard at a time.
-    copies = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
-    return safetensors.torch.save(copies, metadata={"format": "pt"})

@@ -5,6 +5,7 @@ Letters: E experts of a bank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -70,7 +71,12 @@ def leave_experts(
             entry = by_name[f"{name}.{parameter_name}"]
             gone.add(entry.name)
             tensors[parameter_name] = Stored(tuple(parameter.shape[1:]), dtype)
-            pieces = _pieces(entry, [piece(key) for key in entry.keys], module.num_experts)
+            parts_of = [piece(key) for key in entry.keys]
+            if entry.layout == "experts":
+                parts_of = [
+                    _marked(p, reader, k) for p, k in zip(parts_of, entry.keys, strict=True)
+                ]
+            pieces = _pieces(entry, parts_of, module.num_experts)
             for expert, parts in zip(experts, pieces, strict=True):
                 expert[parameter_name] = parts
         banks.append(experts)
@@ -82,6 +88,25 @@ def leave_experts(
     store = FileStore(banks, tensors, keep_cached=keep_cached)
     model.expert_cache = offload_experts(model, store=store, device=device, **options)
     return [entry for entry in entries if entry.name not in gone]
+
+
+def _marked(piece: Piece, reader: Reader, key: str) -> Piece:
+    """Returns a piece with the checksum of the tensor that it is the whole of, if there is one.
+
+    Raises:
+        ValueError: the checksum is of a tensor of another type or shape.
+    """
+    said = reader.marks.get(key)
+    if said is None:
+        return piece
+    stored = reader.stored[key]
+    crc32, _, kind = said.partition(" ")
+    if kind != f"{stored.dtype} {list(stored.shape)}" or not re.fullmatch("[0-9a-f]{8}", crc32):
+        raise ValueError(
+            f"from_pretrained: {key} in {reader.folder / stored.file} must match its checksum "
+            f"{said[:80]}, got {stored.dtype} {list(stored.shape)}."
+        )
+    return piece._replace(crc32=int(crc32, 16))
 
 
 def _pieces(entry: Entry, pieces: Sequence[Piece], num_experts: int) -> list[list[Piece]]:

@@ -111,7 +111,10 @@ class Pretrained(nn.Module):
         model, entries = cls._without_memory(config, folder)
         report = checkpoint.compare(reader, entries, model.ignored_keys)
         if report.missing and (strict or offload is not None):
-            raise ValueError(f"{cls.__name__}.from_pretrained: {report}")
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {folder} must hold all tensors of the model, got "
+                f"{report}"
+            )
         if report.unexpected:
             warnings.warn(f"{cls.__name__}.from_pretrained: {report}", stacklevel=2)
         if dtype is None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops import _reading
+
 WEATHER = ("rain", "snow", "haze")
 # Name, package, file in it. All are read as colours, halved in size.
 PHOTOS = (
@@ -33,6 +35,7 @@ PHOTOS = (
 )
 # Of those, what no model is trained on.
 TEST = ("astronaut", "coffee", "china")
+_MAX_PIXELS = 2**26
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -151,7 +154,13 @@ def _installed() -> list[tuple[str, Path]]:
 
 
 def read_photo(path: Path) -> Tensor:
-    """An image file as [3, h, w] in [0, 1], halved: pixels are means of four."""
+    """Reads an image file as [3, h, w] in [0, 1], halved: pixels are means of four.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file, or no image.
+        ImportError: Pillow is missing.
+    """
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
@@ -159,7 +168,13 @@ def read_photo(path: Path) -> Tensor:
             "moe_ops.zoo: photos need Pillow, which is not installed: "
             "pip install torch-moe-ops[vision]"
         ) from error
-    with Image.open(path) as image:
+    with (
+        _reading.open_regular(path, "read_photo") as file,
+        _reading.damage("read_photo", path, "an image"),
+        Image.open(file) as image,
+    ):
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
         colours = image.convert("RGB")
         content = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
     pixels = content.view(colours.height, colours.width, 3).permute(2, 0, 1)

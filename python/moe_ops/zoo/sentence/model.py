@@ -21,7 +21,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.layers import Experts
 
-from .._resume import read_state, write_state
+from .._resume import load_made, write_about, write_state
 
 HEADS = ("mlp", "mean")
 
@@ -256,27 +256,39 @@ class SentenceExperts(nn.Module):
         encoder["vocab_size"] = self.first_domain_id
         kind = "bert" if isinstance(self.encoder, BertModel) else "modernbert"
         write_state(folder / "model.pt", self.state_dict())
-        _files.write_json(
+        write_about(
             folder / "sentence_experts.json",
             {"config": dataclasses.asdict(self.config), "encoder": encoder, "kind": kind},
         )
 
     @classmethod
     def load(cls, folder: Path | str) -> SentenceExperts:
-        """What `save` wrote, in eval mode."""
-        made = _files.read_json(Path(folder) / "sentence_experts.json")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in made["config"].items()
-        }
-        encoder: Any
-        if made["kind"] == "bert":
-            encoder = BertModel(BertConfig.from_dict(made["encoder"]), add_pooling_layer=False)
-        else:
-            from transformers import ModernBertConfig, ModernBertModel
+        """Reads what `save` wrote, in eval mode.
 
-            encoder = ModernBertModel(ModernBertConfig.from_dict(made["encoder"]))
-        model = cls(SentenceConfig(**values), encoder)
-        model.load_state_dict(read_state(Path(folder) / "model.pt"))
+        Raises:
+            FileNotFoundError: no such files.
+            ValueError: a damaged file, or files that do not belong together.
+        """
+
+        def make(made: dict[str, Any]) -> tuple[nn.Module, Any]:
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in made["config"].items()
+            }
+            config = SentenceConfig(**values)
+            check_choice("load", "kind", made["kind"], ("bert", "modernbert"))
+            encoder: Any
+            if made["kind"] == "bert":
+                encoder = BertModel(BertConfig.from_dict(made["encoder"]), add_pooling_layer=False)
+            else:
+                from transformers import ModernBertConfig, ModernBertModel
+
+                encoder = ModernBertModel(ModernBertConfig.from_dict(made["encoder"]))
+            return encoder, lambda encoder: cls(config, encoder)
+
+        folder = Path(folder)
+        model: SentenceExperts = load_made(
+            folder / "sentence_experts.json", folder / "model.pt", make
+        )
         return model.eval()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops import _files, _reading
+
 # From texts to input_ids [B, S] and attention_mask [B, S], of which the first token is CLS.
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 PAD, CLS, FIRST_BYTE = 0, 1, 3
@@ -28,12 +30,19 @@ class ByteTokens:
 
 
 class WordPieces:
-    """A tokenizer.json of a BERT; texts are cut at `max_length` tokens."""
+    """A tokenizer.json of a BERT; texts are cut at `max_length` tokens.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file, or no tokenizer.
+    """
 
     def __init__(self, path: Path | str, max_length: int = 128, pad_id: int = 0) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer: Any = Tokenizer.from_file(str(path))
+        content = _reading.read_bytes(path, "WordPieces", _files.MAX_JSON_BYTES)
+        with _reading.damage("WordPieces", path, "a tokenizer.json"):
+            self.tokenizer: Any = Tokenizer.from_str(content.decode("utf-8"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_length)
         self.pad_id = pad_id

@@ -22,7 +22,7 @@ from moe_ops._fields import check_choice
 
 from .. import _texts
 from .._command import settings_folder
-from .._resume import Group, read_state, train_steps, write_state
+from .._resume import Group, load_weights, train_steps, write_state
 from .model import SentenceConfig, SentenceExperts, layers_of
 from .tokens import ByteTokens, Tokenize, WordPieces
 
@@ -242,8 +242,8 @@ def train(
         name: str, model: SentenceExperts, domains: Sequence[int], steps: int
     ) -> SentenceExperts:
         done = folder / f"{name}.pt"
-        if done.is_file():
-            model.load_state_dict(read_state(done))
+        if done.exists():
+            load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
         fit(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import _files
+from moe_ops import _files, _reading
 from moe_ops._fields import check_choice
 
 from .._command import settings_folder
@@ -202,7 +202,7 @@ def train(
     report: dict[str, Any] = {"settings": now, "pairs": len(text.train), "arms": {}}
     for arm in settings.arms:
         place = folder / arm
-        if (place / "config.json").is_file():
+        if (place / "config.json").exists():
             model = Thor.from_pretrained(place)
         else:
             torch.manual_seed(settings.seed)
@@ -224,8 +224,13 @@ def make_tokens(settings: Settings, text: parallel.ParallelText, file: Path) -> 
     """Bytes, or pairs of bytes that are learnt from the training text unless the file is there."""
     if settings.tokens == "bytes":
         return ByteTokens()
-    if file.is_file():
-        return PairTokens(file.read_text("utf-8"))
+    try:
+        content = _reading.read_bytes(file, "train", _files.MAX_JSON_BYTES)
+    except FileNotFoundError:
+        content = None
+    if content is not None:
+        with _reading.damage("train", file, "tokens that an earlier run learnt"):
+            return PairTokens(content.decode("utf-8"))
     made = PairTokens.learn([side for pair in text.train for side in pair], int(settings.tokens))
     _files.write_text(file, made.json)
     return made

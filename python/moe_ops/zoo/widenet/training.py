@@ -238,7 +238,7 @@ def train(
     loads = {}
     for arm in settings.arms:
         config, place = make_config(settings, arm), folder / arm
-        if (place / "config.json").is_file():
+        if (place / "config.json").exists():
             kind = WideNetLM if settings.trunk == "language" else WideNetViT
             model: WideNetLM | WideNetViT = kind.from_pretrained(place)
         else:
