@@ -20,6 +20,7 @@ import moe_ops.hf
 
 from .families import NOT_GENERATIVE
 from .fuzz_draws import Draw
+from .models import CACHE
 
 TOLERANCE = 1e-4  # Of the norm of a token's logits, in float32.
 CODES_TOLERANCE = 0.02  # The median token's, between two paths of a quantized model.
@@ -166,8 +167,8 @@ class Runs:
         for at in range(length, length + STEPS):
             output = self.model(
                 input_ids=ids[:, at : at + 1],
-                past_key_values=output.past_key_values,
                 use_cache=True,
+                **{CACHE: output[CACHE]},
                 **{k: m[:, : at + 1] for k, m in mask.items()},
             )
             yield output.logits[:, -1]
