@@ -9,6 +9,7 @@ nothing: it must change the plain model's logits, unless the attempt says that i
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ class Attempt:
         run: what is computed and compared; by default `calls`.
         changes: whether the alteration changes what the plain model computes.
         training: whether the models are compared in train mode, with equal random numbers.
+        prepare: makes the model what the alteration is an alteration of.
     """
 
     name: str
@@ -51,11 +53,15 @@ class Attempt:
     run: Callable[[PreTrainedModel], list[Tensor]] | None = None
     changes: bool = True
     training: bool = False
+    prepare: Alter | None = None
 
 
 def carry_out(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     run = attempt.run or calls
     plain, model = (build(attempt.model, **attempt.options) for _ in range(2))
+    for m in (plain, model):
+        if attempt.prepare is not None:
+            attempt.prepare(m)
     unaltered = run(plain) if attempt.changes else None
     if attempt.patch is not None:
         attempt.patch(monkeypatch)
@@ -65,8 +71,7 @@ def carry_out(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         moe_ops.hf.optimize(model)
     except ValueError as error:
-        message = str(error)
-        assert message.startswith("optimize: ") and message.endswith("."), message
+        assert re.fullmatch(r"[\w.]+: .+\.", str(error)), f"not a sentence: {error}"
         return
     if attempt.after is not None or attempt.patch_after is not None:
         run(model)  # What a first call finds out must not outlive the alteration.

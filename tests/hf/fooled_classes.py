@@ -129,12 +129,12 @@ NORMS = [
 
 ROUTERS = [
     Attempt("router-clamps-its-input", MODEL, before_of(routers, first_clamped(0.8))),
-    Attempt("router-clamps-logits", "mixtral", lambda m: [subclass(r, forward=_clamped_router(0.5))
+    Attempt("router-clamps-logits", "mixtral", lambda m: [subclass(r, forward=clamped_router(0.5))
         for r in routers(m)]),
     Attempt("router-clamps-large-logits", "mixtral", lambda m: [(subclass(r,
-        forward=_clamped_router(
+        forward=clamped_router(
         6.0)), r.weight.data.mul_(12)) for r in routers(m)]),
-    Attempt("router-drops-small-weights", MODEL, lambda m: [subclass(r, forward=_weights(
+    Attempt("router-drops-small-weights", MODEL, lambda m: [subclass(r, forward=with_weights(
         lambda self, x, w: w * (w > 0.3))) for r in routers(m)]),
     Attempt("router-of-large-tokens", MODEL, before_of(routers, lambda s, x:
         torch.where(x.norm(dim=-1, keepdim=True) > 5.6, 0.3 * x, x))),
@@ -147,24 +147,24 @@ ROUTERS = [
         shift=lambda i: [0.5 * (i + 1)])),
     Attempt("router-of-later-layers", "mixtral", before_of(routers, lambda s, x:
         x * (1 + s.layer_idx), layer_idx=lambda i: i)),
-    Attempt("router-scale-by-default", MODEL, lambda m: [(subclass(r, forward=_weights(
+    Attempt("router-scale-by-default", MODEL, lambda m: [(subclass(r, forward=with_weights(
         lambda self, x, w: w * getattr(self, "scale", 1.0))), setattr(r, "scale", 1.4))
         for r in routers(m)]),
-    Attempt("router-mask-of-experts", MODEL, lambda m: [(subclass(r, forward=_weights(
+    Attempt("router-mask-of-experts", MODEL, lambda m: [(subclass(r, forward=with_weights(
         lambda self, x, w: w * self.alive[: w.shape[1]])), setattr(r, "alive",
         torch.tensor([1.0, 0.0, 1.0]))) for r in routers(m)]),
-    Attempt("router-weights-saturate", "deepseek_v3", lambda m: [subclass(r, forward=_weights(
+    Attempt("router-weights-saturate", "deepseek_v3", lambda m: [subclass(r, forward=with_weights(
         lambda self, x, w: w.clamp(max=0.55))) for r in routers(m)]),
-    Attempt("router-of-a-capacity", MODEL, lambda m: [subclass(r, forward=_weights(
+    Attempt("router-of-a-capacity", MODEL, lambda m: [subclass(r, forward=with_weights(
         lambda self, x, w: torch.where(torch.arange(len(w))[:, None] < 50, w, 0 * w)))
         for r in routers(m)]),
     Attempt("router-weights-squared-when-large", "glm4_moe", lambda m: [subclass(r,
-        forward=_weights(
+        forward=with_weights(
         lambda self, x, w: torch.where(w > 0.6, w.square(), w))) for r in routers(m)]),
 ]  # fmt: skip
 
 
-def _clamped_router(limit: float) -> Callable[..., Any]:
+def clamped_router(limit: float) -> Callable[..., Any]:
     def forward(self: Any, x: Any) -> Any:
         logits = F.linear(x.reshape(-1, x.shape[-1]), self.weight).clamp(-limit, limit)
         weights, ids = logits.float().softmax(-1).topk(self.top_k, -1)
@@ -173,7 +173,7 @@ def _clamped_router(limit: float) -> Callable[..., Any]:
     return forward
 
 
-def _weights(change: Callable[..., Any]) -> Callable[..., Any]:
+def with_weights(change: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Any) -> Any:
         logits, weights, ids = self.plain_class.forward(self, x)
         return logits, change(self, x, weights), ids
@@ -181,7 +181,7 @@ def _weights(change: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _gate(change: Callable[..., Any], **attributes: Any) -> Callable[[Any], None]:
+def with_gate(change: Callable[..., Any], **attributes: Any) -> Callable[[Any], None]:
     """Returns what gives experts a gate of their own."""
 
     def alter(model: Any) -> None:
@@ -205,7 +205,7 @@ def _limited(self: Any, gate_up: Any) -> Any:
     return self.act_fn(gate) * up
 
 
-def _plain_gate(self: Any, gate_up: Any) -> Any:
+def plain_gate(self: Any, gate_up: Any) -> Any:
     gate, up = gate_up.chunk(2, dim=-1)
     return self.act_fn(gate) * up
 
@@ -246,16 +246,16 @@ def acts(act_fn: Callable[[int], Any], parts: Parts = experts) -> Callable[[Any]
 
 
 EXPERTS = [
-    Attempt("gate-with-optional-limit", MODEL, _gate(_limited, my_limit=lambda i: 0.5)),
-    Attempt("gate-with-limit-of-one-layer", MODEL, _gate(_limited,
+    Attempt("gate-with-optional-limit", MODEL, with_gate(_limited, my_limit=lambda i: 0.5)),
+    Attempt("gate-with-limit-of-one-layer", MODEL, with_gate(_limited,
         my_limit=lambda i: [None, 0.5][i])),
-    Attempt("gate-clamps-large", "mixtral", _gate(lambda self, x:
-        _plain_gate(self, x).clamp(-1.0, 1.0))),
-    Attempt("gate-of-few-rows", "mixtral", _gate(lambda self, x:
-        _plain_gate(self, x) * (1.5 if len(x) < 9 else 1.0))),
-    Attempt("gate-scaled-by-a-tensor", "olmoe", _gate(lambda self, x:
-        _plain_gate(self, x) * self.my_scale, my_scale=lambda i: torch.tensor(1.3 + i))),
-    Attempt("gate-limit-set-later", MODEL, _gate(_limited), after=lambda m: [
+    Attempt("gate-clamps-large", "mixtral", with_gate(lambda self, x:
+        plain_gate(self, x).clamp(-1.0, 1.0))),
+    Attempt("gate-of-few-rows", "mixtral", with_gate(lambda self, x:
+        plain_gate(self, x) * (1.5 if len(x) < 9 else 1.0))),
+    Attempt("gate-scaled-by-a-tensor", "olmoe", with_gate(lambda self, x:
+        plain_gate(self, x) * self.my_scale, my_scale=lambda i: torch.tensor(1.3 + i))),
+    Attempt("gate-limit-set-later", MODEL, with_gate(_limited), after=lambda m: [
         setattr(e, "my_limit", 0.5) for e in experts(m)]),
     Attempt("experts-clamp", MODEL, after_of(experts, clamp(0.3))),
     Attempt("experts-of-few-tokens", MODEL, after_of(experts, when(lambda s, x: len(x) < 9))),

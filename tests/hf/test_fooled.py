@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from . import fooled_caches, fooled_classes, fooled_settings
+from . import fooled_caches, fooled_classes, fooled_large, fooled_settings
 from .fooled import carry_out
 
-ATTEMPTS = [*fooled_classes.ATTEMPTS, *fooled_settings.ATTEMPTS, *fooled_caches.ATTEMPTS]
+TABLES = (fooled_classes, fooled_large, fooled_settings, fooled_caches)
+ATTEMPTS = [attempt for table in TABLES for attempt in table.ATTEMPTS]
 
 
 @pytest.mark.cpu_only
@@ -18,4 +19,4 @@ def test_attempt(attempt, monkeypatch):
 
 def test_names_are_unique():
     names = [attempt.name for attempt in ATTEMPTS]
-    assert len(names) == len(set(names)) > 100
+    assert len(names) == len(set(names)) > 200
