@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # those threads sleep while they wait, as the other process may want the core.
 PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
-# make fuzz: how long; which order and which random calls. It goes on where the last run stopped.
+# make fuzz: how long each half; which order and which random calls. It goes on where the last run stopped.
 MINUTES ?= 10
 SEED ?= 0
 
@@ -50,7 +50,7 @@ help:
 	@echo 'make test-cuda-torch   the ops, layers and models on CUDA tensors of a torch with CUDA, on a simulator'
 	@echo 'make test-asan  run op tests and fuzz tests with AddressSanitizer and UBSan (needs Clang)'
 	@echo 'make test-tsan  call every op from several threads under ThreadSanitizer'
-	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES'
+	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES; then whole models, as long'
 	@echo 'make mutants    break the CPU kernels one place at a time; do the tests notice?'
 	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
 	@echo 'make lint       check style and types: ruff, clang-format, mypy'
@@ -106,9 +106,10 @@ test-installed:
 	@mkdir -p build && cd build && env -u PYTHONPATH $(PYTHON) -c 'import sys, moe_ops, torch; print("Testing", moe_ops.__file__, "on Python", sys.version.split()[0], "and torch", torch.__version__)'
 	@env -u PYTHONPATH OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-# Ends with the smallest form of every call that failed; build/fuzz keeps what is done.
+# Each half takes MINUTES and ends with the smallest form of what failed; build/fuzz keeps what is done.
 fuzz: build
-	@$(VENV)/bin/python -m tests.sweep --minutes $(MINUTES) --seed $(SEED)
+	@$(VENV)/bin/python -m tests.sweep --minutes $(MINUTES) --seed $(SEED); swept=$$?; \
+	  $(VENV)/bin/python -m tests.hf.fuzz --minutes $(MINUTES) --seed $(SEED) && exit $$swept
 
 mutants: build
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/mutation/mutants_cpu.py >build/mutants.json

@@ -164,7 +164,7 @@ TEXT: dict[str, tuple[str, dict]] = {
         "loop_gate_rank": 4}),
     "jamba": ("jamba", {**COMMON, "num_hidden_layers": 4, "attn_layer_period": 4,
         "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0,
-        "num_experts": 6, "num_experts_per_tok": 2, "use_mamba_kernels": False, "mamba_d_state": 8,
+        "num_experts": 6, "num_experts_per_tok": 2, "mamba_d_state": 8,
         "mamba_d_conv": 3, "mamba_dt_rank": 4}),
     "jetmoe": ("jetmoe", CONFIGS["jetmoe"]),
     "kimi_linear": ("kimi_linear", NEWER["kimi_linear"]),

@@ -18,7 +18,8 @@ def test_optimized_models_compute_what_they_did(family):
     rng = random.Random(family)
     checked = 0
     for _ in range(12):  # Some draws are refused by transformers.
-        draw = dataclasses.replace(random_draw(rng, family), modes=("none", rng.choice(MODES[1:])))
+        modes = ("none", rng.choice(MODES[1:])) if checked else ("none",)
+        draw = dataclasses.replace(random_draw(rng, family), modes=modes)
         outcome = outcome_of(draw)
         assert not outcome["fault"], f"python -m tests.hf.fuzz '{draw}'\n{outcome['fault']}"
         checked += "refused" not in outcome
