@@ -64,6 +64,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
+def _own_forward(cls: type[nn.Module]) -> Any:
+    """Return the forward of a class, or None where something has put another one there."""
+    forward: Any = cls.forward
+    is_own = forward.__module__ == cls.__module__ and not hasattr(forward, "__wrapped__")
+    return forward if is_own else None
+
+
+# A forward that something puts on nn.Linear later on is called for every layer.
+_LINEAR_FORWARD = _own_forward(nn.Linear)
+
+
 def in_inference_on_few_rows(x: Tensor) -> bool:
     """Whether x [..., I] is a plain tensor of few rows on the CPU, in eager code that wants no
     gradient and that nothing watches: what a step of decoding is."""
@@ -84,6 +95,8 @@ def dense_operands(
     """Weight or codes, scales, and bias of a dense layer for ops that read them themselves; None
     where calling it does something else, or it has another type."""
     kind = type(layer)
+    if nn.Linear.forward is not _LINEAR_FORWARD:
+        return None
     if kind is QuantizedLinear:
         if dtype == torch.float64:
             return None
@@ -118,6 +131,8 @@ class FewRowsLinear(nn.Linear):
     """nn.Linear through `linear`: the same parameters, sums in another order."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if nn.Linear.forward is not _LINEAR_FORWARD:
+            return super().forward(input)
         if verify.takes_own_forward():
             return F.linear(input, self.weight, self.bias)
         y = linear(input, self.weight, self.bias)
@@ -283,7 +298,8 @@ def replace_linears(
         parts = name.split(".")
         routes = any(p in _ROUTERS or p.endswith("_gate") for p in parts)
         group = fitting_group(layer.in_features, group_size) if weights == "int4" else None
-        stays = routes or layer.out_features < _SMALLEST or (weights == "int4" and group is None)
+        small = layer.out_features < _SMALLEST or layer.in_features == 0
+        stays = routes or small or (weights == "int4" and group is None)
         if weights is None or stays or parts[-1] in skip:
             layer.__class__ = FewRowsLinear
             report[name] = "few rows"

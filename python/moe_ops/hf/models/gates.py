@@ -26,6 +26,12 @@ for _class_name, _activation in (
     if hasattr(hf_activations, _class_name):
         _ACTIVATION_OF_CLASS[getattr(hf_activations, _class_name)] = _activation
 
+# A forward that something has replaced, before or after, is not the one of the class.
+_FORWARDS: dict[type, Any] = {
+    cls: cls.forward
+    for cls in (*_ACTIVATION_OF_CLASS, nn.GELU)
+    if cls.forward.__module__ == cls.__module__ and not hasattr(cls.forward, "__wrapped__")
+}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 
@@ -40,9 +46,12 @@ def activation_name(act_fn: Any) -> str | None:
     state = act_fn.__dict__
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
         return None
-    if type(act_fn) is nn.GELU:
+    cls = type(act_fn)
+    if _FORWARDS.get(cls) is not cls.forward:
+        return None
+    if cls is nn.GELU:
         return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
-    return _ACTIVATION_OF_CLASS.get(type(act_fn))
+    return _ACTIVATION_OF_CLASS[cls]
 
 
 def fused_gate(act_fn: Any) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,9 @@ class TopkRouter:
         not this one."""
         state = router.__dict__
         top_k = state.get("top_k")
-        if type(top_k) is not int or not _holds(state, self.only_if):
+        if type(top_k) is not int or not 1 <= top_k <= router.weight.shape[0]:
+            return None
+        if not _holds(state, self.only_if):
             return None
         arguments: dict[str, Any] = {"top_k": top_k, "score_func": self.score}
         renormalize = self.renormalize
@@ -67,12 +70,12 @@ class TopkRouter:
         arguments["renormalize"] = renormalize
         if self.scale is not None:
             scale = state.get(self.scale)
-            if type(scale) not in (float, int):
+            if type(scale) not in (float, int) or not math.isfinite(scale):
                 return None
             arguments["routed_scaling_factor"] = float(scale)
         if self.groups is not None and _holds(state, self.grouped_if):
             sizes = state.get("num_group"), state.get("topk_group")
-            if type(sizes[0]) is not int or type(sizes[1]) is not int:
+            if not _are_groups(*sizes, router.weight.shape[0], top_k, self.groups):
                 return None
             arguments["num_groups"], arguments["num_topk_groups"] = sizes
             arguments["group_score"] = self.groups
@@ -82,6 +85,15 @@ class TopkRouter:
                 return None
             arguments["expert_bias"] = bias
         return arguments
+
+
+def _are_groups(num_groups: Any, kept: Any, num_experts: int, top_k: int, judged: str) -> bool:
+    """Return whether experts can be chosen so. Where there are fewer experts in the groups that are
+    kept than a token takes, transformers takes some of the others."""
+    if type(num_groups) is not int or type(kept) is not int or not 1 <= kept <= num_groups:
+        return False
+    size, rest = divmod(num_experts, num_groups)
+    return not rest and top_k <= kept * size and (judged == "max" or size >= 2)
 
 
 def _holds(state: dict[str, Any], condition: tuple[str, Any] | None) -> bool:
