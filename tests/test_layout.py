@@ -228,7 +228,7 @@ FOLLOWS = "follows from constants that are in the table"
 LAYOUT = "a leading dimension or a marker: where numbers lie, not which kernel takes them"
 MEMORY = "about pages and buffers of whole tensors"
 NO_BOUNDARY = {
-    "kLanes": "a loop of attention's softmax that ends one by one: tests of the op have odd lengths",
+    "kLanes": "a loop that ends one by one: tests of attention_step have odd lengths",
     "kAmxPrefetch": PREFETCH,
     "kPanelPrefetch": PREFETCH,
     "kW8Prefetch": PREFETCH,
