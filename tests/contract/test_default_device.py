@@ -98,7 +98,7 @@ def test_norms_of_transformers():
     pytest.importorskip("transformers")
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-    from moe_ops.hf.agreement import why_not
+    from moe_ops.hf.decode.agreement import why_not
     from moe_ops.hf.models.known import find
 
     norm = MixtralRMSNorm(8)

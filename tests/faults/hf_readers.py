@@ -139,7 +139,7 @@ def _make_header(folder: Path) -> None:
 
 
 def _read_header(folder: Path, _: Any) -> Any:
-    from moe_ops.hf.gguf_header import check_gguf
+    from moe_ops.hf.checkpoints.gguf_header import check_gguf
 
     return check_gguf(folder / "model.gguf")
 

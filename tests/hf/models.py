@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
-from moe_ops.hf.cache_argument import cache_name
+from moe_ops.hf.models.cache_argument import cache_name
 
 VOCAB = 64
 CACHE = cache_name(MixtralForCausalLM.forward)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import moe_ops.hf
-from moe_ops.hf.jetmoe_attention import _is_causal
+from moe_ops.hf.experts.jetmoe_attention import _is_causal
 
 from .models import CACHE, build, loss_and_gradients, tokens
 from .test_models import CountOps, assert_close

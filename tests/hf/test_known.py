@@ -12,11 +12,11 @@ from torch import nn
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import moe_ops.hf
-from moe_ops.hf import agreement
-from moe_ops.hf.fused import kind_of
-from moe_ops.hf.known_parts import Inventory, LayerParts
+from moe_ops.hf.decode import agreement
+from moe_ops.hf.decode.fused import kind_of
+from moe_ops.hf.decode.known_parts import Inventory, LayerParts
+from moe_ops.hf.decode.stock import take_stock
 from moe_ops.hf.models import known, source
-from moe_ops.hf.stock import take_stock
 
 from . import families
 from .models import build, tokens

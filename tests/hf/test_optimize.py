@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 import moe_ops.hf
 from moe_ops import memory
-from moe_ops.hf.fused import set_fused
+from moe_ops.hf.decode.fused import set_fused
 from moe_ops.hf.models.known import find
 from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import moe_ops
 import moe_ops.hf
 from moe_ops.hf import ExpertsQuantizationConfig
-from moe_ops.hf.quantizer import ExpertsQuantizer
+from moe_ops.hf.checkpoints.quantizer import ExpertsQuantizer
 
 from .models import build
 

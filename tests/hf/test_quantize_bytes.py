@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_ops.hf import ExpertsQuantizationConfig, quantizer
+from moe_ops.hf import ExpertsQuantizationConfig
+from moe_ops.hf.checkpoints import quantizer
 from moe_ops.quant.bank import find_banks
 
 from .test_quantize import load, make

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import DynamicCache
 
 import moe_ops.hf
-from moe_ops.hf import cache_room, step
+from moe_ops.hf.decode import cache_room, step
+from moe_ops.hf.decode.stock import take_stock
 from moe_ops.hf.models.attention import LatentAttention
-from moe_ops.hf.stock import take_stock
 
 from .models import CACHE, MODEL_TYPES, build, skip_unknown_router, tokens
 from .test_optimize import GREEDY, padded

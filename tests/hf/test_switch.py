@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_ops.hf
 from moe_ops._requirements import transformers_is_too_old
-from moe_ops.hf.experts import experts_forward
+from moe_ops.hf.experts.forward import experts_forward
 
 from .models import BLOCK_NAMES, UNDECORATED, build, tokens
 

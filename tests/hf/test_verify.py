@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 import moe_ops.hf
 from moe_ops import _verify
-from moe_ops.hf import experts, fused, step
+from moe_ops.hf.decode import fused, step
+from moe_ops.hf.experts import forward as experts
 from moe_ops.layers import linear
 
 from .models import CACHE, MODEL_TYPES, build, tokens

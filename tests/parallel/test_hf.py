@@ -16,7 +16,7 @@ from tests.hf.models import build, tokens
 from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
-from moe_ops.hf.parallel import Interface, MoeOpsEP, register_ep_implementation
+from moe_ops.hf.experts.parallel import Interface, MoeOpsEP, register_ep_implementation
 from moe_ops.parallel import Shared
 from moe_ops.testing import assert_identical
 

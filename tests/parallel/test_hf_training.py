@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="the Trainer of transformers needs acce
 
 from safetensors.torch import load_file
 
-from moe_ops.hf.parallel import Interface
+from moe_ops.hf.experts.parallel import Interface
 
 pytestmark = [
     pytest.mark.xdist_group("parallel"),

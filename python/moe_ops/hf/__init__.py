@@ -36,9 +36,16 @@ if transformers_is_too_old(transformers.__version__):
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.expert_weights import register_hook
-from moe_ops.hf import attention, published
-from moe_ops.hf.experts import experts_forward
-from moe_ops.hf.hook import TransformersHook
+from moe_ops.hf.checkpoints import published
+from moe_ops.hf.checkpoints.hook import TransformersHook
+from moe_ops.hf.checkpoints.offloading import load_offloaded
+from moe_ops.hf.checkpoints.quantizer import ExpertsQuantizationConfig
+from moe_ops.hf.decode import attention
+from moe_ops.hf.decode.optimize import optimize, restore
+from moe_ops.hf.decode.report import report
+from moe_ops.hf.experts.forward import experts_forward
+from moe_ops.hf.experts.parallel import Interface, register_ep_implementation
+from moe_ops.hf.experts.switch import disable, enable, expect_calls, status
 from moe_ops.hf.models import (
     register_attention,
     register_block,
@@ -48,12 +55,6 @@ from moe_ops.hf.models import (
     register_router,
 )
 from moe_ops.hf.models.attention import PLAIN_FUNCTIONS
-from moe_ops.hf.offloading import load_offloaded
-from moe_ops.hf.optimize import optimize, restore
-from moe_ops.hf.parallel import Interface, register_ep_implementation
-from moe_ops.hf.quantizer import ExpertsQuantizationConfig
-from moe_ops.hf.report import report
-from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
 PLAIN_FUNCTIONS.add(attention.attention_forward)

@@ -37,11 +37,11 @@ except ModuleNotFoundError as error:
         "moe_ops.hf.lora needs the package peft, which is not installed: pip install peft"
     ) from error
 
-from moe_ops.hf.experts import bank_bias, bank_views, cast_like
-from moe_ops.hf.fused import register_kind, set_fused
+from moe_ops.hf.decode.fused import register_kind, set_fused
+from moe_ops.hf.experts.forward import bank_bias, bank_views, cast_like
+from moe_ops.hf.experts.quantized import QuantizedHfExperts
+from moe_ops.hf.experts.switch import interface_of
 from moe_ops.hf.models.gates import fused_activation
-from moe_ops.hf.quantized import QuantizedHfExperts
-from moe_ops.hf.switch import interface_of
 from moe_ops.layers.expert_adapters import (
     ExpertAdapter,
     FrozenBank,

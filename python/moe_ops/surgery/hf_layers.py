@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops.expert_weights.packing import invalidate
-from moe_ops.hf.hook import TransformersHook
+from moe_ops.hf.checkpoints.hook import TransformersHook
+from moe_ops.hf.experts.switch import status_of
 from moe_ops.hf.models.known import Unknown, find
-from moe_ops.hf.switch import status_of
 from moe_ops.layers import Experts, Router, Routing
 from moe_ops.layers.routing import RoutingOverride
 

@@ -134,7 +134,7 @@ class SelfContrast:
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        from moe_ops.hf.cache_argument import cache_name
+        from moe_ops.hf.models.cache_argument import cache_name
 
         self._cache_name = cache_name(self.model.forward)
         return DynamicCache(config=self.model.config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE, JetMoeTopKGating
 
-from moe_ops.hf.experts import run_gated
+from moe_ops.hf.experts.forward import run_gated
 
 
 class MoeOpsJetMoeTopKGating(JetMoeTopKGating):

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
-from moe_ops.hf.quantizer import METHOD, mark_quantized, refuse_to_save
-from moe_ops.hf.switch import status_of
+from moe_ops.hf.checkpoints.quantizer import METHOD, mark_quantized, refuse_to_save
+from moe_ops.hf.experts.switch import status_of
 
 
 class TransformersHook(ExpertsHook):
@@ -66,7 +66,7 @@ def _method_of(root: nn.Module) -> str | None:
 
 def _kinds() -> Sequence[ExpertsHook]:
     # It imports the models whose blocks it subclasses, which most processes have no use for.
-    from moe_ops.hf.quantized import KINDS
+    from moe_ops.hf.experts.quantized import KINDS
 
     return KINDS
 

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops._files import shown
 from moe_ops._reading import damage
-from moe_ops.hf.checkpoint_files import Checkpoint
+from moe_ops.hf.checkpoints.files import Checkpoint
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.stored_linear import StoredLinear
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns

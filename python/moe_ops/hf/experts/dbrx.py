@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 
-from moe_ops.hf.experts import cast_like
+from moe_ops.hf.experts.forward import cast_like
 from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from moe_ops.hf.fused import is_intact, kind_of
-from moe_ops.hf.known_parts import LayerParts
-from moe_ops.hf.step import KIND, reason_of
-from moe_ops.hf.stock import take_stock
-from moe_ops.hf.switch import status
+from moe_ops.hf.decode.fused import is_intact, kind_of
+from moe_ops.hf.decode.known_parts import LayerParts
+from moe_ops.hf.decode.step import KIND, reason_of
+from moe_ops.hf.decode.stock import take_stock
+from moe_ops.hf.experts.switch import status
 from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
-from moe_ops.hf.experts import run_gated
+from moe_ops.hf.experts.forward import run_gated
 
 
 class MoeOpsLongcatFlashExperts(LongcatFlashExperts):

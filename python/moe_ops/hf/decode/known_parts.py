@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from moe_ops.hf import agreement
+from moe_ops.hf.decode import agreement
 from moe_ops.hf.models.known import Unknown, code_of, entry_of, find, own_class
 from moe_ops.hf.models.layers import DecoderLayer
 from moe_ops.hf.models.source import Code, is_of_transformers

@@ -21,9 +21,9 @@ from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from moe_ops._reading import damage
-from moe_ops.hf.checkpoint_files import put
-from moe_ops.hf.gguf_header import GgufTensor, check_gguf
-from moe_ops.hf.quantizer import mark_stored
+from moe_ops.hf.checkpoints.files import put
+from moe_ops.hf.checkpoints.gguf_header import GgufTensor, check_gguf
+from moe_ops.hf.checkpoints.quantizer import mark_stored
 from moe_ops.quant import published
 from moe_ops.quant.bank import find_banks
 from moe_ops.quant.formats import label_of_bank, options_of_label

@@ -26,8 +26,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops import _reading
 from moe_ops._files import shown
-from moe_ops.hf.checkpoint_files import Checkpoint, put
-from moe_ops.hf.quantizer import mark_stored, parameter_types, replace_linear, restore_types
+from moe_ops.hf.checkpoints.files import Checkpoint, put
+from moe_ops.hf.checkpoints.quantizer import (
+    mark_stored,
+    parameter_types,
+    replace_linear,
+    restore_types,
+)
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
 from moe_ops.quant.formats import WeightFormat, options_of_label
@@ -456,7 +461,7 @@ def install() -> None:
         if asked and kwargs.get("gguf_file") is not None:
             from transformers.utils.quantization_config import GgufConfig
 
-            from moe_ops.hf.gguf import GgufExpertsQuantizer
+            from moe_ops.hf.checkpoints.gguf import GgufExpertsQuantizer
 
             config.quantization_config = GgufConfig(gguf_file=kwargs["gguf_file"], dequantize=True)
             return GgufExpertsQuantizer(config.quantization_config), config, device_map

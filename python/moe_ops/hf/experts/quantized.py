@@ -17,10 +17,10 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from moe_ops import _verify as verify
 from moe_ops._sharded import is_sharded
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
-from moe_ops.hf.experts import bank_bias, bank_views
-from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.hf.experts.forward import bank_bias, bank_views
+from moe_ops.hf.experts.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.hf.experts.switch import interface_of
 from moe_ops.hf.models.gates import fused_activation, fused_gate
-from moe_ops.hf.switch import interface_of
 from moe_ops.layers import QuantizedExperts
 from moe_ops.ops import gated_act
 

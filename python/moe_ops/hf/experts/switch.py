@@ -15,12 +15,14 @@ from moe_ops.expert_weights.packing import invalidate
 
 # Blocks that transformers keeps outside its experts interface, and the module with their subclass.
 _BLOCKS = {
-    "transformers.models.dbrx.modeling_dbrx.DbrxExperts": "moe_ops.hf.dbrx",
-    "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "moe_ops.hf.jetmoe_attention",
-    "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE": "moe_ops.hf.jetmoe",
-    "transformers.models.llama4.modeling_llama4.Llama4TextMoe": "moe_ops.hf.llama4",
+    "transformers.models.dbrx.modeling_dbrx.DbrxExperts": "moe_ops.hf.experts.dbrx",
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": (
+        "moe_ops.hf.experts.jetmoe_attention"
+    ),
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE": "moe_ops.hf.experts.jetmoe",
+    "transformers.models.llama4.modeling_llama4.Llama4TextMoe": "moe_ops.hf.experts.llama4",
     "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": (
-        "moe_ops.hf.longcat"
+        "moe_ops.hf.experts.longcat"
     ),
 }
 # Inner modules that the new forwards call like the old ones.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from moe_ops.hf.known_parts import Inventory, LayerParts
+from moe_ops.hf.decode.known_parts import Inventory, LayerParts
 from moe_ops.hf.models.attention import LatentAttention
 from moe_ops.hf.models.known import Unknown, entry_of, own_class
 from moe_ops.hf.models.norms import RmsNorm

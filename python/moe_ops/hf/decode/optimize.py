@@ -13,12 +13,12 @@ from transformers.generation import CompileConfig
 
 from moe_ops._verify import parse as parse_verify
 from moe_ops._verify import watch
-from moe_ops.hf import step
-from moe_ops.hf.fused import set_fused
-from moe_ops.hf.known_parts import LayerParts
-from moe_ops.hf.report import Report
-from moe_ops.hf.stock import take_stock
-from moe_ops.hf.switch import enable, interface_of, set_implementation
+from moe_ops.hf.decode import step
+from moe_ops.hf.decode.fused import set_fused
+from moe_ops.hf.decode.known_parts import LayerParts
+from moe_ops.hf.decode.report import Report
+from moe_ops.hf.decode.stock import take_stock
+from moe_ops.hf.experts.switch import enable, interface_of, set_implementation
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import replace_linears
 from moe_ops.memory import register_holder

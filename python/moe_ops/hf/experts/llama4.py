@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from moe_ops.hf.experts import run_gated
+from moe_ops.hf.experts.forward import run_gated
 
 
 class MoeOpsLlama4TextMoe(Llama4TextMoe):

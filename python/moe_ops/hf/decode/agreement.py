@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._private_torch import disable_modes
-from moe_ops.hf.cache_argument import cache_name
 from moe_ops.hf.models.attention import HeadAttention, LatentAttention
+from moe_ops.hf.models.cache_argument import cache_name
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.ops import (
     add_rms_norm,

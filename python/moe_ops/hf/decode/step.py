@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from moe_ops import _verify as verify
 from moe_ops._private_torch import has_global_hooks
 from moe_ops.expert_weights.packing import expert_ffn
-from moe_ops.hf import cache_argument
-from moe_ops.hf.attention_widths import PaddedValues
-from moe_ops.hf.cache_room import Room, room
-from moe_ops.hf.experts import bank_bias, bank_views
-from moe_ops.hf.fused import (
+from moe_ops.hf.decode.attention_widths import PaddedValues
+from moe_ops.hf.decode.cache_room import Room, room
+from moe_ops.hf.decode.fused import (
     is_silent,
     kind_of,
     norm_operands,
     register_kind,
     route,
 )
-from moe_ops.hf.known_parts import Found, LayerParts
+from moe_ops.hf.decode.known_parts import Found, LayerParts
+from moe_ops.hf.experts.forward import bank_bias, bank_views
+from moe_ops.hf.experts.switch import interface_of, is_quantized
+from moe_ops.hf.models import cache_argument
 from moe_ops.hf.models.attention import (
     HeadAttention,
     LatentAttention,
@@ -39,7 +40,6 @@ from moe_ops.hf.models.attention import (
 )
 from moe_ops.hf.models.gates import fused_activation
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
-from moe_ops.hf.switch import interface_of, is_quantized
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import FEW_ROWS, dense_operands, in_inference_on_few_rows
 from moe_ops.ops import add_rms_norm, attention_step, gated_ffn, latent_attention_step

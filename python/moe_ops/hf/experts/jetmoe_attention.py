@@ -16,9 +16,9 @@ from transformers.models.jetmoe.modeling_jetmoe import (
     eager_attention_forward,
 )
 
-from moe_ops.hf.cache_argument import OLDER_NAME
-from moe_ops.hf.experts import cast_like
-from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.hf.experts.forward import cast_like
+from moe_ops.hf.experts.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.hf.models.cache_argument import OLDER_NAME
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 
 _KNOWN = "_moe_ops_is_causal"
