@@ -74,7 +74,7 @@ def carry_out(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
         assert re.fullmatch(r"[\w.]+: .+\.", str(error)), f"not a sentence: {error}"
         return
     if attempt.after is not None or attempt.patch_after is not None:
-        run(model)  # What a first call finds out must not outlive the alteration.
+        run(model)  # Conclusions of a first call must not outlive the alteration.
     if attempt.patch_after is not None:
         attempt.patch_after(monkeypatch)
     for m in (plain, model):

@@ -22,7 +22,7 @@ from .families import NOT_GENERATIVE
 from .fuzz_draws import Draw
 from .models import CACHE
 
-TOLERANCE = 1e-4  # Of the norm of a token's logits, in float32.
+TOLERANCE = 1e-4  # Relative to the norm of a token's logits, in float32.
 CODES_TOLERANCE = 0.02  # The median token's, between two paths of a quantized model.
 INT8_TOLERANCE = 0.7  # The median token's, between int8 and float32 weights; experts may flip.
 STEPS = 5
