@@ -347,6 +347,19 @@ def test_out_of_turn():
         moe_ops.hf.optimize(build("mixtral").model.layers, compile=True)
 
 
+def test_restore_keeps_what_use_has_changed():
+    """Frequencies that a long prompt has changed, and a parameter that somebody has replaced."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+    plain, model = (build("qwen3_moe", rope_parameters=rope) for _ in range(2))
+    moe_ops.hf.optimize(model)
+    for m in (plain, model):
+        for ids in (tokens(1, 70), tokens(1, 5)):
+            logits(m, ids)
+        m.model.norm.weight = nn.Parameter(m.model.norm.weight * 2)
+    moe_ops.hf.restore(model)
+    assert torch.equal(logits(model, tokens(1, 9)), logits(plain, tokens(1, 9)))
+
+
 def test_threads_take_turns():
     """What is left after any order of calls is a model that was optimised once, or not at all."""
     model, ids = build("mixtral"), tokens(1, 5)

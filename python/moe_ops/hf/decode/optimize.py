@@ -36,8 +36,6 @@ class _Module(NamedTuple):
 
     cls: type
     attributes: dict[str, Any]
-    parameters: dict[str, Any]
-    buffers: dict[str, Any]
     children: dict[str, nn.Module | None]
 
 
@@ -266,10 +264,7 @@ def _implementations(model: nn.Module) -> dict[str, Any]:
 def _snapshot(model: nn.Module) -> Iterator[tuple[str, _Module]]:
     for name, m in model.named_modules():
         private = {key: value for key, value in m.__dict__.items() if key.startswith("_moe_ops")}
-        yield (
-            name,
-            _Module(type(m), private, dict(m._parameters), dict(m._buffers), dict(m._modules)),
-        )
+        yield name, _Module(type(m), private, dict(m._modules))
 
 
 def _put_back(module: nn.Module, name: str, modules: dict[str, _Module]) -> None:
@@ -280,14 +275,9 @@ def _put_back(module: nn.Module, name: str, modules: dict[str, _Module]) -> None
     for key in [k for k in module.__dict__ if k.startswith("_moe_ops")]:
         del module.__dict__[key]
     module.__dict__.update(was.attributes)
-    pairs: Any = (
-        (module._parameters, was.parameters),
-        (module._buffers, was.buffers),
-        (module._modules, was.children),
-    )
-    for target, source in pairs:
-        target.clear()
-        target.update(source)
+    # Parameters and buffers of the modules that were there have stayed, and may have changed since.
+    module._modules.clear()
+    module._modules.update(was.children)
     for key, child in was.children.items():
         if child is not None:
             _put_back(child, f"{name}.{key}" if name else key, modules)
