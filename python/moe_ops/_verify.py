@@ -20,7 +20,7 @@ _ATTRIBUTE = "_moe_ops_verify"
 # with what they stand for, while the kernels round tokens to 8 bits.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _QUANTIZED = 8e-2
-_state = threading.local()
+_state: Any = threading.local()
 _active = False
 
 
@@ -42,7 +42,7 @@ class Check:
 
 
 def parse(verify: int | str | None) -> tuple[int, bool]:
-    """Return how many calls there are to one comparison, 0 for none, and whether to warn only.
+    """Returns how many calls there are to one comparison, 0 for none, and whether to warn only.
 
     Args:
         verify: a number; "n" or "warn:n"; None is the environment variable MOE_OPS_VERIFY.
@@ -62,7 +62,7 @@ def parse(verify: int | str | None) -> tuple[int, bool]:
 
 
 def watch(modules: dict[str, nn.Module], every: int, warn: bool) -> None:
-    """Compare one call in `every` of each of these modules from now on; 0 stops it."""
+    """Compares one call in `every` of each of these modules from now on; 0 stops it."""
     global _active
     for name, module in modules.items():
         if every:
@@ -73,12 +73,12 @@ def watch(modules: dict[str, nn.Module], every: int, warn: bool) -> None:
 
 
 def is_active() -> bool:
-    """Return whether any module of this process has been watched."""
+    """Returns whether any module of this process has been watched."""
     return _active
 
 
 def is_due(module: nn.Module) -> bool:
-    """Count a call of a module and return whether it is one to compare."""
+    """Counts a call of a module and return whether it is one to compare."""
     if not _active or torch.compiler.is_compiling():
         return False
     check = module.__dict__.get(_ATTRIBUTE)
@@ -89,13 +89,13 @@ def is_due(module: nn.Module) -> bool:
 
 
 def takes_own_forward() -> bool:
-    """Return whether fused modules of this thread take their own forward now."""
-    return _active and getattr(_state, "depth", 0) > 0
+    """Returns whether fused modules of this thread take their own forward now."""
+    return _active and bool(getattr(_state, "depth", 0))
 
 
 @contextlib.contextmanager
 def own_forwards() -> Iterator[None]:
-    """Make fused modules of this thread take their own forward inside the block."""
+    """Makes fused modules of this thread take their own forward inside the block."""
     _state.depth = getattr(_state, "depth", 0) + 1
     try:
         yield
@@ -111,7 +111,7 @@ def compare(
     *,
     quantized: bool = False,
 ) -> None:
-    """Compare an output with what the module's own forward gives.
+    """Compares an output with what the module's own forward gives.
 
     Raises:
         VerificationError: they differ by more than rounding, unless the check only warns.
@@ -125,7 +125,7 @@ def compare(
 def compare_choice(
     router: nn.Module, ours: tuple[Tensor, ...], own: Callable[[], tuple[Tensor, ...]]
 ) -> None:
-    """Compare logits of a router, and the weights of all experts for tokens whose choice no
+    """Compares logits of a router, and the weights of all experts for tokens whose choice no
     rounding of logits can turn.
 
     Raises:

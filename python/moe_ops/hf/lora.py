@@ -187,7 +187,7 @@ def _forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """What experts give with their adapters."""
+    """Returns the output of experts with their adapters."""
     adapter_ids = None
     if names is None:
         active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
@@ -277,12 +277,12 @@ class QuantizedExpertsLora(ParamWrapper):
     weight. Parameters, their names and shapes are those of float experts; in float32."""
 
     def get_param(self) -> Tensor:
-        """What peft looks at for sizes, type and device."""
+        """Returns a tensor from which peft takes sizes, dtype and device."""
         return _stand_in(self.get_base_layer(), self.parameter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `experts_forward`; hidden_states may be [..., H]. adapter_names is peft's, for a batch
-        of several adapters."""
+        """Runs the experts, like `experts_forward`; hidden_states may be [..., H]. adapter_names
+        is peft's, for a batch of several adapters."""
         call = _call(args, kwargs)
         names = call.pop("adapter_names", None)
         experts, chain = self.get_base_layer(), _chain(self)

@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _own_forward(cls: type[nn.Module]) -> Any:
-    """Return the forward of a class, or None where something has put another one there."""
+    """Returns the forward of a class, or None where something has put another one there."""
     forward: Any = cls.forward
     is_own = forward.__module__ == cls.__module__ and not hasattr(forward, "__wrapped__")
     return forward if is_own else None
@@ -224,7 +224,7 @@ class QuantizedLinear(nn.Linear):
         return y
 
     def _dequantized(self, input: Tensor) -> Tensor:
-        """Return the product with the weight that the codes stand for."""
+        """Returns the product with the weight that the codes stand for."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 

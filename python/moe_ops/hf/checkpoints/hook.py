@@ -1,4 +1,4 @@
-"""What packing and quantisation need to know of transformers' MoE blocks."""
+"""The hook through which packing and quantization find transformers' MoE blocks."""
 
 from __future__ import annotations
 

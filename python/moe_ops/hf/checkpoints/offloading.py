@@ -98,7 +98,7 @@ def load_offloaded(
 
 
 class _Loading:
-    """What a call of `load_offloaded` wants and has done."""
+    """The options and the progress of one call of `load_offloaded`."""
 
     def __init__(self, folder: Path, skip: tuple[str, ...]) -> None:
         self.folder = folder

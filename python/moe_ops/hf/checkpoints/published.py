@@ -56,7 +56,7 @@ _KERNEL_GROUPS = (64, 128)
 
 
 class Method:
-    """How a method stores a weight. `marker` is a tensor that every quantised weight has."""
+    """The layout of a method; every weight that it quantizes has the tensor `marker`."""
 
     marker: str
 
@@ -64,7 +64,7 @@ class Method:
         self.config = config
 
     def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        """What the weight called `name` is to be held as."""
+        """Returns the format in which the weight called `name` is held."""
         raise NotImplementedError
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:

@@ -31,7 +31,7 @@ _CONFIG = "quantization_config of config.json"
 
 @register_quantization_config(METHOD)
 class ExpertsQuantizationConfig(QuantizationConfigMixin):
-    """How the experts of a model are, or are to be, quantised.
+    """The formats of the quantized experts of a model.
 
     Give it to `from_pretrained(..., quantization_config=...)` of a float checkpoint to quantise
     while loading; checkpoints that were saved quantised carry their own.
@@ -95,7 +95,7 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
 
 
 class _TakeFloats(ConversionOps):
-    """What transformers calls with each float weight of a bank as soon as it has read it."""
+    """Receives each float weight of the experts as soon as transformers has read it."""
 
     def __init__(self, quantizer: BankReader) -> None:
         self.quantizer = quantizer
@@ -343,7 +343,7 @@ def mark_quantized(
 
 
 def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -> None:
-    """The same for a model that was read from a checkpoint of another method.
+    """Like `mark_quantized`, for checkpoints of another quantization method.
 
     Args:
         banks: names of what its experts are in; of a block, or of the bank itself.

@@ -34,7 +34,7 @@ _ATTENTION_TOLERANCE = 1e-4
 
 
 def why_not(kind: str, module: nn.Module, entry: Any) -> str | None:
-    """Return why a module does not agree with an entry of its kind; None where it does, or where
+    """Returns why a module does not agree with an entry of its kind; None where it does, or where
     its parameters hold no numbers."""
     if any(p.device.type == "meta" for p in module.parameters()):
         return None
@@ -55,7 +55,7 @@ def _numbers(*shape: int) -> Tensor:
 
 
 def shell(module: nn.Module, parts: dict[str, nn.Module]) -> Any:
-    """Return the module in eval mode, without hooks and with other parts."""
+    """Returns the module in eval mode, without hooks and with other parts."""
     probe = type(module).__new__(type(module))
     probe.__dict__.update(module.__dict__)
     probe.__dict__.update({k: type(v)() for k, v in module.__dict__.items() if k.endswith("hooks")})
@@ -64,7 +64,7 @@ def shell(module: nn.Module, parts: dict[str, nn.Module]) -> Any:
 
 
 def float_copy(module: nn.Module) -> Any:
-    """Return the module and all in it in eval mode, in fp32 on the CPU, without hooks. What is in
+    """Returns the module and all in it in eval mode, in fp32 on the CPU, without hooks. What is in
     fp32 already shares its memory."""
     parts = {name: float_copy(m) for name, m in module._modules.items() if m is not None}
     probe = shell(module, parts)
@@ -82,7 +82,7 @@ def float_copy(module: nn.Module) -> Any:
 def _first_difference(
     compute: Callable[[float], tuple[Any, Tensor]], tolerance: float = _TOLERANCE
 ) -> float | None:
-    """Return the first size of inputs at which both results of `compute` differ; None without."""
+    """Returns the first size of inputs at which both results of `compute` differ; None without."""
     for size in _SIZES:
         actual, expected = compute(size)
         if not isinstance(actual, Tensor) or actual.shape != expected.shape:
@@ -148,7 +148,7 @@ class _Cache:
 
 
 def _padded_mask() -> Tensor:
-    """Return the mask of two sequences of three tokens, of which the second begins with padding."""
+    """Returns the mask of two sequences of three tokens; the second begins with padding."""
     mask = torch.full((2, 1, 3, 3), -1e9, dtype=torch.float32).triu(1)
     mask[1, :, 1:, 0] = -1e9
     return mask
@@ -250,7 +250,7 @@ def _latents(attention: Any, entry: LatentAttention) -> float | None:
 
 
 def epsilon_of(norm: Any) -> float:
-    """Return the epsilon of an RMS norm under either name."""
+    """Returns the epsilon of an RMS norm under either name."""
     eps: float = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))  # type: ignore[assignment]
     return eps
 

@@ -30,7 +30,7 @@ class _Buffers:
         self._lock = threading.Lock()
 
     def claim(self, start: int, end: int) -> bool:
-        """Return True to the only caller that may write from `start` to `end`."""
+        """Returns True to the only caller that may write from `start` to `end`."""
         with self._lock:
             if start != self._filled or end > self.keys.shape[2]:
                 return False
@@ -49,7 +49,7 @@ def _nothing() -> None:
 
 
 class _Kept(NamedTuple):
-    """What a step left in a layer of a cache: the views that it showed, and what they are of."""
+    """The record of a step in a cache layer: the views that it showed, and their buffers."""
 
     shown_keys: Tensor
     shown_values: Tensor
@@ -73,7 +73,7 @@ class Room(NamedTuple):
     first: int
 
     def note(self, length: int) -> None:
-        """Show in the cache that `length` more tokens are there."""
+        """Shows in the cache that `length` more tokens are there."""
         layer, end = self.layer, self.start + length
         if self.buffers is None:
             layer.cumulative_length.add_(length)
@@ -88,7 +88,7 @@ class Room(NamedTuple):
 
 
 def room(cache: Any, index: int, x: Tensor, heads: int, sizes: tuple[int, int]) -> Room | str:
-    """Return room for keys and values of x in a layer of a cache, or why there is none.
+    """Returns room for keys and values of x in a layer of a cache, or why there is none.
 
     Args:
         cache: a cache of transformers.

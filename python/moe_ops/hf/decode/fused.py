@@ -29,30 +29,30 @@ _forwards: dict[str, Callable[[Any], Callable[..., Any]]] = {}
 
 
 def register_kind(kind: str, make_forward: Callable[[Any], Callable[..., Any]]) -> None:
-    """Add a kind of fused classes by the function that makes the forward for a class."""
+    """Adds a kind of fused classes by the function that makes the forward for a class."""
     _forwards[kind] = make_forward
 
 
 def set_fused(module: nn.Module, kind: str, settings: Any) -> None:
-    """Give a module the fused class of a kind."""
+    """Gives a module the fused class of a kind."""
     module.__class__ = _fused_class(kind, type(module))
     module._moe_ops_fused = settings
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Return the kind of a module's fused class; None for a class that is not fused, and for one
+    """Returns the kind of a module's fused class; None for a class that is not fused, and for one
     that something made out of a fused class since, as parametrizations do."""
     return type(module).__dict__.get("_moe_ops_kind")
 
 
 def is_intact(module: nn.Module) -> bool:
-    """Return False where the code under a fused class has been replaced."""
+    """Returns False where the code under a fused class has been replaced."""
     code: Any = type(module)._moe_ops_code  # type: ignore[attr-defined]
     return code is None or code.is_intact()
 
 
 def is_silent(module: nn.Module) -> bool:
-    """Return whether nothing waits for a call of this module: no hook, no forward of its own."""
+    """Returns whether nothing waits for a call of this module: no hook, no forward of its own."""
     state = module.__dict__
     if "forward" in state or state["_forward_pre_hooks"]:
         return False
@@ -86,13 +86,13 @@ def _fused_class(kind: str, cls: type) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Pickle and copy a class that cannot be found by its name: it is made again."""
+    """Pickles and copies a class that cannot be found by its name: it is made again."""
     cls = type(self)
     return _new, (cls._moe_ops_kind, cls.__mro__[1]), self.__dict__
 
 
-def _new(kind: str, cls: type) -> Any:
-    """Return an empty module of the fused class, or of its own class where the release of
+def _new(kind: str, cls: Any) -> Any:
+    """Returns an empty module of the fused class, or of its own class where the release of
     transformers that reads a pickle has other code for it."""
     if kind in ("norm", "router", "layer"):
         try:
@@ -109,7 +109,7 @@ def _new(kind: str, cls: type) -> Any:
 def norm_operands(
     norm: Any, dtype: torch.dtype, intact: Collection[type] = ()
 ) -> tuple[Tensor, float] | None:
-    """Return weight and epsilon of a fused norm that an op may read instead of calling it; None
+    """Returns weight and epsilon of a fused norm that an op may read instead of calling it; None
     where it is to be called.
 
     Args:
@@ -167,7 +167,7 @@ def _router_forward(cls: Any) -> Callable[..., Any]:
 def route(
     router: Any, x: Tensor, *, exact: bool = False, intact: Collection[type] = ()
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return logits, weights and ids of a fused router for tokens [..., H]; None where its own
+    """Returns logits, weights and ids of a fused router for tokens [..., H]; None where its own
     forward is to be called.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is known of the parts of a model, found once when it is optimised."""
+"""The known parts of a model, found once when it is optimized."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Found(NamedTuple):
     code: Code | None
 
     def is_still(self, module: nn.Module) -> bool:
-        """Return False once the module has another class."""
+        """Returns False once the module has another class."""
         return type(module) is self.cls
 
 
 class LayerParts:
-    """What is known of a decoder layer and its parts; None stands for an unknown part.
+    """A decoder layer and its known parts; None stands for an unknown part.
 
     layer: the order of the parts.
     attention, block, network, shared: self_attn; the block, which is experts or a dense network;
@@ -52,7 +52,7 @@ class LayerParts:
         self._watched: tuple[Any, ...] | None = None
 
     def intact(self, layer: nn.Module) -> Collection[type] | None:
-        """Return the fused classes of the layer's parts; None once code of any part is replaced."""
+        """Returns the fused classes of the layer; None once code of any part is replaced."""
         if self._watched is None:
             self._watched = self._watch(layer)
         functions, classes = self._watched
@@ -100,8 +100,8 @@ _KINDS = {
 
 
 def _found_again(kind: str, entry: Any, cls: type) -> Found | None:
-    """Return a part of a pickled model, if this release of transformers computes it as the one that
-    wrote it."""
+    """Returns a part of a pickled model, if this release of transformers computes it as the
+    release that wrote it."""
     try:
         same = entry_of(kind, cls) == entry
     except Unknown:
@@ -116,7 +116,7 @@ class Inventory:
         self._compared: dict[Any, str | None] = {}
 
     def find(self, kind: str, module: nn.Module) -> Found:
-        """Return what a module is.
+        """Returns what a module is.
 
         Raises:
             Unknown: it is not known, or does not agree with the formula of its class.
@@ -138,7 +138,7 @@ class Inventory:
         return self._compared[key]
 
     def layer_parts(self, layer: Any) -> LayerParts:
-        """Return what is known of a decoder layer.
+        """Returns what is known of a decoder layer.
 
         Raises:
             Unknown: its order of parts is not known, or none of them is.

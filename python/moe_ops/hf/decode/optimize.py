@@ -216,7 +216,7 @@ def _restore(model: nn.Module) -> None:
 
 
 def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
-    """Whether all experts are stored so already, as those of a checkpoint that was saved so."""
+    """Returns whether all experts have this format already, as after loading such a checkpoint."""
     found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
     fits = all(
         m.format == format and (group_size is None or m.group_size == group_size) for m in found
@@ -225,7 +225,7 @@ def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
 
 
 def _watched(model: nn.Module, report: Report) -> dict[str, nn.Module]:
-    """Return the modules whose calls can be compared, by name."""
+    """Returns the modules whose calls can be compared, by name."""
     found = {}
     for name, module in model.named_modules():
         if name in report and not report[name].startswith("fused layer"):

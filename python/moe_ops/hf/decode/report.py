@@ -1,4 +1,4 @@
-"""What runs where in a model."""
+"""Reports of which parts of a model run on moe_ops."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Report(dict[str, str]):
         self.left: dict[str, str] = {}
 
     def __str__(self) -> str:
-        """Return a line a module, the reasons behind them."""
+        """Returns a line a module, the reasons behind them."""
         lines = [f"{name}: {how}" for name, how in self.items()]
         return "\n".join(lines + [f"{name}: left alone ({why})" for name, why in self.left.items()])
 
 
 def report(model: nn.Module) -> Report:
-    """Return what runs on moe_ops in a model now, and why the rest does not.
+    """Returns what runs on moe_ops in a model now, and why the rest does not.
 
     Works before and after :func:`moe_ops.hf.optimize`. After some use it also says, for a layer
     whose last call was not computed in a few calls, why that was so: a long prompt, hooks, another

@@ -63,13 +63,13 @@ _REASON = "_moe_ops_reason"
 
 
 def reason_of(layer: nn.Module) -> str | None:
-    """Return why the last call of a fused layer computed less here than it could; None where it
+    """Returns why the last call of a fused layer computed less here than it could; None where it
     did not."""
     return layer.__dict__.get(_REASON)
 
 
 def step_forward(cls: Any) -> Callable[..., Any]:
-    """Return the forward of the fused class of a decoder layer."""
+    """Returns the forward of the fused class of a decoder layer."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         parts: LayerParts = self._moe_ops_fused
@@ -86,7 +86,7 @@ def step_forward(cls: Any) -> Callable[..., Any]:
 
 
 def _fast_attention(parts: LayerParts) -> AbstractContextManager[Any]:
-    """Return what is entered around the layer's own forward."""
+    """Returns what is entered around the layer's own forward."""
     latent = parts.attention is not None and isinstance(parts.attention.entry, LatentAttention)
     return PaddedValues() if latent and not torch.compiler.is_compiling() else nullcontext()
 
@@ -106,7 +106,7 @@ def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) ->
 
 
 def _step(layer: Any, parts: LayerParts, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | str:
-    """Return the output of the layer, or why nothing of it is computed here."""
+    """Returns the output of the layer, or why nothing of it is computed here."""
     form: DecoderLayer = parts.layer.entry
     intact = parts.intact(layer)
     if intact is None:
@@ -139,7 +139,7 @@ def _attend(
     kwargs: Mapping[str, Any],
     intact: Collection[type],
 ) -> Tensor | str:
-    """Return x + scale * attention, or why it is not computed here."""
+    """Returns x + scale * attention, or why it is not computed here."""
     found = parts.attention
     if found is None:
         return parts.left.get("self_attn", "its attention is not known")
@@ -149,7 +149,7 @@ def _attend(
         return "self_attn has another class"
     if not is_silent(attention) or not all(map(is_silent, attention._modules.values())):
         return "self_attn or a part of it has hooks or a forward of its own"
-    entry: HeadAttention | LatentAttention = found.entry
+    entry: Any = found.entry
     if (why := entry.why_not_now(attention)) is not None:
         return f"self_attn: {why}"
     norm = norm_operands(modules["input_layernorm"], x.dtype, intact)
@@ -287,7 +287,7 @@ def _attend_to_latents(
 def _room(
     cache: Any, attention: Any, x: Tensor, mask: Any, heads: int, sizes: tuple[int, int]
 ) -> tuple[Room, Tensor | None] | str:
-    """Return room in the cache and the mask of all tokens in it, or why an op cannot have them."""
+    """Returns room in the cache and the mask of all tokens in it, or why an op cannot have them."""
     length = x.shape[1]
     if mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1):
         return "the mask is not one tensor for all heads"
@@ -310,7 +310,7 @@ def _room(
 def _own_attention(
     layer: Any, x: Tensor, scale: float, kwargs: Mapping[str, Any], index: int
 ) -> Callable[[], Tensor]:
-    """Return a call of the layer's own attention on the cache as it is now."""
+    """Returns a call of the layer's own attention on the cache as it is now."""
     before = dict(kwargs)
     for name in (cache_argument.NAME, cache_argument.OLDER_NAME):
         if before.get(name) is not None:
@@ -340,7 +340,7 @@ def _post_norm(
     dtype: torch.dtype,
     intact: Collection[type],
 ) -> tuple[Tensor, float] | str:
-    """Return weight and epsilon of the norm before the block, or why the block is called as the
+    """Returns weight and epsilon of the norm before the block, or why the block is called as the
     layer calls it."""
     found = parts.block or parts.network
     if found is None:
@@ -363,7 +363,7 @@ def _through_block(
     norm: tuple[Tensor, float] | str,
     intact: Collection[type],
 ) -> Tensor:
-    """Return x + scale * block(norm(x))."""
+    """Returns x + scale * block(norm(x))."""
     block = layer._modules[form.block]
     if not isinstance(norm, str):
         weight, eps = norm
@@ -397,7 +397,7 @@ def _verify_network(
 def _routed(
     block: Any, parts: LayerParts, entry: RoutedBlock, y: Tensor, intact: Collection[type]
 ) -> Tensor:
-    """Return the output of a block of experts for tokens [T, H] behind the norm."""
+    """Returns the output of a block of experts for tokens [T, H] behind the norm."""
     modules: dict[str, Any] = block._modules
     router = modules[entry.router]
     chosen = None
@@ -431,7 +431,7 @@ def _routed(
 
 
 def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Return weights, scales and activation of a dense network for gated_ffn; None where it is to
+    """Returns weights, scales and activation of a dense network for gated_ffn; None where it is to
     be called."""
     if not found.is_still(network) or not is_silent(network):
         return None
@@ -450,7 +450,7 @@ def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[st
 
 
 def _through_experts(experts: Any, y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return experts(y, ids, weights), without what only finds out what is known here."""
+    """Returns experts(y, ids, weights), without what only finds out what is known here."""
     if verify.is_active():
         pass  # Its forward compares.
     elif is_quantized(experts) and isinstance(experts, QuantizedExperts):

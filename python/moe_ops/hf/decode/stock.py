@@ -29,7 +29,7 @@ class Stock(NamedTuple):
 
 
 def take_stock(model: nn.Module) -> Stock:
-    """Return what the modules of a model are."""
+    """Returns what the modules of a model are."""
     stock = Stock({}, {}, {}, {}, False)
     inventory, latent = Inventory(), False
     kinds: dict[str, dict[str, Any]] = {"norm": stock.norms, "router": stock.routers}
@@ -60,7 +60,7 @@ _ENDINGS = {
 
 
 def _kind(module: nn.Module) -> str | None:
-    """Return the kind of module to look up, or to give a reason for; None for all others.
+    """Returns the kind of module to look up, or to give a reason for; None for all others.
 
     A known class has its kind from the tables. The name of another class says only what the report
     is to call it.

@@ -78,7 +78,7 @@ def experts_forward(
 
 
 def own_forward(experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return what the loop over experts gives that transformers calls "eager"."""
+    """Returns what the loop over experts gives that transformers calls "eager"."""
     ids = torch.where(ids < 0, experts.num_experts, ids.long())  # It counts ids from 0 on.
     y: Tensor = inspect.unwrap(type(experts).forward)(experts, x, ids, weights)
     return y

@@ -104,8 +104,8 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
 
 
 def _is_causal(mask: Tensor, num_keys: int) -> bool:
-    """Whether a mask [B, 1, S, S_kv], bool or added to logits, hides the keys after each query and
-    nothing else. Reads the mask once; its answer stays with it for the other layers."""
+    """Returns whether a mask [B, 1, S, S_kv], bool or added to logits, hides the keys after each
+    query and nothing else. Reads the mask once; its answer stays with it for the other layers."""
     if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() != 4:
         return False
     known = getattr(mask, _KNOWN, None)

@@ -118,7 +118,7 @@ class MoeOpsEP(Base):
         apply_router_weight_on_input: bool = False,
         **options: Any,
     ) -> Tensor:
-        """As of `moe_ops.parallel.Bank`. transformers' experts weight their output."""
+        """Implements `moe_ops.parallel.Bank.forward_local`; weights multiply outputs."""
         assert not apply_router_weight_on_input
         y: Tensor = self.experts_forward(x, topk_ids, topk_weights, **options)
         return y

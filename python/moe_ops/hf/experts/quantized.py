@@ -39,7 +39,7 @@ class OffloadedHfExperts(nn.Module):
         self.bank = bank
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As `experts_forward`; hidden_states may be [..., H]."""
+        """Runs the experts, like `experts_forward`; hidden_states may be [..., H]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         y: Tensor = self.bank(x, top_k_weights, top_k_index)
         return y.view(hidden_states.shape)
@@ -61,7 +61,7 @@ class QuantizedHfExperts(QuantizedExperts):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """As `experts_forward`; hidden_states may be [..., H]."""
+        """Runs the experts, like `experts_forward`; hidden_states may be [..., H]."""
         x = hidden_states.reshape(-1, self.hidden_size)
         y = self.run(x, top_k_weights, top_k_index).view(hidden_states.shape)
         if self.dispatcher is None and verify.is_due(self):
@@ -75,9 +75,13 @@ class QuantizedHfExperts(QuantizedExperts):
         return y
 
     def _dequantized(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Return what the numbers that the codes stand for give, expert by expert."""
+        """Returns what the numbers that the codes stand for give, expert by expert."""
         rows = x.float() if self.x_scale is None else x.float() * self.x_scale
-        options = {"interleaved": self.interleaved, "alpha": self.alpha, "limit": self.limit}
+        options: dict[str, Any] = {
+            "interleaved": self.interleaved,
+            "alpha": self.alpha,
+            "limit": self.limit,
+        }
         y = torch.zeros_like(x, dtype=torch.float32)
         for expert in ids[(ids >= 0) & (ids < self.num_experts)].unique().tolist():
             token, slot = torch.where(ids == expert)

@@ -184,7 +184,7 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether `moe_ops.quantize_experts`, or `moe_ops.offload`, has put this block here."""
+    """Returns whether `moe_ops.quantize_experts` or `moe_ops.offload` made this block."""
     return getattr(type(module), "quantized_block", False)
 
 

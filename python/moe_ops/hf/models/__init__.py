@@ -1,4 +1,4 @@
-"""What modules of transformers compute, and which of their attributes they read.
+"""Tables of the formulas that modules of transformers compute and the attributes they read.
 
 One file a kind of module, and in it a table by the digest of the code of a class: releases of
 transformers share code among families, so that 52 classes of norms are one entry, and a class whose

@@ -22,7 +22,7 @@ PLAIN_FUNCTIONS: set[Callable[..., Any]] = {sdpa_attention_forward}
 
 
 def option_of(module: Any, name: str, default: Any = None) -> Any:
-    """Return an entry of the configuration of a module. Configurations look attributes up in
+    """Returns an entry of the configuration of a module. Configurations look attributes up in
     Python, which takes longer than all else that a step asks for."""
     config = module.__dict__.get("config")
     if config is None:
@@ -31,7 +31,7 @@ def option_of(module: Any, name: str, default: Any = None) -> Any:
 
 
 def implementation_of(attention: Any) -> str | None:
-    """Return "eager" or "sdpa", by what masks and scores the module is going to have; None for an
+    """Returns "eager" or "sdpa", by what masks and scores the module is going to have; None for an
     implementation that is not known."""
     name = option_of(attention, "_attn_implementation_internal")
     if name is None or name == "eager":
@@ -64,7 +64,7 @@ class HeadAttention:
     only_if: Callable[[Any], bool] | None = None
 
     def why_not(self, attention: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
         normed = self.has_norms(attention)
         norms = {"q_norm", "k_norm"} if normed else set()
@@ -81,7 +81,7 @@ class HeadAttention:
         return self.why_not_now(attention)
 
     def why_not_now(self, attention: Any) -> str | None:
-        """Return which setting is not as the formula wants it; None where all are."""
+        """Returns which setting is not as the formula wants it; None where all are."""
         state = attention.__dict__
         size = state.get("head_dim")
         if type(size) is not int or size % 4:
@@ -97,7 +97,7 @@ class HeadAttention:
         return None
 
     def has_norms(self, attention: Any) -> bool:
-        """Return whether q_norm and k_norm are used."""
+        """Returns whether q_norm and k_norm are used."""
         if isinstance(self.norms, str):
             return bool(attention.__dict__.get(self.norms))
         return self.norms
@@ -120,7 +120,7 @@ class LatentAttention:
     complex_angles: bool = False
 
     def why_not(self, attention: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         query = {"q_a_proj", "q_b_proj"} if self.has_bottleneck(attention) else {"q_proj"}
         projections = {*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
         norms = {"kv_a_layernorm"} | (
@@ -141,7 +141,7 @@ class LatentAttention:
         return self.why_not_now(attention)
 
     def why_not_now(self, attention: Any) -> str | None:
-        """Return which setting is not as the formula wants it; None where all are."""
+        """Returns which setting is not as the formula wants it; None where all are."""
         state = attention.__dict__
         names = ("num_heads", "kv_lora_rank", "qk_rope_head_dim", "layer_idx")
         if any(type(state.get(name)) is not int for name in names):
@@ -157,17 +157,17 @@ class LatentAttention:
         return None
 
     def has_bottleneck(self, attention: Any) -> bool:
-        """Return whether queries pass through q_a_proj."""
+        """Returns whether queries pass through q_a_proj."""
         return attention.__dict__.get("q_lora_rank") is not None
 
     def is_interleaved(self, attention: Any) -> Any:
-        """Return `interleaved` as the module is set now."""
+        """Returns `interleaved` as the module is set now."""
         if self.interleaved is not None:
             return self.interleaved
         return option_of(attention, "rope_interleave")
 
     def angles(self, positions: Any, rope_size: int) -> tuple[Tensor, Tensor] | None:
-        """Return cos and sin of what a model gives its layers as positions."""
+        """Returns cos and sin of what a model gives its layers as positions."""
         if self.complex_angles:
             if not isinstance(positions, Tensor) or not positions.is_complex():
                 return None
@@ -177,7 +177,7 @@ class LatentAttention:
         return positions
 
     def operands(self, attention: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments of latent_attention_step.
+        """Returns arguments of latent_attention_step.
 
         Args:
             attention: the module, whose settings are read.
@@ -209,7 +209,7 @@ def _not_linear(attention: nn.Module, names: set[str]) -> str | None:
 
 
 def _norms_differ(attention: Any, names: list[str]) -> str | None:
-    """Return why these are not RMS norms with one epsilon; None where they are."""
+    """Returns why these are not RMS norms with one epsilon; None where they are."""
     epsilons = set()
     for name in names:
         norm = attention._modules[name]
@@ -294,7 +294,7 @@ add_table(
 def register_attention(
     cls: type[nn.Module], *, norms: bool | str = False, partial: bool = False
 ) -> None:
-    """Say that a class is attention of grouped heads with rotary positions, as Mixtral's.
+    """Says that a class is attention of grouped heads with rotary positions, as Mixtral's.
 
     :func:`moe_ops.hf.optimize` then runs few tokens through it in one call, if it agrees with the
     formula on a few inputs.

@@ -11,7 +11,7 @@ OLDER_NAME = "past_key_values"  # Until transformers 5.20.
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """What forward calls it."""
+    """Returns the name that a forward has for it."""
     return NAME if NAME in inspect.signature(forward).parameters else OLDER_NAME
 
 

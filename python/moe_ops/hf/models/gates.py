@@ -27,16 +27,17 @@ for _class_name, _activation in (
         _ACTIVATION_OF_CLASS[getattr(hf_activations, _class_name)] = _activation
 
 # A forward that something has replaced, before or after, is not the one of the class.
+_CLASSES: tuple[Any, ...] = (*_ACTIVATION_OF_CLASS, nn.GELU)
 _FORWARDS: dict[type, Any] = {
     cls: cls.forward
-    for cls in (*_ACTIVATION_OF_CLASS, nn.GELU)
+    for cls in _CLASSES
     if cls.forward.__module__ == cls.__module__ and not hasattr(cls.forward, "__wrapped__")
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 
 def activation_name(act_fn: Any) -> str | None:
-    """Return the name that moe_ffn has for an activation; None for an unknown one.
+    """Returns the name that moe_ffn has for an activation; None for an unknown one.
 
     A module with forward hooks or a forward of its own counts as unknown: inside a fused op they
     would never run.
@@ -55,7 +56,7 @@ def activation_name(act_fn: Any) -> str | None:
 
 
 def fused_gate(act_fn: Any) -> dict[str, Any] | None:
-    """Return the arguments of moe_ffn for ``act_fn(gate) * up``; None where it has none."""
+    """Returns the arguments of moe_ffn for ``act_fn(gate) * up``; None where it has none."""
     name = activation_name(act_fn)
     return {"activation": _GATED[name]} if name in _GATED else None
 
@@ -98,7 +99,7 @@ def _gate_of(cls: type) -> Any:
 
 
 def fused_activation(experts: Any) -> dict[str, Any] | None:
-    """Return the arguments of moe_ffn for the activation of experts on transformers' interface;
+    """Returns the arguments of moe_ffn for the activation of experts on transformers' interface;
     None where the experts' own `_apply_gate` or `act_fn` is to be called."""
     if not getattr(experts, "has_gate", True):
         name = activation_name(experts.act_fn)

@@ -26,24 +26,24 @@ class Unknown(Exception):
 
 
 def add_table(kind: str, entries: dict[str, Any]) -> None:
-    """Add entries by the digest of a class."""
+    """Adds entries by the digest of a class."""
     _tables[kind].update(entries)
 
 
 def register(kind: str, cls: type, entry: Any) -> None:
-    """Say what a class outside the tables computes. A subclass of it stays unknown."""
+    """Says what a class outside the tables computes. A subclass of it stays unknown."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_{kind}: cls must be a class of modules, got {cls!r}.")
     _registered[kind][cls] = entry
 
 
 def own_class(cls: type) -> type:
-    """Return the class that a module had before it was fused."""
+    """Returns the class that a module had before it was fused."""
     return cls.__mro__[1] if "_moe_ops_kind" in cls.__dict__ else cls
 
 
 def code_of(cls: type) -> Code | None:
-    """Return the code of the forward of a class, read again if a part of it was replaced."""
+    """Returns the code of the forward of a class, read again if a part of it was replaced."""
     code = _codes.get(cls)
     if code is None or not code.is_intact():
         code = _codes[cls] = read(cls)
@@ -51,7 +51,7 @@ def code_of(cls: type) -> Code | None:
 
 
 def entry_of(kind: str, cls: type) -> Any:
-    """Return the entry of a class.
+    """Returns the entry of a class.
 
     Raises:
         Unknown: the class is neither in the table nor registered.
@@ -74,7 +74,7 @@ def entry_of(kind: str, cls: type) -> Any:
 
 
 def find(kind: str, module: nn.Module) -> Any:
-    """Return the entry of a module.
+    """Returns the entry of a module.
 
     Raises:
         Unknown: its class is unknown, it has a forward of its own, or it is not as the entry says.
@@ -91,12 +91,12 @@ def find(kind: str, module: nn.Module) -> Any:
 
 
 def parts_of(module: nn.Module) -> set[str]:
-    """Return the names of the submodules that a module has."""
+    """Returns the names of the submodules that a module has."""
     return {name for name, part in module._modules.items() if part is not None}
 
 
 def unexpected_parts(module: nn.Module, expected: set[str], optional: set[str]) -> str | None:
-    """Return a sentence about a submodule that is missing or not expected; None without one."""
+    """Returns a sentence about a submodule that is missing or not expected; None without one."""
     parts = parts_of(module)
     if missing := sorted(expected - parts):
         return f"it has no {missing[0]}"

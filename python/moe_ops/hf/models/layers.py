@@ -28,7 +28,7 @@ class RoutedBlock:
     pair: bool = False
 
     def why_not(self, block: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         expected = {self.router, "experts"}
         shared = {name for name in (self.shared, self.gate) if name is not None}
         reason = unexpected_parts(
@@ -41,7 +41,7 @@ class RoutedBlock:
         return reason
 
     def shared_of(self, block: Any) -> str | None:
-        """Return the name of the network that every token passes; None where there is none."""
+        """Returns the name of the network that every token passes; None where there is none."""
         return self.shared if block._modules.get(self.shared) is not None else None
 
 
@@ -62,7 +62,7 @@ class DecoderLayer:
     attention_only_if: tuple[str, Any] | None = None
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         parts = {"input_layernorm", "self_attn", "post_attention_layernorm", self.block}
         reason = unexpected_parts(layer, parts, set())
         if reason is None and self.factor(layer) is None:
@@ -72,14 +72,14 @@ class DecoderLayer:
         return reason
 
     def factor(self, layer: Any) -> float | None:
-        """Return `scale` as it is now."""
+        """Returns `scale` as it is now."""
         if self.scale is None:
             return 1.0
         factor = layer.__dict__.get(self.scale)
         return float(factor) if type(factor) in (float, int) else None
 
     def attends(self, layer: Any) -> bool:
-        """Return whether self_attn is softmax attention, which returns its weights too."""
+        """Returns whether self_attn is softmax attention, which returns its weights too."""
         if self.attention_only_if is None:
             return True
         name, value = self.attention_only_if
@@ -139,7 +139,7 @@ def register_block(
     shared: str | None = None,
     gate: str | None = None,
 ) -> None:
-    """Say that a class is a block of experts: experts(x, ids, weights) + shared(x).
+    """Says that a class is a block of experts: experts(x, ids, weights) + shared(x).
 
     Args:
         cls: a class of modules with these parts and an `experts` on transformers' interface, that
@@ -155,7 +155,7 @@ def register_block(
 
 
 def register_layer(cls: type[nn.Module], *, block: str = "mlp", scale: str | None = None) -> None:
-    """Say that a class is a decoder layer: y = x + self_attn(input_layernorm(x)), then
+    """Says that a class is a decoder layer: y = x + self_attn(input_layernorm(x)), then
     y + block(post_attention_layernorm(y)).
 
     Args:

@@ -16,7 +16,7 @@ class GatedNetwork:
     """down_proj(act_fn(gate_proj(x)) * up_proj(x)), with no biases."""
 
     def why_not(self, network: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         names = {f"{name}_proj" for name in ("gate", "up", "down")}
         reason = unexpected_parts(network, names, {"act_fn"})
         if reason is not None:
@@ -30,7 +30,7 @@ class GatedNetwork:
         return None
 
     def activation(self, network: Any) -> str | None:
-        """Return the name that gated_ffn has for the activation as it is now; None without one."""
+        """Returns the name that gated_ffn has for the activation as it is now; None without one."""
         gate = fused_gate(network._modules.get("act_fn") or network.__dict__.get("act_fn"))
         return None if gate is None else gate["activation"]
 
@@ -40,7 +40,7 @@ add_table("network", {"1513f7d96870": GatedNetwork()})
 
 
 def register_network(cls: type[nn.Module]) -> None:
-    """Say that a class is a gated network: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
+    """Says that a class is a gated network: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 
     Args:
         cls: a class of modules with these four parts, of which the projections have no bias.

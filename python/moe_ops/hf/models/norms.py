@@ -22,7 +22,7 @@ class RmsNorm:
     scaled: str | None = None
 
     def why_not(self, norm: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         parameters = {name: p for name, p in norm._parameters.items() if p is not None}
         if parameters.keys() != {"weight"} or parameters["weight"].dim() != 1:
             return "its only parameter must be a vector called weight"
@@ -31,7 +31,7 @@ class RmsNorm:
         return None
 
     def epsilon(self, norm: Any) -> float | None:
-        """Return epsilon as it is now; None where there is no weight to multiply by."""
+        """Returns epsilon as it is now; None where there is no weight to multiply by."""
         state = norm.__dict__
         eps = state.get(self.eps)
         if self.scaled is not None and state.get(self.scaled) is not True:
@@ -58,7 +58,7 @@ add_table(
 
 
 def register_norm(cls: type[nn.Module], eps: str = "variance_epsilon") -> None:
-    """Say that a class is an RMS norm: weight * x / sqrt(mean(x^2) + eps).
+    """Says that a class is an RMS norm: weight * x / sqrt(mean(x^2) + eps).
 
     :func:`moe_ops.hf.optimize` then fuses modules of exactly this class, if they agree with the
     formula on a few inputs.

@@ -44,7 +44,7 @@ class TopkRouter:
     wide_weights: bool = False
 
     def why_not(self, router: nn.Module) -> str | None:
-        """Return why this one module does not compute the formula; None where it does."""
+        """Returns why this one module does not compute the formula; None where it does."""
         parameters = {name for name, p in router._parameters.items() if p is not None}
         if parameters != ({"weight", "bias"} if self.bias else {"weight"}) or router._modules:
             return "its parameters must be weight" + (" and bias" if self.bias else "")
@@ -53,7 +53,7 @@ class TopkRouter:
         return None
 
     def arguments(self, router: Any) -> dict[str, Any] | None:
-        """Return the arguments of topk_router as the module is set now; None where its formula is
+        """Returns the arguments of topk_router as the module is set now; None where its formula is
         not this one."""
         state = router.__dict__
         top_k = state.get("top_k")
@@ -88,8 +88,8 @@ class TopkRouter:
 
 
 def _are_groups(num_groups: Any, kept: Any, num_experts: int, top_k: int, judged: str) -> bool:
-    """Return whether experts can be chosen so. Where there are fewer experts in the groups that are
-    kept than a token takes, transformers takes some of the others."""
+    """Returns whether experts can be chosen so. Where the groups that are kept hold fewer experts
+    than a token takes, transformers takes some of the others."""
     if type(num_groups) is not int or type(kept) is not int or not 1 <= kept <= num_groups:
         return False
     size, rest = divmod(num_experts, num_groups)
@@ -100,7 +100,7 @@ def _holds(state: dict[str, Any], condition: tuple[str, Any] | None) -> bool:
     return condition is None or state.get(condition[0], ...) == condition[1]
 
 
-_WIDE = {"wide": True, "wide_logits": True, "wide_weights": True}
+_WIDE: dict[str, Any] = {"wide": True, "wide_logits": True, "wide_weights": True}
 _DEEPSEEK_V3 = TopkRouter(
     "sigmoid",
     renormalize="norm_topk_prob",
@@ -174,7 +174,7 @@ def register_router(
     groups: str | None = None,
     bias: bool = False,
 ) -> None:
-    """Say that a class is a top-k router that returns logits, weights and ids, in this order.
+    """Says that a class is a top-k router that returns logits, weights and ids, in this order.
 
     :func:`moe_ops.hf.optimize` then fuses modules of exactly this class, if they agree with the
     formula on a few inputs. Logits are x @ weight.T in the type of x; weights have that type too.

@@ -22,7 +22,7 @@ _IGNORED = frozenset(("annotation", "returns", "type_comment", "decorator_list",
 
 
 def is_of_transformers(cls: type) -> bool:
-    """Return True for a class that one of transformers' model files defines."""
+    """Returns True for a class that one of transformers' model files defines."""
     return cls.__module__.startswith(_MODELS)
 
 
@@ -37,7 +37,7 @@ class Code(NamedTuple):
     functions: tuple[tuple[Any, str, Any], ...]
 
     def is_intact(self) -> bool:
-        """Return False once one of the functions has been replaced."""
+        """Returns False once one of the functions has been replaced."""
         for owner, name, function in self.functions:
             now = owner.get(name) if type(owner) is dict else getattr(owner, name, None)
             if now is not function:
@@ -46,7 +46,7 @@ class Code(NamedTuple):
 
 
 def read(cls: type, method: str = "forward") -> Code | None:
-    """Return the code of a method and of all functions that it reaches.
+    """Returns the code of a method and of all functions that it reaches.
 
     These are other methods and properties of the class and functions of its file. They are taken
     from the live class, so that a replaced method or helper has another digest. Annotations,
@@ -103,13 +103,13 @@ def _function(value: Any) -> FunctionType | None:
 
 
 def _is_relevant(function: Callable[..., Any]) -> bool:
-    """Return False for functions of torch and for those that all models of transformers share."""
+    """Returns False for functions of torch and for those that all models of transformers share."""
     module = function.__module__ or ""
     return module.startswith(_MODELS) or module.split(".")[0] not in ("torch", "transformers")
 
 
 def _unwrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """Yield a function and what it wraps, without the wrappers that transformers makes itself."""
+    """Yields a function and what it wraps, without the wrappers that transformers makes itself."""
     each: Any = function
     while isinstance(each, FunctionType):
         inner = getattr(each, "__wrapped__", None)
@@ -133,7 +133,7 @@ def _tree(code: CodeType) -> str:
 
 
 def _dump(node: Any) -> str:
-    """Return the same text for the same code under every version of Python."""
+    """Returns the same text for the same code under every version of Python."""
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):
@@ -156,10 +156,10 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def path_of(cls: type) -> str:
-    """Return the short name of a class in messages: its file and its own name."""
+    """Returns the short name of a class in messages: its file and its own name."""
     return f"{cls.__module__.rpartition('.')[2].removeprefix('modeling_')}.{cls.__qualname__}"
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return True where a forward was set on this one module, as accelerate and kernels do."""
+    """Returns True where a forward was set on this one module, as accelerate and kernels do."""
     return "forward" in module.__dict__
