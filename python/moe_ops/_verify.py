@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def is_due(module: nn.Module) -> bool:
 
 def takes_own_forward() -> bool:
     """Returns whether fused modules of this thread take their own forward now."""
-    return _active and bool(getattr(_state, "depth", 0))
+    return _active and getattr(_state, "depth", 0) > 0
 
 
 @contextlib.contextmanager
