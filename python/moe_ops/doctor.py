@@ -271,6 +271,7 @@ def _cuda() -> Iterator[Finding]:
         return
     if capability != _HOPPER:
         text += "; matrix products run on the kernels for any card, the fast ones need 9.0"
+    text += "; the kernels are experimental: proved on a simulator, never timed on a GPU"
     yield Finding("cuda", "ok" if capability == _HOPPER else "info", text)
     yield _cuda_stream()
     yield _cuda_device()

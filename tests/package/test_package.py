@@ -347,6 +347,10 @@ def test_examples_run(path, tmp_path):
             assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
 def test_examples_of_the_readme_run_alone(tmp_path):
     """Whoever tries one of them does not begin with the others."""
     readme = ROOT / "README.md"
