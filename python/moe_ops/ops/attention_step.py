@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops.formulas.attention_step import attention_step as _formula
 from moe_ops.ops._attention_block import check_block, check_kept
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense
-from moe_ops.reference.attention_step import attention_step as _formula
 
 _OP = "attention_step"
 _attention_step = direct_call(_OP)

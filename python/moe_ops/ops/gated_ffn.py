@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops.formulas.gated_ffn import gated_ffn as _formula
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
@@ -18,7 +19,6 @@ from moe_ops.ops._checks import (
 )
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense
-from moe_ops.reference.gated_ffn import gated_ffn as _formula
 
 _OP = "gated_ffn"
 _ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
