@@ -57,10 +57,10 @@ def attention_step(
     step of decoding does in a layer, in one call; on the CPU its products share one parallel
     region. For a few tokens: scores [B, n, S, start + S] are held at once.
 
-    On the CPU a query's output has the same bits whatever is in a position that it may not see
-    (later tokens without a mask; otherwise False or -inf in the mask), infinities and NaN included,
-    be it a kept position or a token of the call. On CUDA tensors it is this formula in torch's
-    operations, in which a weight of zero times NaN is NaN. There is no gradient.
+    A query's output has the same bits whatever is in a position that it may not see (later tokens
+    without a mask; otherwise False or -inf in the mask), infinities and NaN included, be it a kept
+    position or a token of the call. On CUDA tensors it is this formula in torch's operations, whose
+    products of weights take and give x's dtype. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.

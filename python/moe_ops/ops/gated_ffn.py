@@ -46,7 +46,7 @@ def gated_ffn(
     ``y = residual + residual_scale * g * w_down @ (act(w_gate @ h) * (w_up @ h))`` with ``h =
     norm(x)`` and ``g = sigmoid(output_gate @ h)``; what is not given is left out. On the CPU its
     products share one parallel region; it is made for a few tokens. On CUDA tensors it is this
-    formula in torch's operations. There is no gradient.
+    formula in torch's operations, whose products take and give x's dtype. There is no gradient.
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.

@@ -62,9 +62,9 @@ def latent_attention_step(
 
     Keys and values of heads are never made: queries are taken into the space of the latents, and
     what they mix out of it. For a few tokens: scores [B, n, S, start + S] are held at once, twice.
-    On the CPU a query's output has the same bits whatever is in a position that it may not see, as
-    in :func:`attention_step`. On CUDA tensors it is this formula in torch's operations, in which a
-    weight of zero times NaN is NaN. There is no gradient.
+    A query's output has the same bits whatever is in a position that it may not see, as in
+    :func:`attention_step`. On CUDA tensors it is this formula in torch's operations, whose products
+    of weights take and give x's dtype. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
