@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from tests.ops import test_attention_step as heads
 from tests.ops import test_latent_attention_step as latent
 
 from moe_ops import reference
+from moe_ops.formulas.attention_block import attend
 from moe_ops.formulas.attention_step import attention_step
 from moe_ops.formulas.latent_attention_step import latent_attention_step
 from moe_ops.testing import as_strided_copy, assert_identical, short
@@ -152,23 +154,20 @@ def test_hidden_numbers_do_not_reach_a_query(op, dtype, where, length, kind, val
         assert bool(got[~hidden].isnan().all())
 
 
-@ops
 @pytest.mark.parametrize("length", [1, 3])
-def test_numbers_that_a_query_sees_reach_it_as_in_the_reference(op, length):
-    """Infinities of both signs and NaN in single features, which the output keeps apart."""
-    call = FILES[op].operands(torch.float64, batch=4, length=length)
-    values = call[FILES[op].KEPT[op == "attention_step"]]
-    if op == "attention_step":
-        size = values.shape[-1]
-        call["w_o"] = torch.eye(call["w_o"].shape[1], dtype=torch.float64)[:40]
-        values[0, 0, 1, 2], values[1, 0, 1, 2] = math.inf, -math.inf
-        values[2, 0, 1, 2], values[3, 0, 1:3, 2] = math.nan, torch.tensor([math.inf, -math.inf])
-        assert size < 40
-    else:
-        for b, value in enumerate((math.inf, -math.inf, math.nan)):
-            values[b, 0, 1, 2] = value
-    got, want = (run(f, call, FILES[op].KEPT)[0] for f in (FORMULAS[op], getattr(reference, op)))
-    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-12, atol=1e-12)
+def test_numbers_that_a_query_sees(length):
+    """Infinities of both signs and NaN reach a query as if it were given what it sees only."""
+    scores = torch.randn(2, 2, 3, length, 8).double()
+    values = torch.randn(2, 2, 8, 6).double()
+    sees = torch.rand(2, 1, length, 8) < 0.6
+    for feature, pair in enumerate(((1, math.inf), (-1, -math.inf), (0, math.nan))):
+        values[:, :, pair[0], feature] = pair[1]
+    values[:, :, 2:4, 3] = torch.tensor([math.inf, -math.inf]).double()
+    got = attend(scores, values, sees, 8 - length)
+    for b, s in itertools.product(range(2), range(length)):
+        at = sees[b, 0, s]
+        want = scores[b, :, :, s, at].softmax(-1) @ values[b, :, at]
+        torch.testing.assert_close(got[b, :, :, s], want, equal_nan=True)
 
 
 @ops
