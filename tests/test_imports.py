@@ -7,6 +7,8 @@ checkers only. One that is deferred into a function to hide a circle is still a 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +25,7 @@ BASE = "base"  # Files at the top of the package that are no part of their own.
 ORDER = (
     (BASE, "reference"),
     ("numerics",),
+    ("formulas",),
     ("ops",),
     ("memory",),
     ("expert_weights",),
@@ -155,3 +158,36 @@ def test_what_counts_as_an_import(text, wanted, tmp_path, monkeypatch):
     path.write_text(text)
     monkeypatch.setitem(modules(), "moe_ops.layers.probe", path)
     assert imports_of("moe_ops.layers.probe") == wanted
+
+
+# Modules that compare the library with the reference, and the front, whose attribute it is.
+COMPARE = {f"{FRONT}.self_test", f"{FRONT}.doctor", f"{FRONT}.testing", FRONT}
+ORACLE = f"{FRONT}.reference"
+
+
+def is_oracle(name: str) -> bool:
+    return name == ORACLE or name.startswith(f"{ORACLE}.")
+
+
+def test_only_comparisons_import_the_reference():
+    found = {n for n, others in graph().items() if not is_oracle(n) and any(map(is_oracle, others))}
+    assert found <= COMPARE, f"{sorted(found - COMPARE)} import the reference"
+    testing = {n for n, others in graph().items() if f"{FRONT}.testing" in others}
+    assert not testing, f"{sorted(testing)} import moe_ops.testing, and the reference with it"
+
+
+def test_the_reference_imports_nothing_of_the_package():
+    """It shares no text with what is compared with it."""
+    wrong = {
+        f"{n} imports {o}" for n in graph() if is_oracle(n) for o in graph()[n] if not is_oracle(o)
+    }
+    assert not wrong, "; ".join(sorted(wrong))
+
+
+def test_the_front_imports_the_reference_when_it_is_read():
+    code = (
+        "import sys, moe_ops, moe_ops.layers, moe_ops.hf, moe_ops.quant, moe_ops.surgery\n"
+        "assert not [m for m in sys.modules if m.startswith('moe_ops.reference')]\n"
+        "assert moe_ops.reference.topk_router.__module__ == 'moe_ops.reference.topk_router'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

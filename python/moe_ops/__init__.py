@@ -7,6 +7,8 @@ integration in :mod:`moe_ops.hf`, the same functions in plain torch in :mod:`moe
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
 from moe_ops._threads import sleep_in_commands as _sleep_in_commands
@@ -39,3 +41,15 @@ __all__ = [
     "unpack",
 ]
 __all__ += _ops
+
+if TYPE_CHECKING:
+    from moe_ops import reference as reference
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports the reference where it is first read: no op needs it."""
+        if name == "reference":
+            import moe_ops.reference
+
+            return moe_ops.reference
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

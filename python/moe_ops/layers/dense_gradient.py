@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_ops.reference._scores import router_scores
+from moe_ops.formulas.scores import router_scores
 
 from .router import Router
 from .routing import Routing, mask_logits, valid_ids

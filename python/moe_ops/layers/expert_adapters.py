@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_ops.formulas.activations import plain_act
 from moe_ops.ops import gated_act, grouped_gemm, permute, sort_slots, unpermute
 from moe_ops.ops._autograd import direct_call, in_transform
 from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.reference.gated_act import plain_act
 
 _ops = torch.ops.moe_ops
 _quantized = direct_call("grouped_gemm_quantized")

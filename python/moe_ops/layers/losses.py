@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.reference._scores import SCORE_FUNCS, router_scores
+from moe_ops.formulas.scores import SCORE_FUNCS, router_scores
 
 from .expert_bias import update_expert_bias as update_expert_bias
 from .ranks import mean_over_ranks

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from moe_ops import memory, packing
 from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights import ExpertWeights
+from moe_ops.formulas.codes import dequantized
 from moe_ops.ops import moe_ffn_fp8, moe_ffn_quantized
 from moe_ops.ops._checks import check_positive, dtype_name
 from moe_ops.quant.convert import check_sizes, quantize_experts
 from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides, label_of_bank
-from moe_ops.reference._codes import dequantized
 
 from .experts import ACTIVATION_OPTIONS, Experts, check_activation
 from .inputs import takes_dense

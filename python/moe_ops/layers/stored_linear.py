@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._private_torch import disabled_torch_function
+from moe_ops.formulas.codes import dequantized
 from moe_ops.ops import grouped_gemm_quantized
 from moe_ops.quant.formats import WeightFormat
-from moe_ops.reference._codes import dequantized
 
 from .linear import one_expert
 

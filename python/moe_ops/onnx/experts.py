@@ -10,7 +10,7 @@ from typing import Any
 
 from onnxscript import opset18 as op
 
-from moe_ops.reference.gated_act import GATED
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 
 from .products import Weights, combined, experts_of, product, quantized_experts_of
 from .routing import sorted_slots
@@ -71,7 +71,7 @@ def _activated(
     limit: float = 7.0,
 ) -> Value:
     """[..., 2I] to [..., I], or [..., I] to [..., I], in float32."""
-    if activation not in GATED:
+    if activation not in GATED_ACTIVATIONS:
         return _PLAIN[activation](preact)
     if interleaved:
         gate, up = (columns(preact, first, _END, 2) for first in (0, 1))

@@ -84,7 +84,7 @@ def product(rows: Value, weights: Weights, offsets: Value, out: int) -> Value:
 
 
 def dequantized(expert: int, w: Value, scale: Value, zero: Value | None) -> Value:
-    """The weight [O, D] of an expert of a bank in int8 or int4, see moe_ops.reference._codes."""
+    """The weight [O, D] of an expert of a bank in int8 or int4, see moe_ops.formulas.codes."""
     if w.dtype not in (UINT8, INT8) or scale.dtype == UINT8:
         raise ValueError(
             "moe_ffn_quantized: weights of an ONNX export must be of the formats int8 or int4, got "

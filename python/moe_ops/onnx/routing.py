@@ -31,7 +31,7 @@ from .values import (
     wide,
 )
 
-# As in moe_ops.reference._scores.
+# The scores of moe_ops.formulas.scores.
 _SCORES = {
     "softmax": lambda logits: op.Softmax(logits, axis=-1),
     "sigmoid": op.Sigmoid,

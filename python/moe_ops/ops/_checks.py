@@ -6,11 +6,13 @@ dimensions and 64 in the second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_ops.formulas.dtypes import accumulate_dtype as accumulate_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NARROW_FLOATS = FLOATS[1:]
@@ -121,10 +123,6 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
         )
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_result_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
     """A result, and so its gradient, is in x's dtype or in the one that sums run in."""
     wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
@@ -144,6 +142,13 @@ def is_stored_transposed(w: Tensor) -> bool:
     """Whether [E, O, K] is a view of a contiguous [E, K, O] on a CUDA device: there the gradient of
     such a weight, which gpt-oss and Llama 4 have, is made in the same layout."""
     return w.is_cuda and not w.is_contiguous() and w.mT.is_contiguous()
+
+
+def given(
+    found: Iterable[Tensor | None], like: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Returns what an op returns for results of which some are None: [0] in their place."""
+    return tuple(like.new_empty((0,), dtype=dtype) if t is None else t for t in found)
 
 
 def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.formulas.codes import FP8_BLOCK, format_of
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check,
@@ -18,7 +19,6 @@ from moe_ops.ops._checks import (
     check_tensor,
     dtype_name,
 )
-from moe_ops.reference._codes import format_of
 
 _GROUPS = (32, 64, 128)
 
@@ -49,7 +49,6 @@ def check_quantized(op: str, name: str, w: Tensor, scale: Tensor) -> int:
     return depth
 
 
-_FP8_BLOCK = 128
 _FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 # Format -> bits of a weight, steps that share a scale (0: any multiple of 32), bytes of a record.
 _RECORDS = {"mxfp4": (4, 32, None), "q4_k": (4, 256, 16), "q6_k": (6, 256, 18)}
@@ -88,7 +87,7 @@ def check_codes(op: str, name: str, w: Tensor, scale: Tensor, zero: Tensor | Non
         check_tensor(op, scale_name, scale, (torch.float32,))
         check_dim(op, scale_name, scale, 3, "[E, O / 128, D / 128]")
         for dim, length in ((1, features), (2, size)):
-            check_size(op, scale_name, scale, dim, -(-length // _FP8_BLOCK), "blocks of 128")
+            check_size(op, scale_name, scale, dim, -(-length // FP8_BLOCK), "blocks of 128")
         return size
     check_size(op, scale_name, scale, 1, features, "the number of features")
     bits, group, record = _RECORDS.get(kind, (8 if w.dtype == torch.int8 else 4, 0, None))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.formulas import add_rms_norm as formulas
 from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
@@ -24,12 +25,11 @@ from moe_ops.ops._checks import (
     check_like,
     check_same_device,
     check_size,
+    given,
     new_if,
     new_like,
 )
-from moe_ops.ops._invariant import row_sums
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
 
 _add_rms_norm = direct_call("add_rms_norm")
 _add_rms_norm_bwd = direct_call("add_rms_norm_bwd")
@@ -73,7 +73,7 @@ def add_rms_norm(
     """
     if (x.is_cuda and not is_batch_invariant()) or torch.compiler.is_compiling():
         _check("add_rms_norm", x, weight, residual, bias, eps)
-        return _formula(x, weight, residual, bias=bias, eps=eps)
+        return formulas.add_rms_norm(x, weight, residual, bias=bias, eps=eps)
     y, total, _ = _add_rms_norm(x, weight, residual, bias, float(eps))
     return y, x if residual is None and bias is None else total
 
@@ -178,40 +178,11 @@ register_autocast("add_rms_norm")
 def _(
     x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulate_dtype(x.dtype)
+    y, total, rstd = formulas.forward(x, weight, residual, bias, eps)
     adds = residual is not None or bias is not None
-    y, total = _formula(x, weight, residual, bias=bias, eps=eps)
-    if is_batch_invariant() and x.numel() > 0:
-        wide = total.to(acc).reshape(-1, x.shape[-1])
-        rstd = torch.rsqrt(row_sums(wide.square()) / x.shape[-1] + eps)
-        y = (wide * rstd[:, None] * weight.to(acc)).to(x.dtype).view(x.shape)
-    else:
-        rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
     return y.contiguous(), total.contiguous() if adds else new_if(False, x), rstd
 
 
 @register_cuda_formula("add_rms_norm_bwd")
-def _(
-    grad_y: Tensor,
-    grad_sum: Tensor | None,
-    sum: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = sum.shape[-1]
-    acc = accumulate_dtype(sum.dtype)
-    g, s = (t.to(acc).reshape(_rows(sum), size) for t in (grad_y, sum))
-    normed = s * rstd[:, None]
-    # y = normed w, and normed turns with s: its own direction drops out.
-    u = g * weight.to(acc)
-    grad = (u - normed * (u * normed).mean(-1, keepdim=True)) * rstd[:, None]
-    if grad_sum is not None:
-        grad = grad + grad_sum.to(acc).reshape(grad.shape)
-    return (
-        grad.to(sum.dtype).view(sum.shape) if need_x else new_if(False, sum),
-        (g * normed).sum(0).to(sum.dtype) if need_weight else new_if(False, sum),
-        grad.sum(0).to(sum.dtype) if need_bias else new_if(False, sum),
-    )
+def _(grad_y: Tensor, grad_sum: Tensor | None, sum: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return given(formulas.backward(grad_y, grad_sum, sum, *args), sum)

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops.formulas.attention_step import attention_step as _formula
 from moe_ops.ops._attention_block import check_block, check_kept
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense
-from moe_ops.reference.attention_step import attention_step as _formula
 
 _OP = "attention_step"
 _attention_step = direct_call(_OP)
@@ -57,10 +57,10 @@ def attention_step(
     step of decoding does in a layer, in one call; on the CPU its products share one parallel
     region. For a few tokens: scores [B, n, S, start + S] are held at once.
 
-    On the CPU a query's output has the same bits whatever is in a position that it may not see
-    (later tokens without a mask; otherwise False or -inf in the mask), infinities and NaN included,
-    be it a kept position or a token of the call. On CUDA tensors it is this formula in torch's
-    operations, in which a weight of zero times NaN is NaN. There is no gradient.
+    A query's output has the same bits whatever is in a position that it may not see (later tokens
+    without a mask; otherwise False or -inf in the mask), infinities and NaN included, be it a kept
+    position or a token of the call. On CUDA tensors it is this formula in torch's operations, whose
+    products of weights take and give x's dtype. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.formulas import dense_ffn as formulas
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -26,12 +26,11 @@ from moe_ops.ops._checks import (
     check_same_device,
     check_size,
     check_tensor,
+    given,
     new_if,
 )
-from moe_ops.ops._invariant import batched_products
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import PLAIN_ACTIVATIONS
-from moe_ops.reference.gated_act import plain_act
 
 _dense_ffn = direct_call("dense_ffn")
 
@@ -186,93 +185,16 @@ register_autocast("dense_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])
 # --- CUDA: experts first, [E, T, ...], as batched products want it
 
 
-def _inputs(x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What each expert reads [E, T, H], and the number of its input."""
-    ids = input_ids.long().clamp(0, max(x.shape[1] - 1, 0))
-    return x.transpose(0, 1).index_select(0, ids), ids
-
-
-def _products(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """[E, T, D] and [E, O, D] to [E, T, O]."""
-    if is_batch_invariant():
-        return batched_products(a, w, bias)
-    if bias is None:
-        return torch.bmm(a, w.transpose(1, 2))
-    return torch.baddbmm(bias[:, None], a, w.transpose(1, 2))
-
-
-def _act(preact: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    h = preact if activation == "none" else plain_act(preact, activation)
-    return h.to(dtype)
-
-
-def _act_grad(grad: Tensor, preact: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, preact)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, preact)
-    if activation == "gelu_tanh":
-        return torch.ops.aten.gelu_backward(grad, preact, approximate="tanh")
-    if activation == "relu":
-        return torch.where(preact > 0, grad, 0)
-    if activation == "relu2":
-        return grad * 2 * preact.clamp(min=0)
-    return grad
-
-
 @register_cuda_formula("dense_ffn_fwd")
-def _cuda_forward(
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    input_ids: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    preact = _products(_inputs(x, input_ids)[0], w_up, b_up).to(accumulate_dtype(x.dtype))
-    y = _products(_act(preact, activation, x.dtype), w_down, b_down)
-    return y.transpose(0, 1).contiguous(), preact
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return formulas.forward(*args)
 
 
 @register_cuda_formula("dense_ffn")
 def _(*args: Any) -> Tensor:
-    return _cuda_forward(*args)[0]
+    return formulas.forward(*args)[0]
 
 
 @register_cuda_formula("dense_ffn_bwd")
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    input_ids: Tensor,
-    preact: Tensor,
-    activation: str,
-    need_x: bool,
-    need_w_up: bool,
-    need_w_down: bool,
-    need_b_up: bool,
-    need_b_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype, acc = x.dtype, accumulate_dtype(x.dtype)
-    inputs, ids = _inputs(x, input_ids)
-    grad = grad_y.transpose(0, 1)
-    grads = [new_if(False, x) for _ in range(5)]
-    if need_w_down:
-        grads[2] = torch.bmm(grad.transpose(1, 2), _act(preact, activation, dtype))
-    if need_b_down:
-        grads[4] = grad.sum(1, dtype=acc).to(dtype)
-    if need_x or need_w_up or need_b_up:
-        u = _act_grad(torch.bmm(grad, w_down).to(acc), preact, activation)
-        narrow = u.to(dtype)
-        if need_w_up:
-            grads[1] = torch.bmm(narrow.transpose(1, 2), inputs)
-        if need_b_up:
-            grads[3] = u.sum(1).to(dtype)
-        if need_x:
-            # Experts of one input are added up in their order, which index_add does not promise.
-            by_input = torch.zeros((x.shape[1], x.shape[0], x.shape[2]), dtype=acc, device=x.device)
-            by_input.index_put_((ids,), torch.bmm(narrow, w_up).to(acc), accumulate=True)
-            grads[0] = by_input.to(dtype).transpose(0, 1).contiguous()
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+def _(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return given(formulas.backward(grad_y, x, *args), x)

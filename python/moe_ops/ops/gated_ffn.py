@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops.formulas.gated_ffn import gated_ffn as _formula
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
@@ -18,7 +19,6 @@ from moe_ops.ops._checks import (
 )
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense
-from moe_ops.reference.gated_ffn import gated_ffn as _formula
 
 _OP = "gated_ffn"
 _ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
@@ -46,7 +46,7 @@ def gated_ffn(
     ``y = residual + residual_scale * g * w_down @ (act(w_gate @ h) * (w_up @ h))`` with ``h =
     norm(x)`` and ``g = sigmoid(output_gate @ h)``; what is not given is left out. On the CPU its
     products share one parallel region; it is made for a few tokens. On CUDA tensors it is this
-    formula in torch's operations. There is no gradient.
+    formula in torch's operations, whose products take and give x's dtype. There is no gradient.
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.formulas.codes import dequantized
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -25,7 +26,6 @@ from moe_ops.ops._checks import (
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_codes
-from moe_ops.reference._codes import dequantized
 
 _grouped_gemm_quantized = direct_call("grouped_gemm_quantized")
 _exact = direct_call("grouped_gemm_quantized_exact")

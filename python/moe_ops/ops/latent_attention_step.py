@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops.formulas.latent_attention_step import latent_attention_step as _formula
 from moe_ops.ops._attention_block import check_block, check_kept
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense
-from moe_ops.reference.latent_attention_step import latent_attention_step as _formula
 
 _OP = "latent_attention_step"
 _latent_attention_step = direct_call(_OP)
@@ -62,9 +62,9 @@ def latent_attention_step(
 
     Keys and values of heads are never made: queries are taken into the space of the latents, and
     what they mix out of it. For a few tokens: scores [B, n, S, start + S] are held at once, twice.
-    On the CPU a query's output has the same bits whatever is in a position that it may not see, as
-    in :func:`attention_step`. On CUDA tensors it is this formula in torch's operations, in which a
-    weight of zero times NaN is NaN. There is no gradient.
+    A query's output has the same bits whatever is in a position that it may not see, as in
+    :func:`attention_step`. On CUDA tensors it is this formula in torch's operations, whose products
+    of weights take and give x's dtype. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.

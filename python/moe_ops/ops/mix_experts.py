@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.formulas import mix_experts as formulas
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -28,12 +27,11 @@ from moe_ops.ops._checks import (
     check_same_device,
     check_shape,
     dtype_name,
+    given,
     new_if,
     new_like,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.reference.mix_experts import activated
-from moe_ops.reference.mix_experts import mix_experts as _formula
 
 _mix_experts = direct_call("mix_experts")
 
@@ -203,78 +201,13 @@ register_autocast("mix_experts", ["outputs", "weights", "factor"])
 
 
 @register_cuda_formula("mix_experts")
-def _(
-    outputs: Tensor, weights: Tensor, factor: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    names = ("norm_weight", "norm_bias", "mean", "var", "activation", "eps")
-    if not is_batch_invariant():
-        return _formula(outputs, weights, factor=factor, **dict(zip(names, options, strict=True)))
-    a, mean, var = activated(outputs, *options)
-    y = a.new_zeros((len(a), weights.shape[1], a.shape[2]))
-    # Expert after expert: how an einsum adds up depends on its sizes.
-    for e in range(a.shape[1]):
-        y = y + weights[:, :, e, None].to(a.dtype) * a[:, e, None]
-    if factor is not None and len(factor) > 0:
-        y = y * factor.to(a.dtype).repeat_interleave(len(y) // len(factor), 0)
-    return y.to(outputs.dtype), mean, var
-
-
-def _act_and_slope(n: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    if activation == "relu":
-        return F.relu(n), (n > 0).to(n.dtype)
-    s = torch.sigmoid(n)
-    if activation == "sigmoid":
-        return s, s * (1 - s)
-    if activation == "silu":
-        return n * s, s * (1 + n * (1 - s))
-    return n, torch.ones_like(n)
+def _(outputs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    y, *statistics = formulas.forward(outputs, *args)
+    return y, *given(statistics, outputs, accumulate_dtype(outputs.dtype))
 
 
 @register_cuda_formula("mix_experts_bwd")
-def _(
-    grad_y: Tensor,
-    outputs: Tensor,
-    weights: Tensor,
-    factor: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    activation: str,
-    eps: float,
-    batch: bool,
-    need_weights: bool,
-    need_factor: bool,
-    need_norm_weight: bool,
-    need_norm_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype, acc = outputs.dtype, accumulate_dtype(outputs.dtype)
-    g, w, n = (t.to(acc) for t in (grad_y, weights, outputs))
-    rstd = normed = None
-    if norm_weight is not None and norm_bias is not None and mean is not None and var is not None:
-        rstd = torch.rsqrt(var + eps)
-        normed = (n - mean) * rstd
-        n = normed * norm_weight + norm_bias
-    act, slope = _act_and_slope(n, activation)
-    grad_weights, grad_factor = (new_if(False, outputs) for _ in range(2))
-    grad_norm_weight, grad_norm_bias = (new_if(False, outputs, dtype=acc) for _ in range(2))
-    if factor is not None and len(factor) > 0:
-        shared = (len(factor), -1, *factor.shape[1:])
-        if need_factor:
-            grad_factor = (g * torch.bmm(w, act)).reshape(shared).sum(1).to(dtype)
-        g = (g.reshape(shared) * factor.to(acc)[:, None]).reshape(g.shape)
-    elif factor is not None and need_factor:
-        grad_factor = torch.zeros_like(factor)
-    if need_weights:
-        grad_weights = torch.bmm(g, act.transpose(1, 2)).to(dtype)
-    grad = torch.bmm(w.transpose(1, 2), g) * slope
-    if normed is not None and rstd is not None and norm_weight is not None:
-        if need_norm_weight:
-            grad_norm_weight = (grad * normed).sum(0)
-        if need_norm_bias:
-            grad_norm_bias = grad.sum(0)
-        if batch and len(grad) > 0:
-            # The mean of the tokens, and their direction, move with each of them.
-            grad = grad - grad.mean(0) - normed * (grad * normed).mean(0)
-        grad = grad * norm_weight * rstd
-    return grad.to(dtype), grad_weights, grad_factor, grad_norm_weight, grad_norm_bias
+def _(grad_y: Tensor, outputs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rows, weight, bias = formulas.backward(grad_y, outputs, *args)
+    norm = given((weight, bias), outputs, accumulate_dtype(outputs.dtype))
+    return *given(rows, outputs), *norm

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.formulas.codes import dequantized
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -36,7 +37,6 @@ from moe_ops.ops.moe_ffn import (
     check_width,
     options_of,
 )
-from moe_ops.reference._codes import dequantized
 
 _moe_ffn_quantized = direct_call("moe_ffn_quantized")
 _moe_ffn_quantized_fwd = direct_call("moe_ffn_quantized_fwd")

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops.formulas.rotary import rotary as _formula
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
 from moe_ops.ops._checks import check, check_float, check_same_device, check_shape, new_like
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.reference.rotary import rotary as _formula
 
 _rotary = direct_call("rotary")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.formulas import router_linear as formulas
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, needs_input_grad, only_needed, register_autograd
 from moe_ops.ops._checks import (
@@ -19,9 +18,9 @@ from moe_ops.ops._checks import (
     check_result_dtype,
     check_same_device,
     check_shape,
+    given,
     new_if,
 )
-from moe_ops.ops._invariant import batched_products
 from moe_ops.ops._library import register_cuda_formula, register_fake
 
 _router_linear = direct_call("router_linear")
@@ -57,7 +56,7 @@ def router_linear(
     if x.is_cuda:
         _check("router_linear", x, weight, bias)
         check_result_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
-        return _formula(x, weight, bias, logits_dtype)
+        return formulas.router_linear(x, weight, bias, logits_dtype=logits_dtype)
     return _router_linear(x, weight, bias, logits_dtype)
 
 
@@ -139,24 +138,10 @@ register_autocast("router_linear", ["x", "weight", "bias"])
 
 
 @register_cuda_formula("router_linear")
-def _formula(
-    x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
-) -> Tensor:
-    dtype = logits_dtype or x.dtype
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    if is_batch_invariant():
-        return batched_products(x[None], weight[None], None if bias is None else bias[None])[0]
-    return F.linear(x, weight, bias)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
+    return formulas.router_linear(x, weight, bias, logits_dtype=logits_dtype)
 
 
 @register_cuda_formula("router_linear_bwd")
-def _(
-    grad_logits: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    g, acc = grad_logits, accumulate_dtype(x.dtype)
-    return (
-        (g @ weight.to(g.dtype)).to(x.dtype) if need_x else new_if(False, x),
-        (g.T @ x.to(g.dtype)).to(x.dtype) if need_weight else new_if(False, x),
-        g.sum(0, dtype=acc).to(x.dtype) if need_bias else new_if(False, x),
-    )
+def _(grad_logits: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return given(formulas.backward(grad_logits, x, *args), x)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.formulas.scores import SCORE_FUNCS
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
 from moe_ops.ops._checks import (
@@ -19,7 +20,6 @@ from moe_ops.ops._checks import (
     check_same_device,
 )
 from moe_ops.ops._library import register_fake
-from moe_ops.reference._scores import SCORE_FUNCS
 
 _topk_router = direct_call("topk_router")
 

@@ -19,8 +19,8 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from moe_ops._private_torch import check_size, collective_ops, collectives_with_gradients
+from moe_ops.formulas.codes import dequantized_rows
 from moe_ops.ops import quantize_fp8
-from moe_ops.reference.quantize_fp8 import dequantize_rows
 
 _ops = collective_ops()
 _funcol = collectives_with_gradients()
@@ -250,7 +250,7 @@ def begin_all_to_all_fp8(
         return tuple(_ops.all_to_all_single(part, recv, send, name) for part in parts)
 
     def end(*parts: Tensor) -> Tensor:
-        return dequantize_rows(*_codes(*parts)).to(dtype)
+        return dequantized_rows(*_codes(*parts)).to(dtype)
 
     def adjoint(grad: Tensor) -> Tensor:
         result: Tensor = _ops.all_to_all_single(grad.contiguous(), send, recv, name)

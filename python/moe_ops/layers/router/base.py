@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops.reference._scores import router_scores
+from moe_ops.formulas.scores import router_scores
 
 from ..functional import router_logits
 from ..inputs import takes_dense

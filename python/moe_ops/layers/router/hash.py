@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.reference._scores import SCORE_FUNCS
+from moe_ops.formulas.scores import SCORE_FUNCS
 
 from ..routing import valid_ids
 from .base import Router

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_ops.reference._scores import SCORE_FUNCS
+from moe_ops.formulas.scores import SCORE_FUNCS
 
 
 def check(ok: bool, message: str) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.formulas.scores import router_scores
 from moe_ops.ops import topk_router
 from moe_ops.ops._linear_topk import linear_topk_router
-from moe_ops.reference._scores import router_scores
 
 from ..functional import router_linear_operands, use_router_linear
 from ..recompute import in_backward

@@ -1,0 +1,23 @@
+"""Products and norms of the blocks that run a decoding step: inputs and results in x's dtype."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_ops.formulas.codes import dequantized
+from moe_ops.formulas.dtypes import accumulate_dtype
+
+
+def linear(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Returns `x w^T + bias`; w is in x's dtype, or codes with scales."""
+    if scale is not None:
+        w = dequantized(w, scale, None, accumulate_dtype(x.dtype)).to(x.dtype)
+    return F.linear(x, w, bias)
+
+
+def rms_norm(t: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Normalises the last dimension, in float32 (float64 for float64) inside; None: returns t."""
+    if weight is None or t.numel() == 0:
+        return t
+    return F.rms_norm(t, weight.shape, weight.to(t.dtype), eps)
