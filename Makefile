@@ -35,6 +35,16 @@ else
 WITH_CUDA := $(filter on,$(MOE_OPS_CUDA))
 endif
 
+# Builds moe_ops_dev (csrc/python/dev.cpp), in which tests and benches look into the library, for a
+# Python and the moe_ops that it imports: $(call build_dev,PYTHON). bench/harness/dev.py finds it.
+DEV := build/moe_ops_dev
+build_dev = rm -rf build/dev_module && mkdir -p $(DEV) && \
+	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/dev_module -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DMOE_OPS_CUDA=off -DMOE_OPS_DEV=on -DPython_EXECUTABLE="$(1)" \
+	  -DMOE_OPS_LIBRARY="$$(cd build && env -u PYTHONPATH $(1) -c 'from moe_ops import _library; print(_library.PATH)')" \
+	  >build/dev_module.log && \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/dev_module --target moe_ops_dev >>build/dev_module.log
+
 # What an install is made of: change one and the next target builds again.
 SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
@@ -86,12 +96,16 @@ $(VENV)/.installed: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda) $(SOURCES)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation ".[test]"
 	@touch $@
 
+$(DEV)/.built: $(VENV)/.installed
+	@$(call build_dev,$(CURDIR)/$(VENV)/bin/python)
+	@touch $@
+
 $(VENV)/.lint: Makefile $(VENV)/.tools
 	@echo 'Installing the linters into ./.venv.'
 	@$(PIP) install -q $(LINT_TOOLS)
 	@touch $@
 
-build: $(VENV)/.installed
+build: $(VENV)/.installed $(DEV)/.built
 
 demo: build
 	@echo 'Training a small mixture-of-experts language model; results go to ./moe_demo.'
@@ -102,8 +116,10 @@ test: build
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # The same on what is installed beside PYTHON, such as a wheel, with pytest and the extra "test".
+# Tests that need moe_ops_dev are skipped where cmake, ninja or a compiler is missing.
 test-installed:
 	@mkdir -p build && cd build && env -u PYTHONPATH $(PYTHON) -c 'import sys, moe_ops, torch; print("Testing", moe_ops.__file__, "on Python", sys.version.split()[0], "and torch", torch.__version__)'
+	@$(call build_dev,$(PYTHON)) || echo 'moe_ops_dev is not built: the tests that need it are skipped.'
 	@env -u PYTHONPATH OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Each half takes MINUTES and ends with the smallest form of what failed; build/fuzz keeps what is done.
@@ -128,7 +144,7 @@ $(SIM): build
 	  >build/cmake-cuda.log
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
 	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/
-	@cp build/cuda/libmoe_ops.so build/cuda/_C.abi3.so $(SIM)/moe_ops/
+	@cp build/cuda/libmoe_ops.so $(SIM)/moe_ops/
 
 ifndef MOE_OPS_PTXSIM
 test-sim test-cuda-torch test-cuda-torch-smoke:

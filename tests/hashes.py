@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.harness.dev import moe_ops_dev
 from torch import Tensor, nn
 
 import moe_ops
-from moe_ops import _C, layers
+from moe_ops import _library, layers
 
 from .sweep.cases import OPS, Case, random_case, short
 
@@ -177,7 +178,7 @@ def hash_of(text: str) -> str:
 
 
 def all_cases() -> list[str]:
-    table, rng = _C.block_sizes(), random.Random(30)
+    table, rng = moe_ops_dev.block_sizes(), random.Random(30)
     cases = [*short(table), *(random_case(table, rng) for _ in range(RANDOM_CASES))]
     return list(dict.fromkeys([*map(str, cases), *cases_of_layers()]))
 
@@ -216,7 +217,7 @@ def main() -> int:
     if args.what == "worker":
         worker()
         return 0
-    isas = [args.isa] if args.isa else list(_C.supported_isas())
+    isas = [args.isa] if args.isa else list(_library.supported_isas())
     with ThreadPoolExecutor(args.jobs) as pool:
         if args.what == "record":
             cases = [case for case in all_cases() if args.only in case]

@@ -69,9 +69,8 @@ def imports_of(name: str) -> set[str]:
             base = ".".join((above if node.level else []) + [node.module] * bool(node.module))
             names = {f"{base}.{alias.name}" for alias in node.names}
             # `from package import name` reads a module of that name, or what the package has.
-            found |= {n if n in modules() or n == f"{FRONT}._C" else base for n in names}
-    # The C++ module is imported from the front, and imports nothing itself.
-    return {n for n in found - {f"{FRONT}._C"} if n in modules() and n != name}
+            found |= {n if n in modules() else base for n in names}
+    return {n for n in found if n in modules() and n != name}
 
 
 @lru_cache

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cpp-wrapper", action="store_true")
     options = parser.parse_args()
-    print(f"{moe_ops._C.cpu_isa()}, torch {torch.__version__}")
+    print(f"{moe_ops._library.cpu_isa()}, torch {torch.__version__}")
     torch._dynamo.config.recompile_limit = 64
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ import torch
 
 from bench.cpu.kept import MEASURED
 from bench.harness.files import ROOT
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.bench.baselines import skipped_steps
 from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
 from moe_ops.memory import use_huge_pages
@@ -80,7 +80,7 @@ def _warm_up_torch() -> None:
     for name, make in MEASURED.items():
         if not (name.startswith("HF") and skipped_steps()):
             make(bank, tokens, torch.randn(tokens.x.shape))()
-    _C.release_cached()
+    _library.release_cached()
 
 
 def _status(key: str) -> int:

@@ -207,7 +207,8 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     if options.peak:
         return peak(options.peak, options.tokens, dtype)
-    print(f"{moe_ops._C.cpu_isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    isa = moe_ops._library.cpu_isa()
+    print(f"{isa}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if "op" in options.parts:
         bench_op(options.tokens, dtype, options.rounds)
         bench_decode(options.tokens, dtype, options.rounds)

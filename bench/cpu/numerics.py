@@ -26,7 +26,7 @@ from torch import Tensor
 
 import moe_ops
 from bench.harness.machine import describe_machine, load, now
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops._files import write_text
 from moe_ops.bench.timing import Samples, interleave, speedup
 from moe_ops.quant import quantize_fp8_blocks
@@ -279,7 +279,7 @@ def at_level(isa: str, invariant: bool) -> dict[tuple[str, str], list[Tensor]]:
 
 
 def equality() -> list[str]:
-    levels = _C.supported_isas()
+    levels = _library.supported_isas()
     by_level = [at_level(isa, True) for isa in levels]
     lines = [
         "| op | type | two runs | 1 and 2 threads | batch, mode off | batch, mode on | "
@@ -411,8 +411,8 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = describe_machine()
     where = (
-        f"Measured {now()} on {machine['cpu']}, {machine['cores']} cores, {_C.cpu_isa()}, torch "
-        f"{torch.__version__}; load {load()}."
+        f"Measured {now()} on {machine['cpu']}, {machine['cores']} cores, {_library.cpu_isa()}, "
+        f"torch {torch.__version__}; load {load()}."
     )
     for name in arguments.tables or TABLES:
         lines = {"equality": equality, "errors": errors}.get(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import moe_ops
 from bench.harness.arguments import seconds, whole
-from moe_ops import _C, memory
+from moe_ops import _library, memory
 from moe_ops.bench import machine
 from moe_ops.bench.baselines import Bind, Call, MoeOps, MoeOpsPacked
 from moe_ops.bench.measure import Cells, Session, forward_cells
@@ -122,7 +122,7 @@ def rows(
     """A line of a table for each format: the fastest of interleaved samples."""
     layers = {name: Layer(name, shape) for name in names}
     yield (
-        f"| {shape}, {dtype}, {_C.cpu_isa()} | MB an expert | "
+        f"| {shape}, {dtype}, {_library.cpu_isa()} | MB an expert | "
         + " | ".join(f"T {T}: ms | GB/s" for T in tokens)
         + " |"
     )

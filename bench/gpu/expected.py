@@ -5,7 +5,7 @@
 
 The floor is that of the bench (work.py): operations at the rate of cuBLAS or bytes at that of a
 copy, whichever takes longer. What is expected is that of the kernels with the tiles that
-csrc/cuda/grouped_gemm/choose.h and csrc/cuda/moe_ffn/choose.h give them (asked of `moe_ops._C`),
+csrc/cuda/grouped_gemm/choose.h and csrc/cuda/moe_ffn/choose.h give them (`moe_ops_dev`),
 walked tile by tile as the schedulers do. Assumptions, none of them measured with these kernels:
 
 - A stage (64 of the sum) of a tile takes as long as the slowest of: its products, at MAINLOOP of
@@ -37,7 +37,7 @@ from torch import Tensor
 from bench.gpu.cases import MODELS, Case, make_ids
 from bench.gpu.planner import Rates
 from bench.gpu.work import work_of
-from moe_ops._C import ffn_config, gemm_config
+from bench.harness.dev import moe_ops_dev
 from moe_ops.bench.shapes import Shape
 
 SMS, CLOCK = 132, 1.755e9
@@ -239,7 +239,9 @@ def wgrad(name: str, counts: Tensor, m: int, n: int, product: str, kernels: Kern
     """`product`: "gather_tn" or "tn_gather"."""
     tile = Tile(128, 128)
     if kernels.wide_wgrad:
-        tile = parse_tile(gemm_config(product, int(counts.sum()), len(counts), m, n, 0, SMS))
+        tile = parse_tile(
+            moe_ops_dev.gemm_config(product, int(counts.sum()), len(counts), m, n, 0, SMS)
+        )
     return ragged_k(name, counts, m, n, tile, kernels, "a" if product == "gather_tn" else "b")
 
 
@@ -250,8 +252,8 @@ def moved_rows(name: str, bytes_: float) -> Expected:
 def forward(shape: Shape, counts: Tensor, T: int, kernels: Kernels, train: bool) -> list[Expected]:
     H, I, E = shape.H, shape.I, shape.E
     N = int(counts.sum())
-    up = UP_TILES[ffn_config("up", N, E, 2 * I, H, SMS)]
-    down = parse_tile(gemm_config("nt", N, E, 0, H, I, SMS))
+    up = UP_TILES[moe_ops_dev.ffn_config("up", N, E, 2 * I, H, SMS)]
+    down = parse_tile(moe_ops_dev.gemm_config("nt", N, E, 0, H, I, SMS))
     # Of two accumulators one h, and where training asks for it both.
     moved = ELEMENT / 2 + (ELEMENT if train else 0)
     swiglu, store = (BOX_SWIGLU, BOX_STORE) if kernels.store_boxes else (SWIGLU, STORE)
@@ -277,10 +279,10 @@ def forward(shape: Shape, counts: Tensor, T: int, kernels: Kernels, train: bool)
 def training(shape: Shape, counts: Tensor, T: int, kernels: Kernels) -> list[Expected]:
     H, I, E = shape.H, shape.I, shape.E
     N = int(counts.sum())
-    down_bwd = DOWN_BWD_TILES[ffn_config("down_bwd", N, E, I, H, SMS)]
+    down_bwd = DOWN_BWD_TILES[moe_ops_dev.ffn_config("down_bwd", N, E, I, H, SMS)]
     if not kernels.paired_down_bwd:
         down_bwd = replace(down_bwd, cluster=1)
-    dgrad = parse_tile(gemm_config("nn", N, E, 0, H, 2 * I, SMS))
+    dgrad = parse_tile(moe_ops_dev.gemm_config("nn", N, E, 0, H, 2 * I, SMS))
     return [
         *forward(shape, counts, T, kernels, True),
         ragged_m(

@@ -120,10 +120,10 @@ def _why_not_here() -> str:
     if not torch.cuda.is_available():
         return f"bench.gpu needs a CUDA device, and torch {torch.__version__} sees none; {_WALK}."
     try:
-        from moe_ops import _C
+        from moe_ops import _library
     except ImportError as problem:
         return f"bench.gpu --no-build needs an installed moe_ops: {problem}."
-    if dict(_C.build_info())["cuda"] == "off":
+    if dict(_library.build_info())["cuda"] == "off":
         return (
             "bench.gpu needs CUDA kernels, and the installed moe_ops is built without: leave "
             "--no-build out, or build with MOE_OPS_CUDA=on."

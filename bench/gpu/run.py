@@ -27,7 +27,7 @@ from bench.gpu.problem import Problem
 from bench.gpu.work import work_of
 from bench.harness.files import commit, rounded
 from bench.harness.machine import now
-from moe_ops import _C, doctor
+from moe_ops import _library, doctor
 from moe_ops.bench.measure import in_a_sentence
 from moe_ops.bench.shapes import Shape
 from moe_ops.bench.timing import Samples, speedup
@@ -189,7 +189,7 @@ def versions() -> dict[str, str]:
     if at := commit():
         found["commit"] = at
     found["moe_ops"] = moe_ops.__version__
-    found["kernels"] = dict(_C.build_info())["cuda"]
+    found["kernels"] = dict(_library.build_info())["cuda"]
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     for peer in PEERS:

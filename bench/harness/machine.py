@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.bench.machine import cpu_name
 
 
@@ -20,7 +20,7 @@ def describe_machine() -> dict[str, Any]:
         "caches": _caches(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
-        "detected_isa": _C.detected_isa(),
+        "detected_isa": _library.detected_isa(),
     }
 
 
@@ -35,8 +35,8 @@ def load() -> list[float]:
 
 def beyond_isa() -> str | None:
     """Why a library cannot run whose instruction set no environment lowers; None if it can."""
-    held = _C.cpu_isa() != _C.detected_isa()
-    return f"cannot be held to {_C.cpu_isa()}" if held else None
+    held = _library.cpu_isa() != _library.detected_isa()
+    return f"cannot be held to {_library.cpu_isa()}" if held else None
 
 
 def _family() -> str:

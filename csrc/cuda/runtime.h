@@ -9,9 +9,6 @@
 
 #include "moe_ops/common.h"
 
-// What moe_ops._C calls.
-#define MOE_OPS_CUDA_API __attribute__((visibility("default")))
-
 namespace moe_ops::cuda {
 
 inline bool aligned_to(const void* p, int64_t bytes) {
@@ -36,14 +33,14 @@ int usable_sms();
 
 // 0, unless the environment variable MOE_OPS_SM_MARGIN is a number, or set_sm_margin was called.
 // One setting of the process.
-MOE_OPS_CUDA_API int sm_margin();
-MOE_OPS_CUDA_API void set_sm_margin(int sms);
+int sm_margin();
+void set_sm_margin(int sms);
 
-MOE_OPS_CUDA_API const char* error_string(Status status);
+const char* error_string(Status status);
 
 // Makes a device current in the calling thread, and its context bound to the thread: a thread that
 // has not used CUDA yet has none. Forgets an error that another caller of the runtime left behind.
-MOE_OPS_CUDA_API Status bind_device(int device);
+Status bind_device(int device);
 
 // Where the current stream of torch is found: a function of libtorch_cuda.so, which a torch with
 // CUDA has loaded.
@@ -52,7 +49,7 @@ struct StreamSource {
   int (*current)(int32_t device, void** stream);
   const char* library;  // the file that it is in; null if torch has loaded no such library
 };
-MOE_OPS_CUDA_API const StreamSource& stream_source();
+const StreamSource& stream_source();
 
 // Notes a kernel of the library; called while the library is loaded.
 bool add_kernel(const void* kernel);
@@ -70,7 +67,7 @@ struct KernelInfo {
   int registers;     // of a thread
   int64_t spilled_bytes;  // of a thread, in local memory
 };
-MOE_OPS_CUDA_API std::vector<KernelInfo> kernel_infos();
+std::vector<KernelInfo> kernel_infos();
 
 // Version of the runtime this was compiled with, 13000 for 13.0.
 int runtime_version();

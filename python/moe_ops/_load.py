@@ -38,7 +38,7 @@ def torch_version() -> tuple[int, int]:
 
 
 def load(version: str) -> None:
-    """Imports ``moe_ops._C``, whose library registers ``torch.ops.moe_ops``.
+    """Loads the native library, which registers ``torch.ops.moe_ops``.
 
     Args:
         version: of the Python files, which the library must have too.
@@ -52,23 +52,27 @@ def load(version: str) -> None:
             "pip install --upgrade torch"
         )
     try:
-        import moe_ops._C as _C
-    except ModuleNotFoundError as error:
+        from moe_ops import _library
+
+        found = _library.version()
+    except FileNotFoundError as error:
         raise ImportError(
-            "moe_ops is not built here (moe_ops._C is missing): run `pip install "
+            f"moe_ops is not built here ({error} is missing): run `pip install "
             "--no-build-isolation .` in its source folder, and start Python outside that folder."
         ) from error
-    except ImportError as error:
+    except OSError as error:
         raise ImportError(
             f"the native library of moe_ops does not load with torch {torch.__version__}: {error}. "
-            "Reinstall it for this Python: pip install --force-reinstall --no-deps torch-moe-ops"
+            "Reinstall it: pip install --force-reinstall --no-deps torch-moe-ops"
         ) from error
-    if _C.version() != version:
+    except AttributeError:  # It lacks a function.
+        found = "of another version"
+    if found != version:
         raise ImportError(
-            f"moe_ops is {version} but its native library is {_C.version()}: two installs are "
+            f"moe_ops is {version} but its native library is {found}: two installs are "
             "mixed; pip uninstall torch-moe-ops until none is left, then install it again."
         )
-    if _C.isa_warning():
+    if _library.isa_warning():
         import warnings
 
-        warnings.warn(_C.isa_warning(), RuntimeWarning, stacklevel=3)
+        warnings.warn(_library.isa_warning(), RuntimeWarning, stacklevel=3)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from moe_ops import _C
-
-_set = getattr(_C, "set_sm_margin", None)  # a build without CUDA kernels has none
-_get = getattr(_C, "sm_margin", lambda: 0)
+from moe_ops import _library
 
 
 def set_sm_margin(sms: int) -> None:
@@ -28,10 +25,9 @@ def set_sm_margin(sms: int) -> None:
     """
     if not isinstance(sms, int) or isinstance(sms, bool) or sms < 0:
         raise ValueError(f"set_sm_margin: sms must be an int of at least 0, got {sms!r}")
-    if _set is not None:
-        _set(min(sms, 2**31 - 1))
+    _library.set_sm_margin(min(sms, 2**31 - 1))
 
 
 def sm_margin() -> int:
     """How many SMs the CUDA kernels leave to others (:func:`set_sm_margin`)."""
-    return int(_get())
+    return _library.sm_margin()

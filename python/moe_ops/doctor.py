@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import moe_ops
-from moe_ops import _C, _private_torch, _threads, ops, packing
+from moe_ops import _library, _private_torch, _threads, ops, packing
 from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
 from moe_ops.self_test import SelfTest, cases, has_kernel, self_test
 
@@ -138,14 +138,14 @@ def _versions() -> Iterator[Finding]:
 
 
 def _native_library() -> Iterator[Finding]:
-    if _C.version() == moe_ops.__version__:
-        facts = sorted(dict(_C.build_info()).items())
+    if _library.version() == moe_ops.__version__:
+        facts = sorted(dict(_library.build_info()).items())
         yield Finding("native library", "ok", ", ".join(f"{k} {v}" for k, v in facts))
     else:
         yield Finding(
             "native library",
             "fail",
-            f"is {_C.version()}, the Python code {moe_ops.__version__}",
+            f"is {_library.version()}, the Python code {moe_ops.__version__}",
             f"Two installs are mixed: {_REINSTALL}",
         )
     missing = [case.op for case in cases() if not hasattr(torch.ops.moe_ops, case.op)]
@@ -154,16 +154,18 @@ def _native_library() -> Iterator[Finding]:
 
 
 def _cpu() -> Iterator[Finding]:
-    active, detected = _C.cpu_isa(), _C.detected_isa()
-    supported = ", ".join(_C.supported_isas())
+    active, detected = _library.cpu_isa(), _library.detected_isa()
+    supported = ", ".join(_library.supported_isas())
     text = f"using {active}, detected {detected}, supported here: {supported}"
     forced = os.environ.get("MOE_OPS_CPU_ISA")
-    failing = _C.failing_kernel(active)
+    failing = _library.failing_kernel(active)
     if failing is not None:
         text += f"; the {active} kernels fail their self-test ({failing})"
         yield Finding("cpu", "fail", text, _REINSTALL)
-    elif _C.isa_warning():
-        yield Finding("cpu", "warning", f"{text}; {_C.isa_warning()}", "Unset MOE_OPS_CPU_ISA.")
+    elif _library.isa_warning():
+        yield Finding(
+            "cpu", "warning", f"{text}; {_library.isa_warning()}", "Unset MOE_OPS_CPU_ISA."
+        )
     elif active != detected:
         text += f" (MOE_OPS_CPU_ISA={forced})"
         yield Finding("cpu", "warning", text, "Unset MOE_OPS_CPU_ISA.")
@@ -283,10 +285,10 @@ def _cuda() -> Iterator[Finding]:
 
 def _cuda_stream() -> Finding:
     """Where the kernels get torch's current stream."""
-    found = _C.stream_source()
+    found = _library.stream_source()
     if found is not None and found[1]:
         text = f"the current one of torch, asked of {found[0]}"
-        margin = _C.sm_margin()
+        margin = _library.sm_margin()
         if margin:
             text += f"; kernels that stay on an SM leave {_count(margin, 'SM')} to others"
         return Finding("cuda stream", "ok", text)
@@ -302,7 +304,7 @@ def _cuda_stream() -> Finding:
 def _cuda_device() -> Finding:
     """Whether the runtime of the kernels shares torch's devices."""
     device, count = torch.cuda.current_device(), torch.cuda.device_count()
-    error = _C.bind_device(device)
+    error = _library.bind_device(device)
     if error is None:
         text = f"{device} of {count} is current and its context bound; ops do so for that of x"
         return Finding("cuda device", "ok", text)
@@ -317,7 +319,7 @@ def _cuda_device() -> Finding:
 def _cuda_kernels() -> Iterator[Finding]:
     """Which code each family of kernels has on this card; loads all of them."""
     families: dict[str, list[tuple[str | None, int, int, int]]] = {}
-    for name, error, compiled_for, from_ptx, _, spilled in _C.cuda_kernels():
+    for name, error, compiled_for, from_ptx, _, spilled in _library.cuda_kernels():
         family = name.removesuffix("_kernel")
         families.setdefault(family, []).append((error, compiled_for, from_ptx, spilled))
     groups: dict[str, list[str]] = {}
@@ -426,7 +428,7 @@ def _version(package: str) -> str | None:
 
 def _cuda_build() -> str:
     """What the CUDA kernels were built with, "13.0 (static runtime)"; empty without them."""
-    build = dict(_C.build_info()).get("cuda", "off")
+    build = dict(_library.build_info()).get("cuda", "off")
     return "" if build.lower() in ("", "off", "0") else build
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops._sharded import check_whole
 
 # What is smaller may not hold a whole page of 2 MiB, and lies in a cache anyway.
@@ -83,17 +83,17 @@ def held_bytes() -> dict[str, int]:
 
 def cached_bytes() -> int:
     """Bytes that are kept and that no tensor uses."""
-    return _C.cached_bytes()
+    return _library.cached_bytes()
 
 
 def cache_limit() -> int:
     """The most bytes that are kept."""
-    return _C.cache_limit()
+    return _library.cache_limit()
 
 
 def release_cached() -> None:
     """Returns everything that is kept to the system. Tensors in use are not touched."""
-    _C.release_cached()
+    _library.release_cached()
 
 
 def use_huge_pages(*owners: Tensor | nn.Module) -> int:
@@ -128,7 +128,7 @@ def use_huge_pages(*owners: Tensor | nn.Module) -> int:
     # Views and tied weights share a storage.
     storages = [t.untyped_storage() for t in tensors if is_plain(t)]
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() >= _HUGE_FROM}
-    return sum(_C.use_huge_pages(address, size) for address, size in sizes.items())
+    return sum(_library.use_huge_pages(address, size) for address, size in sizes.items())
 
 
 class _Move:
@@ -197,7 +197,7 @@ def move_when_paid(module: nn.Module, num_slots: int, *weights: Tensor) -> int:
         return 0
     if not take_turn(sum(bool(m.parts) for m in list(_moves.values()))):
         return 0
-    return _C.use_huge_pages(*move.parts.pop(0))
+    return _library.use_huge_pages(*move.parts.pop(0))
 
 
 def advise_huge_pages(*tensors: Tensor) -> None:

@@ -18,12 +18,12 @@ import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 
-from moe_ops import _C
+from moe_ops import _library
 
 # What the kernels read, as Python reads it: layers that choose between torch's product and an op of
 # this package ask for it, and a graph of torch.compile that depends on it is compiled anew when it
 # changes.
-_mode: bool = _C.batch_invariant()
+_mode: bool = _library.batch_invariant()
 
 
 class _Block:
@@ -57,8 +57,8 @@ def _apply() -> None:
     """Sets the mode that the open blocks, or without any the base setting, call for."""
     global _mode
     mode = _wishes[True] > 0 or (_base and _wishes[False] == 0)
-    if mode != _mode or mode != _C.batch_invariant():
-        _C.set_batch_invariant(mode)
+    if mode != _mode or mode != _library.batch_invariant():
+        _library.set_batch_invariant(mode)
         _mode = mode
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _library
 from .reference._common import acc_dtype as acc_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +81,7 @@ def poisoned(*like: Tensor) -> Iterator[None]:
     Two ways at once: torch's own fill of uninitialised memory, and freed NaN blocks of the sizes of
     `like` for allocations that bypass it.
     """
-    _C.poison_scratch(_POISONED_SCRATCH)
+    _library.poison_scratch(_POISONED_SCRATCH)
     sizes = {256, 4096, 65536} | {max(1, t.numel() * t.element_size()) for t in like}
     blocks = [
         torch.full((size + pad,), 0xFF, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from bench.harness.files import RESULTS, dumps, rounded
 from bench.peers import PEERS
 
 import moe_ops
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.bench import baselines
 from moe_ops.bench.measure import FORMAT, relative_error
 from moe_ops.bench.shapes import SHAPES, Shape, exact_output, make_bank, make_tokens
@@ -252,8 +252,8 @@ def test_libraries_that_cannot_be_held_to_an_instruction_set_say_so(monkeypatch)
     class Lowered:
         cpu_isa, detected_isa = (lambda: "avx2"), (lambda: "avx512")
 
-    assert machine.beyond_isa() is None or _C.cpu_isa() != _C.detected_isa()
-    monkeypatch.setattr(machine, "_C", Lowered)
+    assert machine.beyond_isa() is None or _library.cpu_isa() != _library.detected_isa()
+    monkeypatch.setattr(machine, "_library", Lowered)
     assert machine.beyond_isa() == "cannot be held to avx2"
 
 

@@ -326,10 +326,10 @@ def test_without_a_gpu_there_is_one_sentence(monkeypatch, capsys, arguments, wor
 
 
 def test_a_build_without_kernels_is_refused(monkeypatch, capsys):
-    from moe_ops import _C
+    from moe_ops import _library
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": "off"})
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda": "off"})
     assert main.main(["--no-build"]) == 1
     assert "is built without: leave --no-build out" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bench.gpu import expected
 from bench.gpu.cases import MODELS
+from tests.helpers.dev import moe_ops_dev  # noqa: F401  # or skips
 
 
 def test_tiles_of_ragged_rows():

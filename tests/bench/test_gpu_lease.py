@@ -28,8 +28,7 @@ def lease(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "LOGS", tmp_path / "logs")
     package = tmp_path / "package" / "moe_ops"
     package.mkdir(parents=True)
-    for name in ("_C.abi3.so", "libmoe_ops.so"):
-        (package / name).touch()
+    (package / "libmoe_ops.so").touch()
     return Lease(tmp_path / "out", Sources(package=package.parent), dry=True)
 
 
@@ -269,10 +268,19 @@ def test_commands_of_a_build(tmp_path, monkeypatch):
     assert build.configure(whole)[-1] == "-DMOE_OPS_CUDART=shared"
     monkeypatch.setattr(build, "said", lambda command: ["8.9", "9.0"])
     assert "-DMOE_OPS_CUDA_SASS=89" in build.configure(whole)
-    assert "--target" not in build.compile_(whole)
-    carried = Sources(library=tmp_path / "libmoe_ops.so")
-    assert f"-DMOE_OPS_LIBRARY={tmp_path / 'libmoe_ops.so'}" in build.configure(carried)
-    assert build.compile_(carried)[-2:] == ["--target", "_C"]
+    assert "--build" in build.compile_()
+
+
+def test_a_library_that_is_carried_is_not_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(build, "_refusal", lambda package, limit_s: "")
+    monkeypatch.setattr(steps, "run_logged", lambda *args: pytest.fail("nothing to run"))
+    library = tmp_path / "of_another_name.so"
+    library.write_bytes(b"code")
+    outcome = build.build(Sources(library=library), 30.0)
+    assert outcome["status"] == "passed" and str(library) in outcome["text"]
+    assert (tmp_path / "package" / "moe_ops" / "libmoe_ops.so").read_bytes() == b"code"
+    assert build.is_built(Sources(library=library))
 
 
 @pytest.mark.parametrize("form", ["wheel", "folder", "headers"])
@@ -309,8 +317,7 @@ def test_a_build_that_fails_tells_the_first_error(tmp_path, monkeypatch):
 def test_a_package_of_another_source_or_setting_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PACKAGE", tmp_path)
     (tmp_path / "moe_ops").mkdir()
-    for name in ("_C.abi3.so", "libmoe_ops.so"):
-        (tmp_path / "moe_ops" / name).touch()
+    (tmp_path / "moe_ops" / "libmoe_ops.so").touch()
     made = Sources(defines=("MOE_OPS_CUDART=shared",))
     assert not build.is_built(made)
     (tmp_path / "stamp").write_text(build._stamp_of(made))

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.bench import baselines, measure, report, timing
 from moe_ops.bench.limits import Limits, measure_limits
 from moe_ops.bench.measure import FORMAT, Plan, relative_error, run
@@ -52,7 +52,7 @@ def tiny_shape(monkeypatch):
 
 def test_limits_are_plausible():
     limits = measure_limits(seconds=0.02, buffer_bytes=8 << 20)
-    assert limits.isa == _C.cpu_isa()
+    assert limits.isa == _library.cpu_isa()
     assert 1e9 < limits.fp32_flops < 1e12
     assert 1e9 < limits.bf16_flops < 1e13
     assert 1e8 < limits.read_bytes < 1e13
@@ -63,7 +63,7 @@ def test_limits_are_plausible():
 def test_an_fma_loop_beats_a_torch_product(set_threads):
     """A limit that a product exceeds would be none; 10 % for the clock's ups and downs. The best of
     many measurements, since another process can slow any one of them down."""
-    if _C.cpu_isa() != _C.detected_isa():
+    if _library.cpu_isa() != _library.detected_isa():
         pytest.skip("torch's product takes wider vectors than the limit.")
     set_threads(1)
     a = torch.randn(512, 512)
@@ -174,7 +174,7 @@ def test_result_has_the_documented_fields(result):
     assert result["format"] == FORMAT
     assert {"cpu", "detected_isa"} <= result["machine"].keys()
     assert {"torch", "torch-moe-ops"} <= result["versions"].keys()
-    assert result["isa"] == result["limits"]["isa"] == _C.cpu_isa()
+    assert result["isa"] == result["limits"]["isa"] == _library.cpu_isa()
     assert len(result["forward"]) == 4  # Two formats, two numbers of tokens.
     for mode in ("forward", "training"):
         for cell in result[mode]:
@@ -268,7 +268,7 @@ def test_cli_json(monkeypatch):
     assert json.loads(outcome.stdout)["training"]
 
 
-@pytest.mark.skipif("avx2" not in _C.supported_isas(), reason="no AVX2 here")
+@pytest.mark.skipif("avx2" not in _library.supported_isas(), reason="no AVX2 here")
 def test_isa_restarts_the_command(monkeypatch):
     """The kernels, torch and oneDNN read these when they are loaded, so a new process is needed."""
     monkeypatch.setenv("PYTHONPATH", str(Path(moe_ops.__file__).parents[1]))

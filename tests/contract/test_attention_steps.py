@@ -24,7 +24,7 @@ from tests.ops import test_attention_step, test_latent_attention_step
 from torch import Tensor
 
 import moe_ops
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.testing import DTYPES, assert_identical, seed_from, short
 
 pytestmark = pytest.mark.cpu_only
@@ -288,9 +288,9 @@ def run_all() -> None:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_isa(isa):
-    if isa not in _C.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
-    if isa == _C.cpu_isa():
+    if isa not in _library.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
+    if isa == _library.cpu_isa():
         pytest.skip("the level of this process, at which the other tests run")
     environment = {
         **os.environ,

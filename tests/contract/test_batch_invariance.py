@@ -30,7 +30,7 @@ from tests.helpers.quantized import (
 from torch import Tensor
 
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.expert_weights import packing
 from moe_ops.layers import (
     AttentionExperts,
@@ -233,7 +233,7 @@ def moe_ffn_quantized_case(
         expected = moe_ffn_in_integers(call)
         error = (moe_ops.moe_ffn_quantized(**call).double() - expected).norm()
         # The portable level rounds a product before it rounds it to an integer.
-        slack = 5e-3 if _C.cpu_isa() == "portable" else 1e-3
+        slack = 5e-3 if _library.cpu_isa() == "portable" else 1e-3
         assert error <= (eps(dtype) + slack) * expected.norm()
 
     case.check = check
@@ -774,9 +774,9 @@ def test_layer(name, dtype):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_isa(isa):
-    if isa not in _C.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
-    if isa == _C.cpu_isa():
+    if isa not in _library.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
+    if isa == _library.cpu_isa():
         pytest.skip("the level of this process, which test_op has run at")
     environment = {
         **os.environ,
@@ -812,7 +812,7 @@ def test_attention_layer_token_by_token(kind, dtype):
 def test_the_environment_variable(value, on):
     environment = {**os.environ, "MOE_OPS_BATCH_INVARIANT": value}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    code = "import moe_ops; print(moe_ops.is_batch_invariant(), moe_ops._C.batch_invariant())"
+    code = "import moe_ops; print(moe_ops.is_batch_invariant(), moe_ops._library.batch_invariant())"
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

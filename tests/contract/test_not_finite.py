@@ -14,7 +14,7 @@ from tests.helpers.ffn import ffn_operands
 from tests.helpers.routing import Routing
 
 import moe_ops
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.testing import DTYPES, assert_identical, short
 
 pytestmark = pytest.mark.cpu_only
@@ -142,7 +142,7 @@ def test_what_no_slot_uses_reaches_nothing(routing, dtype, maker):
             assert bool((found[2] == 0).all()), name
 
 
-@pytest.mark.parametrize("isa", _C.supported_isas()[:-1])
+@pytest.mark.parametrize("isa", _library.supported_isas()[:-1])
 def test_other_instruction_sets(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(

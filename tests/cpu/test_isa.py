@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moe_ops import _C
+from moe_ops import _library
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -17,7 +17,7 @@ SCRIPT = """
 import sys
 import torch
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.reference._scores import SCORE_FUNCS
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
@@ -48,7 +48,7 @@ def mix_experts_magnitude(outputs, weights, factor, activation):
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-assert _C.cpu_isa() == sys.argv[1], f"asked for {sys.argv[1]}, got {_C.cpu_isa()}"
+assert _library.cpu_isa() == sys.argv[1], f"asked for {sys.argv[1]}, got {_library.cpu_isa()}"
 
 for dtype in DTYPES:
     for counts, k, o in [((7, 0, 13, 1), 33, 31), ((6, 12), 64, 32), ((1, 35), 17, 97),
@@ -175,7 +175,7 @@ for dtype in DTYPES:
                 {**call, "interleaved": interleaved},
                 magnitude=moe_ffn_magnitude, sum_length=max(hidden, intermediate), steps=2,
             )
-            assert _C.stale_panels() == 0
+            assert _library.stale_panels() == 0
     for bits, group, hidden, intermediate in (
         (8, 0, 33, 31), (8, 0, 64, 65), (8, 0, 129, 200), (4, 32, 96, 160), (4, 64, 64, 192),
         (4, 128, 256, 128),
@@ -296,8 +296,8 @@ print("done")
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_isa(isa):
-    if isa not in _C.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    if isa not in _library.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
     environment = {
         **os.environ,
         "MOE_OPS_CPU_ISA": isa,
@@ -313,24 +313,26 @@ def test_isa(isa):
 
 BROKEN_KERNELS = """
 import sys
-import torch
-from moe_ops import _C
+from bench.harness.dev import moe_ops_dev
+from moe_ops import _library
 
 isa = sys.argv[1]
-assert _C.failing_kernel(isa) is None
-entries = _C.kernel_entries(isa)
+assert _library.failing_kernel(isa) is None
+entries = moe_ops_dev.kernel_entries(isa)
 assert len(entries) > 200
-print([entry for entry in entries if _C.failing_kernel(isa, entry) is None])
+print([entry for entry in entries if moe_ops_dev.failing_kernel(isa, entry) is None])
 """
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_self_test_calls_every_kernel(isa):
     """What is tested at import notices each entry of a target's tables that does nothing."""
-    if isa not in _C.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    if isa not in _library.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
     if isa == "portable":
         pytest.skip("the others are compared with it")
+    from tests.helpers.dev import moe_ops_dev  # noqa: F401  # or skips
+
     path = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(
         [sys.executable, "-c", BROKEN_KERNELS, isa], env={**os.environ, "PYTHONPATH": path},
@@ -343,22 +345,22 @@ def test_the_self_test_calls_every_kernel(isa):
 def test_the_best_isa_is_used_unless_told_otherwise():
     if os.environ.get("MOE_OPS_CPU_ISA"):
         pytest.skip("MOE_OPS_CPU_ISA is set")
-    assert _C.cpu_isa() == _C.supported_isas()[-1] == _C.detected_isa()
+    assert _library.cpu_isa() == _library.supported_isas()[-1] == _library.detected_isa()
 
 
 def test_portable_is_always_there():
-    assert _C.supported_isas()[0] == "portable"
+    assert _library.supported_isas()[0] == "portable"
 
 
 def test_unknown_isa_warns_and_still_works():
     environment = {**os.environ, "MOE_OPS_CPU_ISA": "mmx"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(
-        [sys.executable, "-c", "import moe_ops; print(moe_ops._C.cpu_isa())"],
+        [sys.executable, "-c", "import moe_ops; print(moe_ops._library.cpu_isa())"],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip() in _C.supported_isas()
+    assert run.stdout.strip() in _library.supported_isas()
     assert "mmx" in run.stderr

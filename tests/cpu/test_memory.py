@@ -233,7 +233,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     gc.collect()
     monkeypatch.setattr(memory, "_by_themselves", True)
-    monkeypatch.setattr(memory._C, "use_huge_pages", move)
+    monkeypatch.setattr(memory._library, "use_huge_pages", move)
     monkeypatch.setattr(memory, "HUGE_PAGES_AFTER_ROWS", 32)
     return parts
 
@@ -337,7 +337,7 @@ def test_pages_of_a_mapped_file_are_released(tmp_path: Path):
 def test_forked_processes_and_the_environment_can_decline():
     code = (
         "import os, sys, torch; from moe_ops import layers, memory;"
-        "seen = []; memory._C.use_huge_pages = lambda *t: seen.append(t) or 0;"
+        "seen = []; memory._library.use_huge_pages = lambda *t: seen.append(t) or 0;"
         "memory.HUGE_PAGES_AFTER_ROWS = 1;"
         "bank = layers.Experts(2, 512, 1024);"
         "child = sys.argv[1] == 'fork' and os.fork();"

@@ -11,7 +11,7 @@ from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
 from tests.helpers.routing import Routing
 from torch import Tensor
 
-from moe_ops import _C, is_batch_invariant, ops, reference
+from moe_ops import _library, is_batch_invariant, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.reference._codes import dequantized as dequantized_weight
@@ -34,7 +34,7 @@ INTEGER_ROWS = 8
 def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
     """Of the integers that moe_ffn_quantized makes of the tokens of experts with `counts` of them:
     8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
-    level, four = _C.cpu_isa(), weight.dtype == torch.uint8
+    level, four = _library.cpu_isa(), weight.dtype == torch.uint8
     bits = torch.full_like(counts, 8 if four else 16)
     if is_batch_invariant():
         return bits
@@ -207,7 +207,7 @@ def check_grouped_gemm_quantized(call: Kwargs) -> None:
     exact = {**widened(call), "b": call["b"]}
     dtype = call["a"].dtype
     bits = token_bits(call["b"], dtype, counts)
-    on_cpu = call["a"].device.type == "cpu" and _C.cpu_isa() != ""
+    on_cpu = call["a"].device.type == "cpu" and _library.cpu_isa() != ""
     used = int(counts.sum())
     if on_cpu:
         in_bytes = (bits == 8).repeat_interleave(counts)[:, None]
@@ -220,7 +220,7 @@ def check_grouped_gemm_quantized(call: Kwargs) -> None:
     assert y.dtype == dtype and y.shape == expected.shape
     assert not y[used:].any()
     # As of moe_ffn_quantized: a number beside half an integer may become either.
-    slack = 5e-3 if _C.cpu_isa() == "portable" else 1e-3
+    slack = 5e-3 if _library.cpu_isa() == "portable" else 1e-3
     slack = slack if bool((bits[counts > 0] == 8).any()) else 1e-4
     error, norm = (y.double() - expected).norm(), expected.norm()
     assert error <= (eps(dtype) + slack) * norm + 1e-30, f"{error:.2e} of {norm:.2e}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops._private_torch import has_kernel, registered_ops
 from moe_ops.ops._library import cuda_formulas
 
@@ -28,7 +28,7 @@ def use_simulator() -> None:
     global _simulator
     if _simulator is not None:
         return
-    if "shared" not in _C.build_info()["cuda"]:
+    if "shared" not in _library.build_info()["cuda"]:
         raise RuntimeError(
             "use_simulator: this build has no CUDA kernels for a simulator: build with "
             "MOE_OPS_CUDA=on and MOE_OPS_CUDART=shared (make test-sim does)."

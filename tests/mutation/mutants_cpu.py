@@ -1662,7 +1662,7 @@ def build() -> None:
     configure = [
         "cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_CXX_FLAGS=-include {source / 'mutant.h'}", "-DMOE_OPS_CUDA=off",
-        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DMOE_OPS_DEV=off", f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["ninja", "-C", folder, "--quiet", "-j2"], check=True)
@@ -1691,18 +1691,19 @@ def ask(isa: str, numbers: list[int], short: bool) -> dict[int, str]:
     import random
 
     import torch
+    from bench.harness.dev import moe_ops_dev
     from tests.sweep.cases import cost_of, sweep
     from tests.sweep.cases import short as short_cases
     from tests.sweep.checks import fault_of
 
-    from moe_ops import _C
+    from moe_ops import _library
 
     torch.set_num_threads(1)
-    assert _C.cpu_isa() == isa, _C.cpu_isa()
+    assert _library.cpu_isa() == isa, _library.cpu_isa()
     if short:
-        cases = short_cases(_C.block_sizes())
+        cases = short_cases(moe_ops_dev.block_sizes())
     else:
-        cases = [c for c in sweep(_C.block_sizes()) if cost_of(c) <= 4_000_000]
+        cases = [c for c in sweep(moe_ops_dev.block_sizes()) if cost_of(c) <= 4_000_000]
         random.Random(1).shuffle(cases)
     fault_of(cases[0])
     noticed: dict[int, str] = {}
@@ -1811,9 +1812,9 @@ def main() -> int:
     def left() -> list[int]:
         return [n for n in chosen if result[label(*NUMBERED[n - 1])] is None]
 
-    from moe_ops import _C
+    from moe_ops import _library
 
-    isas = [isa for isa in args.isas if isa in _C.supported_isas()]
+    isas = [isa for isa in args.isas if isa in _library.supported_isas()]
     started = time.monotonic()
     for isa in isas:
         if left():

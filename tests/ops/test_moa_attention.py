@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tests.helpers.op_case import OpCase, ones
 
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.reference._common import acc_dtype
 from moe_ops.reference.moa_attention import visible
 from moe_ops.testing import (
@@ -707,7 +707,7 @@ def test_batch_invariance(options, head_size, dtype, kind, set_threads):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("isa", _C.supported_isas()[:-1])
+@pytest.mark.parametrize("isa", _library.supported_isas()[:-1])
 def test_other_instruction_sets(isa):
     """Whatever numbers are not seen, and whatever the batch is."""
     unseen = "test_unseen_numbers and (window or all) and (16 or 40)"

@@ -10,7 +10,7 @@ from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
@@ -76,7 +76,7 @@ def with_copies(call):
 def check(call, *, copies_are_good=True):
     call = call if "packed_down" in call else with_copies(call)
     sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel(), 1)
-    stale = _C.stale_panels()
+    stale = _library.stale_panels()
     check_against_reference(
         moe_ops.moe_ffn_packed,
         reference.moe_ffn_packed,
@@ -85,7 +85,7 @@ def check(call, *, copies_are_good=True):
         sum_length=max(sizes),
         steps=2,
     )
-    assert (_C.stale_panels() == stale) == copies_are_good
+    assert (_library.stale_panels() == stale) == copies_are_good
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
@@ -193,14 +193,14 @@ def test_a_copy_has_every_element_once(dtype):
 def test_the_copies_are_what_is_read(dtype):
     """Another number in the copy, which a spot check hardly ever hits, shows in the output."""
     call = with_copies(ffn_operands(Routing(4, 1, 1), 200, 120, dtype))
-    before, stale = moe_ops.moe_ffn_packed(**call), _C.stale_panels()
+    before, stale = moe_ops.moe_ffn_packed(**call), _library.stale_panels()
     for name in ("packed_gate_up", "packed_down"):
         changed = call[name].clone()
         changed.view(dtype)[1234] += 64
         after = moe_ops.moe_ffn_packed(**{**call, name: changed})
-        if _C.stale_panels() == stale:
+        if _library.stale_panels() == stale:
             assert not torch.equal(after, before)
-        stale = _C.stale_panels()
+        stale = _library.stale_panels()
 
 
 # --- a copy of other weights is not used
@@ -226,9 +226,9 @@ def test_one_token_of_small_experts_is_moe_ffn_to_the_bit():
     call = with_copies(ffn_operands(Routing(1, 4, 2), 64, 48, torch.float32))
     for name in ("packed_gate_up", "packed_down"):
         call[name].fill_(255)
-    stale = _C.stale_panels()
+    stale = _library.stale_panels()
     assert_identical(moe_ops.moe_ffn_packed(**call), plain(call))
-    assert _C.stale_panels() == stale
+    assert _library.stale_panels() == stale
 
 
 @pytest.mark.parametrize("dim", [1, 2], ids=["features", "depth"])
@@ -240,18 +240,18 @@ def test_a_run_of_a_sixteenth_is_always_noticed(name, dim):
     for begin in range(0, size - size // 16 + 1, 3):
         w = call[name].clone()
         w[1].narrow(dim - 1, begin, size // 16).neg_()
-        stale = _C.stale_panels()
+        stale = _library.stale_panels()
         moe_ops.moe_ffn_packed(**{**call, name: w})
-        assert _C.stale_panels() > stale, begin
+        assert _library.stale_panels() > stale, begin
 
 
 def test_scattered_changes_are_noticed_sooner_or_later():
     call = with_copies(ffn_operands(Routing(6, 1, 1), 40, 24, torch.float32))
     call["w_down"][0, 7, 11] += 1
-    stale = _C.stale_panels()
+    stale = _library.stale_panels()
     for _ in range(2000):
         moe_ops.moe_ffn_packed(**call)
-    assert _C.stale_panels() > stale
+    assert _library.stale_panels() > stale
 
 
 def test_experts_without_tokens_are_not_looked_at():
@@ -264,9 +264,9 @@ def test_experts_without_tokens_are_not_looked_at():
 def test_nan_weights_match_their_copy():
     call = ffn_operands(SMALL, 33, 31, torch.float32)
     call["w_down"][:] = torch.nan
-    stale = _C.stale_panels()
+    stale = _library.stale_panels()
     assert moe_ops.moe_ffn_packed(**with_copies(call)).isnan().any()
-    assert _C.stale_panels() == stale
+    assert _library.stale_panels() == stale
 
 
 # --- torch

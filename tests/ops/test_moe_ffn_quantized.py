@@ -22,7 +22,7 @@ from tests.helpers.quantized import (
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
@@ -95,7 +95,7 @@ def check_integers(call):
     assert y.shape == expected.shape
     error, norm = (y.double() - expected).norm(), expected.norm()
     # Half types often lie at half an integer, which a level without fused multiply-adds may miss.
-    other = 5e-3 if _C.cpu_isa() == "portable" and y.dtype != torch.float32 else 1e-3
+    other = 5e-3 if _library.cpu_isa() == "portable" and y.dtype != torch.float32 else 1e-3
     if not rounds_to_bytes(call):
         # Each value off by up to 1.5e-5 of the largest of its row, some 3 to 7 usual ones.
         other = 1e-4

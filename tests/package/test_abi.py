@@ -7,6 +7,7 @@ the CUDA runtime that the simulator stands in for.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -18,51 +19,29 @@ from pathlib import Path
 import pytest
 
 import moe_ops
+from moe_ops import _library
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the symbol rules are written for ELF"
 )
 
 PACKAGE = Path(moe_ops.__file__).parent
-LIBRARY = PACKAGE / "libmoe_ops.so"
-MODULE = Path(moe_ops._C.__file__)
+LIBRARY = _library.PATH
 ROOT = Path(__file__).parents[2]
 STABLE_SYMBOLS = Path(__file__).with_name("torch_2_10_stable_symbols.txt")
 
 # The C and C++ runtimes; before glibc 2.34 threads and dl were files of their own.
 RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "libdl", "librt")
-# What moe_ops._C calls.
+# What moe_ops_dev calls (csrc/python/dev.cpp).
 EXPORTS = {
-    "moe_ops::batch_invariant",
     "moe_ops::cpu::block_sizes",
-    "moe_ops::cpu::gemm_config",
-    "moe_ops::set_batch_invariant",
-    "moe_ops::cpu::cache_limit",
-    "moe_ops::cpu::cached_bytes",
-    "moe_ops::cpu::release_cached",
-    "moe_ops::cpu::active_isa",
-    "moe_ops::cpu::detected_isa",
     "moe_ops::cpu::failing_kernel",
+    "moe_ops::cpu::gemm_config",
     "moe_ops::cpu::kernel_entries",
-    "moe_ops::cpu::isa_name",
-    "moe_ops::cpu::isa_warning",
-    "moe_ops::cpu::packed_expert_bytes",
-    "moe_ops::cpu::poison_scratch",
-    "moe_ops::cpu::stale_panels",
     "moe_ops::cpu::supported_isas",
-    "moe_ops::cpu::use_huge_pages",
 }
-CUDA = moe_ops._C.build_info()["cuda"]
+CUDA = _library.build_info()["cuda"]
 SHARED_CUDA_RUNTIME = {"libcudart"} if "shared runtime" in CUDA else set()
-if CUDA != "off":
-    EXPORTS |= {
-        "moe_ops::cuda::bind_device",
-        "moe_ops::cuda::error_string",
-        "moe_ops::cuda::kernel_infos",
-        "moe_ops::cuda::set_sm_margin",
-        "moe_ops::cuda::sm_margin",
-        "moe_ops::cuda::stream_source",
-    }
 ISA_FILES = ("target_avx2", "target_avx512", "target_avx512_bf16", "target_amx")
 
 
@@ -124,25 +103,66 @@ def test_library_needs_torch_cpu_and_the_runtimes_only():
     assert needed - {"libtorch_cpu"} - SHARED_CUDA_RUNTIME <= set(RUNTIMES)
 
 
-def test_module_needs_the_library_and_the_runtimes_only():
-    needed = {re.sub(r"^ld-linux.*", "ld-linux", name) for name in needed_libraries(MODULE)}
-    assert "libmoe_ops" in needed
-    assert needed - {"libmoe_ops"} <= set(RUNTIMES)
+C_TYPES = {
+    "void": None,
+    "bool": ctypes.c_bool,
+    "int": ctypes.c_int,
+    "int64_t": ctypes.c_int64,
+    "size_t": ctypes.c_size_t,
+    "double": ctypes.c_double,
+    "const char*": ctypes.c_char_p,
+    "void*": ctypes.c_void_p,
+    "bool*": ctypes.POINTER(ctypes.c_bool),
+}
+
+
+def c_types(parameters: str) -> list[object]:
+    """Of `int64_t rows, bool halves`."""
+    named = (re.fullmatch(r"(.*?)\s*\w*", p.strip()) for p in parameters.split(",") if p.strip())
+    return [C_TYPES.get(match[1] or match[0], match[1] or match[0]) for match in named]
+
+
+def c_functions() -> dict[str, tuple[object, list[object]]]:
+    """Name, result and parameters of those of csrc/python/library.cpp; a callback by its name."""
+    text = re.sub(r"\s+", " ", (ROOT / "csrc" / "python" / "library.cpp").read_text())
+    found: dict[str, tuple[object, list[object]]] = {}
+    for result, name, parameters in re.findall(
+        r"MOE_FOR_PYTHON ([\w* ]+?) (moe_ops_\w+)\((.*?)\) noexcept", text
+    ):
+        signature = C_TYPES[result], c_types(parameters)
+        assert found.setdefault(name, signature) == signature, f"{name} in two forms"
+    callbacks = dict(re.findall(r"using (\w+) = void \(\*\)\((.*?)\);", text))
+    for _, types in found.values():
+        types[:] = [(None, *c_types(callbacks[t])) if t in callbacks else t for t in types]
+    return found
+
+
+def test_python_declares_the_c_functions_as_they_are():
+    """ctypes would call one of another signature and read what lies in the registers."""
+    declared = {}
+    for library in (_library._quick, _library._slow):
+        for name, function in vars(library).items():
+            if name.startswith("moe_ops_"):
+                types = [
+                    (t._restype_, *t._argtypes_) if hasattr(t, "_argtypes_") else t
+                    for t in function.argtypes
+                ]
+                declared[name] = function.restype, types
+    assert declared == c_functions()
 
 
 def test_library_exports_nothing_else():
     """Weak data of std templates cannot be hidden: the type is not ours."""
     exported = symbols(LIBRARY, "--dynamic", "--defined-only")
     ours = {re.split(r"[(\[]", name)[0] for kind, name in exported if kind in "TDBR"}
-    assert ours == EXPORTS
+    assert ours == EXPORTS | set(c_functions())
     weak = [name for kind, name in exported if kind not in "TDBR"]
     std = re.compile(r"^(?:(?:typeinfo(?: name)?|vtable|guard variable) for )?std::")
     assert not [name for name in weak if not std.match(name)]
 
 
-@pytest.mark.parametrize("path", [LIBRARY, MODULE], ids=lambda path: path.name)
-def test_no_path_of_the_build_machine(path):
-    data = path.read_bytes()
+def test_no_path_of_the_build_machine():
+    data = LIBRARY.read_bytes()
     places = {str(ROOT), sys.prefix, sys.base_prefix, str(Path.home()), str(PACKAGE)}
     found = [place for place in places if len(place) > 4 and place.encode() in data]
     absolute = rb"(?<![\w:/.<-])/[A-Za-z0-9_.+-]+(?:/[A-Za-z0-9_.+-]+)+"
@@ -156,16 +176,14 @@ def test_no_path_of_the_build_machine(path):
 def test_no_thread_local_variable_needs_static_memory():
     """A library that is loaded late gets 2 KiB of it, and the CUDA runtime alone has 4."""
     static_tls = 0x10
-    for path in (LIBRARY, MODULE):
-        flags = [line.split()[1] for line in run_tool("objdump", "-p", path) if " FLAGS " in line]
-        assert not [f for f in flags if int(f, 16) & static_tls], path.name
+    flags = [line.split()[1] for line in run_tool("objdump", "-p", LIBRARY) if " FLAGS " in line]
+    assert not [f for f in flags if int(f, 16) & static_tls]
 
 
-def test_no_search_path_but_its_own_folder():
-    for path in (LIBRARY, MODULE):
-        for line in run_tool("objdump", "-p", path):
-            if "RPATH" in line or "RUNPATH" in line:
-                assert line.split()[1] == "$ORIGIN", f"{path.name}: {line.strip()}"
+def test_no_search_path():
+    assert not [
+        line for line in run_tool("objdump", "-p", LIBRARY) if re.search(r"R(UN)?PATH", line)
+    ]
 
 
 def compiled_objects() -> list[Path]:

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import moe_ops
-from moe_ops import _C, doctor, ops, self_test
+from moe_ops import _library, doctor, ops, self_test
 from moe_ops.cli.app import app
 
 runner = CliRunner()
@@ -152,7 +152,7 @@ class Card:
         self.set()
 
     def answer(self, name, value):
-        self._patch.setattr(_C, name, lambda *args: value, raising=False)
+        self._patch.setattr(_library, name, lambda *args: value, raising=False)
 
     def set(self, capability=(9, 0), build="13.0 (static runtime)", driver=(13, 0)):
         self._patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -286,28 +286,30 @@ def test_ops_without_a_cuda_kernel_are_left_out(monkeypatch):
 
 
 def test_has_kernel_reads_the_registry():
-    from moe_ops import _C
+    from moe_ops import _library
 
     assert all(doctor.has_kernel(op, "cpu") for op in OPS)
     for op in ("dense_ffn", "rotary", "pack_experts"):  # in Python
         assert doctor.has_kernel(op, "cuda")
-    assert doctor.has_kernel("moe_ffn_quantized", "cuda") == (_C.build_info()["cuda"] != "off")
+    assert doctor.has_kernel("moe_ffn_quantized", "cuda") == (
+        _library.build_info()["cuda"] != "off"
+    )
     assert not doctor.has_kernel("no_such_op", "cpu")
 
 
 def test_a_failing_kernel_is_told(monkeypatch):
-    from moe_ops import _C
+    from moe_ops import _library
 
-    monkeypatch.setattr(_C, "failing_kernel", lambda target: "packed tile")
+    monkeypatch.setattr(_library, "failing_kernel", lambda target: "packed tile")
     finding = next(doctor._cpu())
     assert finding.level == "fail" and "self-test (packed tile)" in finding.text
 
 
 def test_lowered_isa_warns(monkeypatch):
-    from moe_ops import _C
+    from moe_ops import _library
 
-    monkeypatch.setattr(_C, "cpu_isa", lambda: "portable")
-    monkeypatch.setattr(_C, "detected_isa", lambda: "avx2")
+    monkeypatch.setattr(_library, "cpu_isa", lambda: "portable")
+    monkeypatch.setattr(_library, "detected_isa", lambda: "avx2")
     monkeypatch.setenv("MOE_OPS_CPU_ISA", "portable")
     finding = next(doctor._cpu())
     assert finding.level == "warning" and "MOE_OPS_CPU_ISA" in finding.advice

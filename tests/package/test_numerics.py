@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import moe_ops
-from moe_ops import _C
+from moe_ops import _library
 
 pytestmark = pytest.mark.cpu_only
 
@@ -31,7 +31,7 @@ def base(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 def is_on() -> bool:
     mode = moe_ops.is_batch_invariant()
-    assert _C.batch_invariant() == mode
+    assert _library.batch_invariant() == mode
     return mode
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
@@ -13,8 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import moe_ops
+from moe_ops import _library
 from moe_ops._requirements import TRANSFORMERS_FLOOR
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +60,7 @@ def project(pattern: str, file: str = "pyproject.toml") -> str:
 def test_one_version_everywhere():
     assert moe_ops.__version__ == project(r'^version = "(.*)"')
     assert moe_ops.__version__ == project(r"^project\(moe_ops VERSION (\S+)", "CMakeLists.txt")
-    assert moe_ops.__version__ == moe_ops._C.version()
+    assert moe_ops.__version__ == moe_ops._library.version()
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{moe_ops.__version__}]" in changes
 
@@ -77,7 +80,7 @@ def test_installed_metadata():
 
 
 def test_torch_floor_is_the_same_everywhere():
-    target = moe_ops._C.build_info()["torch_target"]
+    target = moe_ops._library.build_info()["torch_target"]
     assert project(r'^dependencies = \["torch>=([\d.]+)"') == target
     assert project(r'^set\(MOE_OPS_TORCH_TARGET "([\d.]+)"', "CMakeLists.txt") == target
 
@@ -256,36 +259,53 @@ def test_new_torch(version):
     assert result.stdout.strip() == "fine", result.stderr
 
 
-def test_one_module_serves_every_python():
-    assert Path(moe_ops._C.__file__).name == "_C.abi3.so"
+def test_library_without_a_function(copy):
+    """One of an older version, whose functions are others."""
+    path = copy / "_library.py"
+    changed = path.read_text().replace('"cpu_isa"', '"no_such_function"')
+    assert changed != path.read_text()
+    path.write_text(changed)
+    message = import_error(run_python("import moe_ops", copy.parent))
+    assert "two installs are mixed" in message
 
 
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        ("ffn_config(1, 1, 2, 3, 4)", "ffn_config() stage must be a str."),
-        ("ffn_config('up')", "ffn_config() lacks rows."),
-        ("row_blocks(1, 2, 3, 4)", "row_blocks() takes 3 arguments, got 4."),
-        ("row_blocks(1, 2, 3, rows=1)", "row_blocks() got two values of rows."),
-        ("row_blocks(1, 2, 2**70)", "row_blocks() stretch must be an int of 64 bits."),
-        ("cached_bytes(all=True)", "cached_bytes() got a name that it does not have."),
-        ("set_batch_invariant(1)", "set_batch_invariant() on must be a bool."),
-        ("measure_limits(1, None)", "measure_limits() seconds must be a float."),
-    ],
-)
-def test_module_refuses_wrong_arguments(call, said):
-    with pytest.raises(TypeError, match=re.escape(said)):
-        eval(f"_C.{call}", {"_C": moe_ops._C})
+def test_one_library_serves_every_python():
+    """No file of the package is a module of Python's C API, which would be one of a version."""
+    assert [path.name for path in native_files(PACKAGE)] == [_library.PATH.name]
+    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    modules = [path for path in PACKAGE.rglob("*") if path.name.endswith(suffixes)]
+    assert [path for path in modules if not path.name.startswith("lib")] == []
+    assert not re.search(rb"\bPyInit_|\bPyModule_", _library.PATH.read_bytes())
 
 
-def test_stub_describes_the_module():
-    stub = (PACKAGE / "_C.pyi").read_text()
-    if moe_ops._C.build_info()["cuda"] == "off":
-        stub = stub[: stub.index("# In a build with CUDA kernels only.")]
-    declared = set(re.findall(r"^def (\w+)", stub, re.MULTILINE))
-    public = {n for n in dir(moe_ops._C) if not n.startswith("_")}
-    assert declared == {n for n in public if callable(getattr(moe_ops._C, n))}
+def test_installed_files_hold_one_library():
+    requirements()
+    installed = importlib.metadata.distribution(DISTRIBUTION)
+    if Path(str(installed.locate_file("moe_ops"))).resolve() != PACKAGE.resolve():
+        pytest.skip("another moe_ops is installed: `make test` runs the installed package.")
+    files = installed.files or []
+    native = [p.name for p in files if p.suffix in (".so", ".pyd", ".dylib", ".dll")]
+    assert native == [_library.PATH.name]
+    wheel = next(p for p in files if p.name == "WHEEL").read_text()
+    assert re.search(r"^Tag: py3-none-\w+$", wheel, re.MULTILINE), wheel
+
+
+def test_the_module_of_tests_is_no_part_of_the_package():
+    code = "import moe_ops, sys; print('moe_ops_dev' in sys.modules, hasattr(moe_ops, '_C'))"
+    assert run_python(code).stdout.split() == ["False", "False"]
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_compiled_code_calls_the_library_each_time():
+    """ctypes splits the graph, as a module of Python's C API does: nothing is a constant of it."""
+
+    @torch.compile(backend="eager")
+    def f(x, mode):
+        with moe_ops.batch_invariant(mode):
+            return x + _library.batch_invariant()
+
+    for mode in (True, False, True):
+        assert f(torch.zeros(2), mode).tolist() == [float(mode)] * 2
 
 
 # --- the documents say what is so

@@ -34,15 +34,16 @@ MOST_SHRINKS, MOST_CRASHES = 400, 40
 def worker(args: argparse.Namespace) -> int:
     """Runs cases at one instruction set and writes a line for each: before it, and after it."""
     import torch
+    from bench.harness.dev import moe_ops_dev
 
-    from moe_ops import _C
+    from moe_ops import _library
 
     from .checks import fault_of
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
-    if _C.cpu_isa() != args.isa:
-        print(f"asked for {args.isa}, got {_C.cpu_isa()}", file=sys.stderr)
+    if _library.cpu_isa() != args.isa:
+        print(f"asked for {args.isa}, got {_library.cpu_isa()}", file=sys.stderr)
         return 2
     if args.shrink:
 
@@ -56,7 +57,7 @@ def worker(args: argparse.Namespace) -> int:
         if fault := told(first):
             shrink(first, fault, told)
         return 0
-    table = _C.block_sizes()
+    table = moe_ops_dev.block_sizes()
     out = open(args.log, "a", buffering=1) if args.log else sys.stdout
     end = time.monotonic() + args.seconds if args.seconds else float("inf")
     for at, case in enumerate(cases_of(args, table)):
@@ -189,10 +190,12 @@ def run_slice(isa: str, state: State, seconds: float, args: argparse.Namespace) 
 
 
 def fuzz(args: argparse.Namespace) -> int:
-    from moe_ops import _C
+    from bench.harness.dev import moe_ops_dev
 
-    state = State(Path(args.state), args.seed, _C.block_sizes())
-    levels = [args.isa] if args.isa else list(_C.supported_isas())
+    from moe_ops import _library
+
+    state = State(Path(args.state), args.seed, moe_ops_dev.block_sizes())
+    levels = [args.isa] if args.isa else list(_library.supported_isas())
     end = time.monotonic() + 60 * args.minutes
     while (left := end - time.monotonic()) > 1:
         # The level that has run least, those whose sweep is not over first.
@@ -252,10 +255,10 @@ def main() -> int:
         return worker(args)
     if not args.cases and not args.short:
         return fuzz(args)
-    from moe_ops import _C
+    from moe_ops import _library
 
     bad = 0
-    for isa in [args.isa] if args.isa else _C.supported_isas():
+    for isa in [args.isa] if args.isa else _library.supported_isas():
         run = spawn(isa, *args.cases, *(["--short"] if args.short else []))
         running, count = "", 0
         for line in run.stdout.splitlines():

@@ -1,8 +1,8 @@
 """Cases: lines of text such as ``op=grouped_gemm dtype=bf16 rows=129 k=193 n=8 seed=3``.
 
 Every op has dimensions and options. A dimension has the sizes around each entry of the kernels'
-table (``_C.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for the
-products) on such a size and leaves the others small; random cases draw all of them.
+table (``moe_ops_dev.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for
+the products) on such a size and leaves the others small; random cases draw all of them.
 
 The file is long because it is a table of all ops.
 """

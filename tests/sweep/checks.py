@@ -29,7 +29,7 @@ from tests.helpers.quantized import (
 from torch import Tensor
 
 import moe_ops
-from moe_ops import _C, reference
+from moe_ops import _library, reference
 from moe_ops.numerics import batch_invariant
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize_fp8_blocks
@@ -405,7 +405,7 @@ def moe_ffn_packed(case: Case) -> None:
     halves = call["activation"] in GATED_ACTIVATIONS and not call["interleaved"]
     call["packed_gate_up"] = moe_ops.pack_experts(call["w_gate_up"], halves=halves)
     call["packed_down"] = moe_ops.pack_experts(call["w_down"])
-    before = _C.stale_panels()
+    before = _library.stale_panels()
     compare(
         moe_ops.moe_ffn_packed,
         reference.moe_ffn_packed,
@@ -415,7 +415,7 @@ def moe_ffn_packed(case: Case) -> None:
         lengths={"": max(case["h"], case["i"]) + 1},
         steps=2,
     )
-    assert _C.stale_panels() == before, "the copies were not used"
+    assert _library.stale_panels() == before, "the copies were not used"
 
 
 def moe_ffn_quantized(case: Case) -> None:
@@ -431,7 +431,7 @@ def moe_ffn_quantized(case: Case) -> None:
     assert y.dtype == call["x"].dtype
     # Codes just beside the middle of two may become either, more of them where a product is rounded
     # before it is made an integer.
-    slack = 5e-3 if _C.cpu_isa() == "portable" else 1e-3
+    slack = 5e-3 if _library.cpu_isa() == "portable" else 1e-3
     # One such code moves its token by half a percent, which few tokens do not average: the token
     # that is furthest off counts below only.
     off, norm = (y.double() - expected).norm(dim=1), expected.norm()

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_ops import _C
+from moe_ops import _library
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.helpers.dev import moe_ops_dev  # noqa: E402
 from tests.sweep import __main__ as runner  # noqa: E402
 from tests.sweep import cases  # noqa: E402
 from tests.sweep.cases import Case  # noqa: E402
@@ -29,8 +30,8 @@ TOGETHER = {"depth_a_row", "weights", "result_bytes"}
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_short_sweep(isa):
-    if isa not in _C.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    if isa not in _library.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
     # The subprocess imports the package that this process imported, wherever pytest found it.
     path = os.pathsep.join([*(p for p in sys.path if p), str(ROOT)])
     run = subprocess.run(
@@ -47,7 +48,7 @@ def test_short_sweep(isa):
 
 def test_every_size_brings_cases():
     """An entry of the table that no op asks for would be a constant that nobody tests."""
-    table = _C.block_sizes()
+    table = moe_ops_dev.block_sizes()
     asked = {
         entry for op in cases.OPS.values() for dim in op.dims.values() for entry in dim.entries
     }
@@ -64,14 +65,14 @@ def test_sizes_lie_on_both_sides():
 
 
 def test_text_of_a_case_makes_it_again():
-    for case in cases.short(_C.block_sizes())[::40]:
+    for case in cases.short(moe_ops_dev.block_sizes())[::40]:
         assert Case.of(str(case)).values == case.values
     with pytest.raises(ValueError, match="name=value"):
         Case.of("op=moe_ffn rows")
 
 
 def test_sweep_is_the_same_every_time():
-    table = _C.block_sizes()
+    table = moe_ops_dev.block_sizes()
     first = [str(case) for case in cases.sweep(table, ["topp_router"])]
     assert first == [str(case) for case in cases.sweep(table, ["topp_router"])]
     assert len(set(first)) == len(first)

@@ -1,8 +1,8 @@
 """Makes a package of the tree that children import, with CMake alone: no pip, no network.
 
-The package is build/lease/package: a copy of python/moe_ops and the two libraries. Three ways:
-everything is compiled, for which the CUTLASS headers are carried; the op library is carried, and
-only the Python module compiled, for the Python that is there; or a whole package is carried.
+The package is build/lease/package: a copy of python/moe_ops and the library. Three ways: everything
+is compiled, for which the CUTLASS headers are carried; the library is carried, which serves every
+Python, and nothing compiled; or a whole package is carried.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def package_of(sources: Sources) -> Path:
 
 
 def is_built(sources: Sources) -> bool:
-    """Whether both libraries are there, made of the source as it is now and in the same way."""
+    """Whether the library is there, made of the source as it is now and in the same way."""
     folder = package_of(sources) / "moe_ops"
-    there = (folder / "_C.abi3.so").exists() and (folder / "libmoe_ops.so").exists()
+    there = (folder / "libmoe_ops.so").exists()
     return there and (sources.package is not None or _stamp() == _stamp_of(sources))
 
 
@@ -69,7 +69,8 @@ def build(sources: Sources, limit_s: float) -> Outcome:
         return _outcome("passed", 0.0, f"uses the package in {sources.package}")
     environment = {"PYTHONPATH": _python_path(sources)}
     seconds = 0.0
-    for name, command in (("configure", configure(sources)), ("build", compile_(sources))):
+    commands = (("configure", configure(sources)), ("build", compile_()))
+    for name, command in () if sources.library else commands:
         status, took, log = steps.run_logged(name, command, limit_s - seconds, environment)
         seconds += took
         if status is None:
@@ -82,8 +83,8 @@ def build(sources: Sources, limit_s: float) -> Outcome:
     if refusal := _refusal(PACKAGE, limit_s - seconds):
         (PACKAGE / "stamp").unlink()
         return _outcome("failed", seconds, f"what was built does not load: {refusal}")
-    what = f"{sources.library} and its Python module" if sources.library else "the whole tree"
-    return _outcome("passed", seconds, f"built {what}")
+    what = f"uses {sources.library}" if sources.library else "built the whole tree"
+    return _outcome("passed", seconds, what)
 
 
 def configure(sources: Sources) -> list[str]:
@@ -91,7 +92,6 @@ def configure(sources: Sources) -> list[str]:
         *(_tool("cmake"), "-S", str(ROOT), "-B", str(_BUILD), "-G", "Ninja"),
         *("-DCMAKE_BUILD_TYPE=Release", "-DMOE_OPS_CUDA=on"),
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DMOE_OPS_LIBRARY={sources.library.resolve() if sources.library else ''}",
     ]
     if capability := _capability():
         # The code of the kernels for any card takes half of the time, once for each.
@@ -106,24 +106,21 @@ def _capability() -> str:
     return told if told.isdecimal() else ""
 
 
-def compile_(sources: Sources) -> list[str]:
-    target = ["--target", "_C"] if sources.library else []
-    return [_tool("cmake"), "--build", str(_BUILD), "--parallel", str(os.cpu_count()), *target]
+def compile_() -> list[str]:
+    return [_tool("cmake"), "--build", str(_BUILD), "--parallel", str(os.cpu_count())]
 
 
 def _assemble(sources: Sources) -> None:
     shutil.rmtree(PACKAGE, ignore_errors=True)
-    built = [_BUILD / "_C.abi3.so", sources.library or _BUILD / "libmoe_ops.so"]
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "python" / "moe_ops", PACKAGE / "moe_ops", ignore=ignore)
-    for path in built:
-        shutil.copy(path, PACKAGE / "moe_ops")
+    shutil.copy(sources.library or _BUILD / "libmoe_ops.so", PACKAGE / "moe_ops" / "libmoe_ops.so")
     (PACKAGE / "stamp").write_text(_stamp_of(sources))
 
 
 def _refusal(package: Path, limit_s: float) -> str:
     """Why this Python cannot import the package; "" if it can. A library of other sources lacks
-    what the Python module asks for."""
+    functions that the package calls."""
     path = os.pathsep.join([str(package.resolve()), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", "import moe_ops"]
     status, _, log = steps.run_logged("import", command, max(5.0, limit_s), {"PYTHONPATH": path})

@@ -44,9 +44,9 @@ def run(task: Task) -> tuple[int, str]:
 
 
 def _import(device: str) -> None:
-    from moe_ops import _C, self_test
+    from moe_ops import _library, self_test
 
-    kernels = dict(_C.build_info())["cuda"]
+    kernels = dict(_library.build_info())["cuda"]
     if not self_test.has_kernel("moe_ffn", device):
         raise RuntimeError(f"this build ({kernels}) has no {device} kernel of moe_ffn")
 

@@ -36,8 +36,8 @@ void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_featu
                  int64_t in_features, int64_t segments, void* panels, const Parallel& par);
 
 // Bytes of one expert in such panels.
-MOE_OPS_API int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
-                                        int64_t segments);
+int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
+                            int64_t segments);
 
 // A weight [E, out_features, in_features] whose `panels` are a packed copy.
 struct PackedWeight {
@@ -51,6 +51,6 @@ struct PackedWeight {
 void drop_stale_panels(const Routing& routing, std::span<const PackedWeight> weights);
 
 // How often drop_stale_panels has found an expert's panels stale in this process.
-MOE_OPS_API int64_t stale_panels();
+int64_t stale_panels();
 
 }  // namespace moe_ops::cpu

@@ -17,17 +17,17 @@ enum class Isa : int {
 #undef MOE_ENUMERATOR
 };
 
-MOE_OPS_API const char* isa_name(Isa isa);
+const char* isa_name(Isa isa);
 // The highest target that both this machine and this build have.
-MOE_OPS_API Isa detected_isa();
+Isa detected_isa();
 // detected_isa(), lowered by MOE_OPS_CPU_ISA if that is set, and to one that passes its
 // self-test. Decided once.
-MOE_OPS_API Isa active_isa();
+Isa active_isa();
 // Names of all targets up to the detected one.
 MOE_OPS_API std::vector<std::string> supported_isas();
 // Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed or a target
 // that failed its self-test.
-MOE_OPS_API std::string isa_warning();
+std::string isa_warning();
 // nullptr, or the kernel of this target that does not compute what the portable one does.
 // For tests, entry number `broken` of its tables does nothing.
 MOE_OPS_API const char* failing_kernel(Isa isa, int64_t broken = -1);

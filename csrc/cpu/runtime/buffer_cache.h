@@ -31,12 +31,12 @@ void* acquire_buffer(size_t bytes);
 void release_buffer(void* block);
 
 // Bytes of kept blocks that no tensor uses.
-MOE_OPS_API size_t cached_bytes();
+size_t cached_bytes();
 // The most that is kept: MOE_OPS_CACHE_MB, or else a quarter of the machine's memory, or nothing
 // while the address space of the process is limited (RLIMIT_AS).
-MOE_OPS_API size_t cache_limit();
+size_t cache_limit();
 // Returns all kept blocks to the system.
-MOE_OPS_API void release_cached();
+void release_cached();
 
 // Around a fork: no other thread is inside the cache meanwhile, so the child's copy is whole.
 void lock_cache();

@@ -16,6 +16,6 @@ void advise_huge_pages(void* data, size_t bytes);
 // Moves what lies in [data, data + bytes) to huge pages, as far as the system can do it now; where
 // it cannot, it is asked to do so when it gets to it. Contents and addresses stay. Returns the
 // bytes moved: 0 without Linux 6.1, or where the memory is that of a file.
-MOE_OPS_API size_t use_huge_pages(void* data, size_t bytes);
+size_t use_huge_pages(void* data, size_t bytes);
 
 }  // namespace moe_ops::cpu

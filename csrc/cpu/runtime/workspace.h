@@ -60,7 +60,7 @@ class ScratchScope {
 // For tests: the first `bytes` of each block that the calling thread keeps become 0xff, NaN in
 // every type, so that an op which reads what it did not write gives NaN and not what an earlier
 // call left.
-MOE_OPS_API void poison_scratch(size_t bytes);
+void poison_scratch(size_t bytes);
 
 // Hands out parts of one block of scratch, each on a 64-byte boundary.
 class Arena {

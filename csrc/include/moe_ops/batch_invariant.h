@@ -7,13 +7,11 @@
 // cannot split it.
 #pragma once
 
-#include "moe_ops/platform.h"
-
 namespace moe_ops {
 
 // Off, unless the environment variable MOE_OPS_BATCH_INVARIANT is 1, or set_batch_invariant was
 // called.
-MOE_OPS_API bool batch_invariant();
-MOE_OPS_API void set_batch_invariant(bool on);
+bool batch_invariant();
+void set_batch_invariant(bool on);
 
 }  // namespace moe_ops

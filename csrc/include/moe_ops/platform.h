@@ -9,7 +9,7 @@
 #include <malloc.h>
 #endif
 
-// What moe_ops._C calls of the library.
+// What the library shows: the functions of python/library.cpp, and what moe_ops_dev calls.
 #if defined(_WIN32)
 #define MOE_OPS_API __declspec(dllexport)
 #else

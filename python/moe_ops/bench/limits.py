@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from moe_ops import _C
+from moe_ops import _library
 
 # Several times the last cache of a server core complex.
 _BUFFER_BYTES = 512 << 20
@@ -80,7 +80,7 @@ def measure_limits(
     choose = max if threads == 1 else statistics.median
 
     def rates_of(size: int, duration: float) -> dict[str, float]:
-        calls = [pool.submit(_C.measure_limits, size, duration) for _ in range(threads)]
+        calls = [pool.submit(_library.measure_limits, size, duration) for _ in range(threads)]
         rates = [call.result() for call in calls]
         return {key: sum(choose(rate[key]) for rate in rates) for key in rates[0]}
 
@@ -91,4 +91,4 @@ def measure_limits(
             for size in _CACHED_BYTES
             if size <= buffer_bytes // 2
         }
-    return Limits(_C.cpu_isa(), threads, **totals, cached_bytes=cached)
+    return Limits(_library.cpu_isa(), threads, **totals, cached_bytes=cached)

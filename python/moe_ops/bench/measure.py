@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.bench import machine
 from moe_ops.bench.baselines import (
     OURS,
@@ -113,14 +113,14 @@ def run(
     started = time.perf_counter()
     reasons = {c.name: why for c in everyone if (why := c.missing()) is not None}
     present = [c for c in everyone if c.name not in reasons]
-    log(f"limits of {plan.threads} thread(s), {_C.cpu_isa()}")
+    log(f"limits of {plan.threads} thread(s), {_library.cpu_isa()}")
     limits = measure_limits(plan.threads, seconds=plan.limit_s)
     session = Session(plan, present, log)
     result: dict[str, Any] = {
         "format": FORMAT,
-        "machine": {"cpu": machine.cpu_name(), "detected_isa": _C.detected_isa()},
+        "machine": {"cpu": machine.cpu_name(), "detected_isa": _library.detected_isa()},
         "versions": versions(present),
-        "isa": _C.cpu_isa(),
+        "isa": _library.cpu_isa(),
         "threads": plan.threads,
         "absent": reasons,
     }

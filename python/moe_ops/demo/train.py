@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import moe_ops
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, CheckpointError
 from moe_ops.demo.model import ModelConfig, make_model
@@ -247,6 +247,6 @@ def environment() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "moe_ops": moe_ops.__version__,
-        "cpu_isa": _C.cpu_isa(),
+        "cpu_isa": _library.cpu_isa(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

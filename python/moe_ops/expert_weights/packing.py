@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops._private_torch import len_torch_dispatch_stack
 from moe_ops._sharded import check_whole, has_own_experts, local_part, name_of
 from moe_ops.memory import (
@@ -157,11 +157,13 @@ def expert_ffn(
             move_when_paid(bank, topk_ids.numel(), w_gate_up, w_down)
     if copies is None:
         return moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, **kwargs)
-    stale = _C.stale_panels()
+    stale = _library.stale_panels()
     y = moe_ffn_packed(
         x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
     )
-    if _C.stale_panels() != stale:  # It may be another bank that is called meanwhile: no harm.
+    if (
+        _library.stale_panels() != stale
+    ):  # It may be another bank that is called meanwhile: no harm.
         invalidate(bank)
     return y
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import _C
+from moe_ops import _library
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, plain_call, register_gradient_of
 from moe_ops.ops._checks import (
@@ -118,7 +118,7 @@ def _panel_bytes(w: Tensor, halves: bool) -> int:
     """The size of a copy for the CPU."""
     num_experts, out_features, in_features = (int(n) for n in w.shape)
     name = dtype_name(w.dtype)
-    return num_experts * _C.packed_expert_bytes(name, out_features, in_features, halves)
+    return num_experts * _library.packed_expert_bytes(name, out_features, in_features, halves)
 
 
 @register_fake("pack_experts")

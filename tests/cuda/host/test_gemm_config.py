@@ -6,8 +6,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from tests.helpers.dev import moe_ops_dev
 
-from moe_ops._C import ffn_config, gemm_config
+ffn_config, gemm_config = moe_ops_dev.ffn_config, moe_ops_dev.gemm_config
 
 LARGE = "128x256x64 cooperative cluster 2"
 LARGE_ALONE = "128x256x64 cooperative cluster 1"

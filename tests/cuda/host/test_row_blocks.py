@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.helpers.dev import moe_ops_dev
 
-from moe_ops._C import row_blocks
+row_blocks = moe_ops_dev.row_blocks
 
 MOST_YZ = 65535  # of any card
 MOST_X = 2**31 - 1

@@ -1,4 +1,4 @@
-#include "python/limits.h"
+#include "cpu/isa/limits.h"
 
 #include <algorithm>
 #include <array>

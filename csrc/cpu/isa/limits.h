@@ -1,5 +1,4 @@
 // What one core of this machine can do at most: the rates that moe_ops.bench compares kernels with.
-// Part of moe_ops._C, not of the library of kernels.
 #pragma once
 
 #include <cstddef>
