@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moe_ops.layers import Router, RouterOutput, update_expert_bias
+from moe_ops.layers import Router, Routing, update_expert_bias
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 from moe_ops.zoo.lm.model import LMLoss
 
@@ -191,7 +191,7 @@ def loss_without_routed_expert(
     routed experts at random, and has the next best instead."""
     generator = torch.Generator().manual_seed(0)
 
-    def drop(router: Router, args: object, out: RouterOutput) -> RouterOutput:
+    def drop(router: Router, args: object, out: Routing) -> Routing:
         order = out.topk_weights.argsort(dim=-1, descending=True, stable=True)
         if first:
             which = order[:, :1]

@@ -21,8 +21,6 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
-from . import _moved as _moved
-
 __all__ = ["System", "create", "get", "register", "systems"]
 
 

@@ -91,8 +91,8 @@ def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     content = _files.unsealed(Path(path).read_bytes())
     if content is None:
         raise ValueError(
-            f"fit: {path} must match its checksum, got one that is damaged or was written by an "
-            "earlier version of moe_ops; remove it to start again."
+            f"fit: {path} must match its checksum, got one that is damaged or was written by "
+            "something else; remove it to start again."
         )
     state: Any = None
     try:
