@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-from bench.experiments.report import Claim, Report
+from bench.studies.report import Claim, Report
 from typer.testing import CliRunner
 
 from moe_ops import zoo

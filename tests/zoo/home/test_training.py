@@ -124,8 +124,8 @@ def test_a_saved_model_predicts_the_same():
 
 
 def test_the_experiment_compares_equals():
-    from bench.experiments import home as experiment
-    from bench.experiments.home_data import generated
+    from bench.studies import home as experiment
+    from bench.studies.home_data import generated
 
     table = generated(3, 4000)
     rates = torch.cat([table.train.labels, table.test.labels]).mean(0)
