@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from pathlib import Path
 
 from .study import Experiment, Study
 
@@ -24,7 +25,10 @@ def experiment(system: str) -> Experiment:
     """
     if system not in NAMES:
         raise ValueError(f"experiment: system must be one of {', '.join(NAMES)}, got {system!r}.")
-    found: Experiment = importlib.import_module(f"{__package__}.{system}").EXPERIMENT
+    module = f"{__package__}.{system}"
+    if (Path(__file__).parent / system).is_dir():  # With training, data and arms of its own.
+        module += ".claims"
+    found: Experiment = importlib.import_module(module).EXPERIMENT
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.zoo.recipes import (
+from bench.studies.recipes import (
     boosting,
     counter_current,
     gradient_noise,
@@ -17,8 +17,8 @@ from moe_ops.zoo.recipes import (
     look,
 )
 
-from .recipes_setup import BATCH, Rows, accuracy, ahead, batches, digits, mlp, steps_of, study
-from .study import Hypothesis
+from ..study import Hypothesis
+from .setup import BATCH, Rows, accuracy, ahead, batches, digits, mlp, steps_of, study
 
 # ---------------------------------------------------------------------------------- gradient noise
 

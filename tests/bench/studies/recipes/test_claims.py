@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
-from bench.studies import driftmoe, recipes, recipes_language, recipes_setup
+from bench.studies import driftmoe
+from bench.studies.recipes import claims as recipes
+from bench.studies.recipes import language, setup
 from bench.studies.study import Results, Run
 from bench.studies.text import load_domains
 
@@ -26,16 +28,14 @@ def checked(study):
 
 @pytest.mark.parametrize("study", recipes.EXPERIMENT.studies, ids=lambda study: study.name)
 def test_recipes(study, monkeypatch):
-    if study in recipes_language.STUDIES:
+    if study in language.STUDIES:
         pytest.importorskip("safetensors")
-    monkeypatch.setattr(recipes_setup, "SCALE", 0.003)
+    monkeypatch.setattr(setup, "SCALE", 0.003)
     draw = torch.Generator().manual_seed(0)
     x, y = torch.rand(800, 64, generator=draw), torch.arange(800) % 10
-    monkeypatch.setattr(recipes_setup, "_digits", lambda: (x, y))
-    if study is recipes_language.PROX_PROSE:  # Its text is in an archive that tests do not have.
-        monkeypatch.setattr(
-            recipes_language, "load_domains", lambda _: load_domains(("reference",))
-        )
+    monkeypatch.setattr(setup, "_digits", lambda: (x, y))
+    if study is language.PROX_PROSE:  # Its text is in an archive that tests do not have.
+        monkeypatch.setattr(language, "load_domains", lambda _: load_domains(("reference",)))
     results = checked(study)
     assert len(results.arms()) >= 3
 

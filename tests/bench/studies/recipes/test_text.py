@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.studies.recipes import light_reasoner, prox, talking_models
 
 from moe_ops import surgery, zoo
-from moe_ops.zoo.recipes import light_reasoner, prox, talking_models
 
 
 def small():

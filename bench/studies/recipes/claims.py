@@ -1,16 +1,16 @@
-"""The recipes of `moe_ops.zoo.recipes`, a study each: does what they promise show at small size?
+"""The recipes of `bench.studies.recipes`, a study each: does what they promise show at small size?
 
-They are in `recipes_digits`, `recipes_generated` (queries, a graph) and `recipes_language`.
+They are in `digits`, `generated` (queries, a graph) and `language`.
 """
 
 from __future__ import annotations
 
-from . import recipes_digits, recipes_generated, recipes_language
-from .study import Experiment, Headline
+from ..study import Experiment, Headline
+from . import digits, generated, language
 
 EXPERIMENT = Experiment(
     "recipes",
-    (*recipes_digits.STUDIES, *recipes_generated.STUDIES, *recipes_language.STUDIES),
+    (*digits.STUDIES, *generated.STUDIES, *language.STUDIES),
     (
         Headline(
             "noise", "gradient noise trains 20 layers that start too small",

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.studies.recipes import light_reasoner, prox, talking_models
 from moe_ops import surgery
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 from moe_ops.zoo.llama import Llama, LlamaConfig
 from moe_ops.zoo.lm.model import CausalLM
-from moe_ops.zoo.recipes import light_reasoner, prox, talking_models
 
-from .recipes_setup import Rows, ahead, steps_of, study
-from .study import Hypothesis, Study
-from .text import Domain, heldout_batches, load_domains, problem
-from .training import Recipe, train
+from ..study import Hypothesis, Study
+from ..text import Domain, heldout_batches, load_domains, problem
+from ..training import Recipe, train
+from .setup import Rows, ahead, steps_of, study
 
 NATS = "nats a byte"
 BYTES = 64

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.zoo.recipes import forward_gnn, ranking_curriculum
+from bench.studies.recipes import forward_gnn, ranking_curriculum
 
-from .recipes_setup import Rows, ahead, mlp, steps_of, study
-from .study import Hypothesis
+from ..study import Hypothesis
+from .setup import Rows, ahead, mlp, steps_of, study
 
 # ---------------------------------------------------------------------------------------- curricula
 

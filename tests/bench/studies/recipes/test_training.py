@@ -7,10 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from moe_ops.layers import MoE
-from moe_ops.zoo.recipes import (
+from bench.studies.recipes import (
     boosting,
     counter_current,
     forward_gnn,
@@ -21,6 +18,9 @@ from moe_ops.zoo.recipes import (
     ranking_curriculum,
     talking_models,
 )
+from torch import nn
+
+from moe_ops.layers import MoE
 
 
 def drawn(seed=0):

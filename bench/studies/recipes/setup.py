@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .study import Hypothesis, Job, Results, Run, Study
+from ..study import Hypothesis, Job, Results, Run, Study
 
 # Of all steps; tests make it small.
 SCALE = 1.0
