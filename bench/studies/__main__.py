@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench.studies [SYSTEM ...] --hours 2``."""
+"""The command line: ``python -m bench.studies [SYSTEM ...] --hours 2``, and `train`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from bench.harness.arguments import whole
 from moe_ops._files import make_folder, write_text
 
-from . import page, queue, registry, worth
+from . import page, queue, registry, train, worth
 from .inference import power
 from .study import FIRST_SEED, Results, Study
 
@@ -31,6 +31,7 @@ def hours(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.studies",
+        epilog="python -m bench.studies train SYSTEM --folder FOLDER trains one system.",
         description="Puts what the systems of the zoo claim to the test. Runs what is missing, "
         "goes on with what was cut, and writes results and pages into the tree.",
     )
@@ -57,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pilot", metavar="STUDY", help="run seeds 0 to 2, which no test uses, and say the power"
     )
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if given[:1] == ["train"]:
+            return train.main(given[1:])
+        options = parser.parse_args(given)
         if options.again:
             return again(*options.again)
         if options.pilot:

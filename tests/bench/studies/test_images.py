@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from bench.studies import gntmove, mofme
+from bench.studies.gntmove import claims as gntmove
+from bench.studies.mofme import claims as mofme
 from bench.studies.study import Paused, Results, Run
 
 from moe_ops.zoo.gntmove import GNTMoveConfig

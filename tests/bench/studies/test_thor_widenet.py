@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
-from bench.studies import thor, widenet
 from bench.studies.study import Paused, Results, Run
+from bench.studies.thor import claims as thor
+from bench.studies.thor import parallel
 from bench.studies.training import Recipe, train_drawn
-
-from moe_ops.zoo.thor import parallel
+from bench.studies.widenet import claims as widenet
 
 pytest.importorskip("safetensors")
 

@@ -8,18 +8,14 @@ import types
 
 import pytest
 import torch
-from bench.studies import (
-    adamoe,
-    bam,
-    composition,
-    factorllm,
-    on_subject,
-    subject,
-)
+from bench.studies import on_subject, subject
+from bench.studies.adamoe import claims as adamoe
+from bench.studies.bam import claims as bam
+from bench.studies.composition import claims as composition
+from bench.studies.composition.training import Settings
+from bench.studies.factorllm import claims as factorllm
 from bench.studies.study import Paused, Results, Run
 from bench.studies.training import Recipe
-
-from moe_ops.zoo.composition.training import Settings
 
 pytest.importorskip("safetensors")
 
@@ -124,7 +120,7 @@ def test_adamoe(monkeypatch, tmp_path):
 
 def test_dynamicdino(monkeypatch):
     pytest.importorskip("transformers")
-    dynamicdino = pytest.importorskip("bench.studies.dynamicdino")
+    dynamicdino = pytest.importorskip("bench.studies.dynamicdino.claims")
     found = {"AP, known": 0.5, "AP50, known": 0.5, "AP, held out": 0.5, "AP50, held out": 0.5}
     monkeypatch.setattr(dynamicdino, "judge", lambda model, scenes: dict(found))
     plan = dynamicdino.Plan(pretrain=2, tune=2, early=1, batch=2, scenes=2)
@@ -138,7 +134,7 @@ def test_dynamicdino(monkeypatch):
 
 def test_sentence(monkeypatch):
     pytest.importorskip("transformers")
-    sentence = pytest.importorskip("bench.studies.sentence")
+    sentence = pytest.importorskip("bench.studies.sentence.claims")
     from moe_ops import zoo
     from moe_ops.zoo.sentence import ByteTokens
 

@@ -7,13 +7,11 @@ import math
 
 import pytest
 import torch
+from bench.studies.t2mir.envs import PointRobot, collect
+from bench.studies.t2mir.training import fit
 from torch import Tensor, nn
 
 from moe_ops.zoo.t2mir import T2MIR
-from moe_ops.zoo.t2mir.envs import (
-    PointRobot,
-    collect,
-)
 from moe_ops.zoo.t2mir.routers import (
     MomentumContrast,
     NoisyTopKRouter,
@@ -21,7 +19,6 @@ from moe_ops.zoo.t2mir.routers import (
     load_probability,
     squared_cv,
 )
-from moe_ops.zoo.t2mir.training import fit
 
 from .common import TINY, B, E, S
 

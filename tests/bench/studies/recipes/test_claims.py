@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from bench.studies import driftmoe
+from bench.studies.driftmoe import claims as driftmoe
 from bench.studies.recipes import claims as recipes
 from bench.studies.recipes import language, setup
 from bench.studies.study import Results, Run

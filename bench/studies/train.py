@@ -1,0 +1,45 @@
+"""The command ``python -m bench.studies train SYSTEM --folder FOLDER``.
+
+It trains the arms of one system of the zoo, measures them, draws what the system has to draw, and
+writes report.json. An option for every field of the system's settings changes them; what is done in
+the folder is not done again, and what was cut goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_ops._fields import check_choice
+
+from .settings import parse_settings
+
+SYSTEMS = (
+    "adamoe", "bam", "composition", "driftmoe", "dynamicdino", "factorllm", "gntmove", "mofme",
+    "sentence", "thor", "widenet",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    name = argv[0] if argv else ""
+    check_choice("train", "system", name, SYSTEMS)
+    module = importlib.import_module(f"{__package__}.{name}.training")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.studies train {name}", description=module.__doc__
+    )
+    settings, folder, progress = parse_settings(parser, module.Settings, argv[1:])
+    for line in lines(module.train(folder, settings, progress=progress)):
+        print(line)
+    return 0
+
+
+def lines(report: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yields a line per group of numbers in a report, settings apart."""
+    numbers = {k: v for k, v in report.items() if isinstance(v, int | float)}
+    if numbers:
+        yield f"{place:24} " + "  ".join(f"{name} {v:.4g}" for name, v in numbers.items())
+    for name, found in report.items():
+        if isinstance(found, Mapping) and name != "settings":
+            yield from lines(found, f"{place} {name}".strip())
