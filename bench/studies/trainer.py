@@ -151,6 +151,7 @@ def train_steps(
     checkpoint: str | Path | None = None,
     every: int = 100,
     watch: Callable[[int], None] | None = None,
+    after: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> dict[str, list[float]]:
     """AdamW on `loss`: warm-up, then a cosine to 0.
@@ -164,6 +165,7 @@ def train_steps(
             already, training goes on from it, with the numbers of a run that was not cut; the other
             arguments must be those of that run.
         watch: called with the number of steps before each of these writes.
+        after: called after each step, before these.
 
     Returns:
         The scalars by step.
@@ -199,6 +201,8 @@ def train_steps(
             torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
             optimizer.step()
             schedule.step()
+            if after is not None:
+                after()
             history.add({name: part.detach() for name, part in parts.items()})
             shown.update()
             shown.set_postfix(loss=f"{float(parts['loss'].detach()):.4f}")

@@ -19,12 +19,11 @@ from bench.studies.t2mir.training import (
     Batch,
     fit,
     play,
-    read_state,
     sample_ad,
     sample_dpt,
-    write_state,
 )
 from moe_ops.layers import Experts
+from moe_ops.zoo._state import read_state, write_state
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
 from moe_ops.zoo.t2mir.routers import TaskRouter
 

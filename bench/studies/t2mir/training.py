@@ -6,7 +6,6 @@ Letters: B sequences, S steps of context, N tasks, H horizon.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +15,7 @@ from torch import Tensor
 from moe_ops.zoo.t2mir.model import T2MIR, action_loss
 
 from ..progress import bar
-from ..trainer import Checkpoint as Checkpoint
-from ..trainer import read_state as read_state
-from ..trainer import warm_up_then_cosine
-from ..trainer import write_state as write_state
+from ..trainer import Group, train_steps
 from .envs import Histories, VectorEnv
 
 
@@ -80,15 +76,6 @@ def sample_dpt(data: Histories, tasks: Tensor, generator: torch.Generator | None
     )
 
 
-@dataclass
-class T2MIRHistory:
-    """Losses by step: imitation, balance, contrastive."""
-
-    imitation: list[float] = field(default_factory=list)
-    balance: list[float] = field(default_factory=list)
-    contrastive: list[float] = field(default_factory=list)
-
-
 def fit(
     model: T2MIR,
     data: Histories,
@@ -107,7 +94,7 @@ def fit(
     watch: Callable[[int], None] | None = None,
     every: int = 0,
     checkpoint: str | Path | None = None,
-) -> T2MIRHistory:
+) -> dict[str, list[float]]:
     """Trains with AdamW: warm-up, then a cosine to 0.
 
     A batch is batch_size / 2 tasks without repeats, each twice. The loss is imitation +
@@ -126,6 +113,9 @@ def fit(
             training goes on from it, with the numbers of a run that was not cut; the other
             arguments must be those of that run.
 
+    Returns:
+        By step: "loss", "imitation", "balance", "contrastive".
+
     Raises:
         ValueError: a bad batch size, a context too long, or a loss that is not finite.
     """
@@ -135,53 +125,43 @@ def fit(
             f"fit: batch_size must be even and in [2, {2 * num_tasks}], got {batch_size}."
         )
     config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_then_cosine(step, warm_up, steps)
-    )
-    history = T2MIRHistory()
-    kept = Checkpoint(checkpoint, model, optimizer, schedule, generator, history)
-    first = kept.load()
-    before = model.training
-    model.train()
     contrast = contrastive_weight > 0 and config.moe in ("both", "task")
-    with bar(steps, f"fit t2mir {config.variant}", progress) as shown:
-        shown.update(first)
-        for step in range(first + 1, steps + 1):
-            tasks = torch.randperm(num_tasks, generator=generator)[: batch_size // 2]
-            if config.variant == "ad":
-                batch = sample_ad(data, tasks, episodes, generator)
-            else:
-                batch = sample_dpt(data, tasks, generator)
-            output = model(*batch[:4], contrastive=contrast)
-            imitation = action_loss(output.actions, batch.target, config.num_actions)
-            loss = (
-                imitation
-                + balance_weight * output.balance_loss
-                + contrastive_weight * output.contrastive_loss
-            )
-            if not bool(loss.isfinite()):
-                raise ValueError(f"fit: the loss must be finite, got {float(loss)}.")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-            optimizer.step()
-            schedule.step()
-            model.update_target()
-            history.imitation.append(imitation.item())
-            history.balance.append(output.balance_loss.item())
-            history.contrastive.append(output.contrastive_loss.item())
-            shown.update()
-            shown.set_postfix(imitation=f"{history.imitation[-1]:.4f}")
-            if step == steps or (every and step % every == 0):
-                if watch is not None:
-                    watch(step)
-                    model.train()
-                kept.save(step)
-    model.train(before)
-    return history
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        tasks = torch.randperm(num_tasks, generator=generator)[: batch_size // 2]
+        if config.variant == "ad":
+            batch = sample_ad(data, tasks, episodes, generator)
+        else:
+            batch = sample_dpt(data, tasks, generator)
+        output = model(*batch[:4], contrastive=contrast)
+        imitation = action_loss(output.actions, batch.target, config.num_actions)
+        total = (
+            imitation
+            + balance_weight * output.balance_loss
+            + contrastive_weight * output.contrastive_loss
+        )
+        return {
+            "loss": total,
+            "imitation": imitation,
+            "balance": output.balance_loss,
+            "contrastive": output.contrastive_loss,
+        }
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return train_steps(
+        f"fit t2mir {config.variant}",
+        model,
+        [Group(parameters, lr, warm_up, weight_decay)],
+        loss,
+        steps=steps,
+        seed=seed,
+        grad_clip=grad_clip,
+        checkpoint=checkpoint,
+        every=every or steps,
+        watch=watch,
+        after=model.update_target,
+        progress=progress,
+    )
 
 
 @torch.no_grad()

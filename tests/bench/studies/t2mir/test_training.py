@@ -47,9 +47,9 @@ def test_fit_learns_and_play_uses_the_context(variant, kind):
     model = T2MIR(dataclasses.replace(TINY, variant=variant, num_actions=discrete))
     slow = model.experts.contrast.target.gate[0].weight.clone()
     history = fit(model, data, steps=60, batch_size=16, lr=3e-3, warm_up=5, progress=False)
-    first, last = history.imitation[:10], history.imitation[-10:]
+    first, last = history["imitation"][:10], history["imitation"][-10:]
     assert sum(last) < 0.93 * sum(first)
-    assert history.balance[0] > 0 and history.contrastive[0] > 0
+    assert history["balance"][0] > 0 and history["contrastive"][0] > 0
     moved = model.experts.contrast.target.gate[0].weight
     fast = model.experts.task_router.gate[0].weight
     assert not torch.equal(moved, slow) and not torch.equal(moved, fast)
@@ -107,7 +107,7 @@ def test_a_cut_run_goes_on_with_the_same_numbers(tmp_path):
         return model, history, looked
 
     model, history, looked = train(None)
-    assert looked == [2, 4, 6, 7] and len(history.imitation) == 7 and model.training
+    assert looked == [2, 4, 6, 7] and len(history["imitation"]) == 7 and model.training
     path = tmp_path / "runs" / "a.pt"
     with pytest.raises(KeyboardInterrupt):
         train(path, cut=4)
