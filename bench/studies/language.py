@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops import _files, zoo
 from moe_ops.zoo.lm.model import CausalLM
 
+from . import python_texts
 from .python_texts import Text
+from .settings import settings_folder
 from .trainer import Group, train_once, train_steps
 
 Model = TypeVar("Model", bound=CausalLM)
@@ -82,3 +86,58 @@ def judge(model: Any, texts: Mapping[str, Text], rows: int, length: int) -> dict
     model.train(before)
     mean = sum(losses.values()) / len(losses)
     return {**losses, "loss": mean, "accuracy": float(torch.cat(hits).mean())}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `train`.
+
+    Attributes:
+        preset: of the model, with a vocabulary of bytes.
+        domains: names of texts.
+        rows: held-out rows per domain.
+    """
+
+    preset: str = "tiny"
+    domains: tuple[str, ...] = python_texts.DOMAINS
+    steps: int = 800
+    batch_size: int = 8
+    length: int = 128
+    rate: float = 3e-3
+    rows: int = 64
+    seed: int = 0
+
+
+def train(
+    system: str,
+    folder: Path | str,
+    settings: Settings | None = None,
+    *,
+    texts: Mapping[str, Text] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains a language model of the zoo on texts that Python has; writes and returns report.json.
+
+    Raises:
+        ValueError: the folder is of other settings.
+    """
+    settings = settings or Settings()
+    folder, now = settings_folder(folder, settings, "models", ("rows",))
+    texts = python_texts.load(settings.domains) if texts is None else texts
+    torch.manual_seed(settings.seed)
+    model = fit_once(
+        folder,
+        system,
+        zoo.create(system, settings.preset),
+        [texts[name] for name in settings.domains],
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        length=settings.length,
+        rate=settings.rate,
+        seed=settings.seed,
+        progress=progress,
+    )
+    found = judge(model, texts, settings.rows, settings.length)
+    report = {"settings": now, "arms": {system: found}}
+    _files.write_json(folder / "report.json", report)
+    return report

@@ -10,27 +10,33 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from moe_ops._fields import check_choice
 
+from . import language
 from .settings import parse_settings
 
+# Trained as they are, on texts; the others have arms, and a training module of their own.
+LANGUAGE_MODELS = ("coe", "deepseek", "jetmoe", "llama", "moduleformer", "topp")
 SYSTEMS = (
-    "adamoe", "bam", "composition", "driftmoe", "dynamicdino", "factorllm", "gntmove", "mofme",
-    "sentence", "thor", "widenet",
+    *LANGUAGE_MODELS, "adamoe", "bam", "composition", "driftmoe", "dynamicdino", "factorllm",
+    "gntmove", "mofme", "sentence", "thor", "widenet",
 )  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     name = argv[0] if argv else ""
     check_choice("train", "system", name, SYSTEMS)
-    module = importlib.import_module(f"{__package__}.{name}.training")
+    alone = name in LANGUAGE_MODELS
+    module = language if alone else importlib.import_module(f"{__package__}.{name}.training")
+    train = partial(language.train, name) if alone else module.train
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.studies train {name}", description=module.__doc__
     )
     settings, folder, progress = parse_settings(parser, module.Settings, argv[1:])
-    for line in lines(module.train(folder, settings, progress=progress)):
+    for line in lines(train(folder, settings, progress=progress)):
         print(line)
     return 0
 

@@ -8,8 +8,8 @@ import random
 
 import pytest
 import torch
-from bench.studies import __main__ as command
 from bench.studies import language, python_texts, train, trainer
+from bench.studies.__main__ import main
 
 ALPHABETS = {
     "general": b"abcdefgh+-*/=<>%", "digits": b"01234567", "letters": b"abcdefgh",
@@ -149,7 +149,20 @@ def test_training_goes_on_where_it_was_cut(name, tmp_path, monkeypatch):
         module.train(tmp_path / "cut", other, **options)
 
 
-@pytest.mark.parametrize("name", train.SYSTEMS)
+@pytest.mark.parametrize("name", train.LANGUAGE_MODELS)
+def test_the_command_trains_language_models(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("safetensors")
+    command = ["train", name, "--folder", str(tmp_path), "--quiet", "--domains", "maths",
+               "--steps", "2", "--batch-size", "2", "--length", "16", "--rows", "2"]  # fmt: skip
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert first.startswith(f"arms {name} ") and "loss" in first
+    monkeypatch.setattr(language, "train_steps", None)  # Nothing is left to train.
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("name", sorted({*train.SYSTEMS} - {*train.LANGUAGE_MODELS}))
 def test_the_command_trains(name, monkeypatch, capsys):
     module = importlib.import_module(f"bench.studies.{name}.training")
 
@@ -158,15 +171,15 @@ def test_the_command_trains(name, monkeypatch, capsys):
         return {"settings": {"seed": 7}, "arms": {"one": {"loss": 1.25, "curve": [1, 2]}}}
 
     monkeypatch.setattr(module, "train", stub)
-    assert command.main(["train", name, "--folder", "there", "--quiet", "--seed", "7"]) == 0
+    assert main(["train", name, "--folder", "there", "--quiet", "--seed", "7"]) == 0
     assert capsys.readouterr().out.split() == ["arms", "one", "loss", "1.25"]
 
 
 def test_the_command_says_what_is_wrong(capsys):
-    with pytest.raises(SystemExit, match="system must be one of adamoe, .*, got 'other'"):
-        command.main(["train", "other", "--folder", "there"])
+    with pytest.raises(SystemExit, match="system must be one of coe, .*, got 'other'"):
+        main(["train", "other", "--folder", "there"])
     with pytest.raises(SystemExit):
-        command.main(["train", "gntmove"])
+        main(["train", "gntmove"])
     assert "--folder" in capsys.readouterr().err
 
 
