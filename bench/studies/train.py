@@ -15,23 +15,29 @@ from typing import Any
 
 from moe_ops._fields import check_choice
 
-from . import language
+from . import language, one_seed, registry
 from .settings import parse_settings
 
-# Trained as they are, on texts; the others have arms, and a training module of their own.
+# Trained as they are, on texts.
 LANGUAGE_MODELS = ("coe", "deepseek", "jetmoe", "llama", "moduleformer", "topp")
-SYSTEMS = (
-    *LANGUAGE_MODELS, "adamoe", "bam", "composition", "driftmoe", "dynamicdino", "factorllm",
-    "gntmove", "mofme", "sentence", "thor", "widenet",
+# With arms, settings and a training module of their own.
+WITH_SETTINGS = (
+    "adamoe", "bam", "composition", "driftmoe", "dynamicdino", "factorllm", "gntmove", "mofme",
+    "sentence", "thor", "widenet",
 )  # fmt: skip
+# One seed of a study.
+BY_STUDY = tuple(name for name in registry.NAMES if name not in LANGUAGE_MODELS + WITH_SETTINGS)
+SYSTEMS = LANGUAGE_MODELS + WITH_SETTINGS + BY_STUDY
 
 
 def main(argv: Sequence[str]) -> int:
     name = argv[0] if argv else ""
     check_choice("train", "system", name, SYSTEMS)
-    alone = name in LANGUAGE_MODELS
-    module = language if alone else importlib.import_module(f"{__package__}.{name}.training")
-    train = partial(language.train, name) if alone else module.train
+    module: Any = language if name in LANGUAGE_MODELS else one_seed
+    train = partial(module.train, name)
+    if name in WITH_SETTINGS:
+        module = importlib.import_module(f"{__package__}.{name}.training")
+        train = module.train
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.studies train {name}", description=module.__doc__
     )

@@ -162,7 +162,25 @@ def test_the_command_trains_language_models(name, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out == first
 
 
-@pytest.mark.parametrize("name", sorted({*train.SYSTEMS} - {*train.LANGUAGE_MODELS}))
+def test_the_command_does_a_seed_of_a_study(tmp_path, capsys):
+    command = ["train", "recipes", "--folder", str(tmp_path), "--quiet", "--study",
+               "recipes-curriculum", "--seed", "3"]  # fmt: skip
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    path = tmp_path / "recipes-curriculum" / "all-arms-of-a-seed-3.json"
+    done = path.read_bytes()
+    assert main(command) == 0
+    assert capsys.readouterr().out == first and path.read_bytes() == done
+    assert "P@1" in first
+    with pytest.raises(SystemExit, match="study must be one of recipes-noise"):
+        main(["train", "recipes", "--folder", str(tmp_path / "b"), "--study", "other"])
+    with pytest.raises(SystemExit, match="runs must be one of all arms of a seed, got 'one'"):
+        main([*command, "--runs", "one"])
+    with pytest.raises(SystemExit, match="folder must hold runs of these settings"):
+        main([*command[:-1], "4"])
+
+
+@pytest.mark.parametrize("name", train.WITH_SETTINGS)
 def test_the_command_trains(name, monkeypatch, capsys):
     module = importlib.import_module(f"bench.studies.{name}.training")
 
