@@ -37,8 +37,8 @@ def import_ssim() -> Any:
         module = importlib.import_module("torchmetrics.functional.image")
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"moe_ops.zoo: SSIM needs {error.name}, which is not installed: "
-            "pip install torch-moe-ops[vision]"
+            f"bench.studies: SSIM needs {error.name}, which is not installed: "
+            "pip install torch-moe-ops[studies]"
         ) from error
     return module.structural_similarity_index_measure
 

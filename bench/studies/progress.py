@@ -17,8 +17,8 @@ def bar(total: int, what: str, progress: bool) -> Any:
         from tqdm.auto import tqdm
     except ModuleNotFoundError as error:
         raise ImportError(
-            "moe_ops.zoo: progress=True needs tqdm, which is not installed: "
-            "pip install torch-moe-ops[zoo]"
+            "bench.studies: progress=True needs tqdm, which is not installed: "
+            "pip install torch-moe-ops[studies]"
         ) from error
     return tqdm(total=total, desc=what, leave=False)
 

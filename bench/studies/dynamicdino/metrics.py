@@ -28,8 +28,8 @@ def check_installed() -> None:
     """ImportError where pycocotools is not there, which says how to get it."""
     if importlib.util.find_spec("pycocotools") is None:
         raise ImportError(
-            "moe_ops.zoo: average precision needs pycocotools, which is not installed: "
-            "pip install torch-moe-ops[detection]"
+            "bench.studies: average precision needs pycocotools, which is not installed: "
+            "pip install torch-moe-ops[studies]"
         )
 
 

@@ -61,7 +61,7 @@ def one(arm: str, plan: Plan) -> Job:
         if missing:
             raise FileNotFoundError(
                 f"mofme: all photos must be installed, got none of {', '.join(missing)}: "
-                "pip install torch-moe-ops[vision]"
+                "pip install torch-moe-ops[studies]"
             )
         photos, kept = load_photos()
         fresh = torch.Generator().manual_seed(1_000_000 + seed)

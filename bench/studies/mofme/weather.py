@@ -130,7 +130,7 @@ def load_photos(folder: str | Path = "") -> tuple[list[Tensor], list[Tensor]]:
         where = folder or "installed packages"
         raise FileNotFoundError(
             f"load_photos: there must be two photos to train on and one to test on, got "
-            f"{len(train)} and {len(test)} in {where}: pip install torch-moe-ops[vision]"
+            f"{len(train)} and {len(test)} in {where}: pip install torch-moe-ops[studies]"
         )
     return [read_photo(path) for path in train], [read_photo(path) for path in test]
 
@@ -156,8 +156,8 @@ def read_photo(path: Path) -> Tensor:
         from PIL import Image
     except ModuleNotFoundError as error:
         raise ImportError(
-            "moe_ops.zoo: photos need Pillow, which is not installed: "
-            "pip install torch-moe-ops[vision]"
+            "bench.studies: photos need Pillow, which is not installed: "
+            "pip install torch-moe-ops[studies]"
         ) from error
     with Image.open(path) as image:
         colours = image.convert("RGB")

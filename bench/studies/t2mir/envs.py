@@ -382,7 +382,7 @@ def _gymnasium() -> Any:
         import gymnasium
     except ModuleNotFoundError as error:
         raise ImportError(
-            "moe_ops.zoo: this environment needs gymnasium, which is not installed: "
-            "pip install torch-moe-ops[rl]"
+            "bench.studies: this environment needs gymnasium, which is not installed: "
+            "pip install torch-moe-ops[studies]"
         ) from error
     return gymnasium

@@ -75,5 +75,5 @@ def test_a_run_goes_on_where_it_was_cut(job, tmp_path, photos):
 
 def test_photos_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(mofme, "missing_photos", lambda: ["china"])
-    with pytest.raises(FileNotFoundError, match=r"got none of china: pip install .*\[vision\]"):
+    with pytest.raises(FileNotFoundError, match=r"got none of china: pip install .*\[studies\]"):
         mofme.one(mofme.FULL, PHOTOS)(0, Run())

@@ -115,7 +115,7 @@ def test_degrade_and_crops():
 
 
 def test_photos_of_a_folder(tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="pip install torch-moe-ops[vision]")
+    image = pytest.importorskip("PIL.Image", reason="pip install torch-moe-ops[studies]")
     for number in range(3):
         picture = image.new("RGB", (8, 6), (10 * number, 0, 255))
         picture.putpixel((0, 0), (10 * number, 255, 255))
@@ -135,7 +135,7 @@ def test_photos_of_packages(monkeypatch):
     """Those that are not installed are named."""
     monkeypatch.setattr(weather, "PHOTOS", (("none", "not_a_package", "a.png"),))
     assert weather.missing_photos() == ["none"]
-    with pytest.raises(FileNotFoundError, match=r"installed packages.*torch-moe-ops\[vision\]"):
+    with pytest.raises(FileNotFoundError, match=r"installed packages.*torch-moe-ops\[studies\]"):
         load_photos()
 
 
@@ -151,12 +151,12 @@ def test_measures(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(_images.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"SSIM needs torchmetrics.*torch-moe-ops\[vision\]"):
+    with pytest.raises(ImportError, match=r"SSIM needs torchmetrics.*torch-moe-ops\[studies\]"):
         ssim(truth, truth)
 
 
 def test_ssim():
-    pytest.importorskip("torchmetrics", reason="pip install torch-moe-ops[vision]")
+    pytest.importorskip("torchmetrics", reason="pip install torch-moe-ops[studies]")
     truth = images(2)
     torch.testing.assert_close(ssim(truth, truth), torch.ones(2))
     assert bool((ssim(1 - truth, truth) < 0.5).all())

@@ -68,7 +68,7 @@ def test_phrases_and_pairs():
 
 
 def test_average_precision():
-    pytest.importorskip("pycocotools", reason="pip install torch-moe-ops[detection]")
+    pytest.importorskip("pycocotools", reason="pip install torch-moe-ops[studies]")
     scenes = draw_scenes(12, ALL, generator())
     boxes, scores, pairs = torch.zeros(12, 5, 4) + 0.01, torch.zeros(12, 5), torch.zeros(12, 5)
     for i, (labels, phrases) in enumerate(zip(scenes.labels, scenes.phrases, strict=True)):
@@ -92,5 +92,5 @@ def test_average_precision():
 
 def test_missing_package_names_its_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install torch-moe-ops\[detection\]"):
+    with pytest.raises(ImportError, match=r"pip install torch-moe-ops\[studies\]"):
         training.train(tmp_path, training.Settings(), progress=False)

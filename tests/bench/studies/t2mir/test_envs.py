@@ -110,5 +110,5 @@ def test_gymnasium_there_and_back(kind):
 
 def test_without_gymnasium_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    with pytest.raises(ImportError, match=r"pip install torch-moe-ops\[rl\]"):
+    with pytest.raises(ImportError, match=r"pip install torch-moe-ops\[studies\]"):
         to_gymnasium(PointRobot.sample(1))
