@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.experiments.expertflow import TokenTable, routes_of
-from bench.experiments.text import heldout_batches, load_domains, train_batches
-from bench.experiments.training import Recipe
+from bench.studies.expertflow import TokenTable, routes_of
+from bench.studies.text import heldout_batches, load_domains, train_batches
+from bench.studies.training import Recipe
 from moe_ops.bench.timing import interleave
 from moe_ops.layers import Experts
 from moe_ops.offload import (

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import filecmp
-import hashlib
 import json
 import os
 import secrets
@@ -31,7 +30,6 @@ except ImportError:  # This is no POSIX system; leftovers of killed processes st
 
 # Far above any config.json or index, far below what would fill a machine's memory.
 MAX_JSON_BYTES = 256 * 2**20
-DIGEST_BYTES = hashlib.sha256().digest_size
 _PREFIX, _SUFFIX = ".moe_ops-", ".tmp"
 _MAX_WRITE = 2**30
 # A file system that cannot do something, as opposed to one that failed.
@@ -370,21 +368,6 @@ def _fsync_folder(handle: int) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-
-
-# --- whole files
-
-
-def sealed(data: Buffer) -> tuple[Buffer, bytes]:
-    """`data` and the SHA-256 of it, which are to be written one after the other."""
-    return data, hashlib.sha256(data).digest()
-
-
-def unsealed(data: bytes) -> memoryview | None:
-    """What `sealed` was given, or None if any bit of the file has changed."""
-    view = memoryview(data)
-    body, digest = view[:-DIGEST_BYTES], view[-DIGEST_BYTES:]
-    return body if hashlib.sha256(body).digest() == digest else None
 
 
 # --- reading what strangers made

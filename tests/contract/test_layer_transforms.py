@@ -109,9 +109,7 @@ WITHOUT_GRADIENTS = {
     "MixtureOfDepthsOutput",
     "MoEOutput",
     "PEEROutput",
-    "RouterOutput",
     "Routing",
-    "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",
     "SoftMoEOutput",
@@ -152,7 +150,7 @@ def run(name: str, module, x: Tensor) -> Tensor:
     if name == "AttentionExperts":
         return module(x[None])
     y = module(x)
-    return y.topk_weights if isinstance(y, layers.RouterOutput) else y
+    return y.topk_weights if isinstance(y, layers.Routing) else y
 
 
 def input_of(name: str) -> Tensor:

@@ -126,7 +126,7 @@ def _state() -> tuple[Any, ...]:
 
 
 def _checkpoint(folder: Path) -> Any:
-    from moe_ops.zoo._resume import Checkpoint
+    from bench.studies.trainer import Checkpoint
 
     return Checkpoint(folder / "it.pt", *_state(), History())
 
@@ -146,13 +146,13 @@ def _read_resume(folder: Path, _: Any) -> Any:
 
 
 def _make_state(folder: Path) -> None:
-    from moe_ops.zoo._resume import write_state
+    from moe_ops.zoo._state import write_state
 
     write_state(folder / "it.pt", {"a": torch.arange(9.0), "step": 3, "b": [1, "x"]})
 
 
 def _read_state(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo._resume import read_state
+    from moe_ops.zoo._state import read_state
 
     return read_state(folder / "it.pt")
 
@@ -197,13 +197,13 @@ def _read_pruned(folder: Path, made: Any) -> Any:
 
 
 def _make_settings(folder: Path) -> Any:
-    from moe_ops.zoo._command import settings_folder
+    from bench.studies.settings import settings_folder
 
     settings_folder(folder, Settings(), "runs", ())
 
 
 def _read_settings(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo._command import settings_folder
+    from bench.studies.settings import settings_folder
 
     return settings_folder(folder, Settings(), "runs", ())[1]
 
@@ -261,7 +261,7 @@ def _make_photo(folder: Path) -> None:
 
 
 def _read_photo(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.mofme.weather import read_photo
+    from bench.studies.mofme.weather import read_photo
 
     return read_photo(folder / "it.png")
 
@@ -271,9 +271,9 @@ def _make_text(folder: Path) -> None:
 
 
 def _read_text(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo import _texts
+    from bench.studies import python_texts
 
-    return vars(_texts.load(["mine"], {"mine": str(folder / "it.txt")})["mine"])
+    return vars(python_texts.load(["mine"], {"mine": str(folder / "it.txt")})["mine"])
 
 
 # --- experts of others, plans

@@ -23,7 +23,7 @@ from safetensors import safe_open
 import moe_ops
 from moe_ops import _files, zoo
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
-from moe_ops.zoo.t2mir import training as t2mir_training
+from moe_ops.zoo._state import read_state, write_state
 
 from .failing_files import failing, leftovers
 
@@ -216,10 +216,10 @@ class ZooWriter:
 class StateWriter:
     def save(self, folder: Path, value: int) -> None:
         _files.make_folder(folder / "deeper")
-        t2mir_training.write_state(folder / "deeper" / "state.pt", {"value": value})
+        write_state(folder / "deeper" / "state.pt", {"value": value})
 
     def load(self, folder: Path) -> int:
-        return t2mir_training.read_state(folder / "deeper" / "state.pt")["value"]
+        return read_state(folder / "deeper" / "state.pt")["value"]
 
 
 class TextWriter:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.studies import trainer
 
 from moe_ops import _reading
 from moe_ops.offload import FileStore, RoutePredictor, RoutingTrace
 from moe_ops.parallel.plan import find_shape
-from moe_ops.zoo import _resume
 
 from . import hf_readers, readers
 
@@ -81,7 +81,7 @@ def test_open_regular_says_what_is_there(tmp_path, prompt):
 def test_training_does_not_begin_where_a_pipe_is_in_the_way(tmp_path, prompt):
     os.mkfifo(tmp_path / "it.pt")
     with pytest.raises(ValueError, match="must be a regular file, got a named pipe"):
-        _resume.train_once(torch.nn.Linear(1, 1), tmp_path, "it", lambda _: pytest.fail("trained"))
+        trainer.train_once(torch.nn.Linear(1, 1), tmp_path, "it", lambda _: pytest.fail("trained"))
 
 
 # --- files of offloading

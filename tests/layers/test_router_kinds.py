@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 import warnings
 
@@ -13,12 +12,9 @@ from torch import Tensor
 
 from moe_ops.layers import (
     ExpertChoiceRouter,
-    GateRouter,
     MoE,
     Router,
-    RouterOutput,
     Routing,
-    RoutingChoice,
     SparseMixerRouter,
     TopKRouter,
     TopPRouter,
@@ -53,7 +49,7 @@ def test_defaults_of_other_kinds_may_be_given():
 
 
 def test_arguments_of_other_kinds():
-    with pytest.warns(DeprecationWarning, match="top_p has no effect with kind='topk'"):
+    with pytest.raises(ValueError, match=r"top_p must keep its default .*, got 0.5"):
         Router(H, E, K, top_p=0.5)
     with pytest.raises(ValueError, match=r"topk_first must keep its default .*, got True"):
         Router(H, E, K, kind="topp", topk_first=True)
@@ -61,35 +57,9 @@ def test_arguments_of_other_kinds():
         Router(H, E, K, top_q=0.5)
 
 
-def test_states_of_the_time_of_one_class():
-    """A pickle of then makes an empty Router and gives it a state that names the kind."""
-    for kind, cls in KINDS.items():
-        made = Router(H, E, K, kind=kind)
-        old = Router.__new__(Router)
-        old.__setstate__({**made.__getstate__(), "kind": kind, "num_groups": 1, "max_k": None})
-        assert type(old) is cls and old.kind == kind and "kind" not in vars(old)
-        x = torch.randn(T, H)
-        for a, b in zip(old.eval()(x), made.eval()(x), strict=True):
-            assert torch.equal(a, b)
-    made = GateRouter(H, E, K, gate_size=3)
-    old = GateRouter.__new__(GateRouter)
-    old.__setstate__({**made.__getstate__(), "kind": "topk"})
-    assert type(old) is GateRouter
-
-
-@pytest.mark.parametrize("name", ["gates", "replay"])
-def test_old_modules_still_import(name):
-    with pytest.warns(DeprecationWarning, match="import from moe_ops.layers"):
-        importlib.reload(importlib.import_module(f"moe_ops.layers.{name}"))
-
-
 def test_one_type_of_routing():
-    assert RouterOutput is Routing
     out = MoE.build(H, I, E, K)(torch.randn(T, H), return_routing=True)
     assert out.routing == Routing(out.router_logits, out.topk_weights, out.topk_ids)
-    with pytest.warns(DeprecationWarning, match="Routing"):
-        choice = RoutingChoice(out.topk_ids, topk_weights=out.topk_weights)
-    assert type(choice) is Routing and choice.topk_ids is out.topk_ids
 
 
 # ------------------------------------------------------------------------------- a new router

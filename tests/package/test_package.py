@@ -26,7 +26,7 @@ DISTRIBUTION = "torch-moe-ops"
 
 
 def run_python(
-    code: str, path: Path = PACKAGE.parent, cwd: Path | None = None
+    code: str, path: Path | str = PACKAGE.parent, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds moe_ops in `path` first."""
     return subprocess.run(
@@ -348,7 +348,9 @@ def run_examples(path: Path, code: str, folder: Path) -> None:
     for mentioned, package in EXAMPLES_NEED.items():
         if mentioned in "".join(blocks(path, "python")):
             pytest.importorskip(package)
-    result = run_python(code, cwd=folder)
+    # Pages of the zoo import bench.studies, which is found at the root of the source tree.
+    where = f"{PACKAGE.parent}{os.pathsep}{ROOT}" if "bench.studies" in code else PACKAGE.parent
+    result = run_python(code, where, folder)
     assert result.returncode == 0, result.stderr
     assert not re.search(r"^<string>:\d+: \w*Warning", result.stderr, re.MULTILINE), result.stderr
 

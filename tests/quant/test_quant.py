@@ -384,18 +384,3 @@ def test_report_needs_outputs_and_the_same_model():
         quant.quality_report(model, without)
     with pytest.raises(ValueError, match=r"must be of this model, got a bank 'first.experts'"):
         quant.quality_report(torch.nn.Linear(2, 2), good)
-
-
-# --- old names
-
-
-def test_old_names_work_and_warn():
-    from moe_ops.quant import bank
-
-    with pytest.warns(DeprecationWarning, match="moe_ops.quant.ExpertWeights now"):
-        assert bank.FloatBank is ExpertWeights
-    with pytest.warns(DeprecationWarning, match="moe_ops.quant.ExpertInputs now"):
-        assert bank.BankInputs is ExpertInputs
-    experts = moe_ops.layers.QuantizedExperts(2, 32, 32, group_size=32)
-    with pytest.warns(DeprecationWarning, match="move_to_huge_pages now"):
-        experts.settle()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-from bench.experiments.report import Claim, Report
+from bench.studies.report import Claim, Report
 from typer.testing import CliRunner
 
 from moe_ops import zoo
 from moe_ops.cli.app import app
-from moe_ops.zoo import _moved
 
 runner = CliRunner()
 
@@ -101,48 +99,6 @@ def test_every_system_is_whole():
         for preset in system.presets():
             system.make_config(preset)
         assert system.summary.endswith(".") and len(system.summary) < 90, name
-
-
-@pytest.mark.parametrize(
-    ("name", "now", "some"),
-    [
-        ("blocks", "lm.attention and moe_ops.zoo.lm.config", ("Attention", "Rope", "Yarn")),
-        ("checkpoint", "lm.checkpoint", ("Entry", "Reader")),
-        ("cross_entropy", "lm.cross_entropy", ("head_cross_entropy",)),
-        ("embedding", "lm.embedding", ("TokenEmbedding",)),
-        ("graphs", "mowst.graphs", ("Graph", "GNN")),
-        (
-            "language_model",
-            "lm.model and moe_ops.zoo.lm.pretrained",
-            ("CausalLM", "LMOutput", "Step"),
-        ),
-        ("lm_losses", "lm.losses", ("Routed",)),
-        ("mowst_training", "mowst.training", ("fit", "_train")),
-        ("multitask", "home.layers", ("Gates",)),
-        ("recommend", "home.training", ("Rows", "fit")),
-        ("t2mir_envs", "t2mir.envs", ("DarkRoom",)),
-        ("t2mir_routers", "t2mir.routers", ("TaskRouter",)),
-        ("t2mir_training", "t2mir.training", ("play", "read_state")),
-    ],
-)
-def test_earlier_module_names(name, now, some):
-    sys.modules.pop(f"moe_ops.zoo.{name}", None)
-    with pytest.warns(DeprecationWarning, match=f"is now moe_ops.zoo.{now};"):
-        earlier = importlib.import_module(f"moe_ops.zoo.{name}")
-    places = [importlib.import_module(f"moe_ops.zoo.{m}") for m in _moved.MOVED[name]]
-    for word in some:
-        thing = getattr(earlier, word)
-        assert any(getattr(place, word, None) is thing for place in places), word
-    with pytest.raises(AttributeError, match=name):
-        getattr(earlier, "nothing")  # noqa: B009
-
-
-def test_claims_command_says_where_the_experiments_are(toy):
-    result = runner.invoke(app, ["claims", "other"])
-    assert result.exit_code == 1 and "name must be one of toy" in result.output
-    result = runner.invoke(app, ["claims", "toy", "--hours", "2"])
-    assert result.exit_code == 1
-    assert "python -m bench.experiments toy --hours 2" in " ".join(result.output.split())
 
 
 def test_verdicts_are_computed():

@@ -451,20 +451,3 @@ def zoo_list(
         typer.echo(json.dumps(listing(), indent=2))
     else:
         print_listing(_console())
-
-
-@app.command(
-    hidden=True,
-    deprecated=True,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@arguments.command
-def claims(system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")]) -> None:
-    """Moved to the source tree: python -m bench.experiments NAME --hours 2."""
-    from moe_ops import zoo
-
-    name = zoo.get(system).name
-    raise arguments.fail(
-        f"claims: the experiment of {name} is run in the source tree by "
-        f"python -m bench.experiments {name} --hours 2; docs/zoo/{name}.md has what it showed"
-    )

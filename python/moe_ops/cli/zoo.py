@@ -12,7 +12,7 @@ from moe_ops import zoo
 
 EXPERIMENTS = (
     "What systems claim is put to small experiments in the source tree: "
-    "python -m bench.experiments NAME runs them (--list names them), docs/zoo/NAME.md has what "
+    "python -m bench.studies NAME runs them (--list names them), docs/zoo/NAME.md has what "
     "they showed."
 )
 

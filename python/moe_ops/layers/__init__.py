@@ -28,7 +28,7 @@ from .moe import MoE, MoEOutput
 from .norm import ResidualNorm
 from .peer import PEER, PEEROutput
 from .quantized import QuantizedExperts
-from .record import RoutingChoice, RoutingRecord, record_routing, replay_routing
+from .record import RoutingRecord, record_routing, replay_routing
 from .router import (
     Capacity,
     CapacityRouter,
@@ -38,7 +38,6 @@ from .router import (
     L1Coefficient,
     ReLURouter,
     Router,
-    RouterOutput,
     SparseMixerRouter,
     TopKRouter,
     TopPRouter,
@@ -78,9 +77,7 @@ __all__ = [
     "ReLURouter",
     "ResidualNorm",
     "Router",
-    "RouterOutput",
     "Routing",
-    "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",
     "SharedExperts",

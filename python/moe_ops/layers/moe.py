@@ -349,11 +349,6 @@ class MoE(nn.Module):
         assert call.choice is not None
         return Routing(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "latent" not in self._modules:  # In pickles of version 0.1 there is none.
-            vars(self).setdefault("latent", None)
-
     def prepack(self) -> int:
         """Packs the experts' weights now, see `moe_ops.prepack`; returns the copies' bytes."""
         return self.experts.prepack()

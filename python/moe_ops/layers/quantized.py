@@ -5,7 +5,6 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -412,15 +411,6 @@ class QuantizedExperts(nn.Module):
         `load_state_dict(assign=True)` put here, do not, and to move them takes time.
         """
         memory.use_huge_pages(self.w_gate_up, self.w_gate_up_scale, self.w_down, self.w_down_scale)
-
-    def settle(self) -> None:
-        """The old name of `move_to_huge_pages`."""
-        warnings.warn(
-            "QuantizedExperts.settle is QuantizedExperts.move_to_huge_pages now.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        self.move_to_huge_pages()
 
     def check(self, name: str = "QuantizedExperts") -> None:
         """Raises ValueError where a buffer does not have the type and shape of the format."""

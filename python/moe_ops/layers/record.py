@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,18 +12,6 @@ from torch import Tensor, nn
 from .moe import MoE
 from .recompute import RoutingLog
 from .routing import Routing
-
-
-class RoutingChoice(Routing):
-    """Deprecated: makes Routing(None, topk_weights, topk_ids), which records hold."""
-
-    def __new__(cls, topk_ids: Tensor, topk_weights: Tensor) -> Routing:  # type: ignore[misc]
-        warnings.warn(
-            "RoutingChoice is deprecated: use Routing(None, topk_weights, topk_ids).",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return Routing(None, topk_weights, topk_ids)
 
 
 @dataclass

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops._sharded import check_whole, name_of
-from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights, hooks_for
+from moe_ops.expert_weights import ExpertsHook, ExpertWeights, hooks_for
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -132,18 +131,3 @@ def check_finite(op: str, name: str, module: nn.Module, bank: ExpertWeights) -> 
 
 def _name_of(role: str, w: Tensor, name: str, module: nn.Module) -> str:
     return name_of(module, w, name) or f"{name or 'the bank'}'s {role}"
-
-
-_RENAMED = {"BankInputs": ExpertInputs, "FloatBank": ExpertWeights}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = _RENAMED[name]
-    warnings.warn(
-        f"moe_ops.quant.bank.{name} is moe_ops.quant.{new.__name__} now.",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return new

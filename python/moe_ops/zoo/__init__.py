@@ -21,8 +21,6 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
-from . import _moved as _moved
-
 __all__ = ["System", "create", "get", "register", "systems"]
 
 
@@ -32,7 +30,7 @@ class System:
 
     Attributes:
         name: what `create` and the command line call it; the stem of its page in docs/zoo and of
-            its experiment in bench/experiments, where it has one.
+            its experiment in bench/studies, where it has one.
         module: the module that holds it, imported when first used.
         config: name of its config dataclass there, whose class attribute `PRESETS` names the class
             methods that make presets.

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
+from bench.studies.adamoe import training
+from bench.studies.adamoe.skills import SkillRobot, demonstrate
+from bench.studies.adamoe.training import decoupling, fit, gradient_conflict, roll_out
 
 from moe_ops import zoo
-from moe_ops.zoo.adamoe import (
-    SkillRobot,
-    decoupling,
-    demonstrate,
-    fit,
-    gradient_conflict,
-    roll_out,
-    training,
-)
-from moe_ops.zoo.adamoe import __main__ as command
 from moe_ops.zoo.adamoe.model import time_features
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
@@ -160,42 +152,3 @@ def test_balance_weight_changes_after_the_early_steps():
         )
     ]
     assert weights == pytest.approx([0.5, 0.5, 0.25, 0.25], rel=1e-3)
-
-
-SETTINGS = training.Settings(
-    arms=("dense", "additive"), pretrain_steps=8, steps=8, batch_size=16, hidden_size=8,
-    intermediate_size=8, num_layers=1, episodes=16,
-)  # fmt: skip
-
-
-def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
-    whole = training.train(tmp_path / "whole", SETTINGS, progress=False)
-    assert list(whole["arms"]) == ["pretrained", "dense", "additive"]
-    real, calls = training.train_steps, []
-
-    def cut(what, *args, **options):
-        def watch(step):
-            if not calls and what == "fit adamoe additive" and step == 6:
-                calls.append(step)
-                raise KeyboardInterrupt
-
-        return real(what, *args, **{**options, "every": 3, "watch": watch})
-
-    monkeypatch.setattr(training, "train_steps", cut)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(tmp_path / "cut", SETTINGS, progress=False)
-    assert (tmp_path / "cut" / "additive.training.pt").is_file()
-    assert training.train(tmp_path / "cut", SETTINGS, progress=False) == whole
-    other = dataclasses.replace(SETTINGS, steps=5)
-    with pytest.raises(ValueError, match="policies of these settings"):
-        training.train(tmp_path / "cut", other, progress=False)
-
-
-def test_command(monkeypatch, capsys):
-    def train(folder, settings, *, progress):
-        assert (folder, progress, settings.arms) == ("there", False, ("dense", "concat"))
-        return {"arms": {"dense": {"success": 0.25}}}
-
-    monkeypatch.setattr(command, "train", train)
-    command.main(["--folder", "there", "--quiet", "--arms", "dense", "concat"])
-    assert "success 0.2500" in capsys.readouterr().out

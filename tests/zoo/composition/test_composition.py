@@ -7,20 +7,19 @@ import random
 
 import pytest
 import torch
+from bench.studies import language as fit
+from bench.studies import python_texts
+from bench.studies.composition import training
+from bench.studies.composition.training import fit_router
 from torch import nn
 
 from moe_ops import zoo
-from moe_ops.zoo import _texts
 from moe_ops.zoo.composition import (
     CategoryRouter,
     ExpertPool,
     choose_threshold,
-    fit_router,
     propagate_labels,
-    training,
 )
-from moe_ops.zoo.composition import __main__ as command
-from moe_ops.zoo.lm import fit
 
 
 def test_labels_spread_over_a_chain():
@@ -219,39 +218,18 @@ def texts():
     draw = random.Random(0)
     alphabets = {"digits": b"01234567", "letters": b"abcdefgh", "signs": b"+-*/=<>%"}
     return {
-        name: _texts.Text.of(bytes(draw.choices(letters, k=2000)))
+        name: python_texts.Text.of(bytes(draw.choices(letters, k=2000)))
         for name, letters in alphabets.items()
     }
 
 
-def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+def test_another_budget_needs_no_other_models(tmp_path, monkeypatch):
     pytest.importorskip("scipy")
-    whole = training.train(tmp_path / "whole", SETTINGS, texts=texts(), progress=False)
-    real, calls = fit.train_steps, []
-
-    def cut(what, model, groups, loss, **options):
-        def watch(step):
-            if not calls and what == "train letters" and step == 8:
-                calls.append(step)
-                raise KeyboardInterrupt
-
-        return real(what, model, groups, loss, **{**options, "every": 4, "watch": watch})
-
-    monkeypatch.setattr(fit, "train_steps", cut)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(tmp_path / "cut", SETTINGS, texts=texts(), progress=False)
-    assert (tmp_path / "cut" / "letters.training.pt").is_file()
-    again = training.train(tmp_path / "cut", SETTINGS, texts=texts(), progress=False)
-    for report in (whole, again):
-        report["loading"].pop("seconds")
-    assert again == whole
+    training.train(tmp_path, SETTINGS, texts=texts(), progress=False)
     monkeypatch.setattr(fit, "train_steps", None)  # Nothing is left to train.
     smaller = dataclasses.replace(SETTINGS, budget=2)
-    report = training.train(tmp_path / "cut", smaller, texts=texts(), progress=False)
+    report = training.train(tmp_path, smaller, texts=texts(), progress=False)
     assert len(report["kept"]) <= 2 and "general" in report["kept"]
-    other = dataclasses.replace(SETTINGS, steps=5)
-    with pytest.raises(ValueError, match="models of these settings"):
-        training.train(tmp_path / "cut", other, texts=texts(), progress=False)
 
 
 def test_losses_are_of_what_follows_the_prompt():
@@ -266,27 +244,9 @@ def test_losses_are_of_what_follows_the_prompt():
         torch.testing.assert_close(found[row], wanted)
 
 
-def test_command(monkeypatch, capsys):
-    def train(folder, settings, *, progress):
-        assert (folder, progress) == ("there", False)
-        assert settings == dataclasses.replace(
-            training.Settings(), domains=("code", "maths", "names"), steps=7, rate=0.1
-        )
-        return {
-            "kept": ["code"],
-            "model of category": {"code": "code"},
-            "right categories": 0.5,
-            "losses": {"composition": {"known": 1.25}},
-        }
-
-    monkeypatch.setattr(command, "train", train)
-    command.main("--folder there --quiet --steps 7 --rate 0.1 --domains code maths names".split())
-    assert "known 1.2500 nats a byte" in capsys.readouterr().out
-
-
 def test_texts():
-    found = _texts.load()
-    assert list(found) == list(_texts.DOMAINS)
+    found = python_texts.load()
+    assert list(found) == list(python_texts.DOMAINS)
     for text in found.values():
         assert len(text.train) > 8 * len(text.held_out) > 20_000
     rows = found["maths"].spread(3, 10)
@@ -294,4 +254,4 @@ def test_texts():
         found["maths"].held_out[-10:].tolist()
     )
     with pytest.raises(ValueError, match=r"names must be among .*, got news"):
-        _texts.load(["news"])
+        python_texts.load(["news"])

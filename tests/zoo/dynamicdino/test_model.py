@@ -9,17 +9,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+from bench.studies.dynamicdino.shapes import ALL, draw_scenes
+
 from moe_ops import zoo
-from moe_ops.zoo.dynamicdino import (
-    DynamicDino,
-    co_selection,
-    draw_scenes,
-    freeze,
-    moe_tuning,
-    pairs_kept,
-)
+from moe_ops.zoo.dynamicdino import DynamicDino, co_selection, freeze, moe_tuning, pairs_kept
 from moe_ops.zoo.dynamicdino.model import DETECTORS, decoder_layers
-from moe_ops.zoo.dynamicdino.shapes import ALL
 
 SMALL = {"hidden_size": 32, "ffn_size": 16, "num_heads": 2, "num_queries": 8}
 SCENES = draw_scenes(3, ALL, torch.Generator().manual_seed(1), side=32, num_phrases=3)

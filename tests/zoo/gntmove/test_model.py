@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from bench.studies.gntmove.scenes import FAR, draw_cameras, draw_scenes, photograph, trace
+from bench.studies.gntmove.training import ARMS, Settings, draw_batch
+from bench.studies.images import psnr
 from torch import nn
 
 from moe_ops import zoo
@@ -15,18 +18,11 @@ from moe_ops.zoo.gntmove import (
     ViewRouter,
     Views,
     consistency_loss,
-    draw_batch,
-    draw_cameras,
-    draw_scenes,
     neighbours,
-    photograph,
-    psnr,
     rays,
 )
 from moe_ops.zoo.gntmove.cameras import all_pixels, project
 from moe_ops.zoo.gntmove.model import encode
-from moe_ops.zoo.gntmove.scenes import FAR, trace
-from moe_ops.zoo.gntmove.training import ARMS, Settings
 
 T, H, I, E, K = 9, 8, 10, 4, 2
 SMALL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "features": 3, "num_freqs": 1,

@@ -6,22 +6,23 @@ import math
 
 import pytest
 import torch
-
-from moe_ops.zoo.gntmove import (
+from bench.studies.gntmove.scenes import (
+    AMBIENT,
+    FAR,
+    GLOSS,
     MATERIALS,
+    SHINE,
     Scenes,
-    draw_batch,
     draw_cameras,
     draw_scenes,
-    draw_unseen,
-    look_at,
     photograph,
-    project,
-    rays,
     see,
+    trace,
 )
+from bench.studies.gntmove.training import draw_batch, draw_unseen
+
+from moe_ops.zoo.gntmove import look_at, project, rays
 from moe_ops.zoo.gntmove.cameras import all_pixels, ray_differences, sample_images
-from moe_ops.zoo.gntmove.scenes import AMBIENT, FAR, GLOSS, SHINE, trace
 
 
 def generator(seed=0):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from bench.studies.home.training import Rows, fit
 
 from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, multitask_loss
 from moe_ops.zoo.home.layers import Features
-from moe_ops.zoo.home.training import Rows, fit
 
 from .common import T, batch, feature_gate, gate, make
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from torch import nn
-
-from moe_ops import zoo
-from moe_ops.layers import Routing
-from moe_ops.zoo import _images
-from moe_ops.zoo.mofme import (
+from bench.studies import images as _images
+from bench.studies.images import psnr, ssim
+from bench.studies.mofme import weather
+from bench.studies.mofme.training import evaluate
+from bench.studies.mofme.weather import (
     WEATHER,
     add_haze,
     add_rain,
     add_snow,
     crops,
     degrade,
-    evaluate,
     load_photos,
-    psnr,
     read_photo,
-    ssim,
-    training,
-    weather,
 )
-from moe_ops.zoo.mofme import __main__ as command
+from torch import nn
+
+from moe_ops import zoo
+from moe_ops.layers import Routing
 from moe_ops.zoo.mofme.model import starts
 
 SMALL = {"hidden_size": 8, "num_layers": 1, "num_experts": 3, "num_heads": 1, "channels": 4}
@@ -119,7 +115,7 @@ def test_degrade_and_crops():
 
 
 def test_photos_of_a_folder(tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="pip install torch-moe-ops[vision]")
+    image = pytest.importorskip("PIL.Image", reason="pip install torch-moe-ops[studies]")
     for number in range(3):
         picture = image.new("RGB", (8, 6), (10 * number, 0, 255))
         picture.putpixel((0, 0), (10 * number, 255, 255))
@@ -139,7 +135,7 @@ def test_photos_of_packages(monkeypatch):
     """Those that are not installed are named."""
     monkeypatch.setattr(weather, "PHOTOS", (("none", "not_a_package", "a.png"),))
     assert weather.missing_photos() == ["none"]
-    with pytest.raises(FileNotFoundError, match=r"installed packages.*torch-moe-ops\[vision\]"):
+    with pytest.raises(FileNotFoundError, match=r"installed packages.*torch-moe-ops\[studies\]"):
         load_photos()
 
 
@@ -155,12 +151,12 @@ def test_measures(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(_images.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"SSIM needs torchmetrics.*torch-moe-ops\[vision\]"):
+    with pytest.raises(ImportError, match=r"SSIM needs torchmetrics.*torch-moe-ops\[studies\]"):
         ssim(truth, truth)
 
 
 def test_ssim():
-    pytest.importorskip("torchmetrics", reason="pip install torch-moe-ops[vision]")
+    pytest.importorskip("torchmetrics", reason="pip install torch-moe-ops[studies]")
     truth = images(2)
     torch.testing.assert_close(ssim(truth, truth), torch.ones(2))
     assert bool((ssim(1 - truth, truth) < 0.5).all())
@@ -184,62 +180,3 @@ def test_evaluate():
 
 def routed_to(ids):
     return Routing(None, torch.ones(len(ids), 1), ids[:, None].int())
-
-
-SETTINGS = training.Settings(
-    arms=("dense", "film"), steps=6, batch_size=3, crop=16, hidden_size=8, num_layers=1,
-    num_experts=3, test_crops=3, ssim=0, pictures=2,
-)  # fmt: skip
-
-
-@pytest.fixture
-def photos(monkeypatch):
-    monkeypatch.setattr(
-        training, "load_photos", lambda folder: (list(images(2, 24)), list(images(2, 24, 1)))
-    )
-
-
-def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch, photos):
-    pytest.importorskip("matplotlib", reason="pip install torch-moe-ops[viz]")
-    monkeypatch.setattr(
-        training.MoFMEConfig,
-        "tiny",
-        classmethod(lambda cls: cls(channels=2, num_heads=1, head_size=4)),
-    )
-    whole = training.train(tmp_path / "whole", SETTINGS, progress=False)
-    assert list(whole["arms"]) == ["degraded", "dense", "film"]
-    assert whole["arms"]["film"]["psnr"] != whole["arms"]["degraded"]["psnr"]
-    assert (tmp_path / "whole" / "restored.png").stat().st_size > 1000
-    real, calls = training.train_steps, []
-
-    def cut(what, *args, **options):
-        def watch(step):
-            if not calls and what == "fit mofme film" and step == 4:
-                calls.append(step)
-                raise KeyboardInterrupt
-
-        return real(what, *args, **{**options, "every": 2, "watch": watch})
-
-    monkeypatch.setattr(training, "train_steps", cut)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(tmp_path / "cut", SETTINGS, progress=False)
-    assert (tmp_path / "cut" / "film.training.pt").is_file()
-    assert training.train(tmp_path / "cut", SETTINGS, progress=False) == whole
-    other = dataclasses.replace(SETTINGS, steps=5)
-    with pytest.raises(ValueError, match="models of these settings"):
-        training.train(tmp_path / "cut", other, progress=False)
-
-
-def test_settings_and_command(monkeypatch, capsys):
-    with pytest.raises(ValueError, match="arm must be one of dense, ffn, film-plain, film"):
-        training.Settings(arms=("conv",))
-    with pytest.raises(ValueError, match="weather must be one of rain, snow, haze, got 'fog'"):
-        training.Settings(weather=("fog",))
-
-    def train(folder, settings, *, progress):
-        assert (folder, progress, settings.arms) == ("there", False, ("film",))
-        return {"arms": {"film": {"psnr": 20.5, "parameters": {"total": 3}}}}
-
-    monkeypatch.setattr(command, "train", train)
-    command.main(["--folder", "there", "--quiet", "--arms", "film"])
-    assert "psnr 20.5000" in capsys.readouterr().out

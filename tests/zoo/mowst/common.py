@@ -7,17 +7,11 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from bench.studies.mowst.graphs import Graph
 from torch import Tensor, nn
 
-from moe_ops.zoo.mowst import (
-    Mowst,
-    MowstConfig,
-)
-from moe_ops.zoo.mowst.graphs import (
-    Edges,
-    Graph,
-    Work,
-)
+from moe_ops.zoo.mowst import Mowst, MowstConfig
+from moe_ops.zoo.mowst.graphs import Edges, Work
 
 N, CLASSES = 40, 4
 

@@ -8,16 +8,8 @@ import sys
 import pytest
 import torch
 
-from moe_ops.zoo.mowst import (
-    Mowst,
-    MowstConfig,
-)
-from moe_ops.zoo.mowst.graphs import (
-    BACKBONES,
-    GNN,
-    Edges,
-    neighbour_sum,
-)
+from moe_ops.zoo.mowst import Mowst, MowstConfig
+from moe_ops.zoo.mowst.graphs import BACKBONES, GNN, Edges, neighbour_sum
 
 from .common import CLASSES, N, geometric, random_graph
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from bench.studies.mowst.graphs import Graph
+from bench.studies.mowst.training import fit
 from torch import Tensor, nn
 
 from moe_ops.zoo.mowst import (
@@ -19,11 +21,7 @@ from moe_ops.zoo.mowst import (
     mixed_log_probs,
     mowst_loss,
 )
-from moe_ops.zoo.mowst.graphs import (
-    GNN,
-    Graph,
-)
-from moe_ops.zoo.mowst.training import fit
+from moe_ops.zoo.mowst.graphs import GNN
 
 from .common import CLASSES, N, geometric, make, random_graph
 

@@ -10,17 +10,11 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("transformers")
+from bench.studies.sentence.training import Pairs, ranking_loss, retrieval
 from transformers import ModernBertConfig, ModernBertModel
 
 from moe_ops import zoo
-from moe_ops.zoo.sentence import (
-    ByteTokens,
-    Pairs,
-    SentenceConfig,
-    SentenceExperts,
-    ranking_loss,
-    retrieval,
-)
+from moe_ops.zoo.sentence import ByteTokens, SentenceConfig, SentenceExperts
 from moe_ops.zoo.sentence.model import DomainExperts, layers_of
 
 DOMAINS = ("a", "b", "c")

@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from bench.studies.t2mir.envs import DarkRoom, PointRobot, collect
+from bench.studies.t2mir.training import fit, play
 from torch import Tensor
 
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
-from moe_ops.zoo.t2mir.envs import (
-    DarkRoom,
-    PointRobot,
-    collect,
-)
-from moe_ops.zoo.t2mir.routers import (
-    MomentumContrast,
-    NoisyTopKRouter,
-    TaskRouter,
-)
-from moe_ops.zoo.t2mir.training import fit, play
+from moe_ops.zoo.t2mir.routers import MomentumContrast, NoisyTopKRouter, TaskRouter
 
 from .common import TINY, B, E, S, make
 

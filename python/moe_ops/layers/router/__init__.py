@@ -5,7 +5,6 @@ Importing this package registers the kinds that `Router(..., kind=...)` knows.
 
 from __future__ import annotations
 
-from ..routing import Routing
 from .base import Router
 from .capacity import Capacity, CapacityRouter, drop_over_capacity
 from .expert_choice import ExpertChoiceRouter
@@ -16,8 +15,6 @@ from .sparsemixer import SparseMixerRouter, sparsemixer
 from .topk import TopKRouter
 from .topp import TopPRouter
 
-RouterOutput = Routing  # Its name until there was one type for the routing of a call.
-
 __all__ = [
     "Capacity",
     "CapacityRouter",
@@ -27,7 +24,6 @@ __all__ = [
     "L1Coefficient",
     "ReLURouter",
     "Router",
-    "RouterOutput",
     "SparseMixerRouter",
     "TopKRouter",
     "TopPRouter",

@@ -9,7 +9,6 @@ Letters: T tokens, H hidden size, E experts, K experts a token.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -178,17 +177,7 @@ class Router(nn.Module):
                 raise TypeError(f"{type(self).__name__}: there is no argument {name!r}.")
             if not isinstance(value, Tensor) and value in defaults:
                 continue
-            # The options of top-k routing say how scores become weights, and a call that sets one
-            # wants other weights. The others are numbers of a way of choosing that is not used.
-            check(
-                name not in options_of(Router._kinds["topk"]),
-                f"{name} must keep its default with kind={self.kind!r}, got {value!r}",
-            )
-            warnings.warn(
-                f"Router: {name} has no effect with kind={self.kind!r}.",
-                DeprecationWarning,
-                stacklevel=4,
-            )
+            check(False, f"{name} must keep its default with kind={self.kind!r}, got {value!r}")
 
     def keep_expert_bias(self) -> None:
         """Adds the buffer `expert_bias` and the counter that `update_expert_bias` reads. For the
@@ -463,13 +452,6 @@ class Router(nn.Module):
         return type(self)(self.hidden_size, num_experts, top_k, device="meta", **options)
 
     # ------------------------------------------------------------------------------ module hooks
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # In pickles of the time when all kinds were one class, the kind is an attribute.
-        kind = vars(self).pop("kind", None)
-        if kind is not None and type(self) is Router._kinds["topk"]:
-            self.__class__ = Router._kinds[kind]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         before = self.expert_bias

@@ -4,30 +4,19 @@ another, in the action expert of a vision-language-action model.
     policy = zoo.create("adamoe", ffn="dense")          # train it, then
     sparse = policy.made_sparse("additive", num_experts=4)
 
-    python -m moe_ops.zoo.adamoe --folder runs/adamoe
-
 Source: Shen et al. 2025 (Expertise need not monopolize: Action-Specialized Mixture of Experts for
 Vision-Language-Action Learning, arXiv 2510.14300); Black et al. 2024 (pi0, arXiv 2410.24164).
 """
 
 from .layers import VARIANTS, AdaMoE, ScaledRouter, adamoe_balance_loss
 from .model import ActionTransformer, AdaMoEConfig, FlowLoss
-from .skills import Demonstrations, SkillRobot, demonstrate
-from .training import decoupling, fit, gradient_conflict, roll_out
 
 __all__ = [
     "VARIANTS",
     "ActionTransformer",
     "AdaMoE",
     "AdaMoEConfig",
-    "Demonstrations",
     "FlowLoss",
     "ScaledRouter",
-    "SkillRobot",
     "adamoe_balance_loss",
-    "decoupling",
-    "demonstrate",
-    "fit",
-    "gradient_conflict",
-    "roll_out",
 ]

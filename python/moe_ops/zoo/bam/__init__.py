@@ -1,7 +1,5 @@
 """BAM: attention and feed-forward experts from dense models that were trained apart; BTX.
 
-    python -m moe_ops.zoo.bam --folder runs/bam
-
 Source: Zhang et al. 2024 (BAM! Just Like That, arXiv 2408.08274); Sukhbaatar et al. 2024
 (Branch-Train-MiX, arXiv 2403.07816).
 """

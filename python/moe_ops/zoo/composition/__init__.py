@@ -4,15 +4,13 @@
     composition.assign(scores, counts, budget=...)          # category -> model, by a MILP
     composition.generate(prompts, 20, pool, embed)          # models are loaded as they are needed
 
-    python -m moe_ops.zoo.composition --folder runs/composition
-
 Source: Jain et al. 2024 (Composition of Experts: A Modular Compound AI System Leveraging Large
 Language Models, arXiv 2412.01868).
 """
 
 from .assignment import Assignment, assign
 from .model import Composition, CompositionConfig, Routed
-from .router import CategoryRouter, choose_threshold, fit_router, propagate_labels
+from .router import CategoryRouter, choose_threshold, propagate_labels
 from .serving import ExpertPool, PoolCounts
 
 __all__ = [
@@ -25,6 +23,5 @@ __all__ = [
     "Routed",
     "assign",
     "choose_threshold",
-    "fit_router",
     "propagate_labels",
 ]

@@ -5,14 +5,9 @@ Letters: B prompts, D size of an embedding, C categories.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .._resume import Group, train_steps
 
 
 class CategoryRouter(nn.Module):
@@ -74,35 +69,6 @@ def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5)
         known[row] = True
         nearest = torch.maximum(nearest, likeness[row]).masked_fill(known, -3.0)
     return labels
-
-
-def fit_router(
-    router: CategoryRouter,
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    steps: int = 300,
-    batch_size: int = 64,
-    rate: float = 1e-2,
-    weight_decay: float = 1e-2,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains it by cross-entropy on prompts [N, D] with labels [N]; returns the loss by step."""
-    with torch.no_grad():
-        router.mean.copy_(embeddings.mean(0))
-        router.scale.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
-
-    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(labels), (batch_size,), generator=generator)
-        return {"loss": F.cross_entropy(router(embeddings[rows]), labels[rows])}
-
-    settings: dict[str, Any] = {"steps": steps, "seed": seed, "progress": progress}
-    groups = [Group(list(router.parameters()), rate, weight_decay=weight_decay)]
-    return train_steps(
-        "fit the category router", router, groups, loss, checkpoint=checkpoint, **settings
-    )
 
 
 def choose_threshold(confidence: Tensor, routed: Tensor, generalist: Tensor) -> float:

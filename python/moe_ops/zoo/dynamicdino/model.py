@@ -31,9 +31,8 @@ from moe_ops.layers import Experts, MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 
-from .._resume import load_made, write_about, write_state
+from .._state import load_made, write_about, write_state
 from .loss import detection_loss
-from .shapes import VOCAB_SIZE
 
 DETECTORS: dict[str, tuple[Any, Any]] = {
     "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
@@ -132,7 +131,7 @@ class DynamicDinoConfig:
             sizes |= {
                 "backbone_config": ConvNextConfig(**backbone),
                 "text_config": BertConfig(
-                    vocab_size=VOCAB_SIZE,
+                    vocab_size=1030,
                     hidden_size=32,
                     num_hidden_layers=1,
                     num_attention_heads=2,

@@ -1,7 +1,5 @@
 """FactorLLM: the networks of a dense model cut into slices, of which a token uses some.
 
-    python -m moe_ops.zoo.factorllm --folder runs/factorllm
-
 Source: Zhao et al. 2024 (FactorLLM: Factorizing Knowledge via Mixture of Experts for Large Language
 Models, arXiv 2408.11855).
 """

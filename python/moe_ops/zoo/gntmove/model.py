@@ -17,7 +17,6 @@ from moe_ops._fields import check_choice
 
 from .cameras import Cameras, all_pixels, project, ray_differences, rays, sample_images
 from .layers import FeedForward, ViewExperts, ViewRouted, consistency_loss, neighbours
-from .scenes import FAR_DEPTH, NEAR_DEPTH
 
 FFNS = ("moe", "dense")
 
@@ -58,8 +57,8 @@ class GNTMoveConfig:
     balance_weight: float = 0.0001
     consistency_weight: float = 0.2
     dropout: float = 0.0
-    near: float = NEAR_DEPTH
-    far: float = FAR_DEPTH
+    near: float = 2.0
+    far: float = 6.5
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "gnt")
 

@@ -4,7 +4,6 @@
                         categories=(("like", "love"), ("finish", "skip")))
     model = build(config)                       # HoME; model="mmoe", "ple", ... for the others
     logits = model(categorical, dense)          # [T, K], one column a task
-    fit(model, train, valid)
 
 Sources: Wang et al. 2024 (HoME, arXiv 2408.05430); Ma et al. 2018 (MMoE, KDD); Tang et al. 2020
 (CGC and PLE, RecSys); Li et al. 2023 (adaptive fusion of a task's own experts, arXiv 2304.04959).
@@ -25,7 +24,6 @@ from .model import (
     multitask_loss,
     task_owners,
 )
-from .training import Rows, evaluate, fit, predict
 
 __all__ = [
     "CGC",
@@ -37,12 +35,8 @@ __all__ = [
     "HoMEConfig",
     "MMoE",
     "MultiTask",
-    "Rows",
     "SharedBottom",
     "build",
-    "evaluate",
-    "fit",
     "multitask_loss",
-    "predict",
     "task_owners",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_ops.layers import KVCache, MoE, Router, SharedExperts
 from moe_ops.layers.linear import in_inference_on_few_rows
 from moe_ops.layers.rotary import Rotation
-from moe_ops.layers.router import RouterOutput
+from moe_ops.layers.routing import Routing
 from moe_ops.ops import add_rms_norm
 
 from .attention import Attention, LatentAttention
@@ -37,9 +37,9 @@ class Step:
         return None if self.caches is None else self.caches[layer]
 
     def record(self, layer: str, router: Router, output: Any) -> None:
-        """Notes a MoEOutput, AttentionExpertsOutput or RouterOutput."""
+        """Notes a MoEOutput, AttentionExpertsOutput or Routing."""
         if self.routing is not None:
-            routing = RouterOutput(output.router_logits, output.topk_weights, output.topk_ids)
+            routing = Routing(output.router_logits, output.topk_weights, output.topk_ids)
             self.routing.append(Routed(layer, router, routing))
 
     def through(self, layer: str, module: Any, x: Tensor, **options: Any) -> Tensor:

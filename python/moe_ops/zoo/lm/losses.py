@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_ops.layers import Router, sequence_balance_loss
 from moe_ops.layers.layer_losses import TOTAL_LOSSES
 from moe_ops.layers.losses import AUX_LOSSES
-from moe_ops.layers.router import RouterOutput
+from moe_ops.layers.routing import Routing
 
 
 class Routed(NamedTuple):
@@ -23,7 +23,7 @@ class Routed(NamedTuple):
 
     layer: str
     router: Router
-    routing: RouterOutput
+    routing: Routing
 
 
 # Each takes one `Routed`, the number of sequences and a token mask; those that can be of the tokens

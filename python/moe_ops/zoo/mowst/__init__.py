@@ -1,13 +1,11 @@
 """Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.
 
     model = Mowst(MowstConfig(in_size=16, num_classes=4, backbone="gcn"))
-    fit(model, graph)
     prediction = model.predict(graph.x, graph.edge_index)
 
 Source: Zeng et al. 2024 (Mixture of Weak & Strong Experts on Graphs, ICLR, arXiv 2311.05185).
 """
 
-from .graphs import Graph, two_populations
 from .model import (
     CONFIDENCES,
     FixedConfidence,
@@ -23,13 +21,11 @@ from .model import (
     mixed_log_probs,
     mowst_loss,
 )
-from .training import fit
 
 __all__ = [
     "CONFIDENCES",
     "FixedConfidence",
     "FreeConfidence",
-    "Graph",
     "MonotoneConfidence",
     "Mowst",
     "MowstConfig",
@@ -37,9 +33,7 @@ __all__ = [
     "Prediction",
     "dispersion",
     "expected_accuracy",
-    "fit",
     "make_confidence",
     "mixed_log_probs",
     "mowst_loss",
-    "two_populations",
 ]

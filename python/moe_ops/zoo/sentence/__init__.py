@@ -4,24 +4,17 @@
     model = SentenceExperts(config, bert)                # a BERT or ModernBERT of transformers
     embeddings = model(input_ids, attention_mask, domains)
 
-    python -m moe_ops.zoo.sentence --folder runs/sentence
-
 Source: Hallee et al. 2024 (Contrastive Learning and Mixture of Experts Enables Precise Vector
 Embeddings, arXiv 2401.15713).
 """
 
 from .model import DomainExperts, SentenceConfig, SentenceExperts
 from .tokens import ByteTokens, WordPieces
-from .training import Pairs, fit, ranking_loss, retrieval
 
 __all__ = [
     "ByteTokens",
     "DomainExperts",
-    "Pairs",
     "SentenceConfig",
     "SentenceExperts",
     "WordPieces",
-    "fit",
-    "ranking_loss",
-    "retrieval",
 ]

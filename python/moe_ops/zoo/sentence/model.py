@@ -21,7 +21,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.layers import Experts
 
-from .._resume import load_made, write_about, write_state
+from .._state import load_made, write_about, write_state
 
 HEADS = ("mlp", "mean")
 

@@ -3,26 +3,17 @@
     model = T2MIR(T2MIRConfig(variant="ad", state_size=2, action_size=2))
     output = model(states, actions, rewards)      # output.actions [B, S, A]
 
-`t2mir.training` trains the model and plays it, `t2mir.envs` has environments and data.
-
 Source: Wu et al. 2025 (arXiv 2506.05426); Laskin et al. 2022 (AD, arXiv 2210.14215); Lee et al.
 2023 (DPT, arXiv 2306.14892).
 """
 
-from .envs import DarkRoom, PointRobot, collect
 from .model import T2MIR, Attention, ExpertLayer, T2MIRConfig, T2MIROutput, action_loss
-from .training import fit, play
 
 __all__ = [
     "T2MIR",
     "Attention",
-    "DarkRoom",
     "ExpertLayer",
-    "PointRobot",
     "T2MIRConfig",
     "T2MIROutput",
     "action_loss",
-    "collect",
-    "fit",
-    "play",
 ]

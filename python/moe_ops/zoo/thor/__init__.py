@@ -5,39 +5,24 @@
     translate(model, source, 60)                     # the mean of all experts
     translate(model, source, 60, level="sentence")   # random ones
 
-    python -m moe_ops.zoo.thor --folder runs/thor
-
 Source: Zuo et al. 2022 (Taming Sparsely Activated Transformer with Stochastic Experts, arXiv
 2110.04260); the dense control is Liang et al. 2021 (R-Drop, arXiv 2106.14448).
 """
 
 from .decoding import translate
 from .layers import RandomExperts
-from .metrics import chrf, disagreement, mean_loss, spread
 from .model import BOS, EOS, PAD, UNKNOWN, Memory, Thor, ThorConfig, ThorLoss, symmetric_kl
-from .tokens import ByteTokens, PairTokens, padded
-from .training import ARMS, Batches, fit
 
 __all__ = [
-    "ARMS",
     "BOS",
     "EOS",
     "PAD",
     "UNKNOWN",
-    "Batches",
-    "ByteTokens",
     "Memory",
-    "PairTokens",
     "RandomExperts",
     "Thor",
     "ThorConfig",
     "ThorLoss",
-    "chrf",
-    "disagreement",
-    "fit",
-    "mean_loss",
-    "padded",
-    "spread",
     "symmetric_kl",
     "translate",
 ]

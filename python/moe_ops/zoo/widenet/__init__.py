@@ -5,13 +5,10 @@
     model = zoo.create("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
     model = zoo.create("widenet", sharing="none")          # a block of each depth
 
-    python -m moe_ops.zoo.widenet --folder runs/widenet
-
 Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 """
 
 from .config import WideNetConfig
-from .images import warped_digits
 from .layers import DepthNorms, NoisyRouter, WideBlock, across_depths
 from .model import ViTLoss, ViTOutput, WideNetLM, WideNetViT, build
 
@@ -26,5 +23,4 @@ __all__ = [
     "WideNetViT",
     "across_depths",
     "build",
-    "warped_digits",
 ]

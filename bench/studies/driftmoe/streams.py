@@ -1,0 +1,152 @@
+"""Streams of river whose drifts are at known places."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_ops.zoo.driftmoe.experts import import_river
+
+Example = tuple[Any, Any]
+DRIFTS = (0.25, 0.5, 0.75)
+# Of a gradual drift, as a share of the stream.
+WIDTH = 0.05
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream by its name.
+
+    Attributes:
+        summary: what it is, and what drifts.
+        num_features, num_classes: of its examples.
+        make: (examples, seed) -> iterator over so many, or over fewer where there are no more.
+        shares: places of its sudden or gradual drifts, as shares of the stream; empty where it
+            moves all the time, or where nobody knows.
+    """
+
+    summary: str
+    num_features: int
+    num_classes: int
+    make: Callable[[int, int], Iterator[Example]]
+    shares: tuple[float, ...] = ()
+
+    def examples(self, count: int, seed: int = 0) -> Iterator[Example]:
+        """The first `count`; the same for the same seed."""
+        return self.make(count, seed)
+
+    def drifts(self, count: int) -> list[int]:
+        """Places of the drifts in a stream of so many examples."""
+        return [round(share * count) for share in self.shares]
+
+
+def switching(
+    concepts: Sequence[Iterator[Example]],
+    places: Sequence[int],
+    count: int,
+    *,
+    width: float = 0.0,
+    seed: int = 0,
+) -> Iterator[Example]:
+    """`count` examples, of concept i + 1 from place i on.
+
+    Args:
+        width: 0: at once. Otherwise example t is of a concept behind place p with probability
+            1 / (1 + exp(-4 (t - p) / width)).
+        seed: of these draws.
+
+    Raises:
+        ValueError: not one place fewer than concepts, or places not in order.
+
+    Source: Bifet et al. 2009 (New ensemble methods for evolving data streams, KDD).
+    """
+    if len(concepts) != len(places) + 1 or list(places) != sorted(places):
+        raise ValueError(
+            f"switching: places must be {len(concepts) - 1} in ascending order, got {list(places)}."
+        )
+    draw = random.Random(seed)
+    for t in range(count):
+        now = 0
+        for i, place in enumerate(places):
+            if width:
+                away = min(max(-4 * (t - place) / width, -700.0), 700.0)
+                passed = draw.random() < 1 / (1 + math.exp(away))
+            else:
+                passed = t >= place
+            now = i + 1 if passed else now
+        yield next(concepts[now])
+
+
+def _led(width: float) -> Callable[[int, int], Iterator[Example]]:
+    def make(count: int, seed: int) -> Iterator[Example]:
+        """LED digits of which 1, 3, 5, 7 attributes have changed places with irrelevant ones."""
+        synth = import_river().datasets.synth
+        concepts = [
+            iter(
+                synth.LEDDrift(
+                    seed=1000 * seed + i,
+                    noise_percentage=0.1,
+                    irrelevant_features=True,
+                    n_drift_features=2 * i + 1,
+                )
+            )
+            for i in range(4)
+        ]
+        return _switched(concepts, count, width, seed)
+
+    return make
+
+
+def _sea(width: float) -> Callable[[int, int], Iterator[Example]]:
+    def make(count: int, seed: int) -> Iterator[Example]:
+        """Thresholds on a sum: functions 1, 2, 4, 1 with a tenth of the classes turned."""
+        synth = import_river().datasets.synth
+        concepts = [
+            iter(synth.SEA(variant=variant, noise=0.1, seed=1000 * seed + i))
+            for i, variant in enumerate((0, 1, 3, 0))
+        ]
+        return _switched(concepts, count, width, seed)
+
+    return make
+
+
+def _switched(
+    concepts: list[Iterator[Example]], count: int, width: float, seed: int
+) -> Iterator[Example]:
+    places = [round(share * count) for share in DRIFTS]
+    return switching(concepts, places, count, width=width * count, seed=seed)
+
+
+def _rbf(speed: float) -> Callable[[int, int], Iterator[Example]]:
+    def make(count: int, seed: int) -> Iterator[Example]:
+        """Five classes around 50 centroids that move."""
+        synth = import_river().datasets.synth
+        stream = synth.RandomRBFDrift(
+            seed_model=seed, seed_sample=seed, n_classes=5, n_features=10, n_centroids=50,
+            change_speed=speed, n_drift_centroids=50,
+        )  # fmt: skip
+        return stream.take(count)
+
+    return make
+
+
+def _shuttle(count: int, seed: int) -> Iterator[Example]:
+    """NASA's shuttle sensors in their order, from an offset that the seed decides; the classes are
+    very uneven (79 % are of one)."""
+    rows = list(import_river().datasets.Shuttle())
+    start = random.Random(seed).randrange(len(rows))
+    return iter((rows[start:] + rows[:start])[:count])
+
+
+STREAMS = {
+    "led_a": Stream("LED digits, sudden drifts", 24, 10, _led(0.0), DRIFTS),
+    "led_g": Stream("LED digits, gradual drifts", 24, 10, _led(WIDTH), DRIFTS),
+    "sea_a": Stream("SEA, sudden drifts", 3, 2, _sea(0.0), DRIFTS),
+    "sea_g": Stream("SEA, gradual drifts", 3, 2, _sea(WIDTH), DRIFTS),
+    "rbf_m": Stream("centroids that move at 1e-4", 10, 5, _rbf(1e-4)),
+    "rbf_f": Stream("centroids that move at 1e-3", 10, 5, _rbf(1e-3)),
+    "shuttle": Stream("sensors of a space shuttle (river's own file)", 9, 7, _shuttle),
+}

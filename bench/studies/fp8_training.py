@@ -1,0 +1,73 @@
+"""What fp8 products cost in training: the demo's language model, wider, from one start and on one
+text with the products of its experts in float32, bfloat16 and fp8 (`Experts.precision`).
+
+    python -m bench.studies.fp8_training --steps 300 --seeds 2
+
+Everything else is under autocast to bfloat16 in the last two. Bits a byte on held-out text; the
+difference of two seeds says what a difference of two precisions means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from moe_ops.demo import data
+from moe_ops.demo.model import ModelConfig
+from moe_ops.demo.train import TrainConfig, Trainer
+from moe_ops.layers import Experts
+
+PRECISIONS = ("float32", "bfloat16", "fp8")
+# Two blocks of scales in every direction.
+MODEL = ModelConfig(num_layers=2, hidden_size=256, intermediate_size=256, context=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    arguments = parser.parse_args()
+    corpus = data.load_corpus()
+    print("| products of experts | seed | bits/byte | of training, last 50 steps |")
+    print("|---|---|---|---|")
+    for seed in range(arguments.seeds):
+        for precision in arguments.precisions:
+            config = TrainConfig(
+                steps=arguments.steps,
+                eval_every=arguments.steps,
+                seed=seed,
+                threads=arguments.threads,
+                model=MODEL,
+            )
+            heldout, training = train(config, corpus, precision)
+            print(f"| {precision} | {seed} | {heldout:.4f} | {training:.4f} |", flush=True)
+
+
+def train(config: TrainConfig, corpus: data.Corpus, precision: str) -> tuple[float, float]:
+    trainer = Trainer(config, corpus)
+    for module in trainer.model.modules():
+        if isinstance(module, Experts):
+            module.precision = "fp8" if precision == "fp8" else None
+    while not trainer.finished:
+        with autocast(precision):  # A new one each time: it keeps casts of weights until it ends.
+            result = trainer.train_step()
+    assert result.heldout_bits_per_byte is not None
+    return result.heldout_bits_per_byte, float(trainer.history["loss"][-50:].mean())
+
+
+@contextlib.contextmanager
+def autocast(precision: str) -> Iterator[None]:
+    if precision == "float32":
+        yield
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+
+
+if __name__ == "__main__":
+    main()
