@@ -31,6 +31,8 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_SIZE = 2**62
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
 
 def write_tensors(
     path: Path | str, kind: str, tensors: Mapping[str, Tensor], about: dict[str, Any]
@@ -46,7 +48,8 @@ def write_tensors(
         OSError: it could not be written.
     """
     parts = safetensors_parts(tensors, {"format": kind, "about": json.dumps(about)})
-    _files.write_file(path, *_files.sealed(b"".join(parts)))
+    content = b"".join(parts)
+    _files.write_file(path, content, hashlib.sha256(content).digest())
 
 
 def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes]:
@@ -96,8 +99,9 @@ def read_tensors(
         ValueError: it is no regular file, a bit in it has changed, or it is of another kind.
     """
     content = _reading.read_bytes(path, reader)
-    body = _files.unsealed(content)
-    if body is None:
+    view = memoryview(content)
+    body, checksum = view[:-_DIGEST_BYTES], view[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != checksum:
         raise ValueError(
             f"{reader}: {path} must match its checksum, got one that is damaged or was not written "
             "by this version of moe_ops."

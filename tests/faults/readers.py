@@ -232,7 +232,7 @@ def _read_dino(folder: Path, _: Any) -> Any:
 
 
 def _make_words(folder: Path) -> None:
-    from moe_ops.zoo.thor.tokens import PairTokens
+    from bench.studies.thor.tokens import PairTokens
 
     made = PairTokens.learn(["a text of some words", "another text"], 300)
     _files.write_text(folder / "tokens.json", made.json)
@@ -245,7 +245,7 @@ def _read_words(folder: Path, _: Any) -> Any:
 
 
 def _read_pairs(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.thor.training import Settings, make_tokens
+    from bench.studies.thor.training import Settings, make_tokens
 
     made = make_tokens(Settings(tokens="300"), TEXT, folder / "tokens.json")
     return made.numbers("some words")
