@@ -87,7 +87,7 @@ def _check(mode: str, draw: Draw, plain: PreTrainedModel, wanted: Runs) -> str:
     try:
         runs.run(wanted.results)
         if mode == "bf16":
-            return _bf16_fault(runs, eager, wanted)
+            return _bf16_fault(runs, eager, wanted) if _is_steady(draw) else ""
         if mode != "none":
             return _codes_fault(mode, runs, wanted, draw)
         return _float_fault(runs, wanted, plain)
@@ -271,6 +271,12 @@ def fast_paths_off() -> Iterator[None]:
         handle.remove()
 
 
+def _is_steady(draw: Draw) -> bool:
+    """Returns whether rounding moves outputs a little: a model with large weights, or one that chooses
+    the keys of its attention, makes another choice of expert or key a large difference."""
+    return not draw.scales and "indexed_attention" not in str(draw)
+
+
 def _codes_fault(mode: str, runs: Runs, wanted: Runs, draw: Draw) -> str:
     slow = Runs(runs.model, draw.family, runs.ids)
     with fast_paths_off():
@@ -280,7 +286,7 @@ def _codes_fault(mode: str, runs: Runs, wanted: Runs, draw: Draw) -> str:
         if not error <= CODES_TOLERANCE:
             return f"{name}: half of the tokens off by {error:.2g} or more from the slow path"
         error = errors(runs.results[name], wanted.results[name]).median()
-        if not error <= (INT8_TOLERANCE if mode == "int8" and not draw.scales else 1e9):
+        if not error <= (INT8_TOLERANCE if mode == "int8" and _is_steady(draw) else 1e9):
             return f"{name}: half of the tokens off by {error:.2g} or more from float32"
     return ""
 
