@@ -272,8 +272,8 @@ def fast_paths_off() -> Iterator[None]:
 
 
 def _is_steady(draw: Draw) -> bool:
-    """Returns whether rounding moves outputs a little: a model with large weights, or one that chooses
-    the keys of its attention, makes another choice of expert or key a large difference."""
+    """Returns whether rounding moves outputs a little. In a model with large weights, or one that
+    chooses the keys of its attention, another choice of an expert or a key moves them far."""
     return not draw.scales and "indexed_attention" not in str(draw)
 
 
