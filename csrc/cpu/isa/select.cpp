@@ -38,6 +38,10 @@ Kernels<T> tuned(Kernels<T> k, const Tuning& t) {
   g.packed.stream_min_bytes =
       avx2 && !t.avx2_prefetches_streams ? Tuning::kNoLimit : t.stream_min_bytes;
   g.packed.stream_rows = std::min(g.packed.stream_rows, t.stream_rows);
+  for (int m = g.packed.stream_rows; m < kMaxStreamRows; ++m) {  // Nothing calls these now.
+    for (auto& of_type : g.packed.streams) of_type[0][m] = of_type[1][m] = nullptr;
+    g.packed.bf16_streams[0][m] = g.packed.bf16_streams[1][m] = nullptr;
+  }
   g.packed.max_rows = t.packed_max_rows;
   g.gemv.prefetch_distance = t.gemv_distance;
   if (avx2) g.gemv.max_rows = std::min(g.gemv.max_rows, t.avx2_gemv_max_rows);
