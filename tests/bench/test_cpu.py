@@ -226,7 +226,7 @@ def test_results_that_cannot_be_rendered(tmp_path):
     for name, words in (
         ("a.json", "must be results of this benchmark"),
         ("b.json", "must hold a JSON object"),
-        ("c.json", "No such file"),
+        ("c.json", "must be a file, got no such file"),
     ):
         for option in ("--render", "--join"):
             with pytest.raises(SystemExit) as caught:
