@@ -2,8 +2,8 @@
 
     python limited_transformers.py FOLDER NUM_SLOTS
 
-While it loads, this process may have the mapped checkpoint, the dense weights and the experts of a
-layer and a half. RLIMIT_DATA counts all memory that is private and writable, such mappings too.
+While it loads, this process may have the mapped checkpoint, the dense weights and the experts of
+two layers. RLIMIT_DATA counts all memory that is private and writable, such mappings too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(folder: Path, num_slots: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # The peak so far is forgotten.
     before = of_status("VmRSS")
     mapped = (folder / "model.safetensors").stat().st_size
-    limit = of_status("VmData") + mapped + task["dense_bytes"] + 3 * task["layer_bytes"] // 2
+    limit = of_status("VmData") + mapped + task["dense_bytes"] + 2 * task["layer_bytes"]
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     model = load(folder, num_slots)
     peak = of_status("VmHWM") - before
