@@ -11,7 +11,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,15 @@ _ATTRIBUTE = "_moe_ops_verify"
 # with what they stand for, while the kernels round tokens to 8 bits.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _QUANTIZED = 8e-2
-_state: Any = threading.local()
+
+
+class _State(threading.local):
+    """The number of open blocks of `own_forwards` in a thread."""
+
+    depth = 0
+
+
+_state = _State()
 _active = False
 
 
@@ -83,7 +90,7 @@ def is_due(module: nn.Module) -> bool:
     if not _active or torch.compiler.is_compiling():
         return False
     check = module.__dict__.get(_ATTRIBUTE)
-    if check is None or getattr(_state, "depth", 0):
+    if check is None or _state.depth:
         return False
     check.calls += 1
     return bool(check.calls % check.every == 0)
@@ -91,13 +98,13 @@ def is_due(module: nn.Module) -> bool:
 
 def takes_own_forward() -> bool:
     """Returns whether fused modules of this thread take their own forward now."""
-    return _active and getattr(_state, "depth", 0) > 0
+    return _active and _state.depth > 0
 
 
 @contextlib.contextmanager
 def own_forwards() -> Iterator[None]:
     """Makes fused modules of this thread take their own forward inside the block."""
-    _state.depth = getattr(_state, "depth", 0) + 1
+    _state.depth += 1
     try:
         yield
     finally:
