@@ -1,5 +1,5 @@
-"""What the package calls in its native library at run time: build facts, instruction sets, settings
-and memory of the process.
+"""The functions of the native library that the package calls at run time: build facts, instruction
+sets, settings and memory of the process.
 
 Importing this loads the library, which registers ``torch.ops.moe_ops``. The functions are plain C
 functions (csrc/python/library.cpp), called through ctypes, so that one library serves every Python.

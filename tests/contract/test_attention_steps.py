@@ -1,5 +1,5 @@
-"""What a query of attention_step and latent_attention_step depends on: the positions that it may
-see, and nothing else.
+"""A query of attention_step and latent_attention_step depends only on the positions that it may
+see.
 
 In the batch-invariant mode its bits are those that it has alone, whatever the sequences beside it,
 the tokens of the call, and the hidden positions before and after those that it sees. In any mode,
@@ -76,8 +76,8 @@ def sizes(op: str, rng: random.Random, codes: bool) -> dict[str, int]:
 
 
 def mask_of(call: Call, kind: str, rng: random.Random) -> Tensor:
-    """Of some sequences the first positions are hidden, of some queries those before a window, and
-    here and there one of the others."""
+    """Returns a mask that hides the first positions of some sequences, those before a window from
+    some queries, and here and there one of the others."""
     batch, length, _ = call["x"].shape
     end = call["start"] + length
     sees = torch.ones(length, end, dtype=torch.bool).tril(call["start"])
@@ -268,7 +268,7 @@ def test_padding_of_numbers_that_are_not_finite(op, value):
 @pytest.mark.parametrize("op", FILES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_a_query_from_which_numbers_hide_all_keys_alike(op, dtype):
-    """As in torch: a number that is not -inf hides a key beside others only."""
+    """A number that is not -inf hides a key beside others only, as in torch."""
     call = FILES[op].operands(dtype, batch=2, length=3, start=20)
     lowest = torch.finfo(dtype).min
     mask = torch.zeros(2, 1, 3, 23, dtype=dtype).masked_fill(~may_see(call)[:, None], lowest)

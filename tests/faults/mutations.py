@@ -57,7 +57,7 @@ def _damaged(content: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def _header(content: bytes) -> tuple[int, int] | None:
-    """Where JSON begins and ends: a file of it, or the header of safetensors."""
+    """Returns where JSON begins and ends in a JSON file, or in the header of safetensors."""
     if content[:1] in (b"{", b"["):
         return 0, len(content)
     length = int.from_bytes(content[:8], "little")

@@ -38,7 +38,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, seed, count):
 
 
 def test_flipped_state_is_refused(tmp_path, seed):
-    """What is read is what was written: a bit of the archive's padding may change."""
+    """Reading gives what was written, or fails; a bit of the archive's padding may change."""
     path, weights = tmp_path / "state.pt", torch.randn(30)
     write_state(path, {"model": weights, "step": 4})
     content, rng = path.read_bytes(), random.Random(seed)

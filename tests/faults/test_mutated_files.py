@@ -70,13 +70,13 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _in_package(error: BaseException) -> bool:
-    """Whether a function of moe_ops was on the way to where an error was raised."""
+    """Returns whether the traceback of an error passes through moe_ops."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(f"{os.sep}moe_ops{os.sep}" in frame.filename for frame in frames)
 
 
 def _problem(reader: Reader, error: Exception, folder: Path) -> str | None:
-    """What is wrong with an answer, if anything is."""
+    """Returns the fault of an error's sentence; None without one."""
     text = str(error)
     names = [path.name for path in folder.rglob("*")] + [str(folder)]
     if type(error) not in reader.errors:

@@ -1,4 +1,4 @@
-"""What is known of every family of transformers, and that it agrees with what they compute."""
+"""Modules of every family of transformers are known, and agree with their formulas."""
 
 from __future__ import annotations
 

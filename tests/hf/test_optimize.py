@@ -361,7 +361,7 @@ def test_restore_keeps_what_use_has_changed():
 
 
 def test_threads_take_turns():
-    """What is left after any order of calls is a model that was optimised once, or not at all."""
+    """Any order of calls leaves a model that was optimized once, or not at all."""
     model, ids = build("mixtral"), tokens(1, 5)
     want, classes = logits(model, ids), {n: type(m) for n, m in model.named_modules()}
     for _ in range(3):

@@ -43,7 +43,7 @@ def package_of(sources: Sources) -> Path:
 
 
 def is_built(sources: Sources) -> bool:
-    """Whether the library is there, made of the source as it is now and in the same way."""
+    """Returns whether the library was built from the present source with the present options."""
     folder = package_of(sources) / "moe_ops"
     there = (folder / "libmoe_ops.so").exists()
     return there and (sources.package is not None or _stamp() == _stamp_of(sources))

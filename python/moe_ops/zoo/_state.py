@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,27 +32,14 @@ def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
             else.
     """
     content = io.BytesIO(_reading.read_bytes(path, "read_state"))
-    try:
+    wanted = "an intact file of torch.save (remove it to start again)"
+    with _reading.damage("read_state", path, wanted):
         with zipfile.ZipFile(content) as archive:  # torch.load skips the archive's checksums.
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} does not match")
         content.seek(0)
-        state = torch.load(content, map_location=device, weights_only=True)
-    except (
-        EOFError,
-        LookupError,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"read_state: {path} must be an intact file of torch.save, got: {reason}. Remove it to "
-            "start again."
-        ) from error
+        state: Any = torch.load(content, map_location=device, weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"read_state: {path} must hold a dict, got {_files.shown(state)}.")
     return state

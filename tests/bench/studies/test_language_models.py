@@ -111,7 +111,7 @@ def test_pictures_of_the_largest_study_that_is_done():
 
 
 def test_pages_say_what_the_results_say(monkeypatch):
-    """What stands between the marks is what bench/studies/results holds, pictures apart."""
+    """The text between the marks agrees with bench/studies/results, pictures apart."""
     # Pictures of films read them.
     monkeypatch.setattr(page, "last_pictures", lambda found, reports: [])
     for system in registry.NAMES:

@@ -18,6 +18,7 @@ from moe_ops._private_torch import disable_modes
 from moe_ops.hf.models.attention import HeadAttention, LatentAttention
 from moe_ops.hf.models.cache_argument import cache_name
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
+from moe_ops.hf.models.norms import epsilon_of
 from moe_ops.ops import (
     add_rms_norm,
     attention_step,
@@ -247,12 +248,6 @@ def _latents(attention: Any, entry: LatentAttention) -> float | None:
         return torch.cat([t.flatten() for t in theirs]), ours
 
     return _first_difference(compute, _ATTENTION_TOLERANCE)
-
-
-def epsilon_of(norm: Any) -> float:
-    """Returns the epsilon of an RMS norm under either name."""
-    eps: float = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))  # type: ignore[assignment]
-    return eps
 
 
 # ------------------------------------------------------------------------------- blocks and layers

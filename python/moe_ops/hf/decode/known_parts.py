@@ -49,20 +49,17 @@ class LayerParts:
     ) -> None:
         self.layer, self.attention, self.left = layer, attention, left
         self.block, self.network, self.shared = block, network, shared
-        self._watched: tuple[Any, ...] | None = None
+        self._watched: tuple[Code, Collection[type]] | None = None
 
     def intact(self, layer: nn.Module) -> Collection[type] | None:
         """Returns the fused classes of the layer; None once code of any part is replaced."""
         if self._watched is None:
             self._watched = self._watch(layer)
-        functions, classes = self._watched
-        for owner, name, function in functions:
-            now = owner.get(name) if type(owner) is dict else getattr(owner, name, None)
-            if now is not function:
-                return None
-        return classes
+        code, classes = self._watched
+        return classes if code.is_intact() else None
 
-    def _watch(self, layer: nn.Module) -> tuple[Any, ...]:
+    def _watch(self, layer: nn.Module) -> tuple[Code, Collection[type]]:
+        """Returns the code of all parts, each function once, and the fused classes."""
         classes = {type(m) for m in layer.modules() if "_moe_ops_kind" in type(m).__dict__}
         codes = [found.code for name in _KINDS if (found := getattr(self, name)) is not None]
         codes += [cls.__dict__["_moe_ops_code"] for cls in classes]
@@ -70,7 +67,7 @@ class LayerParts:
         for code in codes:
             for owner, name, function in () if code is None else code.functions:
                 functions[id(owner), name] = (owner, name, function)
-        return tuple(functions.values()), frozenset(classes)
+        return Code("", tuple(functions.values())), frozenset(classes)
 
     def __deepcopy__(self, memo: Any) -> LayerParts:
         return self  # Nothing in it changes.

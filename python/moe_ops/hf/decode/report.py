@@ -64,7 +64,7 @@ def report(model: nn.Module) -> Report:
         parts = module.__dict__.get("_moe_ops_fused")
         if isinstance(parts, LayerParts):
             found.left |= {f"{name}.{part}": why for part, why in parts.left.items()}
-    stock = take_stock(model)
+    stock = take_stock(model)  # A part of a fused layer has its reason above.
     for name, why in stock.left.items():
         if name not in found:
             found.left.setdefault(name, why)

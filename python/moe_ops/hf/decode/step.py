@@ -73,8 +73,8 @@ def step_forward(cls: Any) -> Callable[..., Any]:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         parts: LayerParts = self._moe_ops_fused
-        y: Tensor | str = _why_not(self, parts, hidden_states, args)
-        if not isinstance(y, str):
+        y: Tensor | str | None = _why_not(self, parts, hidden_states, args)
+        if y is None:
             y = _step(self, parts, hidden_states, kwargs)
         if not isinstance(y, str):
             return y
@@ -91,7 +91,8 @@ def _fast_attention(parts: LayerParts) -> AbstractContextManager[Any]:
     return PaddedValues() if latent and not torch.compiler.is_compiling() else nullcontext()
 
 
-def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) -> str | Any:
+def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) -> str | None:
+    """Returns why this call is no step at all; None where it is one."""
     if args:
         return "it was called with arguments by position"
     if layer.training:
@@ -318,10 +319,8 @@ def _own_attention(
             cache.layers = list(cache.layers)
             kept = cache.layers[index] = copy.copy(cache.layers[index])
             for key, value in kept.__dict__.items():
-                if isinstance(value, Tensor) and key not in ("keys", "values"):
+                if isinstance(value, Tensor):
                     kept.__dict__[key] = value.clone()
-            if type(kept).__name__ == "StaticLayer":
-                kept.keys, kept.values = kept.keys.clone(), kept.values.clone()
 
     def own() -> Tensor:
         y = layer.self_attn(hidden_states=layer.input_layernorm(x), **before)[0]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from moe_ops.hf.decode.fused import kind_of
 from moe_ops.hf.decode.known_parts import Inventory, LayerParts
 from moe_ops.hf.models.attention import LatentAttention
 from moe_ops.hf.models.known import Unknown, entry_of, own_class
@@ -29,12 +30,12 @@ class Stock(NamedTuple):
 
 
 def take_stock(model: nn.Module) -> Stock:
-    """Returns what the modules of a model are."""
+    """Returns what the modules of a model are, but for those that have a fused class already."""
     stock = Stock({}, {}, {}, {}, False)
     inventory, latent = Inventory(), False
     kinds: dict[str, dict[str, Any]] = {"norm": stock.norms, "router": stock.routers}
     for name, module in model.named_modules():
-        kind = _kind(module)
+        kind = None if kind_of(module) is not None else _kind(module)
         if kind is None:
             continue
         try:
@@ -52,11 +53,7 @@ def take_stock(model: nn.Module) -> Stock:
     return stock._replace(latent=latent)
 
 
-_ENDINGS = {
-    "norm": ("Norm", "NormGated"),
-    "router": ("Router", "Gate", "Gating"),
-    "layer": (),
-}
+_ENDINGS = {"norm": ("Norm", "NormGated"), "router": ("Router", "Gate", "Gating")}
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -66,7 +63,7 @@ def _kind(module: nn.Module) -> str | None:
     is to call it.
     """
     cls = own_class(type(module))
-    for kind in _ENDINGS:
+    for kind in (*_ENDINGS, "layer"):
         try:
             entry_of(kind, cls)
         except Unknown:
@@ -78,7 +75,7 @@ def _kind(module: nn.Module) -> str | None:
     if {"input_layernorm", "self_attn"} <= parts or {"post_attention_layernorm", "mlp"} <= parts:
         return "layer"
     is_leaf = not parts and bool(module._parameters)
-    for kind in ("norm", "router"):
-        if is_leaf and cls.__name__.endswith(_ENDINGS[kind]):
+    for kind, endings in _ENDINGS.items():
+        if is_leaf and cls.__name__.endswith(endings):
             return kind
     return None

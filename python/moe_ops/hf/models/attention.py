@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moe_ops.hf.models.known import Unknown, add_table, find, register, unexpected_parts
+from moe_ops.hf.models.known import Unknown, add_table, register, unexpected_parts
+from moe_ops.hf.models.norms import epsilon_of
 
 # Functions behind names of attention implementations that compute softmax attention and no more.
 # Others, such as one that a user registers, may compute something else.
@@ -214,7 +215,7 @@ def _norms_differ(attention: Any, names: list[str]) -> str | None:
     for name in names:
         norm = attention._modules[name]
         try:
-            epsilons.add(find("norm", norm).epsilon(norm))
+            epsilons.add(epsilon_of(norm))
         except Unknown as error:
             return f"{name}: {error}"
     return "its norms have several epsilons" if len(epsilons) > 1 else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_ops.hf.models.known import add_table, register
+from moe_ops.hf.models.known import add_table, find, register
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,16 @@ add_table(
         "ce01b584ad5f": RmsNorm("eps", scaled="with_scale"),
     },
 )
+
+
+def epsilon_of(norm: nn.Module) -> float:
+    """Returns the epsilon of a known RMS norm.
+
+    Raises:
+        Unknown: it is not known.
+    """
+    eps: float = find("norm", norm).epsilon(norm)
+    return eps
 
 
 def register_norm(cls: type[nn.Module], eps: str = "variance_epsilon") -> None:
