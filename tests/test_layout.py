@@ -62,12 +62,12 @@ TOOLS = {
     "__version__",
     "batch_invariant",
     "is_batch_invariant",
-    "packed_bytes",
-    "prepack",
-    "prepacking",
+    "packed_weight_bytes",
+    "pack_weights",
+    "set_packing_policy",
     "quantize_experts",
     "set_batch_invariant",
-    "unpack",
+    "unpack_weights",
 }
 
 ISA_FILES = (

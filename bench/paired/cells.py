@@ -147,7 +147,7 @@ def permute() -> Job:
 
 
 def model_training(system: str) -> Job:
-    model = zoo.create(system, preset="tiny")
+    model = zoo.create_model(system, preset="tiny")
     text = torch.randint(model.config.vocab_size, (2, 65))
 
     def step() -> None:

@@ -58,7 +58,7 @@ def load(name: str, seed: int, run: Run) -> Loaded:
 @contextmanager
 def among(model: DeepSeek, keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Only these experts, as if the model were pruned."""
-    with surgery.route_as(model, surgery.only(keep)):
+    with surgery.override_routing(model, surgery.only(keep)):
         yield
 
 

@@ -75,7 +75,7 @@ def held_bytes() -> dict[str, int]:
 
     Returns:
         ``"outputs"``: :func:`cached_bytes`. ``"packed weights"``: copies of expert weights, those
-        that are being made included (`moe_ops.packed_bytes`). ``"original weights"``: what
+        that are being made included (`moe_ops.packed_weight_bytes`). ``"original weights"``: what
         `moe_ops.hf.optimize` keeps of models that it can restore exactly.
     """
     return {"outputs": cached_bytes(), **{name: count() for name, count in _holders.items()}}

@@ -688,11 +688,11 @@ def run_all() -> None:
 # --- layers
 
 
-def moe(dtype: torch.dtype, prepack: bool = False, **options: Any) -> torch.nn.Module:
+def moe(dtype: torch.dtype, pack_weights: bool = False, **options: Any) -> torch.nn.Module:
     layer = MoE.build(**{"hidden_size": 96, "num_experts": 8, "top_k": 2} | options)
     layer = layer.to(dtype).eval()
-    if prepack:
-        layer.prepack()
+    if pack_weights:
+        layer.pack_weights()
     return layer
 
 
@@ -735,7 +735,7 @@ LAYERS: dict[str, Callable[[torch.dtype], Callable[[Tensor], Tensor]]] = {
         moe, intermediate_size=31, activation="gelu", num_shared_experts=1, num_experts=4
     ),
     "topp": functools.partial(moe, kind="topp", intermediate_size=32),
-    "packed": functools.partial(moe, intermediate_size=160, prepack=True),
+    "packed": functools.partial(moe, intermediate_size=160, pack_weights=True),
     "int8": functools.partial(quantized_bank, format="int8"),
     "int4": functools.partial(quantized_bank, format="int4", group=32),
     "dense": functools.partial(dense_bank, activation="relu"),
@@ -814,7 +814,8 @@ def test_attention_layer_token_by_token(kind, dtype):
 def test_the_environment_variable(value, on):
     environment = {**os.environ, "MOE_OPS_BATCH_INVARIANT": value}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    code = "import moe_ops; print(moe_ops.is_batch_invariant(), moe_ops._library.batch_invariant())"
+    modes = "moe_ops.is_batch_invariant_enabled(), moe_ops._library.batch_invariant()"
+    code = f"import moe_ops; print({modes})"
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
@@ -839,17 +840,17 @@ def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
     monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 8)
     layer = moe(torch.float32, intermediate_size=512)
     x = torch.randn(NUM_TOKENS, 96)
-    with torch.no_grad(), moe_ops.prepacking("auto"), moe_ops.batch_invariant():
+    with torch.no_grad(), moe_ops.set_packing_policy("auto"), moe_ops.batch_invariant():
         before = layer(x)
         for _ in range(8):
             layer(x)
-        assert moe_ops.packed_bytes(layer) == 0
+        assert moe_ops.packed_weight_bytes(layer) == 0
         with moe_ops.batch_invariant(False):
             for _ in range(8):
                 layer(x)
-            assert moe_ops.packed_bytes(layer) > 0
+            assert moe_ops.packed_weight_bytes(layer) > 0
         assert_identical(layer(x), before)
-        moe_ops.prepack(layer)
+        moe_ops.pack_weights(layer)
         assert not torch.equal(layer(x), before)
 
 

@@ -29,7 +29,7 @@ MODULES = {
     "AttentionExperts": lambda: layers.AttentionExperts(
         layers.Router(H, E, K, dtype=torch.float64), 2, 4, dtype=torch.float64
     ),
-    "ExpertNorm": lambda: layers.ExpertNorm(E, H, dtype=torch.float64),
+    "ExpertNorm": lambda: layers.ExpertBatchNorm(E, H, dtype=torch.float64),
     "Experts": lambda: layers.Experts(E, H, 3, bias=True, dtype=torch.float64),
     "Experts.outputs, gated": lambda: layers.Experts(E, H, 3, dtype=torch.float64),
     "Experts.outputs": lambda: layers.Experts(E, H, 3, activation="relu", dtype=torch.float64),
@@ -61,7 +61,7 @@ MODULES = {
     ),
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "QuantizedLinear": lambda: torch.nn.Linear(64, 32),
-    "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),
+    "ResidualNorm": lambda: layers.AddRMSNorm(H, dtype=torch.float64),
     "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
     "SparseMixerRouter": lambda: layers.Router(
         H, E, K, kind="sparsemixer", dtype=torch.float64, logits_dtype=None

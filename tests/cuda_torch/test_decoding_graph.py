@@ -17,7 +17,7 @@ MODELS = pytest.mark.parametrize("name", ["topp", "deepseek"])
 def build(name):
     with torch.device("cpu"):
         torch.manual_seed(0)
-        model = sharpen(zoo.create(name, preset="tiny")).eval()
+        model = sharpen(zoo.create_model(name, preset="tiny")).eval()
     return model.cuda()
 
 

@@ -57,7 +57,7 @@ def test_greedy_tokens_and_the_way_back(model_type):
     linear = {n for n, m in model.named_modules() if isinstance(m, FewRowsLinear)}
     assert linear and linear == {n for n, how in report.items() if how == "few rows"}
     assert "lm_head" in linear
-    with moe_ops.hf.expect_calls(model):
+    with moe_ops.hf.assert_used(model):
         logits(model, ids)
     after = model.state_dict()
     assert list(after) == list(state)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_ops.layers import (
-    Capacity,
+    CapacityMixin,
     CapacityRouter,
     MoE,
     Router,
@@ -88,10 +88,10 @@ def test_router_drops_what_is_over_its_share(factor):
 
 
 def test_any_router_can_have_a_capacity():
-    class TopP(Capacity, TopPRouter):
+    class TopP(CapacityMixin, TopPRouter):
         pass
 
-    class Mixer(Capacity, SparseMixerRouter):
+    class Mixer(CapacityMixin, SparseMixerRouter):
         pass
 
     x = torch.randn(T, H)

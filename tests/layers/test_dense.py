@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.layers import ExpertNorm, Experts, MoE, QuantizedExperts, Router, mix_outputs
+from moe_ops.layers import ExpertBatchNorm, Experts, MoE, QuantizedExperts, Router, mix_outputs
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN = {
@@ -178,8 +178,8 @@ def test_bank_operations_keep_the_output_size():
 
 def test_what_another_output_size_rules_out():
     bank = Experts(E, 8, 16, output_size=4)
-    with pytest.raises(ValueError, match=r"^prepack: "):
-        bank.prepack()
+    with pytest.raises(ValueError, match=r"^pack_weights: "):
+        bank.pack_weights()
     with pytest.raises(ValueError, match=r"^MoE: experts must have output_size = 8 .*got 4"):
         MoE(Router(8, E, 2), bank)
     with pytest.raises(ValueError, match=r"^QuantizedExperts: experts must have output_size = 8"):
@@ -209,7 +209,7 @@ def test_bad_calls(bad_input):
 # ------------------------------------------------------------------------------ normalisation
 
 
-def separate(norm: ExpertNorm) -> list[nn.BatchNorm1d]:
+def separate(norm: ExpertBatchNorm) -> list[nn.BatchNorm1d]:
     parts = []
     for e in range(norm.num_experts):
         part = nn.BatchNorm1d(norm.size, dtype=torch.float64)
@@ -222,7 +222,7 @@ def separate(norm: ExpertNorm) -> list[nn.BatchNorm1d]:
 
 @pytest.mark.parametrize("tokens_last", [False, True])
 def test_norm_is_a_batch_norm_an_expert(tokens_last):
-    norm = ExpertNorm(E, O, dtype=torch.float64)
+    norm = ExpertBatchNorm(E, O, dtype=torch.float64)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     parts = separate(norm)
@@ -254,7 +254,7 @@ def test_norm_is_a_batch_norm_an_expert(tokens_last):
 
 
 def test_norm_refuses_one_token(bad_input):
-    norm = ExpertNorm(E, O)
+    norm = ExpertBatchNorm(E, O)
     with bad_input("ExpertNorm", "outputs", "1"):
         norm(torch.randn(1, E, O))
     with bad_input("ExpertNorm", "outputs", f"{O + 1}"):
@@ -269,7 +269,7 @@ def test_norm_refuses_one_token(bad_input):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_norm_mix_is_norm_then_activation_then_mixture(activation, training):
-    norm = ExpertNorm(E, O, dtype=torch.float64).train(training)
+    norm = ExpertBatchNorm(E, O, dtype=torch.float64).train(training)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     nn.init.normal_(norm.running_mean)
@@ -291,7 +291,7 @@ def test_norm_mix_is_norm_then_activation_then_mixture(activation, training):
 
 
 def test_norm_mix_in_bfloat16():
-    norm = ExpertNorm(E, O)
+    norm = ExpertBatchNorm(E, O)
     x, weights = torch.randn(T, E, O), torch.rand(T, 2, E)
     exact = norm.mix(x, weights)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from moe_ops.offload import Belady, Predicted, RoutingTrace
+from moe_ops.offload import BeladyPolicy, ExpertTrace, PredictivePolicy
 from moe_ops.zoo.deepseek import DeepSeek
 
 
@@ -39,9 +39,9 @@ def run(folder: Path, num_slots: int, policy: Any, prompt: torch.Tensor, num: in
 def main(folder: Path, num_slots: int, policy: str) -> None:
     threading.stack_size(1 << 20)
     task = torch.load(folder / "task.pt", weights_only=True)
-    chosen = Belady(RoutingTrace.load(folder / "trace.npz")) if policy == "belady" else policy
+    chosen = BeladyPolicy(ExpertTrace.load(folder / "trace.npz")) if policy == "belady" else policy
     # The code of libraries, and what they set up at a first use, is not the model's.
-    small = Predicted(lambda _: torch.ones(1, 32)) if policy == "belady" else "lru"
+    small = PredictivePolicy(lambda _: torch.ones(1, 32)) if policy == "belady" else "lru"
     run(folder / "small", 2, small, task["prompt"], 1).expert_cache.close()
     Path("/proc/self/clear_refs").write_text("5")  # The peak so far is forgotten.
     before = of_status("VmRSS")

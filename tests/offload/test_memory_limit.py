@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ops.offload import record_trace
+from moe_ops.offload import record_expert_trace
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 NUM_TOKENS = 12
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = DeepSeek(config).eval()
     prompt = torch.randint(256, (1, 6))
-    with record_trace(model) as recorder:
+    with record_expert_trace(model) as recorder:
         tokens = model.generate(prompt, NUM_TOKENS)
     recorder.trace().save(folder / "trace.npz")
     experts = [block.mlp.experts for block in model.layers]

@@ -118,7 +118,7 @@ class Network(nn.Module):
         self.sticks = layers.AttentionExperts(
             layers.Router(H, E, K), 2, 4, kind="stick_breaking", causal=False
         )
-        self.norm = layers.ResidualNorm(H)
+        self.norm = layers.AddRMSNorm(H)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         *parts, norm = self.children()
@@ -140,7 +140,7 @@ class Others(nn.Module):
         self.int4 = layers.QuantizedExperts.from_experts(bank, "int4", group_size=32)
         self.soft = layers.SoftMoE(layers.Experts(E, 64, 3, activation="gelu"), 2)
         self.dense = layers.Experts(E, 64, 3, activation="relu", bias=True)
-        self.norm = layers.ExpertNorm(E, 64)
+        self.norm = layers.ExpertBatchNorm(E, 64)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         outputs = self.norm(self.dense.outputs(x))

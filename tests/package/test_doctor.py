@@ -112,16 +112,16 @@ def test_old_transformers_warns(monkeypatch):
     [
         ("auto", 5 << 20, "ok", "at most 5 MiB"),
         ("auto", 0, "info", "none by itself"),
-        ("off", None, "ok", "only by prepack"),
+        ("off", None, "ok", "only by pack_weights"),
         ("always", None, "ok", "first call"),
     ],
 )
 def test_packed_weights(policy, max_bytes, level, text):
-    with moe_ops.prepacking(policy, max_bytes=max_bytes):
+    with moe_ops.set_packing_policy(policy, max_bytes=max_bytes):
         finding = doctor._packed_weights()
     assert finding.level == level
     assert text in finding.text
-    assert f"MOE_OPS_PREPACK={policy}" in finding.text
+    assert f"MOE_OPS_PACKING={policy}" in finding.text
 
 
 class Card:

@@ -211,7 +211,7 @@ def reasoner(seed: int) -> Rows:
             counted = (places >= begins[some, None] - 1) & (tokens[:, 1:] != ord("\n"))
             lesson = light_reasoner.make_lesson(
                 base, tokens[:, :-1],
-                lambda: surgery.route_as(base, surgery.rank(*ranks), renormalize=True),
+                lambda: surgery.override_routing(base, surgery.rank(*ranks), renormalize=True),
                 counted=counted,
             )  # fmt: skip
             loss = loss_of(model.train(), tokens, counted, lesson)

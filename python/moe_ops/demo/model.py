@@ -25,7 +25,7 @@ class ModelConfig:
 
 def make_model(config: ModelConfig) -> DeepSeek:
     """Plain attention and softmax scores, as the first generation has them; every layer routes."""
-    model: DeepSeek = zoo.create(
+    model: DeepSeek = zoo.create_model(
         "deepseek",
         "tiny_v1",
         vocab_size=VOCABULARY,

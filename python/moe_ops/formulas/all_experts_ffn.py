@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_ops.formulas.activations import plain_act, plain_act_gradient
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.formulas.invariant import batched_products
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 
 
 def forward(
@@ -72,7 +72,7 @@ def _inputs(x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _products(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """Multiplies [E, T, D] by [E, O, D] to [E, T, O]."""
-    if is_batch_invariant():
+    if is_batch_invariant_enabled():
         return batched_products(a, w, bias)
     if bias is None:
         return torch.bmm(a, w.transpose(1, 2))

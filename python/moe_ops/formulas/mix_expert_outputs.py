@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.formulas.dtypes import accumulate_dtype
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -38,7 +38,7 @@ def forward(
     if norm_weight is not None and norm_bias is not None and mean is not None and var is not None:
         n = torch.addcmul(norm_bias, n - mean, norm_weight * torch.rsqrt(var + eps))
     a = _act(n, activation)
-    y = _in_order(w, a) if is_batch_invariant() else torch.bmm(w, a)
+    y = _in_order(w, a) if is_batch_invariant_enabled() else torch.bmm(w, a)
     if factor is not None and len(factor) > 0:
         tokens = y.unflatten(0, (len(factor), -1))
         y = (tokens * factor.to(acc).unsqueeze(1)).flatten(0, 1)

@@ -267,7 +267,7 @@ def _check_mixture(name: str, outputs: Tensor, weights: Tensor) -> None:
         )
 
 
-class ExpertNorm(nn.Module):
+class ExpertBatchNorm(nn.Module):
     """Batch normalisation of each expert's output by itself, as one call for all experts.
 
     Each of the E * O features has its own scale, shift and running statistics, as one
@@ -299,7 +299,7 @@ class ExpertNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive("ExpertNorm", num_experts=num_experts, size=size)
+        check_positive("ExpertBatchNorm", num_experts=num_experts, size=size)
         self.num_experts, self.size, self.eps, self.momentum = num_experts, size, eps, momentum
         shape = (num_experts, size)
         self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
@@ -363,14 +363,14 @@ class ExpertNorm(nn.Module):
         """Checks, and counts a batch of training."""
         if outputs.shape[1:] != (self.num_experts, self.size):
             raise ValueError(
-                f"ExpertNorm: outputs must be [T, {self.num_experts}, {self.size}], got shape "
+                f"ExpertBatchNorm: outputs must be [T, {self.num_experts}, {self.size}], got shape "
                 f"{list(outputs.shape)}."
             )
         if not self.training:
             return
         if outputs.shape[0] < 2:
             raise ValueError(
-                "ExpertNorm: outputs must have at least 2 tokens in training, got "
+                "ExpertBatchNorm: outputs must have at least 2 tokens in training, got "
                 f"{outputs.shape[0]}."
             )
         self.num_batches_tracked.add_(1)

@@ -82,8 +82,8 @@ class Experts(nn.Module):
     alike; each holds all experts of the bank meanwhile.
 
     In `eval()`, calls without gradients on the CPU may read a packed copy of the weights, which
-    `prepack` makes at once and long use makes by itself; see `moe_ops.prepacking`. It goes when the
-    weights change and at `train()`, and no state dict, pickle or deep copy holds it.
+    `pack_weights` makes at once and long use makes by itself; see `moe_ops.set_packing_policy`. It
+    goes when the weights change and at `train()`, and no state dict, pickle or deep copy holds it.
 
     Raises:
         ValueError: a size below 1, an unknown activation or precision, or `interleaved` without a
@@ -350,13 +350,13 @@ class Experts(nn.Module):
         """
         return mix_outputs(self.outputs(x, input_ids), weights)
 
-    def prepack(self) -> int:
-        """Packs the weights now, see `moe_ops.prepack`; returns the bytes of the copies."""
-        return packing.prepack(self)
+    def pack_weights(self) -> int:
+        """Packs the weights now, see `moe_ops.pack_weights`; returns the bytes of the copies."""
+        return packing.pack_weights(self)
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """Drops the packed copies, if there are any; returns their bytes."""
-        return packing.unpack(self)
+        return packing.unpack_weights(self)
 
     def train(self, mode: bool = True) -> Experts:
         """As `nn.Module.train`. Training drops the packed copies."""
@@ -468,7 +468,7 @@ class Experts(nn.Module):
         return surgery.merge(self, groups, weights, mode, neuron_order)
 
     def extra_repr(self) -> str:
-        packed = packing.packed_bytes(self)
+        packed = packing.packed_weight_bytes(self)
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, "

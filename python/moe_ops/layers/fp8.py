@@ -111,7 +111,7 @@ def fp8_ffn(
         do not notice.
 
     Under autocast x and the biases are cast, and the weights are not. A write to a weight through
-    ``.data`` counts no version: call :func:`forget_fp8_weights` after one.
+    ``.data`` counts no version: call :func:`clear_fp8_cache` after one.
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
@@ -382,7 +382,7 @@ def fp8_weight(w: Tensor) -> Fp8Weight:
     return codes
 
 
-def forget_fp8_weights(module: torch.nn.Module | None = None) -> None:
+def clear_fp8_cache(module: torch.nn.Module | None = None) -> None:
     """Drops the kept codes of a module's weights; of all that are alive without one.
 
     For writes that count no version, through ``.data`` or a NumPy view.

@@ -28,8 +28,8 @@ class BankRecord:
 
 
 @dataclass
-class Baseline:
-    """What :func:`record_baseline` returns.
+class CalibrationData:
+    """What :func:`collect_calibration` returns.
 
     banks: name of a module -> its record. tokens, perplexity, forward, context: of the perplexity,
     where it was asked for.
@@ -43,7 +43,7 @@ class Baseline:
 
 
 @torch.no_grad()
-def record_baseline(
+def collect_calibration(
     model: nn.Module,
     inputs: Iterable[Any] | Callable[[nn.Module], Any],
     *,
@@ -52,7 +52,7 @@ def record_baseline(
     tokens: Tensor | None = None,
     context: int = 256,
     forward: Callable[[nn.Module, Tensor], Any] | None = None,
-) -> Baseline:
+) -> CalibrationData:
     """Runs a float model and keeps what its banks of experts saw and gave.
 
     Args:
@@ -60,7 +60,7 @@ def record_baseline(
         inputs: batches to call the model with (a tensor, a tuple of positional or a dict of keyword
             arguments each), or a function that is given the model and runs it.
         max_tokens: tokens kept a bank, spread evenly over the batches and within each.
-        outputs: also keep the banks' outputs, which :func:`quality_report` compares with.
+        outputs: also keep the banks' outputs, which :func:`compare_quality` compares with.
         tokens: [N] ids of a text to measure the perplexity of.
         context, forward: of :func:`perplexity`.
 
@@ -92,14 +92,14 @@ def record_baseline(
 
     for found in find_banks(model, unsupported="skip"):
         if outputs:
-            check_whole_bank("record_baseline", found.name, found.module, found.bank)
+            check_whole_bank("collect_calibration", found.name, found.module, found.bank)
         chunks[found.name] = []
         hook = keep(found.name, found.hook)
         handles.append(found.module.register_forward_pre_hook(hook, with_kwargs=True))
         del found
     if not chunks:
         raise ValueError(
-            f"record_baseline: model must hold a bank of float experts, got "
+            f"collect_calibration: model must hold a bank of float experts, got "
             f"{type(model).__name__} without one."
         )
     training = {m for m in model.modules() if m.training}
@@ -126,7 +126,8 @@ def record_baseline(
         kept = chunks[found.name]
         if not kept:
             raise ValueError(
-                f"record_baseline: inputs must reach every bank, got no token for {found.name!r}."
+                f"collect_calibration: inputs must reach every bank, got no token for "
+                f"{found.name!r}."
             )
         together = ExpertInputs(
             torch.cat([c.x for c in kept]),
@@ -137,7 +138,7 @@ def record_baseline(
         y = found.bank.run(together) if outputs else None
         banks[found.name] = BankRecord(together, y, found.bank.num_bytes)
         del found
-    return Baseline(banks, tokens, quality, context, forward)
+    return CalibrationData(banks, tokens, quality, context, forward)
 
 
 @torch.no_grad()

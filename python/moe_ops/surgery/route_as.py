@@ -17,7 +17,7 @@ from moe_ops.layers import Router, TopKRouter
 from moe_ops.layers.routing import RoutingOverride, mask_logits
 
 from .routed_layer import RoutedLayer
-from .routed_layers import routed_layers
+from .routed_layers import find_routed_layers
 
 # (layer, router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'].
 Rule = Callable[[RoutedLayer, Tensor, Tensor | None], Tensor]
@@ -25,7 +25,7 @@ Experts = Sequence[int] | Tensor
 
 
 @contextlib.contextmanager
-def route_as(
+def override_routing(
     model: nn.Module,
     rule: Rule | Mapping[str, Rule],
     *,
@@ -47,7 +47,7 @@ def route_as(
     For eager code. The modules themselves are changed, so all threads see it.
 
     Args:
-        model: see `routed_layers`, including attention experts with a router (those with
+        model: see `find_routed_layers`, including attention experts with a router (those with
             `soft_routing` use all experts and stay as they are).
         rule: `top_k`, `rank`, `random`, `only`, `given`, or a function of your own, (layer,
             router_logits [T, E], expert_mask [E] or None) -> topk_ids [T, K'] int; or a mapping
@@ -65,10 +65,10 @@ def route_as(
             way of weighing is not known; or (in a call) more experts than a token may use.
     """
     if isinstance(rule, Mapping):
-        changed = routed_layers(model, list(rule), caller="route_as")
+        changed = find_routed_layers(model, list(rule), caller="override_routing")
         rules = [(layer, rule[layer.name]) for layer in changed if layer.name in rule]
     else:
-        changed = routed_layers(model, layers, caller="route_as")
+        changed = find_routed_layers(model, layers, caller="override_routing")
         rules = [(layer, rule) for layer in changed]
     with contextlib.ExitStack() as stack:
         for layer, own in rules:
@@ -83,9 +83,9 @@ def _override(layer: RoutedLayer, rule: Rule, renormalize: bool) -> RoutingOverr
         ids = rule(layer, router_logits, expert_mask)
         if ids.dim() != 2 or ids.shape[0] != router_logits.shape[0] or ids.is_floating_point():
             raise ValueError(
-                f"route_as: the rule must give layer {layer.name!r} ids [{len(router_logits)}, K] "
-                f"of an integer type, got {str(ids.dtype).removeprefix('torch.')} of shape "
-                f"{list(ids.shape)}."
+                f"override_routing: the rule must give layer {layer.name!r} ids "
+                f"[{len(router_logits)}, K] of an integer type, got "
+                f"{str(ids.dtype).removeprefix('torch.')} of shape {list(ids.shape)}."
             )
         return ids
 
@@ -213,7 +213,7 @@ def ranking(
     logits = mask_logits(router_logits, expert_mask)
     if not isinstance(router, TopKRouter):
         if k > num_experts:
-            raise ValueError(f"route_as: k must be at most {num_experts}, got {k}.")
+            raise ValueError(f"override_routing: k must be at most {num_experts}, got {k}.")
         return _first(logits, k)
     as_k = copy.copy(router)
     as_k.top_k = k
@@ -222,7 +222,8 @@ def ranking(
     most = num_experts * as_k.num_topk_groups // as_k.num_groups
     if k > most:
         raise ValueError(
-            f"route_as: k must be at most {most}, the experts that a token may use, got {k}."
+            f"override_routing: k must be at most {most}, the experts that a token may use, got "
+            f"{k}."
         )
     return TopKRouter.choose_experts(as_k, logits, expert_mask)[1]
 
@@ -246,7 +247,7 @@ def groups_left(router: Router, experts: Sequence[int]) -> tuple[int, int] | Non
 
 def _first(scores: Tensor, k: int) -> Tensor:
     if k > scores.shape[-1]:
-        raise ValueError(f"route_as: k must be at most {scores.shape[-1]}, got {k}.")
+        raise ValueError(f"override_routing: k must be at most {scores.shape[-1]}, got {k}.")
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :k].to(torch.int32)
 
 

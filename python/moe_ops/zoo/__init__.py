@@ -2,9 +2,9 @@
 
     from moe_ops import zoo
 
-    zoo.systems()                                    # what there is
-    model = zoo.create("jetmoe", preset="tiny")      # a model of a named size
-    model = zoo.create("jetmoe", preset="tiny", num_experts=4)
+    zoo.list_models()                                    # what there is
+    model = zoo.create_model("jetmoe", preset="tiny")      # a model of a named size
+    model = zoo.create_model("jetmoe", preset="tiny", num_experts=4)
 
 Each system is a module or a package, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its
 presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`.
@@ -21,7 +21,7 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
-__all__ = ["System", "create", "get", "register", "systems"]
+__all__ = ["System", "create_model", "get", "list_models", "register"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class System:
     """One entry of the zoo.
 
     Attributes:
-        name: what `create` and the command line call it; the stem of its page in docs/zoo and of
-            its experiment in bench/studies, where it has one.
+        name: what `create_model` and the command line call it; the stem of its page in docs/zoo and
+            of its experiment in bench/studies, where it has one.
         module: the module that holds it, imported when first used.
         config: name of its config dataclass there, whose class attribute `PRESETS` names the class
             methods that make presets.
@@ -93,7 +93,7 @@ def register(system: System) -> System:
     return system
 
 
-def systems() -> tuple[str, ...]:
+def list_models() -> tuple[str, ...]:
     """Names of all systems, in the order of `moe-ops zoo list`."""
     return tuple(_SYSTEMS)
 
@@ -108,11 +108,11 @@ def get(name: str) -> System:
     return _SYSTEMS[name]
 
 
-def create(name: str, preset: str = "tiny", **overrides: Any) -> Any:
+def create_model(name: str, preset: str = "tiny", **overrides: Any) -> Any:
     """A model with fresh weights.
 
     Args:
-        name: one of `systems()`.
+        name: one of `list_models()`.
         preset: one of the presets of its config; every system has "tiny".
         overrides: fields of its config to change.
 

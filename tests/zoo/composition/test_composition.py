@@ -136,7 +136,7 @@ def test_bad_pools():
 
 
 def small_composition():
-    composition = zoo.create(
+    composition = zoo.create_model(
         "composition",
         categories=("x", "y"),
         models=("a", "b", "c"),
@@ -196,7 +196,7 @@ def test_generate_asks_each_model_once():
 )
 def test_bad_configs(change, words):
     with pytest.raises(ValueError, match=words):
-        zoo.create("composition", **change)
+        zoo.create_model("composition", **change)
 
 
 SETTINGS = training.Settings(

@@ -16,7 +16,7 @@ def test_generates_the_same(system, dtype, tmp_path):
     """Keys of each expert (deepseek) and of all together (jetmoe), in several files; slots of
     another type than the file's."""
     torch.manual_seed(0)
-    model = sharpen(zoo.create(system))
+    model = sharpen(zoo.create_model(system))
     model.save_pretrained(tmp_path, max_shard_bytes=100_000)
     model = type(model).from_pretrained(tmp_path, dtype=dtype)
     prompt = tokens_of(model, 2, 5)
@@ -31,7 +31,7 @@ def test_generates_the_same(system, dtype, tmp_path):
 
 def test_bad_calls(tmp_path):
     torch.manual_seed(0)
-    model = zoo.create("deepseek")
+    model = zoo.create_model("deepseek")
     model.save_pretrained(tmp_path)
     load = type(model).from_pretrained
     with pytest.raises(ValueError, match="a model with experts"):

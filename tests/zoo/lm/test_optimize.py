@@ -17,7 +17,7 @@ SYSTEMS = ("topp", "deepseek", "jetmoe", "coe", "moduleformer")
 
 def build(name):
     torch.manual_seed(0)
-    return sharpen(zoo.create(name, preset="tiny")).eval()
+    return sharpen(zoo.create_model(name, preset="tiny")).eval()
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -81,7 +81,7 @@ class Router(nn.Module):
     draws_random_numbers: bool = False
     # Whether `split` may turn each expert into slices that are chosen together.
     splits_into_slices: ClassVar[bool] = False
-    # Set for a while by `moe_ops.surgery.route_as`.
+    # Set for a while by `moe_ops.surgery.override_routing`.
     override: RoutingOverride | None = None
 
     expert_bias: Tensor | None

@@ -14,12 +14,12 @@
 
 from __future__ import annotations
 
-from .cluster import CLUSTERS, Cluster, Job, Layout, find_cluster
-from .estimate import Advice, Plan, advise, alternatives, best, estimate
+from .cluster import CLUSTERS, Cluster, Layout, ParallelJob, find_cluster
+from .estimate import Advice, Plan, alternatives, best, estimate_plan, suggest_changes
 from .memory import Memory, memory_of
-from .shape import PRESETS, Shape, find_shape, shape_of
+from .shape import PRESETS, ModelShape, find_shape, shape_of
 from .timing import Pass, Time
-from .tracing import Trace, trace
+from .tracing import Trace, trace_step
 from .traffic import Message, Rows, model_messages
 
 __all__ = [
@@ -27,24 +27,24 @@ __all__ = [
     "PRESETS",
     "Advice",
     "Cluster",
-    "Job",
     "Layout",
     "Memory",
     "Message",
+    "ModelShape",
+    "ParallelJob",
     "Pass",
     "Plan",
     "Rows",
-    "Shape",
     "Time",
     "Trace",
-    "advise",
     "alternatives",
     "best",
-    "estimate",
+    "estimate_plan",
     "find_cluster",
     "find_shape",
     "memory_of",
     "model_messages",
     "shape_of",
-    "trace",
+    "suggest_changes",
+    "trace_step",
 ]

@@ -1,7 +1,7 @@
 """AdaMoE: a feed-forward network made sparse, whose router chooses by one number and weighs by
 another, in the action expert of a vision-language-action model.
 
-    policy = zoo.create("adamoe", ffn="dense")          # train it, then
+    policy = zoo.create_model("adamoe", ffn="dense")          # train it, then
     sparse = policy.made_sparse("additive", num_experts=4)
 
 Source: Shen et al. 2025 (Expertise need not monopolize: Action-Specialized Mixture of Experts for

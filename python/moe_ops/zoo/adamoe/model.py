@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
-from moe_ops.layers import ResidualNorm, SharedExperts
+from moe_ops.layers import AddRMSNorm, SharedExperts
 from moe_ops.layers.routing import Routing
 
 from .layers import VARIANTS, AdaMoE, adamoe_balance_loss
@@ -105,10 +105,10 @@ class ActionBlock(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.num_heads = config.num_heads
-        self.attention_norm = ResidualNorm(hidden)
+        self.attention_norm = AddRMSNorm(hidden)
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
-        self.ffn_norm = ResidualNorm(hidden)
+        self.ffn_norm = AddRMSNorm(hidden)
         self.ffn: nn.Module
         if config.ffn == "dense":
             self.ffn = SharedExperts(hidden, config.intermediate_size, activation="geglu_tanh")
@@ -144,7 +144,7 @@ class ActionTransformer(nn.Module):
         self.time = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.place = nn.Parameter(0.02 * torch.randn(config.chunk, hidden))
         self.layers = nn.ModuleList(ActionBlock(config) for _ in range(config.num_layers))
-        self.norm = ResidualNorm(hidden)
+        self.norm = AddRMSNorm(hidden)
         self.velocity = nn.Linear(hidden, config.action_size)
 
     def forward(

@@ -230,9 +230,9 @@ class BAM(CausalLM):
         model.load_state_dict(fitting, strict=False)
         for index, block in enumerate(model.layers):
             sources = [m.layers[index] for m in dense]
-            block.mlp.experts = upcycle.dense_bank([s.mlp for s in sources])
+            block.mlp.experts = upcycle.experts_from_dense([s.mlp for s in sources])
             if config.attention != "dense":
-                block.attention = upcycle.attention_experts(
+                block.attention = upcycle.upcycle_attention(
                     [s.attention for s in sources],
                     block.attention.router,
                     rope_theta=config.rope_theta,

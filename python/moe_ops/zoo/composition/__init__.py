@@ -1,6 +1,6 @@
 """Composition of Experts: whole language models behind a router of categories.
 
-    composition = zoo.create("composition")
+    composition = zoo.create_model("composition")
     composition.assign(scores, counts, budget=...)          # category -> model, by a MILP
     composition.generate(prompts, 20, pool, embed)          # models are loaded as they are needed
 

@@ -1,9 +1,9 @@
 """WideNet: one block of attention and experts, used at every depth with norms of that depth.
 
-    model = zoo.create("widenet")                          # a language model
-    model = zoo.create("widenet", preset="tiny_vision")    # a classifier of images
-    model = zoo.create("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
-    model = zoo.create("widenet", sharing="none")          # a block of each depth
+    model = zoo.create_model("widenet")                          # a language model
+    model = zoo.create_model("widenet", preset="tiny_vision")    # a classifier of images
+    model = zoo.create_model("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
+    model = zoo.create_model("widenet", sharing="none")          # a block of each depth
 
 Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 """

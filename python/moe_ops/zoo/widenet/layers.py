@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import Capacity, Experts, MoE, TopKRouter, count_tokens_per_expert
+from moe_ops.layers import CapacityMixin, Experts, MoE, TopKRouter, count_tokens_per_expert
 
 from ..lm.attention import Attention
 from ..lm.blocks import Step
@@ -22,7 +22,7 @@ from ..lm.multihead import MultiHeadAttention
 from .config import WideNetConfig
 
 
-class NoisyRouter(Capacity, TopKRouter):
+class NoisyRouter(CapacityMixin, TopKRouter):
     """Top-K of softmax(x W^T + noise), not renormalised; noise in training, N(0, deviation^2).
 
     Args:

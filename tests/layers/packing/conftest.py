@@ -12,7 +12,7 @@ from moe_ops.expert_weights import packing
 def off():
     """Tests begin with nothing packed and banks that pack when they are told to."""
     gc.collect()
-    with moe_ops.prepacking("off"):
+    with moe_ops.set_packing_policy("off"):
         yield
 
 

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from tests.layers.prepack.banks import assert_right, is_packed, make, operands, plain
-from tests.layers.prepack.changes import in_place
+from tests.layers.pack_weights.banks import assert_right, is_packed, make, operands, plain
+from tests.layers.pack_weights.changes import in_place
 from torch import Tensor
 
 import moe_ops
@@ -40,7 +40,7 @@ def small(monkeypatch):
 
 
 def test_auto_packs_after_enough_use(small, counted):
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank = make()
         slots(bank, tokens=16, times=8)  # 64 rows an expert
         assert not is_packed(bank)
@@ -59,7 +59,7 @@ def test_the_rows_of_a_call_count_up_to_what_gains():
 
 
 def test_one_large_call_is_not_enough(small):
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank = make()
         slots(bank, tokens=1000, times=4)
         assert not is_packed(bank)
@@ -79,18 +79,18 @@ def written(bank: Experts) -> list[int]:
 
 
 def test_a_call_packs_a_part(small, monkeypatch, counted):
-    size = make().prepack()
+    size = make().pack_weights()
     zeros = packing._new_copy
     monkeypatch.setattr(packing, "_new_copy", lambda *a: zeros(*a).zero_())
     monkeypatch.setattr(packing, "BYTES_A_CALL", size // 4)
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank = make()
         slots(bank, tokens=1000, times=4)
         for experts in (1, 2, 3):
             assert counted["moe_ffn_packed"] == 0
             slots(bank, tokens=5)
             assert written(bank) == [experts] * 2
-            assert moe_ops.packed_bytes(bank) == size, "reserved memory is reported"
+            assert moe_ops.packed_weight_bytes(bank) == size, "reserved memory is reported"
         slots(bank, tokens=5)
         assert counted["moe_ffn_packed"] == 1
         assert_right(bank)
@@ -109,7 +109,7 @@ def test_a_call_packs_a_part(small, monkeypatch, counted):
 
 
 def test_one_bank_of_many_packs_in_a_pass(small):
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         banks = [make() for _ in range(3)]
         for bank in banks * 4:
             slots(bank, tokens=1000)
@@ -125,15 +125,15 @@ def test_one_bank_of_many_packs_in_a_pass(small):
 def test_held_bytes_has_the_copies(small):
     before = memory.held_bytes()["packed weights"]
     bank = make()
-    size = bank.prepack()
+    size = bank.pack_weights()
     assert memory.held_bytes()["packed weights"] == before + size
-    bank.unpack()
+    bank.unpack_weights()
     assert memory.held_bytes()["packed weights"] == before
     assert memory.held_bytes()["outputs"] == memory.cached_bytes()
 
 
 def test_auto_counts_unchanged_weights_only(small):
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank = make()
         for _ in range(5):
             slots(bank, tokens=100, times=2)
@@ -142,7 +142,7 @@ def test_auto_counts_unchanged_weights_only(small):
 
 
 def test_auto_leaves_small_banks_alone():
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank = make()
         slots(bank, tokens=100, times=6)
         assert not is_packed(bank)
@@ -150,7 +150,7 @@ def test_auto_leaves_small_banks_alone():
 
 @pytest.mark.parametrize("case", ["training", "grad", "deterministic", "off"])
 def test_auto_does_not_pack(case, small):
-    with moe_ops.prepacking("off" if case == "off" else "auto"):
+    with moe_ops.set_packing_policy("off" if case == "off" else "auto"):
         bank, call = make(), operands(tokens=200)
         bank.train(case == "training")
         if case == "deterministic":
@@ -165,7 +165,7 @@ def test_auto_does_not_pack(case, small):
 
 
 def test_inference_mode_packs(small):
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank, call = make(), operands(tokens=200)
         with torch.inference_mode():
             for _ in range(6):
@@ -180,39 +180,41 @@ def test_weights_made_in_inference_mode_are_never_packed():
     """They count no versions, so nothing would tell when their copy is old."""
     with torch.inference_mode():
         bank = make()
-    with moe_ops.prepacking("always"), torch.inference_mode():
+    with moe_ops.set_packing_policy("always"), torch.inference_mode():
         call = operands()
         for _ in range(3):
             assert_identical(bank(*call), plain(bank, *call))
     assert not is_packed(bank)
-    with pytest.raises(ValueError, match=r"prepack: w_gate_up must be made outside inference mode"):
-        bank.prepack()
+    with pytest.raises(
+        ValueError, match=r"pack_weights: w_gate_up must be made outside inference mode"
+    ):
+        bank.pack_weights()
 
 
 def test_budget_counts_all_copies():
     first, second, third = make(), make(), make()
-    size = first.prepack()
-    with moe_ops.prepacking("always", max_bytes=2 * size):
+    size = first.pack_weights()
+    with moe_ops.set_packing_policy("always", max_bytes=2 * size):
         assert_right(second)
         assert_right(third)
         assert [is_packed(b) for b in (first, second, third)] == [True, True, False]
-        first.unpack()
-        with moe_ops.prepacking("always", max_bytes=2 * size + 1):
+        first.unpack_weights()
+        with moe_ops.set_packing_policy("always", max_bytes=2 * size + 1):
             assert_right(third)
         assert is_packed(third)
-    first.prepack()
-    assert moe_ops.packed_bytes() == size
-    assert third.prepack() == size  # Asked for: no budget holds it back.
+    first.pack_weights()
+    assert moe_ops.packed_weight_bytes() == size
+    assert third.pack_weights() == size  # Asked for: no budget holds it back.
 
 
 def test_auto_keeps_to_a_quarter_of_the_memory(small, monkeypatch):
     bank = make()
-    size = bank.prepack()
-    bank.unpack()
+    size = bank.pack_weights()
+    bank.unpack_weights()
     for available, packs in ((4 * size - 4, False), (4 * size, True)):
         monkeypatch.setattr(packing, "available_memory", lambda available=available: available)
-        with moe_ops.prepacking("auto"):
-            assert moe_ops.packing.prepack_settings() == ("auto", available // 4)
+        with moe_ops.set_packing_policy("auto"):
+            assert moe_ops.packing.packing_settings() == ("auto", available // 4)
             slots(bank, tokens=200, times=6)
             assert is_packed(bank) == packs
 
@@ -229,46 +231,46 @@ def test_no_memory_is_no_error(monkeypatch):
 
     bank = make()
     monkeypatch.setattr(packing, "pack_experts", fail)
-    with moe_ops.prepacking("always"):
+    with moe_ops.set_packing_policy("always"):
         assert_right(bank)
     with pytest.raises(RuntimeError, match="not enough memory"):
-        bank.prepack()
+        bank.pack_weights()
     assert not is_packed(bank)
     monkeypatch.undo()
-    bank.prepack()
+    bank.pack_weights()
     assert_right(bank)
 
 
 def test_settings():
-    with moe_ops.prepacking("always", max_bytes=7):
-        assert moe_ops.packing.prepack_settings() == ("always", 7)
-        with moe_ops.prepacking(max_bytes=9):
-            assert moe_ops.packing.prepack_settings() == ("always", 9)
-        assert moe_ops.packing.prepack_settings() == ("always", 7)
-        moe_ops.prepacking("off")
-        assert moe_ops.packing.prepack_settings()[0] == "off"
+    with moe_ops.set_packing_policy("always", max_bytes=7):
+        assert moe_ops.packing.packing_settings() == ("always", 7)
+        with moe_ops.set_packing_policy(max_bytes=9):
+            assert moe_ops.packing.packing_settings() == ("always", 9)
+        assert moe_ops.packing.packing_settings() == ("always", 7)
+        moe_ops.set_packing_policy("off")
+        assert moe_ops.packing.packing_settings()[0] == "off"
     with pytest.raises(ValueError, match="policy must be one of auto, off, always, got 'on'"):
-        moe_ops.prepacking("on")
+        moe_ops.set_packing_policy("on")
     with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
-        moe_ops.prepacking(max_bytes=-1)
+        moe_ops.set_packing_policy(max_bytes=-1)
 
 
 @pytest.mark.parametrize(
     ("environment", "settings", "warning"),
     [
         ({}, "('auto', None)", ""),
-        ({"MOE_OPS_PREPACK": "off"}, "('off', None)", ""),
+        ({"MOE_OPS_PACKING": "off"}, "('off', None)", ""),
         (
-            {"MOE_OPS_PREPACK": "always", "MOE_OPS_PREPACK_MB": "3"},
+            {"MOE_OPS_PACKING": "always", "MOE_OPS_PACKING_MB": "3"},
             f"('always', {3 << 20})",
             "",
         ),
-        ({"MOE_OPS_PREPACK": "yes"}, "('auto', None)", "MOE_OPS_PREPACK=yes is not one of"),
-        ({"MOE_OPS_PREPACK_MB": "1e3"}, "('auto', None)", "MOE_OPS_PREPACK_MB=1e3 is not a whole"),
+        ({"MOE_OPS_PACKING": "yes"}, "('auto', None)", "MOE_OPS_PACKING=yes is not one of"),
+        ({"MOE_OPS_PACKING_MB": "1e3"}, "('auto', None)", "MOE_OPS_PACKING_MB=1e3 is not a whole"),
     ],
 )
 def test_environment(environment, settings, warning):
-    rest = {k: v for k, v in os.environ.items() if not k.startswith("MOE_OPS_PREPACK")}
+    rest = {k: v for k, v in os.environ.items() if not k.startswith("MOE_OPS_PACKING")}
     path = os.pathsep.join(p for p in sys.path if p)
     run = subprocess.run(
         [
@@ -288,7 +290,7 @@ def test_environment(environment, settings, warning):
 
 def test_many_threads_and_a_bank_that_packs(small):
     """Whatever the moment, a call gives the packed or the unpacked result, nothing between."""
-    with moe_ops.prepacking("auto"):
+    with moe_ops.set_packing_policy("auto"):
         bank, call = make(), operands(tokens=40)
         unpacked = plain(bank, *call)
         halves = bank.gated and not bank.interleaved
@@ -304,7 +306,7 @@ def test_many_threads_and_a_bank_that_packs(small):
         def one(i: int) -> Tensor:
             with torch.no_grad():
                 if i % 25 == 0:
-                    bank.unpack()
+                    bank.unpack_weights()
                 return bank(*call)
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -323,13 +325,13 @@ def test_weights_that_change_while_they_are_packed(monkeypatch):
         return packed
 
     monkeypatch.setattr(packing, "pack_experts", slow)
-    with moe_ops.prepacking("always"):
+    with moe_ops.set_packing_policy("always"):
         with torch.no_grad():
             got = bank(*call)
         assert_identical(got, plain(bank, *call))
         assert not is_packed(bank)
     with pytest.raises(RuntimeError, match="must not change while they are packed"):
-        bank.prepack()
+        bank.pack_weights()
     assert not is_packed(bank)
 
 
@@ -347,7 +349,7 @@ def test_other_threads_do_not_wait_for_packing(monkeypatch):
             return bank(*call)
 
     monkeypatch.setattr(packing, "pack_experts", slow)
-    with moe_ops.prepacking("always"):
+    with moe_ops.set_packing_policy("always"):
         inference()
     assert len(results) == 2
     for y in results:

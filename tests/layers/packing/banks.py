@@ -52,4 +52,4 @@ def assert_right(bank: Experts, call: tuple[Tensor, ...] | None = None) -> None:
 
 
 def is_packed(bank: nn.Module) -> bool:
-    return moe_ops.packed_bytes(bank) > 0
+    return moe_ops.packed_weight_bytes(bank) > 0
