@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bench.harness.dev import moe_ops_dev
+from tests.helpers.moe import build_router
 from torch import Tensor, nn
 
 import moe_ops
@@ -137,7 +138,7 @@ def hash_of_layer(text: str) -> str:
     dtype, h, i = DTYPES[case["dtype"]], case["hidden"], case["inner"]
     x = torch.randn(case["tokens"], h).to(dtype)
     results, kind = Results(), case["layer"]
-    router = layers.Router(h, 8, 3, **ROUTERS[case.get("router", "softmax")])
+    router = build_router(h, 8, 3, **ROUTERS[case.get("router", "softmax")])
     if kind in ("softmax", "stick_breaking"):
         attention = layers.AttentionExperts(router, 2, i // 2, kind=kind).to(dtype)
         trained(results, attention, x[None])

@@ -146,7 +146,7 @@ def test_there_are_no_circles():
         ("from . import moe", {"moe_ops.layers.moe"}),
         ("from .moe import MoE", {"moe_ops.layers.moe"}),
         ("from ..ops import topk_router", {"moe_ops.ops.topk_router"}),
-        ("from moe_ops.numerics import is_batch_invariant", {"moe_ops.numerics"}),
+        ("from moe_ops.numerics import is_batch_invariant_enabled", {"moe_ops.numerics"}),
         ("def f():\n    from .moe import MoE", {"moe_ops.layers.moe"}),
         ("if TYPE_CHECKING:\n    from .moe import MoE", {"moe_ops.layers.moe"}),
         ("import torch\nfrom torch import nn", set()),

@@ -61,7 +61,7 @@ FAMILY = {
 TOOLS = {
     "__version__",
     "batch_invariant",
-    "is_batch_invariant",
+    "is_batch_invariant_enabled",
     "packed_weight_bytes",
     "pack_weights",
     "set_packing_policy",

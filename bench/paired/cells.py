@@ -113,7 +113,7 @@ def attention(kind: str, head_size: int, grad: bool) -> Job:
 
 
 def layer_training() -> Job:
-    layer = layers.MoE(layers.Router(64, 4, 2), layers.Experts(4, 64, 128))
+    layer = layers.MoE(layers.TopKRouter(64, 4, 2), layers.Experts(4, 64, 128))
     x = torch.randn(64, 64)
     return lambda: layer(x).sum().backward()
 

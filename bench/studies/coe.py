@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.layers import Experts, Router, SharedExperts, load_balancing_loss
+from moe_ops.layers import Experts, SharedExperts, TopKRouter, load_balancing_loss
 from moe_ops.zoo.coe import ChainOfExperts, CoE, CoEConfig
 from moe_ops.zoo.lm.blocks import Step
 
@@ -148,7 +148,10 @@ class Chain(nn.Module):
         self.norms = nn.ModuleList(nn.RMSNorm(hidden) for _ in range(layers))
         self.layers = nn.ModuleList(
             ChainOfExperts(
-                [Router(hidden, task.num_experts, top_k, renormalize=False) for _ in range(gates)],
+                [
+                    TopKRouter(hidden, task.num_experts, top_k, renormalize=False)
+                    for _ in range(gates)
+                ],
                 Experts(task.num_experts, hidden, task.intermediate_size),
                 SharedExperts(hidden, task.intermediate_size),
                 iterations,

@@ -1,5 +1,5 @@
 """What fp8 products cost in training: the demo's language model, wider, from one start and on one
-text with the products of its experts in float32, bfloat16 and fp8 (`Experts.precision`).
+text with the products of its experts in float32, bfloat16 and fp8 (`Experts.fp8_training`).
 
     python -m bench.studies.fp8_training --steps 300 --seeds 2
 
@@ -52,7 +52,7 @@ def train(config: TrainConfig, corpus: data.Corpus, precision: str) -> tuple[flo
     trainer = Trainer(config, corpus)
     for module in trainer.model.modules():
         if isinstance(module, Experts):
-            module.precision = "fp8" if precision == "fp8" else None
+            module.fp8_training = precision == "fp8"
     while not trainer.finished:
         with autocast(precision):  # A new one each time: it keeps casts of weights until it ends.
             result = trainer.train_step()

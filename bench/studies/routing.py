@@ -25,9 +25,9 @@ from moe_ops.layers import (
     Experts,
     MixtureOfDepths,
     MoE,
-    Router,
     SharedExperts,
     SoftMoE,
+    TopKRouter,
     load_balancing_loss,
     update_expert_bias,
 )
@@ -81,7 +81,7 @@ class Mixed(Llama):
 def routed(experts: int, top_k: int, gradient: str = "topk", **router: Any) -> MoE:
     """Experts of which a token uses as many neurons as the dense network has."""
     bank = Experts(experts, H, WIDTH // top_k)
-    return MoE(Router(H, experts, top_k, **router), bank, router_gradient=gradient)
+    return MoE(TopKRouter(H, experts, top_k, **router), bank, router_gradient=gradient)
 
 
 class Retrieval(SharedExperts):

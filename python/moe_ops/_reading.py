@@ -33,7 +33,7 @@ def open_regular(path: Path | str, reader: str) -> BinaryIO:
     the two.
 
     Args:
-        reader: starts the sentences: "RoutingTrace.load". With "" they have neither a start nor a
+        reader: starts the sentences: "ExpertTrace.load". With "" they have neither a start nor a
             full stop, for a caller that puts them into one of its own.
 
     Raises:

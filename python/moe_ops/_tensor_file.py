@@ -40,7 +40,7 @@ def write_tensors(
     """Writes a file that `read_tensors` of the same kind reads.
 
     Args:
-        kind: says what the file is: "moe_ops.RoutePredictor/2".
+        kind: says what the file is: "moe_ops.ExpertPredictor/2".
         tensors: by name, of the types of `DTYPES`.
         about: what else the file holds, as JSON can.
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from tests.helpers.ffn import gated_act_magnitude, moe_ffn_magnitude
 from tests.helpers.fp8 import check_grouped_gemm_fp8, check_moe_ffn_fp8
+from tests.helpers.moe import build_moe
 from tests.helpers.quantized import (
     check_grouped_gemm_quantized,
     moe_ffn_in_integers,
@@ -37,9 +38,9 @@ from moe_ops.layers import (
     Experts,
     GateRouter,
     KVCache,
-    MoE,
     QuantizedExperts,
     Router,
+    TopKRouter,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize, quantize_fp8_blocks
@@ -689,7 +690,7 @@ def run_all() -> None:
 
 
 def moe(dtype: torch.dtype, pack_weights: bool = False, **options: Any) -> torch.nn.Module:
-    layer = MoE.build(**{"hidden_size": 96, "num_experts": 8, "top_k": 2} | options)
+    layer = build_moe(**{"hidden_size": 96, "num_experts": 8, "top_k": 2} | options)
     layer = layer.to(dtype).eval()
     if pack_weights:
         layer.pack_weights()
@@ -702,7 +703,7 @@ def quantized_bank(dtype: torch.dtype, format: str, group: int | None = None) ->
     return layer
 
 
-def dense_bank(dtype: torch.dtype, **options: Any) -> Callable[[Tensor], Tensor]:
+def experts_from_dense(dtype: torch.dtype, **options: Any) -> Callable[[Tensor], Tensor]:
     bank = Experts(3, 96, 40, bias=True, **options).to(dtype)
     return lambda x: bank.mix(x, x[:, :3])
 
@@ -738,8 +739,8 @@ LAYERS: dict[str, Callable[[torch.dtype], Callable[[Tensor], Tensor]]] = {
     "packed": functools.partial(moe, intermediate_size=160, pack_weights=True),
     "int8": functools.partial(quantized_bank, format="int8"),
     "int4": functools.partial(quantized_bank, format="int4", group=32),
-    "dense": functools.partial(dense_bank, activation="relu"),
-    "dense-gated": functools.partial(dense_bank, activation="swiglu"),
+    "dense": functools.partial(experts_from_dense, activation="relu"),
+    "dense-gated": functools.partial(experts_from_dense, activation="swiglu"),
     "mlp-gate": lambda dtype: gate_router(GateRouter(96, 8, 2, gate="mlp", gate_size=24), dtype),
     "cosine-gate": lambda dtype: gate_router(
         GateRouter(96, 8, 2, gate="cosine", gate_size=24), dtype
@@ -755,7 +756,7 @@ def gate_router(router: Router, dtype: torch.dtype) -> Callable[[Tensor], Any]:
 
 def two_products(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     bank = Experts(4, 96, 24, output_size=17, activation="gelu").to(dtype)
-    router = Router(96, 4, 2).to(dtype)
+    router = TopKRouter(96, 4, 2).to(dtype)
 
     def run(x: Tensor) -> Tensor:
         _, weights, ids = router(x)
@@ -795,7 +796,7 @@ def test_isa(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("kind", ["softmax", "stick_breaking"])
 def test_attention_layer_token_by_token(kind, dtype):
-    router = Router(96, 8, 2)
+    router = TopKRouter(96, 8, 2)
     layer = AttentionExperts(router, num_kv_heads=2, head_size=24, kind=kind, bias=True)
     layer = layer.to(dtype).eval()
     x = torch.randn(2, 90, 96).to(dtype)

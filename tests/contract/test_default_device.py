@@ -7,10 +7,11 @@ import contextlib
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import ExpertLoadStats, Experts, MoE
+from moe_ops.layers import ExpertLoadStats, Experts
 from moe_ops.zoo.home import layers as multitask
 
 
@@ -27,7 +28,7 @@ def other_defaults():
 
 @pytest.mark.parametrize("router", ["mixtral", "glm4_moe", "phimoe", "gpt_oss"])
 def test_layers(router):
-    layer = MoE.build(16, 8, 4, 2, router=router).eval()
+    layer = build_moe(16, 8, 4, 2, router=router).eval()
     x = torch.randn(3, 16)
     want = layer(x)
     with other_defaults():

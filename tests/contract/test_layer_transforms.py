@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -27,15 +28,15 @@ class Update(torch.nn.Module):
 
 MODULES = {
     "AttentionExperts": lambda: layers.AttentionExperts(
-        layers.Router(H, E, K, dtype=torch.float64), 2, 4, dtype=torch.float64
+        layers.TopKRouter(H, E, K, dtype=torch.float64), 2, 4, dtype=torch.float64
     ),
-    "ExpertNorm": lambda: layers.ExpertBatchNorm(E, H, dtype=torch.float64),
+    "ExpertBatchNorm": lambda: layers.ExpertBatchNorm(E, H, dtype=torch.float64),
     "Experts": lambda: layers.Experts(E, H, 3, bias=True, dtype=torch.float64),
     "Experts.outputs, gated": lambda: layers.Experts(E, H, 3, dtype=torch.float64),
     "Experts.outputs": lambda: layers.Experts(E, H, 3, activation="relu", dtype=torch.float64),
     "GateRouter": lambda: layers.GateRouter(H, E, K, gate_size=8, dtype=torch.float64),
-    "MoE": lambda: layers.MoE.build(H, 3, E, K, router="qwen2_moe", dtype=torch.float64),
-    "MoE of deepseek_v3": lambda: layers.MoE.build(
+    "MoE": lambda: build_moe(H, 3, E, K, router="qwen2_moe", dtype=torch.float64),
+    "MoE of deepseek_v3": lambda: build_moe(
         H,
         3,
         E,
@@ -48,7 +49,7 @@ MODULES = {
         dtype=torch.float64,
     ),
     "LatentProjection": lambda: layers.MoE(
-        layers.Router(H, E, K, dtype=torch.float64),
+        layers.TopKRouter(H, E, K, dtype=torch.float64),
         layers.Experts(E, 4, 3, dtype=torch.float64),
         latent=layers.LatentProjection(H, 4, norm=True, dtype=torch.float64),
     ),
@@ -61,21 +62,21 @@ MODULES = {
     ),
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "QuantizedLinear": lambda: torch.nn.Linear(64, 32),
-    "ResidualNorm": lambda: layers.AddRMSNorm(H, dtype=torch.float64),
-    "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
-    "SparseMixerRouter": lambda: layers.Router(
+    "AddRMSNorm": lambda: layers.AddRMSNorm(H, dtype=torch.float64),
+    "Router": lambda: layers.TopKRouter(H, E, K, dtype=torch.float64, logits_dtype=None),
+    "SparseMixerRouter": lambda: build_router(
         H, E, K, kind="sparsemixer", dtype=torch.float64, logits_dtype=None
     ),
     "TopPRouter": lambda: layers.TopPRouter(H, E, K, dtype=torch.float64, logits_dtype=None),
     "TopKRouter": lambda: layers.TopKRouter(H, E, K, renormalize=True, dtype=torch.float64),
     "ExpertChoiceRouter": lambda: layers.ExpertChoiceRouter(H, E, K, dtype=torch.float64),
-    "Capacity, CapacityRouter": lambda: layers.CapacityRouter(H, E, K, dtype=torch.float64),
+    "CapacityMixin, CapacityRouter": lambda: layers.CapacityRouter(H, E, K, dtype=torch.float64),
     "CapacityRouter": lambda: layers.CapacityRouter(
         H, E, K, eval_capacity_factor=0.5, dtype=torch.float64
     ),
     "ReLURouter": lambda: layers.ReLURouter(H, E, K, bias=True, dtype=torch.float64),
     "ZeroComputationExperts": lambda: layers.MoE(
-        layers.Router(H, E + 3, K, dtype=torch.float64),
+        layers.TopKRouter(H, E + 3, K, dtype=torch.float64),
         layers.ZeroComputationExperts(
             layers.Experts(E, H, 3, dtype=torch.float64),
             num_zero=1,
@@ -111,10 +112,13 @@ WITHOUT_GRADIENTS = {
     "PEEROutput",
     "Routing",
     "RoutingRecord",
-    "RoutingStats",
+    "ExpertLoadStats",
+    "ExpertsConfig",
+    "MoEConfig",
+    "RouterConfig",
     "SoftMoEOutput",
     "count_tokens_per_expert",
-    "forget_fp8_weights",
+    "clear_fp8_cache",
     "hash_table",
     "record_routing",
     "replay_routing",
@@ -143,9 +147,9 @@ def run(name: str, module, x: Tensor) -> Tensor:
         return module.outputs(x)
     if name in ("Experts", "QuantizedExperts"):
         return module(x, weights, ids() % E)
-    if name == "ExpertNorm":
+    if name == "ExpertBatchNorm":
         return module(x[:, None].expand(T, E, H))
-    if name == "ResidualNorm":
+    if name == "AddRMSNorm":
         return module(x, x * 0.5)[0]
     if name == "AttentionExperts":
         return module(x[None])
@@ -218,7 +222,7 @@ def test_adapters_have_no_transforms():
 
 
 def test_fp8_experts_have_no_transforms():
-    module = layers.Experts(E, H, 3, precision="fp8")
+    module = layers.Experts(E, H, 3, fp8_training=True)
     x = torch.randn(T, H)
     with refused("fp8_ffn", "torch.func's transforms are not implemented"):
         grad(lambda t: run("Experts", module, t).sum())(x)

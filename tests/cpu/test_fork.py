@@ -113,7 +113,7 @@ def test_workers_of_a_data_loader():
         from torch.utils.data import DataLoader
 
         torch.manual_seed(0)
-        layer = layers.MoE(layers.Router(64, 4, 2), layers.Experts(4, 64, 128))
+        layer = layers.MoE(layers.TopKRouter(64, 4, 2), layers.Experts(4, 64, 128))
         data = torch.randn(64, 8, 64)
         want = layer(data[:8]).detach()  # before the fork
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 import sys
 
 import torch
+from tests.helpers.moe import build_moe
 from tests.helpers.simulator import use_simulator
-
-from moe_ops.layers import MoE
 
 
 def run(build, state, x, grad):
-    layer = MoE.build(**build).to(x.dtype)
+    layer = build_moe(**build).to(x.dtype)
     layer.load_state_dict(state)
     x.requires_grad_()
     out = layer(x, return_routing=True)

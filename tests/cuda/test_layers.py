@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from tests.helpers.simulator import run_script
 
-from moe_ops.layers import MoE
 from moe_ops.testing import eps, short
 
 
@@ -23,7 +23,7 @@ def test_moe_layer_equals_the_cpu_backend(tmp_path, dtype, router):
     }
     call = {
         "build": build,
-        "state": {k: v.to(dtype) for k, v in MoE.build(**build).state_dict().items()},
+        "state": {k: v.to(dtype) for k, v in build_moe(**build).state_dict().items()},
         "x": torch.randn(2, 19, 24).to(dtype),
         "grad": torch.randn(2, 19, 24).to(dtype),
     }

@@ -7,10 +7,11 @@ import copy
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch import Tensor, nn
 
 import moe_ops
-from moe_ops.layers import Experts, GateRouter, MoE
+from moe_ops.layers import Experts, GateRouter
 from moe_ops.testing import assert_identical
 
 TOKENS = 65
@@ -18,7 +19,7 @@ TOKENS = 65
 
 def moe(**options: object) -> nn.Module:
     sizes = {"hidden_size": 64, "intermediate_size": 48, "num_experts": 8, "top_k": 2}
-    return MoE.build(**sizes | options)
+    return build_moe(**sizes | options)
 
 
 LAYERS = {

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import Experts, MoE, Router
+from moe_ops.layers import Experts, MoE, TopKRouter
 
 from .calls import CASES, IDS, Step, call_of
 
@@ -19,7 +19,7 @@ from .calls import CASES, IDS, Step, call_of
 def layer_and_input(dtype: torch.dtype = torch.float32) -> tuple[MoE, torch.Tensor]:
     with torch.device("cpu"):
         torch.manual_seed(6)
-        layer = MoE(Router(32, 4, top_k=2), Experts(4, 32, 48))
+        layer = MoE(TopKRouter(32, 4, top_k=2), Experts(4, 32, 48))
         return layer.to(dtype), torch.randn(9, 32, dtype=dtype)
 
 

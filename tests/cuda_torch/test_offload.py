@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 
-from moe_ops.layers import MoE
 from moe_ops.offload import BeladyPolicy, offload_experts, record_expert_trace
 
 
@@ -14,7 +14,7 @@ class Layers(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         with torch.device("cpu"):
-            self.layers = torch.nn.ModuleList(MoE.build(16, 8, 6, 2) for _ in range(2))
+            self.layers = torch.nn.ModuleList(build_moe(16, 8, 6, 2) for _ in range(2))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

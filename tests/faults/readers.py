@@ -183,7 +183,7 @@ def _read_offloaded(folder: Path, kind: Any) -> Any:
 
 def _make_pruned(folder: Path) -> Any:
     kind = _zoo(folder)
-    from moe_ops.surgery.find_routed_layers import find_routed_layers
+    from moe_ops.surgery.routed_layers import find_routed_layers
 
     names = [
         layer.name for layer in find_routed_layers(kind.from_pretrained(folder), caller="test")
@@ -375,11 +375,11 @@ def _demo_errors() -> tuple[type[Exception], ...]:
 
 READERS = [
     Reader(
-        "RoutePredictor", _make_predictor,
+        "ExpertPredictor", _make_predictor,
         lambda folder, _: ExpertPredictor.load(folder / "it").state_dict(),
         protected=True, sealed=True,
     ),
-    Reader("RoutingTrace", _make_trace, _read_trace, protected=True),
+    Reader("ExpertTrace", _make_trace, _read_trace, protected=True),
     Reader("FileStore", _make_store, _read_store, protected=True),
     Reader("state", _make_state, _read_state, protected=True, sealed=True),
     Reader("resume", _make_resume, _read_resume, protected=True, sealed=True, missing=True),
@@ -407,7 +407,10 @@ READERS = [
     Reader("load_experts, index", _make_experts_indexed, _read_experts, needs=("safetensors",)),
     Reader("plan", _make_shape, _read_shape),
     Reader("Profile", _make_profile, _read_profile, protected=True, needs=("safetensors",)),
-    Reader("TaskPatterns", _make_patterns, _read_patterns, protected=True, needs=("safetensors",)),
+    Reader(
+        "TaskRoutingPatterns", _make_patterns, _read_patterns, protected=True,
+        needs=("safetensors",),
+    ),
     Reader(
         "demo", _make_demo, _read_demo, errors=_demo_errors(), protected=True,
         needs=("safetensors",),

@@ -46,7 +46,7 @@ def readers_of(names: tuple[str, ...]) -> list[readers.Reader]:
 
 @pytest.mark.parametrize(
     "reader",
-    readers_of(("RoutePredictor", "RoutingTrace", "FileStore", "state", "resume", "plan")),
+    readers_of(("ExpertPredictor", "ExpertTrace", "FileStore", "state", "resume", "plan")),
     ids=lambda reader: reader.name,
 )
 @pytest.mark.parametrize("kind", ["named pipe", "folder", "device"])
@@ -100,7 +100,9 @@ def test_every_flipped_bit_of_a_predictor_is_noticed(tmp_path, seed):
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"^RoutePredictor.load: .*it must match its checksum"):
+        with pytest.raises(
+            ValueError, match=r"^ExpertPredictor.load: .*it must match its checksum"
+        ):
             ExpertPredictor.load(path)
 
 
@@ -114,7 +116,9 @@ def test_predictor_refuses_pickles_and_sizes_that_its_weights_do_not_have(tmp_pa
         kept, predictor.config = predictor.config, changed
         predictor.save(tmp_path / "it")
         predictor.config = kept
-        with pytest.raises(ValueError, match=r"^RoutePredictor.load: .* must be .*, got") as caught:
+        with pytest.raises(
+            ValueError, match=r"^ExpertPredictor.load: .* must be .*, got"
+        ) as caught:
             ExpertPredictor.load(tmp_path / "it")
         assert str(tmp_path / "it") in str(caught.value) or name in str(caught.value)
 
@@ -134,7 +138,7 @@ def test_trace_does_not_believe_sizes(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         for name, part in parts.items():
             archive.writestr(name, part)
-    with pytest.raises(ValueError, match=r"^RoutingTrace.load: .* must be a saved trace, got"):
+    with pytest.raises(ValueError, match=r"^ExpertTrace.load: .* must be a saved trace, got"):
         ExpertTrace.load(path)
     np.savez(path, ids=np.zeros((1, 1, 1)))
     with pytest.raises(ValueError, match="got something else: it holds no tokens"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe import build_router
 
 from moe_ops import hf
-from moe_ops.layers import Experts, LatentProjection, MoE, Router, SharedExperts
+from moe_ops.layers import Experts, LatentProjection, MoE, SharedExperts
 
 nemotron = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
 H, L, I, E, K = 16, 8, 6, 4, 2
@@ -33,7 +34,7 @@ def test_nemotron_h_layer():
     theirs.gate.e_score_correction_bias.uniform_(-0.1, 0.1)
     options = {"renormalize": True, "routed_scaling_factor": 2.5}
     ours = MoE(
-        Router(H, E, K, score_func="sigmoid", expert_bias=True, **options),
+        build_router(H, E, K, score_func="sigmoid", expert_bias=True, **options),
         Experts(E, L, I, activation="relu2"),
         SharedExperts(H, I, activation="relu2"),
         latent=LatentProjection(H, L),

@@ -74,7 +74,7 @@ def test_blocks_compute_what_they_did(model_type, format, group_size):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_recorded_outputs_are_the_blocks(model_type):
-    """What `record_baseline` says a bank gave is what the model adds up: quantised exactly."""
+    """What `collect_calibration` says a bank gave is what the model adds up: quantised exactly."""
     model = make(model_type)
     ids = tokens()
     want = logits(model, ids)

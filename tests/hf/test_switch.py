@@ -1,4 +1,4 @@
-"""enable, disable, status and expect_calls; importing without transformers."""
+"""enable, disable, status and assert_used; importing without transformers."""
 
 from __future__ import annotations
 

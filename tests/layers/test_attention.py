@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.moe import build_router
 
 from moe_ops import reference
-from moe_ops.layers import AttentionExperts, KVCache, Router, load_balancing_loss
+from moe_ops.layers import AttentionExperts, KVCache, TopKRouter, load_balancing_loss
 
 B, S, H, E, K, N, D = 2, 9, 12, 5, 2, 3, 4
 
@@ -24,7 +25,7 @@ OPTIONS = {
 
 
 def build(name="jetmoe", **changes):
-    router = Router.like("jetmoe", H, E, K, dtype=torch.float64)
+    router = build_router(H, E, K, topk_first=True, dtype=torch.float64)
     layer = AttentionExperts(router, N, D, dtype=torch.float64, **{**OPTIONS[name], **changes})
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -129,7 +130,7 @@ def test_positions_of_ones_own():
 
 
 def test_one_expert_is_plain_attention():
-    router = Router(H, 1, 1, dtype=torch.float64)
+    router = TopKRouter(H, 1, 1, dtype=torch.float64)
     layer = AttentionExperts(router, N, D, dtype=torch.float64)
     x = torch.randn(B, S, H, dtype=torch.float64)
     q, (k, v) = F.linear(x, layer.w_query[0]), layer.kv_proj(x).chunk(2, -1)
@@ -227,7 +228,7 @@ def test_state_dict_round_trip():
 def test_bad_arguments(changes, word):
     arguments = {"num_kv_heads": N, "head_size": D, **changes}
     with pytest.raises(ValueError, match=f"AttentionExperts: .*{word}"):
-        AttentionExperts(Router(H, E, K), **arguments)
+        AttentionExperts(TopKRouter(H, E, K), **arguments)
 
 
 def test_bad_calls():

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 
 from moe_ops.layers import (
     CapacityMixin,
     CapacityRouter,
-    MoE,
-    Router,
     SparseMixerRouter,
+    TopKRouter,
     TopPRouter,
     drop_over_capacity,
 )
@@ -70,8 +70,8 @@ def test_bad_calls():
 @pytest.mark.parametrize("factor", [0.3, 0.75, 1.0, 4.0])
 def test_router_drops_what_is_over_its_share(factor):
     router = CapacityRouter(H, E, K, capacity_factor=factor, renormalize=True, dtype=torch.float64)
-    assert type(Router(H, E, K, kind="capacity")) is CapacityRouter
-    plain = Router(H, E, K, renormalize=True, dtype=torch.float64)
+    assert type(build_router(H, E, K, kind="capacity")) is CapacityRouter
+    plain = TopKRouter(H, E, K, renormalize=True, dtype=torch.float64)
     plain.load_state_dict(router.state_dict())
     x = torch.randn(T, H, dtype=torch.float64)
     _, weights, ids = router(x)
@@ -105,7 +105,7 @@ def test_any_router_can_have_a_capacity():
 
 
 def test_in_a_layer():
-    moe = MoE.build(H, I, E, K, kind="capacity", capacity_factor=0.5, dtype=torch.float64)
+    moe = build_moe(H, I, E, K, kind="capacity", capacity_factor=0.5, dtype=torch.float64)
     x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
     out = moe(x, return_routing=True)
     dropped = (out.topk_ids < 0).all(1)

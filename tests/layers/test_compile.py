@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from torch import Tensor, nn
 
 from moe_ops.layers import (
     AttentionExperts,
     ExpertLoadStats,
-    MoE,
-    Router,
+    TopKRouter,
     load_balancing_loss,
     mutual_information_loss,
     router_z_loss,
@@ -47,7 +47,7 @@ def compiled(fn):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_moe_forward_and_backward(name):
-    moe = MoE.build(H, I, E, K, freeze_routing_in_recompute=True, **CONFIGS[name])
+    moe = build_moe(H, I, E, K, freeze_routing_in_recompute=True, **CONFIGS[name])
     if name == "phimoe":
         moe.eval()  # training draws random numbers
     x = torch.randn(B, S, H, requires_grad=True)
@@ -74,8 +74,10 @@ def test_generated_code_calls_the_ops(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     layer = nn.ModuleDict(
         {
-            "attention": AttentionExperts(Router.like("jetmoe", H, E, K), 2, 4, rope_theta=1e4),
-            "moe": MoE.build(H, I, E, K, router="mixtral"),
+            "attention": AttentionExperts(
+                build_router(H, E, K, topk_first=True), 2, 4, rope_theta=1e4
+            ),
+            "moe": build_moe(H, I, E, K, router="mixtral"),
         }
     )
     x = torch.randn(B, S, H, requires_grad=True)
@@ -95,13 +97,13 @@ def test_generated_code_calls_the_ops(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["phimoe", "mixtral"])
 def test_training_with_random_numbers(name):
-    moe = MoE.build(H, I, E, K, jitter=0.1, **CONFIGS[name])
+    moe = build_moe(H, I, E, K, jitter=0.1, **CONFIGS[name])
     compiled(moe)(torch.randn(B, S, H)).sum().backward()
     assert moe.router.weight.grad is not None
 
 
 def test_overrides_and_masks():
-    moe = MoE.build(H, I, E, K, router="deepseek_v3", num_groups=4, num_topk_groups=2)
+    moe = build_moe(H, I, E, K, router="deepseek_v3", num_groups=4, num_topk_groups=2)
     x, ids = torch.randn(B, S, H), torch.randint(E, (B, S, 3))
     mask = torch.arange(E) < 6
     weights = torch.rand(B, S, 3)
@@ -116,7 +118,7 @@ def test_overrides_and_masks():
 
 
 def test_dynamic_number_of_tokens():
-    moe = MoE.build(H, I, E, K, router="qwen2_moe", num_shared_experts=1)
+    moe = build_moe(H, I, E, K, router="qwen2_moe", num_shared_experts=1)
     fast = torch.compile(moe, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (3, 7, 12):
         x = torch.randn(tokens, H)
@@ -126,10 +128,10 @@ def test_dynamic_number_of_tokens():
 @pytest.mark.parametrize("name", ["attention", "soft attention", "capacity"])
 def test_exports_with_a_dynamic_number_of_tokens(name):
     if name == "capacity":
-        layer = MoE.build(H, I, E, K, kind="capacity", eval_capacity_factor=1.0).eval()
+        layer = build_moe(H, I, E, K, kind="capacity", eval_capacity_factor=1.0).eval()
     else:
         soft = name == "soft attention"
-        layer = AttentionExperts(Router(H, E, K), 2, 4, soft_routing=soft, expert_kv=soft)
+        layer = AttentionExperts(TopKRouter(H, E, K), 2, 4, soft_routing=soft, expert_kv=soft)
     tokens = {1: torch.export.Dim("tokens", min=2, max=64)}
     program = torch.export.export(layer, (torch.randn(1, 5, H),), dynamic_shapes=(tokens,))
     x = torch.randn(1, 9, H)
@@ -157,7 +159,7 @@ def test_losses(masked):
 
 
 def test_stats_take_ids_of_a_compiled_layer():
-    moe = MoE.build(H, I, E, K)
+    moe = build_moe(H, I, E, K)
     stats = ExpertLoadStats()
     stats.update(compiled(moe)(torch.randn(B, S, H), return_routing=True).topk_ids, E)
     assert stats.tokens_per_expert().sum() == B * S * K

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops.layers import Experts, LatentProjection, MoE, Router, dense_gradient
+from moe_ops.layers import Experts, LatentProjection, MoE, TopKRouter, dense_gradient
 from moe_ops.reference._scores import router_scores
 
 T, H, I, E, K = 11, 6, 5, 5, 2
@@ -24,7 +25,7 @@ ROUTERS = {
 
 
 def make(name: str, **options) -> MoE:
-    router = Router(H, E, K, dtype=torch.float64, **ROUTERS[name])
+    router = build_router(H, E, K, dtype=torch.float64, **ROUTERS[name])
     if router.expert_bias is not None:
         router.expert_bias.uniform_(-0.2, 0.2)
     return MoE(router, Experts(E, H, I, bias=True, dtype=torch.float64), **options)
@@ -93,7 +94,7 @@ def test_only_the_weights_of_slots_are_differentiated(monkeypatch):
 
 def test_with_a_latent_width_recomputation_and_autocast():
     moe = MoE(
-        Router(H, E, K, renormalize=True),
+        TopKRouter(H, E, K, renormalize=True),
         Experts(E, 4, I),
         latent=LatentProjection(H, 4),
         router_gradient="dense",
@@ -119,7 +120,7 @@ def test_no_tokens_and_no_gradient():
     moe(x).sum().backward()
     assert moe.router.weight.grad is None or not moe.router.weight.grad.any()
     assert (
-        MoE.build(H, I, E, K, router_gradient="dense").select([0, 1, 2]).router_gradient == "dense"
+        build_moe(H, I, E, K, router_gradient="dense").select([0, 1, 2]).router_gradient == "dense"
     )
 
 
@@ -133,5 +134,5 @@ def test_no_tokens_and_no_gradient():
 )
 def test_bad_input(options, words):
     with pytest.raises(ValueError) as caught:
-        MoE.build(H, I, E, K, **options)
+        build_moe(H, I, E, K, **options)
     assert words in str(caught.value) and ", got " in str(caught.value)

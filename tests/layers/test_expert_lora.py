@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import ExpertLoRA, Experts, MoE, Router
+from moe_ops.layers import ExpertLoRA, Experts, MoE, TopKRouter
 from moe_ops.layers.expert_lora import FACTORS
 
 E, H, I, K, T, R, M = 5, 16, 12, 2, 11, 3, 3
@@ -138,7 +138,7 @@ def test_made_again_and_compiled(how):
 
 
 def test_in_a_layer():
-    layer = MoE(Router(H, E, K), Experts(E, H, I))
+    layer = MoE(TopKRouter(H, E, K), Experts(E, H, I))
     x = torch.randn(2, 3, H)
     before = layer(x)
     layer.experts = ExpertLoRA(layer.experts, R)
@@ -182,5 +182,5 @@ def test_what_is_refused():
         ExpertLoRA(layer.experts, 0)
     with pytest.raises(ValueError, match="got 'w_down'"):
         ExpertLoRA(layer.experts, 1, shared=["w_down"])
-    with pytest.raises(ValueError, match="no precision"):
-        ExpertLoRA(Experts(E, H, I, precision="fp8"), 1)
+    with pytest.raises(ValueError, match="fp8_training"):
+        ExpertLoRA(Experts(E, H, I, fp8_training=True), 1)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from tests.helpers.ffn import ffn_operands
 from tests.helpers.fp8 import fp8_ffn_steps
+from tests.helpers.moe import build_moe
 from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import Experts, MoE, QuantizedExperts, clear_fp8_cache, fp8_ffn
+from moe_ops.layers import Experts, QuantizedExperts, clear_fp8_cache, fp8_ffn
 from moe_ops.layers.fp8 import fp8_weight
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import assert_identical, eps, short, widened
@@ -310,7 +311,7 @@ def test_weights_that_are_not_finite():
 def test_experts():
     torch.manual_seed(0)
     plain = Experts(4, 40, 24, bias=True)
-    experts = Experts(4, 40, 24, bias=True, precision="fp8")
+    experts = Experts(4, 40, 24, bias=True, fp8_training=True)
     experts.load_state_dict(plain.state_dict())
     x, weights = torch.randn(30, 40), torch.rand(30, 2)
     ids = torch.randint(0, 4, (30, 2))
@@ -331,27 +332,26 @@ def test_experts():
         assert relative(experts.eval()(x, weights, ids), plain(x, weights, ids)) < 0.12
     half = experts(x.bfloat16(), weights, ids)
     assert half.dtype == torch.bfloat16
-    experts.precision = None
+    experts.fp8_training = False
     assert_identical(experts(x, weights, ids), plain(x, weights, ids))
 
 
 def test_precision_goes_along():
-    experts = Experts(4, 40, 24, precision="fp8")
-    assert "precision='fp8'" in repr(experts)
-    assert experts.select([1, 2]).precision == "fp8"
-    assert copy.deepcopy(experts).precision == "fp8"
+    experts = Experts(4, 40, 24, fp8_training=True)
+    assert "fp8_training=True" in repr(experts)
+    assert experts.select([1, 2]).fp8_training
+    assert copy.deepcopy(experts).fp8_training
     with pytest.raises(ValueError, match="pack_weights"):
         experts.pack_weights()
     quantised = QuantizedExperts.from_experts(experts, "int8")
-    assert quantised.dequantize().precision is None
-    assert MoE.build(40, 24, 4, 2, precision="fp8").experts.precision == "fp8"
+    assert quantised.dequantize().fp8_training is False
+    assert build_moe(40, 24, 4, 2, fp8_training=True).experts.fp8_training
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"precision": "int8"}, "precision must be None or 'fp8', got 'int8'"),
-        ({"precision": "fp8", "output_size": 8}, "output_size must be 40"),
+        ({"fp8_training": True, "output_size": 8}, "output_size must be 40"),
     ],
 )
 def test_bad_precision(arguments, words):
@@ -363,21 +363,21 @@ def test_a_layer_learns():
     """A regression to another layer's output: the loss falls as with products of the parameters'
     dtype."""
     torch.manual_seed(0)
-    teacher = MoE.build(32, 48, 4, 2)
+    teacher = build_moe(32, 48, 4, 2)
     x = torch.randn(256, 32)
     with torch.no_grad():
         target = teacher(x)
     losses = {}
-    for precision in (None, "fp8"):
+    for fp8 in (False, True):
         torch.manual_seed(1)
-        student = MoE.build(32, 48, 4, 2, precision=precision)
+        student = build_moe(32, 48, 4, 2, fp8_training=fp8)
         optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0)
         for _ in range(60):
             optimizer.zero_grad()
             loss = (student(x) - target).square().mean()
             loss.backward()
             optimizer.step()
-        losses[precision] = loss.item()
+        losses[fp8] = loss.item()
     start = float(target.square().mean())
-    assert losses[None] < 0.5 * start
-    assert losses["fp8"] < 1.1 * losses[None]
+    assert losses[False] < 0.5 * start
+    assert losses[True] < 1.1 * losses[False]

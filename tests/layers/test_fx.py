@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.contract.test_layer_transforms import MODULES, input_of, module_of, run
+from tests.helpers.moe import build_moe
 from torch import Tensor, fx, nn
-
-from moe_ops import layers
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith("Experts.outputs")])
@@ -32,7 +31,7 @@ def test_what_a_layer_returns_can_be_taken_apart():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.moe = layers.MoE.build(8, 6, 4, 2, aux_losses=["load_balancing"])
+            self.moe = build_moe(8, 6, 4, 2, aux_losses=["load_balancing"])
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             out = self.moe(x, return_routing=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, Router
+from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, TopKRouter
 
 T, H, G, E, K = 40, 10, 6, 7, 3
 GATES = {"linear": None, "mlp": G, "cosine": G}
@@ -51,7 +51,7 @@ def test_equals_its_formula(gate):
 
 def test_linear_is_router():
     router = build("linear")
-    plain = Router(H, E, K, dtype=torch.float64)
+    plain = TopKRouter(H, E, K, dtype=torch.float64)
     plain.load_state_dict(router.state_dict())
     x = torch.randn(T, H, dtype=torch.float64)
     assert torch.equal(router(x).topk_weights, plain(x).topk_weights)

@@ -6,15 +6,16 @@ import copy
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 
-from moe_ops.layers import HashRouter, MoE, Router, hash_table
+from moe_ops.layers import HashRouter, MoE, hash_table
 from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, I, E, K, V = 12, 6, 5, 8, 2, 30
 
 
 def layer(score_func: str, **options) -> MoE:
-    moe = MoE.build(H, I, E, K, dtype=torch.float64)
+    moe = build_moe(H, I, E, K, dtype=torch.float64)
     moe.router = HashRouter(
         H, E, K, vocab_size=V, score_func=score_func, dtype=torch.float64, **options
     )
@@ -73,7 +74,7 @@ def test_uniform_weights_leave_the_linear_map_alone():
 
 
 def test_the_table_is_saved():
-    router = Router(H, E, K, kind="hash", vocab_size=V)
+    router = build_router(H, E, K, kind="hash", vocab_size=V)
     assert type(router) is HashRouter
     other = HashRouter(H, E, K, vocab_size=V)
     other.load_state_dict(router.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from torch import Tensor, nn
 
 from moe_ops import layers
@@ -19,14 +20,14 @@ class Block(nn.Module):
 
 
 def router(**options) -> layers.Router:
-    return layers.Router(H, E, K, logits_dtype=None, **WHERE, **options)
+    return build_router(H, E, K, logits_dtype=None, **WHERE, **options)
 
 
 LAYERS = {
-    "MoE": lambda: layers.MoE.build(
+    "MoE": lambda: build_moe(
         H, 6, E, K, router="qwen2_moe", num_shared_experts=1, shared_expert_gate=True, **WHERE
     ),
-    "MoE of a latent width": lambda: layers.MoE.build(
+    "MoE of a latent width": lambda: build_moe(
         H, 6, E, K, latent_size=4, latent_norm=True, **WHERE
     ),
     "SharedExperts": lambda: layers.SharedExperts(H, 6, **WHERE),

@@ -7,17 +7,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.moe import build_moe
 from torch import Tensor
 
 from moe_ops import surgery
-from moe_ops.layers import Experts, LatentProjection, MoE, Router, SharedExperts
+from moe_ops.layers import Experts, LatentProjection, MoE, SharedExperts, TopKRouter
 
 T, H, L, I, E, K = 9, 12, 6, 5, 4, 2
 
 
 def make(norm: bool, bias: bool = False) -> MoE:
     return MoE(
-        Router(H, E, K, renormalize=True, dtype=torch.float64),
+        TopKRouter(H, E, K, renormalize=True, dtype=torch.float64),
         Experts(E, L, I, activation="relu2", dtype=torch.float64),
         SharedExperts(H, I, activation="relu2", dtype=torch.float64),
         latent=LatentProjection(H, L, norm=norm, bias=bias, dtype=torch.float64),
@@ -57,7 +58,7 @@ def test_output_and_gradients_are_those_of_the_definition(norm, bias):
 
 
 def test_from_sizes():
-    moe = MoE.build(H, I, E, K, num_shared_experts=1, latent_size=L, latent_norm=True)
+    moe = build_moe(H, I, E, K, num_shared_experts=1, latent_size=L, latent_norm=True)
     assert moe.experts.w_gate_up.shape == (E, 2 * I, L) and moe.router.weight.shape == (E, H)
     assert moe.shared_experts.w_gate_up.shape == (2 * I, H)
     x = torch.randn(2, 3, H)
@@ -91,9 +92,15 @@ def test_operations_on_experts_keep_the_projection():
     ("call", "words"),
     [
         (lambda: LatentProjection(H, 0), "latent_size"),
-        (lambda: MoE(Router(H, E, K), Experts(E, L, I), latent=LatentProjection(H, 5)), "latent"),
-        (lambda: MoE(Router(L, E, K), Experts(E, L, I), latent=LatentProjection(H, L)), "latent"),
-        (lambda: MoE.build(H, I, E, K, latent_norm=True), "latent_norm"),
+        (
+            lambda: MoE(TopKRouter(H, E, K), Experts(E, L, I), latent=LatentProjection(H, 5)),
+            "latent",
+        ),
+        (
+            lambda: MoE(TopKRouter(L, E, K), Experts(E, L, I), latent=LatentProjection(H, L)),
+            "latent",
+        ),
+        (lambda: build_moe(H, I, E, K, latent_norm=True), "latent_norm"),
     ],
 )
 def test_bad_input(call, words):

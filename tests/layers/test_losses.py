@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch import Tensor
 
 from moe_ops.layers import (
-    MoE,
     concentration_loss,
     count_tokens_per_expert,
     device_balance_loss,
@@ -252,7 +252,7 @@ def test_update_expert_bias_of_a_tensor():
 
 
 def test_update_expert_bias_accumulates_over_forwards():
-    moe = MoE.build(8, 4, E, 2, router="deepseek_v3", num_groups=2, num_topk_groups=2)
+    moe = build_moe(8, 4, E, 2, router="deepseek_v3", num_groups=2, num_topk_groups=2)
     counts = torch.zeros(E, dtype=torch.int64)
     for _ in range(3):
         counts += count_tokens_per_expert(moe(torch.randn(5, 8), return_routing=True).topk_ids, E)
@@ -266,7 +266,7 @@ def test_update_expert_bias_accumulates_over_forwards():
 
 
 def test_loss_free_updates_balance_a_skewed_router():
-    moe = MoE.build(8, 4, E, 2, score_func="sigmoid", expert_bias=True)
+    moe = build_moe(8, 4, E, 2, score_func="sigmoid", expert_bias=True)
     x = torch.randn(64, 8) + 1.0  # a common direction makes some experts everyone's favourite
 
     def violation() -> float:
@@ -299,7 +299,7 @@ def test_loss_free_updates_balance_a_skewed_router():
         ),
         (lambda: device_balance_loss(torch.randn(3, E), torch.zeros(3, 1), 3), "num_groups"),
         (lambda: update_expert_bias(torch.zeros(3)), "tokens_per_expert"),
-        (lambda: update_expert_bias(MoE.build(4, 4, 2, 1)), "expert_bias"),
+        (lambda: update_expert_bias(build_moe(4, 4, 2, 1)), "expert_bias"),
     ],
 )
 def test_bad_input(call, word):

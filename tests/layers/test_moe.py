@@ -6,14 +6,15 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.moe import build_moe
 from torch import Tensor
 
 from moe_ops.layers import (
     Experts,
     MoE,
     MoEOutput,
-    Router,
     SharedExperts,
+    TopKRouter,
     load_balancing_loss,
     router_z_loss,
 )
@@ -46,7 +47,7 @@ CONFIGS = {
 
 def build(name: str, **changes) -> MoE:
     kwargs = {"dtype": torch.float64, "logits_dtype": None, **CONFIGS[name], **changes}
-    moe = MoE.build(H, I, E, K, **kwargs).eval()
+    moe = build_moe(H, I, E, K, **kwargs).eval()
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.6)
     if moe.router.expert_bias is not None:
@@ -373,7 +374,7 @@ def test_moving_dtypes_keeps_the_bias():
 
 def test_meta_construction(device):
     options = {"num_groups": 4, "num_shared_experts": 1}
-    moe = MoE.build(H, I, E, K, router="deepseek_v3", device="meta", **options)
+    moe = build_moe(H, I, E, K, router="deepseek_v3", device="meta", **options)
     assert all(t.is_meta for t in moe.state_dict().values())
     moe = moe.to_empty(device=device)
     moe.load_state_dict(build("deepseek_v3", **options).state_dict())
@@ -393,23 +394,23 @@ def test_meta_construction(device):
             ),
             "topk_weights",
         ),
-        (lambda m: MoE(Router(H, 4, 2), m.experts), "num_experts"),
-        (lambda m: MoE(Router(H + 1, E, 2), m.experts), "hidden_size"),
+        (lambda m: MoE(TopKRouter(H, 4, 2), m.experts), "num_experts"),
+        (lambda m: MoE(TopKRouter(H + 1, E, 2), m.experts), "hidden_size"),
         (lambda m: MoE(m.router, m.experts, aux_losses=("z",)), "aux_losses"),
         (lambda m: MoE(m.router, m.experts, None, torch.nn.Linear(H, 1)), "shared_expert_gate"),
-        (lambda m: MoE.build(H, I, E, K, shared_expert_gate=True), "shared_expert_gate"),
+        (lambda m: build_moe(H, I, E, K, shared_expert_gate=True), "shared_expert_gate"),
     ],
 )
 def test_bad_input(call, word):
     with pytest.raises(ValueError) as caught:
-        call(MoE.build(H, I, E, K))
+        call(build_moe(H, I, E, K))
     assert word in str(caught.value) and ", got " in str(caught.value)
 
 
 def test_parts_can_be_shared_and_replaced():
-    router, experts = Router(H, E, K), Experts(E, H, I)
+    router, experts = TopKRouter(H, E, K), Experts(E, H, I)
     shared = SharedExperts(H, I)
-    first, second = MoE(router, experts, shared), MoE(Router(H, E, 1), experts)
+    first, second = MoE(router, experts, shared), MoE(TopKRouter(H, E, 1), experts)
     x = torch.randn(4, H)
     (first(x).sum() + second(x).sum()).backward()
     assert experts.w_down.grad is not None and first.experts is second.experts

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from torch import Tensor
 
-from moe_ops.layers import MoE, Router, count_tokens_per_expert, update_expert_bias
+from moe_ops.layers import Router, TopKRouter, count_tokens_per_expert, update_expert_bias
 from moe_ops.layers.router.quantile import solve_bias
 
 H, E, K, BINS = 8, 8, 2, 4000
@@ -36,7 +37,7 @@ def max_violation(router: Router, x: Tensor) -> float:
 
 @pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
 def test_bias_is_the_quantile_of_the_definition(score_func):
-    router = Router(H, E, K, **{**OPTIONS, "score_func": score_func})
+    router = build_router(H, E, K, **{**OPTIONS, "score_func": score_func})
     router.expert_bias.uniform_(-0.2, 0.2)
     parts = [skewed(), skewed(300)]
     before, scores = router.expert_bias.clone(), []
@@ -52,7 +53,7 @@ def test_bias_is_the_quantile_of_the_definition(score_func):
 
 def test_few_steps_balance_a_skewed_router():
     x = skewed(1024)
-    router = Router(H, E, K, **OPTIONS)
+    router = build_router(H, E, K, **OPTIONS)
     by_sign = copy.deepcopy(router)
     before = max_violation(router, x)
     router.bias_histogram.zero_(), router.tokens_per_expert.zero_()
@@ -66,7 +67,7 @@ def test_few_steps_balance_a_skewed_router():
 
 
 def test_part_of_the_way():
-    router = Router(H, E, K, **OPTIONS)
+    router = build_router(H, E, K, **OPTIONS)
     router(skewed())
     whole = copy.deepcopy(router)
     update_expert_bias(whole, rule="quantile")
@@ -75,7 +76,7 @@ def test_part_of_the_way():
 
 
 def test_masked_experts_are_left_out():
-    router = Router(H, E, K, **OPTIONS)
+    router = build_router(H, E, K, **OPTIONS)
     mask = torch.tensor([True] * 5 + [False] * 3)
     x = skewed()
     router(x, expert_mask=mask)
@@ -85,20 +86,20 @@ def test_masked_experts_are_left_out():
 
 
 def test_what_is_not_counted():
-    router = Router(H, E, K, **OPTIONS).eval()
+    router = build_router(H, E, K, **OPTIONS).eval()
     router(skewed())
     router.train()(torch.empty(0, H))
     assert not router.bias_histogram.any()
     update_expert_bias(router, rule="quantile")
     assert not router.expert_bias.any()
-    everything = Router(H, E, E, **OPTIONS)
+    everything = build_router(H, E, E, **OPTIONS)
     everything(skewed())
     update_expert_bias(everything, rule="quantile")
     assert not everything.expert_bias.any()
 
 
 def test_recomputation_is_counted_once():
-    moe = MoE.build(H, 4, E, K, freeze_routing_in_recompute=True, **OPTIONS)
+    moe = build_moe(H, 4, E, K, freeze_routing_in_recompute=True, **OPTIONS)
     x = skewed(20).requires_grad_()
     torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=False).sum().backward()
     assert moe.router.bias_histogram.sum() == 20 * E
@@ -115,29 +116,36 @@ def test_solve_bias_inside_a_bin():
 
 
 def test_histogram_follows_its_router():
-    router = Router(H, E, K, **OPTIONS)
+    router = build_router(H, E, K, **OPTIONS)
     assert "bias_histogram" not in router.state_dict()
     assert copy.deepcopy(router).half().bias_histogram.dtype == torch.int64
     fewer = router.select([0, 3, 5])
     assert fewer.bias_bins == BINS and fewer.bias_histogram.shape == (3, BINS)
     assert (
-        Router(H, E, K, device="meta", **OPTIONS).to_empty(device="cpu").bias_histogram.sum() == 0
+        build_router(H, E, K, device="meta", **OPTIONS).to_empty(device="cpu").bias_histogram.sum()
+        == 0
     )
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Router(H, E, K, bias_bins=10), "expert_bias"),
-        (lambda: Router(H, E, K, expert_bias=True, bias_bins=-1), "bias_bins"),
-        (lambda: Router(H, E, K, **{**OPTIONS, "score_func": "sqrtsoftplus"}), "scores in [0, 1]"),
-        (lambda: Router(H, E, K, **{**OPTIONS, "num_groups": 4}), "groups"),
+        (lambda: TopKRouter(H, E, K, bias_bins=10), "expert_bias"),
+        (lambda: TopKRouter(H, E, K, expert_bias=True, bias_bins=-1), "bias_bins"),
         (
-            lambda: update_expert_bias(Router(H, E, K, expert_bias=True), rule="quantile"),
+            lambda: build_router(H, E, K, **{**OPTIONS, "score_func": "sqrtsoftplus"}),
+            "scores in [0, 1]",
+        ),
+        (lambda: build_router(H, E, K, **{**OPTIONS, "num_groups": 4}), "groups"),
+        (
+            lambda: update_expert_bias(TopKRouter(H, E, K, expert_bias=True), rule="quantile"),
             "bias_bins",
         ),
-        (lambda: update_expert_bias(Router(H, E, K, **OPTIONS), rule="median"), "rule"),
-        (lambda: update_expert_bias(Router(H, E, K, **OPTIONS), rule="quantile", rate=2), "rate"),
+        (lambda: update_expert_bias(build_router(H, E, K, **OPTIONS), rule="median"), "rule"),
+        (
+            lambda: update_expert_bias(build_router(H, E, K, **OPTIONS), rule="quantile", rate=2),
+            "rate",
+        ),
         (lambda: update_expert_bias(torch.zeros(3), torch.ones(3), rule="quantile"), "rule"),
     ],
 )

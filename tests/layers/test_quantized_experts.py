@@ -8,10 +8,11 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers.moe import build_moe
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import Experts, MoE, QuantizedExperts
+from moe_ops.layers import Experts, QuantizedExperts
 
 FORMATS = [("int8", None), ("int4", 32), ("int4", 64), ("int4", 128)]
 E, H, I, K, T = 5, 128, 256, 2, 23
@@ -271,7 +272,7 @@ def test_other_bank_operations_need_floats(operation):
 
 def test_in_a_moe():
     torch.manual_seed(0)
-    layer = MoE.build(H, I, E, K, num_shared_experts=1, router="qwen3_moe").eval()
+    layer = build_moe(H, I, E, K, num_shared_experts=1, router="qwen3_moe").eval()
     x = torch.randn(2, 9, H)
     with torch.no_grad():
         want = layer(x)
@@ -285,8 +286,8 @@ def test_in_a_moe():
 
 
 def test_pack_weights_skips_with_a_word():
-    layer = MoE.build(H, I, E, K).eval()
-    both = torch.nn.Sequential(layer, MoE.build(H, I, E, K).eval())
+    layer = build_moe(H, I, E, K).eval()
+    both = torch.nn.Sequential(layer, build_moe(H, I, E, K).eval())
     moe_ops.quantize_experts(layer)
     with pytest.warns(UserWarning, match="pack_weights: skipped 1 bank of quantised experts"):
         assert layer.pack_weights() == 0

@@ -5,10 +5,11 @@ import io
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops.layers import MoE, record_routing, replay_routing
+from moe_ops.layers import record_routing, replay_routing
 
 T, H, I, E, K = 12, 6, 4, 8, 2
 
@@ -44,7 +45,7 @@ class Block(nn.Module):
     def __init__(self, scale: float = 0.5, freeze: bool = True, **router) -> None:
         super().__init__()
         self.unsteady = Unsteady(scale)
-        self.moe = MoE.build(H, I, E, K, freeze_routing_in_recompute=freeze, **router)
+        self.moe = build_moe(H, I, E, K, freeze_routing_in_recompute=freeze, **router)
         self.seen: list[Tensor] = []
         self.moe.experts.register_forward_pre_hook(
             lambda _, args: self.seen.append(args[2].clone())

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 
-from moe_ops.layers import L1Coefficient, MoE, ReLURouter, Router, relu_router_loss
+from moe_ops.layers import L1Coefficient, MoE, ReLURouter, relu_router_loss
 
 T, H, I, E, K = 12, 6, 5, 8, 2
 
 
 def layer(**options) -> MoE:
-    moe = MoE.build(H, I, E, K, dtype=torch.float64)
-    moe.router = Router(H, E, K, kind="relu", dtype=torch.float64, **options)
+    moe = build_moe(H, I, E, K, dtype=torch.float64)
+    moe.router = build_router(H, E, K, kind="relu", dtype=torch.float64, **options)
     return moe
 
 

@@ -5,8 +5,9 @@ import io
 
 import pytest
 import torch
+from tests.helpers.moe import build_router
 
-from moe_ops.layers import Router, sparsemixer
+from moe_ops.layers import Router, RouterConfig, TopKRouter, sparsemixer
 from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, E, K = 13, 6, 8, 2
@@ -38,7 +39,7 @@ ROUTERS = {
 
 
 def make(name: str, **changes) -> Router:
-    router = Router(H, E, K, dtype=torch.float64, **{**ROUTERS[name], **changes})
+    router = build_router(H, E, K, dtype=torch.float64, **{**ROUTERS[name], **changes})
     if router.expert_bias is not None:
         router.expert_bias.uniform_(-0.3, 0.3)
     return router
@@ -115,7 +116,7 @@ def test_masks_that_leave_too_few_experts(name, left):
 
 
 def test_a_bias_does_not_bring_masked_experts_back():
-    router = Router(H, E, K, score_func="sigmoid", expert_bias=True)
+    router = TopKRouter(H, E, K, score_func="sigmoid", expert_bias=True)
     router.expert_bias[3] = 100.0
     mask = torch.ones(E, dtype=torch.bool)
     mask[3] = False
@@ -124,7 +125,7 @@ def test_a_bias_does_not_bring_masked_experts_back():
 
 
 def test_the_bias_chooses_but_does_not_weigh():
-    router = Router(H, E, 1, score_func="sigmoid", expert_bias=True)
+    router = TopKRouter(H, E, 1, score_func="sigmoid", expert_bias=True)
     router.expert_bias[3] = -1.0
     router.expert_bias[2] = 5.0
     logits, weights, ids = router(torch.randn(T, H))
@@ -143,7 +144,7 @@ def test_the_bias_chooses_but_does_not_weigh():
     ],
 )
 def test_expert_bias_stays_fp32(convert, name):
-    router = Router(H, E, K, expert_bias=True)
+    router = TopKRouter(H, E, K, expert_bias=True)
     router.expert_bias.copy_(torch.rand(E))
     before = router.expert_bias.clone()
     router = convert(router)
@@ -153,7 +154,7 @@ def test_expert_bias_stays_fp32(convert, name):
 
 
 def test_meta_construction():
-    router = Router(H, E, K, expert_bias=True, device="meta", dtype=torch.bfloat16)
+    router = TopKRouter(H, E, K, expert_bias=True, device="meta", dtype=torch.bfloat16)
     assert router.expert_bias.is_meta
     router = router.to_empty(device=torch.get_default_device())
     assert router.expert_bias.dtype == torch.float32 and not router.expert_bias.is_meta
@@ -165,8 +166,8 @@ def test_meta_construction():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_dtype(autocast):
     x = torch.randn(T, H).bfloat16()
-    plain = Router(H, E, K, dtype=torch.bfloat16)
-    wide = Router(H, E, K, dtype=torch.bfloat16, logits_dtype=torch.float32)
+    plain = TopKRouter(H, E, K, dtype=torch.bfloat16)
+    wide = TopKRouter(H, E, K, dtype=torch.bfloat16, logits_dtype=torch.float32)
     wide.load_state_dict(plain.state_dict())
     exact = x.float() @ plain.weight.float().T
     with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
@@ -178,12 +179,12 @@ def test_logits_dtype(autocast):
 
 
 def test_half_input_of_a_float_router():
-    router = Router(H, E, K)
+    router = TopKRouter(H, E, K)
     assert router(torch.randn(T, H).bfloat16()).router_logits.dtype == torch.float32
 
 
 def test_jitter_is_out_of_place_and_only_in_training():
-    router = Router(H, E, K, jitter=0.3)
+    router = TopKRouter(H, E, K, jitter=0.3)
     x = torch.randn(T, H)
     before = x.clone()
     first, second = router(x).router_logits, router(x).router_logits
@@ -204,13 +205,13 @@ def test_no_tokens():
 
 
 def test_expert_choice_capacity():
-    router = Router(H, E, K, kind="expert_choice", capacity_factor=1.0)
+    router = build_router(H, E, K, kind="expert_choice", capacity_factor=1.0)
     ids = router(torch.randn(16, H)).topk_ids
     assert torch.bincount(ids[ids >= 0].long(), minlength=E).tolist() == [4] * E
 
 
 def test_topp_reaches_its_mass():
-    router = Router(H, E, K, kind="topp", top_p=0.6)
+    router = build_router(H, E, K, kind="topp", top_p=0.6)
     logits, weights, ids = router(torch.randn(T, H) * 3)
     assert (weights.sum(1) >= 0.6 - 1e-6).all()
     probs = logits.softmax(-1)
@@ -278,7 +279,7 @@ def rows_equal(router: Router, index: list[int], other: Router) -> None:
 
 
 def biased_router(**kwargs) -> Router:
-    router = Router(H, E, K, bias=True, expert_bias=True, **kwargs).eval()
+    router = build_router(H, E, K, bias=True, expert_bias=True, **kwargs).eval()
     torch.nn.init.normal_(router.bias)
     router.expert_bias.normal_()
     return router
@@ -311,21 +312,21 @@ def test_select_keeps_rows_dtype_and_requires_grad():
     ],
 )
 def test_select_follows_groups(ids, groups):
-    router = Router(H, E, K, num_groups=4, num_topk_groups=2)
+    router = TopKRouter(H, E, K, num_groups=4, num_topk_groups=2)
     small = router.select(ids)
     assert small.num_groups == groups and small.num_topk_groups == min(2, groups)
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [0, 2, 1, 3], [0, 2, 3, 1]])
 def test_select_refuses_uneven_groups(ids):
-    router = Router(H, E, K, num_groups=4, num_topk_groups=2)
+    router = TopKRouter(H, E, K, num_groups=4, num_topk_groups=2)
     with pytest.raises(ValueError, match="groups"):
         router.select(ids)
     assert router.select(ids, num_groups=1).num_groups == 1
 
 
 def test_select_refuses_fewer_experts_than_top_k():
-    router = Router(H, E, 3)
+    router = TopKRouter(H, E, 3)
     with pytest.raises(ValueError, match="top_k must be in"):
         router.select([0, 1])
     assert router.select([0, 1], top_k=2).top_k == 2
@@ -381,7 +382,7 @@ def test_slices_scale_top_k_and_weights():
         (lambda r: r.select([]), "ids"),
         (lambda r: r.append(0), "number of experts"),
         (lambda r: r.append(1, init="zeros"), "init"),
-        (lambda r: r.append(Router(H + 1, 2, 1)), "hidden_size"),
+        (lambda r: r.append(TopKRouter(H + 1, 2, 1)), "hidden_size"),
         (lambda r: r.split([0], 2), "mode='slice'"),
         (lambda r: r.split([0, 0], 2, mode="copy"), "repeat"),
         (lambda r: r.split(None, 0), "factor"),
@@ -400,7 +401,7 @@ def test_slices_scale_top_k_and_weights():
 )
 def test_bad_calls(call, word):
     with pytest.raises(ValueError) as caught:
-        call(Router(H, E, K))
+        call(TopKRouter(H, E, K))
     assert word in str(caught.value) and ", got " in str(caught.value)
 
 
@@ -429,19 +430,19 @@ def test_bad_calls(call, word):
 )
 def test_bad_construction(kwargs, word):
     with pytest.raises(ValueError) as caught:
-        Router(**{"hidden_size": H, "num_experts": E, "top_k": K, **kwargs})
+        build_router(**{"hidden_size": H, "num_experts": E, "top_k": K, **kwargs})
     assert word in str(caught.value) and ", got " in str(caught.value)
 
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="mixtral"):
-        Router.like("gpt2", H, E, K)
+        RouterConfig.from_model_type("gpt2")
 
 
 def test_state_dict_pickle_and_deepcopy():
     router = biased_router()
     assert set(router.state_dict()) == {"weight", "bias", "expert_bias"}
-    fresh = Router(H, E, K, bias=True, expert_bias=True)
+    fresh = TopKRouter(H, E, K, bias=True, expert_bias=True)
     fresh.load_state_dict(router.state_dict())
     rows_equal(fresh, list(range(E)), router)
     buffer = io.BytesIO()

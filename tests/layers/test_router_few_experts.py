@@ -6,9 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.moe import build_router
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from moe_ops.layers import Router
 
 pytestmark = pytest.mark.cpu_only
 
@@ -39,7 +38,7 @@ def ops_of(fn):
 
 
 def make(dtype=torch.float32, **options):
-    router = Router(H, E, K, dtype=dtype, **options)
+    router = build_router(H, E, K, dtype=dtype, **options)
     if router.expert_bias is not None:
         router.expert_bias.uniform_(-0.2, 0.2)
     return router
@@ -169,7 +168,7 @@ def test_dtypes(dtype, logits_dtype, x_dtype):
     ids=str,
 )
 def test_where_it_is_used(changes, tokens, used):
-    router = Router(**{"hidden_size": H, "num_experts": E, "top_k": K, **changes})
+    router = build_router(**{"hidden_size": H, "num_experts": E, "top_k": K, **changes})
     x = torch.randn(tokens, router.hidden_size)
     assert ("router_linear" in ops_of(lambda: router(x))) is used
 

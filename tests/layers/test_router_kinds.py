@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from torch import Tensor
 
 from moe_ops.layers import (
     ExpertChoiceRouter,
-    MoE,
     Router,
+    RouterConfig,
     Routing,
     SparseMixerRouter,
     TopKRouter,
@@ -31,34 +31,33 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_are_classes(kind):
-    router = Router(H, E, K, kind=kind)
+    router = build_router(H, E, K, kind=kind)
     assert type(router) is KINDS[kind] and isinstance(router, Router) and router.kind == kind
     assert type(KINDS[kind](H, E, K, bias=True)) is KINDS[kind]
     for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router)), router.select([3, 1])):
         assert type(twin) is KINDS[kind]
+    with pytest.raises(TypeError, match="other"):
+        KINDS[kind](H, E, K, other=1)
+
+
+def test_configurations():
     with pytest.raises(ValueError, match=r"kind must be .*, got 'other'"):
-        KINDS[kind](H, E, K, kind="other")
-
-
-def test_defaults_of_other_kinds_may_be_given():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        router = Router(H, E, K, kind="topp", top_p=0.5, score_func="softmax", num_groups=1)
-        Router(hidden_size=H, num_experts=E, top_k=K, capacity_factor=1.0, max_k=None)
-    assert router.top_p == 0.5
-
-
-def test_arguments_of_other_kinds():
-    with pytest.raises(ValueError, match=r"top_p must keep its default .*, got 0.5"):
-        Router(H, E, K, top_p=0.5)
-    with pytest.raises(ValueError, match=r"topk_first must keep its default .*, got True"):
-        Router(H, E, K, kind="topp", topk_first=True)
-    with pytest.raises(TypeError, match="there is no argument 'top_q'"):
-        Router(H, E, K, top_q=0.5)
+        RouterConfig("other")
+    with pytest.raises(ValueError, match=r"TopPRouter with kind='topp', got topk_first"):
+        RouterConfig("topp", topk_first=True)
+    config = RouterConfig("topp", top_p=0.5)
+    assert config == RouterConfig("topp", top_p=0.5) != RouterConfig("topp", top_p=0.6)
+    assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
+    assert eval(repr(config), {"RouterConfig": lambda kind, options: (kind, options)}) == (
+        "topp",
+        {"top_p": 0.5},
+    )
+    router = config.build(H, E, K)
+    assert type(router) is TopPRouter and router.top_p == 0.5
 
 
 def test_one_type_of_routing():
-    out = MoE.build(H, I, E, K)(torch.randn(T, H), return_routing=True)
+    out = build_moe(H, I, E, K)(torch.randn(T, H), return_routing=True)
     assert out.routing == Routing(out.router_logits, out.topk_weights, out.topk_ids)
 
 
@@ -79,7 +78,7 @@ class Threshold(Router):
 
 
 def test_a_router_is_one_method():
-    moe = MoE.build(H, I, E, K, dtype=torch.float64, freeze_routing_in_recompute=True)
+    moe = build_moe(H, I, E, K, dtype=torch.float64, freeze_routing_in_recompute=True)
     moe.router = Threshold(H, E, K, threshold=0.14, dtype=torch.float64)
     x = torch.randn(T, H, dtype=torch.float64)
     out = moe(x, return_routing=True)
@@ -106,11 +105,11 @@ def test_a_router_may_have_a_kind():
         pass
 
     try:
-        assert type(Router(H, E, K, kind="threshold", threshold=0.2)) is Named
-        moe = MoE.build(H, I, E, K, kind="threshold")
+        assert type(build_router(H, E, K, kind="threshold", threshold=0.2)) is Named
+        moe = build_moe(H, I, E, K, kind="threshold")
         assert "kind='threshold'" in repr(moe.router)
     finally:
-        del Router._kinds["threshold"]
+        del Router.kinds["threshold"]
 
 
 def test_a_router_without_its_method():

@@ -1,4 +1,4 @@
-"""`Router.like` against the routers of transformers, with the same weights.
+"""`RouterConfig.from_model_type` against the routers of transformers, with the same weights.
 
 Router and experts ids are compared as weight per expert, [T, E], since the order of slots differs.
 """
@@ -9,9 +9,10 @@ import importlib
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch import Tensor
 
-from moe_ops.layers import MoE, Router
+from moe_ops.layers import Router, RouterConfig
 
 pytest.importorskip("transformers")
 
@@ -118,7 +119,7 @@ CASES = [
 def test_same_as_transformers(model, router, config, kwargs, overrides, bias):
     config = configuration(model, config, hidden_size=H, num_experts_per_tok=K, **kwargs)
     theirs = getattr(modeling(model), router)(config)
-    ours = Router.like(model, H, E, K, **overrides)
+    ours = RouterConfig.from_model_type(model, **overrides).build(H, E, K)
     for p in theirs.parameters():
         torch.nn.init.normal_(p)
     ours.load_state_dict(
@@ -140,7 +141,7 @@ def test_same_as_transformers(model, router, config, kwargs, overrides, bias):
 
 def jetmoe(x: Tensor) -> tuple[Router, Tensor, Tensor]:
     theirs = modeling("jetmoe").JetMoeTopKGating(H, E, K)
-    ours = Router.like("jetmoe", H, E, K)
+    ours = RouterConfig.from_model_type("jetmoe").build(H, E, K)
     ours.weight.data.copy_(theirs.layer.weight)
     _, batch, gates, sizes, _ = theirs(x)
     expert = torch.repeat_interleave(torch.arange(E), torch.tensor(sizes))
@@ -161,7 +162,7 @@ def dbrx(x: Tensor, norm: float | None) -> tuple[Router, Tensor, Tensor]:
     )
     theirs = modeling("dbrx").DbrxFFN(config)
     overrides = {"renormalize": False} if norm is None else {"renormalize_p": norm}
-    ours = Router.like("dbrx", H, E, K, **overrides)
+    ours = RouterConfig.from_model_type("dbrx", **overrides).build(H, E, K)
     ours.weight.data.copy_(theirs.router.layer.weight)
     weights, ids = theirs.route_tokens_to_experts(theirs.router(x.clone()))
     return ours, weights, ids
@@ -189,7 +190,7 @@ def phimoe(eps: float):
     )
     theirs = modeling("phimoe").PhimoeTopKRouter(config)
     torch.nn.init.normal_(theirs.weight)
-    ours = Router.like("phimoe", H, E, 2, sparsemixer_eps=eps)
+    ours = RouterConfig.from_model_type("phimoe", sparsemixer_eps=eps).build(H, E, 2)
     ours.weight.data.copy_(theirs.weight)
     return theirs, ours
 
@@ -246,7 +247,7 @@ def test_llama4(top_k):
     theirs = modeling("llama4").Llama4TextMoe(config)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    ours = MoE.build(H, 12, E, top_k, router="llama4", num_shared_experts=1)
+    ours = build_moe(H, 12, E, top_k, router="llama4", num_shared_experts=1)
     ours.router.weight.data.copy_(theirs.router.weight)
     ours.experts.w_gate_up.data.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
     ours.experts.w_down.data.copy_(theirs.experts.down_proj.transpose(1, 2))
@@ -276,7 +277,7 @@ def test_qwen2_moe_block():
     theirs = modeling("qwen2_moe").Qwen2MoeSparseMoeBlock(config)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    ours = MoE.build(
+    ours = build_moe(
         H, 12, E, K, router="qwen2_moe", shared_intermediate_size=20, shared_expert_gate=True
     )
     shared = theirs.shared_expert

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops.layers import Experts, MoE, Router, ZeroComputationExperts
+from moe_ops.layers import Experts, MoE, TopKRouter, ZeroComputationExperts
 
 T, H, I, K = 14, 6, 5, 3
 NUMBERS = {
@@ -71,7 +71,7 @@ def test_gradcheck():
 
 
 def test_in_a_layer():
-    moe = MoE(Router(H, 9, K, dtype=torch.float64), make("all"), aux_losses=("load_balancing",))
+    moe = MoE(TopKRouter(H, 9, K, dtype=torch.float64), make("all"), aux_losses=("load_balancing",))
     x = torch.randn(2, 7, H, dtype=torch.float64)
     out = moe(x, return_routing=True)
     expected = loop(moe.experts, x.view(-1, H), out.topk_weights, out.topk_ids)

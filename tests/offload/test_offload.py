@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_ops
-from moe_ops.layers import Experts, MoE, Router
+from moe_ops.layers import Experts, MoE, TopKRouter
 from moe_ops.offload import (
     BeladyPolicy,
     CachePolicy,
@@ -44,7 +44,8 @@ class Layers(torch.nn.Module):
         format = options.pop("format", None)
         dtype = options.get("dtype")
         routers = [
-            Router(H, E, K, apply_router_weight_on_input=on_input, dtype=dtype) for _ in range(2)
+            TopKRouter(H, E, K, apply_router_weight_on_input=on_input, dtype=dtype)
+            for _ in range(2)
         ]
         self.layers = torch.nn.ModuleList(MoE(r, Experts(E, H, I, **options)) for r in routers)
         for layer in self.layers:
@@ -133,7 +134,7 @@ def test_an_opened_file(tmp_path):
         banks = Layers.__new__(Layers)
         torch.nn.Module.__init__(banks)
         banks.layers = torch.nn.ModuleList(
-            MoE(Router(H, E, K), Experts(E, H, I, **KINDS["oai"])) for _ in range(2)
+            MoE(TopKRouter(H, E, K), Experts(E, H, I, **KINDS["oai"])) for _ in range(2)
         )
     for layer, source in zip(banks.layers, Layers("oai").layers, strict=True):
         layer.router = source.router
@@ -374,7 +375,7 @@ def test_bad_calls(tmp_path):
     fails("banks must have one form", uneven)
     offload_experts(uneven, 2, skip="layers.1*")
     fp8 = Layers("swiglu")
-    fp8.layers[0].experts.precision = "fp8"
+    fp8.layers[0].experts.fp8_training = True
     fails("layers.0.experts must compute in the type of its weights", fp8)
     path = tmp_path / "experts.safetensors"
     offload_experts(Layers("relu2"), 2, path=path).close()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch import Tensor, nn
 
 import moe_ops
@@ -104,19 +105,18 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        build = layers.MoE.build
         groups = {"num_groups": 2, "num_topk_groups": 1, "num_shared_experts": 1}
         oai = {"activation": "swiglu_oai", "interleaved": True, "bias": True}
-        self.deepseek = build(H, I, E, K, router="deepseek_v3", **groups)
-        self.oai = build(H, I, E, K, router="gpt_oss", **oai)
-        self.llama4 = build(H, I, E, 1, router="llama4", activation="geglu_tanh")
-        self.plain = build(H, I, E, K, activation="relu2", kind="topp", top_p=0.7)
+        self.deepseek = build_moe(H, I, E, K, router="deepseek_v3", **groups)
+        self.oai = build_moe(H, I, E, K, router="gpt_oss", **oai)
+        self.llama4 = build_moe(H, I, E, 1, router="llama4", activation="geglu_tanh")
+        self.plain = build_moe(H, I, E, K, activation="relu2", kind="topp", top_p=0.7)
         self.peer = layers.PEER(H, 9, 2, num_heads=2)
         self.attention = layers.AttentionExperts(
-            layers.Router(H, E, K), 2, 4, rope_theta=1e4, window=3, softcap=5.0
+            layers.TopKRouter(H, E, K), 2, 4, rope_theta=1e4, window=3, softcap=5.0
         )
         self.sticks = layers.AttentionExperts(
-            layers.Router(H, E, K), 2, 4, kind="stick_breaking", causal=False
+            layers.TopKRouter(H, E, K), 2, 4, kind="stick_breaking", causal=False
         )
         self.norm = layers.AddRMSNorm(H)
 
@@ -162,7 +162,7 @@ def test_other_banks():
 
 def test_half_precision():
     """Files take and give bfloat16; what onnxruntime makes of it is rounded alike."""
-    model = layers.MoE.build(64, 8, E, K, dtype=torch.bfloat16, logits_dtype=torch.float32)
+    model = build_moe(64, 8, E, K, dtype=torch.bfloat16, logits_dtype=torch.float32)
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import AttentionExperts, MoE, Router
+from moe_ops.layers import AttentionExperts, MoE, MoEConfig, TopKRouter
 from moe_ops.memory import use_huge_pages
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -49,20 +49,20 @@ def shard(modules):
             sharded = distribute_tensor(p.detach(), mesh, [Shard(0)])
             owner.register_parameter(name, torch.nn.Parameter(sharded))
 
-model = torch.nn.Sequential(MoE.build(32, 32, 4, 2)).eval()
+model = torch.nn.Sequential(MoE.from_config(MoEConfig(32, 32, 4, 2))).eval()
 fully_shard(model[0], mesh=mesh)
 experts, router = model[0].experts, model[0].router
 record("quantize_experts", lambda: moe_ops.quantize_experts(model, "int8"))
 record("pack_weights", lambda: moe_ops.pack_weights(model))
 record("use_huge_pages", lambda: use_huge_pages(model))
 record("use_huge_pages of a tensor", lambda: use_huge_pages(experts.w_down))
-record("record_baseline", lambda: quant.collect_calibration(model, [torch.randn(3, 32)]))
+record("collect_calibration", lambda: quant.collect_calibration(model, [torch.randn(3, 32)]))
 record("select", lambda: experts.select([0, 1]))
 record("append", lambda: experts.append(1))
 record("split", lambda: experts.split([0]))
 record("merge", lambda: experts.merge([[0, 1], [2, 3]]))
 record("router", lambda: router.select([0, 1]))
-attention = AttentionExperts(Router(32, 4, 2), 1, 8)
+attention = AttentionExperts(TopKRouter(32, 4, 2), 1, 8)
 shard([attention])
 record("attention", lambda: attention.select([0, 1]))
 if "hf" in sys.argv:
@@ -91,7 +91,7 @@ CASES = {
     "pack_weights": "pack_weights: 0.experts.w_gate_up",
     "use_huge_pages": "use_huge_pages: 0.router.weight",
     "use_huge_pages of a tensor": "use_huge_pages: the tensor",
-    "record_baseline": "record_baseline: 0.experts.w_gate_up",
+    "collect_calibration": "collect_calibration: 0.experts.w_gate_up",
     **dict.fromkeys(("select", "append", "split", "merge"), "Experts: w_gate_up"),
     "router": "Router: weight",
     "attention": "AttentionExperts: w_query",

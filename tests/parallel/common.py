@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.helpers.moe import build_moe
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_ops.layers import MoE
 from moe_ops.parallel import (
     canonical_expert_order,
     clip_grad_norm_,
@@ -36,7 +36,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(HIDDEN)
         self.dense = nn.Linear(HIDDEN, HIDDEN)
-        self.moe = MoE.build(
+        self.moe = build_moe(
             HIDDEN, 8, experts, min(2, experts), num_shared_experts=1, bias=True, **options
         )
 

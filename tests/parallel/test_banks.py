@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from tests.helpers.moe import build_moe
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import Experts, MoE, QuantizedExperts
+from moe_ops.layers import Experts, QuantizedExperts
 from moe_ops.parallel.sharding import fully_shard_moe, init_moe_meshes, shard_experts
 
 from .common import EXPERTS, whole
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.cpu_only
 
 def make_layer(**options):
     torch.manual_seed(0)
-    layer = MoE.build(HIDDEN, 32, EXPERTS, 2, bias=True, num_shared_experts=1, **options)
+    layer = build_moe(HIDDEN, 32, EXPERTS, 2, bias=True, num_shared_experts=1, **options)
     with torch.no_grad():
         for b in (layer.experts.b_gate_up, layer.experts.b_down):
             b.normal_(std=0.1)
@@ -279,4 +280,4 @@ def baseline(rank):
 
 def test_a_baseline_needs_the_whole_bank(processes):
     (said, _) = processes.run(baseline, world=2)
-    assert said.startswith("record_baseline: experts.w_gate_up must be a plain tensor")
+    assert said.startswith("collect_calibration: experts.w_gate_up must be a plain tensor")

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from tests.helpers.moe import build_moe
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from moe_ops.layers import (
     ExpertLoadStats,
-    MoE,
     load_balancing_loss,
     sequence_balance_loss,
     update_expert_bias,
@@ -48,7 +48,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.attention = nn.ModuleList(Attention() for _ in range(2))
         self.moe = nn.ModuleList(
-            MoE.build(HIDDEN, 8, EXPERTS, 2, score_func="sigmoid", expert_bias=True)
+            build_moe(HIDDEN, 8, EXPERTS, 2, score_func="sigmoid", expert_bias=True)
             for _ in range(2)
         )
 

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from tests.helpers.moe import build_moe
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -28,7 +29,7 @@ NAMES = ("gather", "slots", "tokens")
 def layer(name: str | None, dtype: torch.dtype = torch.float64, **options: Any) -> MoE:
     """The same layer in every process, its experts shared out if there is a dispatcher."""
     torch.manual_seed(3)
-    moe = MoE.build(H, I, E, K, num_shared_experts=1, shared_expert_gate=True, **options).to(dtype)
+    moe = build_moe(H, I, E, K, num_shared_experts=1, shared_expert_gate=True, **options).to(dtype)
     if name is not None:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
         for key, weight in list(moe.experts.named_parameters()):

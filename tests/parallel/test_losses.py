@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from tests.helpers.moe import build_moe, build_router
 
 from moe_ops import zoo
 from moe_ops.layers import (
     ExpertLoadStats,
-    MoE,
-    Router,
+    TopKRouter,
     concentration_loss,
     device_balance_loss,
     load_balancing_loss,
@@ -125,7 +125,7 @@ def test_hf_compat_has_no_group(bad_input):
 
 def losses_of_layers(rank):
     torch.manual_seed(0)
-    layer = MoE.build(8, 8, 4, 2, aux_losses=("load_balancing", "router_z"))
+    layer = build_moe(8, 8, 4, 2, aux_losses=("load_balancing", "router_z"))
     layer.loss_group = dist.group.WORLD
     x = torch.randn(sum(TOKENS), 8, generator=torch.Generator().manual_seed(1))
     aux = layer(part(rank, x, 0), return_routing=True).aux_losses
@@ -139,7 +139,7 @@ def losses_of_layers(rank):
 
 def test_layers_and_models_pass_the_group_on(processes):
     torch.manual_seed(0)
-    layer = MoE.build(8, 8, 4, 2, aux_losses=("load_balancing", "router_z"))
+    layer = build_moe(8, 8, 4, 2, aux_losses=("load_balancing", "router_z"))
     x = torch.randn(sum(TOKENS), 8, generator=torch.Generator().manual_seed(1))
     want = [float(v) for v in layer(x, return_routing=True).aux_losses.values()]
     torch.manual_seed(0)
@@ -161,7 +161,7 @@ def test_layers_and_models_pass_the_group_on(processes):
 
 def routers():
     torch.manual_seed(0)
-    return torch.nn.ModuleList(Router(8, e, 2, expert_bias=True) for e in (6, 4, 6)).train()
+    return torch.nn.ModuleList(TopKRouter(8, e, 2, expert_bias=True) for e in (6, 4, 6)).train()
 
 
 def bias_and_stats(rank):
@@ -221,7 +221,7 @@ def test_bias_and_statistics_take_one_all_reduce(processes):
 def quantile_biases(rank):
     options = {"score_func": "sigmoid", "expert_bias": True, "bias_bins": 200}
     torch.manual_seed(0)
-    layers = torch.nn.ModuleList(Router(8, e, 2, **options) for e in (EXPERTS, 4))
+    layers = torch.nn.ModuleList(build_router(8, e, 2, **options) for e in (EXPERTS, 4))
     generator = torch.Generator().manual_seed(1)
     for _ in range(2):  # The second range of bins follows from the first bias.
         x = torch.randn(sum(TOKENS), 8, generator=generator)
@@ -245,7 +245,7 @@ def test_rank_load():
     assert stats.max_rank_violation(2) == 0.5
     assert stats.max_rank_violation(4) == stats.max_violation() == 1.0
     assert stats.max_rank_violation(1) == 0.0
-    with pytest.raises(ValueError, match="RoutingStats: num_ranks must divide the 4 experts"):
+    with pytest.raises(ValueError, match="ExpertLoadStats: num_ranks must divide the 4 experts"):
         stats.max_rank_violation(3)
     stats.reset()
     stats.update(torch.zeros(0, 1).long(), 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.helpers.moe import build_moe
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -282,8 +283,8 @@ def test_routing_says_where_experts_should_be(processes):
 def other_things(rank):
     """Surgery, quantised banks, and packed copies of a bank that has been moved."""
     torch.manual_seed(0)
-    layer = moe_ops.layers.MoE.build(32, 32, EXPERTS, 2, bias=True)
-    whole_layer = moe_ops.layers.MoE.build(32, 32, EXPERTS, 2, bias=True)
+    layer = build_moe(32, 32, EXPERTS, 2, bias=True)
+    whole_layer = build_moe(32, 32, EXPERTS, 2, bias=True)
     whole_layer.load_state_dict(layer.state_dict())
     shard_experts(layer, init_moe_meshes(2).ep, placement=TWICE)
     move_experts(layer, None, OTHERS)
@@ -362,7 +363,7 @@ def test_what_cannot_be_done_is_said(processes):
                 "rebalance: placement of layers.0.moe.experts must have 8 experts on 2 ranks in 8",
                 "rebalance: exp_avg that the optimizer keeps of w_down of layers.1.moe.experts ",
                 "rebalance: the dispatcher of layers.1.moe.experts must have set_placement, got",
-                "balanced_placements: stats must have counts of layers.0.moe.experts, or of the ",
+                "plan_placements: stats must have counts of layers.0.moe.experts, or of the ",
                 "shard_experts: placement must have no empty place and be for 2 ranks, got",
                 "shard_experts: placement must have no empty place and be for 2 ranks, got",
                 "shard_experts: placement must be of the 6 experts of the model, got one of 8.",

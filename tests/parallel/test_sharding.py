@@ -182,9 +182,9 @@ def ddp_of_a_bank(rank):
 def test_ddp_ignore_says_what_it_needs(processes):
     (said, *_) = processes.run(ddp_of_a_bank)
     assert said[0] == (
-        "ddp_ignore: efsdp_mesh must hold the 2 ranks that have the same experts, got 1."
+        "prepare_ddp: efsdp_mesh must hold the 2 ranks that have the same experts, got 1."
     )
-    assert said[1].startswith("ddp_ignore: model must hold experts of shard_experts, got Linear")
+    assert said[1].startswith("prepare_ddp: model must hold experts of shard_experts, got Linear")
 
 
 # ----------------------------------------------------------------------------- the whole way
@@ -279,10 +279,10 @@ def test_each_rank_has_its_experts(processes):
         assert got["sharded"]
         assert got["names"] == [name for name, _ in model.named_parameters()]
         assert got["meta"] == (EXPERTS // 2, HIDDEN, 8)
-        assert [text.split(":")[0] for text in got["said"]] == ["make_meshes"] * 2 + [
+        assert [text.split(":")[0] for text in got["said"]] == ["init_moe_meshes"] * 2 + [
             "shard_experts"
         ] * 5
-        assert got["said"][0] == "make_meshes: ep must divide the 4 ranks, got 3."
+        assert got["said"][0] == "init_moe_meshes: ep must divide the 4 ranks, got 3."
         assert "got Linear without one" in got["said"][2]
         assert "got 3 in the model" in got["said"][3]
         assert "got a bank that is sharded" in got["said"][4]

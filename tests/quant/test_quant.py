@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
@@ -110,8 +111,8 @@ class Net(torch.nn.Module):
 
     def __init__(self, intermediate: int = I):
         super().__init__()
-        self.first = MoE.build(H, intermediate, E, K)
-        self.second = MoE.build(H, intermediate, E, K)
+        self.first = build_moe(H, intermediate, E, K)
+        self.second = build_moe(H, intermediate, E, K)
         self.again = MoE(self.first.router, self.first.experts)
         self.head = torch.nn.Linear(H, 11)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tests.helpers.moe import build_router
 from torch import nn
 
 from moe_ops import zoo
@@ -16,7 +17,7 @@ class TwoLayers(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.layers = nn.ModuleList(
-            MoE(Router(6, num_experts, top_k, **router), Experts(num_experts, 6, 5))
+            MoE(build_router(6, num_experts, top_k, **router), Experts(num_experts, 6, 5))
             for _ in range(2)
         )
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from tests.helpers.fresh_python import run_python
+from tests.helpers.moe import build_moe
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -138,10 +139,9 @@ def test_inspect(checkpoint, tmp_path):
 
 
 def test_inspect_refuses_models_that_do_not_fit(tmp_path):
-    from moe_ops.layers import MoE
     from moe_ops.surgery.page import routing_data, routing_page
 
-    pages = {n: routing_data(MoE.build(8, 8, n, 2), [torch.randn(5, 8)]) for n in (4, 6)}
+    pages = {n: routing_data(build_moe(8, 8, n, 2), [torch.randn(5, 8)]) for n in (4, 6)}
     with pytest.raises(ValueError, match="must have the same layers and experts"):
         routing_page({"a": pages[4], "b": pages[6]}, [], tmp_path / "page.html")
     with pytest.raises(ValueError, match="must be one or two, got 0"):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe
 from torch import Tensor, nn
 
 from moe_ops import layers
@@ -24,8 +25,8 @@ H, E, K, BATCH = 8, 4, 2, 3
 class Model(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.first = layers.MoE.build(H, 6, E, K)
-        self.second = layers.MoE.build(H, 6, E, K)
+        self.first = build_moe(H, 6, E, K)
+        self.second = build_moe(H, 6, E, K)
         self.seen: list[list[Tensor]] = []
 
     def training_step(self, batch: tuple[Tensor], index: int) -> Tensor:

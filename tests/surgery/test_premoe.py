@@ -76,7 +76,7 @@ def test_saved_and_read(tmp_path):
     assert (again.tasks, again.layers) == (found.tasks, found.layers)
     assert torch.equal(again.vectors, found.vectors) and torch.equal(again.scores, found.scores)
     surgery.profile_experts(planted(), TASKS["up"]).save(tmp_path / "profile.safetensors")
-    with pytest.raises(ValueError, match="must be a file of TaskPatterns"):
+    with pytest.raises(ValueError, match="must be a file of TaskRoutingPatterns"):
         surgery.TaskRoutingPatterns.load(tmp_path / "profile.safetensors")
 
 

@@ -121,7 +121,7 @@ def test_saved_and_read(tmp_path):
         for key, value in vars(found[name]).items():
             assert torch.equal(getattr(again[name], key), value)
     (tmp_path / "other").write_bytes(b"no file of tensors")
-    with pytest.raises(ValueError, match="must be a file of Profile"):
+    with pytest.raises(ValueError, match="must be a file of ExpertProfile"):
         surgery.ExpertProfile.load(tmp_path / "other")
 
 

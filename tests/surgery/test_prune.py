@@ -426,7 +426,7 @@ def test_optimised_routers_are_refused():
 def test_missing_scipy_is_said_in_one_sentence(monkeypatch):
     model, groups = TwoLayers(), {"layers.0": [[0, 1], [2, 3]]}
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"align needs scipy.*torch-moe-ops\[surgery\]"):
+    with pytest.raises(ImportError, match=r"align_neurons needs scipy.*torch-moe-ops\[surgery\]"):
         surgery.align_neurons(model, groups)
     monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
     with pytest.raises(ImportError, match="hc_smoe_groups needs scipy"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_ops import upcycle
-from moe_ops.layers import Experts, Router, SharedExperts
+from moe_ops.layers import Experts, SharedExperts, TopKRouter
 from moe_ops.layers.rotary import Rope
 from moe_ops.zoo.lm.attention import Attention
 
@@ -180,7 +180,7 @@ def test_attention_starts_as_dense_attention(expert_kv, kv_heads):
     torch.manual_seed(0)
     rope = Rope(8, 10_000.0)
     dense = Attention(H, 4, 8, rope, num_kv_heads=kv_heads).double()
-    router = Router(H, 3, 1, dtype=D)
+    router = TopKRouter(H, 3, 1, dtype=D)
     layer = upcycle.upcycle_attention(
         [dense] * 3, router, rope_theta=rope.theta, expert_kv=expert_kv
     )
@@ -203,12 +203,12 @@ def test_attention_of_specialists():
     several = [Attention(H, 2, 8, rope).double() for _ in range(2)]
     x, weights = torch.randn(1, 6, H, dtype=D), torch.rand(6, 2, dtype=D)
     ids = torch.tensor([[0, 1]]).expand(6, 2)
-    layer = upcycle.upcycle_attention(several, Router(H, 2, 1, dtype=D), rope_theta=10_000.0)
+    layer = upcycle.upcycle_attention(several, TopKRouter(H, 2, 1, dtype=D), rope_theta=10_000.0)
     each = torch.stack([a(x, rope.rotation(0, 6)) for a in several], -1)
     y = layer(x, topk_ids=ids, topk_weights=weights)
     torch.testing.assert_close(y, (each * weights[:, None]).sum(-1), rtol=1e-5, atol=1e-6)
     shared = upcycle.upcycle_attention(
-        several, Router(H, 2, 1, dtype=D), rope_theta=10_000.0, expert_kv=False
+        several, TopKRouter(H, 2, 1, dtype=D), rope_theta=10_000.0, expert_kv=False
     )
     k = (several[0].k_proj.weight + several[1].k_proj.weight) / 2
     torch.testing.assert_close(shared.kv_proj.weight[:16], k)
@@ -239,11 +239,11 @@ def test_attention_of_specialists():
         ),
         (lambda: upcycle.paired_router(H, 6, 2, num_slices=4), "num_slices must divide"),
         (
-            lambda: upcycle.upcycle_attention([], Router(H, 2, 1), rope_theta=None),
+            lambda: upcycle.upcycle_attention([], TopKRouter(H, 2, 1), rope_theta=None),
             "must be 2 like the router's experts, got 0",
         ),
         (
-            lambda: upcycle.upcycle_attention([ffn()], Router(H, 1, 1), rope_theta=None),
+            lambda: upcycle.upcycle_attention([ffn()], TopKRouter(H, 1, 1), rope_theta=None),
             "got SharedExperts",
         ),
     ],

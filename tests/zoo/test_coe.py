@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_ops import zoo
-from moe_ops.layers import Experts, Router, sequence_balance_loss
+from moe_ops.layers import Experts, TopKRouter, sequence_balance_loss
 from moe_ops.zoo.coe import ChainOfExperts, CoE, CoEConfig
 
 from .lm import common
@@ -75,7 +75,7 @@ def test_equals_its_equations(variant):
 def test_one_iteration_without_residual_is_a_moe_layer():
     from moe_ops.layers import MoE
 
-    router, bank = Router(8, 5, 2), Experts(5, 8, 6)
+    router, bank = TopKRouter(8, 5, 2), Experts(5, 8, 6)
     chain = ChainOfExperts([router], bank, None, 1, inner_residual=False)
     x = torch.randn(2, 7, 8)
     torch.testing.assert_close(chain(x), MoE(router, bank)(x))
@@ -161,7 +161,7 @@ def test_configs_of_something_else(change, words):
 
 
 def test_bad_chains():
-    router, bank = Router(8, 5, 2), Experts(5, 8, 6)
+    router, bank = TopKRouter(8, 5, 2), Experts(5, 8, 6)
     with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):
         ChainOfExperts([router], bank, None, 0, inner_residual=True)
     with pytest.raises(ValueError, match="routers must be one or 3, got 2"):

@@ -1,4 +1,4 @@
-"""Packed copies of expert weights for inference: who has one, when it is made, when it goes.
+"""Packed copies of expert weights for inference: when they are made and when they are dropped.
 
 The kernels read weights faster from a copy in their own order (`moe_ops.pack_experts`). Layers and
 switched Hugging Face blocks make such copies by themselves and never read one of other weights:
@@ -327,8 +327,7 @@ def pack_now(bank: nn.Module, weights: Packable) -> None:
         state.packing = True
     if _pack(state, key, weights, asked_for=True) is None:
         raise RuntimeError(
-            f"pack_weights: the weights of {type(bank).__name__} must not change while they are "
-            f"packed."
+            f"pack_weights: weights of {type(bank).__name__} must not change while they are packed."
         )
 
 

@@ -6,8 +6,9 @@ Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K
 from __future__ import annotations
 
 from . import experts_hook  # noqa: F401  # It registers.
+from .all_experts import ExpertBatchNorm, mix_outputs
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
-from .dense import ExpertBatchNorm, mix_outputs
+from .config import ExpertsConfig, MoEConfig, RouterConfig
 from .expert_lora import ExpertLoRA
 from .experts import Experts
 from .fp8 import clear_fp8_cache, fp8_ffn
@@ -64,6 +65,7 @@ __all__ = [
     "ExpertLoRA",
     "ExpertLoadStats",
     "Experts",
+    "ExpertsConfig",
     "GateRouter",
     "HashRouter",
     "KVCache",
@@ -72,12 +74,14 @@ __all__ = [
     "MixtureOfDepths",
     "MixtureOfDepthsOutput",
     "MoE",
+    "MoEConfig",
     "MoEOutput",
     "PEEROutput",
     "QuantizedExperts",
     "QuantizedLinear",
     "ReLURouter",
     "Router",
+    "RouterConfig",
     "Routing",
     "RoutingRecord",
     "SharedExperts",

@@ -16,13 +16,13 @@ from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 from moe_ops.ops._checks import check_positive
 from moe_ops.ops.moa_attention import KINDS
 
+from .expert_ops import layers as expert_ops
 from .functional import apply_linear
 from .inputs import jagged_parts, leaf_of_fx, values_of
 from .losses import aux_losses_of, check_aux_losses
 from .rotary import Rope
 from .router import Router
 from .routing import Routing, check_given, drop_masked, given_routing, valid_ids
-from .surgery import layers as surgery
 
 
 class KVCache:
@@ -397,7 +397,7 @@ class AttentionExperts(nn.Module):
         Raises:
             ValueError: ids out of range, or fewer experts than the router's top_k.
         """
-        return surgery.select_attention(self, ids, changes)
+        return expert_ops.select_attention(self, ids, changes)
 
     def append(
         self, num: int, *, init: str = "random", router_init: str | None = None, **changes: Any
@@ -416,7 +416,7 @@ class AttentionExperts(nn.Module):
         Raises:
             ValueError: an unknown `init`, or a number below 1.
         """
-        return surgery.append_attention(self, num, init, router_init, changes)
+        return expert_ops.append_attention(self, num, init, router_init, changes)
 
     def config(self) -> dict[str, Any]:
         """The keyword arguments that make a layer like this one: all but device and dtype."""

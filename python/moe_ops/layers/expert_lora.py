@@ -40,7 +40,7 @@ class ExpertLoRA(nn.Module):
     num_adapters, M as a second dimension.
 
     Args:
-        experts: an `Experts` (O = H, no precision "fp8") or a `QuantizedExperts`, all of whose
+        experts: an `Experts` (O = H, no fp8_training) or a `QuantizedExperts`, all of whose
             experts are in this process. Its requires_grad is set to False.
         rank: r, at least 1.
         alpha: B A is multiplied by alpha / r; None is r.
@@ -268,7 +268,7 @@ def _check_bank(bank: Any) -> None:
             f"ExpertLoRA: experts must have output_size = {bank.hidden_size} like their input, got "
             f"{size}."
         )
-    if getattr(bank, "precision", None) is not None:
-        raise ValueError(f"ExpertLoRA: experts must have no precision, got {bank.precision!r}.")
+    if getattr(bank, "fp8_training", False):
+        raise ValueError("ExpertLoRA: experts must not have fp8_training, got it on.")
     if bank.dispatcher is not None or bank.sharding is not None:
         raise ValueError("ExpertLoRA: experts must all be in this process, got a sharded bank.")

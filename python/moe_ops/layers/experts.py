@@ -20,11 +20,11 @@ from moe_ops.ops._checks import check_positive
 from moe_ops.ops.all_experts_ffn import all_experts_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
-from .dense import expert_inputs, fits_all_experts_ffn, grouped_linear, mix_outputs, segments
+from .all_experts import expert_inputs, fits_all_experts_ffn, grouped_linear, mix_outputs, segments
+from .expert_ops import experts as expert_ops
 from .fp8 import fp8_ffn
 from .functional import plain_activation
 from .inputs import takes_dense
-from .surgery import experts as surgery
 
 # Attributes of a bank that are arguments of moe_ffn.
 ACTIVATION_OPTIONS = ("activation", "interleaved", "alpha", "limit")
@@ -67,9 +67,9 @@ class Experts(nn.Module):
         bias: biases on both products.
         interleaved: layout of the gate and up rows.
         alpha, limit: of "swiglu_oai".
-        precision: "fp8": the products multiply float8_e4m3fn, forward and backward, with these
-            parameters as master weights (`fp8_ffn`; O must be H). None: in the parameters' dtype.
-            An attribute that may be changed at any time.
+        fp8_training: the products multiply float8_e4m3fn, forward and backward, with these
+            parameters as master weights (`fp8_ffn`; O must be H). An attribute that may be changed
+            at any time.
         device, dtype: of the parameters.
 
     Initialisation: each expert as `nn.Linear` would, uniform in +-1/sqrt(fan_in) (H for w_gate_up,
@@ -86,11 +86,11 @@ class Experts(nn.Module):
     goes when the weights change and at `train()`, and no state dict, pickle or deep copy holds it.
 
     Raises:
-        ValueError: a size below 1, an unknown activation or precision, or `interleaved` without a
-            gate.
+        ValueError: a size below 1, an unknown activation, `interleaved` without a gate, or
+            `fp8_training` with another O than H.
     """
 
-    precision: str | None = None
+    fp8_training: bool = False
     # Of expert parallelism: what brings tokens to the processes of their experts and back. Called
     # as `forward` is, with the bank first; it runs `forward_local`. See `moe_ops.parallel`.
     dispatcher: Callable[..., Tensor] | None = None
@@ -108,7 +108,7 @@ class Experts(nn.Module):
         interleaved: bool = False,
         alpha: float = 1.702,
         limit: float = 7.0,
-        precision: str | None = None,
+        fp8_training: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -117,12 +117,10 @@ class Experts(nn.Module):
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
         check_positive("Experts", num_experts=num_experts, **sizes, output_size=output_size)
         gated = check_activation("Experts", activation, interleaved)
-        if precision not in (None, "fp8"):
-            raise ValueError(f"Experts: precision must be None or 'fp8', got {precision!r}.")
-        if precision is not None and output_size != hidden_size:
+        if fp8_training and output_size != hidden_size:
             raise ValueError(
-                f"Experts: output_size must be {hidden_size} like hidden_size with precision "
-                f"{precision!r}, got {output_size}."
+                f"Experts: output_size must be {hidden_size} like hidden_size with fp8_training, "
+                f"got {output_size}."
             )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -133,7 +131,7 @@ class Experts(nn.Module):
         self.interleaved = interleaved
         self.alpha = alpha
         self.limit = limit
-        self.precision = precision
+        self.fp8_training = fp8_training
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -167,7 +165,7 @@ class Experts(nn.Module):
         """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t].
 
         Args:
-            x: [T, H], in the dtype of the parameters (any under autocast, and with precision
+            x: [T, H], in the dtype of the parameters (any under autocast, and with fp8_training
                 "fp8").
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
@@ -209,7 +207,7 @@ class Experts(nn.Module):
             x_scale: of x in float8_e4m3fn, with `takes_fp8` and without gradients; then with an
                 out_dtype. Both as of `moe_ops.moe_ffn_fp8`.
             out_dtype: None, the dtype of x, or float32: a token's sum before it is rounded. Where
-                gradients of precision "fp8" or another O than H are asked for, the rounded sum.
+                gradients are asked for with fp8_training or another O than H, the rounded sum.
         """
         weights = _local(self._weights())
         if self.sharding is not None:
@@ -220,7 +218,7 @@ class Experts(nn.Module):
     @property
     def takes_fp8(self) -> bool:
         """Whether `forward_local` without gradients takes x as `moe_ops.quantize_fp8` makes it."""
-        return self.precision == "fp8"
+        return self.fp8_training
 
     def _weights(self) -> _Weights:
         # A module finds a parameter by __getattr__, which for four takes a fifth of a small call.
@@ -244,7 +242,7 @@ class Experts(nn.Module):
             y = self._two_products(weights, x, topk_weights, topk_ids, on_input)
             return y if out_dtype is None else y.to(out_dtype)
         w_gate_up, w_down, b_gate_up, b_down = weights
-        if self.precision == "fp8":
+        if self.fp8_training:
             dtype = x.dtype if x_scale is None else out_dtype
             return fp8_ffn(
                 x,
@@ -374,7 +372,7 @@ class Experts(nn.Module):
         """The arguments that make a bank like this one: all but num_experts, device and dtype."""
         names = ("hidden_size", "intermediate_size", "output_size", *ACTIVATION_OPTIONS)
         config = {name: getattr(self, name) for name in names}
-        return {**config, "precision": self.precision, "bias": self.b_down is not None}
+        return {**config, "fp8_training": self.fp8_training, "bias": self.b_down is not None}
 
     def blank(self, num_experts: int, **changes: Any) -> Experts:
         """A fresh bank like this one; `changes` are arguments of the class."""
@@ -388,7 +386,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: no id, or one outside [0, E).
         """
-        return surgery.select(self, ids)
+        return expert_ops.select(self, ids)
 
     def append(self, other: int | Experts, *, init: str = "random") -> Experts:
         """A new bank with experts added at the end.
@@ -403,7 +401,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: an unknown `init`, a number below 1, or banks that do not fit together.
         """
-        return surgery.append(self, other, init)
+        return expert_ops.append(self, other, init)
 
     def split(
         self,
@@ -434,7 +432,7 @@ class Experts(nn.Module):
         Source: Dai et al. 2024 (fine-grained experts, arXiv 2401.06066); Zhao et al. 2024
         (FactorLLM, arXiv 2408.11855).
         """
-        return surgery.split(self, ids, factor, mode, noise)
+        return expert_ops.split(self, ids, factor, mode, noise)
 
     def merge(
         self,
@@ -465,7 +463,7 @@ class Experts(nn.Module):
 
         Source of the alignment before merging: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483).
         """
-        return surgery.merge(self, groups, weights, mode, neuron_order)
+        return expert_ops.merge(self, groups, weights, mode, neuron_order)
 
     def extra_repr(self) -> str:
         packed = packing.packed_weight_bytes(self)
@@ -475,7 +473,7 @@ class Experts(nn.Module):
             + (f"output_size={self.output_size}, " if self.output_size != self.hidden_size else "")
             + f"activation={self.activation!r}, "
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
-            + (f", precision={self.precision!r}" if self.precision is not None else "")
+            + (", fp8_training=True" if self.fp8_training else "")
             + (f", dispatcher={self.dispatcher!r}" if self.dispatcher is not None else "")
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )

@@ -28,7 +28,7 @@ class _ExpertsHook(ExpertsHook):
         return (
             isinstance(module, Experts)
             and module.output_size == module.hidden_size
-            and module.precision is None
+            and not module.fp8_training
         )
 
     def inputs(

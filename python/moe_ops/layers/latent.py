@@ -19,7 +19,8 @@ from .norm import AddRMSNorm
 class LatentProjection(nn.Module):
     """Takes tokens to the width of the routed experts of a `MoE` and brings their sum back.
 
-        MoE(Router(H, E, K), Experts(E, L, I), SharedExperts(H, I), latent=LatentProjection(H, L))
+        MoE(TopKRouter(H, E, K), Experts(E, L, I), SharedExperts(H, I), latent=LatentProjection(H,
+        L))
 
     computes up(norm(sum_k weight_k * expert_k(down(x)))) + shared(x). The router and shared experts
     read x itself. A routed expert has L / H of the parameters and the traffic of one of width H, so

@@ -6,13 +6,16 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .config import MoEConfig
 from .dense_gradient import check_dense_gradient, dense_gradient_weights, with_dense_gradient
+from .expert_ops import layers as expert_ops
 from .experts import Experts
 from .functional import apply_linear, sigmoid
 from .inputs import takes_jagged
@@ -22,7 +25,6 @@ from .recompute import LoggedCall, RoutingLog
 from .router import Router
 from .routing import Routing, check_given, drop_masked, given_routing
 from .shared_experts import SharedExperts
-from .surgery import layers as surgery
 
 
 class MoEOutput(NamedTuple):
@@ -136,92 +138,54 @@ class MoE(nn.Module):
         self.routing_log = RoutingLog() if freeze_routing_in_recompute else None
 
     @classmethod
-    def build(
+    def from_config(
         cls,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
+        config: MoEConfig,
         *,
-        num_shared_experts: int = 0,
-        shared_intermediate_size: int | None = None,
-        shared_expert_gate: bool = False,
-        router: str | None = None,
-        activation: str = "swiglu",
-        bias: bool = False,
-        interleaved: bool = False,
-        alpha: float = 1.702,
-        limit: float = 7.0,
-        precision: str | None = None,
-        router_bias: bool | None = None,
-        latent_size: int | None = None,
-        latent_norm: bool = False,
-        router_gradient: str = "topk",
-        aux_losses: Sequence[str] = (),
-        freeze_routing_in_recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **router_kwargs: Any,
     ) -> MoE:
-        """A layer from sizes.
+        """Returns a new layer with the sizes and parts of `config`.
 
         Args:
-            hidden_size, intermediate_size, num_experts, top_k: H, I, E and K.
-            num_shared_experts: shared experts of width I (as one network of the summed width).
-            shared_intermediate_size: total width of the shared network, instead of the former.
-            shared_expert_gate: gate the shared output by a sigmoid of x (a linear map H -> 1).
-            router: name of a model to route like, see `Router.like`.
-            activation, bias, interleaved, alpha, limit, precision: of `Experts`; the shared network
-                has the same activation, no biases and no other precision.
-            router_bias: bias of the router's linear map; None leaves it to `router`.
-            latent_size, latent_norm: width of the routed experts, and a norm of their sum, see
-                `LatentProjection`. None: H, without one.
-            router_gradient, aux_losses, freeze_routing_in_recompute: as for MoE.
+            config: see `MoEConfig`.
             device, dtype: of all parameters.
-            router_kwargs: any other argument of `Router`.
+
+        Raises:
+            ValueError: a size or a combination that no part accepts.
         """
-        if router_bias is not None:
-            router_kwargs["bias"] = router_bias
+        c = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        router_kwargs |= where
-        if router is None:
-            made_router = Router(hidden_size, num_experts, top_k, **router_kwargs)
-        else:
-            made_router = Router.like(router, hidden_size, num_experts, top_k, **router_kwargs)
-        if latent_norm and latent_size is None:
-            raise ValueError("MoE.build: latent_norm must come with latent_size, got it alone.")
+        if c.latent_norm and c.latent_size is None:
+            raise ValueError("MoEConfig: latent_norm must come with latent_size, got it alone.")
         latent = None
-        if latent_size is not None:
-            latent = LatentProjection(hidden_size, latent_size, norm=latent_norm, **where)
+        if c.latent_size is not None:
+            latent = LatentProjection(c.hidden_size, c.latent_size, norm=c.latent_norm, **where)
+        width = c.hidden_size if c.latent_size is None else c.latent_size
         experts = Experts(
-            num_experts,
-            hidden_size if latent_size is None else latent_size,
-            intermediate_size,
-            activation=activation,
-            bias=bias,
-            interleaved=interleaved,
-            alpha=alpha,
-            limit=limit,
-            precision=precision,
-            **where,
+            c.num_experts, width, c.intermediate_size, **dataclasses.asdict(c.experts), **where
         )
-        width = shared_intermediate_size or num_shared_experts * intermediate_size
         shared = gate = None
-        if width:
+        if c.shared_intermediate_size:
             shared = SharedExperts(
-                hidden_size, width, activation=activation, alpha=alpha, limit=limit, **where
+                c.hidden_size,
+                c.shared_intermediate_size,
+                activation=c.experts.activation,
+                alpha=c.experts.alpha,
+                limit=c.experts.limit,
+                **where,
             )
-        if shared_expert_gate:
-            gate = nn.Linear(hidden_size, 1, bias=False, **where)
+        if c.shared_expert_gate:
+            gate = nn.Linear(c.hidden_size, 1, bias=False, **where)
         return cls(
-            made_router,
+            c.router.build(c.hidden_size, c.num_experts, c.top_k, **where),
             experts,
             shared,
             gate,
             latent=latent,
-            router_gradient=router_gradient,
-            aux_losses=aux_losses,
-            freeze_routing_in_recompute=freeze_routing_in_recompute,
+            router_gradient=c.router_gradient,
+            aux_losses=c.aux_losses,
+            freeze_routing_in_recompute=c.freeze_routing_in_recompute,
         )
 
     @takes_jagged
@@ -371,7 +335,7 @@ class MoE(nn.Module):
         All such operations copy the shared experts and their gate, so that the new layer shares no
         parameter with this one.
         """
-        return surgery.select(self, ids, changes)
+        return expert_ops.select(self, ids, changes)
 
     def append(
         self,
@@ -391,7 +355,7 @@ class MoE(nn.Module):
                 that is no choice for rows.
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
-        return surgery.append(self, other, init, router_init, changes)
+        return expert_ops.append(self, other, init, router_init, changes)
 
     def split(
         self,
@@ -406,7 +370,7 @@ class MoE(nn.Module):
         mode="slice" over all experts computes the same function with E * factor experts of
         intermediate size I / factor, K * factor of them a token.
         """
-        return surgery.split(self, ids, factor, mode, noise)
+        return expert_ops.split(self, ids, factor, mode, noise)
 
     def merge(
         self,
@@ -424,7 +388,7 @@ class MoE(nn.Module):
         Args:
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
-        return surgery.merge(self, groups, weights, mode, neuron_order, changes)
+        return expert_ops.merge(self, groups, weights, mode, neuron_order, changes)
 
     def rebuild(self, router: Router, experts: Experts) -> MoE:
         """A layer like this one with another router and other experts, and copies of the rest."""

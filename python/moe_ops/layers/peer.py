@@ -174,7 +174,7 @@ class PEER(nn.Module):
         gathers = (
             type(bank) is Experts
             and bank.dispatcher is None
-            and bank.precision is None
+            and not bank.fp8_training
             and bank.b_gate_up is None
             and bank.b_down is None
             and not is_sharded(bank.w_gate_up)

@@ -20,9 +20,9 @@ from moe_ops.ops._checks import check_positive, dtype_name
 from moe_ops.quant.convert import check_sizes, quantize_experts
 from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides, label_of_bank
 
+from .expert_ops.rows import as_ids
 from .experts import ACTIVATION_OPTIONS, Experts, check_activation
 from .inputs import takes_dense
-from .surgery.rows import as_ids
 
 _FROZEN = (*(name + part for name in WEIGHTS for part in ("", "_scale", "_zero")), "x_scale")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_ops.ops import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops._checks import check_positive
 
-from .dense import mix_outputs
+from .all_experts import mix_outputs
 from .functional import multiplies_by_ops
 from .inputs import jagged_parts, leaf_of_fx
 

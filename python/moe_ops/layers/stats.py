@@ -60,7 +60,7 @@ class ExpertLoadStats:
     is read (`as_dict`, `max_violation`, ...). Nothing is recorded for autograd.
 
     Example:
-        stats = RoutingStats()
+        stats = ExpertLoadStats()
         for name, ids in routings:                 # ids: [T, K] of each MoE layer
             stats.update(ids, num_experts, layer=name)
         stats.all_reduce()                         # over ranks, when torch.distributed is in use
@@ -208,4 +208,4 @@ class ExpertLoadStats:
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{k!r}: E={c.shape[0]}" for k, c in self._counts.items())
-        return f"RoutingStats({shapes})"
+        return f"ExpertLoadStats({shapes})"

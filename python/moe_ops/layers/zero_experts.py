@@ -26,7 +26,7 @@ class ZeroComputationExperts(nn.Module):
     vector v and (a, b) = softmax(W x). All are weighted like other experts, so a token of K slots
     runs through K real experts or fewer.
 
-        MoE(Router(64, 12, 2), ZeroComputationExperts(Experts(8, 64, 32), num_identity=4))
+        MoE(TopKRouter(64, 12, 2), ZeroComputationExperts(Experts(8, 64, 32), num_identity=4))
 
     Parameters: constant [C, H], N(0, 1) at first; constant_gate [C, 2, H], as nn.Linear.
 

@@ -17,7 +17,7 @@ from moe_ops._fields import Fields
 
 from .trace import ExpertTrace
 
-_KIND = "moe_ops.RoutePredictor/2"
+_KIND = "moe_ops.ExpertPredictor/2"
 _SIZES = ("vocab_size", "num_calls", "num_experts", "window", "width", "num_layers", "num_heads")
 
 

@@ -112,7 +112,7 @@ class ExpertTrace:
             ValueError: it is no regular file, holds something else, or differs from its checksum,
                 which files of earlier versions do not have.
         """
-        reader = "RoutingTrace.load"
+        reader = "ExpertTrace.load"
         with (
             _reading.open_regular(path, reader) as file,
             _reading.damage(reader, path, "a saved trace"),
@@ -246,7 +246,7 @@ def record_expert_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterat
     """Records the routes of a model while the context is open; `recorder.trace()` gives them.
 
     Example:
-        with record_trace(model) as recorder:
+        with record_expert_trace(model) as recorder:
             model.generate(prompts, 64)
         recorder.trace().save("routes.npz")
 

@@ -119,7 +119,7 @@ def move_experts(
     all-to-all for each bank, two where FSDP2 shards its experts.
 
         stats.all_reduce()
-        rebalance(model, optimizer, balanced_placements(model, stats))
+        rebalance(model, optimizer, plan_placements(model, stats))
 
     Args:
         model: with banks of `shard_experts`. All ranks of their groups call this together.

@@ -28,7 +28,7 @@ def canonical_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[
     Example:
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
-        with in_expert_order(model, state):
+        with canonical_expert_order(model, state):
             dcp.save(state, checkpoint_id="checkpoint")  # or dcp.load
 
     Args:

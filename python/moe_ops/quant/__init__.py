@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moe_ops.expert_weights import ExpertInputs, ExpertWeights
 
-from .baseline import BankRecord, CalibrationData, collect_calibration, perplexity
+from .calibration import BankRecord, CalibrationData, collect_calibration, perplexity
 from .convert import quantize_experts
 from .formats import dequantize, quantize
 from .fp8 import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_blocks

@@ -13,7 +13,7 @@ from moe_ops._sharded import has_own_experts
 from moe_ops.expert_weights import ExpertWeights, hooks_for
 
 from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
-from .baseline import CalibrationData, collect_calibration
+from .calibration import CalibrationData, collect_calibration
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, ScaleChoice, find_x_scale
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_ops.expert_weights import is_quantized
 
-from .baseline import CalibrationData, perplexity
+from .calibration import CalibrationData, perplexity
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from .page import routing_data, routing_page
 from .partial_loading import PartlyLoaded, load_pruned
 from .profile import ExpertProfile, LayerProfile, profile_experts
 from .prune import ablate_experts, merge_experts, prune_experts
-from .route_as import given, only, override_routing, random, rank, top_k
 from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
+from .routing_rules import given, only, override_routing, random, rank, top_k
 from .self_contrast import SelfContrastLogitsProcessor, contrast
 from .super_experts import (
     SuperExpert,

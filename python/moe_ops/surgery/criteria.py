@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .profile import ExpertProfile, LayerProfile
-from .route_as import groups_left
 from .routed_layers import find_routed_layers
+from .routing_rules import groups_left
 
 
 def frequency(layer: LayerProfile) -> Tensor:

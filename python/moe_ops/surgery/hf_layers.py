@@ -16,7 +16,7 @@ from moe_ops.expert_weights.packing import invalidate
 from moe_ops.hf.checkpoints.hook import TransformersHook
 from moe_ops.hf.experts.switch import status_of
 from moe_ops.hf.models.known import Unknown, find
-from moe_ops.layers import Experts, Router, Routing
+from moe_ops.layers import Experts, Router, RouterConfig, Routing, SparseMixerRouter, TopKRouter
 from moe_ops.layers.routing import RoutingOverride
 
 from .routed_layer import RoutedLayer, Watcher
@@ -40,7 +40,7 @@ class HFRoutedLayer(RoutedLayer):
         sizes = hidden_size, num_experts, router.top_k
         if type(router).__name__ == "PhimoeTopKRouter":
             eps = router.router_jitter_noise
-            return Router.like("phimoe", *sizes, sparsemixer_eps=eps, device="meta")
+            return SparseMixerRouter(*sizes, sparsemixer_eps=eps, device="meta")
         try:
             choice = find("router", router).arguments(router)
         except Unknown as error:
@@ -52,7 +52,7 @@ class HFRoutedLayer(RoutedLayer):
         if "expert_bias" in choice:
             choice["expert_bias"] = True
         bias = getattr(router, "bias", None) is not None
-        return Router(*sizes, **choice, bias=bias, device="meta")
+        return TopKRouter(*sizes, **choice, bias=bias, device="meta")
 
     @property
     def router_rows(self) -> Any:
@@ -197,7 +197,7 @@ class DbrxRoutedLayer(HFRoutedLayer):
         block: Any = self.block
         num_experts, hidden_size = self.router_rows.weight.shape
         p = block.moe_normalize_expert_weights
-        return Router(
+        return TopKRouter(
             hidden_size,
             num_experts,
             block.top_k,
@@ -251,7 +251,9 @@ class JetMoeRoutedLayer(HFRoutedLayer):
 
     def make_rules(self) -> Router:
         num_experts, hidden_size = self.router_rows.weight.shape
-        return Router.like("jetmoe", hidden_size, num_experts, self.top_k, device="meta")
+        return RouterConfig.from_model_type("jetmoe").build(
+            hidden_size, num_experts, self.top_k, device="meta"
+        )
 
     @property
     def router_rows(self) -> Any:
@@ -287,7 +289,9 @@ class Llama4RoutedLayer(HFRoutedLayer):
 
     def make_rules(self) -> Router:
         num_experts, hidden_size = self.router_rows.weight.shape
-        return Router.like("llama4", hidden_size, num_experts, self.top_k, device="meta")
+        return RouterConfig.from_model_type("llama4").build(
+            hidden_size, num_experts, self.top_k, device="meta"
+        )
 
     def read(self, output: Any) -> Routing:
         scores, logits = output
@@ -298,8 +302,8 @@ class Llama4RoutedLayer(HFRoutedLayer):
         logits, weights, ids = routing
         if status_of(self.block) != "transformers":
             raise ValueError(
-                f"route_as: {self.name} must be transformers' own block, which computes all "
-                "experts, got one on moe_ops; call moe_ops.hf.disable first."
+                f"override_routing: {self.name} must be transformers' own block, which computes "
+                "all experts, got one on moe_ops; call moe_ops.hf.disable first."
             )
         scores = torch.zeros_like(output[0])
         return scores.scatter_add(1, ids.long(), weights.to(scores.dtype)), logits

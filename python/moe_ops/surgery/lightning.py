@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_ops.layers import ExpertLoadStats
-from moe_ops.surgery.find_routed_layers import find_routed_layers
 from moe_ops.surgery.log_routing import count_in_training, summary
+from moe_ops.surgery.routed_layers import find_routed_layers
 from moe_ops.viz import import_matplotlib, plot_expert_load
 
 __all__ = ["RoutingCallback"]

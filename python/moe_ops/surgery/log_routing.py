@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_ops.layers import ExpertLoadStats
 from moe_ops.layers.recompute import in_backward
-from moe_ops.surgery.find_routed_layers import find_routed_layers
 from moe_ops.surgery.routed_layer import RoutedLayer
+from moe_ops.surgery.routed_layers import find_routed_layers
 
 
 def log_routing(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_ops import _files
 from moe_ops.layers import ExpertLoadStats
-from moe_ops.surgery.find_routed_layers import find_routed_layers
+from moe_ops.surgery.routed_layers import find_routed_layers
 
 # Tokens whose experts the page shows one by one, and experts up to which it shows pairs.
 MAX_TOKENS = 1024

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from moe_ops.expert_weights.packing import invalidate
-from moe_ops.layers.surgery.rows import as_groups, as_ids
+from moe_ops.layers.expert_ops.rows import as_groups, as_ids
 
 from .editing import check_attention, finish, merge_layer, select_layer
 from .profile import expert_weights_of
-from .route_as import groups_left
 from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
+from .routing_rules import groups_left
 
 
 def prune_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:

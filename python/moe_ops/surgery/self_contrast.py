@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .route_as import Rule, override_routing, rank
+from .routing_rules import Rule, override_routing, rank
 
 
 def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 0.5) -> Tensor:
@@ -39,7 +39,7 @@ def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 
 class SelfContrastLogitsProcessor:
     """A logits processor that contrasts a model with itself under weaker routing.
 
-        contrasted = SelfContrast(model, rank(2), beta=0.5)
+        contrasted = SelfContrastLogitsProcessor(model, rank(2), beta=0.5)
         model.generate(tokens, 64, logits_processor=contrasted)              # of the zoo
         model.generate(ids, logits_processor=[contrasted], max_new_tokens=64)  # of transformers
 

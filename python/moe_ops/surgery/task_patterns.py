@@ -108,7 +108,8 @@ class TaskRoutingPatterns:
         """
         if task not in self.tasks:
             raise ValueError(
-                f"TaskPatterns.keep: task must be one of {', '.join(self.tasks)}, got {task!r}."
+                f"TaskRoutingPatterns.keep: task must be one of {', '.join(self.tasks)}, got "
+                f"{task!r}."
             )
         own = dict(zip(self.layers, self.scores[self.tasks.index(task)], strict=True))
         return select_experts(model, own, number, **options)
@@ -143,7 +144,7 @@ class TaskRoutingPatterns:
         training = {module for module in model.modules() if module.training}
         model.eval()
         try:
-            for routed in find_routed_layers(model, wanted, caller="TaskPatterns.retrieve"):
+            for routed in find_routed_layers(model, wanted, caller="TaskRoutingPatterns.retrieve"):
                 handles += routed.watch(watch(routed.name))
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         except _Reached:
@@ -156,7 +157,8 @@ class TaskRoutingPatterns:
         unseen = [own for own in wanted if not counts.get(own)]
         if unseen:
             raise ValueError(
-                f"TaskPatterns.retrieve: inputs must reach {unseen[0]!r}, got no token there."
+                f"TaskRoutingPatterns.retrieve: inputs must reach {unseen[0]!r}, got no token "
+                f"there."
             )
         query = torch.cat([sums[own] / counts[own] for own in wanted])
         index = list(range(len(self.layers))) if name is None else [self.layers.index(name)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import MoE, Router
+from moe_ops.layers import MoE, Router, TopKRouter
 
 from .experts import copy_experts, experts_from_dense, reinitialize, slice_experts
 
@@ -53,7 +53,7 @@ def paired_router(
         raise ValueError(
             f"paired_router: num_slices must divide num_experts = {num_experts}, got {num_slices}."
         )
-    router = Router(
+    router = TopKRouter(
         hidden_size,
         num_experts,
         top_k,

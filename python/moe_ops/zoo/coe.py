@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._fields import Fields
-from moe_ops.layers import Experts, Router, SharedExperts
+from moe_ops.layers import Experts, Router, SharedExperts, TopKRouter
 from moe_ops.layers.rotary import Rope, Yarn
 
 from .lm.attention import LatentAttention
@@ -220,8 +220,8 @@ class CoEBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
         self.attention = LatentAttention.of(config, rope)
         self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
-        routers = [
-            Router(
+        routers: list[Router] = [
+            TopKRouter(
                 hidden,
                 config.num_experts,
                 config.top_k,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import AddRMSNorm, AttentionExperts, Experts, MoE, Router
+from moe_ops.layers import AddRMSNorm, AttentionExperts, Experts, MoE, TopKRouter
 from moe_ops.layers.rotary import Rope
 
 from .lm.blocks import Step
@@ -118,7 +118,7 @@ class JetMoEBlock(nn.Module):
         hidden, experts = config.hidden_size, config.num_experts
         self.attention_norm = AddRMSNorm(hidden, eps=BLOCK_NORM_EPS)
         self.attention = AttentionExperts(
-            Router.like("jetmoe", hidden, experts, config.top_k),
+            TopKRouter(hidden, experts, config.top_k, topk_first=True),
             config.num_kv_heads,
             config.head_size,
             rope_theta=config.rope_theta,
@@ -126,7 +126,7 @@ class JetMoEBlock(nn.Module):
         )
         self.mlp_norm = AddRMSNorm(hidden, eps=BLOCK_NORM_EPS)
         self.mlp = MoE(
-            Router.like("jetmoe", hidden, experts, config.top_k),
+            TopKRouter(hidden, experts, config.top_k, topk_first=True),
             Experts(experts, hidden, config.intermediate_size),
         )
         self.mlp_bias = nn.Parameter(torch.zeros(hidden))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_ops._fields import Fields
-from moe_ops.layers import Experts, MoE, Router, SharedExperts, TopPRouter
+from moe_ops.layers import Experts, MoE, SharedExperts, TopPRouter
 from moe_ops.layers.rotary import Rope
 
 from .lm.attention import Attention
@@ -105,11 +105,10 @@ class TopPBlock(Block):
         if dense:
             mlp = SharedExperts(hidden, config.intermediate_size)
         else:
-            router = Router(
+            router = TopPRouter(
                 hidden,
                 config.num_experts,
                 config.expected_experts,
-                kind="topp",
                 top_p=config.top_p,
                 max_k=config.max_experts,
             )
@@ -171,7 +170,7 @@ class TopPController:
     moves.
 
     Args:
-        model: a module with routers of kind="topp".
+        model: a module with `TopPRouter`s.
         target: experts a token.
         proportional, integral: gains; p moves by `integral` a step for an error of one expert.
         lowest, highest: range of p.
@@ -193,7 +192,7 @@ class TopPController:
         self.routers = [m for m in model.modules() if isinstance(m, TopPRouter)]
         if not self.routers:
             raise ValueError(
-                f'TopPController: model must hold a Router of kind="topp", got a '
+                f"TopPController: model must hold a TopPRouter, got a "
                 f"{type(model).__name__} without one."
             )
         if target < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tests.layers.pack_weights.banks import I, make
+from tests.layers.packing.banks import I, make
 from torch import nn
 
 

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from tests.layers.pack_weights.banks import assert_right, is_packed, make, operands, plain
-from tests.layers.pack_weights.changes import in_place
+from tests.layers.packing.banks import assert_right, is_packed, make, operands, plain
+from tests.layers.packing.changes import in_place
 from torch import Tensor
 
 import moe_ops

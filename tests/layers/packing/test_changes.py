@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.layers.pack_weights.banks import E, H, I, K, assert_right, is_packed, make, operands
-from tests.layers.pack_weights.changes import CHANGES, adamw
+from tests.helpers.moe import build_moe
+from tests.layers.packing.banks import E, H, I, K, assert_right, is_packed, make, operands
+from tests.layers.packing.changes import CHANGES, adamw
 from torch import nn
 
 import moe_ops
@@ -75,7 +76,7 @@ def test_train_drops_the_copy():
     assert is_packed(bank)
     assert bank.train() is bank
     assert not is_packed(bank)
-    moe = MoE(MoE.build(H, I, E, K).router, bank).eval()
+    moe = MoE(build_moe(H, I, E, K).router, bank).eval()
     moe.pack_weights()
     moe.train()
     assert not is_packed(moe)

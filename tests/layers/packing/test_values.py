@@ -9,7 +9,8 @@ import pickle
 
 import pytest
 import torch
-from tests.layers.pack_weights.banks import (
+from tests.helpers.moe import build_moe
+from tests.layers.packing.banks import (
     E,
     H,
     I,
@@ -21,12 +22,12 @@ from tests.layers.pack_weights.banks import (
     operands,
     plain,
 )
-from tests.layers.pack_weights.changes import adamw, data, in_place, step
+from tests.layers.packing.changes import adamw, data, in_place, step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
-from moe_ops.layers import Experts, MoE
+from moe_ops.layers import Experts
 from moe_ops.testing import DTYPES, assert_identical, short
 
 # CUDA has no packed copies.
@@ -58,8 +59,8 @@ def test_packed_equals_unpacked(activation, interleaved, bias, dtype, counted):
 
 
 def test_moe_and_whole_models():
-    first = MoE.build(H, I, E, K, num_shared_experts=1).eval()
-    model = nn.Sequential(first, MoE.build(H, I, E, K)).eval()
+    first = build_moe(H, I, E, K, num_shared_experts=1).eval()
+    model = nn.Sequential(first, build_moe(H, I, E, K)).eval()
     x = torch.randn(3, 5, H)
     with torch.no_grad():
         want = model(x)

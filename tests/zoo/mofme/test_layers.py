@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_ops import zoo
-from moe_ops.layers import Router
+from moe_ops.layers import TopKRouter
 from moe_ops.zoo.mofme import FiLMExperts, MoFME, UncertaintyRouter
 from moe_ops.zoo.mofme.layers import calibrated
 
@@ -97,7 +97,7 @@ def test_router_equals_a_plain_transcription():
         weights = each.mean(0) / (1 + each.std(0, unbiased=True))
         torch.testing.assert_close(routing.topk_weights[t], weights / weights.sum())
     # An evaluation has one pass without dropout.
-    plain = Router(H, E, K, bias=True, topk_first=True).double()
+    plain = TopKRouter(H, E, K, bias=True, topk_first=True).double()
     plain.load_state_dict(router.state_dict())
     for found, wanted in zip(router.eval()(x), plain(x), strict=True):
         torch.testing.assert_close(found, wanted)

@@ -1,6 +1,6 @@
 """Routers: a file for each way of choosing experts.
 
-Importing this package registers the kinds that `Router(..., kind=...)` knows.
+Importing this package registers the kinds that `RouterConfig` builds.
 """
 
 from __future__ import annotations

@@ -17,39 +17,34 @@ from torch import Tensor, nn
 
 from moe_ops.formulas.scores import router_scores
 
+from ..expert_ops import router_rows as expert_ops
 from ..functional import router_logits
 from ..inputs import takes_dense
 from ..recompute import in_backward
 from ..routing import Routing, RoutingOverride, drop_masked, mask_logits, valid_ids
 from ..stats import count_tokens_per_expert, moved_counts
-from ..surgery import router_rows as surgery
 from .options import check, options_of
-from .presets import PRESETS
 
 
 class Router(nn.Module):
-    """Linear router: logits = x W^T + b, then a choice of experts and their weights.
+    """Abstract linear router: logits = x W^T + b, from which a subclass selects experts.
 
-    `Router(..., kind=...)` makes a router of the class of that kind, whose docstring describes its
-    further arguments:
-
-    - "topk" (`TopKRouter`): the K experts of the best scores.
-    - "topp" (`TopPRouter`): the smallest set of experts whose probabilities reach `top_p`.
-    - "expert_choice" (`ExpertChoiceRouter`): each expert takes its best tokens.
-    - "sparsemixer" (`SparseMixerRouter`): experts are sampled in training.
-    - "relu" (`ReLURouter`): all experts of a positive logit.
-    - "hash" (`HashRouter`): experts by token id.
-    - "capacity" (`CapacityRouter`): as "topk", dropping what is over an expert's capacity.
+    - `TopKRouter` selects the K experts with the best scores.
+    - `TopPRouter` selects the smallest set of experts whose probabilities reach `top_p`.
+    - `ExpertChoiceRouter` lets each expert take its best tokens.
+    - `SparseMixerRouter` samples experts in training.
+    - `ReLURouter` selects all experts with a positive logit.
+    - `HashRouter` selects experts by token id.
+    - `CapacityRouter` is a `TopKRouter` that drops tokens over an expert's capacity.
 
     Parameters and buffers:
         weight: [E, H]. bias: [E], with `bias=True`.
-        expert_bias: [E] fp32 buffer, with `expert_bias=True` of kind="topk".
+        expert_bias: [E] fp32 buffer, with `expert_bias=True` (`TopKRouter`).
 
     Args:
         hidden_size: H.
         num_experts: E >= 1.
-        top_k: K in [1, E]; for kind="expert_choice" the mean number of experts a token.
-        kind: see above.
+        top_k: K in [1, E]; for `ExpertChoiceRouter` the mean number of experts per token.
         bias: give the linear map a bias.
         jitter: in training, the router sees x times uniform numbers in [1 - jitter, 1 + jitter].
             Out of place: the experts, and the caller, keep x as it was.
@@ -62,7 +57,7 @@ class Router(nn.Module):
     Initialisation: weight uniform in +-1/sqrt(H) as nn.Linear, bias and expert_bias 0.
 
     Raises:
-        ValueError: a size, kind or combination that makes no sense, in one sentence.
+        ValueError: a size or combination that makes no sense, in one sentence.
     """
 
     kind: str = ""
@@ -87,20 +82,15 @@ class Router(nn.Module):
     expert_bias: Tensor | None
     tokens_per_expert: Tensor | None
 
-    _kinds: ClassVar[dict[str, type[Router]]] = {}
+    # Classes by the names that `RouterConfig` has for them.
+    kinds: ClassVar[dict[str, type[Router]]] = {}
 
     def __init_subclass__(cls, kind: str | None = None, **rest: Any) -> None:
-        """`class MyRouter(Router, kind="mine")` makes `Router(..., kind="mine")` a MyRouter."""
+        """`class MyRouter(Router, kind="mine")` lets `RouterConfig("mine")` build a MyRouter."""
         super().__init_subclass__(**rest)
         if kind is not None:
             cls.kind = kind
-            Router._kinds[kind] = cls
-
-    def __new__(cls, *args: Any, kind: str = "topk", **options: Any) -> Router:
-        if cls is Router:
-            check(kind in cls._kinds, f"kind must be one of {', '.join(cls._kinds)}, got {kind!r}")
-            cls = cls._kinds[kind]
-        return super().__new__(cls)
+            Router.kinds[kind] = cls
 
     def __init__(
         self,
@@ -108,17 +98,14 @@ class Router(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        kind: str | None = None,
         bias: bool = False,
         jitter: float = 0.0,
         logits_dtype: torch.dtype | None = None,
         apply_router_weight_on_input: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **others: Any,
     ) -> None:
         super().__init__()
-        self._check_others(kind, others)
         check(hidden_size >= 1, f"hidden_size must be at least 1, got {hidden_size}")
         check(num_experts >= 1, f"num_experts must be at least 1, got {num_experts}")
         check(
@@ -139,45 +126,6 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", None)
         self.tokens_per_expert = None
         self.reset_parameters()
-
-    @classmethod
-    def like(
-        cls, model: str, hidden_size: int, num_experts: int, top_k: int, **overrides: Any
-    ) -> Router:
-        """A router that behaves as the named model's does.
-
-        Args:
-            model: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, deepseek_v4,
-                glm4_moe, granitemoe, gpt_oss, phimoe, jetmoe, dbrx or llama4 (the `model_type` of
-                transformers).
-            hidden_size, num_experts, top_k: sizes.
-            overrides: any argument of Router; wins over the preset.
-
-        Departures from the models: weights are never rounded to half types, jitter never touches
-        the experts' input, experts of losing groups are excluded instead of scored 0, and
-        deepseek_v2 starts without groups and scaling, which differ between its sizes.
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        if model not in PRESETS:
-            raise ValueError(
-                f"Router.like: model must be one of {', '.join(PRESETS)}, got {model!r}."
-            )
-        return cls(hidden_size, num_experts, top_k, **{**PRESETS[model], **overrides})
-
-    def _check_others(self, kind: str | None, others: dict[str, Any]) -> None:
-        """Looks at arguments that this class does not have: those of other kinds are no error as
-        long as they change nothing."""
-        check(kind in (None, self.kind), f"kind must be {self.kind!r} or left out, got {kind!r}")
-        kinds = [options_of(router) for router in Router._kinds.values()]
-        for name, value in others.items():
-            defaults = [options[name] for options in kinds if name in options]
-            if not defaults:
-                raise TypeError(f"{type(self).__name__}: there is no argument {name!r}.")
-            if not isinstance(value, Tensor) and value in defaults:
-                continue
-            check(False, f"{name} must keep its default with kind={self.kind!r}, got {value!r}")
 
     def keep_expert_bias(self) -> None:
         """Adds the buffer `expert_bias` and the counter that `update_expert_bias` reads. For the
@@ -368,7 +316,7 @@ class Router(nn.Module):
         Raises:
             ValueError: ids out of range, top_k too large, or groups that no longer divide.
         """
-        return surgery.select(self, ids, top_k, num_groups, num_topk_groups)
+        return expert_ops.select(self, ids, top_k, num_groups, num_topk_groups)
 
     def append(
         self,
@@ -392,7 +340,7 @@ class Router(nn.Module):
             ValueError: an unknown `init`, a number below 1, routers that do not fit together, or
                 groups that no longer hold.
         """
-        return surgery.append(self, other, init, top_k, num_groups, num_topk_groups)
+        return expert_ops.append(self, other, init, top_k, num_groups, num_topk_groups)
 
     def split(
         self, ids: Sequence[int] | Tensor | None = None, factor: int = 2, *, mode: str = "slice"
@@ -409,7 +357,7 @@ class Router(nn.Module):
         Raises:
             ValueError: one of these conditions does not hold, or groups become uneven.
         """
-        return surgery.split(self, ids, factor, mode)
+        return expert_ops.split(self, ids, factor, mode)
 
     def merge(
         self,
@@ -431,14 +379,15 @@ class Router(nn.Module):
             ValueError: sizes or ids that make no sense; top_k larger than the number of groups;
                 mode="concat" with groups whose size does not divide top_k.
         """
-        return surgery.merge(self, groups, weights, mode, top_k, num_groups, num_topk_groups)
+        return expert_ops.merge(self, groups, weights, mode, top_k, num_groups, num_topk_groups)
 
-    def config(self) -> dict[str, Any]:
-        """The keyword arguments that make a router like this one: all but device and dtype."""
+    def options(self) -> dict[str, Any]:
+        """Returns the keyword arguments that make a router like this one, without its device and
+        dtype."""
         made = {
             name: getattr(self, name)
             for name in options_of(type(self))
-            if name not in ("kind", "bias", "expert_bias", "device", "dtype")
+            if name not in ("bias", "expert_bias", "device", "dtype")
         }
         made["bias"] = self.bias is not None
         if self.expert_bias is not None:
@@ -446,9 +395,15 @@ class Router(nn.Module):
         return made
 
     def with_rows(self, num_experts: int, top_k: int, **changes: Any) -> Router:
-        """A router like this one with other sizes, whose rows are to be filled in. It is on the
-        meta device, where initialisation draws no random numbers."""
-        options = {**self.config(), **changes}
+        """Returns a router like this one with other sizes, whose rows are to be filled in.
+
+        It is on the meta device, where initialization draws no random numbers. One group is no
+        group, also for routers that do not have groups.
+        """
+        options = {**self.options(), **changes}
+        for name in ("num_groups", "num_topk_groups"):
+            if options.get(name) == 1 and name not in options_of(type(self)):
+                del options[name]
         return type(self)(self.hidden_size, num_experts, top_k, device="meta", **options)
 
     # ------------------------------------------------------------------------------ module hooks

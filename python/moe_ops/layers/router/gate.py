@@ -42,7 +42,7 @@ class GateRouter(TopKRouter):
         gate_dropout: probability, of "mlp", in training.
         sample_top_k: in training, so many of the K experts are drawn from the token's routing
             probabilities without those already chosen, instead of taken from the top.
-        router_options: any other argument of `Router`, with kind="topk" and softmax scores.
+        router_options: other arguments of `TopKRouter`, with softmax scores.
 
     Initialisation: weights as `nn.Linear` would; the rows of "cosine" N(0, 1), its temperature 0.
 

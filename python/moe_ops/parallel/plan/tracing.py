@@ -31,7 +31,7 @@ from moe_ops._private_torch import (
     fake_process_group,
     fake_tensors,
 )
-from moe_ops.layers import MoE, SharedExperts
+from moe_ops.layers import ExpertsConfig, MoE, MoEConfig, RouterConfig, SharedExperts
 
 from ..comm import begin_all_gather_rows, wait
 from ..sharding import fully_shard_moe, init_moe_meshes, shard_experts
@@ -356,20 +356,22 @@ class _Block(nn.Module):
                 h, shape.dense_intermediate_size, activation=activation, dtype=dtype
             )
             return
-        self.ffn = MoE.build(
+        router = RouterConfig(
+            num_groups=shape.num_groups,
+            num_topk_groups=shape.num_topk_groups,
+            logits_dtype=torch.float32 if shape.float32_router else None,
+        )
+        config = MoEConfig(
             h,
             shape.intermediate_size,
             shape.num_experts,
             shape.top_k,
+            router=router,
+            experts=ExpertsConfig(activation=activation, bias=shape.bias),
             shared_intermediate_size=shape.shared_intermediate_size,
-            activation=activation,
-            bias=shape.bias,
-            num_groups=shape.num_groups,
-            num_topk_groups=shape.num_topk_groups,
-            logits_dtype=torch.float32 if shape.float32_router else None,
             freeze_routing_in_recompute=self.recompute,
-            dtype=dtype,
         )
+        self.ffn = MoE.from_config(config, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.recompute:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_ops import upcycle
 from moe_ops._fields import Fields
-from moe_ops.layers import AttentionExperts, Experts, MoE, Router, SharedExperts
+from moe_ops.layers import AttentionExperts, Experts, MoE, SharedExperts, TopKRouter
 from moe_ops.layers.rotary import Rope
 
 from ..lm.attention import Attention
@@ -145,7 +145,7 @@ class BAMBlock(nn.Module):
             )
         else:
             self.attention = AttentionExperts(
-                Router(hidden, experts, config.attention_top_k or experts),
+                TopKRouter(hidden, experts, config.attention_top_k or experts),
                 config.num_heads,
                 config.head_size,
                 rope_theta=rope.theta,
@@ -155,7 +155,7 @@ class BAMBlock(nn.Module):
         if experts == 1:
             self.mlp = SharedExperts(hidden, config.intermediate_size)
         else:
-            router = Router(hidden, experts, config.top_k)
+            router = TopKRouter(hidden, experts, config.top_k)
             self.mlp = MoE(router, Experts(experts, hidden, config.intermediate_size))
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:

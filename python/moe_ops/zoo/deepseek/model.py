@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from moe_ops.layers import (
     Experts,
     MoE,
-    Router,
     SharedExperts,
+    TopKRouter,
     device_balance_loss,
     update_expert_bias,
 )
@@ -49,7 +49,7 @@ class DeepSeekBlock(Block):
 
 def _experts(config: DeepSeekConfig) -> MoE:
     hidden = config.hidden_size
-    router = Router(
+    router = TopKRouter(
         hidden,
         config.num_experts,
         config.top_k,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
 from moe_ops.layers import ExpertBatchNorm, Experts, mix_outputs
-from moe_ops.layers.dense import grouped_linear, low_rank_maps, segments
+from moe_ops.layers.all_experts import grouped_linear, low_rank_maps, segments
 
 
 def spread(x: Tensor, input_ids: Sequence[int] | None) -> Tensor:

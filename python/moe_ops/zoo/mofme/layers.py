@@ -79,10 +79,10 @@ class UncertaintyRouter(TopKRouter):
     its sum: experts of which the passes disagree weigh less. No gradient goes through the
     deviation. In eval mode one pass without dropout.
 
-    With dropout 0 all passes are the same, and the router is `Router(..., topk_first=True)`.
+    With dropout 0 all passes are the same, and the router is `TopKRouter(..., topk_first=True)`.
 
     Args:
-        hidden_size, num_experts, top_k, options: as of `Router`, with kind="topk".
+        hidden_size, num_experts, top_k, options: see `TopKRouter`.
         passes: M, at least 2. dropout: probability, in [0, 1).
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import Experts, KVCache, MoE, Router
+from moe_ops.layers import Experts, KVCache, MoE, TopKRouter
 
 from ..lm.blocks import Step
 from ..lm.checkpoint import Entry, renamed
@@ -53,7 +53,7 @@ def relu_experts(hidden_size: int, intermediate_size: int, num_experts: int) -> 
 def switch(hidden_size: int, intermediate_size: int, num_experts: int) -> MoE:
     """The layer of the Switch Transformer: the best expert, times its probability."""
     experts = relu_experts(hidden_size, intermediate_size, num_experts)
-    return MoE(Router(hidden_size, num_experts, 1), experts)
+    return MoE(TopKRouter(hidden_size, num_experts, 1), experts)
 
 
 class ThorBlock(nn.Module):

@@ -18,9 +18,8 @@ from bench.studies.recipes import (
     ranking_curriculum,
     talking_models,
 )
+from tests.helpers.moe import build_moe
 from torch import nn
-
-from moe_ops.layers import MoE
 
 
 def drawn(seed=0):
@@ -32,7 +31,7 @@ class Experts(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.moe = MoE.build(size, 8, num_experts=4, top_k=2)
+        self.moe = build_moe(size, 8, num_experts=4, top_k=2)
 
     def forward(self, x):
         return self.moe(x)

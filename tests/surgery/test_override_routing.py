@@ -6,11 +6,12 @@ import importlib.util
 
 import pytest
 import torch
+from tests.helpers.moe import build_moe, build_router
 from tests.surgery.models import TwoLayers, deepseek, tokens
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops import surgery, zoo
-from moe_ops.layers import MoE, Router, record_routing
+from moe_ops.layers import MoE, record_routing
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers"
@@ -19,7 +20,7 @@ needs_transformers = pytest.mark.skipif(
 
 def moe(**router) -> MoE:
     torch.manual_seed(0)
-    return MoE.build(6, 5, 4, 2, **router)
+    return build_moe(6, 5, 4, 2, **router)
 
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
@@ -52,7 +53,7 @@ def test_top_k_of_a_router_with_bias_and_groups_is_the_router_with_that_k():
     options = {"score_func": "sigmoid", "renormalize": True, "expert_bias": True, "num_groups": 4}
     options |= {"num_topk_groups": 2, "group_score": "top2_sum"}
     torch.manual_seed(0)
-    router, other = Router(6, 8, 2, **options), Router(6, 8, 3, **options)
+    router, other = build_router(6, 8, 2, **options), build_router(6, 8, 3, **options)
     router.expert_bias.normal_()
     other.load_state_dict(router.state_dict())
     with surgery.override_routing(torch.nn.Sequential(router), surgery.top_k(3)):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.layers import ExpertBatchNorm, Experts, MoE, QuantizedExperts, Router, mix_outputs
+from moe_ops.layers import ExpertBatchNorm, Experts, MoE, QuantizedExperts, TopKRouter, mix_outputs
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN = {
@@ -181,7 +181,7 @@ def test_what_another_output_size_rules_out():
     with pytest.raises(ValueError, match=r"^pack_weights: "):
         bank.pack_weights()
     with pytest.raises(ValueError, match=r"^MoE: experts must have output_size = 8 .*got 4"):
-        MoE(Router(8, E, 2), bank)
+        MoE(TopKRouter(8, E, 2), bank)
     with pytest.raises(ValueError, match=r"^QuantizedExperts: experts must have output_size = 8"):
         QuantizedExperts.from_experts(bank, "int8")
     assert "output_size=4" in repr(bank)
@@ -255,14 +255,14 @@ def test_norm_is_a_batch_norm_an_expert(tokens_last):
 
 def test_norm_refuses_one_token(bad_input):
     norm = ExpertBatchNorm(E, O)
-    with bad_input("ExpertNorm", "outputs", "1"):
+    with bad_input("ExpertBatchNorm", "outputs", "1"):
         norm(torch.randn(1, E, O))
-    with bad_input("ExpertNorm", "outputs", f"{O + 1}"):
+    with bad_input("ExpertBatchNorm", "outputs", f"{O + 1}"):
         norm(torch.randn(4, E, O + 1))
     weights = torch.rand(1, 2, E)
-    with bad_input("ExpertNorm", "outputs", "1"):
+    with bad_input("ExpertBatchNorm", "outputs", "1"):
         norm.mix(torch.randn(1, E, O), weights)
-    with bad_input("ExpertNorm.mix", "weights", "[1, 2, "):
+    with bad_input("ExpertBatchNorm.mix", "weights", "[1, 2, "):
         norm.mix(torch.randn(4, E, O), weights)
 
 

@@ -336,7 +336,7 @@ class ExpertBatchNorm(nn.Module):
         Returns:
             [T, M, O].
         """
-        _check_mixture("ExpertNorm.mix", outputs, weights)
+        _check_mixture("ExpertBatchNorm.mix", outputs, weights)
         if outputs.device.type != "cpu":
             return mix_outputs(self(outputs), weights, activation=activation)
         self._start(outputs)

@@ -35,9 +35,9 @@ def override_routing(
     """Makes the routers of `model` choose otherwise while the context is open.
 
     Example:
-        with route_as(model, rank(2), renormalize=True):       # SCMoE's weak pass
+        with override_routing(model, rank(2), renormalize=True):       # SCMoE's weak pass
             weak = model(tokens)
-        with route_as(model, only({"layers.0.mlp": [0, 3, 5]})):
+        with override_routing(model, only({"layers.0.mlp": [0, 3, 5]})):
             ...
 
     Only the choice is another one. Weights are what the router gives to the experts chosen, by its
