@@ -69,7 +69,7 @@ def arms_of(
 
     def cost(domain: str, keep: Mapping[str, list[int]]) -> float:
         with among(model, keep):
-            return surgery.mean_loss(model, there.judged(domain)) - before[domain]
+            return surgery.super_experts.mean_loss(model, there.judged(domain)) - before[domain]
 
     def kept(profile: surgery.ExpertProfile, by: str) -> dict[str, list[int]]:
         return surgery.select_experts(model, surgery.score_experts(profile, by), part)

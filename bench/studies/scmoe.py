@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.surgery import SelfContrastLogitsProcessor, override_routing, rank
+from moe_ops.surgery import SelfContrastLogitsProcessor, override_routing
+from moe_ops.surgery.rules import rank
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 from .compare import Series, series

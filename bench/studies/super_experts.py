@@ -119,7 +119,7 @@ def planted(name: str) -> Job:
             after = surgery.profile_experts(model, batches)
             found = surgery.find_super_experts(after)
             hits = [(one.layer, one.expert) for one in found.experts]
-            controls = surgery.matched_controls(after[layer], expert, CONTROLS)
+            controls = surgery.super_experts.matched_controls(after[layer], expert, CONTROLS)
             costs = surgery.measure_ablation(
                 model, [(layer, e) for e in (expert, *controls)], batches
             )

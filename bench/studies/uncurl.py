@@ -83,9 +83,9 @@ def tuned(
     there: Loaded, model: DeepSeek, task: str, text: list[Tensor], before: float
 ) -> tuple[float, float]:
     """Loss added on the task, before and after tuning to it."""
-    at_once = surgery.mean_loss(model, there.judged(task)) - before
+    at_once = surgery.super_experts.mean_loss(model, there.judged(task)) - before
     surgery.tune(model, text, STEPS, rate=RATE)
-    return at_once, surgery.mean_loss(model, there.judged(task)) - before
+    return at_once, surgery.super_experts.mean_loss(model, there.judged(task)) - before
 
 
 def scratch(name: str, count: int) -> Job:
@@ -121,7 +121,7 @@ def scratch(name: str, count: int) -> Job:
 
 def _losses(there: Loaded, model: DeepSeek) -> dict[str, float]:
     model.eval()
-    return {d: surgery.mean_loss(model, there.judged(d)) for d in there.domains}
+    return {d: surgery.super_experts.mean_loss(model, there.judged(d)) for d in there.domains}
 
 
 # A pilot of one model, trained on 8 MB: means over four tasks, and their standard errors, which

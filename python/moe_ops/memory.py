@@ -15,7 +15,7 @@ such pages before they are filled, which costs nothing. ``MOE_OPS_HUGE_PAGES=0``
 turns that off; a process that was forked does not do it either, because it would get a copy of its
 own of weights that it shares with its parent.
 
-:func:`held_bytes` lists all memory that this package keeps for itself.
+:func:`memory_stats` lists all memory that this package keeps for itself.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ from torch import Tensor, nn
 
 from moe_ops import _library
 from moe_ops._sharded import check_whole
+
+__all__ = [
+    "available_memory",
+    "empty_cache",
+    "get_cache_limit",
+    "memory_stats",
+    "release_file_pages",
+    "use_huge_pages",
+]
 
 # What is smaller may not hold a whole page of 2 MiB, and lies in a cache anyway.
 _HUGE_FROM = 4 << 20
@@ -66,11 +75,11 @@ _holders: dict[str, Callable[[], int]] = {}
 
 
 def register_holder(name: str, num_bytes: Callable[[], int]) -> None:
-    """Adds an entry to :func:`held_bytes`."""
+    """Adds an entry to :func:`memory_stats`."""
     _holders[name] = num_bytes
 
 
-def held_bytes() -> dict[str, int]:
+def memory_stats() -> dict[str, int]:
     """Bytes that this package holds beside the tensors of its callers, by what they are for.
 
     Returns:
@@ -86,12 +95,12 @@ def cached_bytes() -> int:
     return _library.cached_bytes()
 
 
-def cache_limit() -> int:
+def get_cache_limit() -> int:
     """The most bytes that are kept."""
     return _library.cache_limit()
 
 
-def release_cached() -> None:
+def empty_cache() -> None:
     """Returns everything that is kept to the system. Tensors in use are not touched."""
     _library.release_cached()
 

@@ -89,7 +89,9 @@ MODULES = {
 }
 LOSSES = {
     "concentration_loss": lambda x: layers.concentration_loss(x),
-    "drop_over_capacity": lambda x: layers.drop_over_capacity(x[:, :K], ids(), E, 2)[0],
+    "drop_over_capacity": lambda x: layers.router.capacity.drop_over_capacity(
+        x[:, :K], ids(), E, 2
+    )[0],
     "device_balance_loss": lambda x: layers.device_balance_loss(x, ids(), 2),
     "load_balancing_loss": lambda x: layers.load_balancing_loss(x, ids()),
     "mix_outputs": lambda x: layers.mix_outputs(x.view(T, 1, H), torch.ones(T, 1, 1).to(x)),
@@ -98,7 +100,7 @@ LOSSES = {
     "relu_router_loss": lambda x: layers.relu_router_loss(x, 2),
     "router_z_loss": lambda x: layers.router_z_loss(x),
     "sequence_balance_loss": lambda x: layers.sequence_balance_loss(x, ids(), num_sequences=1),
-    "sparsemixer": lambda x: layers.sparsemixer(x)[0],
+    "sparsemixer": lambda x: layers.router.sparsemixer.sparsemixer(x)[0],
 }
 # Records, and what nothing flows through.
 FLOAT32 = ("QuantizedExperts", "QuantizedLinear")

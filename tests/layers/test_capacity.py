@@ -8,14 +8,8 @@ import pytest
 import torch
 from tests.helpers.moe import build_moe, build_router
 
-from moe_ops.layers import (
-    CapacityMixin,
-    CapacityRouter,
-    SparseMixerRouter,
-    TopKRouter,
-    TopPRouter,
-    drop_over_capacity,
-)
+from moe_ops.layers import CapacityMixin, CapacityRouter, SparseMixerRouter, TopKRouter, TopPRouter
+from moe_ops.layers.router.capacity import drop_over_capacity
 
 T, H, I, E, K = 40, 6, 5, 4, 2
 

@@ -15,8 +15,8 @@ from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import Experts, QuantizedExperts, clear_fp8_cache, fp8_ffn
-from moe_ops.layers.fp8 import fp8_weight
+from moe_ops.layers import Experts, QuantizedExperts, clear_fp8_cache
+from moe_ops.layers.fp8 import fp8_ffn, fp8_weight
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import assert_identical, eps, short, widened
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tests.helpers.moe import build_router
 
-from moe_ops.layers import Router, RouterConfig, TopKRouter, sparsemixer
+from moe_ops.layers import Router, RouterConfig, TopKRouter
+from moe_ops.layers.router.sparsemixer import sparsemixer
 from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, E, K = 13, 6, 8, 2

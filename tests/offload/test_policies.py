@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_ops.offload import (
-    BeladyPolicy,
-    ExpertCache,
-    ExpertTrace,
-    LRUPolicy,
-    MemoryStore,
-    PredictivePolicy,
-)
+from moe_ops.offload import BeladyPolicy, ExpertCache, ExpertTrace, MemoryStore, PredictivePolicy
+from moe_ops.offload.policy import LRUPolicy
 
 # The sequence of Belady, Nelson and Shedler 1969, with three slots.
 SEQUENCE = [1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5]

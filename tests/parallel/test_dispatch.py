@@ -13,12 +13,8 @@ from tests.parallel.case import Case, OpBank, Results, check_close, join, one_pr
 from torch import Tensor
 
 from moe_ops import batch_invariant, ops, quantize_fp8
-from moe_ops.parallel import (
-    DedupAllToAllDispatcher,
-    ExpertPlacement,
-    make_dispatcher,
-    set_check_splits,
-)
+from moe_ops.parallel import DedupAllToAllDispatcher, ExpertPlacement, make_dispatcher
+from moe_ops.parallel.comm import set_check_splits
 from moe_ops.quant.fp8 import quantize_fp8_blocks
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import assert_identical, short

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from moe_ops.parallel import ExpertPlacement, Move, rebalance_experts
+from moe_ops.parallel import ExpertPlacement, rebalance_experts
+from moe_ops.parallel.placement import Move
 
 
 def loads_of(placement: ExpertPlacement, load: list[float]) -> list[float]:

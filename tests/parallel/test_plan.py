@@ -43,11 +43,11 @@ TINY = plan.ModelShape(
 )
 
 
-def check_trace(shape: plan.ModelShape, ranks: int, job: plan.ParallelJob) -> plan.Trace:
+def check_trace(shape: plan.ModelShape, ranks: int, job: plan.ParallelJob) -> plan.tracing.Trace:
     """All collectives are those of the formulas, and memory is within 5 %."""
     cluster = plan.find_cluster("h100", ranks)
     traced = plan.trace_step(shape, cluster, job)
-    formula = plan.model_messages(shape, plan.Layout.of(cluster, job), job)
+    formula = plan.traffic.model_messages(shape, plan.cluster.Layout.of(cluster, job), job)
     for phase in ("forward", "backward"):
         for own in (True, False):
             seen, wanted = (
@@ -59,7 +59,7 @@ def check_trace(shape: plan.ModelShape, ranks: int, job: plan.ParallelJob) -> pl
                 for messages in (traced.messages, formula)
             )
             assert sorted(seen) == sorted(wanted)
-    memory = plan.memory_of(shape, cluster, job, kernels=False)
+    memory = plan.memory.memory_of(shape, cluster, job, kernels=False)
     assert traced.weights == memory.experts + memory.dense
     assert traced.gradients == memory.gradients
     assert traced.optimizer == memory.optimizer
@@ -247,7 +247,7 @@ def test_config_files_of_other_forms():
             "vocab_size": 202048,
         },
     }
-    shape = plan.shape_of(llama4)
+    shape = plan.shape.shape_of(llama4)
     assert (shape.num_moe_layers, shape.num_dense_layers) == (24, 24)
     assert shape.total_weights / 1e9 == pytest.approx(400, rel=0.01)
     dbrx = {
@@ -259,7 +259,7 @@ def test_config_files_of_other_forms():
         "attn_config": {"kv_n_heads": 8},
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     }
-    assert plan.shape_of(dbrx).total_weights / 1e9 == pytest.approx(132, rel=0.01)
+    assert plan.shape.shape_of(dbrx).total_weights / 1e9 == pytest.approx(132, rel=0.01)
     qwen2 = {
         "model_type": "qwen2_moe",
         "hidden_size": 2048,
@@ -273,7 +273,7 @@ def test_config_files_of_other_forms():
         "num_key_value_heads": 16,
         "vocab_size": 151936,
     }
-    assert plan.shape_of(qwen2).total_weights / 1e9 == pytest.approx(14.3, rel=0.01)
+    assert plan.shape.shape_of(qwen2).total_weights / 1e9 == pytest.approx(14.3, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------- rows and bytes
@@ -319,9 +319,9 @@ def test_time_of_collectives():
     cluster = plan.Cluster(
         64, 8, intra_bandwidth=100.0, inter_bandwidth=10.0, latency=0.0, inter_latency=0.0
     )
-    wide = plan.Layout.of(cluster, plan.ParallelJob(ep=16))
-    near = plan.Layout.of(cluster, plan.ParallelJob(ep=8))
-    rows = plan.Message("dispatch", "forward", "ep", "all_to_all", 1500, 1500)
+    wide = plan.cluster.Layout.of(cluster, plan.ParallelJob(ep=16))
+    near = plan.cluster.Layout.of(cluster, plan.ParallelJob(ep=8))
+    rows = plan.traffic.Message("dispatch", "forward", "ep", "all_to_all", 1500, 1500)
     assert seconds(rows, cluster, near) == pytest.approx(15.0)
     # 8 of the 15 other ranks are on the other node.
     assert seconds(rows, cluster, wide) == pytest.approx(80.0)
@@ -480,4 +480,4 @@ def test_bad_input_is_one_sentence(arguments, sentence):
 )
 def test_bad_config_files_are_one_sentence(change, sentence):
     with pytest.raises(ValueError, match=f"^plan: .*{sentence}"):
-        plan.shape_of({**CONFIGS["qwen3_235b"], **change})
+        plan.shape.shape_of({**CONFIGS["qwen3_235b"], **change})

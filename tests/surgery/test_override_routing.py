@@ -32,7 +32,7 @@ def order(layer: MoE) -> torch.Tensor:
 
 def test_rank_is_the_choice_of_that_place_with_its_own_weight():
     layer = moe()
-    with surgery.override_routing(layer, surgery.rank(2)) as changed:
+    with surgery.override_routing(layer, surgery.rules.rank(2)) as changed:
         out = layer(X, return_routing=True)
     assert [c.name for c in changed] == [""]
     second = order(layer)[:, 1:2]
@@ -44,7 +44,7 @@ def test_rank_is_the_choice_of_that_place_with_its_own_weight():
 
 def test_renormalize_makes_a_lone_expert_count_fully():
     layer = moe(routed_scaling_factor=2.5)
-    with surgery.override_routing(layer, surgery.rank(2), renormalize=True):
+    with surgery.override_routing(layer, surgery.rules.rank(2), renormalize=True):
         out = layer(X, return_routing=True)
     assert torch.allclose(out.topk_weights, torch.full((7, 1), 2.5))
 
@@ -56,12 +56,12 @@ def test_top_k_of_a_router_with_bias_and_groups_is_the_router_with_that_k():
     router, other = build_router(6, 8, 2, **options), build_router(6, 8, 3, **options)
     router.expert_bias.normal_()
     other.load_state_dict(router.state_dict())
-    with surgery.override_routing(torch.nn.Sequential(router), surgery.top_k(3)):
+    with surgery.override_routing(torch.nn.Sequential(router), surgery.rules.top_k(3)):
         got = router(X)
     expected = other(X)
     assert torch.equal(got.topk_ids, expected.topk_ids)
     torch.testing.assert_close(got.topk_weights, expected.topk_weights)
-    with surgery.override_routing(torch.nn.Sequential(router), surgery.top_k(5)):
+    with surgery.override_routing(torch.nn.Sequential(router), surgery.rules.top_k(5)):
         with pytest.raises(ValueError, match="k must be at most 4"):
             router(X)
 
@@ -70,14 +70,14 @@ def test_top_k_of_a_router_with_bias_and_groups_is_the_router_with_that_k():
 def test_only_is_the_mask_of_the_layer(experts):
     layer = moe(renormalize=True)
     mask = torch.tensor([False, True, False, True])
-    with surgery.override_routing(layer, surgery.only(torch.tensor(experts))):
+    with surgery.override_routing(layer, surgery.rules.only(torch.tensor(experts))):
         got = layer(X)
     torch.testing.assert_close(got, layer(X, expert_mask=mask))
 
 
 def test_only_fewer_experts_than_k_leaves_no_empty_slots():
     layer = moe(renormalize=True)
-    with surgery.override_routing(layer, surgery.only([2])):
+    with surgery.override_routing(layer, surgery.rules.only([2])):
         out = layer(X, return_routing=True)
     assert torch.equal(out.topk_ids, torch.full((7, 1), 2, dtype=torch.int32))
     assert torch.allclose(out.topk_weights, torch.ones(7, 1))
@@ -85,14 +85,14 @@ def test_only_fewer_experts_than_k_leaves_no_empty_slots():
 
 def test_given_random_and_rules_by_layer():
     model = TwoLayers()
-    with surgery.override_routing(model, {"layers.1": surgery.given([3])}):
+    with surgery.override_routing(model, {"layers.1": surgery.rules.given([3])}):
         with record_routing(model) as record:
             model(X)
     assert record["layers.0"][0].topk_ids.shape == (7, 2)
     assert torch.equal(record["layers.1"][0].topk_ids, torch.full((7, 1), 3))
     generator = torch.Generator().manual_seed(0)
     with (
-        surgery.override_routing(model, surgery.random(3, generator=generator)),
+        surgery.override_routing(model, surgery.rules.random(3, generator=generator)),
         record_routing(model) as r,
     ):
         model(X)
@@ -104,14 +104,14 @@ def test_given_random_and_rules_by_layer():
 def test_contexts_nest_and_end():
     layer = moe()
     plain = layer(X)
-    with surgery.override_routing(layer, surgery.top_k(1)):
+    with surgery.override_routing(layer, surgery.rules.top_k(1)):
         one = layer(X)
-        with surgery.override_routing(layer, surgery.top_k(2)):
+        with surgery.override_routing(layer, surgery.rules.top_k(2)):
             torch.testing.assert_close(layer(X), plain)
         torch.testing.assert_close(layer(X), one)
     assert torch.equal(layer(X), plain)
     with pytest.raises(RuntimeError, match="inside"):
-        with surgery.override_routing(layer, surgery.top_k(1)):
+        with surgery.override_routing(layer, surgery.rules.top_k(1)):
             raise RuntimeError("inside")
     assert torch.equal(layer(X), plain)
 
@@ -122,7 +122,7 @@ def test_gradients_reach_the_router_and_recomputation_repeats_random_choices():
     for recompute in (False, True):
         torch.manual_seed(5)
         layer.zero_grad()
-        with surgery.override_routing(layer, surgery.random()):
+        with surgery.override_routing(layer, surgery.rules.random()):
             y = checkpoint(layer, X, use_reentrant=False) if recompute else layer(X)
             y.square().sum().backward()
         grads.append(layer.router.weight.grad.clone())
@@ -137,7 +137,7 @@ def test_other_systems_of_the_zoo(name):
     ids = torch.randint(256, (1, 5))
     with torch.no_grad():
         plain = model(ids)
-        with surgery.override_routing(model, surgery.top_k(1)) as changed:
+        with surgery.override_routing(model, surgery.rules.top_k(1)) as changed:
             one = model(ids)
         assert torch.equal(model(ids), plain)
     assert len(changed) >= model.config.num_layers
@@ -146,7 +146,7 @@ def test_other_systems_of_the_zoo(name):
 
 def test_generation_of_the_zoo_is_routed_too():
     model, ids = deepseek(), tokens(1, 4)
-    with surgery.override_routing(model, surgery.rank(1)):
+    with surgery.override_routing(model, surgery.rules.rank(1)):
         with torch.no_grad():
             longer = model.generate(ids, 3)
             logits = model(longer[:, :-1])
@@ -155,19 +155,23 @@ def test_generation_of_the_zoo_is_routed_too():
 
 def test_errors_are_sentences():
     with pytest.raises(ValueError, match="must hold a routed layer"):
-        with surgery.override_routing(torch.nn.Linear(2, 2), surgery.top_k(1)):
+        with surgery.override_routing(torch.nn.Linear(2, 2), surgery.rules.top_k(1)):
             pass
     model = TwoLayers()
     with pytest.raises(ValueError, match="must match names of routed layers"):
-        with surgery.override_routing(model, surgery.top_k(1), layers=["blocks.*"]):
+        with surgery.override_routing(model, surgery.rules.top_k(1), layers=["blocks.*"]):
             pass
     with pytest.raises(ValueError, match="ids \\[7, K\\] of an integer type"):
         with surgery.override_routing(model, lambda layer, logits, mask: logits):
             model(X)
     with pytest.raises(ValueError, match="must be ids in \\[0, 4\\)"):
-        with surgery.override_routing(model, surgery.only([4])):
+        with surgery.override_routing(model, surgery.rules.only([4])):
             model(X)
-    for wrong in (lambda: surgery.rank(0), surgery.rank, lambda: surgery.top_k(0)):
+    for wrong in (
+        lambda: surgery.rules.rank(0),
+        surgery.rules.rank,
+        lambda: surgery.rules.top_k(0),
+    ):
         with pytest.raises(ValueError, match="must be at least"):
             wrong()
     assert all(layer.router.override is None for layer in model.layers)
@@ -190,9 +194,11 @@ def test_models_of_transformers(model_type, experts):
     k = models.build(model_type).config.num_experts_per_tok
     with torch.no_grad():
         plain = model(ids).logits
-        with surgery.override_routing(model, surgery.top_k(k)) as changed:
+        with surgery.override_routing(model, surgery.rules.top_k(k)) as changed:
             same = model(ids).logits
-        with surgery.override_routing(model, surgery.rank(2), layers=[name], renormalize=True):
+        with surgery.override_routing(
+            model, surgery.rules.rank(2), layers=[name], renormalize=True
+        ):
             model(ids)
         assert torch.equal(model(ids).logits, plain)
     assert len(changed) == models.NUM_BLOCKS[model_type]
@@ -219,19 +225,19 @@ def test_models_outside_of_the_experts_interface(model_type, switched):
     model = models.build(model_type)
     ids = models.tokens(1, 6)
     plain = model(ids).logits
-    with surgery.override_routing(model, surgery.rank(2)):
+    with surgery.override_routing(model, surgery.rules.rank(2)):
         expected = model(ids).logits  # By transformers' own block.
     if switched:
         moe_ops.hf.enable(model)
     k = surgery.find_routed_layers(model)[0].top_k
     if switched and model_type == "llama4_text":
-        with surgery.override_routing(model, surgery.top_k(k)):
+        with surgery.override_routing(model, surgery.rules.top_k(k)):
             with pytest.raises(ValueError, match=r"call moe_ops\.hf\.disable first"):
                 model(ids)
         return
-    with surgery.override_routing(model, surgery.top_k(k)):
+    with surgery.override_routing(model, surgery.rules.top_k(k)):
         torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
-    with surgery.override_routing(model, surgery.rank(2)):
+    with surgery.override_routing(model, surgery.rules.rank(2)):
         got = model(ids).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(got, plain, atol=1e-3)

@@ -147,7 +147,7 @@ def test_partly_loaded_quantised_model_is_that_of_the_pruned_one(format, model_t
     moe_ops.quantize_experts(model, format, group_size=group, calibration=calibration)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     got, read, total = surgery.load_pruned(tmp_path, keep)
-    with surgery.override_routing(model, surgery.only(keep)):
+    with surgery.override_routing(model, surgery.rules.only(keep)):
         expected = model(ids).logits
     torch.testing.assert_close(got(ids).logits, expected, rtol=1e-4, atol=1e-5)
     names = [name for name, module in got.named_modules() if name.endswith(".experts")]

@@ -52,7 +52,7 @@ def test_criteria_by_hand():
         "reap": [1.5, 0.0, 2.5, 1.0],
         "max_output": [3.0, 0.0, 9.0, 2.0],
     }
-    assert surgery.CRITERIA.keys() == expected.keys()
+    assert surgery.criteria.CRITERIA.keys() == expected.keys()
     for by, values in expected.items():
         assert surgery.score_experts(found, by)["a"].tolist() == values
     assert surgery.score_experts(found, lambda layer: -layer.load)["a"].tolist() == [-4, 0, -2, -10]
@@ -100,7 +100,7 @@ def test_groups_are_kept_or_dropped():
 def test_pruned_model_routes_as_with_only_these_experts():
     model, ids = deepseek(num_experts=8, top_k=2), tokens()
     keep = {"layers.1.mlp": [1, 2, 5, 6, 7]}
-    with surgery.override_routing(model, surgery.only(keep)):
+    with surgery.override_routing(model, surgery.rules.only(keep)):
         expected = model(ids)
     pruned = surgery.prune_experts(copy.deepcopy(model), keep)
     torch.testing.assert_close(pruned(ids), expected)
@@ -306,7 +306,7 @@ def test_checkpoints_load_in_plain_transformers(tmp_path):
         surgery.prune_experts(model, {layer.name: range(layer.num_experts) for layer in layers})
         assert torch.equal(model(ids).logits, plain), model_type
         kept = {layer.name: [0, 1, 3, 4, 5] for layer in layers}
-        with surgery.override_routing(model, surgery.only(kept)):
+        with surgery.override_routing(model, surgery.rules.only(kept)):
             expected = model(ids).logits
         surgery.prune_experts(model, kept)
         pruned[model_type] = model(ids).logits
@@ -361,7 +361,7 @@ def test_models_outside_of_the_experts_interface(model_type, tmp_path):
     surgery.prune_experts(model, {layer.name: range(layer.num_experts) for layer in layers})
     assert torch.equal(model(ids).logits, plain)
     kept = {layer.name: [1, 2, 3] for layer in layers}
-    with surgery.override_routing(model, surgery.only(kept)):
+    with surgery.override_routing(model, surgery.rules.only(kept)):
         expected = model(ids).logits
     surgery.prune_experts(model, kept)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
@@ -395,7 +395,7 @@ def test_attention_experts(tmp_path):
     surgery.prune_experts(model, {layer.name: range(layer.num_experts) for layer in layers})
     assert torch.equal(model(ids), plain)
     kept = {layer.name: [0, 2, 3] if layer.experts is None else [1, 2, 3] for layer in layers}
-    with surgery.override_routing(model, surgery.only(kept)):
+    with surgery.override_routing(model, surgery.rules.only(kept)):
         expected = model(ids)
     attention = [layer.name for layer in layers if layer.experts is None]
     some = surgery.prune_experts(copy.deepcopy(model), {name: kept[name] for name in attention})

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from moe_ops import zoo
-from moe_ops.surgery import SelfContrastLogitsProcessor, contrast, override_routing, rank, top_k
+from moe_ops.surgery import SelfContrastLogitsProcessor, override_routing
+from moe_ops.surgery.rules import rank, top_k
+from moe_ops.surgery.self_contrast import contrast
 
 HF = bool(importlib.util.find_spec("transformers"))
 NUM = 8

@@ -57,8 +57,8 @@ def test_robust_score_by_hand():
 
 def test_controls_are_of_the_same_layer_and_load():
     layer = profile_of([1.0] * 6)["layers.0"]  # Loads 0, 10, 20, ...
-    assert surgery.matched_controls(layer, 2) == [1, 3, 0]
-    assert surgery.matched_controls(layer, 2, 2, excluded=[1]) == [3, 0]
+    assert surgery.super_experts.matched_controls(layer, 2) == [1, 3, 0]
+    assert surgery.super_experts.matched_controls(layer, 2, 2, excluded=[1]) == [3, 0]
 
 
 @torch.no_grad()
@@ -132,8 +132,8 @@ def test_models_of_transformers():
     assert got.loss == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
     padded = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
     padded["attention_mask"][:, 5:] = 0
-    short = surgery.mean_loss(model, [{"input_ids": ids[:, :5]}])
-    assert surgery.mean_loss(model, [padded]) == pytest.approx(short, rel=1e-4)
+    short = surgery.super_experts.mean_loss(model, [{"input_ids": ids[:, :5]}])
+    assert surgery.super_experts.mean_loss(model, [padded]) == pytest.approx(short, rel=1e-4)
     assert len(surgery.find_massive_activations(model, ids)) == 2
 
 

@@ -48,7 +48,7 @@ def test_starts_as_the_dense_network(experts, top_k, options):
     layer = upcycle.upcycle_ffn(
         dense, experts, top_k, order=order, generator=generator(), router_std=1.0, **options
     )
-    assert upcycle.preserves(1, top_k, **options)
+    assert upcycle.layer.preserves(1, top_k, **options)
     out = layer(x, return_routing=True)
     torch.testing.assert_close(out.y, dense(x), rtol=1e-6, atol=1e-7)
     # Every copy is used, as the router's rows differ.
@@ -85,7 +85,7 @@ def test_networks_of_two_maps(activation, bias):
 
 def test_fewer_slices_than_a_copy_are_a_weighted_mean():
     dense, x = ffn(), torch.randn(7, H, dtype=D)
-    assert not upcycle.preserves(1, 2, num_slices=4)
+    assert not upcycle.layer.preserves(1, 2, num_slices=4)
     layer = upcycle.upcycle_ffn(dense, 4, 2, num_slices=4, generator=generator(), router_std=1.0)
     gate, up = dense.w_gate_up.chunk(2)
     h = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
@@ -110,7 +110,7 @@ def test_noise_multiplies_the_weights_of_copies():
         assert torch.equal(new, getattr(again, name))
         factor = new / old - 1
         assert 0.08 < float(factor.std()) < 0.12 and not torch.equal(new[0], new[1])
-    assert not upcycle.preserves(1, 1, noise=0.1)
+    assert not upcycle.layer.preserves(1, 1, noise=0.1)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -135,7 +135,7 @@ def test_neurons_are_drawn_anew(interleaved):
 
 def test_specialists_become_experts():
     specialists, x = [ffn(s) for s in range(3)], torch.randn(9, H, dtype=D)
-    assert not upcycle.preserves(3, 1)
+    assert not upcycle.layer.preserves(3, 1)
     layer = upcycle.upcycle_ffn(specialists, 6, 1, generator=generator(), router_std=1.0)
     out = layer(x, return_routing=True)
     each = torch.stack([s(x) for s in specialists for _ in range(2)], 1)
@@ -147,14 +147,14 @@ def test_clusters_are_equal_and_found():
     torch.manual_seed(0)
     centres = torch.randn(4, 10) * 10
     labels = torch.arange(4).repeat(8)[torch.randperm(32)]
-    found = upcycle.balanced_k_means(centres[labels] + torch.randn(32, 10), 4)
+    found = upcycle.neurons.balanced_k_means(centres[labels] + torch.randn(32, 10), 4)
     assert found.bincount().tolist() == [8, 8, 8, 8]
     for c in range(4):
         assert len(labels[found == c].unique()) == 1
     # Equal points, and clusters that are not equal, still give equal parts.
-    assert upcycle.balanced_k_means(torch.zeros(6, 2), 3).bincount().tolist() == [2, 2, 2]
+    assert upcycle.neurons.balanced_k_means(torch.zeros(6, 2), 3).bincount().tolist() == [2, 2, 2]
     crowd = torch.cat([torch.zeros(9, 2), torch.ones(1, 2)])
-    assert upcycle.balanced_k_means(crowd, 2).bincount().tolist() == [5, 5]
+    assert upcycle.neurons.balanced_k_means(crowd, 2).bincount().tolist() == [5, 5]
 
 
 def test_neurons_that_are_active_together_are_one_slice():
@@ -230,7 +230,10 @@ def test_attention_of_specialists():
             lambda: upcycle.reinitialize(upcycle.experts_from_dense(ffn()), 1.5),
             r"ratio must be in \[0, 1",
         ),
-        (lambda: upcycle.balanced_k_means(torch.zeros(5, 1), 2), "must divide the 5 points"),
+        (
+            lambda: upcycle.neurons.balanced_k_means(torch.zeros(5, 1), 2),
+            "must divide the 5 points",
+        ),
         (
             lambda: upcycle.coactivation_order(
                 upcycle.experts_from_dense(ffn()), 2, torch.zeros(0, H)

@@ -81,7 +81,9 @@ def accuracy(model: CausalLM, there: Loaded) -> float:
 
 
 def loss_of(model: CausalLM, there: Loaded) -> float:
-    return fmean(surgery.mean_loss(model, there.judged(name)) for name in there.domains)
+    return fmean(
+        surgery.super_experts.mean_loss(model, there.judged(name)) for name in there.domains
+    )
 
 
 def judged(model: CausalLM, there: Loaded) -> dict[str, float]:
@@ -110,7 +112,9 @@ def tuned(
             return student.loss(batch).loss
         return student.distill(batch, dense).loss
 
-    routed = surgery.override_routing(model, surgery.random(top_k)) if random else nullcontext()
+    routed = (
+        surgery.override_routing(model, surgery.rules.random(top_k)) if random else nullcontext()
+    )
     with routed:
         surgery.tune(model, text, plan.steps, rate=plan.rate, loss=loss)
         return judged(model.eval(), there)

@@ -250,8 +250,8 @@ def _trace(plan: plans.Plan, console: Console) -> dict[str, Any]:
     # The traced model has an output of its own.
     shape = dataclasses.replace(plan.shape, tied=False)
     traced = plans.trace_step(shape, cluster, job)
-    formula = plans.model_messages(shape, plan.layout, job)
-    needed = plans.memory_of(shape, cluster, job, kernels=False).total
+    formula = plans.traffic.model_messages(shape, plan.layout, job)
+    needed = plans.memory.memory_of(shape, cluster, job, kernels=False).total
     result: dict[str, Any] = {}
     for name, own in (("ep", True), ("others", False)):
         mine = sum(m.sent for m in formula if (m.group == "ep") is own)

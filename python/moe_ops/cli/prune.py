@@ -41,8 +41,8 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
         ValueError: options or a checkpoint that cannot work, with a sentence.
         OSError: the target could not be written; what was in it is still there.
     """
-    if options.by not in (*surgery.CRITERIA, *MERGES):
-        known = ", ".join((*surgery.CRITERIA, *MERGES))
+    if options.by not in (*surgery.criteria.CRITERIA, *MERGES):
+        known = ", ".join((*surgery.criteria.CRITERIA, *MERGES))
         raise ValueError(f"prune: --by must be one of {known}, got {options.by}.")
     source, context = options.source, options.context
     checkpoints.check_folders(

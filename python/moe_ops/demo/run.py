@@ -293,8 +293,8 @@ def _draw(
     from moe_ops import viz
 
     try:
-        viz.import_matplotlib()
-    except viz.MissingMatplotlibError as error:
+        viz._canvas.import_matplotlib()
+    except viz._canvas.MissingMatplotlibError as error:
         console.print(f"[yellow]No pictures: {escape(str(error))}[/]", soft_wrap=True)
         return []
     steps, model = trainer.step, trainer.config.model

@@ -69,7 +69,6 @@ __all__ = [
     "assert_used",
     "disable",
     "enable",
-    "experts_forward",
     "load_offloaded",
     "optimize",
     "register_attention",

@@ -11,7 +11,7 @@ from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .config import ExpertsConfig, MoEConfig, RouterConfig
 from .expert_lora import ExpertLoRA
 from .experts import Experts
-from .fp8 import clear_fp8_cache, fp8_ffn
+from .fp8 import clear_fp8_cache
 from .latent import LatentProjection
 from .linear import QuantizedLinear
 from .losses import (
@@ -42,10 +42,8 @@ from .router import (
     SparseMixerRouter,
     TopKRouter,
     TopPRouter,
-    drop_over_capacity,
     hash_table,
     relu_router_loss,
-    sparsemixer,
 )
 from .routing import Routing
 from .shared_experts import SharedExperts
@@ -95,8 +93,6 @@ __all__ = [
     "concentration_loss",
     "count_tokens_per_expert",
     "device_balance_loss",
-    "drop_over_capacity",
-    "fp8_ffn",
     "hash_table",
     "load_balancing_loss",
     "mix_outputs",
@@ -107,6 +103,5 @@ __all__ = [
     "router_entropy_loss",
     "router_z_loss",
     "sequence_balance_loss",
-    "sparsemixer",
     "update_expert_bias",
 ]

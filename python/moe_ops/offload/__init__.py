@@ -17,7 +17,7 @@ from __future__ import annotations
 from .cache import CacheStats, ExpertCache
 from .convert import offload_experts
 from .experts import OffloadedExperts
-from .policy import BeladyPolicy, CachePolicy, FIFOPolicy, LFUPolicy, LRUPolicy, PredictivePolicy
+from .policy import BeladyPolicy, CachePolicy, PredictivePolicy
 from .predictor import ExpertPredictor, train_predictor
 from .schedule import generate_in_halves, split_batch_by_experts
 from .store import ExpertStore, FileStore, MemoryStore, save_experts
@@ -31,10 +31,7 @@ __all__ = [
     "ExpertPredictor",
     "ExpertStore",
     "ExpertTrace",
-    "FIFOPolicy",
     "FileStore",
-    "LFUPolicy",
-    "LRUPolicy",
     "MemoryStore",
     "OffloadedExperts",
     "PredictivePolicy",

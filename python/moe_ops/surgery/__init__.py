@@ -21,37 +21,32 @@ from .attention_sinks import (
     attention_sink_mass,
     find_massive_activations,
 )
-from .criteria import CRITERIA, score_experts, select_experts
+from .criteria import score_experts, select_experts
 from .grouping import align_neurons, hc_smoe_groups, uncurl_groups
 from .log_routing import log_routing
 from .page import routing_data, routing_page
-from .partial_loading import PartlyLoaded, load_pruned
+from .partial_loading import load_pruned
 from .profile import ExpertProfile, LayerProfile, profile_experts
 from .prune import ablate_experts, merge_experts, prune_experts
 from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
-from .routing_rules import given, only, override_routing, random, rank, top_k
-from .self_contrast import SelfContrastLogitsProcessor, contrast
+from .rules import override_routing
+from .self_contrast import SelfContrastLogitsProcessor
 from .super_experts import (
     SuperExpert,
     SuperExpertReport,
     SuperExperts,
     evaluate_super_experts,
     find_super_experts,
-    matched_controls,
-    mean_loss,
     measure_ablation,
 )
-from .task_patterns import Retrieved, TaskRoutingPatterns
+from .task_patterns import TaskRoutingPatterns
 from .tuning import tune
 
 __all__ = [
-    "CRITERIA",
     "ExpertProfile",
     "LayerProfile",
     "MassiveActivation",
-    "PartlyLoaded",
-    "Retrieved",
     "RoutedLayer",
     "SelfContrastLogitsProcessor",
     "SuperExpert",
@@ -62,30 +57,22 @@ __all__ = [
     "align_neurons",
     "attention_sink_decay",
     "attention_sink_mass",
-    "contrast",
     "evaluate_super_experts",
     "find_massive_activations",
     "find_routed_layers",
     "find_super_experts",
-    "given",
     "hc_smoe_groups",
     "load_pruned",
     "log_routing",
-    "matched_controls",
-    "mean_loss",
     "measure_ablation",
     "merge_experts",
-    "only",
     "override_routing",
     "profile_experts",
     "prune_experts",
-    "random",
-    "rank",
     "routing_data",
     "routing_page",
     "score_experts",
     "select_experts",
-    "top_k",
     "tune",
     "uncurl_groups",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .profile import ExpertProfile, LayerProfile
 from .routed_layers import find_routed_layers
-from .routing_rules import groups_left
+from .rules import groups_left
 
 
 def frequency(layer: LayerProfile) -> Tensor:

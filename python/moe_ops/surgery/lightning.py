@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from moe_ops.layers import ExpertLoadStats
 from moe_ops.surgery.log_routing import count_in_training, summary
 from moe_ops.surgery.routed_layers import find_routed_layers
-from moe_ops.viz import import_matplotlib, plot_expert_load
+from moe_ops.viz import plot_expert_load
+from moe_ops.viz._canvas import import_matplotlib
 
 __all__ = ["RoutingCallback"]
 

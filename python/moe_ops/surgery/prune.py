@@ -18,7 +18,7 @@ from .editing import check_attention, finish, merge_layer, select_layer
 from .profile import expert_weights_of
 from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
-from .routing_rules import groups_left
+from .rules import groups_left
 
 
 def prune_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:

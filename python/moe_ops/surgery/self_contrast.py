@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .routing_rules import Rule, override_routing, rank
+from .rules import Rule, override_routing, rank
 
 
 def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 0.5) -> Tensor:

@@ -123,13 +123,13 @@ def test_one_bank_of_many_packs_in_a_pass(small):
 
 
 def test_held_bytes_has_the_copies(small):
-    before = memory.held_bytes()["packed weights"]
+    before = memory.memory_stats()["packed weights"]
     bank = make()
     size = bank.pack_weights()
-    assert memory.held_bytes()["packed weights"] == before + size
+    assert memory.memory_stats()["packed weights"] == before + size
     bank.unpack_weights()
-    assert memory.held_bytes()["packed weights"] == before
-    assert memory.held_bytes()["outputs"] == memory.cached_bytes()
+    assert memory.memory_stats()["packed weights"] == before
+    assert memory.memory_stats()["outputs"] == memory.cached_bytes()
 
 
 def test_auto_counts_unchanged_weights_only(small):

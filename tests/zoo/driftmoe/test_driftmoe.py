@@ -177,7 +177,7 @@ def test_task_router_learns_the_class_and_experts_one_each():
 
 def test_routing_can_be_another_one():
     model = DriftMoE(SMALL, lambda i: Counts())
-    with surgery.override_routing(model, surgery.given([3, 1])):
+    with surgery.override_routing(model, surgery.rules.given([3, 1])):
         step = model.observe({"a": 1.0, "b": 0.0, "c": 0.0}, "red")
     assert step.topk_ids.tolist() == [3, 1]
     assert [bool(e.of[True]) for e in model.experts] == [False, True, False, True]

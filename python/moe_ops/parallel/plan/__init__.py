@@ -14,37 +14,22 @@
 
 from __future__ import annotations
 
-from .cluster import CLUSTERS, Cluster, Layout, ParallelJob, find_cluster
+from .cluster import Cluster, ParallelJob, find_cluster
 from .estimate import Advice, Plan, alternatives, best, estimate_plan, suggest_changes
-from .memory import Memory, memory_of
-from .shape import PRESETS, ModelShape, find_shape, shape_of
-from .timing import Pass, Time
-from .tracing import Trace, trace_step
-from .traffic import Message, Rows, model_messages
+from .shape import ModelShape, find_shape
+from .tracing import trace_step
 
 __all__ = [
-    "CLUSTERS",
-    "PRESETS",
     "Advice",
     "Cluster",
-    "Layout",
-    "Memory",
-    "Message",
     "ModelShape",
     "ParallelJob",
-    "Pass",
     "Plan",
-    "Rows",
-    "Time",
-    "Trace",
     "alternatives",
     "best",
     "estimate_plan",
     "find_cluster",
     "find_shape",
-    "memory_of",
-    "model_messages",
-    "shape_of",
     "suggest_changes",
     "trace_step",
 ]

@@ -221,7 +221,7 @@ class BAM(CausalLM):
         config = dataclasses.replace(dense[0].config, **options, num_experts=len(dense))
         model = cls(config).to(dense[0].embed_tokens.weight)
         states = [m.state_dict() for m in dense]
-        mixed = {name: upcycle.mean_of([s[name] for s in states]) for name in states[0]}
+        mixed = {name: upcycle.attention.mean_of([s[name] for s in states]) for name in states[0]}
         # Experts and routers have other names, which the dense models lack.
         own = model.state_dict()
         fitting = {name: t for name, t in mixed.items() if name in own and ".mlp." not in name}

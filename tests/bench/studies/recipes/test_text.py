@@ -40,7 +40,7 @@ def test_lesson_of_weaker_routing():
     tokens = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
 
     def weak():
-        return surgery.override_routing(model, surgery.rank(2), renormalize=True)
+        return surgery.override_routing(model, surgery.rules.rank(2), renormalize=True)
 
     counted = torch.ones(3, 8, dtype=torch.bool)
     counted[:, :2] = False
