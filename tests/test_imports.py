@@ -7,6 +7,7 @@ checkers only. One that is deferred into a function to hide a circle is still a 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from functools import lru_cache
@@ -157,6 +158,15 @@ def test_what_counts_as_an_import(text, wanted, tmp_path, monkeypatch):
     path.write_text(text)
     monkeypatch.setitem(modules(), "moe_ops.layers.probe", path)
     assert imports_of("moe_ops.layers.probe") == wanted
+
+
+def test_the_picture_of_the_packages_is_current():
+    path = Path(__file__).parents[1] / "docs" / "draw_packages.py"
+    spec = importlib.util.spec_from_file_location("draw_packages", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    current = script.drawing()
+    assert script.PICTURE.read_text() == current, "run python docs/draw_packages.py"
 
 
 # Modules that compare the library with the reference, and the front, whose attribute it is.

@@ -96,15 +96,15 @@ def test_moves():
 
 
 def test_bad_placements(bad_input):
-    with bad_input("Placement", "physical", "3"):
+    with bad_input("ExpertPlacement", "physical", "3"):
         ExpertPlacement(3, 2, (0, 1, 2))
-    with bad_input("Placement", "physical", "(0, 1, 1, 0)"):
+    with bad_input("ExpertPlacement", "physical", "(0, 1, 1, 0)"):
         ExpertPlacement(3, 2, (0, 1, 1, 0))
-    with bad_input("Placement", "physical", "(0, 0)"):
+    with bad_input("ExpertPlacement", "physical", "(0, 0)"):
         ExpertPlacement(2, 2, (0, 0, 1, -1))
-    with bad_input("Placement", "physical", "()"):
+    with bad_input("ExpertPlacement", "physical", "()"):
         ExpertPlacement(2, 2, (0, 1, -1, -1))
-    with bad_input("Placement", "num_experts", "0 and 1"):
+    with bad_input("ExpertPlacement", "num_experts", "0 and 1"):
         ExpertPlacement(0, 1, (-1,))
     with bad_input("Placement.balanced", "load", "nan"):
         ExpertPlacement.balanced([1.0, float("nan")], 1)
