@@ -1,4 +1,4 @@
-"""Draws docs/packages.svg: the packages of moe_ops and what they import. Run it from the source tree:
+"""Draws docs/packages.svg: the packages of moe_ops and what they import. In the source tree:
 
     python docs/draw_packages.py
 
