@@ -45,7 +45,7 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
     for (int64_t t = begin; t < end; t += kSoaTokens) {
       const int64_t m = std::min(kSoaTokens, end - t);
       soa.tokens = m;
-      logits_to_soa(kernel, p.type, p.router_logits, p.logits_stride, t, m, E, rows, x);
+      logits_to_soa(kernel, p, t, m, rows, x);
       to_soa(static_cast<const T*>(p.grad_weights) + t * K, K, m, K, grads, T(0));
       to_soa(p.topk_ids + t * K, K, m, K, ids, Key(-1));
       row.route_soa_bwd(soa);

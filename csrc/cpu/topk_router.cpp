@@ -110,7 +110,7 @@ void route_few(const TopkRouterParams& p, const Parallel& par) {
     soa.weights = weights;
     for (int64_t t = begin; t < end; t += kSoaTokens) {
       soa.tokens = std::min(kSoaTokens, end - t);
-      logits_to_soa(kernel, p.type, p.router_logits, p.logits_stride, t, soa.tokens, E, rows, x);
+      logits_to_soa(kernel, p, t, soa.tokens, rows, x);
       row.route_soa(soa);
       from_soa(weights, soa.tokens, K, static_cast<T*>(p.topk_weights) + t * K);
       from_soa(ids, soa.tokens, K, p.topk_ids + t * K);

@@ -1,4 +1,4 @@
-// What blocks of attention on a few new tokens are given, whatever their projections are.
+// Operands that blocks of attention on a few new tokens share, whatever their projections are.
 #pragma once
 
 #include <cmath>
@@ -77,6 +77,19 @@ inline void check_angles(const Op& op, const char* name, const Tensor& t, const 
             " angles a token, got shape ", shape_string(t), ".");
 }
 
+// Arguments of a block that do not depend on its projections.
+struct BlockInputs {
+  const Tensor& x;               // [B, S, H]
+  const OptTensor& norm_weight;  // [H] or none: no norm
+  double eps;
+  const Tensor& cos;       // [B or 1, S, r], r at least half the rotary size
+  const Tensor& sin;       // like cos
+  const OptTensor& mask;   // [B or 1, 1, S, start + S], bool or added to scores, or none
+  const OptTensor& sinks;  // [heads] or none
+  double scale;            // of the scores
+  double residual_scale;   // of the block's output before x is added
+};
+
 // Operands of a block, and what keeps their memory alive.
 struct BlockOperands {
   Tensor x, cos, sin;
@@ -88,10 +101,8 @@ inline const void* data_of(const OptTensor& t) {
 }
 
 // Everything of the block but tokens, heads, `half` and the last product, which `p` has already.
-inline BlockOperands take_block(const Op& op, AttentionBlock& p, const Tensor& x,
-                                const OptTensor& norm_weight, double eps, const Tensor& cos,
-                                const Tensor& sin, const OptTensor& mask, const OptTensor& sinks,
-                                double scale, double residual_scale) {
+inline BlockOperands take_block(const Op& op, AttentionBlock& p, const BlockInputs& in) {
+  const auto& [x, norm_weight, eps, cos, sin, mask, sinks, scale, residual_scale] = in;
   check_vector(op, "norm_weight", norm_weight, x, p.hidden_size, "H");
   MOE_CHECK(eps >= 0, op, ": eps must be at least 0, got ", eps, ".");
   check_angles(op, "cos", cos, x, p.half);

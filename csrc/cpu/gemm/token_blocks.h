@@ -227,32 +227,49 @@ class PackedExperts {
   T* panels_;
 };
 
-// c[r] = (bias +) the product of row r of a with the panels, for the m rows of a tile, kLda apart;
-// c has rows of padded(outputs).
+// c[r] = (bias +) the product of row r of a with an expert's panels, for the m rows of a tile.
 template <class T>
-void multiply_tile(const GemmKernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
-                   int64_t outputs, DType bias_type, const void* bias, T* c) {
-  const int64_t n = padded(k, outputs);
-  if (bias != nullptr) {
+struct TileProduct {
+  const T* a;  // [m, depth], rows kLda apart
+  int64_t m, depth;
+  const T* panels;  // of a matrix [outputs, depth]
+  int64_t outputs;
+  DType bias_type = DType::kFloat32;
+  const void* bias = nullptr;  // [outputs] of bias_type, or nullptr: zeros
+  T* c;                        // [m, padded(outputs)], out
+};
+
+template <class T>
+void multiply_tile(const GemmKernels<T>& k, const TileProduct<T>& p) {
+  const int64_t n = padded(k, p.outputs);
+  if (p.bias != nullptr) {
     const RowKernels<T>& row_k = row_kernels<T>();
-    for (int64_t r = 0; r < m; ++r) {
-      row_k.load_row(bias_type, bias, c + r * n, outputs, T(1));
-      std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
+    for (int64_t r = 0; r < p.m; ++r) {
+      row_k.load_row(p.bias_type, p.bias, p.c + r * n, p.outputs, T(1));
+      std::fill(p.c + r * n + p.outputs, p.c + (r + 1) * n, T(0));
     }
   }
-  small_gemm_row_major<T>({k, m, outputs, depth, a, panels, c, n, bias != nullptr});
+  small_gemm_row_major<T>({k, p.m, p.outputs, p.depth, p.a, p.panels, p.c, n, p.bias != nullptr});
 }
 
-// The same for rows anywhere, any number of them.
+// Multiplies any number of rows, which may lie anywhere, with an expert's panels; c
+// [rows, padded(outputs)] starts with bias, of the rows' type, unless that is nullptr.
 template <class T>
-void multiply_rows(const GemmKernels<T>& k, DType type, const void* const* rows, int64_t count,
-                   int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
+void multiply_rows(const GemmKernels<T>& k, const RowPointers& rows, const T* panels,
+                   int64_t outputs, const void* bias, T* c) {
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kPackA, kMaxMr * kLda);
-  for (RowTiles t(count, k.mr2); t.next();) {
-    row_kernels<T>().gather_rows({type, rows + t.begin, t.height, depth}, nullptr, a, kLda);
-    multiply_tile(k, a, t.height, depth, panels, outputs, type, bias,
-                  c + t.begin * padded(k, outputs));
+  for (RowTiles t(rows.count, k.mr2); t.next();) {
+    row_kernels<T>().gather_rows({rows.type, rows.rows + t.begin, t.height, rows.n}, nullptr, a,
+                                 kLda);
+    multiply_tile<T>(k, {.a = a,
+                         .m = t.height,
+                         .depth = rows.n,
+                         .panels = panels,
+                         .outputs = outputs,
+                         .bias_type = rows.type,
+                         .bias = bias,
+                         .c = c + t.begin * padded(k, outputs)});
   }
 }
 
@@ -273,14 +290,24 @@ void outer_product(const GemmKernels<T>& k, const T* grad, int64_t grad_width, c
                               accumulate, 0, kLda, odd_ld(k, x_width)});
 }
 
-// Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
-// copied once for the two. For the gradient of the matrix, c (+)= that of outer_product with x
-// scaled by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx
-// may be nullptr.
+// Operands of the two products with the gradients of one expert's slots.
 template <class T>
-void multiply_gradients(const GemmKernels<T>& k, DType type, const void* const* grad,
-                        int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
-                        int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
+struct GradientProducts {
+  RowPointers grad;  // [count, O]
+  RowPointers x;     // [count, K], like grad in type and count
+  const T* scales;   // [count], factors of x in c; nullptr: ones
+  T* c;              // [O, padded(K)], out: the gradient of the matrix; nullptr: not wanted
+  bool accumulate;   // add to c
+  const T* panels;   // of the transposed matrix [K, O]
+  T* dx;             // [count, padded(K)], out: the gradient of x; nullptr: not wanted
+};
+
+// Computes c (+)= the outer product of grad and scaled x, and dx = the product of grad with the
+// panels; the rows of grad are copied once for the two.
+template <class T>
+void multiply_gradients(const GemmKernels<T>& k, const GradientProducts<T>& p) {
+  const auto& [grad, x, scales, c, accumulate, panels, dx] = p;
+  const int64_t count = grad.count, grad_width = grad.n, x_width = x.n;
   const int64_t ldx = odd_ld(k, x_width);
   ScratchScope scratch;
   T* g = scratch.take<T>(Scratch::kPackA, kKc * kLda);
@@ -290,16 +317,20 @@ void multiply_gradients(const GemmKernels<T>& k, DType type, const void* const* 
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
     for (RowTiles t(m, k.mr2); t.next();) {
       const int64_t t0 = t.begin, r = r0 + t0;
-      row_kernels<T>().gather_rows({type, grad + r, t.height, grad_width}, nullptr, g + t0 * kLda,
-                                   kLda);
+      row_kernels<T>().gather_rows({grad.type, grad.rows + r, t.height, grad_width}, nullptr,
+                                   g + t0 * kLda, kLda);
       if (c != nullptr) {
-        row_kernels<T>().gather_rows({type, x + r, t.height, x_width},
+        row_kernels<T>().gather_rows({x.type, x.rows + r, t.height, x_width},
                                      scales == nullptr ? nullptr : scales + r, rows + t0 * ldx,
                                      ldx);
       }
       if (dx == nullptr) continue;
-      multiply_tile<T>(k, g + t0 * kLda, t.height, grad_width, panels, x_width, type, nullptr,
-                       dx + r * padded(k, x_width));
+      multiply_tile<T>(k, {.a = g + t0 * kLda,
+                           .m = t.height,
+                           .depth = grad_width,
+                           .panels = panels,
+                           .outputs = x_width,
+                           .c = dx + r * padded(k, x_width)});
     }
     if (c == nullptr) continue;
     outer_product(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);

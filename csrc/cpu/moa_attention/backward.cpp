@@ -93,16 +93,17 @@ class Backward {
     Buffers(ScratchScope& scratch, const Backward& of, int64_t b, int64_t head,
             const KeyRange& kept)
         : key_blocks(ceil_div(of.p_.num_keys, kKeys)),
-          pitch(of.narrow_ > 0 ? kNarrowSize : kLda),
-          by_rows(KeyCopy<T>::size(kept, of.d_, kKc, pitch)),
-          by_columns(of.narrow_ > 0 ? 0 : KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
+          row_layout{kKc, of.narrow_ > 0 ? kNarrowSize : kLda, kept},
+          column_layout{kLdm, kLdm, kept},
+          by_rows(row_layout.size(of.d_)),
+          by_columns(of.narrow_ > 0 ? 0 : column_layout.size(of.d_)),
           arena(scratch, Scratch::kTile,
                 (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kRowForm +
                  3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
                     static_cast<int64_t>(sizeof(T))),
-          keys(of.k_, of.p_, of.p_.k, b, head, kKc, pitch, kept, arena.take<T>(by_rows)),
-          values(of.k_, of.p_, of.p_.v, b, head, kKc, pitch, kept, arena.take<T>(by_rows)),
-          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, arena.take<T>(by_columns)) {
+          keys(of.k_, of.p_, of.p_.k, b, head, row_layout, arena.take<T>(by_rows)),
+          values(of.k_, of.p_, of.p_.v, b, head, row_layout, arena.take<T>(by_rows)),
+          key_columns(of.k_, of.p_, of.p_.k, b, head, column_layout, arena.take<T>(by_columns)) {
       for (T** part : {&q, &grad_out, &grad_q, &q_columns, &grad_out_columns, &rows}) {
         *part = arena.take<T>(kRows * of.ld_);
       }
@@ -111,7 +112,9 @@ class Backward {
       starts = arena.take<T>((key_blocks + 1) * kRows);
       for (T** part : {&a, &delta}) *part = arena.take<T>(kRows);
     }
-    int64_t key_blocks, pitch, by_rows, by_columns;
+    int64_t key_blocks;
+    KeyLayout row_layout, column_layout;
+    int64_t by_rows, by_columns;
     Arena arena;
     KeyCopy<T> keys, values, key_columns;
     T *q, *grad_out, *grad_q, *q_columns, *grad_out_columns, *rows;

@@ -224,34 +224,39 @@ int narrow_size(const MoaAttentionParams& p) {
   return !taken ? 0 : p.head_size <= 8 ? 8 : 16;
 }
 
-// Keys or values of a head, in parts of `part` columns and `pitch` apart: a block at a time,
-// or, where an item of several row blocks reads them again and again, all that it has read so far.
+// Layout of a copy of keys or values: parts of `part` columns, each with rows `pitch` apart.
+struct KeyLayout {
+  int64_t part, pitch;
+  KeyRange kept;  // the keys of the copy; none: a block at a time
+
+  int64_t rows() const { return std::max(kKeys, kept.last - kept.first); }
+  // Elements of a copy of vectors of d features.
+  int64_t size(int64_t d) const { return ceil_div(d, part) * rows() * pitch; }
+};
+
+// Copy of the keys or values of a head: a block at a time, or, where an item of several row blocks
+// reads them again and again, all that it has read so far.
 template <class T>
 class KeyCopy {
  public:
   KeyCopy(const GemmKernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
-          int64_t b, int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
+          int64_t b, int64_t head, const KeyLayout& layout, T* data)
       : k_(k),
         p_(p),
         x_(x),
         b_(b),
         head_(head),
-        part_(part),
-        pitch_(pitch),
-        rows_(rows(kept)),
-        kept_(kept),
+        part_(layout.part),
+        pitch_(layout.pitch),
+        rows_(layout.rows()),
+        kept_(layout.kept),
         data_(data) {
     // The narrow kernels read whole rows.
-    if (pitch == kNarrowSize && p.head_size < pitch) {
-      std::fill(data, data + size(kept, p.head_size, part, pitch), T(0));
+    if (pitch_ == kNarrowSize && p.head_size < pitch_) {
+      std::fill(data, data + layout.size(p.head_size), T(0));
     }
   }
 
-  // Rows of the copy where `kept` is what is kept; none: one block.
-  static int64_t rows(const KeyRange& kept) { return std::max(kKeys, kept.last - kept.first); }
-  static int64_t size(const KeyRange& kept, int64_t d, int64_t part, int64_t pitch) {
-    return ceil_div(d, part) * rows(kept) * pitch;
-  }
   int64_t part_stride() const { return rows_ * pitch_; }
 
   // Keys j0 to j0 + n.

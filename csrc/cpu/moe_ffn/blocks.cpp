@@ -88,8 +88,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
                           kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
-        multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, vector_of(p.b_gate_up, e),
-                      pre);
+        multiply_tile<T>(k, {.a = x,
+                             .m = m,
+                             .depth = H,
+                             .panels = up.of(e),
+                             .outputs = width,
+                             .bias_type = p.b_gate_up.type,
+                             .bias = vector_of(p.b_gate_up, e),
+                             .c = pre});
         if (p.preact != nullptr && !direct) {
           row_k.store_rows(pre, ld_pre, {type, saved, width, m, width});
         }
@@ -102,8 +108,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
         }
         act_k.forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre,
                        h, kLda});
-        multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, vector_of(p.b_down, e),
-                      out + (b.offsets[e] + r0) * ld);
+        multiply_tile<T>(k, {.a = h,
+                             .m = m,
+                             .depth = I,
+                             .panels = down.of(e),
+                             .outputs = H,
+                             .bias_type = p.b_down.type,
+                             .bias = vector_of(p.b_down, e),
+                             .c = out + (b.offsets[e] + r0) * ld});
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
@@ -260,7 +272,12 @@ class Backward {
                            t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
       }
       // u, unweighted: <h, u> is the gradient of the routing weight.
-      multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
+      multiply_tile<T>(k_, {.a = t.gy + r0 * kLda,
+                            .m = m,
+                            .depth = H_,
+                            .panels = down_.of(e),
+                            .outputs = I_,
+                            .c = t.u});
       act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * odd_ld(k_, I_),
                dpre, t);
       if (grad_weights != nullptr && !on_input) {
@@ -273,7 +290,12 @@ class Backward {
         }
       }
       if (need_dx_) {
-        multiply_tile<T>(k_, dpre, m, width_, up_.of(e), H_, type, nullptr, dx + r0 * ld);
+        multiply_tile<T>(k_, {.a = dpre,
+                              .m = m,
+                              .depth = width_,
+                              .panels = up_.of(e),
+                              .outputs = H_,
+                              .c = dx + r0 * ld});
       }
     }
     if (!weights_from_x_) return;

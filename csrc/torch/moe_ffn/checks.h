@@ -13,17 +13,66 @@ struct Sizes {
   ActivationParams act;
 };
 
+// Operands that forward and backward have for every kind of weights. P = 2I for gated activations,
+// else I.
+struct FfnOperands {
+  const Tensor& x;             // [T, H]
+  const Tensor& w_gate_up;     // [E, P, H]
+  const Tensor& w_down;        // [E, H, I]
+  const Tensor& topk_weights;  // [T, K]
+};
+
+// Arguments of a forward call.
+struct FfnInputs {
+  const Tensor& x;             // [T, H]
+  const Tensor& w_gate_up;     // [E, P, H]
+  const Tensor& w_down;        // [E, H, I]
+  const Tensor& topk_weights;  // [T, K]
+  const Tensor& topk_ids;      // [T, K]
+  const OptTensor& b_gate_up;  // [E, P] or none
+  const OptTensor& b_down;     // [E, H] or none
+  ActivationParams act;
+  bool on_input;             // apply_router_weight_on_input
+  const OptType& out_dtype;  // type of the result; none: x's
+};
+
+// Gradients that a backward call has to compute.
+struct FfnNeeds {
+  bool x, w_gate_up, w_down, topk_weights, b_gate_up, b_down;
+};
+
+// Arguments of a backward call; N = T K.
+struct FfnBwdInputs {
+  const Tensor& grad_y;          // [T, H]
+  const Tensor& x;               // [T, H]
+  const Tensor& w_gate_up;       // [E, P, H]
+  const Tensor& w_down;          // [E, H, I]
+  const Tensor& topk_weights;    // [T, K]
+  const Tensor& preact;          // [N, P]
+  const Tensor& expert_offsets;  // [E+1]
+  const Tensor& row_to_slot;     // [N]
+  const Tensor& slot_to_row;     // [T, K]
+  const OptTensor& b_down;       // [E, H] or none
+  ActivationParams act;
+  bool on_input;  // apply_router_weight_on_input
+  FfnNeeds need;
+  // Buffers of the weights' shapes that their gradients are added to; none: new tensors.
+  const OptTensor& main_w_gate_up;
+  const OptTensor& main_w_down;
+};
+
 // weights: [T, K] in the accumulate type.
 inline MoeFfnDesc desc_of(const Sizes& s, const Routing& routing, const Tensor& weights,
                           bool apply_router_weight_on_input) {
   return {routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
 }
 
-// check_weight(name, w, shape) is what a kind of weights asks of one, its dimensions among that.
+// check_weight(name, w, shape) checks what is particular to a kind of weights, and the number of
+// dimensions.
 template <class CheckWeight>
-Sizes check_ffn(const Op& op, DType type, const Tensor& x, const Tensor& w_gate_up,
-                const Tensor& w_down, const Tensor& topk_weights, int64_t top_k,
+Sizes check_ffn(const Op& op, DType type, const FfnOperands& operands, int64_t top_k,
                 const ActivationParams& act, const CheckWeight& check_weight) {
+  const auto& [x, w_gate_up, w_down, topk_weights] = operands;
   const bool gated = is_gated(act.kind);
   Sizes s;
   s.act = act;
@@ -53,12 +102,12 @@ Sizes check_ffn(const Op& op, DType type, const Tensor& x, const Tensor& w_gate_
   return s;
 }
 
-inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                       const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
-  const DType type = check_float(op, "x", x);
-  return check_ffn(op, type, x, w_gate_up, w_down, topk_weights, top_k, act,
+inline Sizes check_ffn(const Op& op, const FfnOperands& operands, int64_t top_k,
+                       const ActivationParams& act) {
+  const DType type = check_float(op, "x", operands.x);
+  return check_ffn(op, type, operands, top_k, act,
                    [&](const char* name, const Tensor& w, const char* shape) {
-                     check_same_dtype(op, name, w, "x", x);
+                     check_same_dtype(op, name, w, "x", operands.x);
                      check_dim(op, name, w, 3, shape);
                    });
 }
@@ -91,15 +140,13 @@ inline void check_biases(const Op& op, const OptTensor& b_gate_up, const OptTens
   check_bias_shapes(op, b_gate_up, b_down, s);
 }
 
-inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                       const Tensor& topk_weights, const Tensor& topk_ids,
-                       const OptTensor& b_gate_up, const OptTensor& b_down,
-                       const ActivationParams& act) {
-  check_index(op, "topk_ids", topk_ids);
-  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
-  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
-  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  check_biases(op, b_gate_up, b_down, x, s);
+inline Sizes check_fwd(const Op& op, const FfnInputs& in) {
+  check_index(op, "topk_ids", in.topk_ids);
+  check_dim(op, "topk_ids", in.topk_ids, 2, "[T, K]");
+  const Sizes s =
+      check_ffn(op, {in.x, in.w_gate_up, in.w_down, in.topk_weights}, in.topk_ids.size(1), in.act);
+  check_size(op, "topk_ids", in.topk_ids, 0, s.T, "T");
+  check_biases(op, in.b_gate_up, in.b_down, in.x, s);
   return s;
 }
 
@@ -127,17 +174,14 @@ inline void check_saved(const Op& op, const Sizes& s, const Tensor& grad_y, cons
   check_size(op, "row_to_slot", row_to_slot, 0, N, "N");
 }
 
-inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
-                       const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
-                       const Tensor& expert_offsets, const Tensor& row_to_slot,
-                       const Tensor& slot_to_row, const OptTensor& b_down,
-                       const ActivationParams& act) {
-  check_index(op, "slot_to_row", slot_to_row);
-  check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
-  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
-  check_bias_type(op, "b_down", b_down, x);
-  check_bias_shape(op, "b_down", b_down, s.E, s.H, "[E, H]");
-  check_saved(op, s, grad_y, x, preact, expert_offsets, row_to_slot, slot_to_row);
+inline Sizes check_bwd(const Op& op, const FfnBwdInputs& in) {
+  check_index(op, "slot_to_row", in.slot_to_row);
+  check_dim(op, "slot_to_row", in.slot_to_row, 2, "[T, K]");
+  const Sizes s = check_ffn(op, {in.x, in.w_gate_up, in.w_down, in.topk_weights},
+                            in.slot_to_row.size(1), in.act);
+  check_bias_type(op, "b_down", in.b_down, in.x);
+  check_bias_shape(op, "b_down", in.b_down, s.E, s.H, "[E, H]");
+  check_saved(op, s, in.grad_y, in.x, in.preact, in.expert_offsets, in.row_to_slot, in.slot_to_row);
   return s;
 }
 
