@@ -1,4 +1,4 @@
-// What a block of attention on a few new tokens does around its products of queries with keys.
+// Stages of an attention block on a few new tokens, around its products of queries with keys.
 #pragma once
 
 #include <algorithm>

@@ -147,7 +147,7 @@ class Step : AttentionParts<T> {
 
 void attention_step(const AttentionStepParams& p, const Parallel& par) {
   if (p.batch * p.num_tokens == 0) return;
-  // Of the products alone, in the units of GemmProblem.
+  // Cost of the GEMMs alone, in the units of GemmProblem.
   const double heads = static_cast<double>(p.heads + p.kv_heads) * p.head_size;
   const double keys = static_cast<double>(p.heads) * p.head_size * (p.start + p.num_tokens);
   const double cost = p.batch * p.num_tokens * (heads * p.hidden_size + keys) / 8;

@@ -1,6 +1,5 @@
 // Two serial passes over the slots, as in sort_slots: count the rows of each rank, then place them,
-// which keeps tokens in order. What the rows find on their ranks is filled in by tokens, in
-// parallel.
+// which keeps tokens in order. The remaining entries are filled in per token, in parallel.
 #include "moe_ops/dispatch_plan.h"
 
 #include <vector>

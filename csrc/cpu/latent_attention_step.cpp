@@ -172,7 +172,7 @@ class Step : AttentionParts<T> {
 
 void latent_attention_step(const LatentAttentionStepParams& p, const Parallel& par) {
   if (p.batch * p.num_tokens == 0) return;
-  // Of the products alone, in the units of GemmProblem.
+  // Cost of the GEMMs alone, in the units of GemmProblem.
   const double features = static_cast<double>(p.nope_size + p.value_size);
   const double made = features * p.rank + 2.0 * p.rank * (p.start + p.num_tokens);
   const double of_x = static_cast<double>(p.query_rank + p.rank + p.heads * p.value_size);

@@ -141,7 +141,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const T inf = std::numeric_limits<T>::infinity();
 
   const int64_t ld = padded + kRowUnit;
-  // As many as an L2 holds with their scores and keys.
+  // An L2 holds this many tokens with their scores and keys.
   const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 10) / ld / 4, 1, kRouterRows);
   const int64_t bytes = (at_once * 2 * ld + padded + 2 * padded_k) * sizeof(T) +
                         at_once * 2 * ld * sizeof(Key) + 7 * 64 + GroupLimit<T>::scratch_bytes(p);

@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t e4m3_code(float f) {
   return sign | (a < 0x3c800000u ? small : normal);
 }
 
-// How a block is quantised whose largest magnitude has the bits `most`. Magnitudes order like their
-// bits, infinity above all numbers and NaN above that.
+// Scale of a block whose largest magnitude has the bits `most`. Magnitudes have the order of their
+// bits, with infinity above all numbers and NaN above infinity.
 struct Fp8Scale {
   float inverse;  // what numbers are multiplied by; NaN where one of them is not finite
   float scale;
@@ -36,7 +36,7 @@ __device__ __forceinline__ uint32_t fp8_code(float v, const Fp8Scale& s) {
   return s.inverse == s.inverse ? e4m3_code(__fmul_rn(v, s.inverse)) : kFp8Nan;
 }
 
-// What a lane holds of a block of 128: four codes, first in the low byte, and the block's scale.
+// A lane's part of a block of 128: four codes, the first in the low byte, and the block's scale.
 struct Fp8Lane {
   uint32_t codes;
   float scale;

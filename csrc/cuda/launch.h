@@ -1,5 +1,5 @@
-// How every kernel of the library is launched, so that all of them are known: runtime.h loads them
-// on a device and lists them.
+// Launch function of every kernel of the library, so that all of them are known: runtime.h loads
+// them on a device and lists them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,8 +37,8 @@ class Kernel {
     return 0;
   }
 
-  // Whether the code that the current device runs has griddepcontrol, which is there from
-  // compute_90 on: machine code for a newer card may come from the PTX of an older one.
+  // Returns whether the code that the current device runs has griddepcontrol, which exists from
+  // compute_90 on; machine code for a newer GPU may come from the PTX of an older one.
   static bool can_overlap() {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;

@@ -225,7 +225,7 @@ __global__ void table_gradients_kernel(const Routing rows, const Rows tokens, in
 
 // --- launches
 
-// Whether rows of so many elements are whole accesses of 16 bytes from `data` on, whatever the
+// Returns whether rows of n elements consist of whole 16-byte accesses from `data` on, for every
 // multiple of the strides.
 template <class S>
 bool is_aligned(int64_t n, const void* data, int64_t stride, int64_t other_stride = 0) {

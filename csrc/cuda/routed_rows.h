@@ -115,7 +115,7 @@ inline Status weight_gradient(const Routing& r, const DeviceRows& grad, int64_t 
   return grouped_gemm_wgrad(w, stream);
 }
 
-// Of biases [E, features]; nothing where `out` is nullptr.
+// Computes the gradient of biases [E, features] unless `out` is nullptr.
 inline Status bias_gradient(const Routing& r, const DeviceRows& grad, int64_t features,
                             const RowScale& scale, void* out, Stream stream) {
   if (out == nullptr) return 0;

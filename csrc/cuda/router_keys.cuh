@@ -1,4 +1,4 @@
-// What ranks experts: keys, and the logits they come from.
+// Keys that rank experts, and the logits they come from.
 #pragma once
 
 #include "cuda/vec.cuh"
@@ -53,7 +53,7 @@ __device__ __forceinline__ auto with_logit_type(DType type, Fn&& fn) {
   }
 }
 
-// What a row is read from.
+// Source of a row of logits.
 struct RowSource {
   const char* data;  // of the row
   DType type;

@@ -66,7 +66,7 @@ struct RegisterRow {
 
   __device__ __forceinline__ int first_id() const { return lane * N; }
 
-  // What can be said without reading.
+  // Sets what is known without reading the row.
   __device__ __forceinline__ void place(const RowSource& source) {
     lane = static_cast<int>(threadIdx.x % kWarp);
     num_experts = source.num_experts;
@@ -270,7 +270,7 @@ struct MemoryRow {
       }
     }
     __syncwarp();
-    // What was taken is marked: the groups with a key are the losers.
+    // Selected groups are marked: the groups that still have a key were not selected.
     for (int32_t e = lane; e < num_experts; e += kWarp) {
       if (group_key[e / size] != 0) key[e] = 0;
     }

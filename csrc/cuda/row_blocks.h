@@ -1,4 +1,4 @@
-// How rows are cut into blocks. Plain C++: no CUDA type, testable on any machine.
+// Partition of rows into blocks. Plain C++: no CUDA type, testable on any machine.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 // CPU, settings and memory of the process. python/moe_ops/_library.py declares them again, for
 // ctypes; csrc/README.md says why they are neither ops nor a module of Python's C API.
 //
-// Text is UTF-8 and lives as long as the process; a null pointer is None. What is a list is given
-// to a callback, entry by entry.
+// Text is UTF-8 and lives as long as the process; a null pointer is None. Lists are passed to a
+// callback, entry by entry.
 #include <cstddef>
 #include <cstdint>
 #include <string>

@@ -1,4 +1,4 @@
-// What CUDA adapters need: device outputs, the current stream, launch errors, registration. An
+// Helpers of CUDA adapters: device outputs, the current stream, launch errors, registration. An
 // adapter never reads device memory and never waits for the device.
 #pragma once
 
@@ -57,7 +57,8 @@ DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 // sorted_slots on the device of topk_ids (defined in sort_slots.cpp).
 SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
-// The same before it is sorted: the routing has the ids and, from `sort` on, the maps.
+// Slots that a kernel sorts later with `sort`; the routing has the ids and the addresses of the
+// maps.
 struct UnsortedSlots {
   SortedSlots sorted;
   SortSlotsParams sort;

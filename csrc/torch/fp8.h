@@ -8,7 +8,7 @@ namespace moe_ops::adapter {
 
 inline int64_t fp8_blocks(int64_t n) { return ceil_div(n, kFp8Block); }
 
-// What can be quantised, and what sums of e4m3 products come out as.
+// Checks for a type that can be quantized to e4m3 and that sums of e4m3 products can have.
 inline DType check_float_to_fp8(const Op& op, const char* name, const Tensor& t) {
   check_device(op, name, t);
   MOE_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16 ||

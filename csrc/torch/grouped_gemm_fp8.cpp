@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "grouped_gemm_fp8";
 
-// All but the offsets; the type of the result.
+// Checks all but the offsets and returns the type of the result.
 DType check(const Op& op, const Tensor& a, const Tensor& a_scale, const Tensor& b,
             const Tensor& b_scale, const OptTensor& bias, ScalarType out_dtype) {
   check_fp8(op, "a", a);
@@ -38,8 +38,8 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   const Tensor offsets = checked_offsets(kOp, expert_offsets, a.size(0));
   check_size(kOp, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
-  // As the weights of a layer lie in the gradient of its input. In the batch-invariant mode all
-  // rows are GEMVs, which read weights along k.
+  // Weights may be dense along features, as in the gradient of a layer's input. In batch-invariant
+  // mode all rows are GEMVs, which read weights along k.
   const bool turned = b.size(1) > 1 && b.size(2) > 1 && b.stride(1) == 1 && !batch_invariant();
   const Fp8Weights weights = fp8_weights(turned ? torch::stable::transpose(b, 1, 2) : b, b_scale);
   const Bias bias_rows = bias_of(bias, fp8_bias_type(kOp, "bias", bias));
@@ -112,7 +112,7 @@ GroupedGemmFp8WgradParams wgrad_params(const WgradInputs& in, DType out_type, bo
   return p;
 }
 
-// E of offsets whose values are checked later.
+// Returns E; the values of the offsets are checked later.
 int64_t num_experts_of(const Op& op, const Tensor& expert_offsets) {
   MOE_CHECK(expert_offsets.numel() >= 2, op,
             ": expert_offsets must be [E+1] with at least one expert, got shape ",

@@ -176,7 +176,8 @@ FfnOutputs moe_ffn_quantized_fwd(const Tensor& x, const Tensor& w_gate_up,
   return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
 }
 
-// Of the products with matrices that are transposed, whose weights are dequantised in cache.
+// Computes the gradients of x and of the routing weights, by GEMMs with transposed weights that are
+// dequantized in cache.
 std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
     const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
     const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,

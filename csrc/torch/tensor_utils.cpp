@@ -5,9 +5,9 @@
 #include "cpu/runtime/buffer_cache.h"
 
 // STABLE_ABI_WORKAROUND: from_blob with a deleter is in the stable ABI from torch 2.11 on, one
-// version above our floor. As a weak symbol it is null in 2.10, where large tensors then come from
-// torch's allocator. Nothing names it where there is no buffer cache: linkers of other systems take
-// no such symbol.
+// version above our floor. The weak symbol is null in 2.10, where large tensors then come from
+// torch's allocator. Builds without a buffer cache do not reference it, because linkers of other
+// systems do not accept such a symbol.
 extern "C" AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
     int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout,

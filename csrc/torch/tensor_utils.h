@@ -1,5 +1,4 @@
-// What the adapters need around the kernels: allocation, layouts, index conversion, torch's
-// threads.
+// Helpers of the adapters: allocation, layouts, index conversion, torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,11 +31,11 @@ using OptTensor = std::optional<Tensor>;
 using OptInt = std::optional<int64_t>;
 using OptType = std::optional<ScalarType>;
 
-// What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
-// get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
-// every call and never freed, and of tensors the ones that follow a failed allocation would keep
-// their memory for ever (STABLE_ABI_WORKAROUND): what is boxed takes the handles in which they
-// cross the ABI, owns them all before anything can fail, and hands std::string and Tensor on.
+// MOE_BOX corrects TORCH_BOX's conversions of arguments. A kernel that takes float or int would get
+// the low bytes of a double or int64_t; that is a compile error. A std::string would be allocated
+// in every call and never freed, and tensors after a failed allocation would leak
+// (STABLE_ABI_WORKAROUND): a boxed function therefore takes the handles that cross the ABI, owns
+// all of them before anything can fail, and passes std::string and Tensor on.
 template <class T>
 constexpr bool kBoxable =
     !std::is_same_v<std::remove_cvref_t<T>, float> &&
@@ -69,7 +68,7 @@ struct BoxedArg<Tensor> {
   }
   BoxedArg(const BoxedArg&) = delete;
   BoxedArg& operator=(const BoxedArg&) = delete;
-  // torch hands None on as a tensor that is not defined.
+  // torch passes None as an undefined tensor.
   bool missing() const {
     bool defined = false;
     aoti_torch_is_defined(handle, &defined);
@@ -126,8 +125,7 @@ struct FunctionName {
   consteval FunctionName(const char (&name)[N]) { std::copy_n(name, N, text); }
 };
 
-// What the standard library says of memory that it did not get, and None in place of a tensor,
-// become sentences.
+// Translates std::bad_alloc, and None passed for a tensor, to the library's error messages.
 template <FunctionName name, void (*boxed)(StableIValue*, uint64_t, uint64_t)>
 void with_sentences(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
   try {
@@ -144,9 +142,9 @@ void with_sentences(StableIValue* stack, uint64_t num_args, uint64_t num_outputs
   (&::moe_ops::adapter::with_sentences<name, TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
 #define MOE_BOX(fn) MOE_BOX_AS(#fn, fn)
 
-// An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp). Expanded
-// operands take no memory, so a call can ask for a result of any size: one whose bytes do not fit
-// int64_t is refused.
+// Returns an uninitialized CPU tensor; large ones come from the buffer cache (tensor_utils.cpp).
+// Expanded operands take no memory, so a call can request a result of any size; a result whose size
+// in bytes does not fit int64_t is refused.
 Tensor empty_cpu(const Op& op, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 inline Tensor empty_cpu(const Op& op, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -177,8 +175,8 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Results, and so their gradients, that are in x's type or in the one that sums run in; x has type
-// `type`.
+// Checks the type of a result, or of its gradient, which must be x's type or x's accumulate type; x
+// has type `type`.
 inline DType check_result_type(const Op& op, const char* name, ScalarType dtype, const Tensor& x,
                                DType type) {
   const ScalarType own = x.scalar_type(), sums = accumulate_type(own);
@@ -188,8 +186,8 @@ inline DType check_result_type(const Op& op, const char* name, ScalarType dtype,
   return dtype == own ? type : moe_ops::accumulate_type(type);
 }
 
-// A copy of `t` that `make` makes through torch, whose C interface does not say why it failed: for
-// checked operands on the CPU, for want of memory.
+// Returns a copy of `t` made by `make` through torch. Its C interface does not report why a copy
+// failed; for checked operands on the CPU, the only reason is lack of memory.
 template <class Make>
 Tensor copy_of(const Tensor& t, const Make& make) {
   try {
@@ -204,8 +202,8 @@ inline Tensor contiguous_copy(const Tensor& t) {
   return copy_of(t, [](const Tensor& s) { return torch::stable::contiguous(s); });
 }
 
-// Whether every element lies at a multiple of its size. Memory that came from a file or a buffer
-// may begin anywhere.
+// Returns whether every element is aligned to its size. Memory from a file or a buffer may start
+// anywhere.
 inline bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
 }
@@ -217,7 +215,7 @@ inline Tensor aligned(const Tensor& t) {
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? aligned(t) : contiguous_copy(t); }
 
-// Contiguous and of dtype `dtype`.
+// Returns `t` as a contiguous tensor of type `dtype`.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
   if (t.scalar_type() == dtype) return dense(t);
   return copy_of(t, [dtype](const Tensor& s) {
@@ -231,8 +229,8 @@ inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
   return out;
 }
 
-// Rows may lie anywhere; only the last dimension has to be dense. A dimension of size one has no
-// meaningful stride.
+// Returns `t`, or a copy if its last dimension is not dense; rows may be anywhere. A dimension of
+// size one has no meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
   const int64_t d = t.dim() - 1;
   return t.size(d) <= 1 || t.stride(d) == 1 ? aligned(t) : contiguous_copy(t);
@@ -241,7 +239,8 @@ inline Tensor with_dense_rows(const Tensor& t) {
 // Stride between the rows of a matrix whose last dimension is dense.
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
-// Rows past the last one that has an expert are zero by contract. t: [rows, features], contiguous.
+// Sets rows from `row` on to zero: the contract for rows without an expert. t: [rows, features],
+// contiguous.
 inline void zero_rows_from(Tensor& t, int64_t row) {
   const int64_t bytes = t.size(1) * static_cast<int64_t>(t.element_size());
   if (row < t.size(0) && bytes > 0) {
@@ -264,7 +263,7 @@ void for_each_index(const Tensor& t, const Fn& fn) {
   }
 }
 
-// Expert ids as contiguous int32 with everything outside [0, num_experts) turned into -1.
+// Expert ids as contiguous int32 with everything outside [0, num_experts) replaced by -1.
 inline void normalize_ids(const Tensor& ids, int64_t num_experts, int32_t* out) {
   for_each_index(ids, [&](int64_t i, int64_t id) {
     out[i] = id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
@@ -322,7 +321,7 @@ inline Tensor checked_offsets(const Op& op, const Tensor& offsets, int64_t num_r
   return contiguous_as(offsets, ScalarType::Int);
 }
 
-// Rows that have an expert, of checked offsets.
+// Returns the number of rows with an expert; offsets are checked.
 inline int64_t num_valid_rows(const Tensor& offsets) {
   return int32_data(offsets)[offsets.numel() - 1];
 }

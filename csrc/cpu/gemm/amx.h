@@ -13,7 +13,7 @@ namespace moe_ops::cpu {
 // Depth of the blocks of weights that amx_row_major_item packs: 256 x 512 in bfloat16 are 256 KiB
 // of L2, and 256 steps of k amortise loading and storing the sums.
 constexpr int64_t kAmxKc = 256;
-// How far ahead of itself a tile prefetches packed weights.
+// Distance, in bytes, at which a tile prefetches packed weights.
 constexpr int64_t kAmxPrefetch = 2048;
 
 // The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
@@ -204,8 +204,8 @@ inline void transpose_grad(const GroupedWgradParams& p, const GemmKernels<float>
   }
 }
 
-// The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
-// panels, so the depth of the tiles is the expert's rows, rounded up to 32.
+// Computes the item with bfloat16 tiles of AMX: grad^T is the row operand and pairs of rows of a
+// are the panels, so the depth of the tiles is the expert's rows, rounded up to 32.
 inline void amx_wgrad_item(const GroupedWgradParams& p, const GemmKernels<float>& k, int64_t e,
                            int64_t o_begin, int64_t o_end) {
   const int64_t O = p.out_features, J = p.in_features;

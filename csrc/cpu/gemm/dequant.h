@@ -9,8 +9,8 @@
 
 namespace moe_ops::cpu {
 
-// As the epilogues of all algorithms (zero_item); one type, so that the algorithms are compiled
-// once more and not once for each epilogue.
+// Type-erased epilogue, with the arguments of all algorithms' epilogues (zero_item). One type
+// suffices, so that the algorithms are compiled once more and not once per epilogue.
 using DequantEpilogue =
     std::function<void(int64_t expert, int64_t row, int64_t feature, int64_t n, float*, float*)>;
 

@@ -1,5 +1,4 @@
-// What a grouped product is: its operands, and where their elements lie. heuristics.h chooses how
-// it runs.
+// Description of a grouped GEMM: its operands and their layouts. heuristics.h chooses how it runs.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +56,7 @@ struct GemmProblem {
   int segments = 1;          // segment s starts at row s * features of b
   int64_t feature_unit = 1;  // cuts between items fall on multiples of this
   int64_t in_features;
-  // Whether the number of an expert's rows must not show in the bits of one.
+  // If true, a row's result must not depend bitwise on its expert's row count.
   bool invariant = batch_invariant();
   bool one_chain = false;  // GroupedGemmParams::one_chain
 
@@ -89,9 +88,9 @@ inline void load_bf16_row(DType type, const void* src, int64_t n, float scale, f
   }
 }
 
-// What the microkernels multiply: numbers of T, to which half types are widened, or pairs of
-// bfloat16 of adjacent k, each in the bits of one element. K counts elements. load() copies row r
-// of the tokens, kc elements from k0 on.
+// Operands of the microkernels: elements of T, to which half types are widened, or pairs of
+// bfloat16 of adjacent k, each pair in one element. K counts elements. load() copies row r of the
+// tokens, kc elements from k0 on.
 struct Wide {
   static constexpr bool kBf16 = false;
   static constexpr int64_t kSteps = 1;  // of k in an element
@@ -118,7 +117,7 @@ struct Bf16 {
   static constexpr int64_t kSteps = 2;
   static const auto& row_a(const GemmKernels<float>& k) { return k.bf16_row_a; }
   static const auto& col_a(const GemmKernels<float>& k) { return k.bf16_col_a; }
-  // What the last pair lacks is zero.
+  // The missing half of the last pair is zero.
   static void load(const GemmDesc<float>& d, int64_t r, int64_t k0, int64_t kc, float* dst) {
     auto* halves = reinterpret_cast<uint16_t*>(dst);
     const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);

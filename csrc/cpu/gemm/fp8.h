@@ -31,7 +31,7 @@ struct Fp8Desc : GemmProblem {
   const uint8_t* weight(int64_t e, int64_t o) const {
     return b.data + e * b.stride_e + o * b.stride_o;
   }
-  // Between rows of codes: features, or steps of k where they are turned.
+  // Stride between rows of values: features, or steps of k if they are transposed.
   int64_t weight_stride() const { return turned() ? b_stride_k : b.stride_o; }
   const float* weight_scale(int64_t e, int64_t o) const {
     return b.scale + e * b.scale_stride_e + o / kFp8Block * b.scale_stride_o;
@@ -39,7 +39,7 @@ struct Fp8Desc : GemmProblem {
   float weight_scale(int64_t e, int64_t o, int64_t block) const {
     return weight_scale(e, o)[block];
   }
-  // Whether weights are dense along features, as those of a layer are in the gradient of its input.
+  // Returns whether weights are dense along features, as in the gradient of a layer's input.
   bool turned() const { return b_stride_k != 1; }
 };
 

@@ -65,7 +65,7 @@ void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
                                                     .prefetch_distance = distance});
       }
     };
-    // What half of an L1 holds, or four rows, stays in cache for a second pass.
+    // Four rows, or as much as half of an L1 holds, stay in cache for a second pass.
     const int64_t group_bytes = kGemvFeatures * d.in_features * dtype_size(d.b.type);
     const int64_t kept = std::max<int64_t>(1, kKeptWeightBytes / group_bytes);
     const int64_t at_once = passes == 1 ? quarter : kept;

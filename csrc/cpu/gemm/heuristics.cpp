@@ -27,12 +27,12 @@ bool can_multiply_bf16(const GemmShape& s, const GemmKernels<T>& k) {
   return k.has_bf16 && s.type == DType::kBFloat16 && !s.scaled;
 }
 
-// Where the bits of a row must not depend on how many there are (batch_invariant.h). Of algorithms
-// that a count of rows tells apart here, GEMV and its blocked form add in the same order, and so do
-// the outer product and row-major B, which then have blocks of one depth. bfloat16 is multiplied as
-// such by all rows or by none, and AMX, which adds in an order of its own, by none. One chain of
-// sums is an outer product of one block, whatever the number of rows. Tokens become integers of 16
-// bits for weights of 8 bits, which costs less accuracy than 8 bits do, and of 8 for weights of 4.
+// Chooses an algorithm if a row's result must not depend bitwise on the number of rows
+// (batch_invariant.h). GEMV and its blocked form add in the same order, and so do the outer product
+// and row-major B, which then have blocks of one depth. bfloat16 is multiplied as such by all rows
+// or by none, and AMX, which adds in an order of its own, by none. One chain of sums is an outer
+// product of one block, whatever the number of rows. Tokens become integers of 16 bits for weights
+// of 8 bits, which costs less accuracy than 8 bits do, and of 8 for weights of 4.
 template <class T>
 Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t rows) {
   const bool bf16 =

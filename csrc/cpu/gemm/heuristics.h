@@ -48,7 +48,7 @@ struct GemmConfig {
   int64_t rows = 0, features = 0;
   int64_t row_unit = 1, feature_unit = 1;
   int64_t depth = 0;  // elements of k in a block, where blocks are summed by themselves
-  // Whether weights are read as one run if items are as wide as a row of them (kOuter).
+  // If true, weights are read as one run if items are as wide as a row of them (kOuter).
   bool one_run = false;
 
   bool operator==(const GemmConfig&) const = default;
@@ -56,9 +56,9 @@ struct GemmConfig {
 // "gemv_blocked bf16, items of 128 x 1024"
 std::string to_string(const GemmConfig& c);
 
-// What the choice depends on.
+// Sizes and layout of a GEMM, on which its algorithm depends.
 struct GemmShape {
-  // kCodes: weights of few bits without kernels of integers; kTurnedCodes: any that are transposed.
+  // kCodes: quantized weights without integer kernels; kTurnedCodes: any that are transposed.
   enum class B : int {
     kDenseK,
     kDenseFeatures,
@@ -121,8 +121,8 @@ MOE_OPS_API std::string gemm_config(const GemmShape& s, DType accumulate, int64_
 
 // Sizes of work items.
 //
-// Rows. Of an item that copies weights: a 192-deep block of 128 rows is 96 KiB of L2. Where one
-// copy of weights serves one block of rows after the other, more, as long as the copy has at most
+// Rows of an item that copies weights: a 192-deep block of 128 rows is 96 KiB of L2. Where one copy
+// of weights serves one block of rows after the other, more, as long as the copy has at most
 // kKeptElements: what leaves an L2 is written to L3 and read again, which costs more than another
 // copy. Items on packed weights copy tokens only; 128 rows of 2048 features are 1 MiB of fp32.
 constexpr int64_t kRowBlock = 128;
@@ -130,8 +130,8 @@ constexpr int64_t kKeptRows = 1024;
 constexpr int64_t kKeptElements = int64_t{256} << 10;
 constexpr int64_t kPanelRowBlock = 128;
 // Features (of all segments together). 252 is a multiple of every tile height. Panels come whole at
-// every target. What is read in streams gets longer ones from wider items; AMX and packed weights
-// rearrange tokens first, which more features share.
+// every target. Wider items read longer streams; AMX and packed weights rearrange tokens first,
+// which more features share.
 constexpr int64_t kFeatureBlock = 252;
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kStreamFeatureBlock = 1024;
@@ -217,7 +217,8 @@ std::vector<GemmItem> gemm_items(const GemmProblem& d, int num_threads, int64_t 
   return items;
 }
 
-// The item that a thread is likely to take after item i: threads claim them in turns.
+// Returns the item that a thread is likely to take after item i, since threads claim items
+// alternately.
 inline const GemmItem* next_item(const std::vector<GemmItem>& items, int64_t i,
                                  const Parallel& par) {
   const size_t next = static_cast<size_t>(i) + static_cast<size_t>(std::max(1, par.num_threads));

@@ -50,7 +50,7 @@ struct PackedWeight {
 // counter sees.
 void drop_stale_panels(const Routing& routing, std::span<const PackedWeight> weights);
 
-// How often drop_stale_panels has found an expert's panels stale in this process.
+// Returns how many stale panels of experts drop_stale_panels has found in this process.
 int64_t stale_panels();
 
 }  // namespace moe_ops::cpu

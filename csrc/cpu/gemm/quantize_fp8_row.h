@@ -9,7 +9,7 @@
 
 namespace moe_ops::cpu {
 
-// Columns that quantize_fp8_columns turns into rows at once.
+// Columns that quantize_fp8_columns transposes at once.
 constexpr int64_t kFp8Columns = 64;
 
 // n numbers of any type but float64 -> q [n], scale [ceil(n / 128)].

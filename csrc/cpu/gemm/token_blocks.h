@@ -32,8 +32,8 @@ constexpr int64_t kMinBlockRows = 16;
 // Most weights of all experts: they stay in an L2.
 constexpr int64_t kMostBlockWeights = int64_t{1} << 17;
 
-// What decides whether an operation goes by blocks: sizes alone. That of the tokens counts only
-// where their bits may depend on it.
+// Sizes by which an operation is run in blocks or not. num_tokens counts only if results may depend
+// on it bitwise.
 struct BlockedSizes {
   int64_t num_tokens, top_k, num_experts;
   int64_t narrowest, widest;  // of all rows
@@ -58,7 +58,7 @@ inline int64_t num_chunks(int64_t num_tokens) {
   return ceil_div(num_tokens, chunk_tokens(num_tokens));
 }
 
-// The same of one product of every slot with a matrix [rows, cols] of its expert.
+// Returns whether products of all slots with a matrix [rows, cols] of their experts run in blocks.
 inline bool takes_blocks(const Routing& r, int64_t rows, int64_t cols, DType type) {
   return takes_blocks({r.num_tokens, r.top_k, r.num_experts, std::min(rows, cols),
                        std::max(rows, cols), rows * cols, type});
@@ -83,7 +83,7 @@ struct TokenBlock {
   const int32_t* rows_end;
 };
 
-// Of a routing without maps, by ids.
+// Finds the slots of a block by ids, for a routing without maps.
 template <class Index>
 void find_block_slots(const Routing& r, int64_t first, int64_t n, int32_t* offsets, int32_t* slots,
                       int32_t* rows) {
@@ -104,7 +104,8 @@ void find_block_slots(const Routing& r, int64_t first, int64_t n, int32_t* offse
   }
 }
 
-// Of a sorted routing: rows of an expert are in the order of slots, so those of a block are a run.
+// Finds the rows of a block in a sorted routing: an expert's rows are in the order of slots, so
+// those of a block are contiguous.
 inline void find_block_rows(const Routing& r, int64_t first, int64_t n, int32_t* offsets,
                             int32_t* slots, int32_t* rows, int32_t* sorted_rows) {
   std::fill(rows, rows + n, -1);

@@ -164,8 +164,8 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
           }
         }
       }
-      // What went through the tile: all columns of another type, or those of a partial last panel,
-      // which shares its panel of two vectors with a whole one.
+      // Stores the sums that went through the tile: all columns of another type, or those of a
+      // partial last panel, which shares its panel of two vectors with a whole one.
       const int64_t first = in_place ? j0 + (j_direct - j0) / (2 * W) * (2 * W) : j0;
       const int64_t from = j_direct == j1 ? j1 : first;
       for (int64_t o = 0; from < j1 && o < n; ++o) {

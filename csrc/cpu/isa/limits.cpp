@@ -45,8 +45,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
     return steps * chains * (vec_bytes / 4) * 2;                                               \
   }
 
-// Four streams, a line of each in turn: one stream alone leaves a fifth of the bandwidth unused.
-// `ahead`: prefetch distance, which helps some processors and hinders others.
+// Four interleaved streams, a line of each at a time: one stream alone leaves a fifth of the
+// bandwidth unused. `ahead`: prefetch distance, which helps some processors and hinders others.
 #define MOE_READ_LOOP(name, target, vec_bytes)                                 \
   template <size_t ahead>                                                      \
   target uint64_t name(const char* data, size_t bytes) {                       \
@@ -157,7 +157,7 @@ std::vector<double> flop_rates(int64_t (*loop)(int64_t), double seconds) {
   return rates;
 }
 
-// Of two loops in turns: those of the faster one.
+// Returns the rates of the faster of two loops, which alternate.
 using ReadLoop = uint64_t (*)(const char*, size_t);
 std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, double seconds) {
   const size_t mapped = round_up(bytes, kHugePage);

@@ -1,12 +1,11 @@
-// Whether the kernels of a target compute what they must. A target that fails here, because of a
-// compiler, an emulator or a processor with a fault, is not used: a build from source must not give
-// wrong numbers in silence. It runs at every import, so it takes a few milliseconds, and calls
-// every entry of the tables that an op can reach: tests/cpu/test_isa.py breaks one after the other
-// and asks whether it is noticed.
+// Self-test of a target's kernels. A target that fails, because of a faulty compiler, emulator or
+// processor, is not used: a build from source must not give wrong results silently. It runs at
+// every import, so it takes a few milliseconds, and calls every entry of the tables that an op can
+// reach: tests/cpu/test_isa.py breaks one after the other and asks whether it is noticed.
 //
-// Most kernels are those of products. Their operands are numbers of which every sum is exact: one
-// plain loop says what each algorithm has to give, to the last bit. All others run in small calls
-// of ops, which are made a second time with the portable kernels.
+// Most kernels belong to GEMMs. Their operands are numbers whose sums are all exact, so one plain
+// loop gives the expected result of every algorithm, bitwise. All other kernels run in small calls
+// of ops, which are repeated with the portable kernels.
 #include "cpu/isa/self_test.h"
 
 #include <algorithm>
@@ -94,7 +93,7 @@ class Calls {
     return ids;
   }
 
-  // What only ops choose: AMX, and weight gradients.
+  // Tests kernels that only ops choose: AMX, and weight gradients.
   void products() {
     constexpr int64_t E = 3, N = 40, O = 35, K = 96;
     static constexpr int32_t kOffsets[E + 1] = {0, 1, 6, N};
@@ -379,7 +378,7 @@ bool close(const Calls::Result& found, const Calls::Result& right) {
   return true;
 }
 
-// What a broken entry of a table calls.
+// Replaces a broken entry of a table.
 int64_t do_nothing() { return 0; }
 
 intptr_t* words(Tables& tables) { return reinterpret_cast<intptr_t*>(&tables); }

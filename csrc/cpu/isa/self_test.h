@@ -1,4 +1,4 @@
-// What the two halves of the self-test share: isa/self_test.cpp says what it is.
+// Declarations that the two halves of the self-test share (isa/self_test.cpp describes it).
 #pragma once
 
 #include <algorithm>

@@ -82,7 +82,7 @@ void act_rows_loop(const ActRows<T>& p) {
   }
 }
 
-// Of the gate, the up half and the gradient of h.
+// Computes h and the gradients dg and du from the gate g, the up half u and the gradient d of h.
 template <class T, Activation A>
 inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T>& h, Vec<T>& dg,
                            Vec<T>& du) {

@@ -1,5 +1,5 @@
-// What lies between the products of attention: scores to weights, and gradients of weights to
-// gradients of scores. Included by kernels-inl.h, inside its namespace.
+// Steps between the GEMMs of attention: scores to weights, and gradients of weights to gradients of
+// scores. Included by kernels-inl.h, inside its namespace.
 //
 // Lanes are rows of queries and steps are keys, so maxima, sums and running products of a row go
 // down its lane, and nothing ever crosses lanes.

@@ -56,7 +56,7 @@ inline Vec<float> load_as(const E4m3* p) {
 #endif
 }
 
-// The same numbers over 256; what stands for NaN is 480 of them.
+// Values of the codes divided by 256; a NaN becomes 480 / 256.
 inline Vec<float> e4m3_over_256(const E4m3* p) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   return __builtin_bit_cast(Vec<float>, MOE_INT(cvtph_ps)(e4m3_halves(p)));
@@ -65,7 +65,7 @@ inline Vec<float> e4m3_over_256(const E4m3* p) {
 #endif
 }
 
-// Whether one of n codes is NaN.
+// Returns whether one of n codes is NaN.
 inline bool has_e4m3_nan(const uint8_t* codes, int64_t n) {
   typedef uint8_t Bytes8 __attribute__((vector_size(MOE_VEC_BYTES)));
   Bytes8 most = {};

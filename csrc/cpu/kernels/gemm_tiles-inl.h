@@ -113,7 +113,7 @@ void copying_micro(int64_t kc, const T* a, const T* b, const TileOut<T>& out, Ti
   micro_of<T, T, M, NV, false, true>(kc, a, b, out, options, copy);
 }
 
-// What panel_vector keeps of a pair: the high half of bfloat16, the low one of float16.
+// Half of a pair that panel_vector keeps: the high half for bfloat16, the low one for float16.
 template <class S>
 constexpr uint32_t kHalfMask = kIsBf16<S> ? 0xffff0000u : 0xffffu;
 

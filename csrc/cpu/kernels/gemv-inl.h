@@ -59,7 +59,7 @@ inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out
 }
 #endif
 
-// The same of products in lanes: products(i, acc) leaves them in acc[f][t].
+// Sums products in lanes; products(i, acc) leaves them in acc[f][t].
 template <class T, int F, int M, class Products>
 inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, int64_t ldo,
                                                         int64_t out_step,
@@ -181,7 +181,7 @@ template <class T, class S, int kSums>
 inline Vec<T> add_in_place(Vec<T> acc, Vec<T> a, Vec<T> b) {
 #if defined(__AVX2__) && MOE_VEC_BYTES == 32
   if constexpr (sizeof(T) == 4) {
-    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));  // As in add_product.
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));  // See add_product.
     return acc;
   }
 #endif
@@ -270,7 +270,7 @@ void reduce_lanes(int features, int64_t tokens, const T* sums, T* out, int64_t l
       const Four<T> four = sums_of_four<T>(v);
       __builtin_memcpy(out + t * ldo, four.v, sizeof(four));
     } else {
-      // As lane_sums adds up one product.
+      // The order is that of lane_sums for one product.
       for (int f = 0; f < features; ++f) {
         const Vec<T> v[4] = {load<T>(s + f * W), Vec<T>{}, Vec<T>{}, Vec<T>{}};
         out[t * ldo + f] = sums_of_four<T>(v).v[0];

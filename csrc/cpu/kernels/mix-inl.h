@@ -81,7 +81,7 @@ inline void mix_tile_rows(int64_t depth, const T* a, int64_t step_i, int64_t ste
   for (; j < ld; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c + j, ld);
 }
 
-// The same for any number of rows; ld is a multiple of lanes.
+// Computes the product for any number of rows; ld is a multiple of lanes.
 template <class T>
 void mix_product(const MixProduct<T>& p) {
   const int64_t rows = p.rows, depth = p.depth, step_i = p.step_i, step_k = p.step_k, ld = p.ld;

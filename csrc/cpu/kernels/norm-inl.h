@@ -19,7 +19,7 @@ void norm_row(const NormRows<T>& p, int64_t row) {
     if (bias != nullptr) v += load<T>(bias + i);
     if (sum != nullptr) {
       store_as(sum + i, v);
-      // Of the sum as it is stored, since that is what backward reads.
+      // The squares are those of the sum as it is stored, because backward reads the stored one.
       if constexpr (sizeof(S) != sizeof(T)) v = load_as(sum + i);
     }
     squares += v * v;

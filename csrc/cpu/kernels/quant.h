@@ -14,7 +14,7 @@ constexpr int64_t kQuantBlock = 32;  // activations of 8 bits that share a scale
 constexpr int64_t kInt8Depth = 512;
 static_assert(kInt8Depth % 128 == 0);
 static_assert(kInt8Depth / 4 + 2 * kInt8Depth / kQuantBlock <= kLda);
-// What the activations of many rows are multiplied as.
+// Type to which the activations of many rows are converted for the GEMM.
 enum class Activations : int { kFloat, kInt16, kInt8 };
 
 // out[t*ldo + f*out_step + i] as GEMV's (gemm.h), of quantised activations; strides of weights and

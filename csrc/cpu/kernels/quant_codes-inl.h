@@ -12,7 +12,7 @@
 //   kOffsets  weights have an offset, or may have
 //   kRagged   rows end anywhere, not with a block
 
-// As many bytes as a vector has lanes, in 32 bits each.
+// Loads as many bytes as a vector has lanes and widens each to 32 bits.
 inline Simd<float>::Int widen_bytes(const uint8_t* p) {
   using F = Simd<float>;
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
@@ -56,7 +56,7 @@ inline Simd<float>::Int widen_part(__m128i bytes, int part) {
 
 inline Vec<float> as_float(Simd<float>::Int v) { return __builtin_convertvector(v, Vec<float>); }
 
-// What the 16 codes of 4 bits stand for. e2m1 twice: 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign.
+// Values of the 16 codes of 4 bits. e2m1 twice: 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign.
 struct Unsigned4 {
   static constexpr int8_t kValues[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 };
@@ -71,7 +71,7 @@ struct TwiceE2m1 {
 template <class Table>
 inline Vec<float> nibbles(const uint8_t* bytes, int part, bool upper) {
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  // Of an index the low four bits count.
+  // Only the low four bits of an index count.
   const Vec<float> table = as_float(widen_bytes(Table::kValues));
   const auto codes = widen_bytes(bytes + part * kLanes<float>);
   return __builtin_bit_cast(
@@ -98,7 +98,7 @@ struct RunScales {
   const float *scale, *offset = nullptr;
 };
 
-// How many runs share a scale: 2^shift, or it is repeated for each of `repeat` runs.
+// Number of runs that share a scale: 2^shift, or the scale is repeated for each of `repeat` runs.
 struct ScaleRuns {
   int shift = 0;
   int64_t repeat = 1;
@@ -120,7 +120,7 @@ inline void widen_scales(const S* src, int64_t n, float* dst) {
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 
-// Of groups of codes, with the zero points of those of 4 bits.
+// Loads the scales of groups of codes, with the zero points of 4-bit codes.
 inline RunScales group_scales(const CodeRows& rows, ScaleRuns how, int64_t row, int64_t first,
                               int64_t last, float* scales, float* offsets) {
   first >>= how.shift;
@@ -328,8 +328,8 @@ struct Fp8Codes {
   }
 };
 
-// The same for sums along a row, which are NaN if a code is: then the scales are, and values need
-// no test. They are 2^-8 of the weights, what float16 makes of the codes' bits.
+// Like Fp8Codes, for sums along a row, which are NaN if a code is NaN: the scales are then NaN, and
+// values need no test. They are 2^-8 of the weights, what float16 makes of the codes' bits.
 struct Fp8Sums : Fp8Codes {
   static inline Vec<float> value(const E4m3* block, int, int i) {
     return e4m3_over_256(block + i * kLanes<float>);

@@ -6,8 +6,8 @@
 constexpr int64_t kDecodedPrefetch = 4096;
 
 // A token as decoded_dot reads it: its features, in the order of the decoder's vectors, then for
-// each scale of a weight row the sum of the features that meet it. What weights have as an offset
-// is multiplied by these.
+// each scale of a weight row the sum of the features that meet it. Offsets of the weights are
+// multiplied by these sums.
 struct ArrangedToken {
   static constexpr int64_t kWhole = 256;  // a multiple of every block
   int64_t sums;

@@ -12,7 +12,7 @@ constexpr bool kVnni = true;
 constexpr bool kVnni = false;
 #endif
 
-// What int8_tile reads beside kQuantBlock activations.
+// Data that int8_tile reads in addition to kQuantBlock activations.
 struct Int8Block {
   int32_t offset;
   float scale;
@@ -89,7 +89,7 @@ inline Bytes add_int8(Bytes acc, Bytes weights, const float* a) {
   return _mm512_add_epi16(acc,
                           _mm512_maddubs_epi16(weights, _mm512_set1_epi32(load_bytes<int32_t>(a))));
 #else
-  // As in add_words.
+  // The asm has the reason given in add_words.
   Bytes product;
   asm("vpbroadcastd %3, %1\n\tvpmaddubsw %1, %2, %1\n\tvpaddw %1, %0, %0"
       : "+x"(acc), "=&x"(product)
@@ -146,7 +146,7 @@ void int8_tile(const QuantTileParams& p) {
         }
 #pragma GCC unroll 2
         for (int step = 0; step < kSteps; ++step) {
-          asm volatile("" ::: "memory");  // As in packed_tile: load the words anew.
+          asm volatile("" ::: "memory");  // Reloads the words, see packed_tile.
           const Bytes b0 = word_uint8<kBits>(words, step);
           const Bytes b1 = word_uint8<kBits>(words + W, step);
 #pragma GCC unroll 32

@@ -50,7 +50,7 @@ inline CodePair round_codes(const float* x, float inverse) {
 }
 #endif
 
-// The same, to memory.
+// Stores the rounded codes to memory.
 inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   const CodePair codes = round_codes(x, inverse);
@@ -217,8 +217,8 @@ struct W4Dot {
 };
 
 // w4_dot of four rows and one token of whole units: while the sums of one unit are folded, the next
-// is multiplied, be it of the next rows. What waits for an operand holds a place in the scheduler,
-// and folding waits for all that went before.
+// is multiplied, be it of the next rows. An instruction that waits for an operand occupies a
+// scheduler entry, and folding waits for all earlier instructions.
 template <int kGroup>
 void w4_dot_one(const QuantDotParams& p, const W4Row& layout) {
   constexpr int64_t kSteps = 2 * kVec;
@@ -284,7 +284,7 @@ void w4_dot_tile(const QuantDotParams& p) {
 #pragma GCC unroll 4
       for (int f = 0; f < F; ++f)
         __builtin_prefetch(codes + f * ldw + u * kVec + kW4Prefetch, 0, 2);
-      // Of the scales a row in turn: a line of them lasts for F units or more.
+      // Scales are prefetched for one row at a time: a line of them lasts for F units or more.
       const int64_t next_scale = (u / F * F * kSteps + 2 * kW4Prefetch) / kGroup;
       __builtin_prefetch(factors + u % F * ld_scale + next_scale, 0, 2);
       unit.multiply(codes + u * kVec, ldw, rows + u * kSteps, row_bytes);
@@ -308,7 +308,7 @@ void w4_dot_tile(const QuantDotParams& p) {
   folded_sums<F, M>(p.count, p.out, p.ldo, p.out_step, products);
 }
 #else
-// The same sums one weight at a time; compilers find the vectors in it.
+// Computes the sums one weight at a time; compilers vectorize the loop.
 template <int kGroup, int F, int M>
 void w4_dot_tile(const QuantDotParams& p) {
   const W4Row layout(p.k);

@@ -1,7 +1,7 @@
 // Rotary position embeddings of rows in the type of sums. Included by kernels-inl.h, inside its
 // namespace.
 
-// A head that is one vector: both halves turn at once, each with the other beside it.
+// A head that fits one vector: both halves are rotated at once, each with the other beside it.
 template <class T>
 inline void rotate_whole(const T* in, const T* cos, const T* sin, T sign, int64_t heads, T* out) {
   constexpr int W = kLanes<T>, kHalf = W / 2;

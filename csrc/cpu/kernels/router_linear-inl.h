@@ -117,9 +117,9 @@ void router_linear_bwd(const RouterLinearBwd<T>& p) {
   router_rows_bwd<T, true, true>(p);
 }
 
-// An exponential is a chain of 55 cycles, of which wide vectors do twice as many at once. Choices
-// are mostly comparisons of short rows, whose masks cost more with AVX-512: there MOE_CHOICE_TARGET
-// names the target that they are taken from.
+// An exponential is a chain of 55 cycles, of which wide vectors do twice as many at once. Top-k
+// selection is mostly comparisons of short rows, whose masks cost more with AVX-512: there
+// MOE_CHOICE_TARGET names the target that they are taken from.
 template <class T>
 RouterKernels<T> router_table() {
   RouterKernels<T> k = {};

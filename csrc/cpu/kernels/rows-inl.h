@@ -362,7 +362,7 @@ void fill_rows(RowKernels<T>& k) {
   k.multiply_row = &multiply_row<T>;
   k.rotate_rows = &rotate_rows<T>;
 #endif
-  // What stores bfloat16.
+  // Entries that store bfloat16.
   k.store_row = &store_row<T>;
   k.store_rows = &store_rows<T>;
   k.stream_row = &stream_row<T>;

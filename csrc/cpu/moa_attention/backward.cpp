@@ -86,7 +86,7 @@ class Backward {
   }
 
  private:
-  // Of scores; the narrow kernels write whole steps.
+  // Elements of scores in row form; the narrow kernels write whole steps.
   static constexpr int64_t kRowForm = (kKeys + kNarrowKeys) * kLda;
 
   struct Buffers {
@@ -229,7 +229,7 @@ class Backward {
     }
   }
 
-  // The same sums of the rows that see a key alone, key by key.
+  // Like add_rows, but sums only the rows that see a key, key by key.
   void add_rows_apart(const RowBlock<T>& block, int64_t j0, const T* rows, const T* columns,
                       int64_t n, T* grad) const {
     TileOptions hints;

@@ -1,4 +1,5 @@
-// What forward and backward share: which keys a token sees, and operands in the order of the tiles.
+// Parts that forward and backward share: which keys a token sees, and operands in the order of the
+// tiles.
 #pragma once
 
 #include <algorithm>
@@ -150,8 +151,8 @@ struct RowBlock {
   int width(int64_t panel) const {
     return static_cast<int>(std::min(panel_rows, padded - panel * panel_rows));
   }
-  // What a panel sees of the keys from j0 on. Both ends of a row's keys grow with the row, so the
-  // first and the last row say how many, and whether any row misses one.
+  // Returns the keys from j0 on that a panel sees. Both ends of a row's keys grow with the row, so
+  // the first and the last row determine how many there are, and whether any row misses one.
   AttentionBlock<T> sees(int64_t panel, int64_t j0, int64_t num_keys, double softcap) const {
     AttentionBlock<T> out;
     out.width = width(panel);
@@ -296,8 +297,8 @@ class KeyCopy {
   T* data_;
 };
 
-// What an item that goes through row blocks `begin` to `end` keeps of its keys: all, if that is at
-// most kKeptKeyBytes and read more than once.
+// Returns the keys that an item of row blocks `begin` to `end` keeps: all, if they take at most
+// kKeptKeyBytes and are read more than once.
 inline KeyRange kept_keys(const MoaAttentionParams& p, const RowBlocks& blocks, int64_t begin,
                           int64_t end, int64_t bytes_a_key) {
   const KeyRange all = {blocks.first_key(p, blocks.starts[begin] / p.num_slots),

@@ -34,7 +34,7 @@ double blocks_cost(const MoeFfnDesc& s, int products) {
          (static_cast<double>(products * per_slot) / 32 + 64);
 }
 
-// Of rows r0 to r0 + m of expert e in the block: where their tokens are in x, and routing weights.
+// Finds the tokens in x, and the routing weights, of rows r0 to r0 + m of expert e in the block.
 template <class T>
 void find_rows(const MoeFfnDesc& s, const TokenBlock& b, int64_t e, int64_t r0, int64_t m,
                const RowStarts x, const void** rows, T* weights) {
@@ -132,8 +132,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   parallel_blocks(s.routing, par, blocks_cost(s, 1), run_block);
 }
 
-// What a thread has of the rows of an expert in a block, at most kKc at once. kLda apart, rows
-// serve as those of one product and as columns of another.
+// Scratch memory of a thread for the rows of an expert in a block, at most kKc at once. Rows kLda
+// apart are rows of one GEMM and columns of another.
 template <class T>
 struct BwdScratch {
   T* dx;                          // [slots of a block][padded(H)]
@@ -254,8 +254,8 @@ class Backward {
          .out = static_cast<char*>(p_.grad_x) + b.begin * H_ * dtype_size(p_.x.type)});
   }
 
-  // Rows `row` to row + count of expert e: weight * h, the gradients of the pre-activation, of x by
-  // rows, and of the routing weights.
+  // Computes, for rows `row` to row + count of expert e, weight * h and the gradients of the
+  // pre-activation, of x by rows, and of the routing weights.
   void run_tiles(int64_t e, int64_t row, int64_t count, BwdScratch<T>& t, T* dx) const {
     const int64_t ld = padded(k_, H_);
     const DType type = p_.x.type;
@@ -271,7 +271,7 @@ class Backward {
         row_k_.gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
                            t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
       }
-      // u, unweighted: <h, u> is the gradient of the routing weight.
+      // u stays unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, {.a = t.gy + r0 * kLda,
                             .m = m,
                             .depth = H_,
@@ -303,7 +303,8 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.routing.row_to_slot[row + r]] = t.dots[r];
   }
 
-  // From u of m rows: h and the gradient of the pre-activation, times weight, and <h, u> as dots.
+  // Computes, from u of m rows, h and the gradient of the pre-activation, times weight, and <h, u>
+  // as dots.
   void act_tile(int64_t row, int64_t m, const T* weights, T* h, T* dpre, BwdScratch<T>& t) const {
     const DType type = p_.x.type;
     const bool gated = is_gated(s_.act.kind), interleaved = gated && s_.act.interleaved;
@@ -368,7 +369,7 @@ class Backward {
   const ChunkSums<T> down_sums_, up_sums_;
 };
 
-// Whether the rows of every expert are in the order of their slots, each slot once.
+// Returns whether the rows of every expert are in the order of their slots, each slot once.
 bool is_sorted(const Routing& s) {
   const int64_t slots = s.num_tokens * s.top_k;
   for (int64_t e = 0; e < s.num_experts; ++e) {

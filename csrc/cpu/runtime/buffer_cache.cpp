@@ -23,7 +23,8 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// MOE_OPS_CACHE_MB as bytes. What is no whole number is ignored here: moe_ops.memory warns of it.
+// MOE_OPS_CACHE_MB as bytes. Values that are not whole numbers are ignored here; moe_ops.memory
+// warns of them.
 std::optional<size_t> limit_from_environment() {
   const char* text = std::getenv("MOE_OPS_CACHE_MB");
   if (text == nullptr) return std::nullopt;

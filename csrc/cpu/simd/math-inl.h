@@ -94,8 +94,8 @@ inline Vec<float> power_of_whole(Vec<float> shifted) {
                                             << ExpTraits<float>::kMantissa);
 }
 
-// Of the polynomials of their degree that are one at zero, the one with the least relative error of
-// 2^r, 9e-8.
+// Coefficients of the polynomial with the least relative error of 2^r, 9e-8, among those of its
+// degree that are one at zero.
 constexpr float kPowers[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f,
                              0.240222424f,   0.693147004f,   1.0f};
 

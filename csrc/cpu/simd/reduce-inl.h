@@ -127,8 +127,8 @@ inline Floats transpose_quadruples(Floats v) {
 }
 #endif
 
-// The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
-// of folded[j]. A sum costs a third of what it does four at a time.
+// Sums kFolded times four vectors at once: out[i * step + j] is the sum of vector i of folded[j]. A
+// sum costs a third of what it does four at a time.
 inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step) {
 #if MOE_VEC_BYTES == 64
   const auto add_halves = [&](int i) {

@@ -179,8 +179,8 @@ inline Fp16 to_fp16(float f) {
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
-// 16 bits to 32 and back. As __builtin_convertvector GCC 12 splits a vector in two, converts those
-// and puts them together: five instructions on the port of shuffles instead of one.
+// 16 bits to 32 and back. For __builtin_convertvector, GCC 12 splits a vector in two, converts the
+// halves and joins them: five instructions on the port of shuffles instead of one.
 inline Simd<float>::Uint widen(Simd<float>::Half half) {
   using F = Simd<float>;
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
@@ -242,7 +242,7 @@ inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
   return __builtin_bit_cast(F::Half, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v)));
 #else
-  // Of a NaN the upper half, made quiet, so that no carry turns it into something else.
+  // A NaN keeps its upper half, made quiet, so that no carry changes it to another value.
   const F::Uint u = __builtin_bit_cast(F::Uint, v);
   const F::Uint rounded = u + 0x7fffu + (u >> 16 & 1u);
   return low_halves((v != v ? u | 0x400000u : rounded) >> 16);

@@ -38,8 +38,8 @@ __device__ inline void load_matrices(const void* address, uint32_t (&r)[4], bool
   }
 }
 
-// What the two tensor-core products share: a warp's place, and ldmatrix of 16 x 32 bytes of A and
-// of 16 x 32 bytes of B (two n-tiles). In lane terms: g = lane / 4, t = lane % 4.
+// Parts that the two tensor-core GEMMs share: a warp's place, and ldmatrix of 16 x 32 bytes of A
+// and of 16 x 32 bytes of B (two n-tiles). In lane terms: g = lane / 4, t = lane % 4.
 template <class Config>
 struct WarpTile {
   static constexpr int kMTiles = Config::kTileM / Config::kWarpsM / 16;

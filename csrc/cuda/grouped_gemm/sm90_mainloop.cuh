@@ -25,27 +25,28 @@ __device__ inline void init_barriers(typename Traits<Config>::SharedStorage& sme
     smem.full[s].init(1 + (T::kGather ? kWarpgroup : 0));
     smem.empty[s].init(T::kTileGroups * (kWarpgroup / kWarp) * T::kCluster);
   }
-  for (int g = 0; g < 2; ++g) smem.turn[g].init(kWarpgroup / kWarp);
+  for (int g = 0; g < 2; ++g) smem.mma_order[g].init(kWarpgroup / kWarp);
   cutlass::arch::fence_barrier_init();
 }
 
-// ---- Turns of a ping-pong kernel ----
+// ---- Order of the consumers of a ping-pong kernel ----
 
-// Waits until player `player`, 0 or 1, may start the products of its tile, number `tile` of the
-// block's list; players have every other one. A full barrier tells only one phase from the next. A
-// player may look at it only when the other one has seen all earlier phases. A wait passes at once
-// on a new barrier if the parity is 1: player 0 begins. The parity is computed, as a variable for
-// it would be kept on the stack.
+// Waits until consumer warpgroup `consumer`, 0 or 1, may issue the MMAs of tile `tile` of the
+// block's list; the two warpgroups alternate tiles. A full barrier distinguishes only a phase from
+// the next one, so a warpgroup may test it only after the other one has seen all earlier phases. A
+// wait on a new barrier passes at once if the parity is 1: warpgroup 0 begins. The parity is
+// computed, as a variable for it would be kept on the stack.
 template <class Config>
-__device__ inline void await_turn(typename Traits<Config>::SharedStorage& smem, int player,
-                                  int tile) {
-  smem.turn[player].wait((tile / 2 + 1 + player) % 2);
+__device__ inline void await_mma_order(typename Traits<Config>::SharedStorage& smem, int consumer,
+                                       int tile) {
+  smem.mma_order[consumer].wait((tile / 2 + 1 + consumer) % 2);
 }
 
-// Each warp of a player, when it has issued the products of its tile.
+// Lets the other warpgroup issue its MMAs. Each warp calls it after it has issued the MMAs of its
+// tile.
 template <class Config>
-__device__ inline void pass_turn(typename Traits<Config>::SharedStorage& smem, int player) {
-  if (threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
+__device__ inline void pass_mma_order(typename Traits<Config>::SharedStorage& smem, int consumer) {
+  if (threadIdx.x % kWarp == 0) smem.mma_order[1 - consumer].arrive();
 }
 
 // ---- Producer ----
@@ -195,8 +196,8 @@ __device__ inline unsigned char* warp_boxes(typename Traits<Config>::SharedStora
 // epilogue.
 template <class Config>
 __device__ inline void begin_later(typename Traits<Config>::SharedStorage& smem, const Tile& tile,
-                                   int player) {
-  if (Traits<Config>::kTileGroups > 1 && player > 0 && tile.k_tiles > 1) smem.full[1].wait(0);
+                                   int consumer) {
+  if (Traits<Config>::kTileGroups > 1 && consumer > 0 && tile.k_tiles > 1) smem.full[1].wait(0);
 }
 
 // One lane a warp, for all blocks of the cluster.

@@ -150,25 +150,25 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     return;
   }
 
-  // As in sm90_grouped_gemm_kernel.
+  // The registers are those of sm90_grouped_gemm_kernel.
   cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-  const int player = group - 1;
+  const int consumer = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * group;
   PipelineState<Config> read;
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = blockIdx.x; scheduler.get(index, 0, tile); index += gridDim.x, ++count) {
-    if (count % 2 != player) {
+    if (count % 2 != consumer) {
       read.advance(tile.k_tiles);
       continue;
     }
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
-    await_turn<Config>(smem, player, count);
-    const auto issued = [&] { pass_turn<Config>(smem, player); };
+    await_mma_order<Config>(smem, consumer, count);
+    const auto issued = [&] { pass_mma_order<Config>(smem, consumer); };
     if (tile.k_tiles > 0) {
-      multiply_scaled_lines<Config>(smem, p.scale, tile, read, acc, thread, player, issued);
+      multiply_scaled_lines<Config>(smem, p.scale, tile, read, acc, thread, consumer, issued);
     } else {
       cute::clear(acc);
       issued();

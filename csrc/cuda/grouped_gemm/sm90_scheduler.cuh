@@ -29,7 +29,7 @@ __device__ inline RasterPosition raster_position(int index, int mt, int nt) {
   return {first + rest % height, rest / height};
 }
 
-// How the clusters take the row tiles of a group, in this order: as many side by side as a cluster
+// Order in which clusters take the row tiles of a group: first as many side by side as a cluster
 // has blocks, which share B, column by column; then a last one without a partner, by as many
 // columns at once as there are blocks, each with its own B. So no block multiplies rows that are
 // not there, however few an expert has.
@@ -46,7 +46,7 @@ class GroupTiles {
     single_ = static_cast<int>(row_tiles % T::kCluster);
   }
 
-  // Of a cluster.
+  // Returns the number of tiles of a cluster.
   __device__ int count() const {
     const unsigned together = (static_cast<unsigned>(nt_) + T::kCluster - 1) / T::kCluster;
     return mt_ * nt_ + single_ * static_cast<int>(together);

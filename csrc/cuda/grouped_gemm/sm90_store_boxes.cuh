@@ -28,11 +28,11 @@ class StoreBoxes {
       // Known to be the same in all lanes, without which ptxas keeps the loop over tiles out of
       // uniform registers.
       : boxes_(boxes), row_(__shfl_sync(~0u, row, 0)), rows_(min(kStoreRows, end - row_)) {
-    // What the last tile left behind was read long ago.
+    // The boxes of the last tile have been read by now.
     wait<0>();
   }
 
-  // Of all lanes.
+  // Uniform over all lanes.
   __device__ bool empty() const { return rows_ <= 0; }
 
   // Stores columns of 16 bits from `col` on, 64 or the `columns` that there are. word(i, j): this

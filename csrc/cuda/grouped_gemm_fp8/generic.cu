@@ -1,5 +1,6 @@
-// The product of rows with the matrices of experts for any card. Blocks take tiles in turn, as in
-// grouped_gemm/gemm_kernel.cuh, whose parts serve here too; generic_product.cuh has the arithmetic.
+// The product of rows with the matrices of experts for any card. Blocks take tiles one after the
+// other, as in grouped_gemm/gemm_kernel.cuh, whose parts are reused here; generic_product.cuh has
+// the arithmetic.
 #include "cuda/grouped_gemm_fp8/generic.h"
 #include "cuda/grouped_gemm_fp8/generic_product.cuh"
 

@@ -8,11 +8,12 @@
 namespace moe_ops::cuda::sm90::fp8 {
 
 // Tiles of the output. 128x256: two warpgroups share it. 2x128x256: two blocks besides, which share
-// every tile of B. 64x128, for few rows an expert: each warpgroup has a tile of its own, in turn.
+// every tile of B. 64x128, for few rows an expert: each warpgroup has a tile of its own
+// (ping-pong).
 enum class TileShape { k2x128x256, k128x256, k64x128 };
 
-// Whether these kernels take a call: an sm_90 card, rows that start on 16 bytes (K and strides
-// multiples of 16), O a multiple of 8. Other calls go to the generic kernel.
+// Returns whether these kernels support a call: an sm_90 GPU, rows that start on 16 bytes (K and
+// strides multiples of 16), O a multiple of 8. Other calls use the generic kernel.
 bool supports(const GroupedGemmFp8Params& p);
 
 Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream);

@@ -89,7 +89,8 @@ struct RowBlock {
     return {{seen[0].first - shift, seen[1].first - shift},
             {seen[0].last - shift, seen[1].last - shift}};
   }
-  // Of [B n][key_tiles][rows of a band]; rows past the last one have a place too.
+  // Returns an index into [B n][key_tiles][rows of a band], which has room for rows past the last
+  // one.
   __device__ int64_t checkpoint(const BackwardLaunch& launch, int key_tile, int i) const {
     return (head_item * launch.key_tiles + key_tile) * launch.band_tiles * kRows + in_band * kRows +
            (mine + 8 * i - row0);

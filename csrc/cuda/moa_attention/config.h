@@ -1,5 +1,5 @@
-// Choices of the attention kernels that depend on sizes alone: plain C++, so that a test can ask
-// for them. Bits do not depend on the card.
+// Configuration of the attention kernels by sizes: plain C++, so that a test can read it. Bits do
+// not depend on the card.
 #pragma once
 
 #include <algorithm>

@@ -17,7 +17,7 @@ struct ForwardLaunch {
   bool q_aligned, k_aligned, v_aligned;
 };
 
-// What a split of the keys leaves, [split][row]: out [d] not yet divided, then [2]: the maximum and
+// Result of a split of the keys, [split][row]: out [d] not yet divided, then [2]: the maximum and
 // the sum of exponentials, or the log of what remains of the stick.
 template <class T>
 struct Partials {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   S* k_tile = q_tile + kRows * pitch;
   S* v_tile = k_tile + kKeys * pitch;
 
-  // Of the rows, the last ones see the most keys and go first.
+  // The last rows see the most keys and go first.
   int64_t item = blockIdx.x;
   const int chunk = static_cast<int>(item % launch.chunks);
   item /= launch.chunks;

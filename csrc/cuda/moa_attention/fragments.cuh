@@ -211,7 +211,8 @@ struct Products {
   }
 };
 
-// Whether this thread's part of a tile, rows of kColumns elements, has a number that is not finite.
+// Returns whether this thread's part of a tile, rows of kColumns elements, has a non-finite
+// element.
 template <class S, int kRows, int kColumns, int kThreads>
 __device__ bool has_not_finite(const S* tile, int pitch) {
   constexpr int kVec = kVector<S>, kChunks = kColumns / kVec;

@@ -17,7 +17,8 @@ __device__ __forceinline__ bool not_finite(T x) {
   return x * T(0) != T(0);
 }
 
-// The same of 16 bytes; kExponents: the bits that are ones there, of two elements of 16 bits.
+// Returns whether any element of 16 bytes is not finite; kExponents: the exponent bits of two
+// elements of 16 bits, all ones if not finite.
 template <uint32_t kExponents>
 __device__ __forceinline__ bool any_not_finite(const uint4& v) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};

@@ -1,9 +1,9 @@
-// What lies between the products of attention: scores to weights, and gradients of weights to
-// gradients of scores, on fragments in registers.
+// Steps between the GEMMs of attention: scores to weights, and gradients of weights to gradients of
+// scores, on fragments in registers.
 //
-// A fragment is what mma and wgmma leave with a thread: of a warp's 16 rows, rows g and g + 8
-// (g = lane / 4), and of each octet j of columns, columns 8 j + 2 q and 8 j + 2 q + 1
-// (q = lane % 4). A row lies in a quad of lanes; its columns are keys in order.
+// A fragment is a thread's part of an mma or wgmma result: among a warp's 16 rows, rows g and g + 8
+// (g = lane / 4), and in each octet j of columns, columns 8 j + 2 q and 8 j + 2 q + 1 (q = lane %
+// 4). A row is held by a quad of lanes; its columns are keys in order.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct Fragment {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// What is no normal number becomes zero.
+// Results that are not normal numbers become zero.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -124,7 +124,7 @@ struct Logits {
   }
 };
 
-// The same without a cap.
+// Logits without a cap.
 struct PlainLogits {
   float scale;
   template <int kTiles>
@@ -142,8 +142,8 @@ struct Mask {
     const int column = 8 * j + c;
     return column >= first[i] && column < last[i];
   }
-  // Rows whose stick is empty see nothing: what the keys hold must not reach them, and whether keys
-  // are read depends on the sticks of the rows beside them. Whether there is such a row.
+  // Rows whose stick is empty see nothing: the keys must not affect them, and whether keys are read
+  // depends on the sticks of the rows beside them. Returns whether there is such a row.
   template <class T>
   __device__ bool leave_out_empty_sticks(const T (&log_rest)[2]) {
     bool any = false;
@@ -178,7 +178,7 @@ template <class T>
 struct QuadScan {
   T others, total;
 };
-// The sum of the lanes after this one, and of all four. Nothing is subtracted.
+// Returns the sums of the lanes after this one and of all four, without subtraction.
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_after(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
@@ -186,7 +186,7 @@ __device__ __forceinline__ QuadScan<T> quad_after(T v) {
   const T pair = v + neighbor, others = __shfl_xor_sync(kAllLanes, pair, 2);
   return {(q % 2 == 0 ? neighbor : T(0)) + (q < 2 ? others : T(0)), pair + others};
 }
-// The same of those before.
+// Like quad_after, but `others` sums the lanes before this one.
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_before(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;

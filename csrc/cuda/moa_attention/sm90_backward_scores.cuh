@@ -1,5 +1,5 @@
-// What lies between the five products of backward: scores and products <grad_out, v> to weights and
-// gradients of scores, and what is not finite.
+// Steps between the five GEMMs of backward: scores and products <grad_out, v> to weights and
+// gradients of scores, and the handling of non-finite values.
 #pragma once
 
 #include "cuda/moa_attention/sm90_backward_chain.cuh"

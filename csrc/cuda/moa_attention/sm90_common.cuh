@@ -1,5 +1,5 @@
-// What the TMA and wgmma kernels share: tiles in shared memory, tensor maps, products, softmax with
-// base 2.
+// Parts that the TMA and wgmma kernels share: tiles in shared memory, tensor maps, products,
+// softmax with base 2.
 //
 // A tile is rows of q, k, v or of a gradient as TMA boxes of 64 columns write them, with the
 // 128-byte swizzle. wgmma reads the same bytes as rows (dense along the head) or as columns.
@@ -38,7 +38,7 @@ template <class E, int kLines, int kColumns>
 using RowsLayout = decltype(cute::tile_to_shape(
     cute::GMMA::Layout_K_SW128_Atom<E>{}, cute::Shape<cute::Int<kLines>, cute::Int<kColumns>>{},
     cute::Step<cute::_1, cute::_2>{}));
-// The same tile as [kColumns][kLines]; one of 32 columns has the 64-byte swizzle.
+// Layout of a tile as [kColumns][kLines]; one of 32 columns has the 64-byte swizzle.
 template <class E, int kLines, int kColumns>
 using ColumnsLayout = decltype(cute::tile_to_shape(
     cute::conditional_t<kColumns == 32, cute::GMMA::Layout_MN_SW64_Atom<E>,
@@ -84,7 +84,7 @@ __device__ void start_product(const A& a, const B& b, Acc& acc, cute::GMMA::Scal
     mma.accumulate_ = cute::GMMA::ScaleOut::One;
   }
 }
-// The same with `a` in registers.
+// Starts a product with `a` in registers.
 template <class Mma, class A, class B, class Acc>
 __device__ void start_product_of_registers(const A& a, const B& b, Acc& acc) {
   Mma mma;
@@ -246,10 +246,10 @@ struct Place {
   }
 };
 
-// Two warpgroups of consumers start their products in turn, so that one works on its scores while
-// the other's are multiplied. Each takes as many turns as the other.
+// Order in which the two consumer warpgroups issue MMAs: they alternate, so that one processes its
+// scores while the other's MMAs run. Both issue equally often.
 template <bool kOn>
-struct Turns {
+struct MmaOrder {
   int group;
   __device__ void begin() const {
     if (group == 1) pass();
@@ -269,7 +269,8 @@ struct Turns {
   static constexpr uint32_t kFirst = 1;  // of the barriers that CUTLASS leaves to kernels
 };
 
-// What `thread` of `threads` finds in kCount elements of shared memory, as fragments.cuh has it.
+// Returns whether `thread` of `threads` finds a non-finite value in its share of kCount elements of
+// shared memory.
 template <int kCount, class E>
 __device__ bool has_not_finite(const E* tile, int thread, int threads) {
   constexpr uint32_t kExponents =
@@ -281,7 +282,7 @@ __device__ bool has_not_finite(const E* tile, int thread, int threads) {
   }
   return any;
 }
-// Of a tile of kLines lines in spans of 64 columns.
+// Variant for a tile of kLines lines in spans of 64 columns; see fragments.cuh.
 template <int kLines, int kColumns, class E, class Note>
 __device__ void set_apart(E* tile, int thread, int threads, const Note& note) {
 #pragma unroll 1

@@ -72,8 +72,8 @@ __device__ inline ExpertRows sort_few(const FewSort& p, int num_experts, int ord
   return shared.found;
 }
 
-// What later kernels read: of the expert, by one of its blocks, where its slots lie; with `rest`
-// the offsets, and the slots that have no expert. One warp calls.
+// Writes the maps that later kernels read. One block of each expert writes where its slots are;
+// with `rest`, it also writes the offsets and the slots that have no expert. One warp calls.
 __device__ inline void write_maps(const FewSort& p, int num_experts, const ExpertRows& found,
                                   const FewSortShared& shared, bool rest) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

@@ -199,7 +199,7 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
   const DeviceRows grad_y = by_token(r, p.grad_y), x = by_token(r, p.x);
   const RowScale routing = routing_scale(r, s.topk_weights);
 
-  // What each gradient is made of.
+  // Determines the operands that the requested gradients need.
   const bool weights_by_x = on_input && p.grad_topk_weights != nullptr;
   const bool weights_by_h = !on_input && p.grad_topk_weights != nullptr;
   const bool need_rows = p.grad_x != nullptr || weights_by_x;

@@ -27,8 +27,8 @@ struct ActivateRows {
                                                const Tile& tile, Acc& acc, int thread,
                                                unsigned char* boxes) {
     using Element = typename Config::Element;
-    // What follows from the thread's number is computed for each tile: kept through the mainloop,
-    // it would not leave it enough registers.
+    // Values that depend on the thread index are recomputed for each tile: kept through the
+    // mainloop, they would leave it too few registers.
     asm volatile("" : "+r"(thread));
     if (tile.k_tiles > 0) {
       if (p.scale.data != nullptr) scale_rows<Config>(p.scale, tile, acc, thread);
@@ -46,7 +46,7 @@ struct ActivateRows {
   }
 
  private:
-  // acc += bias. Of halves, column col is feature col and cols + col.
+  // acc += bias. With gate and up in halves, column col is features col and cols + col.
   template <class Config, class Acc>
   __device__ __forceinline__ static void add_features(const typename Config::Element* bias,
                                                       const Tile& tile, int cols, Acc& acc,

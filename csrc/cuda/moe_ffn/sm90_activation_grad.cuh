@@ -100,8 +100,8 @@ struct ActivationGrad {
   __device__ __forceinline__ static void store(const Params& p, const Problem& problem,
                                                const Tile& tile, const Acc& acc, int thread,
                                                unsigned char*) {
-    // What follows from the thread's number is computed for each tile: kept through the mainloop,
-    // it would not leave it enough registers.
+    // Values that depend on the thread index are recomputed for each tile: kept through the
+    // mainloop, they would leave it too few registers.
     asm volatile("" : "+r"(thread));
     with_family(p.act.family, [&](auto family) {
       store_as<Config, family.value>(p, problem.n, tile, acc, thread);

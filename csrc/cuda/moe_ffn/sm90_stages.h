@@ -7,8 +7,8 @@
 
 namespace moe_ops::cuda::sm90 {
 
-// How gate and up of a column lie in w_gate_up: in two halves, or side by side. Activations without
-// a gate are served by kJoint.
+// Layout of gate and up of a column in w_gate_up: in two halves, or side by side. Activations
+// without a gate use kJoint.
 enum class GateUp { kHalves, kJoint };
 
 // Matrices [E, O, K] lie along K, or along O.

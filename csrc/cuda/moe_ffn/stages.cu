@@ -29,8 +29,8 @@ FfnTile tile_of(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// What all stages ask of the rows that the producer gathers, and of sizes: rows of 16-byte pieces,
-// counted in 32 bits with room for a tile past the last one.
+// Returns whether sizes and gathered rows meet the requirements of all stages: rows of 16-byte
+// pieces, counted in 32 bits with room for a tile past the last one.
 template <class Params>
 bool usable(const Params& p, const DeviceRows& rows) {
   constexpr int64_t kMost = INT32_MAX - 1024;
@@ -67,8 +67,8 @@ GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
   return d;
 }
 
-// Whether a call of so many tokens may take the kernels for few: not where bits must be those of a
-// larger one.
+// Returns whether a call with so many tokens may use the kernels for few tokens; batch-invariant
+// mode excludes them.
 bool takes_few(int64_t num_tokens) {
   return num_tokens <= kFfnFewTokens && forced_tile() == "" && !batch_invariant();
 }

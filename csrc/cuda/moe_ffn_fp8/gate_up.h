@@ -13,8 +13,8 @@ struct GateUpParams {
   float* scale = nullptr;        // [N, I / 128] contiguous
 };
 
-// Whether the kernel takes it, and is the better choice: I a multiple of 128, so that a block of
-// scales has rows of one half; more than 64 rows an expert.
+// Returns whether the kernel supports a call and is faster: I is a multiple of 128, so that a block
+// of scales has rows of one half, and experts have more than 64 rows on average.
 bool supports(const GateUpParams& p);
 
 Status gate_up_swiglu(const GateUpParams& p, Stream stream);

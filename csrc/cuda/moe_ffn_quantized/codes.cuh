@@ -29,8 +29,8 @@ __device__ __forceinline__ uint32_t low_nibbles(uint32_t v, uint32_t bits) {
   return r;
 }
 
-// Two bytes, each below the magic byte, as two signed numbers. Of a byte, the lower seven bits
-// count up and the highest one takes 128 away: (base + low) - (base + high).
+// Two bytes, each below the magic byte, as two signed numbers. In a byte, the lower seven bits
+// count up and the highest one subtracts 128: (base + low) - (base + high).
 template <class S>
 __device__ __forceinline__ uint32_t signed_pair(uint32_t v) {
   return subtract<S>(v & 0xff7fff7fu, v & 0xff80ff80u);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void expand4(uint32_t word, uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i] = subtract<S>(low_nibbles(word >> (4 * i), kHigh), kZero);
 }
 
-// The same as floats, in their order.
+// Expands the eight bytes to floats, in their order.
 __device__ __forceinline__ void expand8(uint32_t first, uint32_t second, float (&v)[8]) {
   // 2^23 + c + 128 for a signed byte c.
   first ^= 0x80808080u;

@@ -2,9 +2,9 @@
 // accesses of 16 bytes that go straight to registers.
 //
 // A block makes 32 features of an expert's rows, with a gate the gate and the up of 16 columns. Its
-// warps split the sum: they take turns at steps of 64 bytes of all 32 lines, and the partial sums
-// are added up in the order of the warps. Lines are the M of mma.sync, 16 at a time, and rows
-// the N, 8 at a time: nothing is multiplied more often than 8 rows need.
+// warps split the sum: they alternate in steps of 64 bytes of all 32 lines, and the partial sums
+// are added up in the order of the warps. Lines are the M of mma.sync, 16 at a time, and rows the
+// N, 8 at a time: nothing is multiplied more often than 8 rows need.
 //
 // Lane l has line l / 4 of a tile and the 16 bytes l % 4 of the step. The k of a fragment may be
 // any k as long as both operands agree, so what a lane has loaded is what it multiplies: with 8

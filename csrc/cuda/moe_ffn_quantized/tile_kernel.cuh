@@ -7,8 +7,8 @@
 // that of the line. float32 products take three tf32 ones each, beside which it costs nothing to
 // multiply a code by its scale first.
 //
-// With a gate, the columns of a tile are gate and up of a feature in turns, whatever their places
-// in w: both are in one thread, which writes act of the two.
+// With a gate, the columns of a tile are gate and up of a feature interleaved, whatever their
+// places in w: both are in one thread, which writes act of the two.
 #pragma once
 
 #include "cuda/grouped_gemm/gemm_kernel.cuh"
@@ -111,7 +111,7 @@ struct CodeTile {
   static_assert(Config::kTileK % kEach == 0 && kScales <= Config::kThreads);
   static constexpr bool kEven = kAll % Config::kThreads == 0;
 
-  // Of this thread: lines of w, from its piece on, and their scales; nullptr: there is none.
+  // This thread's lines of w, from its piece on, and their scales; nullptr: there is none.
   const uint8_t* lines[kPasses];
   const float* line_scales[kPasses];  // float32 with 4 bits
   const float* column_scale;

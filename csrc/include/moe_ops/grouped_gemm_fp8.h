@@ -82,7 +82,8 @@ struct DeviceFp8Rows {
   int64_t limit = 0;
 };
 
-// The same with every sum multiplied by factor(r) before the bias is added.
+// Device counterpart of moe_ops::GroupedGemmFp8Params; every sum is multiplied by factor(r) before
+// the bias is added.
 struct GroupedGemmFp8Params {
   const int32_t* expert_offsets = nullptr;  // [E+1]
   int64_t num_experts = 0;                  // E

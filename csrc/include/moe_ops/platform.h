@@ -1,5 +1,5 @@
-// What operating systems and compilers do in different ways. Calls that only one system has are in
-// cpu/runtime/, beside what the others do instead.
+// Differences between operating systems and compilers. Calls that exist on one system only are in
+// cpu/runtime/, beside their replacements for the others.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 #include <malloc.h>
 #endif
 
-// What the library shows: the functions of python/library.cpp, and what moe_ops_dev calls.
+// Marks exported symbols: the functions of python/library.cpp and those that moe_ops_dev calls.
 #if defined(_WIN32)
 #define MOE_OPS_API __declspec(dllexport)
 #else

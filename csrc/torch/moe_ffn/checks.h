@@ -1,4 +1,5 @@
-// Checks that the adapters of moe_ffn share, on the CPU and on CUDA, of all kinds of weights.
+// Checks and arguments that the adapters of moe_ffn share, on the CPU and on CUDA, for all kinds of
+// weights.
 #pragma once
 
 #include "moe_ops/moe_ffn.h"
@@ -112,7 +113,7 @@ inline Sizes check_ffn(const Op& op, const FfnOperands& operands, int64_t top_k,
                    });
 }
 
-// All but the type.
+// Checks all but the type.
 inline void check_bias_shape(const Op& op, const char* name, const OptTensor& bias, int64_t E,
                              int64_t features, const char* shape) {
   if (!bias.has_value()) return;
@@ -150,7 +151,8 @@ inline Sizes check_fwd(const Op& op, const FfnInputs& in) {
   return s;
 }
 
-// What expert_offsets, row_to_slot and slot_to_row hold is left to the caller.
+// Checks the tensors that forward saved; the caller checks the values of expert_offsets,
+// row_to_slot and slot_to_row.
 inline void check_saved(const Op& op, const Sizes& s, const Tensor& grad_y, const Tensor& x,
                         const Tensor& preact, const Tensor& expert_offsets,
                         const Tensor& row_to_slot, const Tensor& slot_to_row) {
@@ -185,12 +187,12 @@ inline Sizes check_bwd(const Op& op, const FfnBwdInputs& in) {
   return s;
 }
 
-// As gpt-oss, Llama 4 and DBRX store weights [E, O, K]: contiguous as [E, K, O].
+// Returns whether w [E, O, K] is contiguous as [E, K, O], the layout of gpt-oss, Llama 4 and DBRX.
 inline bool is_transposed(const Tensor& w) {
   return !w.is_contiguous() && torch::stable::transpose(w, 1, 2).is_contiguous();
 }
 
-// A buffer that the gradient of weight w is added to; x has w's type.
+// Checks a buffer that the gradient of weight w is added to, and returns its type; x has w's type.
 inline DType check_main_grad(const Op& op, const char* name, const Tensor& main, const Tensor& x,
                              const Tensor& w, bool may_be_transposed = false) {
   const DType main_type = check_float(op, name, main);
