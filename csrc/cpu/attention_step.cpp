@@ -72,8 +72,8 @@ class Step : AttentionParts<T> {
     this->norm(weight, p_.head_eps, heads, count, cols, cols, buffer_, factors_);
   }
 
-  // Queries of q_ over what is kept, to mixed_. Sequences go together where key heads of all of
-  // them are one distance apart.
+  // Computes attention of the queries q_ over the caches, into mixed_. Sequences are processed
+  // together if the key heads of all of them are evenly spaced.
   void attend() {
     const auto even = [&](const KeptHeads<void>& kept) {
       return kept.stride_batch == p_.kv_heads * kept.stride_head;

@@ -15,7 +15,7 @@ int64_t index_at(const IndexMap& map, int64_t i) {
                    : static_cast<const int32_t*>(map.data)[i];
 }
 
-// The expert of a slot, of those that ranks have; -1: nowhere.
+// Returns the expert of a slot if a rank has it, else -1.
 int32_t expert_of(const DispatchPlanParams& p, int64_t slot) {
   int64_t id = index_at(p.topk_ids, slot);
   if (id < 0 || id >= p.num_ids) return -1;

@@ -131,7 +131,7 @@ void run_rows(const MoeLinearReduceParams& p, const Parallel& par) {
   unpermute(combination(r, rows, acc, H, p.topk_weights, p.y, type), par);
 }
 
-// Gradients of slots and of their weights from u [rows, D].
+// Computes the gradients of slots and of their weights from u [rows, D].
 template <class T>
 void slot_gradients(const MoeLinearReduceBwdParams& p, const Routing& s, const RowMaps<T>& maps,
                     const T* u, const Parallel& par) {

@@ -62,7 +62,7 @@ class GroupLimit {
   }
 
  private:
-  // The inverse of make_keys; the key of NaN happens to give a NaN.
+  // Returns the inverse of make_keys; the key of NaN happens to give a NaN.
   static T value_of(Key k) {
     return __builtin_bit_cast(T, k < 0 ? k ^ std::numeric_limits<Key>::max() : k);
   }
@@ -75,7 +75,7 @@ class GroupLimit {
   int32_t* kept_;   // [num_topk_groups]
 };
 
-// Renormalised and scaled.
+// Renormalizes and scales the weights.
 template <class T>
 void finish_weights(const TopkRouterParams& p, T scale, T* weights) {
   if (p.renormalize) {
@@ -87,8 +87,8 @@ void finish_weights(const TopkRouterParams& p, T scale, T* weights) {
   for (int64_t k = 0; k < p.top_k; ++k) weights[k] *= scale;
 }
 
-// Few experts are less than the vectors and the calls of the way by rows are made for (4 experts:
-// 80 us for 512 tokens). Without a bias and groups, they are routed with a token in each lane.
+// Routes few experts with a token in each lane, without a bias and groups: rows of so few experts
+// would waste most of a vector.
 template <class T>
 void route_few(const TopkRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;

@@ -8,7 +8,7 @@
 
 namespace moe_ops::cuda {
 
-// The code nearest to f, ties to even. |f| is less than 464.
+// Returns the code nearest to f, ties to even. |f| is less than 464.
 __device__ __forceinline__ uint32_t e4m3_code(float f) {
   const uint32_t u = __float_as_uint(f);
   const uint32_t a = u & 0x7fffffffu, sign = u >> 24 & 0x80u;
@@ -42,7 +42,7 @@ struct Fp8Lane {
   float scale;
 };
 
-// A warp makes one block of codes of its 4 x 32 numbers (moe_ops/quantize_fp8.h).
+// Quantizes a warp's 4 x 32 elements to one block of codes (moe_ops/quantize_fp8.h).
 __device__ __forceinline__ Fp8Lane quantize_fp8_block(const float (&v)[4]) {
   uint32_t most = 0;
 #pragma unroll

@@ -73,7 +73,8 @@ struct Launch {
   bool overlaps = false;
 };
 
-// MOE_OPS_OVERLAP=off keeps every kernel behind the end of the one before. For measurements.
+// Returns whether kernels may overlap; MOE_OPS_OVERLAP=off starts every kernel after the end of the
+// previous one, for benchmarks.
 inline bool overlap_allowed() {
   const char* const value = std::getenv("MOE_OPS_OVERLAP");
   return value == nullptr || std::string_view(value) != "off";

@@ -101,7 +101,8 @@ __global__ void count_kernel(const Args a) {
 
 // --- 2
 
-// The sum of `v` over lower threads, and over all of them in `total`. `sums` has kMaxWarps entries.
+// Returns the sum of `v` over lower threads, and sets `total` to the sum over all threads. `sums`
+// has kMaxWarps entries.
 __device__ int32_t block_exclusive_sum(int32_t v, int32_t* sums, int32_t& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int32_t below = warp_exclusive_sum(v, lane);

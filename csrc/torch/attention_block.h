@@ -42,7 +42,8 @@ inline Kept kept_heads(const Op& op, const char* name, const Tensor& t, const Te
   return kept;
 }
 
-// Numbers that kernels for x can read: those for float64 read nothing else, the others all else.
+// Returns `t` in a type that kernels for x can read: kernels for float64 read only float64, the
+// others all other types.
 inline Tensor readable(const Tensor& t, const Tensor& x) {
   const bool wide = x.scalar_type() == ScalarType::Double;
   if ((t.scalar_type() == ScalarType::Double) == wide) return with_dense_rows(t);
@@ -53,7 +54,8 @@ inline int64_t stride_unless_one(const Tensor& t, int64_t d) {
   return t.size(d) == 1 ? 0 : t.stride(d);
 }
 
-// x [B, S, H] and the position of its tokens; the number of tokens that are kept afterwards.
+// Sets x's sizes [B, S, H] and the position of its tokens; returns the number of cached tokens
+// after the call.
 inline int64_t take_tokens(const Op& op, AttentionBlock& p, const Tensor& x, int64_t start) {
   p.type = check_float(op, "x", x);
   check_dim(op, "x", x, 3, "[B, S, H]");
@@ -100,7 +102,8 @@ inline const void* data_of(const OptTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// Everything of the block but tokens, heads, `half` and the last product, which `p` has already.
+// Checks and sets everything but tokens, heads, `half` and the output projection, which `p` has
+// already.
 inline BlockOperands take_block(const Op& op, AttentionBlock& p, const BlockInputs& in) {
   const auto& [x, norm_weight, eps, cos, sin, mask, sinks, scale, residual_scale] = in;
   check_vector(op, "norm_weight", norm_weight, x, p.hidden_size, "H");

@@ -17,7 +17,7 @@ struct Plan {
   std::vector<int32_t> order;
 };
 
-// Not gated, or none at all.
+// Sets the activation, which must not be gated, or none.
 void set_activation(const Op& op, const std::string& name, DenseFfnSizes& s) {
   s.has_act = name != "none";
   s.act = Activation::kRelu;
@@ -87,7 +87,7 @@ struct Inputs {
   const std::string& activation;
 };
 
-// preact: made for a backward; nullptr in inference.
+// Runs the forward. preact: kept for a backward; nullptr in inference.
 Tensor forward(const Op& op, const Inputs& in, Tensor* preact) {
   const auto& [x, w_up, w_down, input_ids, b_up, b_down, activation] = in;
   const Plan plan = plan_of(op, x, w_up, w_down, input_ids, activation);

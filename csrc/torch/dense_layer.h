@@ -24,7 +24,8 @@ inline void check_vector(const Op& op, const char* name, const OptTensor& t, con
   check_size(op, name, *t, 0, size, what);
 }
 
-// The name of a format of grouped_gemm_quantized that blocks do not take, or "" for any other pair.
+// Returns the name of a format of grouped_gemm_quantized that blocks do not support, or "" for any
+// other pair.
 inline std::string refused_format(const Tensor& w, const OptTensor& scale) {
   const ScalarType dtype = w.scalar_type();
   if (dtype == ScalarType::Float8_e4m3fn) return "fp8 in blocks";

@@ -95,7 +95,8 @@ DType check_main_grad(const Op& op, const Tensor& main, int64_t E, int64_t O, in
   return type;
 }
 
-// Operands and checked offsets are dense along columns; `out` is main_grad or the result.
+// Returns the parameters of a call; operands are dense along columns, and `out` is main_grad or the
+// result.
 GroupedGemmFp8WgradParams wgrad_params(const WgradInputs& in, DType out_type, bool accumulate,
                                        Tensor& out) {
   GroupedGemmFp8WgradParams p;

@@ -265,7 +265,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor grad_b_up, Tensor grad_b_down)");
   // outputs [T,E,O], weights [T,M,E] -> y [T,M,O]: sum_e weights[t,m,e] act(n[t,e]), times
   // factor [T/r,M,O], a row of which r tokens share, if given; n = outputs or, with norm_weight and
-  // norm_bias [E,O], their normalisation over tokens by mean and var [E,O], or by those of the
+  // norm_bias [E,O], their normalization over tokens by mean and var [E,O], or by those of the
   // tokens, which come back ([0] where not computed).
   m.def(
       "mix_experts(Tensor outputs, Tensor weights, Tensor? factor=None, "

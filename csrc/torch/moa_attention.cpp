@@ -46,7 +46,7 @@ void check_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
   call.p.num_sequences = cu_seqlens.numel() - 1;
 }
 
-// Values, which a device op cannot look at.
+// Reads and checks the values, which a device op cannot read.
 void read_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
   const int64_t S = call.p.num_tokens;
   std::vector<int64_t>& cu = call.cu_seqlens;

@@ -22,7 +22,7 @@ int32_t dtype_code(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
-// nullopt: not available, take torch's allocator.
+// Returns nullopt if the cache is not available; torch's allocator is used then.
 OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides,
                         ScalarType dtype, size_t bytes) {
   OptTensor out;
@@ -45,17 +45,6 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const in
 }
 
 }  // namespace
-
-BoxedArg<std::string>::BoxedArg(StringHandle h)
-    : handle(h, [](StringHandle s) { torch_delete_string(s); }) {}
-
-std::string BoxedArg<std::string>::take() {
-  size_t length = 0;
-  const char* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle.get(), &length));
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle.get(), &data));
-  return {data, length};
-}
 
 Tensor empty_cpu(const Op& op, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   constexpr size_t kMaxDim = 8;

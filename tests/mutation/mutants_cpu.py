@@ -655,12 +655,6 @@ FAMILIES: dict[str, Family] = {
                 "(b * D::kRunCount + run) >> shift",
                 "(b * D::kRunCount) >> shift",
             ),
-            (
-                "zero points of 8 for all",
-                "static_cast<float>(8 - zero[how.repeat == 1 ? i : i / how.repeat])",
-                "0.0f",
-            ),
-            ("q4_K: upper bits of scales lost", "_mm_or_si128(low, upper)", "low"),
             ("q6_K: the first quarter for all", "quarter(block, run / 2)", "quarter(block, 0)"),
             (
                 "fp8: NaN is 480",
@@ -682,6 +676,15 @@ FAMILIES: dict[str, Family] = {
                 "n * D::kBytes / D::kBlock",
                 "n * D::kBytes / D::kBlock - 1",
             ),
+        )
+        + of(
+            "kernels/quant_scales-inl.h",
+            (
+                "zero points of 8 for all",
+                "static_cast<float>(8 - zero[how.repeat == 1 ? i : i / how.repeat])",
+                "0.0f",
+            ),
+            ("q4_K: upper bits of scales lost", "_mm_or_si128(low, upper)", "low"),
         )
         + of(
             "kernels/quant_decoded-inl.h",

@@ -16,8 +16,8 @@ constexpr int64_t kAmxKc = 256;
 // Distance, in bytes, at which a tile prefetches packed weights.
 constexpr int64_t kAmxPrefetch = 2048;
 
-// The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
-// padded_m.
+// Loads the rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows
+// m to padded_m.
 inline void load_bf16_rows(const GemmDesc<float>& d, const GemmItem& it, int64_t depth,
                            int64_t padded_m, uint16_t* dst, int64_t ld) {
   const int64_t K = d.in_features, m = it.row_end - it.row_begin;
@@ -175,8 +175,9 @@ void amx_row_major_item(const GemmDesc<float>& d, const GemmKernels<float>& k, c
   }
 }
 
-// grad^T of m rows from `begin` on and n features from o_begin on, as bfloat16: rows of g are
-// features, lda apart, with zeros from m to the next multiple of 32 and in rows n to that of n.
+// Transposes grad, m rows from `begin` on and n features from o_begin on, to bfloat16: rows of g
+// are features, lda apart, with zeros from m to the next multiple of 32 and in rows n to the next
+// multiple of 32.
 inline void transpose_grad(const GroupedWgradParams& p, const GemmKernels<float>& k, int64_t begin,
                            int64_t m, int64_t o_begin, int64_t n, uint16_t* g, int64_t lda) {
   const int64_t depth = round_up<int64_t>(m, 32), padded_n = round_up<int64_t>(n, 32);

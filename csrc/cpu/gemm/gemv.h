@@ -79,10 +79,10 @@ void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
   }
 }
 
-// Blocked GEMV. Groups of four weight rows meet all tokens, max_tokens at a time: no token is
-// padded and no weight copied. Blocks of k keep a group's part in L1 while the tokens pass;
-// meanwhile the next group, one run in memory, is prefetched. Half types are widened once a block,
-// by the call with the first tokens.
+// Computes an item by blocked GEMV. Groups of four weight rows meet all tokens, max_tokens at a
+// time: no token is padded and no weight copied. Blocks of k keep a group's part in L1 while the
+// tokens pass; meanwhile the next group, one run in memory, is prefetched. Half types are widened
+// once a block, by the call with the first tokens.
 template <class Op, class T, class Epilogue>
 void gemv_blocked_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
                        const Epilogue& fn) {

@@ -53,7 +53,7 @@ struct GemmConfig {
 
   bool operator==(const GemmConfig&) const = default;
 };
-// "gemv_blocked bf16, items of 128 x 1024"
+// Returns a description such as "gemv_blocked bf16, items of 128 x 1024".
 std::string to_string(const GemmConfig& c);
 
 // Sizes and layout of a GEMM, on which its algorithm depends.
@@ -79,7 +79,8 @@ struct GemmShape {
   bool one_chain = false;  // GroupedGemmParams::one_chain, which only counts with `invariant`
 };
 
-// For an expert with so many rows. T is the accumulate type; kernels are those of the target.
+// Chooses the configuration of an expert with `rows` rows. T is the accumulate type; kernels are
+// those of the target.
 template <class T>
 GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q,
                          int64_t rows);
@@ -114,8 +115,8 @@ GemmConfig choose_config(const GemmDesc<T>& d, int64_t rows) {
   return choose_config<T>(shape_of(d), gemm_kernels<T>(), quant_kernels(), rows);
 }
 
-// The configuration of an expert with `rows` rows, in words, on any target that the build has and
-// any processor; for tests and for who wants to know. accumulate: kFloat32 or kFloat64.
+// Describes the configuration of an expert with `rows` rows, on any target of the build and any
+// processor; for tests and developers. accumulate: kFloat32 or kFloat64.
 MOE_OPS_API std::string gemm_config(const GemmShape& s, DType accumulate, int64_t rows, Isa isa,
                                     bool intel);
 
@@ -161,7 +162,7 @@ constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kMinW8Rows = 3;
-// Width of an item whose weights are dequantised, and bytes of them that are at a time: of an L2.
+// Width of an item whose weights are dequantized, and bytes of them that are at a time: of an L2.
 constexpr int64_t kDequantFeatures = 512;
 constexpr int64_t kDequantBytes = int64_t{192} << 10;
 // e4m3: most rows for which every weight is decoded anew for each kFp8DotTokens of them, and the
@@ -179,8 +180,8 @@ struct GemmItem {
   int64_t expert, row_begin, row_end, feature_begin, feature_end;
 };
 
-// Items of features [first, last) of each segment; choose(rows) is the configuration of an expert
-// with so many.
+// Returns the items of features [first, last) of each segment; choose(rows) returns the
+// configuration of an expert with `rows` rows.
 template <class Choose>
 std::vector<GemmItem> gemm_items(const GemmProblem& d, int num_threads, int64_t first, int64_t last,
                                  const Choose& choose) {

@@ -47,7 +47,7 @@ RowMaps<T> row_maps(ScratchScope& scratch, const Routing& r, const void* topk_we
   return out;
 }
 
-// Parameters of out = b a (+ bias) for rows with an expert.
+// Returns the parameters of out = b a (+ bias) for rows with an expert.
 inline GroupedGemmParams routed_product(const Routing& r, const Rows& a, const ExpertMatrices& b,
                                         const ExpertVectors& bias, int64_t out_features,
                                         int64_t in_features, const moe_ops::MutableRows& out) {
@@ -66,8 +66,8 @@ inline GroupedSumParams routed_sum(const Routing& r, const Rows& rows, int64_t f
   return {r.expert_offsets, r.num_experts, features, rows, scale, out, out_type};
 }
 
-// Parameters of y [T, features] = the sum of each token's rows, weighted by topk_weights unless
-// nullptr; rows are contiguous.
+// Returns the parameters of y [T, features] = the sum of each token's rows, weighted by
+// topk_weights unless nullptr; rows are contiguous.
 inline UnpermuteParams combination(const Routing& r, const void* rows, DType type, int64_t features,
                                    const void* topk_weights, void* y, DType y_type) {
   return {rows,          type,    features,     features, r.num_tokens, r.top_k, r.num_valid_rows(),

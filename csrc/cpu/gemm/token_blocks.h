@@ -64,7 +64,7 @@ inline bool takes_blocks(const Routing& r, int64_t rows, int64_t cols, DType typ
                        std::max(rows, cols), rows * cols, type});
 }
 
-// About nanoseconds of so many multiplications of every slot.
+// Returns the approximate nanoseconds of so many multiplications per slot.
 inline double slot_product_cost(const Routing& r, int64_t multiplications) {
   return static_cast<double>(r.num_slots()) * (static_cast<double>(multiplications) / 32 + 16);
 }
@@ -144,7 +144,7 @@ inline TokenBlock token_block(ScratchScope& scratch, const Routing& r, int64_t b
   return {begin, end, first, offsets, slots, tokens, rows, sorted_rows, rows + n};
 }
 
-// run(block) for all tokens.
+// Calls run(block) for the blocks of all tokens.
 template <class Fn>
 void parallel_blocks(const Routing& r, const Parallel& par, double cost, const Fn& run) {
   parallel_items(par, ceil_div(r.num_tokens, kBlockTokens), cost, [&](int64_t item) {
@@ -274,16 +274,16 @@ void multiply_rows(const GemmKernels<T>& k, const RowPointers& rows, const T* pa
   }
 }
 
-// Leading dimension of rows that are B of outer_product: an odd number of cache lines, so that the
-// lines of one column are not in the same few sets of an L1.
+// Returns the leading dimension of rows that are B of outer_product: an odd number of cache lines,
+// so that the lines of one column are not in the same few sets of an L1.
 template <class T>
 int64_t odd_ld(const GemmKernels<T>& k, int64_t n) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   return (ceil_div(padded(k, n), kLine) | 1) * kLine;
 }
 
-// c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
-// kKc rows r: of grad kLda apart, of x odd_ld of its width.
+// Computes c[i][j] (+)= the sum over r of grad[r][i] * x[r][j] for at most kKc rows r. Rows of c
+// are padded(x_width) apart, those of grad kLda, and those of x odd_ld of x_width.
 template <class T>
 void outer_product(const GemmKernels<T>& k, const T* grad, int64_t grad_width, const T* x,
                    int64_t x_width, int64_t rows, T* c, bool accumulate) {
@@ -338,7 +338,8 @@ void multiply_gradients(const GemmKernels<T>& k, const GradientProducts<T>& p) {
   }
 }
 
-// run(chunk, block, first): the blocks of each chunk in order, `first` for its first one.
+// Calls run(chunk, block, first) for the blocks of each chunk in order; `first` is true for the
+// first one.
 template <class Fn>
 void run_chunks(const Routing& r, const Parallel& par, double cost, const Fn& run) {
   const int64_t length = chunk_tokens(r.num_tokens);
@@ -398,14 +399,14 @@ class ChunkSums {
     return data_ + (chunk * experts_ + e) * (matrix() + bias()) + matrix();
   }
 
-  // Before the first block of a chunk, of which expert e has `count` rows. A matrix is written by
-  // its first product.
+  // Prepares the sums of expert e before the first block of a chunk, in which it has `count` rows.
+  // A matrix is written by its first product.
   void begin(int64_t chunk, int64_t e, int64_t count) const {
     if (count == 0) std::fill_n(matrix_of(chunk, e), matrix(), T(0));
     std::fill_n(bias_of(chunk, e), bias(), T(0));
   }
 
-  // Into matrices and [E, rows], where they are wanted.
+  // Adds the chunks up into matrices and biases [E, rows], if they are wanted.
   void add_up(const MatrixGrads& w, void* grad_bias, DType bias_type, const Parallel& par) const {
     const int64_t n = padded(k_, cols_);
     const auto run = [&](int64_t e) {

@@ -21,7 +21,7 @@ namespace moe_ops::cpu {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// Writes of results that nobody reads: the loops must not be optimised away.
+// Writes of results that nobody reads: the loops must not be optimized away.
 volatile float float_sink;
 volatile uint64_t int_sink;
 // Read at run time: of a constant the compiler would see that the chain that starts at 1 stays
@@ -87,7 +87,7 @@ MOE_READ_LOOP(read, MOE_AVX512, 64)
 }  // namespace avx512
 
 namespace avx512_bf16 {
-// 32 products a vector, each with its addition.
+// Runs instructions of 32 products per vector, each with its addition.
 MOE_AVX512_BF16 int64_t dot(int64_t steps) {
   constexpr int kChains = 24;
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x3a00);

@@ -60,7 +60,7 @@ bool is_intel() {
 #endif
 }
 
-// Below 1.5 MiB.
+// Returns whether the L2 is smaller than 1.5 MiB.
 bool has_small_l2() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);

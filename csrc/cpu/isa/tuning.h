@@ -32,7 +32,7 @@ struct Tuning {
 };
 
 const Tuning& tuning();
-// Those of a maker's processors, with an L2 that is not small.
+// Returns the tuning of Intel's or another maker's processors, with an L2 that is not small.
 const Tuning& tuning_of(bool intel);
 
 }  // namespace moe_ops::cpu

@@ -18,7 +18,7 @@ inline bool any_greater(Vec<double> a, Vec<double> b) {
                             _CMP_GT_OQ) != 0;
 }
 
-// x[n] += <rows of a, b>: a [kNarrowKeys][kNarrowSize], b [D][lanes].
+// Computes x[n] += <rows of a, b>: a [kNarrowKeys][kNarrowSize], b [D][lanes].
 template <class T, int D>
 inline __attribute__((always_inline)) void narrow_products(const T* a, const T* b,
                                                            Vec<T> (&x)[kNarrowKeys]) {
@@ -68,7 +68,7 @@ struct NarrowTail {
   }
 };
 
-// None sees a key of the next block, which a step may reach.
+// Returns the keys that rows see, limited to the block, since a step may reach into the next one.
 template <class T>
 inline Seen<T, 1> narrow_seen(const AttentionBlock<T>& b) {
   Seen<T, 1> seen(b);

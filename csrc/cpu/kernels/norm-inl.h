@@ -59,7 +59,7 @@ void norm_rows(const NormRows<T>& p) {
   });
 }
 
-// With c the sum of grad_y w s: the gradient of s is r grad_y w - s c r^3 / n.
+// Computes gradients. With c the sum of grad_y w s, the gradient of s is r grad_y w - s c r^3 / n.
 template <class T>
 void norm_rows_bwd(const NormRowsBwd<T>& p) {
   constexpr int W = kLanes<T>;

@@ -43,8 +43,8 @@ void arrange_token(const CodeRows& rows, const float* x, float* row) {
   with_decoder<Fp8Sums>(rows.codes, [&]<class D>() { arrange_token_for<D>(rows, x, row); });
 }
 
-// `count` times F rows of weights and M tokens. A run is summed by itself, then scaled and added;
-// where it has fewer vectors than there are tokens, the vectors are scaled.
+// Multiplies `count` times F rows of weights with M tokens. A run is summed separately, then scaled
+// and added; where it has fewer vectors than there are tokens, the vectors are scaled.
 template <class D, int F, int M>
 void decoded_dot_tile(const DecodedDotParams& p) {
   constexpr int W = kLanes<float>, V = kRunVectors<D>;

@@ -71,7 +71,7 @@ void repack(const RepackParams& p, uint32_t* dst) {
   }
 }
 
-// Weight i of each word. Shifts need none of the ports that multiply.
+// Returns the weight i of each word. Shifts need none of the ports that multiply.
 template <int kBits>
 inline Vec<float> word_weights(const uint32_t* words, int i) {
   typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
@@ -135,7 +135,7 @@ inline Bytes add_step(Int16Pair, Bytes acc, const float* a, Bytes b) {
 }
 #endif
 
-// packed_tile that unpacks words as it goes. S = float or Int16Pair.
+// Like packed_tile, but unpacks words on the fly. S = float or Int16Pair.
 template <int kBits, class S, int M>
 void word_tile(const QuantTileParams& p) {
   constexpr int W = kLanes<float>;
@@ -203,7 +203,7 @@ QuantKernels quant_table() {
   k.w4_quantize = &w4_quantize;
   k.w4_dot = &w4_dot;
   k.repack = &repack;
-  k.dequantise = &dequantise;
+  k.dequantize = &dequantize;
   k.arranged_floats = &arranged_floats;
   k.arrange_token = &arrange_token;
   k.decoded_dot = &decoded_dot;

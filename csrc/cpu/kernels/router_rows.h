@@ -10,7 +10,7 @@
 
 namespace moe_ops::cpu {
 
-// exp_sum of one row.
+// Returns exp_sum of one row.
 template <class T>
 T exp_sum_of(const RouterKernels<T>& k, const T* x, T* e, int64_t n) {
   T sum;
@@ -18,7 +18,7 @@ T exp_sum_of(const RouterKernels<T>& k, const T* x, T* e, int64_t n) {
   return sum;
 }
 
-// out[i] = score of x[i] for i < n; x and e have `padded` elements.
+// Computes out[i] = score of x[i] for i < n; x and e have `padded` elements.
 template <class T>
 void scores_of(const RouterKernels<T>& k, ScoreFunc f, const T* x, T* e, int64_t padded, int64_t n,
                T* out) {
@@ -41,7 +41,7 @@ void to_soa_of(const From* rows, int64_t stride, int64_t tokens, int64_t width, 
   }
 }
 
-// Tokens after the last, up to the end of a vector, become `rest`.
+// Transposes rows to arrays; tokens after the last, up to the end of a vector, become `rest`.
 template <class From, class To>
 void to_soa(const From* rows, int64_t stride, int64_t tokens, int64_t width, To* arrays, To rest) {
   const int64_t end = round_up(tokens, kRowUnit);

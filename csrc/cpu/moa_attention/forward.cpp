@@ -20,7 +20,7 @@ class Forward {
         features_(narrow_ > 0 ? narrow_ : p.head_size),
         ld_(round_up<int64_t>(features_, k_.lanes)) {}
 
-  // Row blocks begin to end of a head.
+  // Computes row blocks begin to end of a head.
   void run(int64_t b, int64_t head, int64_t begin, int64_t end) const {
     const NoSubnormals guard;
     const int64_t d = p_.head_size;

@@ -66,7 +66,8 @@ class Backward {
     u_readers_.add(static_cast<int64_t>(row_items_.size()));
   }
 
-  // Stage 1 computes u = W_down^T grad_y with w_down transposed, which is a change of strides.
+  // Adds stage 1, which computes u = W_down^T grad_y with w_down transposed, which is a change of
+  // strides.
   void add_down_product() {
     stages_.add(static_cast<int64_t>(down_items_.size()), down_.cost(), [this](int64_t i) {
       run_item(down_, k_, down_items_[i], next_item(down_items_, i, par_),
@@ -77,8 +78,8 @@ class Backward {
     });
   }
 
-  // Stage 2 computes the gradients of the pre-activation and of the routing weights, and replaces u
-  // by weight * h, the operand of w_down's gradient.
+  // Adds stage 2, which computes the gradients of the pre-activation and of the routing weights,
+  // and replaces u by weight * h, the operand of w_down's gradient.
   void add_activation() {
     stages_.add(static_cast<int64_t>(row_items_.size()), row_cost() * static_cast<double>(rows_),
                 [this](int64_t i) {
@@ -89,7 +90,8 @@ class Backward {
                 });
   }
 
-  // Stage 3 computes the gradients of w_down and w_gate_up from the rows of grad_y and x.
+  // Adds stage 3, which computes the gradients of w_down and w_gate_up from the rows of grad_y and
+  // x.
   void add_weight_gradients() {
     GroupedWgradParams of_down =
         routed_wgrad(s_.routing, gy_, H_, {u_, kAccumulate<T>, I_, nullptr}, I_, p_.grad_w_down,
@@ -116,7 +118,7 @@ class Backward {
     });
   }
 
-  // Stage 3 also sums the rows of each expert to the gradients of the biases.
+  // Adds the rest of stage 3, which sums the rows of each expert to the gradients of the biases.
   void add_bias_gradients() {
     add_bias_gradient(dpre_rows_, width_, nullptr, p_.grad_b_gate_up);
     add_bias_gradient(gy_, H_, on_input_ ? nullptr : maps_.weight, p_.grad_b_down);
@@ -132,8 +134,8 @@ class Backward {
     });
   }
 
-  // Stages 4 and 5 compute the gradient of x by rows and sum it by token, range after range; from
-  // its rows comes the gradient of routing weights that scaled the input.
+  // Adds stages 4 and 5, which compute the gradient of x by rows and sum it by token, range after
+  // range; its rows also give the gradient of routing weights that scaled the input.
   void add_input_gradient() {
     for (size_t i = 0; i < ranges_.size(); ++i) {
       add_up_product(i);
@@ -259,13 +261,13 @@ class Backward {
   const RowMaps<T> maps_ = row_maps<T>(scratch_, s_.routing, s_.topk_weights);
   const Rows gy_ = gathered(p_.grad_y), x_ = gathered(p_.x);
   const std::vector<Range> ranges_ = ranges_of_dx();
-  // [N, I] u, then weight * h; nothing reads it when the gradient of x by rows, dx [N, range], is
+  // [N, I] u, later weight * h. Nothing reads it once dx [N, range], the gradient of x by rows, is
   // computed, so the two share one block.
   T* const u_ = scratch_.take<T>(Scratch::kRows,
                                  rows_* std::max(I_, ranges_.empty() ? 0 : ranges_[0].width()));
   T* const dx_ = u_;
-  // [N, P] gradients of the pre-activation. In bfloat16 where tokens are, as the products that read
-  // it round it anyway; in float16 it would underflow.
+  // [N, P] gradients of the pre-activation. They are bfloat16 if the tokens are, because the GEMMs
+  // that read them round them anyway; in float16 they could underflow.
   const DType dpre_type_ = type_ == DType::kBFloat16 ? type_ : kAccumulate<T>;
   char* const dpre_ =
       scratch_.take<char>(Scratch::kHidden, rows_ * width_ * dtype_size(dpre_type_));

@@ -27,7 +27,7 @@ BlockedSizes sizes_of(const MoeFfnDesc& s, DType type) {
           type};
 }
 
-// About nanoseconds of a pass with `products` products as large as those of forward.
+// Returns the approximate nanoseconds of a pass with `products` GEMMs as large as those of forward.
 double blocks_cost(const MoeFfnDesc& s, int products) {
   const int64_t per_slot = (s.width() + s.intermediate_size) * s.hidden_size;
   return static_cast<double>(s.routing.num_tokens * s.routing.top_k) *

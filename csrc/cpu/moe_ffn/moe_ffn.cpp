@@ -106,9 +106,9 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   stages.run(par);
 }
 
-// One token reads small experts of fp32 as fast in the weights as they lie, which nobody has to
-// check. With more tokens or larger experts, panels are ahead where weights come from memory. The
-// two round differently.
+// Returns whether the unpacked weights are used: for one token and small fp32 experts they are as
+// fast as panels, which would have to be checked. With more tokens or larger experts, panels are
+// faster if weights come from memory. The two round differently.
 bool prefers_weights(const MoeFfnParams& p) {
   const MoeFfnDesc& s = p.desc;
   return !batch_invariant() && s.routing.num_tokens == 1 && p.x.type == DType::kFloat32 &&

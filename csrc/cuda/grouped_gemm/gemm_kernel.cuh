@@ -20,7 +20,7 @@ struct GemmLaunch {
   GroupedGemmParams p;
   int column_tiles;
   bool a_aligned, b_aligned;  // rows of A, lines of B start on 16 bytes
-  bool out_pairs;             // two neighbours of a row of out can be stored at once
+  bool out_pairs;             // two neighbors of a row of out can be stored at once
   bool out_vectors;           // rows of out are whole accesses of 16 bytes
 };
 

@@ -123,7 +123,7 @@ struct Boxes {
   static constexpr int kB[3] = {T::kSpan, T::lines_b(major_b), 1};
 };
 
-// Blocks: at most one for each of num_sms, and no more than there can be tiles.
+// Returns the number of blocks: at most one per SM, and no more than there can be tiles.
 template <class Config>
 unsigned grid_blocks(const Problem& p, int num_sms) {
   using T = Traits<Config>;

@@ -3,7 +3,7 @@
 //
 // Stage s is full when full[s] has counted its bytes (and, with gathered rows, 128 threads), empty
 // when every consumer warp that used it has arrived at empty[s] of every block of the cluster: with
-// multicast the neighbour's producer writes here, too.
+// multicast the neighbor's producer writes here, too.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -60,7 +60,8 @@ __device__ inline int boxes_a(const Tile& tile) {
   return max(0, (rows + T::kLinesA - 1) / T::kLinesA);
 }
 
-// One thread loads A for this block, and half of B for both blocks of a cluster that share it.
+// Loads A for this block, and half of B for both blocks of a cluster that share it; one thread
+// calls.
 template <class Config>
 __device__ inline void load_a(const CUtensorMap* map, uint64_t* full,
                               typename Config::Element* smem, const Tile& tile, int k_tile,
@@ -145,7 +146,7 @@ __device__ __forceinline__ void with_major_b(const Params& p, const Fn& fn) {
   }
 }
 
-// One warp; lane 0 waits and issues.
+// Runs the TMA producer in one warp; lane 0 waits and issues.
 template <class Config, class Params>
 __device__ inline void produce_tma(const Params& p, typename Traits<Config>::SharedStorage& smem,
                                    int first, int step, int cluster_rank) {
@@ -174,7 +175,7 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
     }
     __syncwarp();
   }
-  // A block must not leave while its neighbour may still arrive at its barriers.
+  // A block must not leave while its neighbor may still arrive at its barriers.
   if (T::kCluster > 1 && leader) {
     for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
   }
@@ -182,7 +183,7 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
 
 // ---- Consumer ----
 
-// The boxes of the consumer's warp (sm90_store_boxes.cuh).
+// Returns the boxes of the consumer's warp (sm90_store_boxes.cuh).
 template <class Config>
 __device__ inline unsigned char* warp_boxes(typename Traits<Config>::SharedStorage& smem) {
   constexpr int kWarpBytes = 2 * kStoreBoxBytes;
@@ -191,16 +192,16 @@ __device__ inline unsigned char* warp_boxes(typename Traits<Config>::SharedStora
              : nullptr;
 }
 
-// Before the block's first tile. Warpgroups that share tiles go through the ring independently: the
-// second one begins a stage late, so that from then on each has products while the other is in its
-// epilogue.
+// Delays the second warpgroup before the block's first tile. Warpgroups that share tiles go through
+// the ring independently: the second one begins a stage late, so that from then on each has
+// products while the other is in its epilogue.
 template <class Config>
 __device__ inline void begin_later(typename Traits<Config>::SharedStorage& smem, const Tile& tile,
                                    int consumer) {
   if (Traits<Config>::kTileGroups > 1 && consumer > 0 && tile.k_tiles > 1) smem.full[1].wait(0);
 }
 
-// One lane a warp, for all blocks of the cluster.
+// Releases a stage to the producers of all blocks of the cluster; one lane per warp arrives.
 template <class Config>
 __device__ inline void release(typename Traits<Config>::SharedStorage& smem, int stage) {
   using T = Traits<Config>;
@@ -212,9 +213,9 @@ __device__ inline void release(typename Traits<Config>::SharedStorage& smem, int
   }
 }
 
-// Ragged K: the last stage of an expert holds rows of the next one. They are overwritten by zeros,
-// in A and in B, since 0 * NaN is NaN; gathered operands have zeros there already. All threads that
-// share the tile take part.
+// Clears rows of the next expert in an expert's last stage (ragged K). They are overwritten by
+// zeros, in A and in B, since 0 * NaN is NaN; gathered operands have zeros there already. All
+// threads that share the tile take part.
 template <class Config>
 __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, int stage,
                                   int valid, int thread, int barrier) {
@@ -235,9 +236,9 @@ __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, 
   cutlass::arch::NamedBarrier::sync(kThreads, barrier);
 }
 
-// acc = sum over the stages of `tile`; `read` moves on by tile.k_tiles (> 0). `thread` counts the
-// threads that share the tile. One product stays in flight while the next stage is awaited.
-// issued() is called when the last product has been started.
+// Computes acc = sum over the stages of `tile`; `read` advances by tile.k_tiles (> 0). `thread`
+// counts the threads that share the tile. One product stays in flight while the next stage is
+// awaited. issued() is called when the last product has been started.
 template <class Config, Major major_a = Config::kMajorA, Major major_b = Config::kMajorB,
           class Accumulators, class Issued>
 __device__ inline void multiply(typename Traits<Config>::SharedStorage& smem, const Tile& tile,

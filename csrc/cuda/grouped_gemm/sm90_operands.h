@@ -20,7 +20,8 @@ inline TensorMapDesc matrix(const void* data, DType type, int64_t cols, int64_t 
   return d;
 }
 
-// B is always of rank 3; the rows of a weight gradient are one matrix.
+// Returns the map of `count` matrices: B is always of rank 3; the rows of a weight gradient are one
+// matrix.
 inline TensorMapDesc matrices(TensorMapDesc d, int64_t count, int64_t stride) {
   d.rank = 3;
   d.size[2] = count;

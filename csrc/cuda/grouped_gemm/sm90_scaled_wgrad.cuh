@@ -36,7 +36,7 @@ class LineFactors {
     next(0);
   }
 
-  // After the products of stage kt - 1 of the tile have been issued.
+  // Prepares the next stage, after the products of stage kt - 1 of the tile have been issued.
   __device__ void next(int kt) {
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
@@ -46,8 +46,8 @@ class LineFactors {
     look_up(kt + 1);
   }
 
-  // B of the stage times the factors. All threads that share the tile take part. Lines past the
-  // end of the expert hold zeros.
+  // Multiplies B of the stage by the factors. All threads that share the tile take part. Lines past
+  // the end of the expert hold zeros.
   __device__ void multiply(Element* b, int barrier) const {
 #pragma unroll
     for (int block = 0; block < T::kN / T::kSpan; ++block) {
@@ -84,7 +84,8 @@ class LineFactors {
   float factor_[kLines];
 };
 
-// acc = sum over the stages of `tile` (at least one), as multiply() of sm90_mainloop.cuh.
+// Computes acc = sum over the stages of `tile` (at least one), like multiply() of
+// sm90_mainloop.cuh.
 template <class Config, class Accumulators, class Issued>
 __device__ inline void multiply_scaled_lines(typename Traits<Config>::SharedStorage& smem,
                                              const ScaleRows& scale, const Tile& tile,

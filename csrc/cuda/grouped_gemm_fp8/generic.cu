@@ -14,7 +14,7 @@ struct Fp8Launch {
   GroupedGemmFp8Params p;
   int column_tiles;
   bool a_aligned, b_aligned;  // rows start on 16 bytes
-  bool out_pairs;             // two neighbours of a row of out can be stored at once
+  bool out_pairs;             // two neighbors of a row of out can be stored at once
 };
 
 __device__ float bias_at(const ExpertVectors& bias, int64_t i) {

@@ -31,7 +31,7 @@ struct Fp8Product : WarpTile<Fp8TileConfig> {
     for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&sum[0][0][0])[i] = 0;
   }
 
-  // sum += (a b^T of the step) * factor(i, j, h), where these are as for value().
+  // Computes sum += (a b^T of the step) * factor(i, j, h); for the indices see value().
   template <class Factor>
   __device__ void multiply(const uint8_t* a, const uint8_t* b, const Factor& factor) {
     float acc[kMTiles][kNTiles][4];

@@ -57,8 +57,8 @@ struct BlockScales {
   int64_t b_stride_e, b_stride_o;
 };
 
-// Where the scales of row `row` of the product begin in `a`, or -1 where there is no such row.
-// Places of scales have 32 bits: registers are scarce.
+// Returns where the scales of row `row` of the product begin in `a`, or -1 if there is no such row.
+// Offsets of scales have 32 bits to save registers.
 __device__ inline int row_scales(const BlockScales& s, const Tile& tile, int row) {
   if (row >= tile.row_end) return -1;
   int source = row;
@@ -69,8 +69,8 @@ __device__ inline int row_scales(const BlockScales& s, const Tile& tile, int row
   return source >= 0 && source < s.limit ? source * static_cast<int>(s.a_stride) : -1;
 }
 
-// sums = products of the stages of `tile`, each times its scales; the rest as multiply() of
-// grouped_gemm.
+// Computes sums = products of the stages of `tile`, each times its scales; otherwise like
+// multiply() of grouped_gemm.
 template <class Config, class Issued>
 __device__ inline void multiply_scaled(typename Traits<Config>::SharedStorage& smem,
                                        const BlockScales& scales, const Problem& problem,
@@ -174,8 +174,8 @@ struct Finish {
   DType bias_type;
   ScaleRows factor;
 
-  // sum = factor[row] * sum + bias[expert, column + `first`]; `part`: a tile of Config::kTileN
-  // columns.
+  // Computes sum = factor[row] * sum + bias[expert, column + `first`]; `part`: a tile of
+  // Config::kTileN columns.
   template <class Config, class Acc>
   __device__ void apply(const Problem& problem, const Tile& part, int first, Acc& sum,
                         int thread) const {
@@ -354,7 +354,7 @@ inline Finish finish_of(const GroupedGemmFp8Params& p) {
           {static_cast<const float*>(p.factor.data), p.factor.index, p.factor.limit}};
 }
 
-// All but the epilogue's parameters, which the caller has filled in.
+// Sets all parameters but the epilogue's, which the caller has set, and launches the kernel.
 template <class Config, class Epilogue>
 Status launch(Fp8KernelParams<Epilogue>& params, const GroupedGemmFp8Params& p, Stream stream) {
   using T = Traits<Config>;

@@ -44,7 +44,7 @@ struct WgradKernelParams {
   bool add;
 };
 
-// sum = products of the stages of `tile` (at least one), each times its scales.
+// Computes sum = products of the stages of `tile` (at least one), each times its scales.
 template <class Accumulators>
 __device__ inline void multiply_groups(T::SharedStorage& smem, const WgradKernelParams& p,
                                        const Tile& tile, PipelineState<WgradConfig>& read,
@@ -181,7 +181,7 @@ TensorMapDesc map_of_grad(const GroupedGemmFp8WgradParams& p) {
   return matrix_of(p, p.grad, p.out_features);
 }
 
-// B is always of rank 3; the codes of all experts are one matrix.
+// Returns the map of a: B is always of rank 3; the values of all experts are one matrix.
 TensorMapDesc map_of_a(const GroupedGemmFp8WgradParams& p) {
   TensorMapDesc d = matrix_of(p, p.a, p.in_features);
   d.rank = 3;

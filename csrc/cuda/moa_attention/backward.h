@@ -90,7 +90,7 @@ struct Sm90BackwardSpace : BackwardSpace {
   }
 };
 
-// The launch of a call; a band is chosen by take_band.
+// Returns the launch of a call; a band is chosen by take_band.
 inline BackwardLaunch backward_launch(const MoaAttentionBwdParams& b, const BackwardSpace& space) {
   const auto part = [&](int64_t at) { return static_cast<char*>(b.fwd.workspace) + at; };
   BackwardLaunch launch{};

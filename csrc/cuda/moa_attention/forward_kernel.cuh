@@ -34,14 +34,14 @@ struct Partials {
   __device__ T* state_of(int split, int64_t row) const { return state + (split * rows + row) * 2; }
 };
 
-// The mask of a tile of keys from j0 on.
+// Returns the mask of a tile of keys from j0 on.
 __device__ inline Mask mask_of(const Range (&seen)[2], int j0) {
   const int shift = j0 + lane_id() % 4 * 2;
   return {{seen[0].first - shift, seen[1].first - shift},
           {seen[0].last - shift, seen[1].last - shift}};
 }
 
-// Tiles of keys that rows row0 to row_end - 1 see.
+// Returns the tiles of keys that rows row0 to row_end - 1 see.
 template <int kKeys>
 __device__ Range key_tiles_of(const MoaAttentionParams& p, int row0, int row_end) {
   const int first = keys_of_row(p, row0).first, last = keys_of_row(p, row_end - 1).last;

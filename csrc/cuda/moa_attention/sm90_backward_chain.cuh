@@ -46,7 +46,7 @@ struct Consumer {
   }
   __device__ int lane() const { return index % kWarp; }
   __device__ int warp() const { return index / kWarp; }
-  // First row of its fragment, of 64; the other is eight on.
+  // Returns the first row of the thread's fragment, of 64; the other one is eight further.
   __device__ int line() const { return warp() % 4 * 16 + lane() / 4; }
 };
 
@@ -114,7 +114,8 @@ __device__ void leave_part(const Chain& chain, const Link& link, int warp,
 
 // ---- Stick-breaking: sums of weight times gradient over the keys before, a number a row ----
 
-// `line`: of the thread's first row in the tile; the other is eight lines on.
+// Reads the sums of the block before. `line`: the thread's first row in the tile; the other one is
+// eight lines further.
 __device__ inline void take_sums(const BackwardLaunch& launch, const Chain& chain, const Link& link,
                                  const KeyBlock& at, const Step& step, int line,
                                  float (&before)[2]) {
@@ -146,8 +147,8 @@ __device__ inline void leave_sums(const Chain& chain, const Link& link, int line
   raise(chain.sums_done + int64_t{link.tile} * 4 + line / 16, link.before + 1);
 }
 
-// Before the blocks of a band: nothing is done yet, and which keys matter to which rows. Rows that
-// see no key get a gradient of zero here, as no block comes by.
+// Prepares a band: resets its flags and finds the keys that its rows see. Rows that see no key get
+// a gradient of zero here, as no block processes them.
 template <bool kSoftmax>
 __global__ void __launch_bounds__(128)
     moa_attention_sm90_chain_kernel(const __grid_constant__ BackwardLaunch launch,

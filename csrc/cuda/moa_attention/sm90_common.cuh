@@ -105,8 +105,9 @@ __device__ auto& fragment(Acc& acc) {
       Fragment<float, static_cast<int>(decltype(cute::size(acc))::value) / 4>*>(acc.data());
 }
 
-// Scores as the A operand of the next product: k step kk of 16 takes octets 2 kk and 2 kk + 1, and
-// its element c + 2 i + 4 h is column c of octet h in row i, which is the order of accumulators.
+// Returns scores as the A operand of the next product: k step kk of 16 takes octets 2 kk and 2 kk +
+// 1, and its element c + 2 i + 4 h is column c of octet h in row i, which is the order of
+// accumulators.
 template <class Mma, class E, int kKeys, class Acc>
 __device__ auto as_operand(const Acc& acc) {
   auto out = cute::make_tensor<E>(
@@ -135,7 +136,8 @@ __device__ inline uint32_t pack_two(float lo, float hi) {
   return reinterpret_cast<uint32_t&>(out);
 }
 
-// Row i of a fragment times a factor to `row` [8 kTiles], 16 bytes a thread; nothing without `row`.
+// Stores row i of a fragment times a factor to `row` [8 kTiles], 16 bytes per thread; does nothing
+// if `row` is nullptr.
 template <class E, int kTiles>
 __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float factor) {
   const int q = static_cast<int>(threadIdx.x) % 4;
@@ -154,8 +156,8 @@ __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float
   }
 }
 
-// Scores of keys that rows do not see become `value`. Kept apart from what uses the scores: a
-// predicate for each of them would not fit into registers.
+// Sets scores of keys that rows do not see to `value`. It is separate from the use of the scores,
+// since a predicate for each of them would not fit into registers.
 template <int kTiles>
 __device__ void mask_scores(Fragment<float, kTiles>& s, const Mask& mask, float value) {
 #pragma unroll
@@ -166,7 +168,7 @@ __device__ void mask_scores(Fragment<float, kTiles>& s, const Mask& mask, float 
     }
   }
 }
-// Scores become their tanh, 1 - 2 / (1 + 2^(2 log2(e) x)), off by up to 2^-22; `times` is what
+// Replaces scores by their tanh, 1 - 2 / (1 + 2^(2 log2(e) x)), off by up to 2^-22; `times` is what
 // scores are multiplied by before, with 2 log2(e) in it. No branch, and every step is in the
 // score's own register: ptxas works on many at once.
 template <int kTiles>
@@ -220,8 +222,8 @@ struct SoftmaxBase2 {
   }
 };
 
-// Any of the consumers' threads, asked of all of them. `barrier`: a number of those above 0 that
-// nothing else uses.
+// Returns whether `value` is true in any of the consumers' threads, all of which call. `barrier`:
+// the number of an otherwise unused barrier above 0.
 __device__ inline bool any_consumer(bool value, int threads, int barrier = 1) {
   uint32_t out;
   asm volatile(

@@ -111,9 +111,9 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
   finish_copies();
 }
 
-// Lanes whose features are neighbours exchange, so that each stores both features of one row. v0
-// and v1 are feature `feature` of rows `row` and row + 1; interleaved, they are features `feature`
-// and feature + 4 of row `row`.
+// Stores two elements. Lanes whose features are neighbors exchange, so that each stores both
+// features of one row. v0 and v1 are feature `feature` of rows `row` and row + 1; interleaved, they
+// are features `feature` and feature + 4 of row `row`.
 template <class Element>
 __device__ __forceinline__ void store_few(const FewParams& p, int feature, int row, int end,
                                           float v0, float v1) {
@@ -128,8 +128,8 @@ __device__ __forceinline__ void store_few(const FewParams& p, int feature, int r
   }
 }
 
-// Rows from row0 on. acc(make_coord(c, i, j), m, 0) is row 8 j + 2 q + c of feature
-// 16 warp + lane / 4 + 8 i of block m.
+// Finishes rows from row0 on. acc(make_coord(c, i, j), m, 0) is row 8 j + 2 q + c of feature 16
+// warp + lane / 4 + 8 i of block m.
 template <class Config, class Acc>
 __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& tile, int row0,
                                            Acc& acc, int thread) {

@@ -13,8 +13,8 @@ namespace moe_ops::cuda {
 
 namespace {
 
-// MOE_OPS_FFN_TILE=low|high|pair takes that tile where the stage has it, MOE_OPS_FFN_TILE=composed
-// none of these kernels. For tests and measurements.
+// Returns MOE_OPS_FFN_TILE: low, high or pair selects that tile if the stage has it, composed
+// disables these kernels. For tests and benchmarks.
 std::string_view forced_tile() {
   const char* s = std::getenv("MOE_OPS_FFN_TILE");
   return s != nullptr ? s : "";
@@ -73,7 +73,7 @@ bool takes_few(int64_t num_tokens) {
   return num_tokens <= kFfnFewTokens && forced_tile() == "" && !batch_invariant();
 }
 
-// Few tokens: inference only, as training wants the pre-activation.
+// Returns whether a call has few tokens; for inference only, as training needs the pre-activation.
 bool few_tokens(const FfnUpParams& p) {
   return takes_few(p.x.limit) && p.preact == nullptr &&
          tensor_map_possible(sm90::few_product(p).block[0]);

@@ -1,4 +1,4 @@
-// The up product with gate, activation and quantisation in its epilogue: h goes to memory as e4m3,
+// The up product with gate, activation and quantization in its epilogue: h goes to memory as e4m3,
 // and the pre-activation does not. For sm_90a and SwiGLU with gate half first; other blocks take
 // grouped_gemm_fp8 and a launch for the activation.
 #pragma once

@@ -9,8 +9,8 @@
 
 namespace moe_ops {
 
-// Off, unless the environment variable MOE_OPS_BATCH_INVARIANT is 1, or set_batch_invariant was
-// called.
+// Returns whether the mode is on. It is off unless the environment variable MOE_OPS_BATCH_INVARIANT
+// is 1 or set_batch_invariant was called.
 bool batch_invariant();
 void set_batch_invariant(bool on);
 

@@ -15,7 +15,7 @@ constexpr int64_t dtype_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 
-// The type that sums of such operands run in.
+// Returns the type in which operands of type t are summed.
 constexpr DType accumulate_type(DType t) {
   return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }

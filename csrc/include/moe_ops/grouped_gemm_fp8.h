@@ -57,7 +57,7 @@ struct GroupedGemmFp8WgradParams {
   DType out_type = DType::kFloat32;         // float32, bfloat16 or float16
   bool accumulate = false;                  // add to out; experts without rows are left alone
 
-  // The most rows that fit the groups.
+  // Returns the largest number of rows that fits the groups.
   constexpr int64_t max_rows() const {
     return kFp8Block * (num_groups - num_experts) + kFp8Block - 1;
   }

@@ -1,5 +1,5 @@
 // mix_experts: y[t, m] = sum_e weights[t, m, e] * act(n[t, e]) with n = outputs, or outputs
-// normalised over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E
+// normalized over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E
 // experts, O outputs of one, M mixtures.
 #pragma once
 

@@ -73,7 +73,7 @@ void moe_ffn_bwd(const MoeFfnBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
 namespace cuda {
-// Bytes.
+// Return the size of the workspace in bytes.
 int64_t moe_ffn_workspace(const MoeFfnParams& p);
 int64_t moe_ffn_bwd_workspace(const MoeFfnBwdParams& p);
 

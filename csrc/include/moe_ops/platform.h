@@ -18,7 +18,7 @@
 
 namespace moe_ops {
 
-// Memory that free_aligned gives back, or null. `alignment` is a power of two from 8 on.
+// Returns memory that free_aligned releases, or null. `alignment` is a power of two, at least 8.
 inline void* allocate_aligned(size_t alignment, size_t bytes) {
 #if defined(_WIN32)
   return _aligned_malloc(bytes, alignment);

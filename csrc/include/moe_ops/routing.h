@@ -25,7 +25,8 @@ struct Routing {
 
   constexpr int64_t num_slots() const { return num_tokens * top_k; }
   bool sorted() const { return expert_offsets != nullptr; }
-  // Rows that have an expert. Reads expert_offsets: on the CPU only.
+  // Returns the number of rows that have an expert. It reads expert_offsets, so it is for the CPU
+  // only.
   int64_t num_valid_rows() const { return expert_offsets[num_experts]; }
 };
 

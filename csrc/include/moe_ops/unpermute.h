@@ -41,7 +41,8 @@ struct UnpermuteBwdParams {
 
 namespace cpu {
 void unpermute(const UnpermuteParams& p, const Parallel& par);
-// Its tokens [begin, end) alone, and what one costs in elementary operations.
+// unpermute_tokens computes tokens [begin, end) only; unpermute_cost returns the elementary
+// operations per token.
 void unpermute_tokens(const UnpermuteParams& p, int64_t begin, int64_t end);
 double unpermute_cost(const UnpermuteParams& p);
 void unpermute_bwd(const UnpermuteBwdParams& p, const Parallel& par);

@@ -13,7 +13,7 @@ struct Packed {
   const Tensor* down;
 };
 
-// Bytes of the packed copy of w.
+// Returns the size in bytes of the packed copy of w.
 int64_t packed_bytes(const Op& op, const char* name, const Tensor& w, DType type,
                      int64_t segments) {
   // Padding adds less than this to the features of a segment and to the depth.
@@ -30,7 +30,7 @@ int64_t packed_bytes(const Op& op, const char* name, const Tensor& w, DType type
   return w.size(0) * cpu::panel_layout(type, w.size(1), w.size(2), segments).expert_bytes();
 }
 
-// The packed copy of w as its matrices have it.
+// Checks the packed copy of w and adds it to the matrices of w.
 void set_packed(const Op& op, const char* name, const Tensor& packed, const Tensor& w,
                 int64_t segments, ExpertMatrices& matrices) {
   check_device(op, name, packed);
@@ -43,7 +43,7 @@ void set_packed(const Op& op, const char* name, const Tensor& packed, const Tens
   matrices.panels = packed.const_data_ptr();
 }
 
-// preact: made for a backward; nullptr in inference.
+// Runs a checked call. preact: kept for a backward; nullptr in inference.
 Tensor run_ffn(const Op& op, const Sizes& s, const Routing& routing, const FfnInputs& in,
                Tensor* preact = nullptr, const Packed* packed = nullptr) {
   const ScalarType dtype = in.out_dtype.value_or(in.x.scalar_type());

@@ -8,7 +8,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// save: keeps the pre-activation for a backward.
+// Runs a call. save: keeps the pre-activation for a backward.
 FfnOutputs run_ffn(const Op& op, const FfnInputs& in, bool save) {
   const Sizes s = check_fwd(op, in);
   const ScalarType type = in.x.scalar_type(), y_dtype = in.out_dtype.value_or(type);
