@@ -99,8 +99,8 @@ def test_tensor_of_the_host(op, name):
 @pytest.mark.parametrize(
     "op",
     [
-        "dense_ffn",
-        "mix_experts",
+        "all_experts_ffn",
+        "mix_expert_outputs",
         "moe_ffn_packed",
         "moe_ffn_quantized",
         "router_linear",

@@ -148,7 +148,7 @@ def moe_ffn_in_integers(call: Kwargs) -> Tensor:
     exact = dequantized(call)
     on_input = exact.get("apply_router_weight_on_input", False)
     activation, interleaved = exact["activation"], exact.get("interleaved", False)
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(
         exact["topk_ids"], exact["w_gate_up"].shape[0]
     )
     rows = reference.permute(exact["x"], offsets, row_to_slot)

@@ -73,7 +73,7 @@ def test_every_block_runs_the_ops(model_type):
     expected = {"moe_ffn": blocks}
     if model_type == "dbrx":  # Gate and up are two parameters there.
         expected = {
-            "sort_slots": blocks,
+            "sort_by_expert": blocks,
             "permute": blocks,
             "grouped_gemm": 3 * blocks,
             "unpermute": blocks,

@@ -24,7 +24,7 @@ newer = pytest.mark.parametrize(
     ],
 )
 # Blocks on moe_ops, and ops that run in them: one, or the steps around a gate that no op knows.
-STEPS = {"sort_slots", "permute", "grouped_gemm", "unpermute"}
+STEPS = {"sort_by_expert", "permute", "grouped_gemm", "unpermute"}
 BLOCKS = {
     "deepseek_v4": (["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"], STEPS),
     "longcat_flash": (["model.layers.0.mlp.experts"], {"moe_ffn"}),

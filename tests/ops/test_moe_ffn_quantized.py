@@ -261,7 +261,7 @@ def test_error_of_rounded_tokens(bits_group, dtype, tokens):
     in_bytes = rounds_to_bytes(call)
     exact = dequantized(call)
     expected = reference.moe_ffn(**exact)
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(call["topk_ids"], 3)
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(call["topk_ids"], 3)
 
     def step(rows):
         if not in_bytes:

@@ -15,8 +15,8 @@ runner = CliRunner()
 # pack_experts makes operands of moe_ffn_packed and has no values of its own.
 OPS = set(ops.__all__) - {"pack_experts"}
 INFERENCE_ONLY = (
-    "sort_slots",
-    "dispatch_plan",
+    "sort_by_expert",
+    "dispatch_layout",
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "grouped_gemm_quantized",
@@ -25,9 +25,9 @@ INFERENCE_ONLY = (
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_wgrad",
     "moe_ffn_fp8",
-    "attention_step",
-    "latent_attention_step",
-    "gated_ffn",
+    "attention_decode",
+    "mla_decode",
+    "gated_mlp_decode",
 )
 
 
@@ -289,7 +289,7 @@ def test_has_kernel_reads_the_registry():
     from moe_ops import _library
 
     assert all(doctor.has_kernel(op, "cpu") for op in OPS)
-    for op in ("dense_ffn", "rotary", "pack_experts"):  # in Python
+    for op in ("all_experts_ffn", "rotary", "pack_experts"):  # in Python
         assert doctor.has_kernel(op, "cuda")
     assert doctor.has_kernel("moe_ffn_quantized", "cuda") == (
         _library.build_info()["cuda"] != "off"

@@ -1,6 +1,6 @@
-// Steps between the products of dense_ffn, on all rows of a block at once: a call a row costs as
-// much as the row. Included by kernels-inl.h, inside its namespace. Rows of ours may be written up
-// to the next whole vector.
+// Steps between the products of all_experts_ffn, on all rows of a block at once: a call a row costs
+// as much as the row. Included by kernels-inl.h, inside its namespace. Rows of ours may be written
+// up to the next whole vector.
 
 // Loads n < lanes elements from p, followed by zeros.
 template <class T, class S>

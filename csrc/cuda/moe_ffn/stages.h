@@ -9,8 +9,8 @@
 
 namespace moe_ops::cuda {
 
-// Maps that a stage computes itself: those of sort_slots.h except row_to_slot, which no later stage
-// of inference reads. In slot_to_row, -1 is a slot without an expert.
+// Maps that a stage computes itself: those of sort_by_expert.h except row_to_slot, which no later
+// stage of inference reads. In slot_to_row, -1 is a slot without an expert.
 struct FewSort {
   IndexMap ids;  // [T, K]; data is nullptr: rows are sorted
   int num_slots = 0, top_k = 0;
@@ -18,7 +18,7 @@ struct FewSort {
   int32_t* slot_to_row = nullptr;     // [T, K], out
 };
 
-constexpr int kFewSortSlots = 1024, kFewSortExperts = 1024;
+constexpr int kFewSortByExpert = 1024, kFewSortExperts = 1024;
 
 // h[r] = act(scale(r) * w[e(r)] x[r] + bias[e(r)])
 struct FfnUpParams {

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from moe_ops.ops._autograd import in_transform
 from moe_ops.ops._checks import accumulate_dtype, check_positive
-from moe_ops.ops.dense_ffn import dense_ffn
+from moe_ops.ops.all_experts_ffn import all_experts_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm
-from moe_ops.ops.mix_experts import mix_experts
+from moe_ops.ops.mix_expert_outputs import mix_expert_outputs
 
 from .functional import multiplies_by_ops
 from .inputs import takes_dense
@@ -79,21 +79,21 @@ def expert_inputs(
     return x, ids
 
 
-# Elements of the weights of a bank, beyond which dense_ffn would wait for them at every block.
+# Elements of the weights of a bank, beyond which all_experts_ffn would wait for them at every block.
 DENSE_FFN_WEIGHTS = 1 << 22
 
 
-def fits_dense_ffn(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
-    """Whether dense_ffn takes these operands and is the faster way."""
+def fits_all_experts_ffn(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
+    """Whether all_experts_ffn takes these operands and is the faster way."""
     small = w_up.numel() + w_down.numel() <= DENSE_FFN_WEIGHTS
     return x.device.type == "cpu" and small
 
 
 def low_rank_maps(x: Tensor, down: Tensor, up: Tensor, input_ids: Sequence[int]) -> Tensor:
     """y[:, e] = x[:, input_ids[e]] down[e]^T up[e]^T: x [T, G, H], down [E, R, H], up [E, O, R]."""
-    if fits_dense_ffn(x, down, up):
+    if fits_all_experts_ffn(x, down, up):
         ids = torch.tensor(input_ids, dtype=torch.int32, device=x.device)
-        return dense_ffn(x, down, up, ids, activation="none")
+        return all_experts_ffn(x, down, up, ids, activation="none")
     low = grouped_linear(x, down, None, segments(input_ids))
     return grouped_linear(low, up, None)
 
@@ -236,7 +236,7 @@ def mix_outputs(
     if factor is not None and one:
         factor = factor[:, None]
     if outputs.device.type == "cpu" or multiplies_by_ops(outputs):
-        y = mix_experts(outputs, w, factor=factor, activation=activation)[0]
+        y = mix_expert_outputs(outputs, w, factor=factor, activation=activation)[0]
     else:
         y = torch.bmm(w, _ACTIVATIONS[activation](outputs))
         if factor is not None:
@@ -340,7 +340,7 @@ class ExpertNorm(nn.Module):
             return mix_outputs(self(outputs), weights, activation=activation)
         self._start(outputs)
         acc = accumulate_dtype(outputs.dtype)
-        y, mean, var = mix_experts(
+        y, mean, var = mix_expert_outputs(
             outputs,
             weights,
             norm_weight=self.weight.to(acc),

@@ -17,10 +17,10 @@ from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 from moe_ops.ops._checks import check_positive
-from moe_ops.ops.dense_ffn import dense_ffn
+from moe_ops.ops.all_experts_ffn import all_experts_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
-from .dense import expert_inputs, fits_dense_ffn, grouped_linear, mix_outputs, segments
+from .dense import expert_inputs, fits_all_experts_ffn, grouped_linear, mix_outputs, segments
 from .fp8 import fp8_ffn
 from .functional import plain_activation
 from .inputs import takes_dense
@@ -312,8 +312,8 @@ class Experts(nn.Module):
         """
         x, ids = expert_inputs(x, input_ids, self.num_experts, self.hidden_size)
         w_gate_up, w_down, b_gate_up, b_down = _whole(self._weights())
-        if not self.gated and fits_dense_ffn(x, w_gate_up, w_down):
-            return dense_ffn(
+        if not self.gated and fits_all_experts_ffn(x, w_gate_up, w_down):
+            return all_experts_ffn(
                 x,
                 w_gate_up,
                 w_down,

@@ -24,7 +24,7 @@ from moe_ops.ops import (
     permute,
     quantize_fp8,
     quantize_fp8_columns,
-    sort_slots,
+    sort_by_expert,
     unpermute,
 )
 from moe_ops.ops._autograd import refuse_tangents
@@ -199,7 +199,7 @@ class _Fp8Ffn(torch.autograd.Function):
         x, w_gate_up, w_down, topk_weights, b_gate_up, b_down, topk_ids, *rest = args
         *codes, options, main_grads = rest
         up, down = Fp8Weight(*codes[:4]), Fp8Weight(*codes[4:])
-        offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
+        offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_gate_up.shape[0])
         rows = _Rows(topk_ids, topk_weights, row_to_slot)
         q, scale = rows.gather(*quantize_fp8(x))
         if options.on_input:

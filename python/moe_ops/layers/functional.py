@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.numerics import is_batch_invariant
-from moe_ops.ops import gated_act, grouped_gemm, mix_experts, router_linear
+from moe_ops.ops import gated_act, grouped_gemm, mix_expert_outputs, router_linear
 
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
@@ -62,7 +62,9 @@ def sigmoid(x: Tensor) -> Tensor:
     """`torch.sigmoid` of [T, 1]."""
     if not _acts_by_ops(x):
         return x.sigmoid()
-    return mix_experts(x[:, None], torch.ones_like(x)[:, None], activation="sigmoid")[0][:, 0]
+    return mix_expert_outputs(x[:, None], torch.ones_like(x)[:, None], activation="sigmoid")[0][
+        :, 0
+    ]
 
 
 def router_logits(

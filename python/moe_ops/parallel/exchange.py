@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ops._private_torch import check_size
-from moe_ops.ops import dispatch_plan, permute, sort_slots, unpermute
+from moe_ops.ops import dispatch_layout, permute, sort_by_expert, unpermute
 
 from .comm import (
     InFlight,
@@ -97,7 +97,7 @@ class Slots(_AllToAll):
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
     ) -> Dispatched:
         num_ranks, per_rank = self.num_ranks, self.placement.per_rank
-        offsets, row_to_slot, slot_to_row = sort_slots(
+        offsets, row_to_slot, slot_to_row = sort_by_expert(
             self.places(topk_ids), self.placement.num_physical
         )
         counts = offsets.diff().view(num_ranks, per_rank)
@@ -130,7 +130,7 @@ class Tokens(_AllToAll):
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
     ) -> Dispatched:
-        offsets, tokens, slot_to_row, ids = dispatch_plan(
+        offsets, tokens, slot_to_row, ids = dispatch_layout(
             topk_ids, self.num_ranks, self.placement.per_rank, self.table(topk_ids)
         )
         counts = offsets.diff()
@@ -181,7 +181,7 @@ class Padded(Dispatcher):
     ) -> Dispatched:
         num_ranks = self.num_ranks
         capacity = x.shape[0] if self.capacity is None else self.capacity
-        offsets, tokens, slot_to_row, ids = dispatch_plan(
+        offsets, tokens, slot_to_row, ids = dispatch_layout(
             topk_ids, num_ranks, self.placement.per_rank, self.table(topk_ids)
         )
         # The line of the buffer for each row: -1 for rows beyond the capacity, and unused ones.

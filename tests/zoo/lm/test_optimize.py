@@ -51,9 +51,7 @@ def test_codes(name):
     assert model.generate(prompt, 4).shape == (1, 9)
 
 
-@pytest.mark.parametrize(
-    ("name", "op"), [("topp", "attention_step"), ("deepseek", "latent_attention_step")]
-)
+@pytest.mark.parametrize(("name", "op"), [("topp", "attention_decode"), ("deepseek", "mla_decode")])
 def test_steps_take_one_call_of_attention(name, op, monkeypatch):
     calls, function = [], getattr(attention, op)
 

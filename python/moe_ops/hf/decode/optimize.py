@@ -26,7 +26,7 @@ from moe_ops.quant import quantize_experts
 from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
-# latent_attention_step multiplies queries by this weight, and not latents.
+# mla_decode multiplies queries by this weight, and not latents.
 _FLOAT_OF_LATENTS = ("kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 

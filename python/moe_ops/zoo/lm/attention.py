@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_ops.layers import KVCache
 from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
 from moe_ops.layers.rotary import Rope, Rotation
-from moe_ops.ops import attention_step, latent_attention_step
+from moe_ops.ops import attention_decode, mla_decode
 
 from .checkpoint import Entry, renamed
 
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         )
         keys, values = cache.reserve(heads, heads)
         cos, sin = rotation
-        y = attention_step(
+        y = attention_decode(
             x,
             q[0],
             k[0],
@@ -298,7 +298,7 @@ class LatentAttention(nn.Module):
         batch, length, _ = x.shape
         token = x.new_empty(()).expand(batch, length, 1, self.kv_rank + self.rope_size)
         latents, rope_keys = cache.reserve(*token.split((self.kv_rank, self.rope_size), dim=-1))
-        y = latent_attention_step(
+        y = mla_decode(
             x,
             kv_norm=self.kv_a_norm.weight,
             cos=rotation.cos[None],

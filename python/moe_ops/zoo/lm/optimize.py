@@ -20,7 +20,7 @@ def optimize(
     Products of up to 64 rows are read at the speed of memory; with `weights` they and the experts
     are stored in 8 or 4 bits (`moe_ops.quantize_experts`). Routers, embeddings, norms, dense
     networks and `kv_b_proj` of latent attention stay float. That a step of decoding takes few calls
-    (:func:`moe_ops.attention_step`) needs no asking for.
+    (:func:`moe_ops.attention_decode`) needs no asking for.
 
     Names of parameters and the state dict stay. There is no way back from `weights`: load the model
     again.
