@@ -67,7 +67,7 @@ struct ValueSlope {
   T value, slope;
 };
 
-// a(x) and a'(x); of kSwigluOai the parts that the limits leave alone are in act_forward.
+// Returns a(x) and a'(x); the limits of kSwigluOai are applied in act_forward.
 template <Activation A, class T>
 __device__ __forceinline__ ValueSlope<T> activate(T x) {
   if constexpr (A == Activation::kSwiglu || A == Activation::kSilu) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ ValueSlope<T> activate(T x) {
   }
 }
 
-// h = act(gate) * up, or act(gate) without a gate (up is not looked at then).
+// Returns h = act(gate) * up, or act(gate) for activations without a gate, which do not read up.
 template <Activation A, class T>
 __device__ __forceinline__ T act_forward(T gate, T up, const ActLimits<T>& p) {
   if constexpr (A == Activation::kSwigluOai) {

@@ -1,5 +1,5 @@
-// From values known at run time to template arguments: the lambda is called with a tag whose type
-// (or constexpr value) carries the choice.
+// Maps run-time values to template arguments: the lambda is called with a tag whose type (or
+// constexpr value) holds the value.
 #pragma once
 
 #include <type_traits>

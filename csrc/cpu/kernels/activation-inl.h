@@ -9,7 +9,7 @@ struct ActPair {
   Vec<T> value, slope;
 };
 
-// value = a(x) and slope = a'(x).
+// Returns value = a(x) and slope = a'(x).
 template <class T, Activation A>
 inline ActPair<T> activate(Vec<T> x) {
   if constexpr (A == Activation::kSwiglu || A == Activation::kSilu) {
@@ -34,7 +34,7 @@ inline ActPair<T> activate(Vec<T> x) {
   }
 }
 
-// Whole vectors; the tail goes through padded copies.
+// Processes whole vectors; the tail uses padded copies.
 template <class T, Activation A>
 inline void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
   constexpr int W = kLanes<T>;
@@ -82,7 +82,7 @@ void act_rows_loop(const ActRows<T>& p) {
   }
 }
 
-// Of the gate, the up half and the gradient of h.
+// Computes h and the gradients dg and du from the gate g, the up half u and the gradient d of h.
 template <class T, Activation A>
 inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T>& h, Vec<T>& dg,
                            Vec<T>& du) {
@@ -112,7 +112,7 @@ inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T
   }
 }
 
-// store(i, count, h, dg, du, d) for each vector of rows of n; the last may hold fewer.
+// Calls store(i, count, h, dg, du, d) for each vector of rows of n; the last may hold fewer.
 template <class T, Activation A, class Store>
 inline void act_bwd_loop(const T* gate, const T* up, const T* dh, int64_t n, T alpha, T limit,
                          const Store& store) {

@@ -63,12 +63,12 @@ inline FusedAct fused_act(const ActivationParams& act) {
 // Comparisons are written so that NaN stays.
 __device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
 
-// x^2 for the polynomial of kSigmoid: where it is cut off, s has long been 0 or 1, and 0 * infinity
-// cannot arise when b is 0.
+// Returns x^2 for the polynomial of kSigmoid, limited where s is 0 or 1 anyway, so that 0 *
+// infinity cannot arise when b is 0.
 __device__ __forceinline__ float cut_square(float x) { return fminf(x * x, 1e6f); }
 
-// s(x) for results of 16 bits, in four instructions; sigmoid() takes some 13. Its relative error is
-// 1e-7 (1 + |x|), and it is 0 from about -87 on.
+// Returns s(x) for results of 16 bits in four instructions; sigmoid() takes about 13. Its relative
+// error is 1e-7 (1 + |x|), and it is 0 from about -87 on.
 __device__ __forceinline__ float short_sigmoid(float x) {
   float z, s;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(z) : "f"(x * -1.4426950409f));
@@ -76,7 +76,7 @@ __device__ __forceinline__ float short_sigmoid(float x) {
   return s;
 }
 
-// kShort: with short_sigmoid.
+// Returns h; kShort: with short_sigmoid.
 template <ActFamily F, bool kShort = false>
 __device__ __forceinline__ float fused_forward(const FusedAct& p, float gate, float up) {
   const auto s = [](float x) { return kShort ? short_sigmoid(x) : sigmoid(x).value; };
@@ -95,7 +95,7 @@ __device__ __forceinline__ float fused_forward(const FusedAct& p, float gate, fl
   }
 }
 
-// h, and dh times its derivatives.
+// Returns h, and dh times its derivatives.
 template <ActFamily F>
 __device__ __forceinline__ ActGrads<float> fused_backward(const FusedAct& p, float gate, float up,
                                                           float dh) {
