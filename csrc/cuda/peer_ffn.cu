@@ -22,26 +22,11 @@ constexpr int kRowsAtOnce = 4;  // under way together; divides kWarp
 template <class Fn>
 __device__ void with_activation_on_device(Activation kind, const Fn& fn) {
   switch (kind) {
-    case Activation::kSwiglu:
-      return fn(Constant<Activation::kSwiglu>{});
-    case Activation::kGeglu:
-      return fn(Constant<Activation::kGeglu>{});
-    case Activation::kGegluTanh:
-      return fn(Constant<Activation::kGegluTanh>{});
-    case Activation::kReglu:
-      return fn(Constant<Activation::kReglu>{});
-    case Activation::kSwigluOai:
-      return fn(Constant<Activation::kSwigluOai>{});
-    case Activation::kSilu:
-      return fn(Constant<Activation::kSilu>{});
-    case Activation::kGelu:
-      return fn(Constant<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return fn(Constant<Activation::kGeluTanh>{});
-    case Activation::kRelu:
-      return fn(Constant<Activation::kRelu>{});
-    default:
-      return fn(Constant<Activation::kRelu2>{});
+#define MOE_OPS_CASE(name, kind) \
+  case Activation::kind:         \
+    return fn(Constant<Activation::kind>{});
+    MOE_OPS_ACTIVATIONS(MOE_OPS_CASE)
+#undef MOE_OPS_CASE
   }
 }
 

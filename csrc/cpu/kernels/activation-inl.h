@@ -194,9 +194,13 @@ void act_bwd_rows_loop(const ActRowsBwd<T>& p) {
 
 template <class Fn>
 inline void with_activation(Activation kind, const Fn& fn) {
-  using enum Activation;
-  with_value<kSwiglu, kGeglu, kGegluTanh, kReglu, kSwigluOai, kSilu, kGelu, kGeluTanh, kRelu,
-             kRelu2>(kind, fn);
+  switch (kind) {
+#define MOE_OPS_CASE(name, kind) \
+  case Activation::kind:         \
+    return fn.template operator()<Activation::kind>();
+    MOE_OPS_ACTIVATIONS(MOE_OPS_CASE)
+#undef MOE_OPS_CASE
+  }
 }
 
 template <class T>
