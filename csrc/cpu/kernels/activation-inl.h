@@ -39,10 +39,11 @@ template <class T, Activation A>
 inline void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
   constexpr int W = kLanes<T>;
   const auto one = [&](Vec<T> g, Vec<T> u) -> Vec<T> {
-    if constexpr (A == Activation::kSwigluOai) {
+    if constexpr (has_limit(A)) {
       g = g > limit ? splat<T>(limit) : g;
       u = u > limit ? splat<T>(limit) : u;
       u = u < -limit ? splat<T>(-limit) : u;
+      if constexpr (A == Activation::kSwigluClamped) return u * g * vsigmoid(g);
       return (u + T(1)) * g * vsigmoid(alpha * g);
     } else if constexpr (is_gated(A)) {
       return activate<T, A>(g).value * u;
@@ -86,14 +87,16 @@ void act_rows_loop(const ActRows<T>& p) {
 template <class T, Activation A>
 inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T>& h, Vec<T>& dg,
                            Vec<T>& du) {
-  if constexpr (A == Activation::kSwigluOai) {
+  if constexpr (has_limit(A)) {
+    constexpr bool kOai = A == Activation::kSwigluOai;
+    const T a = kOai ? alpha : T(1), offset = T(kOai ? 1 : 0);
     const Vec<T> zero = {};
     const Vec<T> gc = g > limit ? splat<T>(limit) : g;
     Vec<T> uc = u > limit ? splat<T>(limit) : u;
-    uc = uc < -limit ? splat<T>(-limit) : uc;
-    const Vec<T> s = vsigmoid(alpha * gc);
-    h = (uc + T(1)) * gc * s;
-    dg = d * (uc + T(1)) * s * (T(1) + alpha * gc * (T(1) - s));
+    uc = (uc < -limit ? splat<T>(-limit) : uc) + offset;
+    const Vec<T> s = vsigmoid(a * gc);
+    h = uc * gc * s;
+    dg = d * uc * s * (T(1) + a * gc * (T(1) - s));
     du = d * gc * s;
     dg = g > limit ? zero : dg;
     du = u > limit ? zero : du;

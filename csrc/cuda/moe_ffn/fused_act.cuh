@@ -1,7 +1,7 @@
-// The activations as epilogues compute them: four families instead of ten kinds, the rest are
+// The activations as epilogues compute them: four families instead of eleven kinds, the rest are
 // numbers. A kernel unrolls its epilogue once a family.
 //   kSwiglu   x s(x) u                     swiglu
-//   kSigmoid  x s(x (a + b x^2)) u         swiglu_oai, geglu_tanh, silu, gelu_tanh
+//   kSigmoid  x s(x (a + b x^2)) u         swiglu_oai, swiglu_clamped, geglu_tanh, silu, gelu_tanh
 //   kNormal   x cdf(x) u                   geglu, gelu
 //   kRelu     max(x, 0) u                  reglu, relu; relu2 with u = max(x, 0)
 // x is the gate, at most `limit`; u is up, within +-limit, plus `offset`: 1 for activations without
@@ -19,7 +19,7 @@ struct FusedAct {
   bool gated;
   bool square;  // relu2
   float a, b;
-  float limit;  // infinite except for swiglu_oai
+  float limit;  // infinite unless has_limit
   float offset;
 };
 
@@ -39,6 +39,10 @@ inline FusedAct fused_act(const ActivationParams& act) {
       f.a = static_cast<float>(act.alpha);
       f.limit = static_cast<float>(act.limit);
       f.offset = 1.f;
+      break;
+    case Activation::kSwigluClamped:
+      f.family = ActFamily::kSigmoid;
+      f.limit = static_cast<float>(act.limit);
       break;
     case Activation::kSilu:
       f.family = ActFamily::kSigmoid;

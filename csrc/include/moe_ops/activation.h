@@ -9,7 +9,8 @@ namespace moe_ops {
   X("geglu", kGeglu)                 \
   X("geglu_tanh", kGegluTanh)        \
   X("reglu", kReglu)                 \
-  X("swiglu_oai", kSwigluOai)
+  X("swiglu_oai", kSwigluOai)        \
+  X("swiglu_clamped", kSwigluClamped)
 #define MOE_OPS_PLAIN_ACTIVATIONS(X) \
   X("silu", kSilu)                   \
   X("gelu", kGelu)                   \
@@ -18,7 +19,9 @@ namespace moe_ops {
   X("relu2", kRelu2)
 #define MOE_OPS_ACTIVATIONS(X) MOE_OPS_GATED_ACTIVATIONS(X) MOE_OPS_PLAIN_ACTIVATIONS(X)
 
-// kSwigluOai is gpt-oss's (clamp(up) + 1) * min(gate, limit) * sigmoid(alpha * min(gate, limit)).
+// With g = min(gate, limit) and u = clamp(up, -limit, limit):
+//   kSwigluOai      (u + 1) * g * sigmoid(alpha * g)   gpt-oss
+//   kSwigluClamped  u * g * sigmoid(g)                 DeepSeek-V4
 enum class Activation : int {
 #define MOE_OPS_KIND(name, kind) kind,
   MOE_OPS_ACTIVATIONS(MOE_OPS_KIND)
@@ -28,7 +31,9 @@ enum class Activation : int {
 constexpr bool is_gated(Activation a) { return a < Activation::kSilu; }
 
 // Returns whether the activation limits the gate and the up half.
-constexpr bool has_limit(Activation a) { return a == Activation::kSwigluOai; }
+constexpr bool has_limit(Activation a) {
+  return a == Activation::kSwigluOai || a == Activation::kSwigluClamped;
+}
 
 struct ActivationParams {
   Activation kind = Activation::kSwiglu;
