@@ -66,8 +66,7 @@ class Backward {
     u_readers_.add(static_cast<int64_t>(row_items_.size()));
   }
 
-  // Adds stage 1, which computes u = W_down^T grad_y with w_down transposed, which is a change of
-  // strides.
+  // Adds stage 1, which computes u = W_down^T grad_y; transposing w_down only changes its strides.
   void add_down_product() {
     stages_.add(static_cast<int64_t>(down_items_.size()), down_.cost(), [this](int64_t i) {
       run_item(down_, k_, down_items_[i], next_item(down_items_, i, par_),
@@ -90,8 +89,7 @@ class Backward {
                 });
   }
 
-  // Adds stage 3, which computes the gradients of w_down and w_gate_up from the rows of grad_y and
-  // x.
+  // Adds stage 3, which computes the gradients of w_down and w_gate_up from rows of grad_y and x.
   void add_weight_gradients() {
     GroupedWgradParams of_down =
         routed_wgrad(s_.routing, gy_, H_, {u_, kAccumulate<T>, I_, nullptr}, I_, p_.grad_w_down,
