@@ -169,18 +169,6 @@ def _read_zoo(folder: Path, kind: Any) -> Any:
     return kind.from_pretrained(folder).state_dict()
 
 
-def _read_offloaded(folder: Path, kind: Any) -> Any:
-    model = kind.from_pretrained(folder, offload={"num_slots": 4})
-    store = model.expert_cache.store
-    found = []
-    for expert in range(store.num_experts):
-        into = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in store.tensors.items()}
-        store.read((0, expert), into)
-        found.append(into)
-    model.expert_cache.close()
-    return [found, dict(model.named_parameters())]
-
-
 def _make_pruned(folder: Path) -> Any:
     kind = _zoo(folder)
     from moe_ops.surgery.routed_layers import routed_layers
@@ -385,10 +373,6 @@ READERS = [
     Reader("zoo, config", _zoo, _read_zoo, "*.json", needs=("safetensors",)),
     Reader(
         "zoo, sharded", lambda folder: _zoo(folder, "jetmoe", max_shard_bytes=20_000), _read_zoo,
-        needs=("safetensors",),
-    ),
-    Reader(
-        "zoo, offloaded", _zoo, _read_offloaded, "*.safetensors", protected=True,
         needs=("safetensors",),
     ),
     Reader("load_pruned", _make_pruned, _read_pruned, needs=("safetensors",)),

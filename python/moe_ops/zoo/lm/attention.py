@@ -29,7 +29,6 @@ def causal_attention(
     v: Tensor,
     *,
     scale: float | None = None,
-    mask: Tensor | None = None,
     watcher: Watcher | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v where the S queries are the last of the S_kv positions.
@@ -38,7 +37,6 @@ def causal_attention(
         q: [B, S, n, d]. k: [B, S_kv, m, d] and v: [B, S_kv, m, d'], m a divisor of n; query head h
             reads key-value head h // (n / m).
         scale: None is d ** -0.5.
-        mask: for S = 1, bool [1, 1, 1, S_kv], True where the query sees a key; None: everywhere.
         watcher: is given the probabilities, which are then computed once more for it.
 
     Returns:
@@ -47,6 +45,7 @@ def causal_attention(
     length, keys = q.shape[1], k.shape[1]
     if watcher is not None:
         watcher(attention_probabilities(q, k, scale))
+    mask = None
     if 1 < length < keys:
         # torch's is_causal counts from the first key, not from the last.
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
@@ -124,11 +123,9 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_size)
         q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
-        mask = None
         if cache is not None:
             k, v = cache.update(k, v)
-            mask = cache.mask
-        return self.o_proj(causal_attention(q, k, v, mask=mask, watcher=self.watcher).flatten(2))
+        return self.o_proj(causal_attention(q, k, v, watcher=self.watcher).flatten(2))
 
     def step(
         self, x: Tensor, norm: nn.RMSNorm, rotation: Rotation, cache: KVCache | None
@@ -263,7 +260,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope)
         if cache is not None and length == 1:
-            y = self._in_latent_space(q_nope, q_rope, latent, k_rope, cache.mask)
+            y = self._in_latent_space(q_nope, q_rope, latent, k_rope)
         else:
             y = self._by_head(q_nope, q_rope, latent, k_rope)
         return self.o_proj(y.flatten(2))
@@ -325,13 +322,13 @@ class LatentAttention(nn.Module):
         return causal_attention(q, k, v, scale=self.scale, watcher=self.watcher)
 
     def _in_latent_space(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor
     ) -> Tensor:
         w = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_rank)
         w_k, w_v = w.split((self.nope_size, self.v_size), dim=1)
         q = torch.cat((torch.einsum("bsnd,ndr->bsnr", q_nope, w_k), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)
-        mixed = causal_attention(q, k, latent, scale=self.scale, mask=mask, watcher=self.watcher)
+        mixed = causal_attention(q, k, latent, scale=self.scale, watcher=self.watcher)
         return torch.einsum("bsnr,ndr->bsnd", mixed, w_v)
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:

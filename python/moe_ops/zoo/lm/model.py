@@ -19,7 +19,6 @@ from .blocks import Step, apply_norm
 from .checkpoint import Entry
 from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
-from .graph import DecodingGraph
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 from .pretrained import Pretrained
 
@@ -230,7 +229,6 @@ class CausalLM(Pretrained):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
-        graph: DecodingGraph | None = None,
     ) -> Tensor:
         """Continues each sequence, with a cache of keys and values.
 
@@ -246,7 +244,6 @@ class CausalLM(Pretrained):
             generator: for the draws.
             logits_processor: called at each step with the tokens so far [B, S] and the logits
                 [B, V] of the next one; returns the logits to use, as one of transformers does.
-            graph: of this model, for a CUDA graph a token.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
@@ -270,11 +267,8 @@ class CausalLM(Pretrained):
         try:
             cache, pieces, new = self.new_cache(), [tokens], tokens
             done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            for i in range(num_tokens):
-                if graph is None:
-                    logits = self(new, cache=cache, last=1)[:, -1]
-                else:
-                    logits = graph.start(new) if i == 0 else graph.step(new)
+            for _ in range(num_tokens):
+                logits = self(new, cache=cache, last=1)[:, -1]
                 if logits_processor is not None:
                     logits = logits_processor(torch.cat(pieces, dim=1), logits)
                 new = _next_token(logits, temperature, top_k, top_p, generator)
