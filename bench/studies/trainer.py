@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files, _reading
-from moe_ops.zoo._state import load_weights as load_weights
-from moe_ops.zoo._state import read_state as read_state
-from moe_ops.zoo._state import write_state as write_state
+from moe_ops._state import load_weights as load_weights
+from moe_ops._state import read_state as read_state
+from moe_ops._state import write_state as write_state
 
 from .progress import bar
 

@@ -146,13 +146,13 @@ def _read_resume(folder: Path, _: Any) -> Any:
 
 
 def _make_state(folder: Path) -> None:
-    from moe_ops.zoo._state import write_state
+    from moe_ops._state import write_state
 
     write_state(folder / "it.pt", {"a": torch.arange(9.0), "step": 3, "b": [1, "x"]})
 
 
 def _read_state(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo._state import read_state
+    from moe_ops._state import read_state
 
     return read_state(folder / "it.pt")
 
@@ -196,29 +196,6 @@ def _read_settings(folder: Path, _: Any) -> Any:
     return settings_folder(folder, Settings(), "runs", ())[1]
 
 
-def _make_sentence(folder: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "domains": ("a", "b")}
-    zoo.create("sentence", **sizes).save(folder)
-
-
-def _read_sentence(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.sentence import SentenceExperts
-
-    return SentenceExperts.load(folder).state_dict()
-
-
-def _make_dino(folder: Path) -> None:
-    torch.manual_seed(0)
-    zoo.create("dynamicdino").save(folder)
-
-
-def _read_dino(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.dynamicdino import DynamicDino
-
-    return DynamicDino.load(folder).state_dict()
-
-
 def _make_words(folder: Path) -> None:
     from bench.studies.thor.tokens import PairTokens
 
@@ -227,7 +204,7 @@ def _make_words(folder: Path) -> None:
 
 
 def _read_words(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.sentence import WordPieces
+    from bench.studies.sentence.tokens import WordPieces
 
     return WordPieces(folder / "tokens.json")(["some words"])
 
@@ -377,10 +354,6 @@ READERS = [
     ),
     Reader("load_pruned", _make_pruned, _read_pruned, needs=("safetensors",)),
     Reader("settings", _make_settings, _read_settings, missing=True),
-    Reader("sentence", _make_sentence, _read_sentence, protected=True, needs=("transformers",)),
-    Reader(
-        "dynamicdino", _make_dino, _read_dino, protected=True, needs=("transformers", "scipy"),
-    ),
     Reader("WordPieces", _make_words, _read_words, needs=("tokenizers",)),
     Reader("PairTokens", _make_words, _read_pairs, needs=("tokenizers",), missing=True),
     Reader("photo", _make_photo, _read_photo, needs=("PIL",)),

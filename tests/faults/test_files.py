@@ -22,8 +22,8 @@ from safetensors import safe_open
 
 import moe_ops
 from moe_ops import _files, zoo
+from moe_ops._state import read_state, write_state
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
-from moe_ops.zoo._state import read_state, write_state
 
 from .failing_files import failing, leftovers
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_ops._state import read_state, write_state
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
-from moe_ops.zoo._state import read_state, write_state
 
 
 def check_flips(path: Path, count: int, rng: random.Random) -> None:

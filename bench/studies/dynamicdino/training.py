@@ -13,17 +13,11 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.dynamicdino.model import (
-    DynamicDino,
-    DynamicDinoConfig,
-    co_selection,
-    freeze,
-    pairs_kept,
-)
+from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig, freeze
 
 from ..settings import settings_folder
 from ..trainer import Group, load_weights, train_steps, write_state
-from .metrics import average_precision, check_installed, detect
+from .metrics import average_precision, check_installed, co_selection, detect, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
 
 # What the dense detector is turned into; "dense" stays as it is.

@@ -36,6 +36,7 @@ from bench.studies.home.data import (
     movielens,
 )
 from bench.studies.home.stream import RARE, SMALL, stream_study
+from bench.studies.home.traces import gate_entropy, scale_ratio, zero_fraction
 from bench.studies.home.training import evaluate, fit
 from bench.studies.picture import Picture
 from bench.studies.report import means
@@ -105,8 +106,8 @@ def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) ->
     trace: list[Trace] = []
     with torch.no_grad():
         model.eval()(table.test.categorical, table.test.dense, trace)
-    zeros = max(float(level.zero_fraction().max()) for level in trace)
-    ratio = max(level.scale_ratio() for level in trace)
+    zeros = max(float(zero_fraction(level).max()) for level in trace)
+    ratio = max(scale_ratio(level) for level in trace)
     row = {
         "test AUC": scores.mean_auc,
         "test GAUC": scores.mean_gauc,
@@ -124,7 +125,7 @@ def evenness(layers: Sequence[GatedLayer], trace: Sequence[Trace]) -> float:
     """Mean entropy of the gates as a share of the most they could have; lone experts left out."""
     shares = []
     for layer, level in zip(layers, trace, strict=True):
-        for entropy, allowed in zip(level.gate_entropy(), layer.gates.mask.sum(1), strict=True):
+        for entropy, allowed in zip(gate_entropy(level), layer.gates.mask.sum(1), strict=True):
             if allowed > 1:
                 shares.append(float(entropy) / math.log(int(allowed)))
     return sum(shares) / len(shares)

@@ -21,6 +21,7 @@ from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
 from ..trainer import Group, train_once, train_steps
+from .tiles import restore
 from .weather import WEATHER, Degraded, crops, degrade, load_photos
 
 Batches = Callable[[torch.Generator], Degraded]
@@ -251,7 +252,7 @@ def draw(
         case = degrade(crops([photo], 1, around, generator), generator, [kind])
         images = {"degraded": case.degraded[0]}
         for arm, model in models.items():
-            images[arm] = model.restore(case.degraded[0], settings.crop, settings.crop // 2)
+            images[arm] = restore(model, case.degraded[0], settings.crop, settings.crop // 2)
         for name, image in images.items():
             columns[name].append(image)
             value = float(psnr(image.clamp(0, 1)[None], case.clean))

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.studies.sentence.tokens import Tokenize
 from bench.studies.sentence.training import Pairs, Settings, fit, retrieval, start
-from moe_ops.zoo.sentence import SentenceExperts
-from moe_ops.zoo.sentence.model import layers_of
-from moe_ops.zoo.sentence.tokens import Tokenize
+from moe_ops.zoo.sentence import SentenceExperts, layers_of
 
 from ..compare import bars
 from ..picture import Picture

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.sentence.model import SentenceConfig, SentenceExperts, layers_of
-from moe_ops.zoo.sentence.tokens import ByteTokens, Tokenize, WordPieces
+from moe_ops.zoo.sentence import SentenceConfig, SentenceExperts, layers_of, ranking_loss
 
 from .. import python_texts
 from ..settings import settings_folder
 from ..trainer import Group, load_weights, train_steps, write_state
-
-SIMILARITIES = ("cosine", "dot")
+from .tokens import ByteTokens, Tokenize, WordPieces
 
 
 class Pairs(NamedTuple):
@@ -35,26 +33,6 @@ class Pairs(NamedTuple):
     left: Sequence[str]
     right: Sequence[str]
     domains: Tensor
-
-
-def ranking_loss(
-    left: Tensor, right: Tensor, *, similarity: str = "cosine", scale: float = 20.0
-) -> Tensor:
-    """Multiple negatives ranking, both directions: the right partner among all of the batch.
-
-    Cross-entropy of the rows and of the columns of the similarities [B, B], averaged.
-
-    Args:
-        left, right: [B, D].
-        similarity: "cosine", multiplied by `scale`; "dot", the authors', taken as it is.
-    """
-    check_choice("ranking_loss", "similarity", similarity, SIMILARITIES)
-    if similarity == "cosine":
-        scores = scale * F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
-    else:
-        scores = left @ right.T
-    target = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
 def fit(

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moe_ops import _files, _reading
 from moe_ops._fields import check_choice
-from moe_ops.zoo.thor.decoding import translate
 from moe_ops.zoo.thor.model import Thor, ThorConfig
 
 from ..settings import settings_folder
 from ..trainer import Group, train_steps
 from . import parallel
+from .decoding import translate
 from .metrics import chrf, disagreement, mean_loss, spread
 from .tokens import ByteTokens, PairTokens, Tokens, padded
 

@@ -14,12 +14,12 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import import_matplotlib, plot_expert_scores
 from moe_ops.zoo.widenet.config import TRUNKS, WideNetConfig
-from moe_ops.zoo.widenet.layers import across_depths, depth_loads
 from moe_ops.zoo.widenet.model import WideNetLM, WideNetViT, build
 
 from .. import python_texts
 from ..settings import settings_folder
 from ..trainer import Group, train_steps
+from .depths import across_depths, depth_loads
 from .images import warped_digits
 
 # Fields of the config that make the models of the comparison; "dense" ones have one network as wide

@@ -146,7 +146,7 @@ _OURS = (
      "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence."),
     ("t2mir", "T2MIRConfig", "T2MIR", "",
      "In-context reinforcement learning with experts routed by token and by task."),
-    ("composition", "CompositionConfig", "Composition", "zoo",
+    ("composition", "CompositionConfig", "Composition", "",
      "Composition of Experts: whole models behind a router of categories, under a budget."),
     ("adamoe", "AdaMoEConfig", "ActionTransformer", "",
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),

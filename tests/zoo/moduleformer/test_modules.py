@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.studies import modules
 
 from moe_ops.zoo.moduleformer import ModuleFormer
 
@@ -12,54 +13,21 @@ from ..lm.common import tokens_of
 from .common import build
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_inserting(freeze):
+def test_inserting():
     """Sizes, the config, and what is trained afterwards."""
     model = build()
-    model.insert_experts(attention=1, mlp=2, init="zero_output", freeze=freeze)
+    grown = model.insert_experts(attention=1, mlp=2, init="zero_output")
     assert model.config.num_attention_experts == 5 and model.config.num_mlp_experts == 8
     for block in model.layers:
         assert block.attention.w_query.shape[0] == block.attention.router.num_experts == 5
         assert block.mlp.experts.w_down.shape[0] == block.mlp.router.num_experts == 8
         assert bool((block.mlp.experts.w_down[6:] == 0).all())
         assert bool((block.attention.w_output[4:] == 0).all())
+    assert all(p.requires_grad for p in model.parameters())
+    frozen = modules.freeze_old(model, grown)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if freeze:
-        assert trained == set(model.frozen_rows) and len(trained) == 2 * 6
-        assert "layers.0.mlp.router.stem.weight" not in trained
-    else:
-        assert trained == {name for name, _ in model.named_parameters()}
-        assert not model.frozen_rows
-
-
-def test_old_experts_stay_while_new_ones_learn():
-    """Bitwise, with momentum, adaptive steps and weight decay."""
-    model = build().float()
-    tokens = tokens_of(model, 4, 24)
-    model.insert_experts(attention=1, mlp=2)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.5)
-    handle = model.hold_frozen(optimizer)
-    first = None
-    for _ in range(12):
-        optimizer.zero_grad()
-        out = model.loss(tokens)
-        (out.loss + 1e-3 * model.new_rows_penalty()).backward()
-        optimizer.step()
-        first = out.cross_entropy.item() if first is None else first
-    for name, p in model.named_parameters():
-        if name in model.frozen_rows:
-            old = len(model.frozen_rows[name].kept)
-            assert torch.equal(p[:old], before[name][:old]), name
-            assert not torch.equal(p[old:], before[name][old:]), name
-        else:
-            assert torch.equal(p, before[name]), name
-    assert model.loss(tokens).cross_entropy.item() < first
-    # The old model is still there: take the old experts and it is what it was.
-    handle.remove()
-    model.unfreeze()
-    assert all(p.requires_grad for p in model.parameters()) and not model.frozen_rows
+    assert trained == set(frozen) and len(trained) == 2 * 6
+    assert "layers.0.mlp.router.stem.weight" not in trained
 
 
 def test_the_old_model_is_inside_the_grown_one():
@@ -80,26 +48,6 @@ def test_bad_insertions():
     model = build()
     with pytest.raises(ValueError, match="not both 0, got 0 and 0"):
         model.insert_experts()
-    with pytest.raises(ValueError, match="none"):
-        model.new_rows_penalty()
-
-
-def test_frequencies_are_shares_of_tokens():
-    model = build().train()
-    batches = [tokens_of(model, 2, 9), tokens_of(model, 1, 30)]
-    found = model.expert_frequencies(batches)
-    assert model.training and set(found) == {
-        f"layers.{i}.{kind}" for i in (0, 1) for kind in ("attention", "mlp")
-    }
-    model.eval()
-    for name, frequency in found.items():
-        counts = torch.zeros(len(frequency))
-        for tokens in batches:
-            for r in model(tokens, return_routing=True).routing:
-                if r.layer == name:
-                    counts += torch.bincount(r.routing.topk_ids.flatten(), minlength=len(counts))
-        torch.testing.assert_close(frequency, counts.double() / 48)
-        assert float(frequency.sum()) == pytest.approx(2)
 
 
 def test_pruning(tmp_path):

@@ -16,7 +16,6 @@ from moe_ops.zoo.mowst import (
     MowstConfig,
     MowstOutput,
     dispersion,
-    expected_accuracy,
     make_confidence,
     mixed_log_probs,
     mowst_loss,
@@ -146,17 +145,6 @@ def test_confidence_vanishes_where_the_strong_expert_is_perfect():
     assert descend(0.0, labels) < 1e-3
     # And it stays where the strong one is worse than guessing from features.
     assert descend(3.0, labels) > 0.2
-
-
-def test_expected_accuracy_is_the_mean_over_draws():
-    output, labels = random_output()
-    weak, strong = (t.argmax(-1) == labels for t in output[:2])
-    draws = torch.rand(20000, N, dtype=torch.float64) < output.confidence
-    simulated = torch.where(draws, weak, strong).double().mean()
-    exact = expected_accuracy(output, labels, mode="stochastic")
-    assert abs(exact - simulated) < 4 * 0.5 / math.sqrt(20000 * N)
-    mixed = output.log_probs().argmax(-1) == labels
-    assert expected_accuracy(output, labels, mode="mixed") == mixed.double().mean()
 
 
 def test_mixed_prediction_is_the_mixture():

@@ -8,22 +8,12 @@ Open-Vocabulary Object Detection, arXiv 2507.17436); Liu et al. 2023 (Grounding 
 2303.05499).
 """
 
-from .model import (
-    DinoLoss,
-    DynamicDino,
-    DynamicDinoConfig,
-    co_selection,
-    freeze,
-    moe_tuning,
-    pairs_kept,
-)
+from .model import DinoLoss, DynamicDino, DynamicDinoConfig, freeze, moe_tuning
 
 __all__ = [
     "DinoLoss",
     "DynamicDino",
     "DynamicDinoConfig",
-    "co_selection",
     "freeze",
     "moe_tuning",
-    "pairs_kept",
 ]

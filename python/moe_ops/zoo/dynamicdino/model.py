@@ -11,7 +11,6 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +24,12 @@ from transformers import (
     MMGroundingDinoForObjectDetection,
 )
 
-from moe_ops import _files, upcycle
+from moe_ops import upcycle
 from moe_ops._fields import check_choice
 from moe_ops.layers import Experts, MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 
-from .._state import load_made, write_about, write_state
 from .loss import detection_loss
 
 DETECTORS: dict[str, tuple[Any, Any]] = {
@@ -388,56 +386,3 @@ class DynamicDino(nn.Module):
         made.config = dataclasses.replace(self.config, **options)
         made._make_experts(generator)
         return made
-
-    def save(self, folder: Path | str) -> None:
-        """Writes weights and sizes into a folder that is made if it is not there."""
-        folder = _files.make_folder(folder)
-        write_state(folder / "model.pt", self.state_dict())
-        write_about(
-            folder / "dynamicdino.json",
-            {
-                "config": dataclasses.asdict(self.config),
-                "detector": self.detector.config.to_dict(),
-            },
-        )
-
-    @classmethod
-    def load(cls, folder: Path | str) -> DynamicDino:
-        """Reads what `save` wrote, in eval mode.
-
-        Raises:
-            FileNotFoundError: no such files.
-            ValueError: a damaged file, or files that do not belong together.
-        """
-
-        def make(made: dict[str, Any]) -> tuple[nn.Module, Any]:
-            config = DynamicDinoConfig(**made["config"])
-            config_class, model_class = DETECTORS[config.detector]
-            detector = model_class(config_class.from_dict(made["detector"]))
-            return detector, lambda detector: cls(config, detector)
-
-        folder = Path(folder)
-        model: DynamicDino = load_made(folder / "dynamicdino.json", folder / "model.pt", make)
-        return model.eval()
-
-
-def co_selection(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """[E, E]: how often two experts were chosen for the same query; the diagonal: how often each
-    was.
-
-    Args:
-        topk_ids: [T, K].
-    """
-    used = torch.zeros(len(topk_ids), num_experts).scatter_(1, topk_ids.long(), 1.0)
-    return used.T @ used
-
-
-def pairs_kept(topk_ids: Tensor, num_slices: int) -> float:
-    """The share of queries that get whole copies alone, 1 at the published start.
-
-    Args:
-        topk_ids: [T, K].
-    """
-    copies = (topk_ids // num_slices).sort(1).values
-    groups = copies.unflatten(1, (-1, num_slices))
-    return float((groups == groups[..., :1]).all(-1).all(-1).double().mean())

@@ -7,7 +7,7 @@ Source: Cong et al. 2023 (Enhancing NeRF akin to Enhancing LLMs: Generalizable N
 Mixture-of-View-Experts, ICCV, arXiv 2308.11793); Varma et al. 2023 (GNT, ICLR, arXiv 2207.13298).
 """
 
-from .cameras import Cameras, look_at, project, rays
+from .cameras import Cameras, project, rays
 from .layers import ViewExperts, ViewRouted, ViewRouter, consistency_loss, neighbours
 from .model import GNTMove, GNTMoveConfig, Rendered, RenderLoss, Views
 
@@ -22,7 +22,6 @@ __all__ = [
     "ViewRouter",
     "Views",
     "consistency_loss",
-    "look_at",
     "neighbours",
     "project",
     "rays",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -261,6 +262,13 @@ class FeatureGate(nn.Module):
         return linear_maps(v, full, None, input_ids)
 
 
+class Trace(NamedTuple):
+    """What a `GatedLayer` computed: outputs [T, E, O] and gate weights [T, M, E] (no self gate)."""
+
+    outputs: Tensor
+    weights: Tensor
+
+
 class GatedLayer(nn.Module):
     """Experts and M gated mixtures of their outputs.
 
@@ -340,26 +348,6 @@ class GatedLayer(nn.Module):
         if self.norm is None:
             return mix_outputs(y, total, activation="relu")
         return self.norm.mix(y, total)
-
-
-class Trace:
-    """What a `GatedLayer` computed: outputs [T, E, O] and gate weights [T, M, E] (no self gate)."""
-
-    def __init__(self, outputs: Tensor, weights: Tensor) -> None:
-        self.outputs, self.weights = outputs, weights
-
-    def zero_fraction(self) -> Tensor:
-        """[E]: share of an expert's outputs that are exactly 0."""
-        return (self.outputs == 0).float().mean((0, 2))
-
-    def scale_ratio(self) -> float:
-        """Largest over smallest standard deviation of an expert's outputs."""
-        std = self.outputs.float().std((0, 2))
-        return float(std.max() / std.min().clamp(min=torch.finfo(std.dtype).tiny))
-
-    def gate_entropy(self) -> Tensor:
-        """[M]: mean entropy of each gate in nats; a sigmoid gate counts its weight as it is."""
-        return -torch.special.xlogy(self.weights, self.weights).sum(-1).mean(0)
 
 
 class Towers(nn.Module):

@@ -4,6 +4,6 @@ Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXi
 """
 
 from .config import GATE_TYPES, ModuleFormerConfig
-from .model import FrozenRows, ModuleFormer, ModuleFormerBlock
+from .model import ModuleFormer, ModuleFormerBlock
 
-__all__ = ["GATE_TYPES", "FrozenRows", "ModuleFormer", "ModuleFormerBlock", "ModuleFormerConfig"]
+__all__ = ["GATE_TYPES", "ModuleFormer", "ModuleFormerBlock", "ModuleFormerConfig"]

@@ -5,23 +5,34 @@ Letters: B sequences, S tokens, H hidden size, E experts, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, count_tokens_per_expert
+from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE
 
 from ..lm.blocks import Step
-from ..lm.checkpoint import Entry
+from ..lm.checkpoint import Entry, renamed
 from ..lm.model import CausalLM
-from .checkpoint import entries
 from .config import ModuleFormerConfig
 
+# Keys of a router's tensors, by the kind of its gate.
+_GATES = {
+    "linear": {"weight": "w_gate.0.weight"},
+    "mlp": {
+        "stem.weight": "w_gate.0.weight",
+        "stem.bias": "w_gate.0.bias",
+        "weight": "w_gate.3.weight",
+    },
+    "cosine": {
+        "stem.weight": "w_gate.weight",
+        "weight": "expert_centroids",
+        "temperature": "temperature",
+    },
+}
+_NORM = {"weight": "weight", "bias": "bias"}
 _KINDS = ("attention", "mlp")  # The attributes of a block that hold experts.
 
 
@@ -69,34 +80,6 @@ class ModuleFormerBlock(nn.Module):
         return x + step.through(f"layers.{index}.mlp", self.mlp, self.mlp_norm(x))
 
 
-class FrozenRows:
-    """The first rows of a parameter stay as they are while the others are trained.
-
-    Their gradient is zero. That alone does not stop weight decay, nor optimisers with a memory of
-    earlier gradients: `restore` puts the rows back, and `ModuleFormer.hold_frozen` calls it after
-    every step of an optimiser.
-    """
-
-    def __init__(self, parameter: nn.Parameter, rows: int) -> None:
-        self.parameter = parameter
-        self.kept = parameter.detach()[:rows].clone()
-        parameter.requires_grad_(True)
-        self.handle = parameter.register_hook(self._mask)
-
-    def _mask(self, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[: len(self.kept)] = 0
-        return gradient
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        self.parameter[: len(self.kept)] = self.kept
-
-    def new_rows(self) -> Tensor:
-        """The rows that are trained; differentiable."""
-        return self.parameter[len(self.kept) :]
-
-
 class ModuleFormer(CausalLM):
     """The language model, and what its modules are for: `insert_experts` and `prune`.
 
@@ -119,7 +102,6 @@ class ModuleFormer(CausalLM):
                 "ModuleFormer: one head of the hidden size has no key and value projections in the "
                 f"published code and is not supported, got attention_size {config.attention_size}."
             )
-        self.frozen_rows: dict[str, FrozenRows] = {}
         self.assemble(
             config,
             (ModuleFormerBlock(config, config.experts_of(i)) for i in range(config.num_layers)),
@@ -145,19 +127,19 @@ class ModuleFormer(CausalLM):
     # -------------------------------------------------------------------------------- modules
 
     def insert_experts(
-        self, attention: int = 0, mlp: int = 0, *, init: str = "random", freeze: bool = True
-    ) -> None:
-        """Adds experts to every block, in place, to learn something new with them alone.
-
-        The blocks' layers are replaced, so make the optimiser afterwards. With `freeze`, nothing
-        but the new experts and their rows in the routers is trained: all other parameters get
-        requires_grad False, and the old rows of the tensors that hold both are kept by a
-        `FrozenRows` each (`frozen_rows`, by parameter name); call `hold_frozen` on the optimiser.
+        self, attention: int = 0, mlp: int = 0, *, init: str = "random"
+    ) -> dict[str, int]:
+        """Adds experts to every block, in place; the layers are replaced, so make the optimiser
+        afterwards.
 
         Args:
             attention, mlp: experts to add to each block.
             init: "random", "zero_output" (they contribute nothing until trained), "copy" or
                 "mean"; see `moe_ops.layers.Experts.append`.
+
+        Returns:
+            Name of each parameter that has rows of old and of new experts -> the number of the old
+            ones, which come first. To learn with the new experts alone, train the rest of these.
 
         Raises:
             ValueError: a negative number, or nothing to add.
@@ -169,83 +151,28 @@ class ModuleFormer(CausalLM):
             )
         grown: dict[str, int] = {}
         for i, block in enumerate(self.layers):
-            if attention:
-                old = block.attention.router.num_experts
-                block.attention = block.attention.append(attention, init=init)
-                for name in ("router.weight", "w_query", "w_output"):
-                    grown[f"layers.{i}.attention.{name}"] = old
-            if mlp:
-                old = block.mlp.router.num_experts
-                block.mlp = block.mlp.append(mlp, init=init)
-                for name in ("router.weight", "experts.w_gate_up", "experts.w_down"):
-                    grown[f"layers.{i}.mlp.{name}"] = old
+            for kind, added, names in (
+                ("attention", attention, ("w_query", "w_output")),
+                ("mlp", mlp, ("experts.w_gate_up", "experts.w_down")),
+            ):
+                if added:
+                    layer = getattr(block, kind)
+                    for name in ("router.weight", *names):
+                        grown[f"layers.{i}.{kind}.{name}"] = layer.router.num_experts
+                    setattr(block, kind, layer.append(added, init=init))
         self.note_experts()
-        self.unfreeze()
-        if freeze:
-            self.requires_grad_(False)
-            for name, rows in grown.items():
-                self.frozen_rows[name] = FrozenRows(self.get_parameter(name), rows)
-
-    def hold_frozen(self, optimizer: Optimizer) -> RemovableHandle:
-        """Puts the frozen rows back after every step of the optimiser from now on.
-
-        Returns:
-            A handle whose `remove()` ends it.
-        """
-
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for rows in self.frozen_rows.values():
-                rows.restore()
-
-        return optimizer.register_step_post_hook(hook)
-
-    def unfreeze(self) -> None:
-        """Everything is trained again."""
-        for rows in self.frozen_rows.values():
-            rows.handle.remove()
-        self.frozen_rows = {}
-        self.requires_grad_(True)
-
-    def new_rows_penalty(self) -> Tensor:
-        """Sum of squares of the new experts' rows in the routers, to add to a loss with a small
-        coefficient: it keeps the routers from preferring the new experts on old domains."""
-        rows = [r.new_rows() for name, r in self.frozen_rows.items() if "router" in name]
-        if not rows:
-            raise ValueError(
-                "ModuleFormer.new_rows_penalty: experts must have been inserted with freeze=True, "
-                "got none."
-            )
-        return torch.stack([r.square().sum() for r in rows]).sum()
-
-    @torch.no_grad()
-    def expert_frequencies(self, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-        """How often each expert is used: layer -> [E], the share of tokens that use it.
-
-        Args:
-            batches: of tokens [B, S]; the model runs in eval mode.
-        """
-        training, total = self.training, 0
-        counts: dict[str, Tensor] = {}
-        self.eval()
-        try:
-            for tokens in batches:
-                total += tokens.numel()
-                for r in self(tokens, return_routing=True).routing:
-                    found = count_tokens_per_expert(r.routing.topk_ids, r.router.num_experts)
-                    counts[r.layer] = counts[r.layer] + found if r.layer in counts else found
-        finally:
-            self.train(training)
-        return {layer: c.double() / max(total, 1) for layer, c in counts.items()}
+        return grown
 
     def prune(self, frequencies: Mapping[str, Tensor], threshold: float) -> dict[str, list[int]]:
         """Drops, in place, the experts used by fewer than `threshold` of the tokens.
 
         The K most used experts of a layer always stay, for the router needs K. The rest is as if
         the others did not exist: routing probabilities are those among the experts that are left.
-        The layers are replaced, so make optimisers afterwards; freezing ends.
+        The layers are replaced, so make optimisers afterwards.
 
         Args:
-            frequencies: of `expert_frequencies`; layers that are not in it are left alone.
+            frequencies: layer -> [E], the share of tokens that use each expert; layers that are
+                not in it are left alone.
             threshold: share of tokens, in [0, 1].
 
         Returns:
@@ -271,7 +198,6 @@ class ModuleFormer(CausalLM):
                     f"ModuleFormer.prune: frequencies of {name} must be [{experts}], got "
                     f"{list(frequency.shape)}."
                 )
-        self.unfreeze()
         kept = {}
         for name, frequency in frequencies.items():
             layer: Any = self.get_submodule(name)
@@ -298,4 +224,24 @@ class ModuleFormer(CausalLM):
         )
 
     def entries(self) -> list[Entry]:
-        return entries(self.config)
+        found = [Entry("embed_tokens.weight", ("transformer.wte.weight",))]
+        for i in range(self.config.num_layers):
+            ours, theirs = f"layers.{i}", f"transformer.h.{i}"
+            q, mlp = f"{theirs}.attn.q_proj", f"{theirs}.mlpf"
+            found += renamed(f"{ours}.attention_norm", f"{theirs}.ln_1", _NORM)
+            found += renamed(f"{ours}.attention.router", f"{q}.gate", _GATES[self.config.gate])
+            for name in _NORM:
+                keys = tuple(f"{theirs}.attn.{p}_proj.{name}" for p in "kv")
+                found.append(Entry(f"{ours}.attention.kv_proj.{name}", keys, "rows"))
+            found += renamed(f"{ours}.mlp_norm", f"{theirs}.ln_2", _NORM)
+            found += renamed(f"{ours}.mlp.router", f"{mlp}.gate", _GATES[self.config.gate])
+            # Their experts are [E, inputs, outputs].
+            for name, key in (
+                ("attention.w_query", f"{q}.experts.weight"),
+                ("attention.w_output", f"{q}.output_experts.weight"),
+                ("mlp.experts.w_gate_up", f"{mlp}.experts.weight"),
+                ("mlp.experts.w_down", f"{mlp}.output_experts.weight"),
+            ):
+                found.append(Entry(f"{ours}.{name}", (key,), "transposed"))
+        found += renamed("norm", "transformer.ln_f", _NORM)
+        return [*found, Entry("lm_head.weight", ("lm_head.weight",))]

@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -233,38 +232,6 @@ class RestorationTransformer(nn.Module):
         experts = sum(mixture.expert_parameters() for mixture in mixtures)
         unused = experts * (config.num_experts - config.top_k) // config.num_experts
         return {"total": total, "experts": experts, "active": total - unused}
-
-    @torch.no_grad()
-    def restore(self, image: Tensor, tile: int, overlap: int = 0) -> Tensor:
-        """An image of any size, [3, h, w], tile by tile; where tiles overlap, their mean.
-
-        Args:
-            tile: side of the tiles, a multiple of the patch and not larger than the image: that of
-                the crops in training is best. overlap: pixels that neighbouring tiles share at
-                least, less than `tile`.
-        """
-        if not 0 <= overlap < tile or tile > min(image.shape[1:]):
-            raise ValueError(
-                f"restore: tile must be in (overlap, {min(image.shape[1:])}], got {tile} with "
-                f"overlap {overlap}."
-            )
-        before = self.training
-        self.eval()
-        total, count = torch.zeros_like(image), torch.zeros_like(image[:1])
-        for top in starts(image.shape[1], tile, overlap):
-            lefts = starts(image.shape[2], tile, overlap)
-            row = torch.stack([image[:, top : top + tile, x : x + tile] for x in lefts])
-            for x, made in zip(lefts, self(row)[0], strict=True):
-                total[:, top : top + tile, x : x + tile] += made
-                count[:, top : top + tile, x : x + tile] += 1
-        self.train(before)
-        return total / count
-
-
-def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover a length; the last one ends with it."""
-    last = length - tile
-    return [*range(0, last, tile - overlap), last]
 
 
 def conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -274,13 +274,3 @@ def mowst_loss(output: MowstOutput, labels: Tensor, *, joint: bool) -> Tensor:
     strong = F.cross_entropy(output.strong_logits, labels, reduction="none")
     c = output.confidence
     return (c * weak + (1 - c) * strong).mean()
-
-
-def expected_accuracy(output: MowstOutput, labels: Tensor, *, mode: str) -> Tensor:
-    """Accuracy of "mixed", or of "stochastic" averaged over all draws (no draw is made)."""
-    if mode == "mixed":
-        return (output.log_probs().argmax(-1) == labels).double().mean()
-    weak = (output.weak_logits.argmax(-1) == labels).double()
-    strong = (output.strong_logits.argmax(-1) == labels).double()
-    c = output.confidence.double()
-    return (c * weak + (1 - c) * strong).mean()

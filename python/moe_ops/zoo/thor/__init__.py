@@ -2,14 +2,11 @@
 
     model = zoo.create("thor")                       # an encoder and a decoder
     out = model.loss(target, source)                 # two passes with other experts each
-    translate(model, source, 60)                     # the mean of all experts
-    translate(model, source, 60, level="sentence")   # random ones
 
 Source: Zuo et al. 2022 (Taming Sparsely Activated Transformer with Stochastic Experts, arXiv
 2110.04260); the dense control is Liang et al. 2021 (R-Drop, arXiv 2106.14448).
 """
 
-from .decoding import translate
 from .layers import RandomExperts
 from .model import BOS, EOS, PAD, UNKNOWN, Memory, Thor, ThorConfig, ThorLoss, symmetric_kl
 
@@ -24,5 +21,4 @@ __all__ = [
     "ThorConfig",
     "ThorLoss",
     "symmetric_kl",
-    "translate",
 ]

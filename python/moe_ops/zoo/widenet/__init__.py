@@ -9,7 +9,7 @@ Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 """
 
 from .config import WideNetConfig
-from .layers import DepthNorms, NoisyRouter, WideBlock, across_depths
+from .layers import DepthNorms, NoisyRouter, WideBlock
 from .model import ViTLoss, ViTOutput, WideNetLM, WideNetViT, build
 
 __all__ = [
@@ -21,6 +21,5 @@ __all__ = [
     "WideNetConfig",
     "WideNetLM",
     "WideNetViT",
-    "across_depths",
     "build",
 ]
