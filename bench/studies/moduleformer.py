@@ -13,7 +13,14 @@ import torch
 from moe_ops.zoo.moduleformer import ModuleFormer, ModuleFormerConfig
 
 from .compare import Series, series
-from .modules import FrozenRows, expert_frequencies, freeze_old, hold_frozen
+from .modules import (
+    FrozenRows,
+    expert_frequencies,
+    freeze_old,
+    hold_frozen,
+    insert_experts,
+    prune,
+)
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import DOMAINS, Domain, heldout_batches, load_domains
@@ -125,7 +132,7 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
         for arm in ("added experts", "all parameters"):
             model, prepare = copy.deepcopy(first.model), None
             if arm == "added experts":
-                prepare = _held(freeze_old(model, model.insert_experts(attention=1, mlp=2)))
+                prepare = _held(freeze_old(model, insert_experts(model, attention=1, mlp=2)))
             taught = train(
                 lambda model=model: model,  # type: ignore[misc]
                 [new],
@@ -301,7 +308,7 @@ def pruned(trained: Trained, domain: Domain, recipe: Recipe) -> list[tuple[float
     total, found = sum(len(f) for f in frequencies.values()), []
     for threshold in THRESHOLDS:
         smaller = copy.deepcopy(model)
-        kept = smaller.prune(frequencies, threshold)
+        kept = prune(smaller, frequencies, threshold)
         after = Trained(smaller, {})
         evaluate(after, [domain], recipe)
         share = 1 - sum(map(len, kept.values())) / total

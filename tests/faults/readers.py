@@ -317,25 +317,6 @@ def _read_patterns(folder: Path, _: Any) -> Any:
     return vars(TaskPatterns.load(folder / "it.safetensors"))
 
 
-def _make_demo(folder: Path) -> None:
-    from moe_ops.demo.checkpoint import Checkpointer
-
-    Checkpointer(folder).save({"a": torch.arange(20.0)}, {"step": 3})
-
-
-def _read_demo(folder: Path, _: Any) -> Any:
-    from moe_ops.demo.checkpoint import Checkpointer
-
-    found = Checkpointer(folder).load()
-    return [found.tensors, found.metadata]
-
-
-def _demo_errors() -> tuple[type[Exception], ...]:
-    from moe_ops.demo.checkpoint import CheckpointError
-
-    return (CheckpointError,)
-
-
 READERS = [
     Reader(
         "RoutePredictor", _make_predictor,
@@ -363,8 +344,4 @@ READERS = [
     Reader("plan", _make_shape, _read_shape),
     Reader("Profile", _make_profile, _read_profile, protected=True, needs=("safetensors",)),
     Reader("TaskPatterns", _make_patterns, _read_patterns, protected=True, needs=("safetensors",)),
-    Reader(
-        "demo", _make_demo, _read_demo, errors=_demo_errors(), protected=True,
-        needs=("safetensors",),
-    ),
 ]  # fmt: skip

@@ -9,9 +9,10 @@ pytest.importorskip("transformers")
 
 from bench.studies.dynamicdino.metrics import pairs_kept
 from bench.studies.dynamicdino.shapes import ALL, draw_scenes
+from bench.studies.dynamicdino.training import freeze
 
 from moe_ops import zoo
-from moe_ops.zoo.dynamicdino import freeze, moe_tuning
+from moe_ops.zoo.dynamicdino import moe_tuning
 from moe_ops.zoo.dynamicdino.model import DETECTORS, decoder_layers
 
 SMALL = {"hidden_size": 32, "ffn_size": 16, "num_heads": 2, "num_queries": 8}

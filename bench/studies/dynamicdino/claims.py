@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from bench.studies.dynamicdino.shapes import ALL, FIRST, KNOWN, draw_scenes
-from bench.studies.dynamicdino.training import fit, judge
-from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig, freeze
+from bench.studies.dynamicdino.training import fit, freeze, judge
+from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig
 
 from ..compare import bars_against
 from ..picture import Picture

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig, freeze
+from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig
 
 from ..settings import settings_folder
 from ..trainer import Group, load_weights, train_steps, write_state
 from .metrics import average_precision, check_installed, co_selection, detect, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
 
+# What is trained, by the names of transformers: attention between image and text, experts, heads.
+_TUNED = (".fusion_layer.", ".fc1.", ".fc2.", "bbox_embed.", "class_embed.")
 # What the dense detector is turned into; "dense" stays as it is.
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -28,6 +30,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "random experts": {"start": "random_experts"},
     "copies": {"num_slices": 1},
 }
+
+
+def freeze(detector: Any) -> list[str]:
+    """Leaves gradients to what is trained in MoE-tuning alone: attention between image and text in
+    the encoder, the decoder's feed-forward networks or experts, and the heads.
+
+    Returns:
+        Names of the parameters that are trained.
+    """
+    tuned = []
+    for name, parameter in detector.named_parameters():
+        ours = any(part in name for part in _TUNED)
+        if ".encoder.layers." in name:
+            ours = ".fusion_layer." in name
+        parameter.requires_grad_(ours)
+        if ours:
+            tuned.append(name)
+    return tuned
 
 
 def fit(

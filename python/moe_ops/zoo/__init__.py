@@ -129,7 +129,7 @@ _OURS = (
     ("deepseek", "DeepSeekConfig", "DeepSeek", "zoo",
      "DeepSeekMoE V1 to V3: small experts, shared experts, balance by losses or a bias."),
     ("moduleformer", "ModuleFormerConfig", "ModuleFormer", "zoo",
-     "ModuleFormer: modules that can be inserted and pruned, stick-breaking attention."),
+     "ModuleFormer: attention and feed-forward modules, informative routing, stick-breaking."),
     ("coe", "CoEConfig", "CoE", "zoo",
      "Chain-of-Experts: the same experts several times in a row, each time routed anew."),
     ("topp", "TopPConfig", "TopP", "zoo",

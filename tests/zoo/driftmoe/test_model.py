@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from moe_ops import surgery, zoo
-from moe_ops.zoo import driftmoe
 from moe_ops.zoo.driftmoe import DriftMoE, DriftMoEConfig, cooperative_labels
+from moe_ops.zoo.driftmoe.experts import hoeffding_tree
+from moe_ops.zoo.driftmoe.model import RunningScale
 
 NAMES, CLASSES = ("a", "b", "c"), ("red", "green", "blue")
 SMALL = DriftMoEConfig(
@@ -49,7 +50,7 @@ def examples(count, seed=0):
 
 def trees(i):
     pytest.importorskip("river")
-    return driftmoe.hoeffding_tree(grace_period=10)
+    return hoeffding_tree(grace_period=10)
 
 
 def plain_loop(model, make_expert, config, stream):
@@ -187,7 +188,7 @@ def test_routing_can_be_another_one():
 
 
 def test_running_scale_is_that_of_the_past():
-    scale = driftmoe.RunningScale(2)
+    scale = RunningScale(2)
     rows = torch.tensor([[1.0, 5.0], [4.0, 5.0], [-2.0, 5.0]], dtype=torch.float64)
     for row in rows:
         scale.update(row)

@@ -10,8 +10,7 @@ from bench.studies.gntmove.scenes import (
     look_at,
 )
 
-from moe_ops.zoo.gntmove import project, rays
-from moe_ops.zoo.gntmove.cameras import all_pixels, ray_differences, sample_images
+from moe_ops.zoo.gntmove.cameras import all_pixels, project, ray_differences, rays, sample_images
 
 
 def generator(seed=0):

@@ -12,16 +12,9 @@ from bench.studies.images import psnr
 from torch import nn
 
 from moe_ops import zoo
-from moe_ops.zoo.gntmove import (
-    GNTMove,
-    ViewExperts,
-    ViewRouter,
-    Views,
-    consistency_loss,
-    neighbours,
-    rays,
-)
-from moe_ops.zoo.gntmove.cameras import all_pixels, project
+from moe_ops.zoo.gntmove import GNTMove, ViewExperts, ViewRouter, Views, consistency_loss
+from moe_ops.zoo.gntmove.cameras import all_pixels, project, rays
+from moe_ops.zoo.gntmove.layers import neighbours
 from moe_ops.zoo.gntmove.model import encode
 
 T, H, I, E, K = 9, 8, 10, 4, 2

@@ -8,8 +8,9 @@ import pytest
 import torch
 from bench.studies.home.training import Rows, fit
 
-from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, multitask_loss
+from moe_ops.zoo.home import HoMEConfig, MultiTask, multitask_loss
 from moe_ops.zoo.home.layers import Features
+from moe_ops.zoo.home.model import MODELS
 
 from .common import T, batch, feature_gate, gate, make
 

@@ -10,17 +10,9 @@ from bench.studies.mowst.graphs import Graph
 from bench.studies.mowst.training import fit
 from torch import Tensor, nn
 
-from moe_ops.zoo.mowst import (
-    CONFIDENCES,
-    Mowst,
-    MowstConfig,
-    MowstOutput,
-    dispersion,
-    make_confidence,
-    mixed_log_probs,
-    mowst_loss,
-)
+from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput, dispersion, mowst_loss
 from moe_ops.zoo.mowst.graphs import GNN
+from moe_ops.zoo.mowst.model import CONFIDENCES, make_confidence, mixed_log_probs
 
 from .common import CLASSES, N, geometric, make, random_graph
 

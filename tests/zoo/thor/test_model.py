@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_ops import zoo
-from moe_ops.zoo.thor import EOS, PAD, Thor, symmetric_kl
+from moe_ops.zoo.thor import Thor, symmetric_kl
+from moe_ops.zoo.thor.model import EOS, PAD
 
 from ..lm.common import published_tensors, sharpen
 

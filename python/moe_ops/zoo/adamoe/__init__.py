@@ -8,15 +8,7 @@ Source: Shen et al. 2025 (Expertise need not monopolize: Action-Specialized Mixt
 Vision-Language-Action Learning, arXiv 2510.14300); Black et al. 2024 (pi0, arXiv 2410.24164).
 """
 
-from .layers import VARIANTS, AdaMoE, ScaledRouter, adamoe_balance_loss
-from .model import ActionTransformer, AdaMoEConfig, FlowLoss
+from .layers import AdaMoE, ScaledRouter, adamoe_balance_loss
+from .model import ActionTransformer, AdaMoEConfig
 
-__all__ = [
-    "VARIANTS",
-    "ActionTransformer",
-    "AdaMoE",
-    "AdaMoEConfig",
-    "FlowLoss",
-    "ScaledRouter",
-    "adamoe_balance_loss",
-]
+__all__ = ["ActionTransformer", "AdaMoE", "AdaMoEConfig", "ScaledRouter", "adamoe_balance_loss"]

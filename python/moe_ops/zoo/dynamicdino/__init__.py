@@ -8,12 +8,6 @@ Open-Vocabulary Object Detection, arXiv 2507.17436); Liu et al. 2023 (Grounding 
 2303.05499).
 """
 
-from .model import DinoLoss, DynamicDino, DynamicDinoConfig, freeze, moe_tuning
+from .model import DynamicDino, DynamicDinoConfig, moe_tuning
 
-__all__ = [
-    "DinoLoss",
-    "DynamicDino",
-    "DynamicDinoConfig",
-    "freeze",
-    "moe_tuning",
-]
+__all__ = ["DynamicDino", "DynamicDinoConfig", "moe_tuning"]

@@ -39,8 +39,6 @@ DETECTORS: dict[str, tuple[Any, Any]] = {
 STARTS = ("paired", "random_router", "random_experts")
 # The log-odds of 1 in 100: a fresh detector finds nothing rather than everything.
 _RARE = -4.6
-# What is trained, by the names of transformers: attention between image and text, experts, heads.
-_TUNED = (".fusion_layer.", ".fc1.", ".fc2.", "bbox_embed.", "class_embed.")
 
 
 @dataclass(frozen=True)
@@ -256,24 +254,6 @@ def decoder_layers(detector: Any) -> Any:
             f"MMGroundingDinoForObjectDetection of transformers, got {type(detector).__name__}."
         )
     return detector.model.decoder.layers
-
-
-def freeze(detector: Any) -> list[str]:
-    """Leaves gradients to what is trained in MoE-tuning alone: attention between image and text in
-    the encoder, the decoder's feed-forward networks or experts, and the heads.
-
-    Returns:
-        Names of the parameters that are trained.
-    """
-    tuned = []
-    for name, parameter in detector.named_parameters():
-        ours = any(part in name for part in _TUNED)
-        if ".encoder.layers." in name:
-            ours = ".fusion_layer." in name
-        parameter.requires_grad_(ours)
-        if ours:
-            tuned.append(name)
-    return tuned
 
 
 @dataclass(frozen=True)

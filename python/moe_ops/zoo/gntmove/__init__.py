@@ -7,22 +7,16 @@ Source: Cong et al. 2023 (Enhancing NeRF akin to Enhancing LLMs: Generalizable N
 Mixture-of-View-Experts, ICCV, arXiv 2308.11793); Varma et al. 2023 (GNT, ICLR, arXiv 2207.13298).
 """
 
-from .cameras import Cameras, project, rays
-from .layers import ViewExperts, ViewRouted, ViewRouter, consistency_loss, neighbours
-from .model import GNTMove, GNTMoveConfig, Rendered, RenderLoss, Views
+from .cameras import Cameras
+from .layers import ViewExperts, ViewRouter, consistency_loss
+from .model import GNTMove, GNTMoveConfig, Views
 
 __all__ = [
     "Cameras",
     "GNTMove",
     "GNTMoveConfig",
-    "RenderLoss",
-    "Rendered",
     "ViewExperts",
-    "ViewRouted",
     "ViewRouter",
     "Views",
     "consistency_loss",
-    "neighbours",
-    "project",
-    "rays",
 ]

@@ -9,34 +9,6 @@ Sources: Wang et al. 2024 (HoME, arXiv 2408.05430); Ma et al. 2018 (MMoE, KDD); 
 (CGC and PLE, RecSys); Li et al. 2023 (adaptive fusion of a task's own experts, arXiv 2304.04959).
 """
 
-from .model import (
-    CGC,
-    MODELS,
-    PLE,
-    SHARED,
-    AdaMMoE,
-    HoME,
-    HoMEConfig,
-    MMoE,
-    MultiTask,
-    SharedBottom,
-    build,
-    multitask_loss,
-    task_owners,
-)
+from .model import HoME, HoMEConfig, MultiTask, build, multitask_loss
 
-__all__ = [
-    "CGC",
-    "MODELS",
-    "PLE",
-    "SHARED",
-    "AdaMMoE",
-    "HoME",
-    "HoMEConfig",
-    "MMoE",
-    "MultiTask",
-    "SharedBottom",
-    "build",
-    "multitask_loss",
-    "task_owners",
-]
+__all__ = ["HoME", "HoMEConfig", "MultiTask", "build", "multitask_loss"]

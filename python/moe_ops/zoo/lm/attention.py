@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache
-from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
 from moe_ops.layers.rotary import Rope, Rotation
-from moe_ops.ops import attention_step, latent_attention_step
 
 from .checkpoint import Entry, renamed
 
@@ -71,18 +69,6 @@ def attention_probabilities(q: Tensor, k: Tensor, scale: float | None = None) ->
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
-def _is_step(attention: nn.Module, x: Tensor, norm: nn.RMSNorm, cache: KVCache | None) -> bool:
-    """Whether x + attention(norm(x)) is a step of decoding that nobody looks into."""
-    modules = (norm, attention, *(m for m in attention._modules.values() if m is not None))
-    return (
-        type(cache) is KVCache
-        and in_inference_on_few_rows(x)
-        and norm.eps is not None
-        and norm.weight.dtype == x.dtype
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-    )
-
-
 class Attention(nn.Module):
     """Causal attention with RoPE, as in Llama.
 
@@ -126,45 +112,6 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)
         return self.o_proj(causal_attention(q, k, v, watcher=self.watcher).flatten(2))
-
-    def step(
-        self, x: Tensor, norm: nn.RMSNorm, rotation: Rotation, cache: KVCache | None
-    ) -> Tensor | None:
-        """x + forward(norm(x)) in one call; None where that is not what a step of decoding is."""
-        if self.rope.interleaved or not _is_step(self, x, norm, cache):
-            return None
-        parts: dict[str, Any] = self._modules
-        q, k, v, o = (dense_operands(parts[f"{n}_proj"], x.dtype) for n in "qkvo")
-        if q is None or k is None or v is None or o is None or cache is None or norm.eps is None:
-            return None
-        batch, length, _ = x.shape
-        heads = x.new_empty(()).expand(
-            batch, length, k[0].shape[0] // self.head_size, self.head_size
-        )
-        keys, values = cache.reserve(heads, heads)
-        cos, sin = rotation
-        y = attention_step(
-            x,
-            q[0],
-            k[0],
-            v[0],
-            o[0],
-            cos[None],
-            sin[None],
-            keys,
-            values,
-            cache.length,
-            rotary_size=self.rope.size,
-            scale=self.head_size**-0.5,
-            norm_weight=norm.weight,
-            eps=norm.eps,
-            w_q_scale=q[1],
-            w_k_scale=k[1],
-            w_v_scale=v[1],
-            w_o_scale=o[1],
-        )
-        cache.length += length
-        return y
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
         """Keys of a Llama-like checkpoint, given both prefixes."""
@@ -264,55 +211,6 @@ class LatentAttention(nn.Module):
         else:
             y = self._by_head(q_nope, q_rope, latent, k_rope)
         return self.o_proj(y.flatten(2))
-
-    def step(
-        self, x: Tensor, norm: nn.RMSNorm, rotation: Rotation, cache: KVCache | None
-    ) -> Tensor | None:
-        """x + forward(norm(x)) in one call; None where that is not what a step of decoding is."""
-        if self.watcher is not None or not _is_step(self, x, norm, cache):
-            return None
-        parts: dict[str, Any] = self._modules
-        names = {"q": "q_proj", "kv_a": "kv_a_proj", "kv_b": "kv_b_proj", "o": "o_proj"}
-        norms = [self.kv_a_norm]
-        if self.q_a_norm is not None:
-            names |= {"q": "q_b_proj", "q_a": "q_a_proj"}
-            norms.append(self.q_a_norm)
-        dense = {n: dense_operands(parts[part], x.dtype) for n, part in names.items()}
-        eps = norms[0].eps
-        if cache is None or norm.eps is None or eps is None:
-            return None
-        if any(m.weight.dtype != x.dtype or m.eps != eps for m in norms):
-            return None
-        options: dict[str, Any] = {}
-        for name, operands in dense.items():
-            if operands is None or (name == "kv_b" and operands[1] is not None):
-                return None
-            options[f"w_{name}"] = operands[0]
-            if name != "kv_b":
-                options[f"w_{name}_scale"] = operands[1]
-        if self.q_a_norm is not None:
-            options["q_norm"] = self.q_a_norm.weight
-        batch, length, _ = x.shape
-        token = x.new_empty(()).expand(batch, length, 1, self.kv_rank + self.rope_size)
-        latents, rope_keys = cache.reserve(*token.split((self.kv_rank, self.rope_size), dim=-1))
-        y = latent_attention_step(
-            x,
-            kv_norm=self.kv_a_norm.weight,
-            cos=rotation.cos[None],
-            sin=rotation.sin[None],
-            latents=latents,
-            rope_keys=rope_keys,
-            start=cache.length,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            norm_weight=norm.weight,
-            eps=norm.eps,
-            latent_eps=eps,
-            interleaved=self.rope.interleaved,
-            **options,
-        )
-        cache.length += length
-        return y
 
     def _by_head(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         kv = self.kv_b_proj(latent).view(*latent.shape[:2], self.num_heads, -1)

@@ -11,10 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache, MoE, Router, SharedExperts
-from moe_ops.layers.linear import in_inference_on_few_rows
 from moe_ops.layers.rotary import Rotation
 from moe_ops.layers.routing import Routing
-from moe_ops.ops import add_rms_norm
 
 from .attention import Attention, LatentAttention
 from .checkpoint import Entry
@@ -51,16 +49,6 @@ class Step:
         return output.y
 
 
-def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x); in a step of decoding one op where torch has several."""
-    if type(norm) is nn.RMSNorm and norm.eps is not None and in_inference_on_few_rows(x):
-        weight = norm.weight
-        if weight.dtype == x.dtype and not (norm._forward_hooks or norm._forward_pre_hooks):
-            return add_rms_norm(x, weight, eps=norm.eps)[0]
-    y: Tensor = norm(x)
-    return y
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms; [B, S, H] to [B, S, H].
 
@@ -85,18 +73,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
         x = attend(self, x, step, index)
-        y = apply_norm(self.mlp_norm, x)
+        y = self.mlp_norm(x)
         if isinstance(self.mlp, SharedExperts):
             return x + self.mlp(y)
         return x + step.through(f"layers.{index}.mlp", self.mlp, y)
 
 
 def attend(block: Any, x: Tensor, step: Step, index: int) -> Tensor:
-    """x + attention(norm(x)) of a block, in a step of decoding one op where that is known."""
-    assert step.rotation is not None
-    norm, cache = block.attention_norm, step.cache(index)
-    y: Tensor | None = block.attention.step(x, norm, step.rotation, cache)
-    return x + block.attention(apply_norm(norm, x), step.rotation, cache) if y is None else y
+    """x + attention(norm(x)) of a block."""
+    y: Tensor = block.attention(block.attention_norm(x), step.rotation, step.cache(index))
+    return x + y
 
 
 def attention_entries(

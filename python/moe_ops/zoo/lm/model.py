@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_ops.layers import KVCache
 from moe_ops.layers.rotary import Rope
 
-from .blocks import Step, apply_norm
+from .blocks import Step
 from .checkpoint import Entry
 from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
@@ -147,7 +147,8 @@ class CausalLM(Pretrained):
             x = layer(x, step, index)
         if last is not None:
             x = x[:, -last:]
-        return apply_norm(self.norm, x)
+        out: Tensor = self.norm(x)
+        return out
 
     # ------------------------------------------------------------------------------- training
 

@@ -3,7 +3,7 @@
 Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXiv 2306.04640.
 """
 
-from .config import GATE_TYPES, ModuleFormerConfig
-from .model import ModuleFormer, ModuleFormerBlock
+from .config import ModuleFormerConfig
+from .model import ModuleFormer
 
-__all__ = ["GATE_TYPES", "ModuleFormer", "ModuleFormerBlock", "ModuleFormerConfig"]
+__all__ = ["ModuleFormer", "ModuleFormerConfig"]

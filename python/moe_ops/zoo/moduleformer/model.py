@@ -5,9 +5,7 @@ Letters: B sequences, S tokens, H hidden size, E experts, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,7 +31,6 @@ _GATES = {
     },
 }
 _NORM = {"weight": "weight", "bias": "bias"}
-_KINDS = ("attention", "mlp")  # The attributes of a block that hold experts.
 
 
 class ModuleFormerBlock(nn.Module):
@@ -81,9 +78,10 @@ class ModuleFormerBlock(nn.Module):
 
 
 class ModuleFormer(CausalLM):
-    """The language model, and what its modules are for: `insert_experts` and `prune`.
+    """The language model; see `CausalLM` for what it can do.
 
-    See `CausalLM` for the rest.
+    Layers of its blocks may be replaced by what `append` and `select` of `MoE` and
+    `AttentionExperts` make of them; `note_experts` comes afterwards.
     """
 
     config_class = ModuleFormerConfig
@@ -123,91 +121,6 @@ class ModuleFormer(CausalLM):
                 nn.init.ones_(parameter)
             else:
                 nn.init.zeros_(parameter)
-
-    # -------------------------------------------------------------------------------- modules
-
-    def insert_experts(
-        self, attention: int = 0, mlp: int = 0, *, init: str = "random"
-    ) -> dict[str, int]:
-        """Adds experts to every block, in place; the layers are replaced, so make the optimiser
-        afterwards.
-
-        Args:
-            attention, mlp: experts to add to each block.
-            init: "random", "zero_output" (they contribute nothing until trained), "copy" or
-                "mean"; see `moe_ops.layers.Experts.append`.
-
-        Returns:
-            Name of each parameter that has rows of old and of new experts -> the number of the old
-            ones, which come first. To learn with the new experts alone, train the rest of these.
-
-        Raises:
-            ValueError: a negative number, or nothing to add.
-        """
-        if min(attention, mlp) < 0 or not attention + mlp:
-            raise ValueError(
-                "ModuleFormer.insert_experts: attention and mlp must be numbers >= 0 and not both "
-                f"0, got {attention} and {mlp}."
-            )
-        grown: dict[str, int] = {}
-        for i, block in enumerate(self.layers):
-            for kind, added, names in (
-                ("attention", attention, ("w_query", "w_output")),
-                ("mlp", mlp, ("experts.w_gate_up", "experts.w_down")),
-            ):
-                if added:
-                    layer = getattr(block, kind)
-                    for name in ("router.weight", *names):
-                        grown[f"layers.{i}.{kind}.{name}"] = layer.router.num_experts
-                    setattr(block, kind, layer.append(added, init=init))
-        self.note_experts()
-        return grown
-
-    def prune(self, frequencies: Mapping[str, Tensor], threshold: float) -> dict[str, list[int]]:
-        """Drops, in place, the experts used by fewer than `threshold` of the tokens.
-
-        The K most used experts of a layer always stay, for the router needs K. The rest is as if
-        the others did not exist: routing probabilities are those among the experts that are left.
-        The layers are replaced, so make optimisers afterwards.
-
-        Args:
-            frequencies: layer -> [E], the share of tokens that use each expert; layers that are
-                not in it are left alone.
-            threshold: share of tokens, in [0, 1].
-
-        Returns:
-            Layer -> ids of the experts that were kept, in order.
-
-        Raises:
-            ValueError: a threshold out of range, a layer that is none, or another number of
-                experts than it has.
-        """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"ModuleFormer.prune: threshold must be in [0, 1], got {threshold}.")
-        layers = {f"layers.{i}.{kind}" for i in range(len(self.layers)) for kind in _KINDS}
-        for name, frequency in frequencies.items():
-            if name not in layers:
-                raise ValueError(
-                    f"ModuleFormer.prune: frequencies must be of layers.N.attention or "
-                    f"layers.N.mlp, got {name}."
-                )
-            routed: Any = self.get_submodule(name)
-            experts = routed.router.num_experts
-            if frequency.shape != (experts,):
-                raise ValueError(
-                    f"ModuleFormer.prune: frequencies of {name} must be [{experts}], got "
-                    f"{list(frequency.shape)}."
-                )
-        kept = {}
-        for name, frequency in frequencies.items():
-            layer: Any = self.get_submodule(name)
-            most = frequency.argsort(descending=True, stable=True)[: layer.router.top_k]
-            keep = set(most.tolist()) | set((frequency >= threshold).nonzero().flatten().tolist())
-            kept[name] = sorted(keep)
-            _, index, kind = name.split(".")
-            setattr(self.layers[int(index)], kind, layer.select(kept[name]))
-        self.note_experts()
-        return kept
 
     def note_experts(self) -> None:
         """Writes the numbers of experts into the config, after layers were replaced."""

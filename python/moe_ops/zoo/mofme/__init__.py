@@ -10,10 +10,4 @@ Feature-wise Linear Modulation, AAAI, arXiv 2312.16610).
 from .layers import FiLMExperts, MoFME, UncertaintyRouter
 from .model import MoFMEConfig, RestorationTransformer
 
-__all__ = [
-    "FiLMExperts",
-    "MoFME",
-    "MoFMEConfig",
-    "RestorationTransformer",
-    "UncertaintyRouter",
-]
+__all__ = ["FiLMExperts", "MoFME", "MoFMEConfig", "RestorationTransformer", "UncertaintyRouter"]

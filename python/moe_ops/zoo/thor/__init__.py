@@ -8,17 +8,6 @@ Source: Zuo et al. 2022 (Taming Sparsely Activated Transformer with Stochastic E
 """
 
 from .layers import RandomExperts
-from .model import BOS, EOS, PAD, UNKNOWN, Memory, Thor, ThorConfig, ThorLoss, symmetric_kl
+from .model import Thor, ThorConfig, symmetric_kl
 
-__all__ = [
-    "BOS",
-    "EOS",
-    "PAD",
-    "UNKNOWN",
-    "Memory",
-    "RandomExperts",
-    "Thor",
-    "ThorConfig",
-    "ThorLoss",
-    "symmetric_kl",
-]
+__all__ = ["RandomExperts", "Thor", "ThorConfig", "symmetric_kl"]

@@ -9,17 +9,7 @@ Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 """
 
 from .config import WideNetConfig
-from .layers import DepthNorms, NoisyRouter, WideBlock
-from .model import ViTLoss, ViTOutput, WideNetLM, WideNetViT, build
+from .layers import NoisyRouter
+from .model import WideNetLM, WideNetViT, build
 
-__all__ = [
-    "DepthNorms",
-    "NoisyRouter",
-    "ViTLoss",
-    "ViTOutput",
-    "WideBlock",
-    "WideNetConfig",
-    "WideNetLM",
-    "WideNetViT",
-    "build",
-]
+__all__ = ["NoisyRouter", "WideNetConfig", "WideNetLM", "WideNetViT", "build"]

@@ -22,8 +22,7 @@ from bench.studies.gntmove.scenes import (
 from bench.studies.gntmove.training import draw_batch, draw_unseen
 from tests.zoo.gntmove.test_cameras import generator
 
-from moe_ops.zoo.gntmove import rays
-from moe_ops.zoo.gntmove.cameras import all_pixels
+from moe_ops.zoo.gntmove.cameras import all_pixels, rays
 
 
 def one_scene(**changes):

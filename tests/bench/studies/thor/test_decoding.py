@@ -9,7 +9,7 @@ import torch
 from bench.studies.thor.decoding import translate
 from tests.zoo.thor.test_model import FORMS, build, rows
 
-from moe_ops.zoo.thor import EOS, PAD
+from moe_ops.zoo.thor.model import EOS, PAD
 
 
 def greedy(model, source, count, experts=(None, None)):

@@ -18,7 +18,7 @@ from bench.studies.thor.tokens import ByteTokens, PairTokens, padded
 from bench.studies.thor.training import Batches
 
 from moe_ops import zoo
-from moe_ops.zoo.thor import EOS, PAD
+from moe_ops.zoo.thor.model import EOS, PAD
 
 
 @pytest.mark.parametrize(
