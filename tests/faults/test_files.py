@@ -423,7 +423,7 @@ main(sys.argv[2:])
 @pytest.mark.parametrize("deeper", ["", "a"])
 def test_read_only_folder(tmp_path, deeper):
     out = tmp_path / deeper
-    arguments = ["demo", "--smoke", "--no-hf", "--out", out]
+    arguments = ["demo", "--smoke", "--out", out]
     result = run_python(READ_ONLY, tmp_path, *arguments, prefix=namespace_or_skip())
     assert result.returncode == 1, result.stderr
     assert result.stderr.startswith(f"error: {out}")

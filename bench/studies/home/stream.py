@@ -6,6 +6,7 @@ compared by is not who over-fits last. Categories use the same features in oppos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from moe_ops.zoo.home import HoMEConfig, MultiTask, build
 from moe_ops.zoo.home.model import multitask_loss
 
 from ..study import Hypothesis, Job, Results, Run, Study
+from ..trainer import take_steps
 from ..training import DrawnTraining
 from .arms import LR, parameters, with_parts
 
@@ -158,18 +160,20 @@ def one(arm: str, stream: Stream) -> Job:
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
         training = DrawnTraining(run, model, optimizer, draw, {})
         quarter: dict[str, float] = training.found
-        model.train()
-        while training.done < stream.steps:
+
+        def loss(step: int) -> dict[str, Tensor]:
             rows = teacher.rows(stream.batch, draw)
-            loss = multitask_loss(model(rows.categorical, rows.dense), rows.labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            return {"loss": multitask_loss(model(rows.categorical, rows.dense), rows.labels)}
+
+        def after(step: int, parts: Mapping[str, Tensor]) -> None:
             training.done += 1
             if training.done == stream.steps // 4:
                 quarter.update(rarest(model, test))
                 model.train()
             run.step(training.done, stream.steps, training.state)
+
+        model.train()
+        take_steps(optimizer, loss, range(training.done, stream.steps), after=after)
         last = rarest(model, test)
         row = {
             **last,
