@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,13 @@ class Group:
     rate: float
     warm_up: int = 0
     weight_decay: float = 0.0
+
+
+class Lesson(NamedTuple):
+    """What a model is trained on: groups of its parameters, and the loss of `train_steps`."""
+
+    groups: Sequence[Group]
+    loss: Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
 def take_steps(

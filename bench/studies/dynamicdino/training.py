@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_ops._fields import check_choice
 from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig
 
 from ..settings import settings_folder
-from ..trainer import Group, load_weights, train_steps, write_state
+from ..trainer import Group, Lesson, load_weights, train_steps, write_state
 from .metrics import average_precision, check_installed, co_selection, detect, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
 
@@ -50,29 +51,18 @@ def freeze(detector: Any) -> list[str]:
     return tuned
 
 
-def fit(
+def lesson(
     model: DynamicDino,
     batches: Callable[[torch.Generator], Scenes],
     *,
-    steps: int = 500,
     rate: float = 1e-3,
     warm_up: int = 50,
     weight_decay: float = 1e-4,
-    seed: int = 0,
-    what: str = "fit dynamicdino",
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains what requires a gradient (`freeze` leaves that to what MoE-tuning trains).
+) -> Lesson:
+    """Scenes, for what requires a gradient (`freeze` leaves that to what MoE-tuning trains).
 
     Args:
         batches: from the generator of the run to scenes.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "detection", "balance".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -81,18 +71,7 @@ def fit(
         return {"loss": found.loss, "detection": found.detection, "balance": found.balance}
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    return train_steps(
-        what,
-        model,
-        [Group(trained, rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(trained, rate, warm_up, weight_decay)], loss)
 
 
 def judge(model: DynamicDino, scenes: Scenes) -> dict[str, float]:
@@ -175,13 +154,13 @@ def train(
             load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
-        fit(
+        scenes = partial(draw_scenes, settings.batch_size, pairs)
+        train_steps(
+            f"fit {name}",
             model,
-            lambda generator: draw_scenes(settings.batch_size, pairs, generator),
+            *lesson(model, scenes, rate=rate),
             steps=steps,
-            rate=rate,
             seed=settings.seed,
-            what=f"fit {name}",
             checkpoint=state,
             progress=progress,
         )

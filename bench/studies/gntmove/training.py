@@ -23,7 +23,7 @@ from moe_ops.zoo.gntmove.model import GNTMove, GNTMoveConfig, Rendered, Views
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
-from ..trainer import Group, train_once, train_steps
+from ..trainer import Group, Lesson, train_once, train_steps
 from .scenes import MATERIALS, Scenes, draw_cameras, draw_scenes, photograph, see
 
 # Arms of the command: what differs between the models that are compared. A point passes K experts
@@ -97,46 +97,25 @@ def draw_unseen(
     )
 
 
-def fit(
+def lesson(
     model: GNTMove,
     batches: Batches = draw_batch,
     *,
-    steps: int = 1000,
     rate: float = 1e-3,
     warm_up: int = 50,
     weight_decay: float = 0.0,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains on batches of rays; the published run has Adam with 5e-4 (1e-3 for the features),
-    halved every 50,000 of 250,000 steps, and 2048 rays of one scene a step.
+) -> Lesson:
+    """Batches of rays; the published run has Adam with 5e-4 (1e-3 for the features), halved every
+    50,000 of 250,000 steps, and 2048 rays of one scene a step.
 
     Args:
         batches: from the generator of the run to a batch.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "color", "balance", "consistency".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         return model.loss(*batches(generator), generator=generator)._asdict()
 
-    return train_steps(
-        f"fit gntmove {model.config.ffn}",
-        model,
-        [Group(list(model.parameters()), rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(list(model.parameters()), rate, warm_up, weight_decay)], loss)
 
 
 @torch.no_grad()
@@ -306,9 +285,10 @@ def train(
         model = models[arm] = GNTMove(settings.config(arm))
 
         def run(checkpoint: Path, model: GNTMove = model) -> None:
-            fit(
-                model, batches, steps=settings.steps, rate=settings.rate, seed=settings.seed,
-                checkpoint=checkpoint, progress=progress,
+            train_steps(
+                f"fit gntmove {model.config.ffn}", model,
+                *lesson(model, batches, rate=settings.rate), steps=settings.steps,
+                seed=settings.seed, checkpoint=checkpoint, progress=progress,
             )  # fmt: skip
 
         train_once(model, folder, arm, run)

@@ -20,7 +20,7 @@ from moe_ops.zoo.mofme.model import MoFMEConfig, RestorationTransformer
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
-from ..trainer import Group, train_once, train_steps
+from ..trainer import Group, Lesson, train_once, train_steps
 from .tiles import restore
 from .weather import WEATHER, Degraded, crops, degrade, load_photos
 
@@ -35,47 +35,26 @@ ARMS: dict[str, dict[str, Any]] = {
 TEST_BATCH = 50
 
 
-def fit(
+def lesson(
     model: RestorationTransformer,
     batches: Batches,
     *,
-    steps: int = 1000,
     rate: float = 1e-3,
     warm_up: int = 50,
     weight_decay: float = 0.01,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains on the smooth L1 distance; the published run adds 0.04 times a perceptual loss by
-    VGG16, whose weights are not here, and has a rate of 2e-4, batches of 64 and 200 epochs.
+) -> Lesson:
+    """The smooth L1 distance; the published run adds 0.04 times a perceptual loss by VGG16, whose
+    weights are not here, and has a rate of 2e-4, batches of 64 and 200 epochs.
 
     Args:
         batches: from the generator of the run to a batch.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = batches(generator)
         return {"loss": F.smooth_l1_loss(model(batch.degraded)[0], batch.clean)}
 
-    return train_steps(
-        f"fit mofme {model.config.experts}",
-        model,
-        [Group(list(model.parameters()), rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(list(model.parameters()), rate, warm_up, weight_decay)], loss)
 
 
 @torch.no_grad()
@@ -215,9 +194,10 @@ def train(
         model = models[arm] = RestorationTransformer(settings.config(arm))
 
         def run(checkpoint: Path, model: RestorationTransformer = model) -> None:
-            fit(
-                model, batches, steps=settings.steps, rate=settings.rate, seed=settings.seed,
-                checkpoint=checkpoint, progress=progress,
+            train_steps(
+                f"fit mofme {model.config.experts}", model,
+                *lesson(model, batches, rate=settings.rate), steps=settings.steps,
+                seed=settings.seed, checkpoint=checkpoint, progress=progress,
             )  # fmt: skip
 
         train_once(model, folder, arm, run)

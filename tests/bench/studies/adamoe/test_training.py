@@ -6,7 +6,8 @@ import pytest
 import torch
 from bench.studies.adamoe import training
 from bench.studies.adamoe.skills import SkillRobot, demonstrate
-from bench.studies.adamoe.training import decoupling, fit, gradient_conflict, roll_out
+from bench.studies.adamoe.training import decoupling, gradient_conflict, lesson, roll_out
+from bench.studies.trainer import train_steps
 from tests.zoo.adamoe.test_policy import small
 
 
@@ -68,7 +69,8 @@ def test_three_groups():
 
 def test_balance_weight_changes_after_the_early_steps():
     policy = small(early_steps=2, balance_weight=0.5, late_balance_weight=0.25)
-    history = fit(policy, lambda g: demonstrate(16, 4, generator=g), steps=4, progress=False)
+    taught = lesson(policy, lambda g: demonstrate(16, 4, generator=g))
+    history = train_steps("policy", policy, *taught, steps=4, progress=False)
     weights = [
         (loss - action) / balance
         for loss, action, balance in zip(
