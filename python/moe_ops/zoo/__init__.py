@@ -21,6 +21,8 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
+from ._presets import presets_of
+
 __all__ = ["System", "create", "get", "register", "systems"]
 
 
@@ -32,8 +34,7 @@ class System:
         name: what `create` and the command line call it; the stem of its page in docs/zoo and of
             its experiment in bench/studies, where it has one.
         module: the module that holds it, imported when first used.
-        config: name of its config dataclass there, whose class attribute `PRESETS` names the class
-            methods that make presets.
+        config: name of its config dataclass there, which has its presets (`_presets.preset`).
         model: name of the class there that is built from a config.
         summary: one line for lists.
         needs: the extra of this distribution that its module needs, or "".
@@ -60,7 +61,7 @@ class System:
 
     def presets(self) -> tuple[str, ...]:
         """Names of its presets, "tiny" first."""
-        return tuple(getattr(self.load(), self.config).PRESETS)
+        return presets_of(getattr(self.load(), self.config))
 
     def make_config(self, preset: str = "tiny", **overrides: Any) -> Any:
         """The config of a preset, with other values for some of its fields.
@@ -69,7 +70,7 @@ class System:
             ValueError: an unknown preset or field.
         """
         config_class = getattr(self.load(), self.config)
-        check_choice("moe_ops.zoo", f"preset of {self.name}", preset, config_class.PRESETS)
+        check_choice("moe_ops.zoo", f"preset of {self.name}", preset, presets_of(config_class))
         check_names(config_class, overrides, f"moe_ops.zoo: {config_class.__name__}")
         return dataclasses.replace(getattr(config_class, preset)(), **overrides)
 

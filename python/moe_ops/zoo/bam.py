@@ -22,6 +22,7 @@ from moe_ops._fields import Fields
 from moe_ops.layers import AttentionExperts, Experts, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rope
 
+from ._presets import preset
 from .lm.attention import Attention
 from .lm.blocks import Step
 from .lm.checkpoint import Entry, dense_entries, expert_entries
@@ -51,7 +52,6 @@ class BAMConfig(LMConfig):
             choose experts. The paper does not give them.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "bam_590m", "bam_2b")
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_heads": size("num_attention_heads"),
@@ -80,37 +80,28 @@ class BAMConfig(LMConfig):
     load_balancing_coefficient: float = 1e-2
     router_z_coefficient: float = 1e-3
 
-    @classmethod
-    def tiny(cls) -> BAMConfig:
-        """Bytes, two blocks, four experts: trains on a CPU."""
-        return cls()
-
-    @classmethod
-    def bam_590m(cls) -> BAMConfig:
-        """Four experts from dense models of 590 million parameters."""
-        return cls(
-            vocab_size=256_000,
-            hidden_size=1024,
-            num_layers=6,
-            num_heads=8,
-            num_kv_heads=8,
-            head_size=128,
-            intermediate_size=4096,
-        )
-
-    @classmethod
-    def bam_2b(cls) -> BAMConfig:
-        """Four experts from dense models of 2 billion parameters."""
-        return cls(
-            vocab_size=256_000,
-            hidden_size=2304,
-            num_layers=18,
-            num_heads=18,
-            num_kv_heads=6,
-            head_size=128,
-            intermediate_size=18_432,
-            tie_embeddings=True,
-        )
+    tiny = preset("Bytes, two blocks, four experts: trains on a CPU.")
+    bam_590m = preset(
+        "Four experts from dense models of 590 million parameters.",
+        vocab_size=256_000,
+        hidden_size=1024,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=8,
+        head_size=128,
+        intermediate_size=4096,
+    )
+    bam_2b = preset(
+        "Four experts from dense models of 2 billion parameters.",
+        vocab_size=256_000,
+        hidden_size=2304,
+        num_layers=18,
+        num_heads=18,
+        num_kv_heads=6,
+        head_size=128,
+        intermediate_size=18_432,
+        tie_embeddings=True,
+    )
 
     def aux_coefficients(self) -> dict[str, float]:
         if self.num_experts == 1:

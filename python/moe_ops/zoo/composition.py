@@ -12,10 +12,12 @@ Letters: B prompts, D size of an embedding, C categories, M models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ._presets import preset
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,6 @@ class CompositionConfig:
     budget: int = 0
     threshold: float = 0.0
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "open_models")
-
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.models) or not self.models:
             raise ValueError(
@@ -56,25 +56,23 @@ class CompositionConfig:
         if not self.categories:
             raise ValueError("CompositionConfig: categories must be one or more, got none.")
 
-    @classmethod
-    def tiny(cls) -> CompositionConfig:
-        """Three specialists of bytes and a generalist, as the command trains them."""
-        categories = ("reference", "code", "maths")
-        return cls(
-            categories, (*categories, "general"), (4, 4, 4, 4), "general", embedding_size=128
-        )
-
-    @classmethod
-    def open_models(cls) -> CompositionConfig:
-        """Models that the paper composes, with embeddings of a model of 7 billion parameters. The
-        categories are ours."""
-        return cls(
-            ("general", "code", "maths", "medicine", "finance", "law", "other languages"),
-            ("Qwen2-7B", "gemma-2-9b", "gemma-2-27b", "Llama-3.1-70B", "Qwen2-72B"),
-            (7_600_000_000, 9_200_000_000, 27_200_000_000, 70_600_000_000, 72_700_000_000),
-            "gemma-2-27b",
-            embedding_size=4096,
-        )
+    tiny = preset(
+        "Three specialists of bytes and a generalist.",
+        categories=("reference", "code", "maths"),
+        models=("reference", "code", "maths", "general"),
+        sizes=(4, 4, 4, 4),
+        generalist="general",
+        embedding_size=128,
+    )
+    open_models = preset(
+        "Models that the paper composes, with embeddings of a model of 7 billion parameters. The "
+        "categories are ours.",
+        categories=("general", "code", "maths", "medicine", "finance", "law", "other languages"),
+        models=("Qwen2-7B", "gemma-2-9b", "gemma-2-27b", "Llama-3.1-70B", "Qwen2-72B"),
+        sizes=(7_600_000_000, 9_200_000_000, 27_200_000_000, 70_600_000_000, 72_700_000_000),
+        generalist="gemma-2-27b",
+        embedding_size=4096,
+    )
 
 
 class CategoryRouter(nn.Module):

@@ -45,8 +45,6 @@ class FactorLLMConfig(LlamaConfig):
         route_coefficient, balance_coefficient: of the losses of `distill`, summed over layers.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tinyllama_1b")
-
     num_slices: int = 4
     top_k: int = 1
     router_training: str = "prior"

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from transformers import BertConfig, BertModel
 
 from moe_ops._fields import check_choice
 from moe_ops.layers import Experts
+
+from ._presets import preset
 
 HEADS = ("mlp", "mean")
 SIMILARITIES = ("cosine", "dot")
@@ -58,8 +60,6 @@ class SentenceConfig:
     intermediate_size: int = 128
     max_length: int = 128
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "minilm")
-
     def __post_init__(self) -> None:
         check_choice("SentenceConfig", "head", self.head, HEADS)
         if not self.domains or len(set(self.domains)) != len(self.domains):
@@ -67,25 +67,19 @@ class SentenceConfig:
                 f"SentenceConfig: domains must be one or more different names, got {self.domains}."
             )
 
-    @classmethod
-    def tiny(cls) -> SentenceConfig:
-        """Bytes, two layers."""
-        return cls(("reference", "code", "maths", "names"))
-
-    @classmethod
-    def minilm(cls) -> SentenceConfig:
-        """The sizes of all-MiniLM-L6-v2, with the experts of the authors' five domains."""
-        return cls(
-            ("autoimmune", "cancer", "copd", "cardiovascular", "parasitic"),
-            head="mean",
-            vocab_size=30_522,
-            cls_id=101,
-            hidden_size=384,
-            num_layers=6,
-            num_heads=12,
-            intermediate_size=1536,
-            max_length=512,
-        )
+    tiny = preset("Bytes, two layers.", domains=("reference", "code", "maths", "names"))
+    minilm = preset(
+        "The sizes of all-MiniLM-L6-v2, with the experts of the authors' five domains.",
+        domains=("autoimmune", "cancer", "copd", "cardiovascular", "parasitic"),
+        head="mean",
+        vocab_size=30_522,
+        cls_id=101,
+        hidden_size=384,
+        num_layers=6,
+        num_heads=12,
+        intermediate_size=1536,
+        max_length=512,
+    )
 
 
 class Given:

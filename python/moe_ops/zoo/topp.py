@@ -16,6 +16,7 @@ from moe_ops._fields import Fields
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rope
 
+from ._presets import preset
 from .lm.attention import Attention
 from .lm.blocks import Block, attention_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
@@ -43,7 +44,6 @@ class TopPConfig(LMConfig):
             the second, training spreads the routing of every token over many experts.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny",)
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "expert_frequency": size("expert_frequency", default=2),
@@ -67,10 +67,7 @@ class TopPConfig(LMConfig):
     load_balancing_coefficient: float = 1e-2
     entropy_coefficient: float = 1e-4
 
-    @classmethod
-    def tiny(cls) -> TopPConfig:
-        """Bytes, two blocks with eight experts each: trains on a CPU."""
-        return cls()
+    tiny = preset("Bytes, two blocks with eight experts each: trains on a CPU.")
 
     def aux_coefficients(self) -> dict[str, float]:
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from moe_ops._fields import check_choice
 from moe_ops.layers import ResidualNorm, SharedExperts
 from moe_ops.layers.routing import Routing
 
+from .._presets import preset
 from .layers import VARIANTS, AdaMoE, adamoe_balance_loss
 
 FFNS = ("dense", *VARIANTS)
@@ -55,8 +56,6 @@ class AdaMoEConfig:
     early_steps: int = 500
     flow_steps: int = 10
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "pi0_action")
-
     def __post_init__(self) -> None:
         check_choice("AdaMoEConfig", "ffn", self.ffn, FFNS)
         if self.hidden_size % (2 * self.num_heads):
@@ -65,25 +64,19 @@ class AdaMoEConfig:
                 f"{self.hidden_size}."
             )
 
-    @classmethod
-    def tiny(cls) -> AdaMoEConfig:
-        """Two layers for the point with eight skills."""
-        return cls()
-
-    @classmethod
-    def pi0_action(cls) -> AdaMoEConfig:
-        """The sizes of pi0's action expert with four experts a layer. It is the network of
-        actions alone, without the vision-language model that pi0 attends to."""
-        return cls(
-            state_size=32,
-            num_skills=1,
-            action_size=32,
-            chunk=50,
-            hidden_size=1024,
-            num_layers=18,
-            num_heads=8,
-            intermediate_size=4096,
-        )
+    tiny = preset("Two layers for the point with eight skills.")
+    pi0_action = preset(
+        "The sizes of pi0's action expert with four experts a layer. It is the network of "
+        "actions alone, without the vision-language model that pi0 attends to.",
+        state_size=32,
+        num_skills=1,
+        action_size=32,
+        chunk=50,
+        hidden_size=1024,
+        num_layers=18,
+        num_heads=8,
+        intermediate_size=4096,
+    )
 
 
 class FlowLoss(NamedTuple):

@@ -5,12 +5,13 @@ Letters: V vocabulary, H hidden size, I intermediate size, E experts, K experts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moe_ops._fields import Fields
 from moe_ops.layers.rotary import Yarn
 
+from .._presets import preset
 from ..lm.config import LMConfig
 from .checkpoint import FIXED, KEYS, generation, read_generation, write_generation
 
@@ -42,15 +43,6 @@ class DeepSeekConfig(LMConfig):
         tie_embeddings: the embedding is also the output's weight.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = (
-        "tiny",
-        "tiny_v1",
-        "tiny_v2",
-        "deepseek_moe_16b",
-        "v2_lite",
-        "v2",
-        "v3",
-    )
     KEYS: ClassVar[dict[str, Any]] = KEYS
     FIXED: ClassVar[dict[str, Any]] = FIXED
 
@@ -86,146 +78,124 @@ class DeepSeekConfig(LMConfig):
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
 
-    @classmethod
-    def tiny(cls) -> DeepSeekConfig:
-        """V3 in small: sigmoid scores, a selection bias, 4 groups of which a token uses 2."""
-        return cls(
-            score_func="sigmoid",
-            renormalize=True,
-            routed_scaling_factor=2.5,
-            num_groups=4,
-            num_topk_groups=2,
-            group_score="top2_sum",
-            expert_bias=True,
-            # Rates of published runs need thousands of steps.
-            bias_update_rate=1e-2,
-            sequence_balance_coefficient=1e-4,
-        )
-
-    @classmethod
-    def tiny_v1(cls) -> DeepSeekConfig:
-        """V1 in small: plain attention, softmax scores, losses of experts and devices."""
-        return cls(
-            latent=False,
-            rope_interleaved=False,
-            expert_balance_coefficient=0.01,
-            device_balance_coefficient=0.05,
-            num_devices=4,
-        )
-
-    @classmethod
-    def tiny_v2(cls) -> DeepSeekConfig:
-        """V2 in small: latent attention, softmax scores, 4 groups of which a token uses 2."""
-        return cls(
-            q_rank=32,
-            num_groups=4,
-            num_topk_groups=2,
-            routed_scaling_factor=4.0,
-            expert_balance_coefficient=0.003,
-            device_balance_coefficient=0.05,
-            num_devices=4,
-        )
-
-    @classmethod
-    def deepseek_moe_16b(cls) -> DeepSeekConfig:
-        """DeepSeekMoE 16B (V1): 16.4 billion parameters, 2.8 billion a token."""
-        return cls(
-            vocab_size=102_400,
-            hidden_size=2048,
-            num_layers=28,
-            dense_intermediate_size=10_944,
-            num_heads=16,
-            latent=False,
-            head_size=128,
-            rope_interleaved=False,
-            intermediate_size=1408,
-            num_experts=64,
-            top_k=6,
-            num_shared_experts=2,
-            sequence_balance_coefficient=1e-3,
-            context=4096,
-            init_std=0.006,
-        )
-
-    @classmethod
-    def v2_lite(cls) -> DeepSeekConfig:
-        """DeepSeek-V2-Lite: 15.7 billion parameters, 2.4 billion a token."""
-        return replace(
-            cls.v2(),
-            hidden_size=2048,
-            num_layers=27,
-            dense_intermediate_size=10_944,
-            num_heads=16,
-            q_rank=None,
-            intermediate_size=1408,
-            num_experts=64,
-            num_groups=1,
-            num_topk_groups=1,
-            num_devices=1,
-            device_balance_coefficient=0.0,
-            routed_scaling_factor=1.0,
-        )
-
-    @classmethod
-    def v2(cls) -> DeepSeekConfig:
-        """DeepSeek-V2: 236 billion parameters, 21 billion a token."""
-        return cls(
-            vocab_size=102_400,
-            hidden_size=5120,
-            num_layers=60,
-            dense_intermediate_size=12_288,
-            num_heads=128,
-            q_rank=1536,
-            kv_rank=512,
-            nope_size=128,
-            rope_size=64,
-            v_size=128,
-            yarn=Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707),
-            intermediate_size=1536,
-            num_experts=160,
-            top_k=6,
-            num_shared_experts=2,
-            routed_scaling_factor=16.0,
-            num_groups=8,
-            num_topk_groups=3,
-            expert_balance_coefficient=0.003,
-            device_balance_coefficient=0.05,
-            num_devices=8,
-            context=163_840,
-            init_std=0.006,
-        )
-
-    @classmethod
-    def v3(cls) -> DeepSeekConfig:
-        """DeepSeek-V3 and R1: 671 billion parameters, 37 billion a token."""
-        return cls(
-            vocab_size=129_280,
-            hidden_size=7168,
-            num_layers=61,
-            num_dense_layers=3,
-            dense_intermediate_size=18_432,
-            num_heads=128,
-            q_rank=1536,
-            kv_rank=512,
-            nope_size=128,
-            rope_size=64,
-            v_size=128,
-            yarn=Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
-            intermediate_size=2048,
-            num_experts=256,
-            top_k=8,
-            num_shared_experts=1,
-            score_func="sigmoid",
-            renormalize=True,
-            routed_scaling_factor=2.5,
-            num_groups=8,
-            num_topk_groups=4,
-            group_score="top2_sum",
-            expert_bias=True,
-            sequence_balance_coefficient=1e-4,
-            context=163_840,
-            init_std=0.006,
-        )
+    tiny = preset(
+        "V3 in small: sigmoid scores, a selection bias, 4 groups of which a token uses 2.",
+        score_func="sigmoid",
+        renormalize=True,
+        routed_scaling_factor=2.5,
+        num_groups=4,
+        num_topk_groups=2,
+        group_score="top2_sum",
+        expert_bias=True,
+        bias_update_rate=1e-2,
+        sequence_balance_coefficient=1e-4,
+    )
+    tiny_v1 = preset(
+        "V1 in small: plain attention, softmax scores, losses of experts and devices.",
+        latent=False,
+        rope_interleaved=False,
+        expert_balance_coefficient=0.01,
+        device_balance_coefficient=0.05,
+        num_devices=4,
+    )
+    tiny_v2 = preset(
+        "V2 in small: latent attention, softmax scores, 4 groups of which a token uses 2.",
+        q_rank=32,
+        num_groups=4,
+        num_topk_groups=2,
+        routed_scaling_factor=4.0,
+        expert_balance_coefficient=0.003,
+        device_balance_coefficient=0.05,
+        num_devices=4,
+    )
+    deepseek_moe_16b = preset(
+        "DeepSeekMoE 16B (V1): 16.4 billion parameters, 2.8 billion a token.",
+        vocab_size=102_400,
+        hidden_size=2048,
+        num_layers=28,
+        dense_intermediate_size=10_944,
+        num_heads=16,
+        latent=False,
+        head_size=128,
+        rope_interleaved=False,
+        intermediate_size=1408,
+        num_experts=64,
+        top_k=6,
+        num_shared_experts=2,
+        sequence_balance_coefficient=1e-3,
+        context=4096,
+        init_std=0.006,
+    )
+    v2 = preset(
+        "DeepSeek-V2: 236 billion parameters, 21 billion a token.",
+        vocab_size=102_400,
+        hidden_size=5120,
+        num_layers=60,
+        dense_intermediate_size=12_288,
+        num_heads=128,
+        q_rank=1536,
+        kv_rank=512,
+        nope_size=128,
+        rope_size=64,
+        v_size=128,
+        yarn=Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707),
+        intermediate_size=1536,
+        num_experts=160,
+        top_k=6,
+        num_shared_experts=2,
+        routed_scaling_factor=16.0,
+        num_groups=8,
+        num_topk_groups=3,
+        expert_balance_coefficient=0.003,
+        device_balance_coefficient=0.05,
+        num_devices=8,
+        context=163_840,
+        init_std=0.006,
+    )
+    v2_lite = v2.but(
+        "DeepSeek-V2-Lite: 15.7 billion parameters, 2.4 billion a token.",
+        hidden_size=2048,
+        num_layers=27,
+        dense_intermediate_size=10_944,
+        num_heads=16,
+        q_rank=None,
+        intermediate_size=1408,
+        num_experts=64,
+        num_groups=1,
+        num_topk_groups=1,
+        num_devices=1,
+        device_balance_coefficient=0.0,
+        routed_scaling_factor=1.0,
+    )
+    v3 = preset(
+        "DeepSeek-V3 and R1: 671 billion parameters, 37 billion a token.",
+        vocab_size=129_280,
+        hidden_size=7168,
+        num_layers=61,
+        num_dense_layers=3,
+        dense_intermediate_size=18_432,
+        num_heads=128,
+        q_rank=1536,
+        kv_rank=512,
+        nope_size=128,
+        rope_size=64,
+        v_size=128,
+        yarn=Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
+        intermediate_size=2048,
+        num_experts=256,
+        top_k=8,
+        num_shared_experts=1,
+        score_func="sigmoid",
+        renormalize=True,
+        routed_scaling_factor=2.5,
+        num_groups=8,
+        num_topk_groups=4,
+        group_score="top2_sum",
+        expert_bias=True,
+        sequence_balance_coefficient=1e-4,
+        context=163_840,
+        init_std=0.006,
+    )
 
     def aux_coefficients(self) -> dict[str, float]:
         """The losses that are in use."""

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from moe_ops.layers import Experts, MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 
+from .._presets import preset
 from .loss import detection_loss
 
 DETECTORS: dict[str, tuple[Any, Any]] = {
@@ -61,8 +62,6 @@ class DynamicDinoConfig:
             Swin-T and BERT base.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "grounding_dino_tiny")
-
     detector: str = "mm-grounding-dino"
     num_copies: int = 4
     num_slices: int = 2
@@ -85,24 +84,18 @@ class DynamicDinoConfig:
         ):
             check_choice("DynamicDinoConfig", name, getattr(self, name), of)
 
-    @classmethod
-    def tiny(cls) -> DynamicDinoConfig:
-        """Images of 64 x 64, 0.5 million parameters: trains on a CPU."""
-        return cls()
-
-    @classmethod
-    def grounding_dino_tiny(cls) -> DynamicDinoConfig:
-        """The sizes of IDEA-Research/grounding-dino-tiny, with the paper's 16 copies in halves."""
-        return cls(
-            detector="grounding-dino",
-            num_copies=16,
-            hidden_size=256,
-            ffn_size=2048,
-            num_layers=6,
-            num_heads=8,
-            num_queries=900,
-            backbone="swin",
-        )
+    tiny = preset("Images of 64 x 64, 0.5 million parameters: trains on a CPU.")
+    grounding_dino_tiny = preset(
+        "The sizes of IDEA-Research/grounding-dino-tiny, with the paper's 16 copies in halves.",
+        detector="grounding-dino",
+        num_copies=16,
+        hidden_size=256,
+        ffn_size=2048,
+        num_layers=6,
+        num_heads=8,
+        num_queries=900,
+        backbone="swin",
+    )
 
     def make_detector(self) -> Any:
         """The dense detector, with fresh weights."""

@@ -7,7 +7,7 @@ w height and width of an image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
 
+from .._presets import preset
 from .cameras import Cameras, all_pixels, project, ray_differences, rays, sample_images
 from .layers import FeedForward, ViewExperts, ViewRouted, consistency_loss, neighbours
 
@@ -60,8 +61,6 @@ class GNTMoveConfig:
     near: float = 2.0
     far: float = 6.5
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "gnt")
-
     def __post_init__(self) -> None:
         check_choice("GNTMoveConfig", "ffn", self.ffn, FFNS)
         if self.hidden_size % self.num_heads or self.hidden_size < 8:
@@ -70,17 +69,16 @@ class GNTMoveConfig:
                 f"{self.num_heads}, got {self.hidden_size}."
             )
 
-    @classmethod
-    def tiny(cls) -> GNTMoveConfig:
-        """For images of 48 pixels."""
-        return cls()
-
-    @classmethod
-    def gnt(cls) -> GNTMoveConfig:
-        """The authors' sizes."""
-        return cls(
-            hidden_size=64, num_layers=8, features=32, num_freqs=10, num_points=192, dropout=0.1
-        )
+    tiny = preset("For images of 48 pixels.")
+    gnt = preset(
+        "The authors' sizes.",
+        hidden_size=64,
+        num_layers=8,
+        features=32,
+        num_freqs=10,
+        num_points=192,
+        dropout=0.1,
+    )
 
 
 class Views(NamedTuple):

@@ -6,7 +6,7 @@ Letters: T rows, V width of a row's features, K tasks, C categories, E experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
 
+from .._presets import preset
 from .layers import FeatureGate, Features, GatedLayer, Towers, Trace, ownership, spread
 
 SHARED = "shared"
@@ -58,8 +59,6 @@ class HoMEConfig:
     num_lora: int = 2
     self_gate: bool = True
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "wide")
-
     def __post_init__(self) -> None:
         tasks = self.tasks
         if not tasks or len(set(tasks)) != len(tasks) or any(not c for c in self.categories):
@@ -91,20 +90,20 @@ class HoMEConfig:
         """Names of the tasks, in the order of the logits' columns."""
         return tuple(task for category in self.categories for task in category)
 
-    @classmethod
-    def tiny(cls) -> HoMEConfig:
-        """For tests and tries."""
-        return cls(cardinalities=(20, 7), num_dense=3, expert_hidden=16, expert_size=8)
-
-    @classmethod
-    def wide(cls) -> HoMEConfig:
-        """Eight tasks in two categories, 16 experts in the last level; ten categorical features."""
-        return cls(
-            cardinalities=(1000,) * 10,
-            num_dense=0,
-            categories=(("a", "b", "c", "d"), ("e", "f", "g", "h")),
-            num_category=3,
-        )
+    tiny = preset(
+        "For tests and tries.",
+        cardinalities=(20, 7),
+        num_dense=3,
+        expert_hidden=16,
+        expert_size=8,
+    )
+    wide = preset(
+        "Eight tasks in two categories, 16 experts in the last level; ten categorical features.",
+        cardinalities=(1000,) * 10,
+        num_dense=0,
+        categories=(("a", "b", "c", "d"), ("e", "f", "g", "h")),
+        num_category=3,
+    )
 
 
 class MultiTask(nn.Module):

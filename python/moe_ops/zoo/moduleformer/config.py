@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from moe_ops._fields import Fields
 
+from .._presets import preset
 from ..lm.config import OWN, LMConfig, number, size
 
 # Ours -> what the published config calls the gate.
@@ -36,7 +37,6 @@ class ModuleFormerConfig(LMConfig):
             numbers above, as they do after pruning.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "molm_350m_4b", "molm_700m_4b", "molm_700m_8b")
     KEYS: ClassVar[dict[str, Any]] = {
         "vocab_size": size("vocab_size"),
         "hidden_size": size("n_embd"),
@@ -80,37 +80,27 @@ class ModuleFormerConfig(LMConfig):
     init_std: float = 0.02
     experts_of_layers: tuple[tuple[int, int], ...] | None = None
 
-    @classmethod
-    def molm_350m_4b(cls) -> ModuleFormerConfig:
-        """MoLM-350M-4B: 4 billion parameters, 350 million a token."""
-        return cls()
-
-    @classmethod
-    def molm_700m_4b(cls) -> ModuleFormerConfig:
-        """MoLM-700M-4B: the same with twice the experts a token."""
-        return cls(top_k_attention=4, top_k_mlp=4)
-
-    @classmethod
-    def molm_700m_8b(cls) -> ModuleFormerConfig:
-        """MoLM-700M-8B: twice the blocks."""
-        return cls(num_layers=48)
-
-    @classmethod
-    def tiny(cls) -> ModuleFormerConfig:
-        """Bytes, two blocks, four and eight experts: trains on a CPU."""
-        return cls(
-            vocab_size=256,
-            hidden_size=64,
-            num_layers=2,
-            num_heads=2,
-            attention_size=32,
-            intermediate_size=64,
-            num_attention_experts=4,
-            num_mlp_experts=8,
-            gate_size=32,
-            mutual_information_coefficient=0.01,
-            context=128,
-        )
+    tiny = preset(
+        "Bytes, two blocks, four and eight experts: trains on a CPU.",
+        vocab_size=256,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=2,
+        attention_size=32,
+        intermediate_size=64,
+        num_attention_experts=4,
+        num_mlp_experts=8,
+        gate_size=32,
+        mutual_information_coefficient=0.01,
+        context=128,
+    )
+    molm_350m_4b = preset("MoLM-350M-4B: 4 billion parameters, 350 million a token.")
+    molm_700m_4b = preset(
+        "MoLM-700M-4B: the same with twice the experts a token.",
+        top_k_attention=4,
+        top_k_mlp=4,
+    )
+    molm_700m_8b = preset("MoLM-700M-8B: twice the blocks.", num_layers=48)
 
     def aux_coefficients(self) -> dict[str, float]:
         """The losses that are in use."""

@@ -5,9 +5,7 @@ Letters: B images, S tokens of an image, H hidden size, C channels of the convol
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from moe_ops._fields import check_choice
 from moe_ops.layers.routing import Routing
 
+from .._presets import preset
 from .layers import MoFME, feed_forward
 
 EXPERTS = ("film", "ffn", "dense")
@@ -56,41 +55,25 @@ class MoFMEConfig:
     dropout: float = 0.0
     residual: bool = True
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "e4", "e8", "e16")
-
     def __post_init__(self) -> None:
         check_choice("MoFMEConfig", "experts", self.experts, EXPERTS)
         check_choice("MoFMEConfig", "router", self.router, ROUTERS)
 
-    @classmethod
-    def tiny(cls) -> MoFMEConfig:
-        """For crops of 32 pixels."""
-        return cls()
-
-    @classmethod
-    def e4(cls) -> MoFMEConfig:
-        """The authors' sizes with four experts."""
-        return cls(
-            channels=32,
-            tail_scale=4,
-            patch_size=8,
-            hidden_size=384,
-            num_heads=8,
-            head_size=64,
-            num_experts=4,
-            dropout=0.1,
-            residual=False,
-        )
-
-    @classmethod
-    def e8(cls) -> MoFMEConfig:
-        """With eight."""
-        return dataclasses.replace(cls.e4(), num_experts=8)
-
-    @classmethod
-    def e16(cls) -> MoFMEConfig:
-        """With sixteen."""
-        return dataclasses.replace(cls.e4(), num_experts=16)
+    tiny = preset("For crops of 32 pixels.")
+    e4 = preset(
+        "The authors' sizes with four experts.",
+        channels=32,
+        tail_scale=4,
+        patch_size=8,
+        hidden_size=384,
+        num_heads=8,
+        head_size=64,
+        num_experts=4,
+        dropout=0.1,
+        residual=False,
+    )
+    e8 = e4.but("With eight.", num_experts=8)
+    e16 = e4.but("With sixteen.", num_experts=16)
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
 
+from .._presets import preset
 from .graphs import GNN, MLP, Edges, Work
 
 CONFIDENCES = ("variance", "entropy", "monotone", "free")
@@ -52,8 +53,6 @@ class MowstConfig:
     gate_dropout: float = 0.0
     detach_dispersion: bool = False
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "flickr", "arxiv")
-
     def __post_init__(self) -> None:
         if self.num_classes < 2 or self.num_layers < 1:
             raise ValueError(
@@ -62,20 +61,22 @@ class MowstConfig:
             )
         check_choice("MowstConfig", "confidence", self.confidence, CONFIDENCES)
 
-    @classmethod
-    def tiny(cls) -> MowstConfig:
-        """For tests and tries."""
-        return cls(hidden_size=16, dropout=0.0)
-
-    @classmethod
-    def flickr(cls) -> MowstConfig:
-        """The paper's GCN for Flickr: 500 features, 7 classes, 3 layers of 256."""
-        return cls(in_size=500, num_classes=7, hidden_size=256, num_layers=3, joint=False)
-
-    @classmethod
-    def arxiv(cls) -> MowstConfig:
-        """The paper's GCN for ogbn-arxiv: 128 features, 40 classes, 3 layers of 256."""
-        return cls(in_size=128, num_classes=40, hidden_size=256, num_layers=3)
+    tiny = preset("For tests and tries.", hidden_size=16, dropout=0.0)
+    flickr = preset(
+        "The paper's GCN for Flickr: 500 features, 7 classes, 3 layers of 256.",
+        in_size=500,
+        num_classes=7,
+        hidden_size=256,
+        num_layers=3,
+        joint=False,
+    )
+    arxiv = preset(
+        "The paper's GCN for ogbn-arxiv: 128 features, 40 classes, 3 layers of 256.",
+        in_size=128,
+        num_classes=40,
+        hidden_size=256,
+        num_layers=3,
+    )
 
 
 def dispersion(logits: Tensor) -> Tensor:

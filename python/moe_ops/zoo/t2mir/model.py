@@ -9,7 +9,7 @@ Letters: B sequences, S steps of context, L tokens, H width, A action size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe_ops._fields import check_choice
 from moe_ops.layers import Experts
 
+from .._presets import preset
 from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
 
 
@@ -60,8 +61,6 @@ class T2MIRConfig:
     softmax_representation: bool = False
     tau: float = 0.005
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "point_robot", "dark_room")
-
     def __post_init__(self) -> None:
         for name, known in (
             ("variant", ("ad", "dpt")),
@@ -80,22 +79,28 @@ class T2MIRConfig:
         """Width of a prediction: logits of discrete actions, or the action."""
         return self.num_actions or self.action_size
 
-    @classmethod
-    def tiny(cls) -> T2MIRConfig:
-        """For tests and tries."""
-        return cls(hidden_size=32, num_layers=2, num_heads=2, dropout=0.0, max_steps=24)
-
-    @classmethod
-    def point_robot(cls) -> T2MIRConfig:
-        """The authors' sizes for continuous control: four episodes of 20 steps, width 128."""
-        return cls(hidden_size=128, num_heads=8)
-
-    @classmethod
-    def dark_room(cls) -> T2MIRConfig:
-        """The authors' sizes for DarkRoom with DPT: a prompt of 100 steps, width 64."""
-        return cls(
-            variant="dpt", num_actions=5, num_layers=4, num_heads=8, max_steps=100, dropout=0.05
-        )
+    tiny = preset(
+        "For tests and tries.",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        dropout=0.0,
+        max_steps=24,
+    )
+    point_robot = preset(
+        "The authors' sizes for continuous control: four episodes of 20 steps, width 128.",
+        hidden_size=128,
+        num_heads=8,
+    )
+    dark_room = preset(
+        "The authors' sizes for DarkRoom with DPT: a prompt of 100 steps, width 64.",
+        variant="dpt",
+        num_actions=5,
+        num_layers=4,
+        num_heads=8,
+        max_steps=100,
+        dropout=0.05,
+    )
 
 
 class T2MIROutput(NamedTuple):

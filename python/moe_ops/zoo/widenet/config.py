@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from moe_ops._fields import check_choice, check_types
 
+from .._presets import preset
 from ..lm.config import LMConfig, number, size
 
 TRUNKS = ("language", "vision")
@@ -37,7 +38,6 @@ class WideNetConfig(LMConfig):
         norm_eps: of all norms.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_vision", "b", "l", "h")
     KEYS: ClassVar[dict[str, Any]] = {
         "vocab_size": size("vocab_size"),
         "hidden_size": size("hidden_size"),
@@ -81,50 +81,26 @@ class WideNetConfig(LMConfig):
                 f"{self.patch_size}."
             )
 
-    @classmethod
-    def tiny(cls) -> WideNetConfig:
-        """Bytes, a block four times."""
-        return cls()
+    tiny = preset("Bytes, a block four times.")
+    tiny_vision = preset("Images of 16 x 16 in 16 patches, a block four times.", trunk="vision")
 
-    @classmethod
-    def tiny_vision(cls) -> WideNetConfig:
-        """Images of 16 x 16 in 16 patches, a block four times."""
-        return cls(trunk="vision")
-
-    @classmethod
-    def _published(cls, **sizes: Any) -> WideNetConfig:
-        return cls(
-            trunk="vision",
-            image_size=224,
-            patch_size=16,
-            channels=3,
-            num_classes=1000,
-            representation=True,
-            dropout=0.1,
-            capacity_factor=1.2,
-            **sizes,
-        )
-
-    @classmethod
-    def b(cls) -> WideNetConfig:
-        """WideNet-B for ImageNet, 29 million parameters."""
-        return cls._published(
-            hidden_size=768, num_layers=12, num_heads=12, intermediate_size=4096
-        )  # fmt: skip
-
-    @classmethod
-    def l(cls) -> WideNetConfig:  # noqa: E743
-        """WideNet-L, 40 million."""
-        return cls._published(
-            hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096
-        )  # fmt: skip
-
-    @classmethod
-    def h(cls) -> WideNetConfig:
-        """WideNet-H, 63 million."""
-        return cls._published(
-            hidden_size=1280, num_layers=32, num_heads=16, intermediate_size=5120
-        )  # fmt: skip
+    b = preset(
+        "WideNet-B for ImageNet, 29 million parameters.",
+        trunk="vision",
+        image_size=224,
+        patch_size=16,
+        channels=3,
+        num_classes=1000,
+        representation=True,
+        dropout=0.1,
+        capacity_factor=1.2,
+        hidden_size=768,
+        num_layers=12,
+        num_heads=12,
+        intermediate_size=4096,
+    )
+    l = b.but("WideNet-L, 40 million.", hidden_size=1024, num_layers=24, num_heads=16)
+    h = l.but("WideNet-H, 63 million.", hidden_size=1280, num_layers=32, intermediate_size=5120)
 
     def aux_coefficients(self) -> dict[str, float]:
         return {"load_balancing": self.balance_coefficient} if self.num_experts > 1 else {}
