@@ -6,7 +6,6 @@ import json
 import sys
 import types
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -19,16 +18,10 @@ runner = CliRunner()
 
 @dataclass(frozen=True)
 class ToyConfig:
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "large")
     size: int = 1
 
-    @classmethod
-    def tiny(cls):
-        return cls()
-
-    @classmethod
-    def large(cls):
-        return cls(size=100)
+    large = zoo.preset("Large.", size=100)
+    tiny = zoo.preset("Small.")
 
 
 class Toy:

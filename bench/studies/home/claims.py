@@ -35,13 +35,14 @@ from bench.studies.home.data import (
     generated,
     movielens,
 )
+from bench.studies.home.models import RecommenderConfig, build
 from bench.studies.home.stream import RARE, SMALL, stream_study
 from bench.studies.home.traces import gate_entropy, scale_ratio, zero_fraction
 from bench.studies.home.training import evaluate, fit
 from bench.studies.picture import Picture
 from bench.studies.report import means
 from bench.studies.study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from moe_ops.zoo.home import MultiTask
 from moe_ops.zoo.home.layers import GatedLayer, Trace
 
 GENERATED, FILMS = "generated", "MovieLens 100k"
@@ -56,8 +57,8 @@ class Schedule(NamedTuple):
 SCHEDULES = {GENERATED: Schedule(256, 12, 2), FILMS: Schedule(1024, 6, 1)}
 
 
-def arms(table: Table) -> dict[str, HoMEConfig]:
-    base = HoMEConfig(
+def arms(table: Table) -> dict[str, RecommenderConfig]:
+    base = RecommenderConfig(
         cardinalities=table.cardinalities,
         num_dense=table.num_dense,
         categories=table.categories,
@@ -83,7 +84,9 @@ def flops(model: MultiTask) -> float:
     return 2e-6 * sum(matrices)
 
 
-def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) -> dict[str, Any]:
+def measure(
+    config: RecommenderConfig, table: Table, seed: int, fixed: bool = False
+) -> dict[str, Any]:
     """A row, and the mean weights of the last level's gates on test rows."""
     torch.manual_seed(seed)
     model, schedule = build(config), SCHEDULES[table.name]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.studies.home.models import RecommenderConfig, build
 from bench.studies.home.training import Rows, evaluate
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from moe_ops.zoo.home import MultiTask
 from moe_ops.zoo.home.model import multitask_loss
 
 from ..study import Hypothesis, Job, Results, Run, Study
@@ -54,8 +55,8 @@ class Stream:
     def categories(self) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(f"{name}{i + 1}" for i in range(len(self.rates))) for name in ("a", "b"))
 
-    def arms(self) -> dict[str, HoMEConfig]:
-        base = HoMEConfig(
+    def arms(self) -> dict[str, RecommenderConfig]:
+        base = RecommenderConfig(
             cardinalities=(self.cardinality,) * self.num_ids,
             num_dense=self.num_dense,
             categories=self.categories,

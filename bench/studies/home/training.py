@@ -245,7 +245,7 @@ def fit(
 
     before = model.training
     model.train()
-    with bar(epochs * size, f"fit {model.config.model}", progress) as shown:
+    with bar(epochs * size, f"fit {type(model).__name__}", progress) as shown:
 
         def after(step: int, parts: Mapping[str, Tensor]) -> bool:
             nonlocal total, seen, best, best_state

@@ -21,9 +21,9 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
-from ._presets import presets_of
+from ._presets import preset, presets_of
 
-__all__ = ["System", "create", "get", "register", "systems"]
+__all__ = ["System", "create", "get", "preset", "register", "systems"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class System:
         name: what `create` and the command line call it; the stem of its page in docs/zoo and of
             its experiment in bench/studies, where it has one.
         module: the module that holds it, imported when first used.
-        config: name of its config dataclass there, which has its presets (`_presets.preset`).
+        config: name of its config dataclass there, whose attributes made by `preset` are its
+            presets.
         model: name of the class there that is built from a config.
         summary: one line for lists.
         needs: the extra of this distribution that its module needs, or "".
@@ -141,8 +142,8 @@ _OURS = (
      "BAM: attention and feed-forward experts from dense models; BTX as its baseline."),
     ("factorllm", "FactorLLMConfig", "FactorLLM", "zoo",
      "FactorLLM: networks of a dense model cut into slices, of which a token uses some."),
-    ("home", "HoMEConfig", "build", "",
-     "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom."),
+    ("home", "HoMEConfig", "HoME", "",
+     "HoME: a multi-task recommender with experts of tasks, of categories and of all."),
     ("mowst", "MowstConfig", "Mowst", "graphs",
      "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence."),
     ("t2mir", "T2MIRConfig", "T2MIR", "",
