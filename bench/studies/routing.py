@@ -32,8 +32,8 @@ from moe_ops.layers import (
     update_expert_bias,
 )
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import causal_attention
 from moe_ops.zoo.llama import Llama, LlamaBlock, LlamaConfig
-from moe_ops.zoo.lm.attention import causal_attention
 from moe_ops.zoo.lm.blocks import Step
 from moe_ops.zoo.lm.model import LMLoss
 

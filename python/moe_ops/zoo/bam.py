@@ -21,10 +21,10 @@ from moe_ops import upcycle
 from moe_ops._fields import Fields
 from moe_ops.layers import AttentionExperts, Experts, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention
 
 from ._presets import preset
-from .lm.attention import Attention
-from .lm.blocks import Step
+from .lm.blocks import Step, projection_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LLAMA_KEYS, OWN, Key, LMConfig, flag, size
 from .lm.model import CausalLM
@@ -236,7 +236,9 @@ class BAM(CausalLM):
         experts = self.config.num_experts
         entries = [Entry(f"{ours}.norm.weight", (f"{theirs}.input_layernorm.weight",))]
         if isinstance(block.attention, Attention):
-            entries += block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn")
+            entries += projection_entries(
+                block.attention, f"{ours}.attention", f"{theirs}.self_attn"
+            )
         else:
             entries += self._attention_entries(f"{ours}.attention", f"{theirs}.self_attn")
         if experts == 1:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from moe_ops._fields import Fields
 from moe_ops.layers import Experts, Router, SharedExperts
 from moe_ops.layers.rotary import Rope, Yarn
+from moe_ops.layers.self_attention import LatentAttention
 
 from ._presets import preset
-from .lm.attention import LatentAttention
 from .lm.blocks import Step, attend, attention_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size

@@ -15,9 +15,9 @@ from torch import nn
 from moe_ops._fields import Fields
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention
 
 from ._presets import preset
-from .lm.attention import Attention
 from .lm.blocks import Block, attention_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, number, size

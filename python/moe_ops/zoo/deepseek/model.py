@@ -19,8 +19,8 @@ from moe_ops.layers import (
     update_expert_bias,
 )
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention, LatentAttention
 
-from ..lm.attention import Attention, LatentAttention
 from ..lm.blocks import Block
 from ..lm.checkpoint import Entry
 from ..lm.losses import AuxLoss, Routed

@@ -6,6 +6,7 @@ Letters: B sequences, S tokens of each, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from moe_ops.layers import KVCache, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rotation
 from moe_ops.layers.routing import Routing
+from moe_ops.layers.self_attention import Attention, LatentAttention
 
-from .attention import Attention, LatentAttention
-from .checkpoint import Entry
+from .checkpoint import Entry, renamed
 from .losses import Routed
 
+# Of latent attention, ours and DeepSeek's.
+LATENT_NAMES = (("_a_norm", "_a_layernorm"), ("kv_a_proj", "kv_a_proj_with_mqa"))
 LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -91,6 +94,14 @@ def attention_entries(
     """Of the attention and the two norms of a block like Llama's, given its name here and there."""
     return [
         Entry(f"{ours}.attention_norm.weight", (f"{theirs}.{norms[0]}.weight",)),
-        *block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn"),
+        *projection_entries(block.attention, f"{ours}.attention", f"{theirs}.self_attn"),
         Entry(f"{ours}.mlp_norm.weight", (f"{theirs}.{norms[1]}.weight",)),
     ]
+
+
+def projection_entries(attention: nn.Module, ours: str, theirs: str) -> list[Entry]:
+    """Returns the entries of an attention's own tensors: as Llama, DeepSeek and fairseq call them,
+    given both prefixes."""
+    there = [name for name, _ in attention.named_parameters()]
+    keys = [reduce(lambda key, pair: key.replace(*pair), LATENT_NAMES, name) for name in there]
+    return renamed(ours, theirs, dict(zip(there, keys, strict=True)))

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache
+from moe_ops.layers.head_loss import head_cross_entropy
 from moe_ops.layers.rotary import Rope
 
 from .blocks import Step
 from .checkpoint import Entry
-from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 from .pretrained import Pretrained

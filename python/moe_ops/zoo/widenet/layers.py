@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops.layers import Capacity, Experts, MoE, TopKRouter
+from moe_ops.layers.self_attention import Attention, MultiHeadAttention
 
-from ..lm.attention import Attention
 from ..lm.blocks import Step
 from ..lm.checkpoint import Entry
-from ..lm.multihead import MultiHeadAttention
 from .config import WideNetConfig
 
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from moe_ops.layers import KVCache
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention, MultiHeadAttention
 
-from ..lm.attention import Attention
 from ..lm.blocks import Step
 from ..lm.checkpoint import Entry
 from ..lm.config import LMConfig
 from ..lm.losses import OF_LAYERS, Routed, sum_over_layers
 from ..lm.model import CausalLM
-from ..lm.multihead import MultiHeadAttention
 from ..lm.pretrained import Pretrained
 from .config import WideNetConfig
 from .layers import DepthNorms, WideBlock, counts, idle_parameters, same_entries, through_depths

@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ops.zoo.lm import cross_entropy
-from moe_ops.zoo.lm.cross_entropy import head_cross_entropy
+from moe_ops.layers import head_loss
+from moe_ops.layers.head_loss import head_cross_entropy
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """11 tokens are 4 chunks, of unequal lengths."""
-    monkeypatch.setattr(cross_entropy, "MIN_CHUNK", 3)
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(head_loss, "MIN_CHUNK", 3)
+    monkeypatch.setattr(head_loss, "CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
 
 
 def case(dtype: torch.dtype, tokens: int = 11) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,5 @@
-"""Attention of the zoo's language models: grouped heads, and latent keys and values.
+"""Attention of all tokens, without experts: grouped heads, latent keys and values, and the heads of
+the first transformers.
 
 Letters: B batch, S tokens of a sequence, S_kv keys, H hidden size, n heads, d head size.
 """
@@ -12,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.layers import KVCache
-from moe_ops.layers.rotary import Rope, Rotation
-
-from .checkpoint import Entry, renamed
+from .attention import KVCache
+from .rotary import Rope, Rotation
 
 # Told of the probabilities [B, n, S, S_kv] of a call.
 Watcher = Callable[[Tensor], None]
@@ -112,11 +111,6 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)
         return self.o_proj(causal_attention(q, k, v, watcher=self.watcher).flatten(2))
-
-    def entries(self, ours: str, theirs: str) -> list[Entry]:
-        """Keys of a Llama-like checkpoint, given both prefixes."""
-        names = [f"{n}_proj.weight" for n in "qkvo"]
-        return renamed(ours, theirs, dict(zip(names, names, strict=True)))
 
 
 class LatentAttention(nn.Module):
@@ -229,17 +223,62 @@ class LatentAttention(nn.Module):
         mixed = causal_attention(q, k, latent, scale=self.scale, watcher=self.watcher)
         return torch.einsum("bsnr,ndr->bsnd", mixed, w_v)
 
-    def entries(self, ours: str, theirs: str) -> list[Entry]:
-        """Keys of DeepSeek's checkpoints, given both prefixes."""
-        names = {
-            "q_proj": "q_proj",
-            "q_a_proj": "q_a_proj",
-            "q_a_norm": "q_a_layernorm",
-            "q_b_proj": "q_b_proj",
-            "kv_a_proj": "kv_a_proj_with_mqa",
-            "kv_a_norm": "kv_a_layernorm",
-            "kv_b_proj": "kv_b_proj",
-            "o_proj": "o_proj",
-        }
-        there = {n: o for n, o in names.items() if getattr(self, n) is not None}
-        return renamed(ours, theirs, {f"{n}.weight": f"{o}.weight" for n, o in there.items()})
+
+class MultiHeadAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v of a sequence with itself or with another one.
+
+    Parameters: q_proj, k_proj, v_proj and out_proj, each weight [H, H] and bias [H].
+
+    Args:
+        hidden_size, num_heads: H and n, a divisor of H.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(
+                f"MultiHeadAttention: num_heads must divide hidden_size = {hidden_size}, got "
+                f"{num_heads}."
+            )
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(hidden_size, hidden_size) for _ in range(4)
+        )
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a sequence [B, S_kv, H], each [B, S_kv, n, d]."""
+        k, v = self.k_proj(x), self.v_proj(x)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        *,
+        causal: bool = False,
+        seen: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x [B, S, H] to [B, S, H].
+
+        Args:
+            keys_values: of another sequence; None: of x.
+            causal: the S queries are the last of the S_kv positions, and see none after them.
+            seen: bool [B, S_kv], True where a key may be seen: in every row one or more. Padding
+                at the end of a causal sequence needs none.
+            cache: keys and values of x are appended to it, and all it holds are seen.
+        """
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        if cache is not None:
+            k, v = cache.update(k, v)
+        if causal:
+            y = causal_attention(q, k, v)
+        else:
+            mask = None if seen is None else seen[:, None, None]
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        out: Tensor = self.out_proj(y.flatten(2))
+        return out
