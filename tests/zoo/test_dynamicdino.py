@@ -12,8 +12,7 @@ from bench.studies.dynamicdino.shapes import ALL, draw_scenes
 from bench.studies.dynamicdino.training import freeze
 
 from moe_ops import zoo
-from moe_ops.zoo.dynamicdino import moe_tuning
-from moe_ops.zoo.dynamicdino.model import DETECTORS, decoder_layers
+from moe_ops.zoo.dynamicdino import DETECTORS, decoder_layers, moe_tuning
 
 SMALL = {"hidden_size": 32, "ffn_size": 16, "num_heads": 2, "num_queries": 8}
 SCENES = draw_scenes(3, ALL, torch.Generator().manual_seed(1), side=32, num_phrases=3)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files
-from moe_ops.zoo.adamoe.model import ActionTransformer, AdaMoEConfig
+from moe_ops.zoo.adamoe import ActionTransformer, AdaMoEConfig
 
 from ..progress import bar
 from ..settings import settings_folder

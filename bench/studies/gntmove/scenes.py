@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.zoo.gntmove.cameras import Cameras, all_pixels, rays
+from moe_ops.zoo.gntmove.cameras import Cameras, rays
 
 MATERIALS = ("diffuse", "glossy", "textured")
 FAR = 1e4
@@ -183,3 +183,9 @@ def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width:
     right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
     down = torch.linalg.cross(forward, right)
     return Cameras(position, torch.stack([right, down, forward], -1), focal, height, width)
+
+
+def all_pixels(height: int, width: int) -> Tensor:
+    """[h * w, 2], x and y of each pixel, row by row."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y], -1).view(-1, 2).float()

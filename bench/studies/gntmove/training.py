@@ -24,7 +24,15 @@ from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
 from ..trainer import Group, Lesson, train_once, train_steps
-from .scenes import MATERIALS, Scenes, draw_cameras, draw_scenes, photograph, see
+from .scenes import (
+    MATERIALS,
+    Scenes,
+    all_pixels,
+    draw_cameras,
+    draw_scenes,
+    photograph,
+    see,
+)
 
 # Arms of the command: what differs between the models that are compared. A point passes K experts
 # and the permanent one: the network of "wide" has as many active parameters.
@@ -97,6 +105,36 @@ def draw_unseen(
     )
 
 
+@torch.no_grad()
+def render(
+    model: GNTMove,
+    views: Views,
+    target: Cameras,
+    *,
+    depths: Tensor | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """Images [S, 3, h, w] of target cameras [S], not clipped.
+
+    Args:
+        depths: [S, h * w, P], of the points of each ray. chunk: rays at once.
+    """
+    before = model.training
+    model.eval()
+    scenes = len(target.focal)
+    pixels = all_pixels(target.height, target.width).to(views.images).expand(scenes, -1, 2)
+    features = model.image_features(views.images)
+    made = []
+    for start in range(0, pixels.shape[1], chunk):
+        part = slice(start, start + chunk)
+        given = None if depths is None else depths[:, part]
+        out = model(views, target, pixels[:, part], depths=given, features=features)
+        made.append(out.colors)
+    model.train(before)
+    colors = torch.cat(made, 1).transpose(1, 2)
+    return colors.reshape(scenes, 3, target.height, target.width)
+
+
 def lesson(
     model: GNTMove,
     batches: Batches = draw_batch,
@@ -132,7 +170,7 @@ def evaluate(
     with bar(len(data.images), "render", progress) as shown:
         for number in range(len(data.images)):
             one = part_of(data, number)
-            made.append(model.render(one.views, one.target).clamp(0, 1))
+            made.append(render(model, one.views, one.target).clamp(0, 1))
             shown.update()
     images = torch.cat(made)
     values = psnr(images, data.images)
@@ -314,7 +352,7 @@ def draw(
         away = (one.views.cameras.position[0] - one.target.position).norm(dim=-1)
         columns["a source view"].append(one.views.images[0, int(away.argmin())])
         for arm, model in models.items():
-            made = model.render(one.views, one.target).clamp(0, 1)
+            made = render(model, one.views, one.target).clamp(0, 1)
             columns[arm].append(made[0])
             notes[arm].append(f"{float(psnr(made, one.images)):.1f} dB")
         columns["truth"].append(one.images[0])

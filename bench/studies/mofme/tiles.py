@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.zoo.mofme.model import RestorationTransformer
+from moe_ops.zoo.mofme import RestorationTransformer
 
 
 @torch.no_grad()

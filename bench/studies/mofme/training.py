@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import import_matplotlib, plot_images
-from moe_ops.zoo.mofme.model import MoFMEConfig, RestorationTransformer
+from moe_ops.zoo.mofme import MoFMEConfig, RestorationTransformer
 
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar

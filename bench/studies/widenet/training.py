@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import import_matplotlib, plot_expert_scores
-from moe_ops.zoo.widenet.config import TRUNKS, WideNetConfig
-from moe_ops.zoo.widenet.model import WideNetLM, WideNetViT, build
+from moe_ops.zoo.widenet import TRUNKS, WideNetConfig, WideNetLM, WideNetViT, build
 
 from .. import python_texts
 from ..settings import settings_folder

@@ -58,8 +58,8 @@ def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1
         train = b"".join(files[name] for name in sorted(files.keys() - chosen))
         heldout = b"".join(files[name] for name in sorted(chosen))
     digest = hashlib.sha256(len(train).to_bytes(8, "little") + train + heldout).hexdigest()
-    parts = (torch.from_numpy(np.frombuffer(p, np.uint8).copy()) for p in (train, heldout))
-    return Corpus(*parts, str(root), digest)
+    as_bytes = [torch.from_numpy(np.frombuffer(p, np.uint8).copy()) for p in (train, heldout)]
+    return Corpus(as_bytes[0], as_bytes[1], str(root), digest)
 
 
 def training_batch(

@@ -47,8 +47,12 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         OSError: what cannot be read or written.
     """
     before, base = torch.get_num_threads(), _SMOKE if options.smoke else TrainConfig()
-    chosen = {"steps": options.steps or base.steps, "threads": options.threads or before}
-    config = dataclasses.replace(base, seed=options.seed, **chosen)
+    config = dataclasses.replace(
+        base,
+        seed=options.seed,
+        steps=options.steps or base.steps,
+        threads=options.threads or before,
+    )
     out = _files.make_folder(options.out)
     try:
         trainer = Trainer(config, data.load_corpus(options.data))

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from moe_ops.layers import SharedExperts
-from moe_ops.zoo.adamoe import AdaMoE, ScaledRouter, adamoe_balance_loss
-from moe_ops.zoo.adamoe.layers import VARIANTS
+from moe_ops.zoo.adamoe import VARIANTS, AdaMoE, ScaledRouter, adamoe_balance_loss
 
 T, H, I, E = 7, 6, 5, 4
 

@@ -9,7 +9,7 @@ import torch
 from bench.studies.adamoe.skills import demonstrate
 
 from moe_ops import zoo
-from moe_ops.zoo.adamoe.model import time_features
+from moe_ops.zoo.adamoe import time_features
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
 

@@ -6,11 +6,12 @@ import math
 
 import torch
 from bench.studies.gntmove.scenes import (
+    all_pixels,
     draw_cameras,
     look_at,
 )
 
-from moe_ops.zoo.gntmove.cameras import all_pixels, project, ray_differences, rays, sample_images
+from moe_ops.zoo.gntmove.cameras import project, ray_differences, rays, sample_images
 
 
 def generator(seed=0):

@@ -9,8 +9,7 @@ import torch
 
 from moe_ops import zoo
 from moe_ops.layers import Router
-from moe_ops.zoo.mofme import FiLMExperts, MoFME, UncertaintyRouter
-from moe_ops.zoo.mofme.layers import calibrated
+from moe_ops.zoo.mofme import FiLMExperts, MoFME, UncertaintyRouter, calibrated
 
 T, H, I, E, K, M = 7, 6, 10, 4, 2, 5
 

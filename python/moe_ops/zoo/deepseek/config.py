@@ -34,7 +34,8 @@ class DeepSeekConfig(LMConfig):
         score_func: "softmax" (V1, V2) or "sigmoid" (V3).
         renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
         num_groups, num_topk_groups, group_score: groups of experts, and how many a token may use.
-        expert_bias: balance by a bias of the choice; see `DeepSeek.balance_after`.
+        expert_bias: balance by a bias of the choice, which `moe_ops.layers.update_expert_bias`
+            moves after each step of an optimizer.
         bias_update_rate: size of its steps.
         expert_balance_coefficient, device_balance_coefficient, sequence_balance_coefficient: of the
             losses, each summed over layers.

@@ -1,7 +1,7 @@
 """GNT-MOVE: novel views of scenes that were not trained on, by transformers with experts of views.
 
     model = zoo.create("gntmove")                        # ffn="dense": GNT
-    image = model.render(Views(images, cameras), target)
+    colors = model(Views(images, cameras), target, pixels).colors
 
 Source: Cong et al. 2023 (Enhancing NeRF akin to Enhancing LLMs: Generalizable NeRF Transformer with
 Mixture-of-View-Experts, ICCV, arXiv 2308.11793); Varma et al. 2023 (GNT, ICLR, arXiv 2207.13298).

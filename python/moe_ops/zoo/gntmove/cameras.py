@@ -30,12 +30,6 @@ class Cameras(NamedTuple):
         return Cameras(*parts, self.height, self.width)
 
 
-def all_pixels(height: int, width: int) -> Tensor:
-    """[h * w, 2], x and y of each pixel, row by row."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([x, y], -1).view(-1, 2).float()
-
-
 def rays(cameras: Cameras, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Origins and unit directions, [..., R, 3] each, of the rays through pixels [..., R, 2]."""
     middle = pixels.new_tensor([cameras.width - 1, cameras.height - 1]) / 2

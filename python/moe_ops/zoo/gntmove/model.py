@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_ops._fields import check_choice
 
 from .._presets import preset
-from .cameras import Cameras, all_pixels, project, ray_differences, rays, sample_images
+from .cameras import Cameras, project, ray_differences, rays, sample_images
 from .layers import FeedForward, ViewExperts, ViewRouted, consistency_loss, neighbours
 
 FFNS = ("moe", "dense")
@@ -347,30 +347,6 @@ class GNTMove(nn.Module):
         shape = out.points.shape[:2]
         found = [consistency_loss(r.logits.unflatten(0, shape), pairs, near) for r in out.routed]
         return torch.stack(found).mean()
-
-    @torch.no_grad()
-    def render(
-        self, views: Views, target: Cameras, *, depths: Tensor | None = None, chunk: int = 1024
-    ) -> Tensor:
-        """Images [S, 3, h, w] of target cameras [S], not clipped.
-
-        Args:
-            depths: [S, h * w, P], of the points of each ray. chunk: rays at once.
-        """
-        before = self.training
-        self.eval()
-        scenes = len(target.focal)
-        pixels = all_pixels(target.height, target.width).to(views.images).expand(scenes, -1, 2)
-        features = self.image_features(views.images)
-        made = []
-        for start in range(0, pixels.shape[1], chunk):
-            part = slice(start, start + chunk)
-            given = None if depths is None else depths[:, part]
-            out = self(views, target, pixels[:, part], depths=given, features=features)
-            made.append(out.colors)
-        self.train(before)
-        colors = torch.cat(made, 1).transpose(1, 2)
-        return colors.reshape(scenes, 3, target.height, target.width)
 
 
 def encode(x: Tensor, num_freqs: int) -> Tensor:

@@ -13,6 +13,7 @@ from bench.studies.gntmove.scenes import (
     MATERIALS,
     SHINE,
     Scenes,
+    all_pixels,
     draw_cameras,
     draw_scenes,
     photograph,
@@ -22,7 +23,7 @@ from bench.studies.gntmove.scenes import (
 from bench.studies.gntmove.training import draw_batch, draw_unseen
 from tests.zoo.gntmove.test_cameras import generator
 
-from moe_ops.zoo.gntmove.cameras import all_pixels, rays
+from moe_ops.zoo.gntmove.cameras import rays
 
 
 def one_scene(**changes):

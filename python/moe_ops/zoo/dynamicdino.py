@@ -1,7 +1,14 @@
-"""Detectors of transformers whose decoder's feed-forward networks become experts.
+"""Dynamic-DINO: an open-vocabulary detector whose decoder's networks become experts.
 
-Letters: B images, Q queries of the decoder, H hidden size, N copies of a network, n slices of each,
-E = N * n experts, K experts a query, P phrases.
+    dense = zoo.create("dynamicdino", num_copies=0)     # train it, or take one of transformers
+    sparse = dense.with_experts(num_copies=4, num_slices=2)
+
+Source: Lu et al. 2025 (Dynamic-DINO: Fine-Grained Mixture of Experts Tuning for Real-time
+Open-Vocabulary Object Detection, arXiv 2507.17436); Liu et al. 2023 (Grounding DINO, arXiv
+2303.05499).
+
+Letters: B images, Q queries of the decoder, H hidden size, N copies of a network, n slices of
+each, E = N * n experts, K experts a query, P phrases.
 """
 
 from __future__ import annotations
@@ -23,6 +30,14 @@ from transformers import (
     MMGroundingDinoConfig,
     MMGroundingDinoForObjectDetection,
 )
+from transformers.loss.loss_grounding_dino import (
+    GroundingDinoHungarianMatcher,
+    GroundingDinoImageLoss,
+)
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    build_label_maps,
+    build_text_mask,
+)
 
 from moe_ops import upcycle
 from moe_ops._fields import check_choice
@@ -30,8 +45,60 @@ from moe_ops.layers import Experts, MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 
-from .._presets import preset
-from .loss import detection_loss
+from ._presets import preset
+
+CLASS_WEIGHT = 2.0  # As in transformers; the weights of the boxes are in the config.
+
+
+def detection_loss(out: Any, labels: Sequence[dict[str, Tensor]], config: Any) -> Tensor:
+    """Focal, L1 and GIoU losses of all decoder layers (or the last, by the config's
+    auxiliary_loss), and of the proposals: a scalar.
+
+    transformers' own loss of the proposals has no gradient by their boxes, and its scores are of
+    query embeddings that have not seen the image: it is left out. Proposals are matched with the
+    objects as the queries are instead, which trains the choice of queries as in the authors' code.
+
+    transformers' loss takes the phrases of the second image for those of all later ones. Phrases of
+    all images must have as many tokens.
+
+    Args:
+        out: what the detector returned for these labels.
+        labels: an image's "class_labels" and "boxes".
+
+    Raises:
+        ValueError: phrases of other numbers of tokens.
+    """
+    maps: Sequence[Tensor] = build_label_maps(out.logits, out.input_ids)
+    if any(m.shape != maps[0].shape or not torch.equal(m, maps[0]) for m in maps[1:]):
+        raise ValueError(
+            "detection_loss: phrases must have as many tokens in all images, got others; "
+            "transformers' loss does not tell them apart."
+        )
+    weights = {
+        "loss_ce": CLASS_WEIGHT,
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+    }
+    found = {name: term for name, term in out.loss_dict.items() if not name.endswith("_enc")}
+    matcher = GroundingDinoHungarianMatcher(
+        class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost
+    )
+    criterion = GroundingDinoImageLoss(matcher, config.focal_alpha, ["labels", "boxes"])
+    rows = out.enc_outputs_class.amax(-1).topk(config.num_queries, dim=1).indices[..., None]
+    logits = out.enc_outputs_class.gather(1, rows.expand(-1, -1, out.enc_outputs_class.shape[-1]))
+    boxes = out.enc_outputs_coord_logits.gather(1, rows.expand(-1, -1, 4)).sigmoid()
+    mask = build_text_mask(logits, torch.ones_like(out.input_ids))
+    proposals = {
+        "logits": logits, "pred_boxes": boxes, "label_maps": maps, "text_mask": mask,
+    }  # fmt: skip
+    found |= {f"{name}_proposals": term for name, term in criterion(proposals, labels).items()}
+    total = out.logits.new_zeros(())
+    for name, term in found.items():
+        kind = "_".join(name.split("_")[:2])
+        if kind in weights:
+            total = total + weights[kind] * term
+    return total
+
 
 DETECTORS: dict[str, tuple[Any, Any]] = {
     "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
