@@ -164,7 +164,7 @@ def test_what_is_refused(dense):
         (lambda: moe_tuning(sparse.detector), "must be dense, got one with experts"),
         (lambda: sparse.with_experts(num_copies=2), "must be dense, got one with experts"),
         (lambda: moe_tuning(noisy.detector), "activation_dropout 0, got 0.1"),
-        (lambda: dense.with_experts(num_copies=-1), "num_copies must be 1 or more, got -1"),
+        (lambda: dense.with_experts(num_copies=-1), "num_copies must be at least 1, got -1"),
         (lambda: dense.with_experts(num_copies=2, num_slices=3), "must divide intermediate_size"),
         (lambda: dense.with_experts(num_copies=2, start="none"), "start must be one of paired"),
         (lambda: zoo.create("dynamicdino", backbone="vgg"), "backbone must be one of convnext"),

@@ -183,6 +183,19 @@ class History:
     best_epoch: int = -1
 
 
+def check_range(model: MultiTask, categorical: Tensor) -> None:
+    """Raises ValueError where a value lies outside its feature's range; reads the data."""
+    limits = model.features.limits
+    bad = (categorical < 0) | (categorical >= limits)
+    if bool(bad.any()):
+        column = int(bad.any(0).nonzero()[0])
+        worst = categorical[:, column]
+        raise ValueError(
+            f"fit: categorical column {column} must be in [0, {int(limits[column])}), got "
+            f"{int(worst.min())} to {int(worst.max())}."
+        )
+
+
 def fit(
     model: MultiTask,
     train: Rows,
@@ -223,7 +236,7 @@ def fit(
             f"{patience}, {epochs} and {batch_size}."
         )
     for rows in (train, valid):
-        model.features.check(rows.categorical)
+        check_range(model, rows.categorical)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
     history, best, best_state = History(), -math.inf, None

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import import_matplotlib, plot_images
-from moe_ops.zoo.mofme import MoFMEConfig, RestorationTransformer
+from moe_ops.zoo.mofme import MoFME, MoFMEConfig, RestorationTransformer
 
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
@@ -204,11 +204,22 @@ def train(
         found: dict[str, Any] = evaluate(
             model, data, with_ssim=bool(settings.ssim), progress=progress
         )
-        report["arms"][arm] = {**found, "parameters": model.num_parameters()}
+        report["arms"][arm] = {**found, "parameters": count_parameters(model)}
     if settings.pictures:
         draw(models, kept_photos, settings, folder / "restored.png")
     _files.write_json(folder / "report.json", report)
     return report
+
+
+def count_parameters(model: RestorationTransformer) -> dict[str, int]:
+    """ "total", "experts" (what there is once an expert, in all layers, without routers), "active":
+    without those of the experts that a token does not use."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters())
+    mixtures = [module for module in model.modules() if isinstance(module, MoFME)]
+    experts = sum(p.numel() for mixture in mixtures for p in mixture.experts.parameters())
+    unused = experts * (config.num_experts - config.top_k) // config.num_experts
+    return {"total": total, "experts": experts, "active": total - unused}
 
 
 def draw(

@@ -13,6 +13,7 @@ from bench.studies import matching
 from bench.studies.mowst.data import films, misleading
 from bench.studies.mowst.graphs import Graph, two_populations
 from bench.studies.mowst.training import fit
+from bench.studies.mowst.work import work_of
 from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput
 
 NODES, SIGNAL, WEAK_SIGNAL = 6000, 2.5, 0.7
@@ -201,9 +202,7 @@ def one_by_one(model: Mowst, case: Case, used: Tensor, generator: torch.Generato
     for node in nodes.tolist():
         mask = torch.zeros_like(used)
         mask[node] = True
-        with torch.no_grad():
-            _, work = model.strong.at(mask, graph.x, edges)
-        cost = flops(sizes, work.layers, backbone)
+        cost = flops(sizes, work_of(model.strong, mask, edges).layers, backbone)
         spent += weak + cost * bool(used[node])
         every += weak + cost
     return 1 - spent / every
@@ -221,7 +220,8 @@ def predicted(model: Mowst, case: Case, seed: int) -> list[float | None]:
         threshold=threshold(output, graph) if joint else 1.0,
         generator=generator,
     )
-    test, sizes, work = graph.test, model.strong.sizes, found.work
+    test, sizes = graph.test, model.strong.sizes
+    work = work_of(model.strong, found.used_strong, model.strong.prepare(graph.edge_index, count))
     depth = len(sizes) - 1
     weak = flops(sizes, [(count, 0)] * depth)
     backbone = model.config.backbone

@@ -64,6 +64,11 @@ def translate(
         model.train(before)
 
 
+def of_rows(memory: Memory, rows: Tensor) -> Memory:
+    """What is known of these sources, int64, of which some may repeat."""
+    return Memory([(k[rows], v[rows]) for k, v in memory.keys_values], memory.seen[rows])
+
+
 def _search(
     model: Thor,
     source: Tensor,
@@ -88,7 +93,7 @@ def _search(
         drawn = model.draw_experts(level, "decoder", batch, total, generator)
     # Of each source the first hypothesis alone counts at first: they are all the same.
     rows = torch.arange(batch, device=source.device).repeat_interleave(beam)
-    memory = None if memory is None else memory.take(rows)
+    memory = None if memory is None else of_rows(memory, rows)
     drawn = None if drawn is None else drawn[:, rows]
     scores = torch.full((batch, beam), -torch.inf, device=source.device)
     scores[:, 0] = 0

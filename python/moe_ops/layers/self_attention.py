@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_divides
+
 from .attention import KVCache
 from .rotary import Rope, Rotation
 
@@ -237,11 +239,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(
-                f"MultiHeadAttention: num_heads must divide hidden_size = {hidden_size}, got "
-                f"{num_heads}."
-            )
+        check_divides("MultiHeadAttention", "num_heads", num_heads, "hidden_size", hidden_size)
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nn.Linear(hidden_size, hidden_size) for _ in range(4)
@@ -281,4 +279,38 @@ class MultiHeadAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
         out: Tensor = self.out_proj(y.flatten(2))
+        return out
+
+
+class JointAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v of a sequence with itself, with q, k and v of one product.
+
+    Parameters: qkv [3 n d, H], with a bias if there is one, and out, likewise, [H, n d].
+
+    Args:
+        hidden_size, num_heads: H and n.
+        head_size: d; None is H / n.
+        bias, out_bias: of the two maps.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_size: int | None = None,
+        *,
+        bias: bool = False,
+        out_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = num_heads * (head_size or hidden_size // num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * inner, bias=bias)
+        self.out = nn.Linear(inner, hidden_size, bias=out_bias)
+
+    def forward(self, x: Tensor, *, causal: bool = False, dropout: float = 0.0) -> Tensor:
+        """x [B, S, H] to [B, S, H]; dropout is of the softmax, whether training or not."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_divides
 from moe_ops.layers import Experts, MoE, ResidualNorm, SharedExperts, TopKRouter
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
+from moe_ops.layers.self_attention import JointAttention
 
 from ._presets import preset
 
@@ -254,11 +255,8 @@ class AdaMoEConfig:
 
     def __post_init__(self) -> None:
         check_choice("AdaMoEConfig", "ffn", self.ffn, FFNS)
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"AdaMoEConfig: hidden_size must be a multiple of {2 * self.num_heads}, got "
-                f"{self.hidden_size}."
-            )
+        half = self.hidden_size / 2
+        check_divides("AdaMoEConfig", "num_heads", self.num_heads, "hidden_size / 2", half)
 
     tiny = preset("Two layers for the point with eight skills.")
     pi0_action = preset(
@@ -293,10 +291,8 @@ class ActionBlock(nn.Module):
     def __init__(self, config: AdaMoEConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.num_heads = config.num_heads
         self.attention_norm = ResidualNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.attention = JointAttention(hidden, config.num_heads, out_bias=False)
         self.ffn_norm = ResidualNorm(hidden)
         self.ffn: nn.Module
         if config.ffn == "dense":
@@ -308,10 +304,7 @@ class ActionBlock(nn.Module):
             )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        heads = self.qkv(self.attention_norm(x)[0]).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        attended = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        normed, x = self.ffn_norm(x, attended)
+        normed, x = self.ffn_norm(x, self.attention(self.attention_norm(x)[0]))
         out = self.ffn(normed)
         y, routing = out if isinstance(out, tuple) else (out, None)
         return x + y, routing

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields
+from moe_ops._fields import Fields, check_least
 from moe_ops.layers import Experts, Router, SharedExperts
 from moe_ops.layers.rotary import Rope, Yarn
 from moe_ops.layers.self_attention import LatentAttention
@@ -165,10 +165,7 @@ class ChainOfExperts(nn.Module):
         inner_residual: bool,
     ) -> None:
         super().__init__()
-        if num_iterations < 1:
-            raise ValueError(
-                f"ChainOfExperts: num_iterations must be at least 1, got {num_iterations}."
-            )
+        check_least("ChainOfExperts", "num_iterations", num_iterations, 1)
         if len(routers) not in (1, num_iterations):
             raise ValueError(
                 f"ChainOfExperts: routers must be one or {num_iterations}, got {len(routers)}."

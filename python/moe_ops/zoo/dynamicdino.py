@@ -40,7 +40,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 )
 
 from moe_ops import upcycle
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 from moe_ops.layers import Experts, MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
@@ -267,8 +267,7 @@ def moe_tuning(
             "moe_tuning: detector must have activation_dropout 0, got "
             f"{layers[0].activation_dropout}."
         )
-    if num_copies < 1:
-        raise ValueError(f"moe_tuning: num_copies must be 1 or more, got {num_copies}.")
+    check_least("moe_tuning", "num_copies", num_copies, 1)
     made = []
     for layer in layers:
         moe = upcycle.upcycle_ffn(

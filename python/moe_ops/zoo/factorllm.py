@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import upcycle
+from moe_ops._fields import check_choice, check_divides
 from moe_ops.layers import Experts, MoE, SharedExperts, TopKRouter
 from moe_ops.layers.routing import valid_ids
 from moe_ops.ops import topk_router
@@ -141,16 +142,9 @@ class FactorLLM(Llama):
     ignored_keys = (*Llama.ignored_keys, r"model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj\.weight")
 
     def make_mlp(self, config: Any) -> MoE | SharedExperts:
-        if config.intermediate_size % config.num_slices:
-            raise ValueError(
-                f"FactorLLM: num_slices must divide intermediate_size = "
-                f"{config.intermediate_size}, got {config.num_slices}."
-            )
-        if config.router_training not in ROUTER_TRAINING:
-            raise ValueError(
-                f"FactorLLM: router_training must be one of {', '.join(ROUTER_TRAINING)}, got "
-                f"{config.router_training!r}."
-            )
+        whole = config.intermediate_size
+        check_divides("FactorLLM", "num_slices", config.num_slices, "intermediate_size", whole)
+        check_choice("FactorLLM", "router_training", config.router_training, ROUTER_TRAINING)
         hidden, width = config.hidden_size, config.intermediate_size // config.num_slices
         router = SliceRouter(
             hidden,

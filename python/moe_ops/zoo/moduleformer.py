@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields
+from moe_ops._fields import Fields, check_divides
 from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE
 
 from ._presets import preset
@@ -225,11 +225,8 @@ class ModuleFormer(CausalLM):
 
     def __init__(self, config: ModuleFormerConfig) -> None:
         super().__init__()
-        if config.attention_size % config.num_heads:
-            raise ValueError(
-                f"ModuleFormer: num_heads must divide attention_size = {config.attention_size}, "
-                f"got {config.num_heads}."
-            )
+        whole = config.attention_size
+        check_divides("ModuleFormer", "num_heads", config.num_heads, "attention_size", whole)
         if config.attention_size == config.hidden_size and config.num_heads == 1:
             raise ValueError(
                 "ModuleFormer: one head of the hidden size has no key and value projections in the "

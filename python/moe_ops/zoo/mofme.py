@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 from moe_ops.layers import Experts, TopKRouter
 from moe_ops.layers.routing import Routing, drop_masked
+from moe_ops.layers.self_attention import JointAttention
 from moe_ops.ops import moe_linear_reduce
 
 from ._presets import preset
@@ -52,11 +53,8 @@ class FiLMExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_experts < 1 or hidden_size < 1:
-            raise ValueError(
-                "FiLMExperts: num_experts and hidden_size must be at least 1, got "
-                f"{num_experts} and {hidden_size}."
-            )
+        check_least("FiLMExperts", "num_experts", num_experts, 1)
+        check_least("FiLMExperts", "hidden_size", hidden_size, 1)
         self.num_experts, self.hidden_size = num_experts, hidden_size
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_experts, 2 * hidden_size, hidden_size, **where))
@@ -106,8 +104,7 @@ class UncertaintyRouter(TopKRouter):
         dropout: float = 0.1,
         **options: Any,
     ) -> None:
-        if passes < 2:
-            raise ValueError(f"UncertaintyRouter: passes must be at least 2, got {passes}.")
+        check_least("UncertaintyRouter", "passes", passes, 2)
         if not 0 <= dropout < 1:
             raise ValueError(f"UncertaintyRouter: dropout must be in [0, 1), got {dropout}.")
         super().__init__(hidden_size, num_experts, top_k, **{"topk_first": True, **options})
@@ -214,10 +211,6 @@ class MoFME(nn.Module):
         y = self.adaptor(self.experts(h, routing.topk_weights, routing.topk_ids))
         return self.dropout(y).view(x.shape), routing
 
-    def expert_parameters(self) -> int:
-        """Parameters that there are once an expert: what grows with E, the router apart."""
-        return sum(p.numel() for p in self.experts.parameters())
-
 
 def feed_forward(hidden_size: int, intermediate_size: int) -> nn.Sequential:
     """Linear, gelu, linear."""
@@ -288,23 +281,16 @@ class MoFMEConfig:
     e16 = e4.but("With sixteen.", num_experts=16)
 
 
-class Attention(nn.Module):
-    """Softmax attention of all tokens of an image to each other."""
+class Attention(JointAttention):
+    """Softmax attention of all tokens of an image to each other, behind a norm."""
 
     def __init__(self, config: MoFMEConfig) -> None:
-        super().__init__()
-        inner = config.num_heads * config.head_size
-        self.num_heads = config.num_heads
+        super().__init__(config.hidden_size, config.num_heads, config.head_size)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
-        self.out = nn.Linear(inner, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out: Tensor = self.dropout(self.out(attended))
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        out: Tensor = self.dropout(super().forward(self.norm(x), **options))
         return out
 
 
@@ -417,16 +403,6 @@ class RestorationTransformer(nn.Module):
         made = cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         out = self.tail(made)
         return (images + out if self.config.residual else out.sigmoid()), routing
-
-    def num_parameters(self) -> dict[str, int]:
-        """ "total", "experts" (what there is once an expert, in all layers) and "active": without
-        those of the experts that a token does not use."""
-        config = self.config
-        total = sum(p.numel() for p in self.parameters())
-        mixtures = [module for module in self.modules() if isinstance(module, MoFME)]
-        experts = sum(mixture.expert_parameters() for mixture in mixtures)
-        unused = experts * (config.num_experts - config.top_k) // config.num_experts
-        return {"total": total, "experts": experts, "active": total - unused}
 
 
 def conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from moe_ops._fields import Fields
+from moe_ops._fields import Fields, check_divides
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rope
 from moe_ops.layers.self_attention import Attention
@@ -118,11 +118,7 @@ class TopP(CausalLM):
 
     def __init__(self, config: TopPConfig) -> None:
         super().__init__()
-        if config.hidden_size % config.num_heads:
-            raise ValueError(
-                f"TopP: num_heads must divide hidden_size = {config.hidden_size}, got "
-                f"{config.num_heads}."
-            )
+        check_divides("TopP", "num_heads", config.num_heads, "hidden_size", config.hidden_size)
         rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
         self.assemble(
             config,

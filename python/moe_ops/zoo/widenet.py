@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice, check_types
+from moe_ops._fields import check_choice, check_divides, check_least, check_types
 from moe_ops.layers import Capacity, Experts, KVCache, MoE, TopKRouter
 from moe_ops.layers.rotary import Rope
 from moe_ops.layers.self_attention import Attention, MultiHeadAttention
@@ -98,11 +98,7 @@ class WideNetConfig(LMConfig):
         check_choice("WideNetConfig", "trunk", self.trunk, TRUNKS)
         check_choice("WideNetConfig", "sharing", self.sharing, SHARINGS)
         check_choice("WideNetConfig", "pooling", self.pooling, POOLINGS)
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(
-                f"WideNetConfig: patch_size must divide image_size = {self.image_size}, got "
-                f"{self.patch_size}."
-            )
+        check_divides("WideNetConfig", "patch_size", self.patch_size, "image_size", self.image_size)
 
     tiny = preset("Bytes, a block four times.")
     tiny_vision = preset("Images of 16 x 16 in 16 patches, a block four times.", trunk="vision")
@@ -144,8 +140,7 @@ class NoisyRouter(Capacity, TopKRouter):
 
     def __init__(self, *sizes: int, noise: float, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        if noise < 0:
-            raise ValueError(f"NoisyRouter: noise must be at least 0, got {noise}.")
+        check_least("NoisyRouter", "noise", noise, 0)
         self.noise = noise
 
     def logits(self, x: Tensor) -> Tensor:
@@ -237,20 +232,6 @@ def counts(config: WideNetConfig) -> tuple[int, int]:
     return blocks, 1 if config.sharing == "shared_norms" else config.num_layers
 
 
-def idle_parameters(config: WideNetConfig, blocks: Any) -> int:
-    """Of experts that a token does not use if its choices at all depths of a block differ."""
-    uses = config.num_layers // len(blocks)
-    idle = max(config.num_experts - config.top_k * uses, 0)
-    banks = sum(p.numel() for block in blocks for p in block.ffn.experts.parameters())
-    return banks * idle // config.num_experts
-
-
-def same_entries(model: nn.Module) -> list[Entry]:
-    """Every tensor under its own name: there is no published checkpoint to agree with. The first
-    one is whatever the model made first."""
-    return [Entry(name, (name,)) for name in model.state_dict()]
-
-
 class _WideNet(Pretrained):
     """What both trunks share.
 
@@ -273,10 +254,16 @@ class _WideNet(Pretrained):
                 nn.init.ones_(parameter)
 
     def entries(self) -> list[Entry]:
-        return same_entries(self)
+        """Every tensor under its own name: there is no published checkpoint to agree with. The
+        first one is whatever the model made first."""
+        return [Entry(name, (name,)) for name in self.state_dict()]
 
     def idle_parameters(self) -> int:
-        return idle_parameters(self.config, self.blocks)
+        """Of experts that a token does not use if its choices at all depths of a block differ."""
+        config, uses = self.config, self.config.num_layers // len(self.blocks)
+        idle = max(config.num_experts - config.top_k * uses, 0)
+        banks = sum(p.numel() for block in self.blocks for p in block.ffn.experts.parameters())
+        return banks * idle // config.num_experts
 
 
 class WideNetLM(_WideNet, CausalLM):
@@ -287,12 +274,9 @@ class WideNetLM(_WideNet, CausalLM):
 
     def __init__(self, config: WideNetConfig) -> None:
         super().__init__()
-        _check_trunk(config, "language")
+        check_choice(type(self).__name__, "trunk", config.trunk, ("language",))
         hidden, heads = config.hidden_size, config.num_heads
-        if heads < 1 or hidden % (2 * heads):
-            raise ValueError(
-                f"WideNetLM: num_heads must divide hidden_size / 2 = {hidden / 2:g}, got {heads}."
-            )
+        check_divides("WideNetLM", "num_heads", heads, "hidden_size / 2", hidden / 2)
         rope = Rope(hidden // heads, config.rope_theta)
         blocks, norms = counts(config)
         self.blocks = nn.ModuleList(
@@ -343,7 +327,7 @@ class WideNetViT(_WideNet):
 
     def __init__(self, config: WideNetConfig) -> None:
         super().__init__()
-        _check_trunk(config, "vision")
+        check_choice(type(self).__name__, "trunk", config.trunk, ("vision",))
         self.config = config
         hidden, patch = config.hidden_size, config.patch_size
         self.patches = nn.Conv2d(config.channels, hidden, patch, patch)
@@ -403,8 +387,3 @@ WideNet = WideNetLM | WideNetViT
 def build(config: WideNetConfig) -> WideNetLM | WideNetViT:
     """The model of a config."""
     return WideNetLM(config) if config.trunk == "language" else WideNetViT(config)
-
-
-def _check_trunk(config: WideNetConfig, trunk: str) -> None:
-    if config.trunk != trunk:
-        raise ValueError(f"WideNet: trunk must be {trunk!r} here, got {config.trunk!r}.")

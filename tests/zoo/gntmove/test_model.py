@@ -318,7 +318,7 @@ def test_losses_and_arms():
     # The wide arm's networks have as many parameters as a point uses of the experts'.
     config = Settings().config("move")
     assert ARMS["wide"]["dense_ratio"] == (config.top_k + 1) * config.mlp_ratio
-    with pytest.raises(ValueError, match="multiple of num_heads = 2, got 9"):
+    with pytest.raises(ValueError, match="num_heads must divide hidden_size = 9, got 2"):
         zoo.create("gntmove", **{**SMALL, "hidden_size": 9})
     with torch.device("meta"):
         published = zoo.create("gntmove", preset="gnt")

@@ -236,7 +236,7 @@ def test_vision_checkpoints(tmp_path):
     assert again.config == model.config and not again.training
     images = torch.randn(2, 2, 8, 8)
     assert torch.equal(again(images), model(images))
-    with pytest.raises(ValueError, match="trunk must be 'language' here, got 'vision'"):
+    with pytest.raises(ValueError, match="trunk must be one of language, got 'vision'"):
         WideNetLM.from_pretrained(tmp_path)
 
 

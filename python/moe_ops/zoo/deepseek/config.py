@@ -1,4 +1,4 @@
-"""Sizes, options and presets of DeepSeekMoE.
+"""Sizes, options and presets of DeepSeekMoE, and the config.json of V1, V2 and V3.
 
 Letters: V vocabulary, H hidden size, I intermediate size, E experts, K experts a token.
 """
@@ -12,8 +12,10 @@ from moe_ops._fields import Fields
 from moe_ops.layers.rotary import Yarn
 
 from .._presets import preset
-from ..lm.config import LMConfig
-from .checkpoint import FIXED, KEYS, generation, read_generation, write_generation
+from ..lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
+
+MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
+ARCHITECTURES = dict(zip(MODEL_TYPES, ("Deepseek", "DeepseekV2", "DeepseekV3"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,25 @@ class DeepSeekConfig(LMConfig):
         tie_embeddings: the embedding is also the output's weight.
     """
 
-    KEYS: ClassVar[dict[str, Any]] = KEYS
-    FIXED: ClassVar[dict[str, Any]] = FIXED
+    # What all three generations have.
+    KEYS: ClassVar[dict[str, Any]] = {
+        **LLAMA_KEYS,
+        "num_dense_layers": size("first_k_dense_replace", default=0, least=0),
+        "dense_intermediate_size": size("intermediate_size"),
+        "num_heads": size("num_attention_heads"),
+        "intermediate_size": size("moe_intermediate_size"),
+        "num_experts": size("n_routed_experts"),
+        "top_k": size("num_experts_per_tok"),
+        "num_shared_experts": size("n_shared_experts", default=0, least=0),
+        "routed_scaling_factor": number("routed_scaling_factor", default=1.0),
+        "tie_embeddings": flag("tie_word_embeddings", default=False),
+    }
+    FIXED: ClassVar[dict[str, Any]] = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "moe_layer_freq": 1,
+    }
 
     num_dense_layers: int = 1
     dense_intermediate_size: int = 128
@@ -210,11 +229,66 @@ class DeepSeekConfig(LMConfig):
     @property
     def model_type(self) -> str:
         """What config.json calls it: the generation that has this attention and this balancing."""
-        return generation(self)
+        if not self.latent:
+            return MODEL_TYPES[0]
+        return MODEL_TYPES[2] if self.expert_bias else MODEL_TYPES[1]
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
-        return read_generation(published)
+        """Fields whose names or meaning depend on the generation."""
+        kind = published.choice("model_type", of=MODEL_TYPES)
+        latent, biased = kind != "deepseek", kind == "deepseek_v3"
+        fields: dict[str, Any] = {
+            "latent": latent,
+            "rope_interleaved": latent and published.flag("rope_interleave", default=True),
+            "score_func": published.choice(
+                "scoring_func",
+                of=("softmax", "sigmoid"),
+                default="sigmoid" if biased else "softmax",
+            ),
+            # The code of V2 in transformers never renormalises, and no V2 checkpoint asks for it.
+            "renormalize": kind != "deepseek_v2"
+            and published.flag("norm_topk_prob", default=False),
+            "group_score": "top2_sum" if biased else "max",
+            "expert_bias": biased,
+        }
+        if latent:
+            fields |= {name: key.read(published, None) for name, key in LATENT_KEYS.items()}
+        else:
+            width = published.size("hidden_size") // published.size("num_attention_heads")
+            fields["head_size"] = published.size("head_dim", default=width)
+        if biased or published.values.get("topk_method") == "group_limited_greedy":
+            fields |= {
+                "num_groups": published.size("n_group", default=1),
+                "num_topk_groups": published.size("topk_group", default=1),
+            }
+        if "aux_loss_alpha" in published:
+            name = "sequence" if published.flag("seq_aux", default=True) else "expert"
+            fields[f"{name}_balance_coefficient"] = published.number("aux_loss_alpha")
+        return fields
 
     def write_more(self) -> dict[str, Any]:
-        return write_generation(self)
+        """The entries that `read_more` reads, and those that only other readers want."""
+        kind = self.model_type
+        published: dict[str, Any] = {
+            "architectures": [f"{ARCHITECTURES[kind]}ForCausalLM"],
+            "model_type": kind,
+            "num_key_value_heads": self.num_heads,
+            "scoring_func": self.score_func,
+            "norm_topk_prob": self.renormalize,
+            "n_group": self.num_groups,
+            "topk_group": self.num_topk_groups,
+            "topk_method": "group_limited_greedy" if self.num_groups > 1 else "greedy",
+        }
+        by_sequence = self.sequence_balance_coefficient > 0
+        coefficient = self.expert_balance_coefficient
+        if by_sequence:
+            coefficient = self.sequence_balance_coefficient
+        if coefficient:
+            published |= {"seq_aux": by_sequence, "aux_loss_alpha": coefficient}
+        if self.expert_bias:
+            published |= {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0}
+        if not self.latent:
+            return published | {"head_dim": self.head_size}
+        published["rope_interleave"] = self.rope_interleaved
+        return published | {key.names[0]: getattr(self, n) for n, key in LATENT_KEYS.items()}

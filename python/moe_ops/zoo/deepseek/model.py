@@ -8,21 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import (
-    Experts,
-    MoE,
-    Router,
-    SharedExperts,
-    device_balance_loss,
-)
+from moe_ops.layers import Experts, MoE, Router, SharedExperts, device_balance_loss
 from moe_ops.layers.rotary import Rope
 from moe_ops.layers.self_attention import Attention, LatentAttention
 
-from ..lm.blocks import Block
-from ..lm.checkpoint import Entry
+from ..lm.blocks import Block, attention_entries
+from ..lm.checkpoint import Entry, dense_entries, expert_entries
 from ..lm.losses import AuxLoss, Routed
 from ..lm.model import CausalLM
-from .checkpoint import block_entries
 from .config import DeepSeekConfig
 
 
@@ -110,4 +103,16 @@ class DeepSeek(CausalLM):
         return {**super().auxiliary_losses(), "device_balance": device_balance}
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
-        return block_entries(block, self.config, ours, theirs)
+        entries = attention_entries(block, ours, theirs)
+        if isinstance(block.mlp, SharedExperts):
+            return entries + dense_entries(f"{ours}.mlp", f"{theirs}.mlp")
+        entries.append(Entry(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",)))
+        if self.config.expert_bias:
+            key = f"{theirs}.mlp.gate.e_score_correction_bias"
+            entries.append(Entry(f"{ours}.mlp.router.expert_bias", (key,)))
+        entries += expert_entries(
+            f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
+        )
+        if block.mlp.shared_experts is not None:
+            entries += dense_entries(f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts")
+        return entries

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 from moe_ops.layers import TopKRouter
 
 from .._presets import preset
@@ -79,10 +79,7 @@ class DriftMoEConfig:
         check_choice("DriftMoEConfig", "routing", self.routing, ROUTINGS)
         check_choice("DriftMoEConfig", "expert", self.expert, EXPERTS)
         for name in ("num_features", "num_classes", "num_experts", "top_k", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"DriftMoEConfig: {name} must be at least 1, got {getattr(self, name)}."
-                )
+            check_least("DriftMoEConfig", name, getattr(self, name), 1)
         if not self.temperature > 0:
             raise ValueError(
                 f"DriftMoEConfig: temperature must be above 0, got {self.temperature}."

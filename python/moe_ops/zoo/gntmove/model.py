@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_divides, check_least
+from moe_ops.layers.self_attention import JointAttention
 
 from .._presets import preset
 from .cameras import Cameras, project, ray_differences, rays, sample_images
@@ -63,11 +64,9 @@ class GNTMoveConfig:
 
     def __post_init__(self) -> None:
         check_choice("GNTMoveConfig", "ffn", self.ffn, FFNS)
-        if self.hidden_size % self.num_heads or self.hidden_size < 8:
-            raise ValueError(
-                "GNTMoveConfig: hidden_size must be at least 8 and a multiple of num_heads = "
-                f"{self.num_heads}, got {self.hidden_size}."
-            )
+        check_least("GNTMoveConfig", "hidden_size", self.hidden_size, 8)
+        whole = self.hidden_size
+        check_divides("GNTMoveConfig", "num_heads", self.num_heads, "hidden_size", whole)
 
     tiny = preset("For images of 48 pixels.")
     gnt = preset(
@@ -132,23 +131,6 @@ class ViewAttention(nn.Module):
         return out
 
 
-class RayAttention(nn.Module):
-    """Softmax attention of the points of a ray to each other."""
-
-    def __init__(self, size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(size, 3 * size, bias=False)
-        self.out = nn.Linear(size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return out
-
-
 class ViewBlock(nn.Module):
     """x + view attention(norm(x)), then x + ffn(norm(x))."""
 
@@ -186,7 +168,7 @@ class RayBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.attention_norm = nn.LayerNorm(size, eps=1e-6)
-        self.attention = RayAttention(size, config.num_heads)
+        self.attention = JointAttention(size, config.num_heads)
         self.ffn_norm = nn.LayerNorm(size, eps=1e-6)
         self.ffn = FeedForward(size, config.mlp_ratio * size)
         self.dropout = nn.Dropout(config.dropout)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 from moe_ops.layers import ExpertNorm, Experts, mix_outputs
 from moe_ops.layers.dense import grouped_linear, low_rank_maps, segments
 
@@ -55,8 +55,7 @@ class Features(nn.Module):
                 "Features: cardinalities must be at least 1, num_dense at least 0 and one of them "
                 f"given, got {counts} and {num_dense}."
             )
-        if embedding_size < 1:
-            raise ValueError(f"Features: embedding_size must be at least 1, got {embedding_size}.")
+        check_least("Features", "embedding_size", embedding_size, 1)
         self.num_dense = num_dense
         self.size = embedding_size * len(counts) + num_dense
         self.table = nn.Embedding(max(sum(counts), 1), embedding_size)
@@ -81,17 +80,6 @@ class Features(nn.Module):
             return dense
         rows = self.table(categorical.long() + self.offsets).flatten(1)
         return torch.cat([rows, dense.to(rows.dtype)], dim=-1) if wide[1] else rows
-
-    def check(self, categorical: Tensor) -> None:
-        """Raises ValueError where a value lies outside its feature's range; reads the data."""
-        bad = (categorical < 0) | (categorical >= self.limits)
-        if bool(bad.any()):
-            column = int(bad.any(0).nonzero()[0])
-            worst = categorical[:, column]
-            raise ValueError(
-                f"Features: categorical column {column} must be in [0, "
-                f"{int(self.limits[column])}), got {int(worst.min())} to {int(worst.max())}."
-            )
 
 
 class GroupedLinear(nn.Module):

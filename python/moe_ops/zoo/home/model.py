@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 
 from .._presets import preset
 from .layers import FeatureGate, Features, GatedLayer, Towers, Trace, ownership, spread
@@ -68,10 +68,7 @@ class HoMEConfig:
     def check_experts(self) -> None:
         """Raises ValueError for numbers of experts that the model cannot have."""
         for name, least in (("num_shared", 0), ("num_category", 1), ("num_task", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"HoMEConfig: {name} must be at least {least}, got {getattr(self, name)}."
-                )
+            check_least("HoMEConfig", name, getattr(self, name), least)
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_least
 from moe_ops.layers import KVCache
 from moe_ops.layers.head_loss import head_cross_entropy
 from moe_ops.layers.rotary import Rope
@@ -257,10 +258,8 @@ class CausalLM(Pretrained):
             raise ValueError(
                 f"{name}: tokens must be [B, S] with S >= 1, got shape {list(tokens.shape)}."
             )
-        if temperature < 0:
-            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{name}: top_k must be at least 1, got {top_k}.")
+        check_least(name, "temperature", temperature, 0)
+        check_least(name, "top_k", 1 if top_k is None else top_k, 1)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"{name}: top_p must be in (0, 1], got {top_p}.")
         training = self.training

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 
 from .._presets import preset
-from .graphs import GNN, MLP, Edges, Work
+from .graphs import GNN, MLP, Edges
 
 CONFIDENCES = ("variance", "entropy", "monotone", "free")
 
@@ -54,11 +54,8 @@ class MowstConfig:
     detach_dispersion: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2 or self.num_layers < 1:
-            raise ValueError(
-                "MowstConfig: num_classes must be at least 2 and num_layers at least 1, got "
-                f"{self.num_classes} and {self.num_layers}."
-            )
+        check_least("MowstConfig", "num_classes", self.num_classes, 2)
+        check_least("MowstConfig", "num_layers", self.num_layers, 1)
         check_choice("MowstConfig", "confidence", self.confidence, CONFIDENCES)
 
     tiny = preset("For tests and tries.", hidden_size=16, dropout=0.0)
@@ -162,13 +159,11 @@ class Prediction(NamedTuple):
     """What `Mowst.predict` found.
 
     probs: [N, n]. confidence: [N]. used_strong: [N] bool, nodes whose strong expert was computed.
-    work: what the strong expert computed, and what it would have for all nodes.
     """
 
     probs: Tensor
     confidence: Tensor
     used_strong: Tensor
-    work: Work
 
 
 class Mowst(nn.Module):
@@ -232,7 +227,7 @@ class Mowst(nn.Module):
                 draw = torch.rand(confidence.shape, generator=generator, dtype=confidence.dtype)
                 needed = draw.to(confidence.device) >= confidence
             edges = self.strong.prepare(edge_index, x.shape[0])
-            strong, work = self.strong.at(needed, x, edges)
+            strong = self.strong.at(needed, x, edges)
         finally:
             self.train(before)
         probs = weak.softmax(-1)
@@ -242,7 +237,7 @@ class Mowst(nn.Module):
             probs[needed] = share * probs[needed] + (1 - share) * strong
         else:
             probs[needed] = strong
-        return Prediction(probs, confidence, needed, work)
+        return Prediction(probs, confidence, needed)
 
 
 def make_confidence(config: MowstConfig) -> nn.Module:

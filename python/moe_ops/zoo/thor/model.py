@@ -121,10 +121,6 @@ class Memory(NamedTuple):
     keys_values: list[tuple[Tensor, Tensor]]
     seen: Tensor
 
-    def take(self, rows: Tensor) -> Memory:
-        """Of these sequences, int64, of which some may repeat."""
-        return Memory([(k[rows], v[rows]) for k, v in self.keys_values], self.seen[rows])
-
 
 class ThorLoss(NamedTuple):
     """What training minimises, and its parts, scalars.
@@ -323,8 +319,12 @@ class Thor(Pretrained):
         if experts is not None:
             sides = experts
         elif self.training and config.routing == "random" and config.num_experts > 1:
-            sides = (self._draw_passes("encoder", len(target), count, generator),
-                     self._draw_passes("decoder", len(target), count, generator))  # fmt: skip
+            drawn = [
+                [self.draw_experts("batch", side, len(target), generator=generator)
+                 for _ in range(count)]
+                for side in ("encoder", "decoder")
+            ]  # fmt: skip
+            sides = (torch.cat(drawn[0], dim=1), torch.cat(drawn[1], dim=1))
         counted = target != PAD
         if source is not None and not len(self.encoder_layers):
             target, counted = join(source, target)
@@ -352,14 +352,6 @@ class Thor(Pretrained):
         with torch.no_grad():
             plain = smoothed if not config.label_smoothing else F.cross_entropy(flat, wanted)
         return ThorLoss(total, plain.detach(), consistency, balance)
-
-    def _draw_passes(
-        self, side: str, batch: int, passes: int, generator: torch.Generator | None
-    ) -> Tensor:
-        drawn = [
-            self.draw_experts("batch", side, batch, generator=generator) for _ in range(passes)
-        ]
-        return torch.cat(drawn, dim=1)
 
     # ------------------------------------------------------------------- checkpoints and counting
 

@@ -102,7 +102,7 @@ def test_bad_configs_and_calls(bad_input):
     with bad_input("Features", "columns", "[13, 1]"):
         model(categorical[:, :1], dense)
     rows = Rows(categorical + 1, dense.float(), torch.zeros(T, 5))
-    with bad_input("Features", "column 0", "to 5"):
+    with bad_input("fit", "column 0", "to 5"):
         fit(model, rows, rows, progress=False)
     rows = Rows(categorical, dense.float(), torch.zeros(T, 5))
     with bad_input("fit", "valid", "NaN"):
