@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from moe_ops import zoo
 from moe_ops.demo import data
 from moe_ops.layers import MoE, update_expert_bias
-from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, make_meshes, shard_experts
+from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, init_moe_meshes, shard_experts
 
 
 class ExpertParallel(ParallelStyle):
@@ -92,7 +92,7 @@ class Dims:
     """The meshes of moe_ops.parallel by torchtitan's names."""
 
     def __init__(self, ep: int) -> None:
-        meshes = make_meshes(ep)
+        meshes = init_moe_meshes(ep)
         self.meshes = {"fsdp": meshes.dp, "efsdp": meshes.efsdp, "ep": meshes.ep}
         self.ep_enabled = ep > 1
 
@@ -104,7 +104,7 @@ def train(parallel_dims: Any, text: torch.Tensor, args: argparse.Namespace) -> l
     """The loss of each step, over the tokens of all processes."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # The same weights on all ranks, each of which then keeps its part.
-    model = zoo.create("deepseek", "tiny", vocab_size=256, expert_bias=True)
+    model = zoo.create_model("deepseek", "tiny", vocab_size=256, expert_bias=True)
     parallelize(model, parallel_dims=parallel_dims, dispatch=args.dispatch)
     # Parameters lie on two meshes, which the fused and foreach forms cannot take together.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
@@ -134,7 +134,7 @@ def train(parallel_dims: Any, text: torch.Tensor, args: argparse.Namespace) -> l
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ep", type=int, default=1, help="processes that share the experts out")
-    parser.add_argument("--dispatch", default="auto", help="see moe_ops.parallel.choose")
+    parser.add_argument("--dispatch", default="auto", help="see moe_ops.parallel.make_dispatcher")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step, of all ranks")
     parser.add_argument("--context", type=int, default=64)

@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 from moe_ops.demo import data
 from moe_ops.demo.train import ModelConfig, make_model
-from moe_ops.layers import RoutingStats
-from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, make_meshes, shard_experts
+from moe_ops.layers import ExpertLoadStats
+from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, init_moe_meshes, shard_experts
 
 COEFFICIENTS = {"load_balancing": 0.01, "router_z": 1e-3}
 CONFIG = ModelConfig(num_layers=2, hidden_size=64, intermediate_size=64, context=64)
@@ -44,7 +44,7 @@ def main() -> None:
             f"{args.batch_size}."
         )
 
-    meshes = make_meshes(args.ep)
+    meshes = init_moe_meshes(args.ep)
     torch.manual_seed(0)  # The same weights on all ranks, each of which then keeps its part.
     model = make_model(CONFIG).to(device)
     shard_experts(model, meshes.ep, args.dispatch)
@@ -70,7 +70,7 @@ def main() -> None:
 
         loss = out.cross_entropy.detach().clone()
         dist.all_reduce(loss)
-        stats = RoutingStats()
+        stats = ExpertLoadStats()
         for routed in out.routing:
             stats.update(routed.routing.topk_ids, CONFIG.num_experts, layer=routed.layer)
         stats.all_reduce()
@@ -91,7 +91,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ep", type=int, default=1, help="processes that share the experts out")
-    parser.add_argument("--dispatch", default="auto", help="see moe_ops.parallel.choose")
+    parser.add_argument("--dispatch", default="auto", help="see moe_ops.parallel.make_dispatcher")
     parser.add_argument("--steps", type=int, default=20, help="the step to train to")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step, of all ranks")
     parser.add_argument(

@@ -147,7 +147,7 @@ def hash_of_layer(text: str) -> str:
         trained(results, moe, x)
         return results.digest()
     if kind == "packed":
-        moe_ops.prepack(moe)
+        moe_ops.pack_weights(moe)
     else:
         moe_ops.quantize_experts(moe, kind)
     with torch.no_grad():

@@ -62,9 +62,9 @@ TOOLS = {
     "__version__",
     "batch_invariant",
     "is_batch_invariant",
-    "packed_bytes",
-    "prepack",
-    "prepacking",
+    "packed_weight_bytes",
+    "pack_weights",
+    "set_packing_policy",
     "quantize_experts",
     "set_batch_invariant",
     "unpack",
@@ -229,7 +229,7 @@ LAYOUT = "a leading dimension or a marker: where numbers lie, not which kernel t
 RATES = "a loop that measures the machine, not a kernel of an op"
 MEMORY = "about pages and buffers of whole tensors"
 NO_BOUNDARY = {
-    "kLanes": "a loop that ends one by one: tests of attention_step have odd lengths",
+    "kLanes": "a loop that ends one by one: tests of attention_decode have odd lengths",
     "kChains": RATES,
     "kReadAhead": RATES,
     "kAmxPrefetch": PREFETCH,
@@ -346,8 +346,8 @@ def dispatch_table(schema: str) -> str:
 
 # The outputs of these ops are integers: nothing to differentiate; the inputs of the first two are
 # too: nothing to cast.
-NO_AUTOGRAD = {"sort_slots", "dispatch_plan", "pack_experts"}
-NO_AUTOCAST = {"sort_slots", "dispatch_plan"}
+NO_AUTOGRAD = {"sort_by_expert", "dispatch_layout", "pack_experts"}
+NO_AUTOCAST = {"sort_by_expert", "dispatch_layout"}
 
 
 @pytest.mark.parametrize("schema", schemas())

@@ -33,7 +33,7 @@ from bench.harness.arguments import whole
 from moe_ops.bench.report import number, table
 from moe_ops.bench.timing import interleave
 from moe_ops.layers import Experts
-from moe_ops.parallel import make_meshes, shard_experts
+from moe_ops.parallel import init_moe_meshes, shard_experts
 
 RANKS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +82,7 @@ def _jobs(
     h, i, e, k = sizes.hidden, sizes.intermediate, sizes.experts, sizes.top_k
     dtype = DTYPES[sizes.dtype]
     alone, parallel = (Experts(e, h, i, dtype=dtype) for _ in range(2))
-    shard_experts(parallel, make_meshes(RANKS).ep, dispatch)
+    shard_experts(parallel, init_moe_meshes(RANKS).ep, dispatch)
     generator = torch.Generator().manual_seed(rank)
     x, grad = (torch.randn(sizes.tokens, h, generator=generator).to(dtype) for _ in range(2))
     ids = torch.rand(sizes.tokens, e, generator=generator).topk(k).indices

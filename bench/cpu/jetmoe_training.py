@@ -50,7 +50,7 @@ def make_models(dtype: torch.dtype) -> dict[str, nn.Module]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    ours = zoo.create("jetmoe")
+    ours = zoo.create_model("jetmoe")
     models: dict[str, nn.Module] = {"moe_ops": ours.to(dtype).train()}
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)

@@ -138,7 +138,7 @@ def bench_block(tokens: int, dtype: torch.dtype, rounds: int) -> None:
                 grad
             )
 
-        def attention_step(model, x=x, grad=grad, make_mask=MASKS[implementation]):
+        def attention_decode(model, x=x, grad=grad, make_mask=MASKS[implementation]):
             """Its attention alone, without norms and the feed-forward experts."""
             model.zero_grad()
             attention = model.layers[0].self_attention
@@ -146,7 +146,7 @@ def bench_block(tokens: int, dtype: torch.dtype, rounds: int) -> None:
             mask = make_mask(tokens, dtype)
             attention(x.requires_grad_(), mask, position_embeddings=places)[0].backward(grad)
 
-        for what, run in (("layer", step), ("its attention experts", attention_step)):
+        for what, run in (("layer", step), ("its attention experts", attention_decode)):
             jobs = {
                 label: (lambda m=m, run=run: run(m))
                 for label, m in (("moe_ops", ours), ("transformers", theirs))

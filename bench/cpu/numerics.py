@@ -121,21 +121,21 @@ def linear_reduce(dtype: torch.dtype, size: int = 256, experts: int = 16) -> Cas
     return rows_case(moe_ops.moe_linear_reduce, {"w": w}, h=h, topk_weights=weights, topk_ids=ids)
 
 
-def dense_ffn(dtype: torch.dtype) -> Case:
+def all_experts_ffn(dtype: torch.dtype) -> Case:
     fixed = {
         "w_up": (torch.randn(8, 64, 160) / 160**0.5).to(dtype),
         "w_down": (torch.randn(8, 32, 64) / 8).to(dtype),
         "input_ids": torch.zeros(8, dtype=torch.int32),
         "activation": "silu",
     }
-    return rows_case(moe_ops.dense_ffn, fixed, x=torch.randn(NUM_TOKENS, 1, 160).to(dtype))
+    return rows_case(moe_ops.all_experts_ffn, fixed, x=torch.randn(NUM_TOKENS, 1, 160).to(dtype))
 
 
-def mix_experts(dtype: torch.dtype) -> Case:
+def mix_expert_outputs(dtype: torch.dtype) -> Case:
     outputs = torch.randn(NUM_TOKENS, 8, 32).to(dtype)
     weights = torch.randn(NUM_TOKENS, 4, 8).to(dtype)
     return rows_case(
-        lambda **t: moe_ops.mix_experts(**t, activation="silu")[0],
+        lambda **t: moe_ops.mix_expert_outputs(**t, activation="silu")[0],
         {},
         outputs=outputs,
         weights=weights,
@@ -207,8 +207,8 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
         )
     },
     "unpermute": unpermute,
-    "dense_ffn": dense_ffn,
-    "mix_experts": mix_experts,
+    "all_experts_ffn": all_experts_ffn,
+    "mix_expert_outputs": mix_expert_outputs,
     "grouped_gemm": grouped_gemm,
     "moe_linear_map": linear_map,
     "moe_linear_map, narrow": functools.partial(linear_map, size=64, experts=4),

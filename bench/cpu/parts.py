@@ -51,7 +51,7 @@ def sort_jobs(num_tokens: int) -> Jobs:
         return [torch.where(mask[expert[0]]) for expert in hit]
 
     return {
-        OURS: lambda: moe_ops.sort_slots(ids, NUM_EXPERTS),
+        OURS: lambda: moe_ops.sort_by_expert(ids, NUM_EXPERTS),
         "sort, histc, cumsum": sort_histogram,
         "one_hot, where": one_hot_where,
     }
@@ -59,7 +59,7 @@ def sort_jobs(num_tokens: int) -> Jobs:
 
 def combine_jobs(num_tokens: int) -> Jobs:
     weights, ids = _routing(num_tokens)
-    expert_offsets, row_to_slot, slot_to_row = moe_ops.sort_slots(ids, NUM_EXPERTS)
+    expert_offsets, row_to_slot, slot_to_row = moe_ops.sort_by_expert(ids, NUM_EXPERTS)
     rows = torch.randn(num_tokens * TOP_K, HIDDEN)
     slots, inverse = row_to_slot.long(), slot_to_row.long().reshape(-1)
     row_weights, token_of_row = weights.reshape(-1)[slots], slots // TOP_K

@@ -34,8 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def layers(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
     """Name -> layer [T, H] to [T, H]; all from one dense network."""
     dense = SharedExperts(HIDDEN, WIDTH, dtype=dtype).eval()
-    bank = upcycle.dense_bank(dense).eval()
-    packing.prepack(bank)
+    bank = upcycle.experts_from_dense(dense).eval()
+    packing.pack_weights(bank)
 
     def one_expert(x: Tensor) -> Tensor:
         ids = torch.zeros(len(x), 1, dtype=torch.int32)
@@ -44,8 +44,8 @@ def layers(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
     found: dict[str, Callable[[Tensor], Tensor]] = {"torch": dense, "one expert": one_expert}
     for top_k in range(1, SLICES):
         router = SliceRouter(HIDDEN, SLICES, top_k, bias=True, dtype=dtype)
-        layer = MoE(router, upcycle.slices(upcycle.dense_bank(dense), SLICES)).eval()
-        layer.prepack()
+        layer = MoE(router, upcycle.slice_experts(upcycle.experts_from_dense(dense), SLICES)).eval()
+        layer.pack_weights()
         found[f"{top_k} of {SLICES}"] = layer
     return found
 

@@ -73,8 +73,8 @@ def compare(console: Console, smoke: bool) -> list[dict[str, Any]] | None:
 
 def draw(summary: dict[str, Any], counts: dict[str, float], path: Path, console: Console) -> None:
     try:
-        viz.import_matplotlib()
-    except viz.MissingMatplotlibError:
+        viz._canvas.import_matplotlib()
+    except viz._canvas.MissingMatplotlibError:
         return
     losses = summary["bits_per_byte"]
     measured = {int(step): value for step, value in summary["heldout_by_step"].items()}

@@ -35,7 +35,7 @@ _BATCHED_BYTES = 8e9
 
 def unfused(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """The block op by op, with a permuted copy of x."""
-    offsets, row_to_slot, slot_to_row = moe_ops.sort_slots(ids, w_gate_up.shape[0])
+    offsets, row_to_slot, slot_to_row = moe_ops.sort_by_expert(ids, w_gate_up.shape[0])
     rows = moe_ops.permute(x, offsets, row_to_slot)
     hidden = moe_ops.gated_act(moe_ops.grouped_gemm(rows, w_gate_up, offsets), "swiglu")
     out = moe_ops.grouped_gemm(hidden, w_down, offsets)

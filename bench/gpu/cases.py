@@ -48,7 +48,7 @@ ROUTINGS = (*USUAL_ROUTINGS, "random")
 # grouped_gemm_down has its own sizes, with K = I.
 BLOCK = ("forward", "training")
 PRODUCTS = ("grouped_gemm", "grouped_gemm_down", "grouped_gemm_wgrad")
-MOVES = ("topk_router", "sort_slots", "permute", "unpermute", "gated_act")
+MOVES = ("topk_router", "sort_by_expert", "permute", "unpermute", "gated_act")
 FP8 = ("forward_fp8", "grouped_gemm_fp8", "quantize_fp8")
 PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
 
@@ -57,7 +57,7 @@ PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
 # backward. LINEAR and ATTENTION: the products and the attention of mixtures of attention heads.
 QUANTIZED = ("forward_int8", "forward_int4")
 STORED = ("forward_stored", "training_stored")
-MOVES_TRAINING = tuple(f"{part}_training" for part in MOVES if part != "sort_slots")
+MOVES_TRAINING = tuple(f"{part}_training" for part in MOVES if part != "sort_by_expert")
 _LINEAR = ("moe_linear_map", "moe_linear_reduce")
 LINEAR = (*_LINEAR, *(f"{part}_training" for part in _LINEAR))
 ATTENTION = ("attention_64", "attention_128", "attention_64_training", "attention_128_training")
@@ -73,7 +73,7 @@ _OWN_DTYPE = {
 
 # Of these the time depends on how tokens fall on experts.
 _MINDS_ROUTING = (
-    *(*BLOCK, *PRODUCTS, "sort_slots", "forward_fp8", "grouped_gemm_fp8"),
+    *(*BLOCK, *PRODUCTS, "sort_by_expert", "forward_fp8", "grouped_gemm_fp8"),
     *(*QUANTIZED, *STORED, *LINEAR),
 )
 # Of these, numbers of tokens that are for decoding only make no sense.

@@ -129,7 +129,7 @@ class Layer:
     @cached_property
     def sorted(self) -> tuple[Tensor, Tensor, Tensor]:
         """expert_offsets [E+1], row_to_slot [N], slot_to_row [T, K] of the tokens."""
-        return reference.sort_slots(self.tokens.topk_ids, self.case.shape.E)
+        return reference.sort_by_expert(self.tokens.topk_ids, self.case.shape.E)
 
     @cached_property
     def counts(self) -> list[int]:

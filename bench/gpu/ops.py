@@ -62,7 +62,7 @@ def _topk_router(case: Case, layer: Layer) -> Problem:
     return Problem({OURS: ours, SOFTMAX_TOPK: lambda: softmax_topk(logits, K)}, check, 1e-5)
 
 
-def _sort_slots(case: Case, layer: Layer) -> Problem:
+def _sort_by_expert(case: Case, layer: Layer) -> Problem:
     ids, E = layer.tokens.topk_ids, case.shape.E
 
     def sort_histogram() -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _sort_slots(case: Case, layer: Layer) -> Problem:
         same = all(torch.equal(a.int(), b) for a, b in zip(result, layer.sorted, strict=True))
         return 0.0 if same else float("inf")
 
-    ours = lambda: moe_ops.sort_slots(ids, E)  # noqa: E731
+    ours = lambda: moe_ops.sort_by_expert(ids, E)  # noqa: E731
     return Problem({OURS: ours, "sort, histc, cumsum": sort_histogram}, check, 0.0)
 
 
@@ -185,7 +185,7 @@ def _wgrad(case: Case, layer: Layer) -> Problem:
 
 _PROBLEMS: dict[str, Callable[[Case, Layer], Any]] = {
     "topk_router": _topk_router,
-    "sort_slots": _sort_slots,
+    "sort_by_expert": _sort_by_expert,
     "permute": _permute,
     "unpermute": _unpermute,
     "gated_act": _gated_act,

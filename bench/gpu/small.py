@@ -48,7 +48,7 @@ def errors(device: str) -> dict[str, float]:
     ids[::7, 1] = -1
     ids = ids.to(device)
     weights = torch.rand(T, K, generator=generator).to(device)
-    offsets = reference.sort_slots(ids, E)[0]
+    offsets = reference.sort_by_expert(ids, E)[0]
     x, rows, w_gate_up, w_down = (
         normal(T, H),
         normal(T * K, H),

@@ -82,7 +82,7 @@ def work_of(case: Case, used: int) -> Work:
         return Work(0.0, _moves_training_bytes(case))
     moved = {
         "topk_router": _WORD * T * E + 2 * _WORD * N,  # fp32 logits; weights and ids
-        "sort_slots": _WORD * (N + (E + 1) + 2 * N),  # ids; offsets and both maps
+        "sort_by_expert": _WORD * (N + (E + 1) + 2 * N),  # ids; offsets and both maps
         "permute": _B * (T * H + N * H) + _WORD * N,
         "unpermute": _B * (N * H + T * H) + 2 * _WORD * N,
         "gated_act": _B * 3 * N * I,

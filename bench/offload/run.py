@@ -22,16 +22,16 @@ from bench.studies.training import Recipe
 from moe_ops.bench.timing import interleave
 from moe_ops.layers import Experts
 from moe_ops.offload import (
-    Belady,
+    BeladyPolicy,
+    CachePolicy,
     ExpertCache,
+    ExpertPredictor,
+    ExpertTrace,
     FileStore,
     OffloadedExperts,
-    Policy,
-    Predicted,
-    RoutePredictor,
-    RoutingTrace,
+    PredictivePolicy,
     offload_experts,
-    record_trace,
+    record_expert_trace,
     train_predictor,
 )
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
@@ -148,7 +148,7 @@ def decode(model: CausalLM, text: Tensor, prompt: int) -> list[tuple[float, floa
     return found
 
 
-def recall(chances: Tensor, trace: RoutingTrace) -> float:
+def recall(chances: Tensor, trace: ExpertTrace) -> float:
     """Share of the experts used that are among the K that were given the best chances."""
     hot = trace.multi_hot()
     best = chances.topk(trace.ids.shape[2], dim=-1).indices
@@ -156,16 +156,16 @@ def recall(chances: Tensor, trace: RoutingTrace) -> float:
 
 
 def policies(
-    oracle: RoutingTrace, table: TokenTable, predictor: RoutePredictor
-) -> dict[str, Callable[[], Policy | str]]:
+    oracle: ExpertTrace, table: TokenTable, predictor: ExpertPredictor
+) -> dict[str, Callable[[], CachePolicy | str]]:
     return {
         "LRU": lambda: "lru",
         "LFU": lambda: "lfu",
         "FIFO": lambda: "fifo",
-        "Belady": lambda: Belady(oracle, prefetch=False),
-        "Belady, fetching ahead": lambda: Belady(oracle),
-        "predicted by a table of tokens": lambda: Predicted(table),
-        "predicted (PLEC)": lambda: Predicted(predictor.stream()),
+        "Belady": lambda: BeladyPolicy(oracle, prefetch=False),
+        "Belady, fetching ahead": lambda: BeladyPolicy(oracle),
+        "predicted by a table of tokens": lambda: PredictivePolicy(table),
+        "predicted (PLEC)": lambda: PredictivePolicy(predictor.stream()),
     }
 
 
@@ -206,7 +206,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dic
     for batch in plan.batches:
         text = texts(plan, batch)
         whole = fresh()
-        with record_trace(whole) as recorder:
+        with record_expert_trace(whole) as recorder:
             decode(whole, text, plan.prompt)
         oracle = recorder.trace()
         steps = zip(*(decode(whole, text, plan.prompt) for _ in range(plan.rounds)), strict=True)
@@ -260,7 +260,7 @@ def _cells(
     store: str,
     share: float,
     text: Tensor,
-    of: dict[str, Callable[[], Policy | str]],
+    of: dict[str, Callable[[], CachePolicy | str]],
 ) -> list[dict[str, Any]]:
     runs: dict[str, list[Run]] = {name: [] for name in of}
 

@@ -139,7 +139,7 @@ def permute() -> Job:
     x, ids, weights = torch.randn(512, 256), torch.randint(8, (512, 2)).int(), torch.ones(512, 2)
 
     def there_and_back() -> Tensor:
-        offsets, row_to_slot, slot_to_row = moe_ops.sort_slots(ids, 8)
+        offsets, row_to_slot, slot_to_row = moe_ops.sort_by_expert(ids, 8)
         rows = moe_ops.permute(x, offsets, row_to_slot)
         return moe_ops.unpermute(rows, offsets, slot_to_row, weights)
 
@@ -147,7 +147,7 @@ def permute() -> Job:
 
 
 def model_training(system: str) -> Job:
-    model = zoo.create(system, preset="tiny")
+    model = zoo.create_model(system, preset="tiny")
     text = torch.randint(model.config.vocab_size, (2, 65))
 
     def step() -> None:

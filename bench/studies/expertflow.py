@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from moe_ops.offload import (
-    Belady,
+    BeladyPolicy,
+    CachePolicy,
     ExpertCache,
+    ExpertTrace,
     MemoryStore,
-    Policy,
-    Predicted,
-    RoutingTrace,
-    record_trace,
-    split_batch,
+    PredictivePolicy,
+    record_expert_trace,
+    split_batch_by_experts,
     train_predictor,
 )
 from moe_ops.offload.schedule import num_active
@@ -51,7 +51,7 @@ EXPERTS = "experts a step of both halves"
 class TokenTable:
     """How often each token went to each expert: what the predictor has to beat."""
 
-    def __init__(self, trace: RoutingTrace, vocab_size: int) -> None:
+    def __init__(self, trace: ExpertTrace, vocab_size: int) -> None:
         hot = trace.multi_hot().float()
         prior = hot.mean(0)
         counts = torch.zeros(vocab_size, *prior.shape).index_add_(0, trace.tokens, hot)
@@ -63,24 +63,22 @@ class TokenTable:
 
 
 @torch.no_grad()
-def routes_of(model: torch.nn.Module, batches: list[Tensor]) -> RoutingTrace:
-    with record_trace(model) as recorder:
+def routes_of(model: torch.nn.Module, batches: list[Tensor]) -> ExpertTrace:
+    with record_expert_trace(model) as recorder:
         for rows in batches:
             model(rows)
     return recorder.trace()
 
 
-def steps_of(trace: RoutingTrace, streams: list[int], length: int) -> RoutingTrace:
+def steps_of(trace: ExpertTrace, streams: list[int], length: int) -> ExpertTrace:
     """The routes of some sequences of a trace, as decoding them side by side gives them."""
     rows = [trace.sequences()[stream] for stream in streams]
     order = torch.stack(rows, 1).flatten()  # Step by step, all streams of a step.
     steps = torch.tensor([[len(streams), 1]] * length)
-    return RoutingTrace(
-        trace.ids[order], trace.tokens[order], steps, trace.banks, trace.num_experts
-    )
+    return ExpertTrace(trace.ids[order], trace.tokens[order], steps, trace.banks, trace.num_experts)
 
 
-def hit_rate(trace: RoutingTrace, share: float, policy: Policy | str, fetches: int) -> float:
+def hit_rate(trace: ExpertTrace, share: float, policy: CachePolicy | str, fetches: int) -> float:
     """Of the experts that calls need, the part that is in a slot."""
     num_banks, num_experts = len(trace.banks), trace.num_experts
     store = MemoryStore([{"w_down": (torch.zeros(num_experts, 1, 1),)}] * num_banks)
@@ -146,7 +144,7 @@ def whole(name: str) -> Job:
 
 
 def hits(
-    test: RoutingTrace, streams: int, share: float, table: TokenTable, predictor: Any
+    test: ExpertTrace, streams: int, share: float, table: TokenTable, predictor: Any
 ) -> dict[str, float]:
     """Arm -> hit rate, the mean over groups of so many sequences, neighbours of different kinds."""
     length, top_k = len(test.sequences()[0]), test.ids.shape[2]
@@ -155,14 +153,14 @@ def hits(
     found: dict[str, list[float]] = {}
     for group in groups:
         trace = steps_of(test, group, length)
-        arms: dict[str, tuple[Callable[[], Policy | str], int]] = {
+        arms: dict[str, tuple[Callable[[], CachePolicy | str], int]] = {
             "LRU": (lambda: "lru", 0),
             "LFU": (lambda: "lfu", 0),
             "FIFO": (lambda: "fifo", 0),
-            "optimum, nothing fetched": (lambda t=trace: Belady(t), 0),
-            "optimum": (lambda t=trace: Belady(t), top_k),
-            "table of tokens": (lambda: Predicted(table), top_k),
-            "predicted": (lambda: Predicted(predictor.stream()), top_k),
+            "optimum, nothing fetched": (lambda t=trace: BeladyPolicy(t), 0),
+            "optimum": (lambda t=trace: BeladyPolicy(t), top_k),
+            "table of tokens": (lambda: PredictivePolicy(table), top_k),
+            "predicted": (lambda: PredictivePolicy(predictor.stream()), top_k),
         }
         for arm, (policy, fetches) in arms.items():
             found.setdefault(arm, []).append(hit_rate(trace, share, policy(), fetches))
@@ -170,7 +168,7 @@ def hits(
 
 
 def regrouped(
-    there: Loaded, chances: Tensor, test: RoutingTrace, seed: int
+    there: Loaded, chances: Tensor, test: ExpertTrace, seed: int
 ) -> dict[str, dict[str, float | None]]:
     """Experts in use after the prompts: all sequences in two halves, by what their prompts are
     predicted to use, by what they use in fact, and at random."""
@@ -183,7 +181,7 @@ def regrouped(
         return fmean(sum(num_active(used[half, step]) for half in halves) for step in steps)
 
     def by(routes: Tensor) -> float:
-        return cost(split_batch(routes))
+        return cost(split_batch_by_experts(routes))
 
     draws = []
     for _ in range(8):

@@ -128,7 +128,7 @@ def train(
     model = fit_once(
         folder,
         system,
-        zoo.create(system, settings.preset),
+        zoo.create_model(system, settings.preset),
         [texts[name] for name in settings.domains],
         steps=settings.steps,
         batch_size=settings.batch_size,

@@ -43,7 +43,10 @@ class Loaded:
 
     def losses(self) -> dict[str, float]:
         """Domain -> held-out nats a byte of the model as it is now."""
-        return {name: surgery.mean_loss(self.model, self.judged(name)) for name in self.domains}
+        return {
+            name: surgery.super_experts.mean_loss(self.model, self.judged(name))
+            for name in self.domains
+        }
 
 
 def load(name: str, seed: int, run: Run) -> Loaded:
@@ -58,7 +61,7 @@ def load(name: str, seed: int, run: Run) -> Loaded:
 @contextmanager
 def among(model: DeepSeek, keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Only these experts, as if the model were pruned."""
-    with surgery.route_as(model, surgery.only(keep)):
+    with surgery.override_routing(model, surgery.rules.only(keep)):
         yield
 
 

@@ -52,7 +52,7 @@ class Picture:
 
     def draw(self, path: Path) -> None:
         """Writes an SVG whose bytes depend on the data and on matplotlib alone."""
-        from moe_ops.viz import import_matplotlib
+        from moe_ops.viz._canvas import import_matplotlib
 
         import_matplotlib()
         import matplotlib

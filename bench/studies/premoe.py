@@ -39,7 +39,7 @@ def whole(name: str) -> Job:
     def perform(seed: int, run: Run) -> dict[str, Any]:
         there = load(name, seed, run)
         profiles = {
-            domain: surgery.profile(there.model, there.profiled(domain, seed))
+            domain: surgery.profile_experts(there.model, there.profiled(domain, seed))
             for domain in there.domains
         }
         before = there.losses()
@@ -59,7 +59,7 @@ def whole(name: str) -> Job:
 
 def arms_of(
     there: Loaded,
-    profiles: Mapping[str, surgery.Profile],
+    profiles: Mapping[str, surgery.ExpertProfile],
     before: Mapping[str, float],
     part: float,
     seed: int,
@@ -69,13 +69,13 @@ def arms_of(
 
     def cost(domain: str, keep: Mapping[str, list[int]]) -> float:
         with among(model, keep):
-            return surgery.mean_loss(model, there.judged(domain)) - before[domain]
+            return surgery.super_experts.mean_loss(model, there.judged(domain)) - before[domain]
 
-    def kept(profile: surgery.Profile, by: str) -> dict[str, list[int]]:
-        return surgery.choose_experts(model, surgery.scores(profile, by), part)
+    def kept(profile: surgery.ExpertProfile, by: str) -> dict[str, list[int]]:
+        return surgery.select_experts(model, surgery.score_experts(profile, by), part)
 
     first = next(iter(profiles.values()))
-    pooled = surgery.Profile({n: layer.to("cpu") for n, layer in first.layers.items()})
+    pooled = surgery.ExpertProfile({n: layer.to("cpu") for n, layer in first.layers.items()})
     for other in list(profiles.values())[1:]:
         pooled.add(other)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def arms_of(
             n: torch.rand(layer.num_experts, generator=generator)
             for n, layer in first.layers.items()
         }
-        draws.append(surgery.choose_experts(model, drawn, part))
+        draws.append(surgery.select_experts(model, drawn, part))
     arms: dict[str, dict[str, float]] = {}
     for by in CRITERIA:
         arms[by] = {domain: cost(domain, kept(profiles[domain], by)) for domain in names}
@@ -104,7 +104,7 @@ def arms_of(
 def retrieved(there: Loaded, seed: int) -> dict[str, dict[str, float]]:
     """Layers that are compared -> share of held-out prompts whose domain is found."""
     tasks = {domain: there.profiled(domain, seed) for domain in there.domains}
-    patterns = surgery.TaskPatterns.collect(there.model, tasks)
+    patterns = surgery.TaskRoutingPatterns.collect(there.model, tasks)
     rows: dict[str, dict[str, float]] = {}
     for arm, layer in LAYERS.items():
         rows[arm] = {}

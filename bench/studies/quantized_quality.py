@@ -72,7 +72,7 @@ def demo_model(folder: Path) -> Iterator[str]:
     calibration = [corpus.train[s : s + size].long()[None] for s in starts]
     text = corpus.heldout[:_HELDOUT].long()
     judged = [piece[None] for piece in text.split(size)[::16]]
-    baseline = quant.record_baseline(model, judged, max_tokens=1024, tokens=text, context=size)
+    baseline = quant.collect_calibration(model, judged, max_tokens=1024, tokens=text, context=size)
     before = baseline.perplexity
     assert before is not None
     yield f"| fp32 | | | {math.log2(before):.4f} | {before:.4f} | | 100 % |"
@@ -84,7 +84,7 @@ def demo_model(folder: Path) -> Iterator[str]:
                 group_size=group_size,
                 calibration=calibration if scales else None,
             )
-            report = quant.quality_report(copied, baseline)
+            report = quant.compare_quality(copied, baseline)
             errors = [b.error for b in report.banks]
             after = report.perplexity_after
             assert after is not None
@@ -121,7 +121,7 @@ def published_formats(steps: int) -> Iterator[str]:
     size = model.config.context
     text = corpus.heldout[:16_384].long()
     judged = [piece[None] for piece in text.split(size)[::16]]
-    baseline = quant.record_baseline(model, judged, max_tokens=1024, tokens=text, context=size)
+    baseline = quant.collect_calibration(model, judged, max_tokens=1024, tokens=text, context=size)
     before = baseline.perplexity
     assert before is not None
     yield f"| fp32 | | {math.log2(before):.4f} | {before:.4f} | | 100 % |"
@@ -129,7 +129,7 @@ def published_formats(steps: int) -> Iterator[str]:
         copied = copy.deepcopy(model)
         for found in find_banks(copied):
             found.hook.install(copied, found.module, _stored(found.bank, how))
-        report = quant.quality_report(copied, baseline)
+        report = quant.compare_quality(copied, baseline)
         errors = [b.error for b in report.banks]
         after = report.perplexity_after
         assert after is not None
@@ -316,14 +316,14 @@ def random_bank() -> Iterator[str]:
             return torch.randn(256, 1024) * size, weights, ids
 
         judged, calibration = [batch()], [batch()]
-        baseline = quant.record_baseline(experts, judged)
+        baseline = quant.collect_calibration(experts, judged)
         for format, group_size in FORMATS:
             errors = []
             for scales in (None, calibration):
                 quantized = moe_ops.quantize_experts(
                     experts, format, group_size=group_size, calibration=scales
                 )
-                errors.append(quant.quality_report(quantized, baseline).banks[0].error)
+                errors.append(quant.compare_quality(quantized, baseline).banks[0].error)
             name = quantized.format_name
             yield (
                 f"  channels x{outliers:g}, {name}: error {100 * errors[0]:.2f} %, "

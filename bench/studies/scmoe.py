@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.surgery import SelfContrast, rank, route_as
+from moe_ops.surgery import SelfContrastLogitsProcessor, override_routing
+from moe_ops.surgery.rules import rank
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 from .compare import Series, series
@@ -88,7 +89,7 @@ def loss_on(model: DeepSeek, problems: Problems, rows: Tensor) -> Tensor:
 def solved(
     model: DeepSeek,
     problems: Problems,
-    processor: Callable[[], SelfContrast | None] = lambda: None,
+    processor: Callable[[], SelfContrastLogitsProcessor | None] = lambda: None,
 ) -> float:
     """Share of the problems whose answer is right, the number behind the last "#"."""
     right = 0
@@ -115,7 +116,7 @@ def divergence(model: DeepSeek, problems: Problems, weak: int) -> float:
     for part in problems.batches(TOGETHER):
         tokens = torch.cat([part.questions, part.solutions], 1)[:, :-1]
         strong = model(tokens, last=SOLUTION).log_softmax(-1)
-        with route_as(model, rank(weak), renormalize=True):
+        with override_routing(model, rank(weak), renormalize=True):
             other = model(tokens, last=SOLUTION).log_softmax(-1)
         kl = (strong.exp() * (strong - other)).sum(-1)
         total += float(kl[part.counted].sum())
@@ -142,11 +143,13 @@ def whole(config: DeepSeekConfig) -> Job:
         for weak, number in WEAK.items():
             for beta in BETAS[weak]:
                 share = solved(
-                    model, test, lambda n=number, b=beta: SelfContrast(model, rank(n), beta=b)
+                    model,
+                    test,
+                    lambda n=number, b=beta: SelfContrastLogitsProcessor(model, rank(n), beta=b),
                 )
                 rows[arm(weak, beta)] = {SOLVED: share, DIVERGENCE: None}
             apart = divergence(model, test, number)
-            with route_as(model, rank(number), renormalize=True):
+            with override_routing(model, rank(number), renormalize=True):
                 rows[alone(weak)] = {SOLVED: solved(model, test), DIVERGENCE: apart}
         return {"rows": rows, "curve": thinned(curve)}
 

@@ -35,12 +35,12 @@ def natural(name: str) -> Job:
     def perform(seed: int, run: Run) -> dict[str, Any]:
         there = load(name, seed, run)
         model, batches = there.model, text(there, seed)
-        found = surgery.profile(model, batches)
-        costs = surgery.damage(
+        found = surgery.profile_experts(model, batches)
+        costs = surgery.measure_ablation(
             model, [(n, e) for n, layer in found.layers.items() for e in range(layer.num_experts)],
             batches,
         )  # fmt: skip
-        report = surgery.report_super_experts(model, found, batches, controls=CONTROLS)
+        report = surgery.evaluate_super_experts(model, found, batches, controls=CONTROLS)
         within = []
         for layer_name, layer in found.layers.items():
             of_layer = torch.tensor([costs[layer_name, e] for e in range(layer.num_experts)])
@@ -76,7 +76,7 @@ def plant(model: DeepSeek, layer: str, tokens: Tensor, size: float) -> int:
     """Makes the expert that BOS goes to first in a layer write `size` into one channel there: one
     hidden neuron answers to the layer's input at BOS. Returns the expert."""
     seen: dict[str, Tensor] = {}
-    (routed,) = surgery.routed_layers(model, [layer])
+    (routed,) = surgery.find_routed_layers(model, [layer])
 
     def watcher(x: Tensor, routing: Any) -> None:
         seen.setdefault("x", x[0].clone())
@@ -110,17 +110,19 @@ def planted(name: str) -> Job:
         for place in PLACES:
             there = load(name, seed, run)
             model, batches = there.model, text(there, seed)
-            before = surgery.profile(model, batches)
+            before = surgery.profile_experts(model, batches)
             layer = list(before)[place]
             usual = float(before[layer].largest_output().median())
             expert = plant(model, layer, batches[0], SIZE * usual)
             surgery.tune(model, text(there, seed + 1, 4 * PROFILED), STEPS, rate=RATE)
             model.eval()
-            after = surgery.profile(model, batches)
+            after = surgery.profile_experts(model, batches)
             found = surgery.find_super_experts(after)
             hits = [(one.layer, one.expert) for one in found.experts]
-            controls = surgery.matched_controls(after[layer], expert, CONTROLS)
-            costs = surgery.damage(model, [(layer, e) for e in (expert, *controls)], batches)
+            controls = surgery.super_experts.matched_controls(after[layer], expert, CONTROLS)
+            costs = surgery.measure_ablation(
+                model, [(layer, e) for e in (expert, *controls)], batches
+            )
             cost, *others = costs.values()
             largest = float(after[layer].largest_output()[expert])
             rows[f"layer {place}"] = {

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe_ops.layers import RoutingStats
+from moe_ops.layers import ExpertLoadStats
 from moe_ops.zoo.lm.model import CausalLM, LMLoss
 
 from .study import Job, Run
@@ -62,7 +62,7 @@ class Trained:
     heldout: dict[str, float]
     curve: list[float] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
-    of_domain: dict[str, RoutingStats] = field(default_factory=dict)
+    of_domain: dict[str, ExpertLoadStats] = field(default_factory=dict)
     z: float = 0.0
 
     @property
@@ -71,9 +71,9 @@ class Trained:
         return sum(self.heldout.values()) / len(self.heldout)
 
     @property
-    def routing(self) -> RoutingStats:
+    def routing(self) -> ExpertLoadStats:
         """Counts over the held-out text of all domains together."""
-        stats = RoutingStats()
+        stats = ExpertLoadStats()
         for part in self.of_domain.values():
             stats.merge(part)
         return stats
@@ -84,7 +84,7 @@ class Trained:
         return mean_violation(self.routing)
 
 
-def mean_violation(stats: RoutingStats) -> float:
+def mean_violation(stats: ExpertLoadStats) -> float:
     """MaxVio, the mean over layers; 0 without any."""
     found = [stats.max_violation(layer) for layer in stats.layers]
     return sum(found) / max(1, len(found))
@@ -92,7 +92,7 @@ def mean_violation(stats: RoutingStats) -> float:
 
 def step_violation(out: LMLoss) -> float:
     """To watch: the mean over layers of the batch's MaxVio."""
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     for r in out.routing:
         stats.update(r.routing.topk_ids, r.router.num_experts, layer=r.layer)
     return mean_violation(stats)
@@ -305,7 +305,7 @@ def evaluate(trained: Trained, domains: Sequence[Domain], recipe: Recipe) -> Non
     for domain in domains:
         batches = heldout_batches(domain, recipe.heldout_batches, recipe.batch, recipe.length)
         total = 0.0
-        stats = trained.of_domain[domain.name] = RoutingStats()
+        stats = trained.of_domain[domain.name] = ExpertLoadStats()
         for tokens in batches:
             out = model.loss(tokens, coefficients={"router_z": 0.0})
             total += out.cross_entropy.item() / len(batches)
@@ -332,7 +332,7 @@ def mixture_violation(
 ) -> float:
     """MaxVio, the mean over layers, of that many batches of training text together."""
     model.eval()
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     fresh: Iterable[Tensor] = train_batches(domains, batches, recipe.batch, recipe.length, seed)
     for tokens in fresh:
         for r in model(tokens[:, :-1], return_routing=True).routing:

@@ -31,20 +31,22 @@ def column(count: int, tuned: bool) -> str:
     return f"added, {count} left" + (", tuned" if tuned else "")
 
 
-def smaller(model: DeepSeek, found: surgery.Profile, arm: str, count: int, seed: int) -> DeepSeek:
+def smaller(
+    model: DeepSeek, found: surgery.ExpertProfile, arm: str, count: int, seed: int
+) -> DeepSeek:
     """A copy of the model with so many experts a layer."""
     result = copy.deepcopy(model)
     if arm in DROPS:
-        keep = surgery.choose_experts(result, surgery.scores(found, arm), count)
-        surgery.prune(result, keep)
+        keep = surgery.select_experts(result, surgery.score_experts(found, arm), count)
+        surgery.prune_experts(result, keep)
         return result
     if arm == "hc_smoe":
         groups = surgery.hc_smoe_groups(found, count)
     else:
         groups = surgery.uncurl_groups(found, count, seed=seed)
-    order = None if arm == "unaligned" else surgery.align(result, groups)
+    order = None if arm == "unaligned" else surgery.align_neurons(result, groups)
     load = {name: layer.load for name, layer in found.layers.items()}
-    surgery.merge(result, groups, weights=load, neuron_order=order)
+    surgery.merge_experts(result, groups, weights=load, neuron_order=order)
     return result
 
 
@@ -57,7 +59,9 @@ def whole(name: str) -> Job:
         before = there.losses()
         added: dict[str, dict[str, dict[str, float]]] = {}
         for task in tasks:
-            found = surgery.profile(there.model, there.profiled(task, seed), all_outputs=True)
+            found = surgery.profile_experts(
+                there.model, there.profiled(task, seed), all_outputs=True
+            )
             text = there.profiled(task, seed + 1, TUNED)
             for arm in (*MERGES, *DROPS):
                 for count in SIZES:
@@ -79,9 +83,9 @@ def tuned(
     there: Loaded, model: DeepSeek, task: str, text: list[Tensor], before: float
 ) -> tuple[float, float]:
     """Loss added on the task, before and after tuning to it."""
-    at_once = surgery.mean_loss(model, there.judged(task)) - before
+    at_once = surgery.super_experts.mean_loss(model, there.judged(task)) - before
     surgery.tune(model, text, STEPS, rate=RATE)
-    return at_once, surgery.mean_loss(model, there.judged(task)) - before
+    return at_once, surgery.super_experts.mean_loss(model, there.judged(task)) - before
 
 
 def scratch(name: str, count: int) -> Job:
@@ -97,7 +101,8 @@ def scratch(name: str, count: int) -> Job:
             lambda: DeepSeek(config), domains, made.recipe, seed, run=run.part("scratch")
         )
         first, *others = (
-            surgery.profile(there.model, there.profiled(domain, seed)) for domain in there.domains
+            surgery.profile_experts(there.model, there.profiled(domain, seed))
+            for domain in there.domains
         )
         for other in others:
             first.add(other)
@@ -116,7 +121,7 @@ def scratch(name: str, count: int) -> Job:
 
 def _losses(there: Loaded, model: DeepSeek) -> dict[str, float]:
     model.eval()
-    return {d: surgery.mean_loss(model, there.judged(d)) for d in there.domains}
+    return {d: surgery.super_experts.mean_loss(model, there.judged(d)) for d in there.domains}
 
 
 # A pilot of one model, trained on 8 MB: means over four tasks, and their standard errors, which

@@ -14,7 +14,7 @@
 #include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
-#include "moe_ops/sort_slots.h"
+#include "moe_ops/sort_by_expert.h"
 
 namespace moe_ops::cpu {
 
@@ -288,7 +288,7 @@ void run_bwd(const PeerFfnBwdParams& p, const Parallel& par) {
   token_gradients<T>(p, par, up, down);
   if (!tables || U == 0) return;
   int32_t* maps = scratch.take<int32_t>(Scratch::kIndex, U + 1 + 2 * N);
-  sort_slots({p.rows, maps, maps + U + 1, maps + U + 1 + N, nullptr});
+  sort_by_expert({p.rows, maps, maps + U + 1, maps + U + 1 + N, nullptr});
   table_gradients<T>(p, par, maps, maps + U + 1,
                      {{d.x, up, G, static_cast<char*>(p.grad_w_gate_up)},
                       {p.grad_y, down, 1, static_cast<char*>(p.grad_w_down)}});

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "moe_ops/common.h"
-#include "moe_ops/sort_slots.h"
+#include "moe_ops/sort_by_expert.h"
 #include "torch/tensor_utils.h"
 
 #ifdef MOE_OPS_WITH_CUDA
@@ -54,13 +54,13 @@ struct DeviceIndex {
 };
 DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 
-// sorted_slots on the device of topk_ids (defined in sort_slots.cpp).
+// sorted_slots on the device of topk_ids (defined in sort_by_expert.cpp).
 SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
 // The same before it is sorted: the routing has the ids and, from `sort` on, the maps.
 struct UnsortedSlots {
   SortedSlots sorted;
-  SortSlotsParams sort;
+  SortByExpertParams sort;
   Tensor topk_ids, workspace;
 };
 UnsortedSlots device_unsorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);

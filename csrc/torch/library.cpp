@@ -42,13 +42,13 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // --- permutation
   // Stable counting sort of slots by expert; slots without an expert go to the tail. All int32.
   m.def(
-      "sort_slots(Tensor topk_ids, int num_experts) "
+      "sort_by_expert(Tensor topk_ids, int num_experts) "
       "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
   // For experts on several ranks: a row for each token and each rank that it goes to, sorted by
   // rank -> rank_offsets [n+1], row_to_token [R], slot_to_row [T,K], local_ids [R,K], all int32,
   // R = T * min(K, n); -1 where there is none.
   m.def(
-      "dispatch_plan(Tensor topk_ids, int num_ranks, int experts_per_rank, Tensor? physical=None) "
+      "dispatch_layout(Tensor topk_ids, int num_ranks, int experts_per_rank, Tensor? physical=None) "
       "-> (Tensor rank_offsets, Tensor row_to_token, Tensor slot_to_row, Tensor local_ids)");
   // x [T,H] -> rows [N,H]; rows past expert_offsets[E] and those whose slot is -1 are zero. top_k
   // None: N / T.
@@ -128,7 +128,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] float, or int8 or uint8
   // with scales as of grouped_gemm_quantized. What is not given is left out. Inference only.
   m.def(
-      "gated_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? w_gate_scale=None, "
+      "gated_mlp_decode(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? w_gate_scale=None, "
       "Tensor? w_up_scale=None, Tensor? w_down_scale=None, Tensor? norm_weight=None, "
       "float eps=1e-06, Tensor? output_gate=None, Tensor? residual=None, "
       "float residual_scale=1.0, str activation=\"swiglu\") -> Tensor");
@@ -250,15 +250,15 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // x [T,G,H], w_up [E,I,H], w_down [E,O,I], input_ids [E] in [0,G) -> [T,E,O]:
   // w_down[e] act(w_up[e] x[t, input_ids[e]] + b_up[e]) + b_down[e]
   m.def(
-      "dense_ffn(Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, Tensor? b_up=None, "
+      "all_experts_ffn(Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, Tensor? b_up=None, "
       "Tensor? b_down=None, str activation=\"relu\") -> Tensor");
-  // dense_ffn for training: also returns the pre-activation [E,T,I].
+  // all_experts_ffn for training: also returns the pre-activation [E,T,I].
   m.def(
-      "dense_ffn_fwd(Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, Tensor? b_up=None, "
+      "all_experts_ffn_fwd(Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, Tensor? b_up=None, "
       "Tensor? b_down=None, str activation=\"relu\") -> (Tensor y, Tensor preact)");
   // Gradients that are not wanted come back with shape [0].
   m.def(
-      "dense_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, "
+      "all_experts_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, "
       "Tensor preact, str activation, bool need_x, bool need_w_up, bool need_w_down, "
       "bool need_b_up, bool need_b_down) -> (Tensor grad_x, Tensor grad_w_up, Tensor grad_w_down, "
       "Tensor grad_b_up, Tensor grad_b_down)");
@@ -267,13 +267,13 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // norm_bias [E,O], their normalisation over tokens by mean and var [E,O], or by those of the
   // tokens, which come back ([0] where not computed).
   m.def(
-      "mix_experts(Tensor outputs, Tensor weights, Tensor? factor=None, "
+      "mix_expert_outputs(Tensor outputs, Tensor weights, Tensor? factor=None, "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? mean=None, Tensor? var=None, str "
       "activation=\"none\", "
       "float eps=1e-05) -> (Tensor y, Tensor mean, Tensor var)");
   // batch: mean and var are those of the tokens. Gradients that are not wanted have shape [0].
   m.def(
-      "mix_experts_bwd(Tensor grad_y, Tensor outputs, Tensor weights, Tensor? factor, Tensor? "
+      "mix_expert_outputs_bwd(Tensor grad_y, Tensor outputs, Tensor weights, Tensor? factor, Tensor? "
       "norm_weight, "
       "Tensor? norm_bias, Tensor? mean, Tensor? var, str activation, float eps, bool batch, "
       "bool need_weights, bool need_factor, bool need_norm_weight, bool need_norm_bias) -> "
@@ -288,7 +288,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // or int8 or uint8 with scales as of grouped_gemm_quantized. cos and sin [B or 1,S,r], the first
   // rotary_size / 2 of a row count; mask [B or 1,1,S,start + S] bool or float. Inference only.
   m.def(
-      "attention_step(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_o, Tensor cos, "
+      "attention_decode(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_o, Tensor cos, "
       "Tensor sin, Tensor(a!) keys, Tensor(b!) values, int start, int rotary_size, float scale, "
       "Tensor? norm_weight=None, float eps=1e-06, Tensor? b_q=None, Tensor? b_k=None, "
       "Tensor? b_v=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_k_scale=None, "
@@ -299,7 +299,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // rotation of the halves of w_kv_a x, [r + d_r,H]. w_q [n (d_n + d_r),H], or [..,r_q] after
   // w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v].
   m.def(
-      "latent_attention_step(Tensor x, Tensor w_q, Tensor w_kv_a, Tensor kv_norm, Tensor w_kv_b, "
+      "mla_decode(Tensor x, Tensor w_q, Tensor w_kv_a, Tensor kv_norm, Tensor w_kv_b, "
       "Tensor w_o, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) rope_keys, int start, "
       "int num_heads, float scale, Tensor? norm_weight=None, float eps=1e-06, Tensor? w_q_a=None, "
       "Tensor? q_norm=None, float latent_eps=1e-06, Tensor? b_q=None, Tensor? b_q_a=None, "

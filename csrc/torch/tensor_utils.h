@@ -372,7 +372,7 @@ inline void check_num_experts(const Op& op, int64_t num_experts) {
 }
 
 // The routing of a call and the tensors that it points to: topk_ids [T, K] as they came, or maps
-// that sort_slots made of them (defined in sort_slots.cpp).
+// that sort_by_expert made of them (defined in sort_by_expert.cpp).
 struct SlotIds {
   Tensor topk_ids;
   Routing routing;

@@ -21,24 +21,24 @@ _load(__version__)
 
 from moe_ops.numerics import (  # noqa: E402
     batch_invariant,
-    is_batch_invariant,
+    is_batch_invariant_enabled,
     set_batch_invariant,
 )
 from moe_ops.ops import *  # noqa: E402, F403
 from moe_ops.ops import __all__ as _ops  # noqa: E402
-from moe_ops.packing import packed_bytes, prepack, prepacking, unpack  # noqa: E402
+from moe_ops.packing import pack_weights, packed_weight_bytes, set_packing_policy, unpack_weights  # noqa: E402
 from moe_ops.quant import quantize_experts  # noqa: E402
 
 __all__ = [
     "__version__",
     "batch_invariant",
-    "is_batch_invariant",
-    "packed_bytes",
-    "prepack",
-    "prepacking",
+    "is_batch_invariant_enabled",
+    "pack_weights",
+    "packed_weight_bytes",
     "quantize_experts",
     "set_batch_invariant",
-    "unpack",
+    "set_packing_policy",
+    "unpack_weights",
 ]
 __all__ += _ops
 

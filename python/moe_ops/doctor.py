@@ -213,21 +213,19 @@ def _wait_policy() -> Finding:
 
 
 def _packed_weights() -> Finding:
-    policy, budget = packing.prepack_settings()
+    policy, budget = packing.packing_settings()
     policies = {
         "auto": "made after some use in eval()",
         "always": "made at the first call in eval()",
-        "off": "made only by prepack",
+        "off": "made only by pack_weights",
     }
-    text = (
-        f"{policies[policy]} (MOE_OPS_PREPACK={policy}), {_mebibytes(packing.packed_bytes())} now"
-    )
+    text = f"{policies[policy]} (MOE_OPS_PACKING={policy}), {_mebibytes(packing.packed_weight_bytes())} now"
     if policy == "auto" and budget == 0:
         return Finding(
             "packed weights",
             "info",
             f"{text}, none by itself: how much memory is available is not known",
-            "Call moe_ops.prepack(model), or set MOE_OPS_PREPACK_MB to what may be used.",
+            "Call moe_ops.pack_weights(model), or set MOE_OPS_PACKING_MB to what may be used.",
         )
     if policy == "auto":
         text += f", at most {_mebibytes(budget)}"

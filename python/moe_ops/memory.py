@@ -15,7 +15,7 @@ such pages before they are filled, which costs nothing. ``MOE_OPS_HUGE_PAGES=0``
 turns that off; a process that was forked does not do it either, because it would get a copy of its
 own of weights that it shares with its parent.
 
-:func:`held_bytes` lists all memory that this package keeps for itself.
+:func:`memory_stats` lists all memory that this package keeps for itself.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ _holders: dict[str, Callable[[], int]] = {}
 
 
 def register_holder(name: str, num_bytes: Callable[[], int]) -> None:
-    """Adds an entry to :func:`held_bytes`."""
+    """Adds an entry to :func:`memory_stats`."""
     _holders[name] = num_bytes
 
 
-def held_bytes() -> dict[str, int]:
+def memory_stats() -> dict[str, int]:
     """Bytes that this package holds beside the tensors of its callers, by what they are for.
 
     Returns:
         ``"outputs"``: :func:`cached_bytes`. ``"packed weights"``: copies of expert weights, those
-        that are being made included (`moe_ops.packed_bytes`). ``"original weights"``: what
+        that are being made included (`moe_ops.packed_weight_bytes`). ``"original weights"``: what
         `moe_ops.hf.optimize` keeps of models that it can restore exactly.
     """
     return {"outputs": cached_bytes(), **{name: count() for name, count in _holders.items()}}
@@ -86,12 +86,12 @@ def cached_bytes() -> int:
     return _library.cached_bytes()
 
 
-def cache_limit() -> int:
+def get_cache_limit() -> int:
     """The most bytes that are kept."""
     return _library.cache_limit()
 
 
-def release_cached() -> None:
+def empty_cache() -> None:
     """Returns everything that is kept to the system. Tensors in use are not touched."""
     _library.release_cached()
 

@@ -126,7 +126,7 @@ def set_batch_invariant(mode: bool) -> None:
         _apply()
 
 
-def is_batch_invariant() -> bool:
+def is_batch_invariant_enabled() -> bool:
     """Returns True if the batch-invariant mode is on (:func:`set_batch_invariant`)."""
     return _mode
 

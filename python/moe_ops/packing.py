@@ -25,19 +25,19 @@ from moe_ops.memory import available_memory
 
 __all__ = [
     "available_memory",
-    "packed_bytes",
-    "prepack",
-    "prepack_settings",
-    "prepacking",
-    "unpack",
+    "pack_weights",
+    "packed_weight_bytes",
+    "packing_settings",
+    "set_packing_policy",
+    "unpack_weights",
 ]
 
 
-class prepacking:
+class set_packing_policy:
     """Sets when banks of experts pack their weights by themselves, for the whole process.
 
     A bank can pack itself in `eval()`, in calls that want no gradient, on the CPU. Banks that were
-    packed by `prepack` keep their copies under every policy.
+    packed by `pack_weights` keep their copies under every policy.
 
     Args:
         policy: "auto", a bank whose weights take 1 MiB or more packs itself once they have served
@@ -51,7 +51,7 @@ class prepacking:
             available without them, at the moment of packing.
 
     As a context manager it puts the old settings back at the end. At the start they come from
-    ``MOE_OPS_PREPACK`` (a policy, "auto" if not set) and ``MOE_OPS_PREPACK_MB`` (a budget in MiB).
+    ``MOE_OPS_PACKING`` (a policy, "auto" if not set) and ``MOE_OPS_PACKING_MB`` (a budget in MiB).
 
     Raises:
         ValueError: an unknown policy or a negative budget.
@@ -62,25 +62,25 @@ class prepacking:
         policy = before.policy if policy is None else policy
         if policy not in POLICIES:
             raise ValueError(
-                f"prepacking: policy must be one of {', '.join(POLICIES)}, got {policy!r}."
+                f"set_packing_policy: policy must be one of {', '.join(POLICIES)}, got {policy!r}."
             )
         if max_bytes is not None and max_bytes < 0:
-            raise ValueError(f"prepacking: max_bytes must be at least 0, got {max_bytes}.")
+            raise ValueError(f"set_packing_policy: max_bytes must be at least 0, got {max_bytes}.")
         self._before = before
         apply_settings(Settings(policy, max_bytes))
 
-    def __enter__(self) -> prepacking:
+    def __enter__(self) -> set_packing_policy:
         return self
 
     def __exit__(self, *_: object) -> None:
         apply_settings(self._before)
 
 
-def prepack(model: nn.Module) -> int:
+def pack_weights(model: nn.Module) -> int:
     """Packs the expert weights of `model` now, whatever the policy and the budget.
 
     The copies take about the memory of the weights once more. They are used in calls that want no
-    gradient, and go when the weights change, at `train()`, or with :func:`unpack`.
+    gradient, and go when the weights change, at `train()`, or with :func:`unpack_weights`.
 
     Args:
         model: a module that holds `moe_ops.layers.Experts`, or blocks of transformers that run on
@@ -103,13 +103,13 @@ def prepack(model: nn.Module) -> int:
     quantized = sum(map(is_quantized, model.modules()))
     if quantized:
         warnings.warn(
-            f"prepack: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
+            f"pack_weights: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
             "experts, which need no packed copy.",
             stacklevel=2,
         )
     elif not banks:
         raise ValueError(
-            f"prepack: model must hold a bank of experts that runs on moe_ops, got "
+            f"pack_weights: model must hold a bank of experts that runs on moe_ops, got "
             f"{type(model).__name__} without one."
         )
     on_cuda = {m for _, m, w in banks if w.w_gate_up.is_cuda and w.w_down.is_cuda}
@@ -120,25 +120,25 @@ def prepack(model: nn.Module) -> int:
         check_can_pack(name, module, weights)
     for _, module, weights in banks:
         pack_now(module, weights)
-    return packed_bytes(model)
+    return packed_weight_bytes(model)
 
 
-def unpack(model: nn.Module) -> int:
+def unpack_weights(model: nn.Module) -> int:
     """Drops the packed copies of `model`; returns their bytes. Banks may pack themselves again."""
-    freed = packed_bytes(model)
+    freed = packed_weight_bytes(model)
     for module in model.modules():
         invalidate(module)
     return freed
 
 
-def packed_bytes(model: nn.Module | None = None) -> int:
+def packed_weight_bytes(model: nn.Module | None = None) -> int:
     """Bytes of the packed copies of `model`'s banks, those begun included; of all without one."""
     return sum(state.num_bytes for state in states(model))
 
 
-def prepack_settings() -> tuple[str, int]:
+def packing_settings() -> tuple[str, int]:
     """The policy, and the budget in bytes at this moment."""
     policy, max_bytes = current_settings()
     if max_bytes is None:
-        max_bytes = budget(packed_bytes())
+        max_bytes = budget(packed_weight_bytes())
     return policy, max_bytes

@@ -81,7 +81,7 @@ def cases() -> list[Case]:
     ids = torch.randint(0, E - 1, (T, K), generator=generator, dtype=torch.int32)
     ids[3, 1] = -1
     weights = torch.rand(T, K, generator=generator)
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(ids, E)
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(ids, E)
     w_gate_up, w_down = normal(E, 2 * I, H) / H**0.5, normal(E, H, I) / I**0.5
     x, rows = normal(T, H), normal(T * K, H)
     layer = (x, w_gate_up, w_down, weights, ids, normal(E, 2 * I), normal(E, H))
@@ -93,8 +93,8 @@ def cases() -> list[Case]:
         Case("topp_router", lambda m, t: m.topp_router(t, 0.7, E), (logits,)),
         Case("expert_choice_router", lambda m, t: m.expert_choice_router(t, 9), (logits,)),
         Case("router_linear", lambda m, *t: m.router_linear(*t), (x, normal(E, H), normal(E))),
-        Case("sort_slots", lambda m, t: m.sort_slots(t, E), (ids,), False),
-        Case("dispatch_plan", lambda m, t: m.dispatch_plan(t, 3, 2), (ids,), False),
+        Case("sort_by_expert", lambda m, t: m.sort_by_expert(t, E), (ids,), False),
+        Case("dispatch_layout", lambda m, t: m.dispatch_layout(t, 3, 2), (ids,), False),
         Case("permute", lambda m, *t: m.permute(*t), (x, offsets, row_to_slot)),
         Case("unpermute", lambda m, *t: m.unpermute(*t), (rows, offsets, slot_to_row, weights)),
         Case("gated_act", lambda m, t: m.gated_act(t, "swiglu"), (normal(T, 2 * I),)),
@@ -142,14 +142,14 @@ def cases() -> list[Case]:
         ),
         Case("rotary", _rotary, (normal(2, T, 3, 24),)),
         Case(
-            "attention_step",
-            _attention_step,
+            "attention_decode",
+            _attention_decode,
             (normal(2, 3, H), normal(H, H), normal(H // 2, H), normal(H // 2, H), normal(H, H)),
             False,
         ),
         Case(
-            "latent_attention_step",
-            _latent_attention_step,
+            "mla_decode",
+            _mla_decode,
             (
                 normal(2, 3, H),
                 normal(96, H),
@@ -163,13 +163,13 @@ def cases() -> list[Case]:
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="softmax"), attention),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="stick_breaking"), attention),
         Case(
-            "gated_ffn",
-            lambda m, *t: m.gated_ffn(*t[:4], norm_weight=t[4], residual=t[5]),
+            "gated_mlp_decode",
+            lambda m, *t: m.gated_mlp_decode(*t[:4], norm_weight=t[4], residual=t[5]),
             (x, normal(I, H), normal(I, H), normal(H, I), normal(H), normal(T, H)),
             False,
         ),
-        Case("dense_ffn", lambda m, *t: m.dense_ffn(*t, activation="silu"), dense),
-        Case("mix_experts", _mix_experts, mixed),
+        Case("all_experts_ffn", lambda m, *t: m.all_experts_ffn(*t, activation="silu"), dense),
+        Case("mix_expert_outputs", _mix_expert_outputs, mixed),
     ]
 
 
@@ -183,18 +183,18 @@ def _packed_ffn(m: Any, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> T
     return y
 
 
-def _attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_decode(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
     angles = torch.linspace(-3, 3, 24, dtype=x.dtype, device=x.device).view(1, 3, 8)
     kept = x.new_zeros(2, 2, 2, 5, 16)
     how: dict[str, Any] = {"start": 1, "rotary_size": 16, "scale": 0.25}
-    return m.attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), kept
+    return m.attention_decode(x, *weights, angles.cos(), angles.sin(), *kept, **how), kept
 
 
-def _latent_attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def _mla_decode(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     angles = torch.linspace(-3, 3, 12, dtype=x.dtype, device=x.device).view(1, 3, 4)
     kept = x.new_zeros(2, 1, 5, x.shape[2] - 8), x.new_zeros(2, 1, 5, 8)
     how: dict[str, Any] = {"start": 1, "num_heads": 4, "scale": 0.25, "interleaved": True}
-    return m.latent_attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), *kept
+    return m.mla_decode(x, *weights, angles.cos(), angles.sin(), *kept, **how), *kept
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,10 +254,12 @@ def _rotary(m: Any, t: Tensor) -> Any:
     return m.rotary(t, angles.cos(), angles.sin())
 
 
-def _mix_experts(m: Any, outputs: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Any:
+def _mix_expert_outputs(
+    m: Any, outputs: Tensor, weights: Tensor, scale: Tensor, shift: Tensor
+) -> Any:
     acc = accumulate_dtype(outputs.dtype)
     norm = {"norm_weight": scale.to(acc), "norm_bias": shift.to(acc)}
-    return m.mix_experts(outputs, weights, activation="silu", **norm)[0]
+    return m.mix_expert_outputs(outputs, weights, activation="silu", **norm)[0]
 
 
 # --- running a case

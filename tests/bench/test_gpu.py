@@ -47,7 +47,7 @@ def test_models_and_cases():
     for shape in cases.MODELS.values():
         for part in cases.PARTS:
             assert any(c.part == part and c.shape == shape for c in every)
-    for part in ("forward", "training", "grouped_gemm", "sort_slots"):
+    for part in ("forward", "training", "grouped_gemm", "sort_by_expert"):
         assert {c.routing for c in every if c.part == part} == set(cases.USUAL_ROUTINGS)
     # Cases of a layer are together, so that its weights are made once.
     groups = [c.group for c in every]
@@ -93,7 +93,7 @@ HAND_WORK = {
     "grouped_gemm_down": (288, 2 * (4 * 12 + 36 + 48)),
     "grouped_gemm_wgrad": (576, 2 * (5 * 24 + 48 + 72)),
     "topk_router": (0, 4 * 30 + 8 * 12),
-    "sort_slots": (0, 4 * (12 + 6 + 12 + 12)),
+    "sort_by_expert": (0, 4 * (12 + 6 + 12 + 12)),
     "permute": (0, 2 * (24 + 48) + 4 * 12),
     "unpermute": (0, 2 * (48 + 24) + 8 * 12),
     "gated_act": (0, 2 * (72 + 36)),
@@ -138,7 +138,7 @@ def test_work_counts_the_tensors_of_an_op():
         "permute": sizes(layer.tokens.x, layer.rows_h, row_to_slot),
         "unpermute": sizes(layer.rows_h, layer.tokens.x, slot_to_row, weights),
         "gated_act": sizes(layer.rows_2i, layer.rows_i),
-        "sort_slots": sizes(layer.tokens.topk_ids, offsets, row_to_slot, slot_to_row),
+        "sort_by_expert": sizes(layer.tokens.topk_ids, offsets, row_to_slot, slot_to_row),
         "topk_router": sizes(layer.logits, weights, layer.tokens.topk_ids),
         "grouped_gemm": sizes(layer.rows_h, up[:used], layer.rows_2i),
         "grouped_gemm_wgrad": sizes(layer.rows_h, up, layer.rows_2i),

@@ -315,7 +315,7 @@ def test_tables_say_who_is_faster(walked):
         assert header[:6] == ["model", "T", "routing", "floor", "moe_ops", "of limit"]
         assert rows and all(len(row) == len(header) for row in rows)
     text = report.markdown(result)
-    for title in ("Targets", "Expert block, forward", "grouped_gemm_wgrad", "sort_slots"):
+    for title in ("Targets", "Expert block, forward", "grouped_gemm_wgrad", "sort_by_expert"):
         assert f"### {title}" in text
     for peer in PEERS:
         assert f"{peer.name}: " in text

@@ -1,4 +1,4 @@
-"""A query of attention_step and latent_attention_step depends only on the positions that it may
+"""A query of attention_decode and mla_decode depends only on the positions that it may
 see.
 
 In the batch-invariant mode its bits are those that it has alone, whatever the sequences beside it,
@@ -20,7 +20,7 @@ import pytest
 import torch
 from tests.helpers.attention_block import Call, run
 from tests.helpers.quantized import quantized
-from tests.ops import test_attention_step, test_latent_attention_step
+from tests.ops import test_attention_decode, test_mla_decode
 from torch import Tensor
 
 import moe_ops
@@ -30,13 +30,13 @@ from moe_ops.testing import DTYPES, assert_identical, seed_from, short
 pytestmark = pytest.mark.cpu_only
 
 FILES = {
-    "attention_step": test_attention_step,
-    "latent_attention_step": test_latent_attention_step,
+    "attention_decode": test_attention_decode,
+    "mla_decode": test_mla_decode,
 }
 BY_TOKEN = ("x", "cos", "sin")
 WEIGHTS = {
-    "attention_step": ("q", "k", "v", "o"),
-    "latent_attention_step": ("q", "q_a", "kv_a", "o"),
+    "attention_decode": ("q", "k", "v", "o"),
+    "mla_decode": ("q", "q_a", "kv_a", "o"),
 }
 ROUNDS = 12
 
@@ -53,7 +53,7 @@ def sizes(op: str, rng: random.Random, codes: bool) -> dict[str, int]:
     def some(*numbers: int) -> int:
         return unit * max(1, rng.choice(numbers) // unit)
 
-    if op == "attention_step":
+    if op == "attention_decode":
         kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2, 5))
         size = some(2, 8, 16, 20, 64, 96)
         rotary = 2 * rng.randint(0, size // 2)
@@ -100,7 +100,7 @@ def random_call(op: str, dtype: torch.dtype, rng: random.Random, masks: tuple[An
     file = FILES[op]
     codes = dtype != torch.float64 and rng.random() < 0.4
     options: dict[str, Any] = sizes(op, rng, codes)
-    if op == "attention_step":
+    if op == "attention_decode":
         options |= {"sinks": rng.random() < 0.5, "norms": rng.choice((None, "head"))}
     else:
         options |= {"interleaved": rng.random() < 0.5}
@@ -198,7 +198,7 @@ def test_the_same_bits_alone_and_among_others(op, dtype, seed):
 def test_the_same_bits_with_the_sizes_of_a_model(op, dtype, threads, set_threads, seed):
     """Large enough for several threads, and for products of many rows."""
     set_threads(threads)
-    options = {"sinks": True, "kv_heads": 2} if op == "attention_step" else {"rank": 512}
+    options = {"sinks": True, "kv_heads": 2} if op == "attention_decode" else {"rank": 512}
     call = FILES[op].operands(dtype, batch=2, length=33, start=300, hidden=256, heads=16, **options)
     with moe_ops.batch_invariant():
         check_invariant(op, call, random.Random(seed))
@@ -252,7 +252,7 @@ def test_numbers_that_a_query_may_not_see(op, dtype, mode, seed):
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_padding_of_numbers_that_are_not_finite(op, value):
     """Left padding and the tokens after a query, all at once, beside a sequence without padding."""
-    options = {"sinks": True} if op == "attention_step" else {}
+    options = {"sinks": True} if op == "attention_decode" else {}
     call = FILES[op].operands(batch=2, length=4, start=20, **options)
     call["mask"] = may_see(call)[:, None].clone()
     call["mask"][0, ..., :7] = False

@@ -108,7 +108,7 @@ def test_arguments_left_out_have_their_defaults(rule_calls):
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
-@pytest.mark.parametrize("op", ["moe_ffn", "dense_ffn"])
+@pytest.mark.parametrize("op", ["moe_ffn", "all_experts_ffn"])
 def test_ops_with_a_form_for_training_take_the_same_way(op, monkeypatch):
     """Their rule runs another op, which also returns what backward needs, and shows one output."""
     packet = getattr(torch.ops.moe_ops, op)

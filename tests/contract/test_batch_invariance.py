@@ -63,21 +63,21 @@ RARE, COMMON = 5, 6
 
 # Registered ops of which no output belongs to one token, and why.
 NOT_BY_TOKEN = {
-    "attention_step": "a token's keys are other tokens: tests/contract/test_attention_steps.py",
-    "dispatch_plan": "rounds nothing",
+    "attention_decode": "a token's keys are other tokens: tests/contract/test_attention_steps.py",
+    "dispatch_layout": "rounds nothing",
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",
     "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
     "grouped_gemm_quantized_exact": "of training: test_training_through_quantised_experts",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
-    "latent_attention_step": "as attention_step: tests/contract/test_attention_steps.py",
+    "mla_decode": "as attention_decode: tests/contract/test_attention_steps.py",
     "moe_ffn_quantized_fwd": "of training: test_training_through_quantised_experts",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
     "permute": "copies rows",
     "quantize_fp8_columns": "rounds 128 tokens together",
-    "sort_slots": "rounds nothing",
+    "sort_by_expert": "rounds nothing",
 }
 
 Kwargs = dict[str, Any]
@@ -443,11 +443,13 @@ for label, (rows, columns, experts) in {
 # --- every expert on every token
 
 
-def dense_ffn_case(dtype: torch.dtype, h: int, i: int, o: int, activation: str, fwd: bool) -> Case:
+def all_experts_ffn_case(
+    dtype: torch.dtype, h: int, i: int, o: int, activation: str, fwd: bool
+) -> Case:
     def op(**call: Any) -> Any:
         if not fwd:
-            return moe_ops.dense_ffn(**call)
-        y, preact = torch.ops.moe_ops.dense_ffn_fwd(**call)
+            return moe_ops.all_experts_ffn(**call)
+        y, preact = torch.ops.moe_ops.all_experts_ffn_fwd(**call)
         return y, preact.transpose(0, 1)
 
     fixed: Kwargs = {
@@ -461,14 +463,14 @@ def dense_ffn_case(dtype: torch.dtype, h: int, i: int, o: int, activation: str, 
     return Case(op, {"x": torch.randn(NUM_TOKENS, 2, h).to(dtype)}, fixed)
 
 
-for op in ("dense_ffn", "dense_ffn_fwd"):
-    fwd = op == "dense_ffn_fwd"
-    add(op, "whole", dense_ffn_case, h=32, i=64, o=32, activation="relu", fwd=fwd)
-    add(op, "odd", dense_ffn_case, h=33, i=31, o=17, activation="gelu", fwd=fwd)
-    add(op, "deep", dense_ffn_case, h=400, i=300, o=7, activation="silu", fwd=fwd)
+for op in ("all_experts_ffn", "all_experts_ffn_fwd"):
+    fwd = op == "all_experts_ffn_fwd"
+    add(op, "whole", all_experts_ffn_case, h=32, i=64, o=32, activation="relu", fwd=fwd)
+    add(op, "odd", all_experts_ffn_case, h=33, i=31, o=17, activation="gelu", fwd=fwd)
+    add(op, "deep", all_experts_ffn_case, h=400, i=300, o=7, activation="silu", fwd=fwd)
 
 
-def mix_experts_case(dtype: torch.dtype, e: int, o: int, m: int, norm: bool) -> Case:
+def mix_expert_outputs_case(dtype: torch.dtype, e: int, o: int, m: int, norm: bool) -> Case:
     tokens = {
         "outputs": torch.randn(NUM_TOKENS, e, o).to(dtype),
         "weights": torch.randn(NUM_TOKENS, m, e).to(dtype),
@@ -478,11 +480,11 @@ def mix_experts_case(dtype: torch.dtype, e: int, o: int, m: int, norm: bool) -> 
     if norm:
         names = ("norm_weight", "norm_bias", "mean", "var")
         fixed |= {name: torch.rand(e, o).to(acc_dtype(dtype)) + 0.5 for name in names}
-    return Case(lambda **call: moe_ops.mix_experts(**call)[0], tokens, fixed)
+    return Case(lambda **call: moe_ops.mix_expert_outputs(**call)[0], tokens, fixed)
 
 
-add("mix_experts", "whole", mix_experts_case, e=8, o=32, m=4, norm=False)
-add("mix_experts", "odd", mix_experts_case, e=5, o=17, m=3, norm=True)
+add("mix_expert_outputs", "whole", mix_expert_outputs_case, e=8, o=32, m=4, norm=False)
+add("mix_expert_outputs", "odd", mix_expert_outputs_case, e=5, o=17, m=3, norm=True)
 
 
 # --- rows by themselves
@@ -686,11 +688,11 @@ def run_all() -> None:
 # --- layers
 
 
-def moe(dtype: torch.dtype, prepack: bool = False, **options: Any) -> torch.nn.Module:
+def moe(dtype: torch.dtype, pack_weights: bool = False, **options: Any) -> torch.nn.Module:
     layer = MoE.build(**{"hidden_size": 96, "num_experts": 8, "top_k": 2} | options)
     layer = layer.to(dtype).eval()
-    if prepack:
-        layer.prepack()
+    if pack_weights:
+        layer.pack_weights()
     return layer
 
 
@@ -733,7 +735,7 @@ LAYERS: dict[str, Callable[[torch.dtype], Callable[[Tensor], Tensor]]] = {
         moe, intermediate_size=31, activation="gelu", num_shared_experts=1, num_experts=4
     ),
     "topp": functools.partial(moe, kind="topp", intermediate_size=32),
-    "packed": functools.partial(moe, intermediate_size=160, prepack=True),
+    "packed": functools.partial(moe, intermediate_size=160, pack_weights=True),
     "int8": functools.partial(quantized_bank, format="int8"),
     "int4": functools.partial(quantized_bank, format="int4", group=32),
     "dense": functools.partial(dense_bank, activation="relu"),
@@ -812,7 +814,7 @@ def test_attention_layer_token_by_token(kind, dtype):
 def test_the_environment_variable(value, on):
     environment = {**os.environ, "MOE_OPS_BATCH_INVARIANT": value}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    code = "import moe_ops; print(moe_ops.is_batch_invariant(), moe_ops._library.batch_invariant())"
+    code = "import moe_ops; print(moe_ops.is_batch_invariant_enabled(), moe_ops._library.batch_invariant())"
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
@@ -837,17 +839,17 @@ def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
     monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 8)
     layer = moe(torch.float32, intermediate_size=512)
     x = torch.randn(NUM_TOKENS, 96)
-    with torch.no_grad(), moe_ops.prepacking("auto"), moe_ops.batch_invariant():
+    with torch.no_grad(), moe_ops.set_packing_policy("auto"), moe_ops.batch_invariant():
         before = layer(x)
         for _ in range(8):
             layer(x)
-        assert moe_ops.packed_bytes(layer) == 0
+        assert moe_ops.packed_weight_bytes(layer) == 0
         with moe_ops.batch_invariant(False):
             for _ in range(8):
                 layer(x)
-            assert moe_ops.packed_bytes(layer) > 0
+            assert moe_ops.packed_weight_bytes(layer) > 0
         assert_identical(layer(x), before)
-        moe_ops.prepack(layer)
+        moe_ops.pack_weights(layer)
         assert not torch.equal(layer(x), before)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import Experts, MoE, RoutingStats
+from moe_ops.layers import ExpertLoadStats, Experts, MoE
 from moe_ops.zoo.home import layers as multitask
 
 
@@ -64,7 +64,7 @@ def test_sum_of_rows():
 
 
 def test_statistics():
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     stats.update(torch.tensor([[0, 1], [0, 1]]), 4)
     want = stats.as_dict()
     with other_defaults():
@@ -79,9 +79,9 @@ def test_quantising():
         torch.manual_seed(0)
         bank = Experts(4, 32, 32)
         with context():
-            baseline = quant.record_baseline(bank, [(x, weights, ids)])
+            baseline = quant.collect_calibration(bank, [(x, weights, ids)])
             quantized = moe_ops.quantize_experts(bank, "int4", group_size=32, calibration=baseline)
-            error = quant.quality_report(quantized, baseline).banks[0].error
+            error = quant.compare_quality(quantized, baseline).banks[0].error
         results.append((error, quantized.x_scale, baseline.banks[""].y))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(*(r[1:] for r in results), strict=True))

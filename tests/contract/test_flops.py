@@ -15,7 +15,7 @@ from moe_ops.quant import quantize
 # Sort, gather, score, activate, round or lay out: no products.
 WITHOUT_PRODUCTS = {
     "add_rms_norm",
-    "dispatch_plan",
+    "dispatch_layout",
     "expert_choice_router",
     "gated_act",
     "grouped_sum",
@@ -24,7 +24,7 @@ WITHOUT_PRODUCTS = {
     "quantize_fp8",
     "quantize_fp8_columns",
     "rotary",
-    "sort_slots",
+    "sort_by_expert",
     "topk_router",
     "topp_router",
     "unpermute",
@@ -114,9 +114,9 @@ def test_router_linear(training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_dense_ffn(training):
+def test_all_experts_ffn(training):
     x, w_up, w_down, inputs = leaf(T, 1, H), leaf(E, I, H), leaf(E, 3, I), torch.zeros(E, dtype=int)
-    assert flops(lambda: moe_ops.dense_ffn(x, w_up, w_down, inputs), training) == flops(
+    assert flops(lambda: moe_ops.all_experts_ffn(x, w_up, w_down, inputs), training) == flops(
         lambda: torch.stack([(x[:, 0] @ w_up[e].T).relu() @ w_down[e].T for e in range(E)]),
         training,
     )
@@ -175,6 +175,6 @@ def test_latent_attention(bottleneck):
             num_heads=heads, scale=1.0, w_q_a=torch.ones(narrow, H) if bottleneck else None,
         )  # fmt: skip
 
-    assert flops(lambda: call(moe_ops.latent_attention_step), False) == flops(
-        lambda: call(moe_ops.reference.latent_attention_step), False
+    assert flops(lambda: call(moe_ops.mla_decode), False) == flops(
+        lambda: call(moe_ops.reference.mla_decode), False
     )

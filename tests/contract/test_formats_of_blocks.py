@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.helpers.attention_block import wide
 from tests.helpers.quantized import STORED_GROUPS, STORED_RECORDS, any_format
-from tests.ops import test_attention_step, test_gated_ffn, test_latent_attention_step
+from tests.ops import test_attention_decode, test_gated_mlp_decode, test_mla_decode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
@@ -37,9 +37,9 @@ REFUSED = {
     "q6_k": "q6_K",
 }
 WEIGHTS = {
-    "gated_ffn": ("gate", "up", "down"),
-    "attention_step": ("q", "k", "v", "o"),
-    "latent_attention_step": ("q_a", "q", "kv_a", "o"),
+    "gated_mlp_decode": ("gate", "up", "down"),
+    "attention_decode": ("q", "k", "v", "o"),
+    "mla_decode": ("q_a", "q", "kv_a", "o"),
 }
 
 
@@ -47,13 +47,13 @@ def call_of(op: str, depth: int) -> Call:
     """A call in which every weight has rows of `depth`, a multiple of 32."""
     size = 64 if depth % 64 == 0 else 80
     heads = depth // size
-    if op == "gated_ffn":
-        return test_gated_ffn.operands(torch.bfloat16, hidden=depth, width=depth)
-    if op == "attention_step":
-        return test_attention_step.operands(
+    if op == "gated_mlp_decode":
+        return test_gated_mlp_decode.operands(torch.bfloat16, hidden=depth, width=depth)
+    if op == "attention_decode":
+        return test_attention_decode.operands(
             torch.bfloat16, hidden=depth, heads=heads, kv_heads=1, size=size
         )
-    return test_latent_attention_step.operands(
+    return test_mla_decode.operands(
         torch.bfloat16, hidden=depth, heads=heads, value=size, query_rank=depth
     )
 
@@ -133,7 +133,7 @@ def test_codes_without_scales_and_scales_without_codes(op, name):
 
 
 def test_the_weight_of_latents_is_a_float():
-    call = call_of("latent_attention_step", 256)
+    call = call_of("mla_decode", 256)
     codes = torch.zeros(call["w_kv_b"].shape, dtype=torch.int8)
     with pytest.raises(ValueError, match="w_kv_b must be bfloat16 like x, got int8"):
-        moe_ops.latent_attention_step(**{**call, "w_kv_b": codes})
+        moe_ops.mla_decode(**{**call, "w_kv_b": codes})

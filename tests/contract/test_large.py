@@ -42,7 +42,7 @@ def test_permute_and_unpermute_beyond_2_to_31_elements():
     # the rows past 2^31 elements are known in closed form.
     ids = torch.zeros(t, k, dtype=torch.int32)
     ids[-1] = 1
-    expert_offsets, row_to_slot, slot_to_row = moe_ops.sort_slots(ids, 2)
+    expert_offsets, row_to_slot, slot_to_row = moe_ops.sort_by_expert(ids, 2)
     assert expert_offsets.tolist() == [0, (t - 1) * k, t * k]
 
     rows = moe_ops.permute(x, expert_offsets, row_to_slot)

@@ -29,7 +29,7 @@ MODULES = {
     "AttentionExperts": lambda: layers.AttentionExperts(
         layers.Router(H, E, K, dtype=torch.float64), 2, 4, dtype=torch.float64
     ),
-    "ExpertNorm": lambda: layers.ExpertNorm(E, H, dtype=torch.float64),
+    "ExpertNorm": lambda: layers.ExpertBatchNorm(E, H, dtype=torch.float64),
     "Experts": lambda: layers.Experts(E, H, 3, bias=True, dtype=torch.float64),
     "Experts.outputs, gated": lambda: layers.Experts(E, H, 3, dtype=torch.float64),
     "Experts.outputs": lambda: layers.Experts(E, H, 3, activation="relu", dtype=torch.float64),
@@ -61,7 +61,7 @@ MODULES = {
     ),
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "QuantizedLinear": lambda: torch.nn.Linear(64, 32),
-    "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),
+    "ResidualNorm": lambda: layers.AddRMSNorm(H, dtype=torch.float64),
     "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
     "SparseMixerRouter": lambda: layers.Router(
         H, E, K, kind="sparsemixer", dtype=torch.float64, logits_dtype=None
@@ -88,16 +88,18 @@ MODULES = {
 }
 LOSSES = {
     "concentration_loss": lambda x: layers.concentration_loss(x),
-    "drop_over_capacity": lambda x: layers.drop_over_capacity(x[:, :K], ids(), E, 2)[0],
+    "drop_over_capacity": lambda x: layers.router.capacity.drop_over_capacity(
+        x[:, :K], ids(), E, 2
+    )[0],
     "device_balance_loss": lambda x: layers.device_balance_loss(x, ids(), 2),
     "load_balancing_loss": lambda x: layers.load_balancing_loss(x, ids()),
     "mix_outputs": lambda x: layers.mix_outputs(x.view(T, 1, H), torch.ones(T, 1, 1).to(x)),
     "mutual_information_loss": lambda x: layers.mutual_information_loss(x),
     "router_entropy_loss": lambda x: layers.router_entropy_loss(x),
-    "relu_router_loss": lambda x: layers.relu_router_loss(x, 2),
+    "relu_router_loss": lambda x: layers.router.relu.relu_router_loss(x, 2),
     "router_z_loss": lambda x: layers.router_z_loss(x),
     "sequence_balance_loss": lambda x: layers.sequence_balance_loss(x, ids(), num_sequences=1),
-    "sparsemixer": lambda x: layers.sparsemixer(x)[0],
+    "sparsemixer": lambda x: layers.router.sparsemixer.sparsemixer(x)[0],
 }
 # Records, and what nothing flows through.
 FLOAT32 = ("QuantizedExperts", "QuantizedLinear")

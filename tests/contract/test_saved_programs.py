@@ -17,11 +17,11 @@ pytestmark = pytest.mark.cpu_only
 
 # Names that programs hold as strings; a number in their place would refuse those programs.
 STRINGS = {
-    "dense_ffn": ("activation",),
+    "all_experts_ffn": ("activation",),
     "expert_choice_router": ("score_func",),
     "gated_act": ("activation",),
-    "gated_ffn": ("activation",),
-    "mix_experts": ("activation",),
+    "gated_mlp_decode": ("activation",),
+    "mix_expert_outputs": ("activation",),
     "moa_attention": ("kind",),
     "moe_ffn": ("activation",),
     "moe_ffn_fp8": ("activation",),

@@ -30,8 +30,8 @@ def offsets(rows):
 
 TOO_MANY_BYTES = {op: case.too_many_bytes for op, case in CASES.items() if case.too_many_bytes}
 TOO_MANY_SLOTS = {
-    "sort_slots": lambda: moe_ops.sort_slots(map_of(SLOTS, 1), 4),
-    "dispatch_plan": lambda: moe_ops.dispatch_plan(map_of(SLOTS, 1), 2, 2),
+    "sort_by_expert": lambda: moe_ops.sort_by_expert(map_of(SLOTS, 1), 4),
+    "dispatch_layout": lambda: moe_ops.dispatch_layout(map_of(SLOTS, 1), 2, 2),
     "permute": lambda: moe_ops.permute(ones(SLOTS, 1), offsets(SLOTS), map_of(SLOTS)),
     "permute_bwd": lambda: torch.ops.moe_ops.permute_bwd(
         ones(SLOTS, 1), offsets(SLOTS), map_of(SLOTS), 1

@@ -35,13 +35,13 @@ from tests.helpers.quantized import (
     moe_ffn_quantized_magnitude, quantized_operands, rounds_to_bytes, stored_gemm_call,
 )
 
-def dense_ffn_magnitude(x, w_up, w_down, input_ids, b_up, b_down, activation):
+def all_experts_ffn_magnitude(x, w_up, w_down, input_ids, b_up, b_down, activation):
     h = torch.einsum("teh,eih->tei", x[:, input_ids.long()], w_up) + b_up
     h = h if activation == "none" else activation_magnitude(h, activation)
     return torch.einsum("tei,eoi->teo", h, w_down) + b_down
 
 
-def mix_experts_magnitude(outputs, weights, factor, activation):
+def mix_expert_outputs_magnitude(outputs, weights, factor, activation):
     n = 1 + 1.1 * outputs + 0.3 * outputs**2
     return torch.einsum("tme,teo->tmo", weights, n) * factor.repeat_interleave(3, 0)
 
@@ -269,9 +269,9 @@ for dtype in DTYPES:
                 "activation": activation,
             }
             check_against_reference(
-                moe_ops.dense_ffn, reference.dense_ffn, call,
+                moe_ops.all_experts_ffn, reference.all_experts_ffn, call,
                 ["x", "w_up", "w_down", "b_up", "b_down"],
-                magnitude=dense_ffn_magnitude, sum_length=200,
+                magnitude=all_experts_ffn_magnitude, sum_length=200,
             )
     for e, o, m in ((1, 1, 1), (2, 32, 1), (3, 17, 5), (5, 64, 9), (8, 33, 4), (23, 8, 2)):
         call = {
@@ -280,10 +280,10 @@ for dtype in DTYPES:
         }
         for activation in ("none", "relu", "silu", "sigmoid"):
             check_against_reference(
-                lambda **kw: moe_ops.mix_experts(**kw)[0],
-                lambda **kw: reference.mix_experts(**kw)[0],
+                lambda **kw: moe_ops.mix_expert_outputs(**kw)[0],
+                lambda **kw: reference.mix_expert_outputs(**kw)[0],
                 {**call, "activation": activation}, ["outputs", "weights", "factor"],
-                magnitude=mix_experts_magnitude, sum_length=90,
+                magnitude=mix_expert_outputs_magnitude, sum_length=90,
             )
     for e, top_k in ((1, 1), (7, 3), (16, 4), (61, 6), (128, 8)):
         logits = torch.randn(9, e).to(dtype)

@@ -19,7 +19,7 @@ from moe_ops import layers, memory, reference
 from moe_ops.testing import assert_close_by_norm, assert_identical
 
 MIB = 2**20
-CACHED = memory.cache_limit() > 64 * MIB and not torch.__version__.startswith("2.10.")
+CACHED = memory.get_cache_limit() > 64 * MIB and not torch.__version__.startswith("2.10.")
 needs_cache = pytest.mark.skipif(
     not CACHED,
     reason="the buffer cache needs torch 2.11, Linux and a limit above 64 MiB",
@@ -33,7 +33,7 @@ def large_wgrad(rows: int = 5, out: int = 1536, dtype: torch.dtype = torch.float
 
 @needs_cache
 def test_the_next_output_takes_the_memory_of_the_last():
-    memory.release_cached()
+    memory.empty_cache()
     arguments = large_wgrad()
     first = moe_ops.grouped_gemm_wgrad(*arguments)
     address = first.data_ptr()
@@ -54,13 +54,13 @@ def test_live_outputs_never_share_memory():
 def test_release_returns_everything():
     moe_ops.grouped_gemm_wgrad(*large_wgrad())
     assert memory.cached_bytes() > 0
-    memory.release_cached()
+    memory.empty_cache()
     assert memory.cached_bytes() == 0
 
 
 @needs_cache
 def test_a_gradient_is_taken_over_without_a_copy():
-    memory.release_cached()
+    memory.empty_cache()
     grad, a, offsets = large_wgrad()
     b = torch.randn(2, 1536, 1536, requires_grad=True)
     moe_ops.grouped_gemm(a, b, offsets).backward(grad)
@@ -71,7 +71,7 @@ def test_a_gradient_is_taken_over_without_a_copy():
 
 @needs_cache
 def test_tensors_may_be_freed_by_any_thread():
-    memory.release_cached()
+    memory.empty_cache()
     outputs = [moe_ops.grouped_gemm_wgrad(*large_wgrad())]
     thread = threading.Thread(target=outputs.clear)
     thread.start()
@@ -120,9 +120,9 @@ def test_limit_from_the_environment(setting: str, kept: bool):
 
 @pytest.mark.parametrize("setting", ["nonsense", "-1", "1e3", "64 ", ""])
 def test_a_limit_that_is_no_number_is_ignored_aloud(setting: str):
-    code = "import moe_ops; print(moe_ops.memory.cache_limit())"
+    code = "import moe_ops; print(moe_ops.memory.get_cache_limit())"
     run = run_python(code, MOE_OPS_CACHE_MB=setting)
-    assert int(run.stdout) == memory.cache_limit()
+    assert int(run.stdout) == memory.get_cache_limit()
     assert f"MOE_OPS_CACHE_MB={setting} is not a whole number of MiB; ignored." in run.stderr
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_kept_of_a_limited_address_space():
         LIMITED
         + """
     resource.setrlimit(resource.RLIMIT_AS, (before + 1000 * MIB, -1))
-    assert memory.cache_limit() == 0
+    assert memory.get_cache_limit() == 0
     del kept
     assert memory.cached_bytes() == 0
     torch.empty(800 * MIB, dtype=torch.uint8)

@@ -201,8 +201,9 @@ def test_same_bits_for_any_thread_count(dtype, kind, tokens, set_threads):
 
 @pytest.mark.parametrize("swapped", ["rows", "maps"])
 def test_backward_takes_rows_in_any_order(swapped):
-    """Blocks need the rows of an expert in the order of their slots, as sort_slots leaves them. The
-    inner op takes other maps: rows of an expert in reverse, or maps that contradict each other."""
+    """Blocks need the rows of an expert in the order of their slots, as sort_by_expert leaves them.
+    The inner op takes other maps: rows of an expert in reverse, or maps that contradict each
+    other."""
     call = ffn_operands(TWO_BLOCKS, 15, 22, torch.float32, bias=True)
     names = ("x", "w_gate_up", "w_down", "topk_weights")
     x, up, down, weights = (call[name] for name in names)

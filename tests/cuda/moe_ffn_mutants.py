@@ -238,7 +238,7 @@ def forward_case(call: dict[str, torch.Tensor]) -> Case:
     experts = call["w_down"].shape[0]
     return Case(
         run=lambda: moe_ops.moe_ffn(**call),
-        prepare=lambda: moe_ops.sort_slots(call["topk_ids"], experts),
+        prepare=lambda: moe_ops.sort_by_expert(call["topk_ids"], experts),
         kernel=(),
     )
 

@@ -14,10 +14,10 @@ import moe_ops
 Call = Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
 
 
-def sort_slots() -> Call:
+def sort_by_expert() -> Call:
     """One block with slots in several warps."""
     ids = Routing(300, 6, 8, "dropped").ids()
-    return lambda: moe_ops.sort_slots(ids, 6)
+    return lambda: moe_ops.sort_by_expert(ids, 6)
 
 
 def topk_router() -> Call:
@@ -81,22 +81,22 @@ BALLOT = r"vote\.sync\.ballot\.b32 (%r\d+), [^;]*;"
 # name: (call, parts of the kernel's name, mutation)
 MUTANTS: dict[str, tuple[Callable[[], Call], tuple[str, ...], Mutation]] = {
     "tables are counted in before they are zero": (
-        sort_slots,
+        sort_by_expert,
         ("place_kernel", "IiLb1"),
         sub(BARRIER, "", 0),
     ),
     "first rows are found before all slots are counted": (
-        sort_slots,
+        sort_by_expert,
         ("place_kernel", "IiLb1"),
         sub(BARRIER, "", 1),
     ),
     "slots are placed before all first rows are found": (
-        sort_slots,
+        sort_by_expert,
         ("place_kernel", "IiLb1"),
         sub(BARRIER, "", 4),
     ),
     "a rank counts the lane itself": (
-        sort_slots,
+        sort_by_expert,
         ("place_kernel", "IiLb1"),
         sub(r"popc\.b32 (%r\d+), (%r\d+);", r"popc.b32 \1, \2; add.s32 \1, \1, 1;", 0),
     ),

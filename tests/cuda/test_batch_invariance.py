@@ -72,9 +72,9 @@ add("map", ALL, contract.linear_map_case, h=64, o=32, experts=4)
 add("reduce", ALL, contract.linear_reduce_case, d=64, h=32, experts=4)
 # CUDA formulas: the products are kernels of this package then.
 add(
-    "dense_ffn",
+    "all_experts_ffn",
     (FP32, BF16),
-    contract.dense_ffn_case,
+    contract.all_experts_ffn_case,
     h=32,
     i=64,
     o=32,
@@ -178,8 +178,8 @@ def test_values_notice_it_too(kernels):
             )
 
 
-def test_mix_experts(invariant, kernels):
-    case = contract.mix_experts_case(BF16, e=5, o=17, m=3, norm=True)
+def test_mix_expert_outputs(invariant, kernels):
+    case = contract.mix_expert_outputs_case(BF16, e=5, o=17, m=3, norm=True)
     case.fixed["activation"] = "relu"  # the others are torch's, which on the CPU has two for a row
     check_invariant(case, kernels)
 

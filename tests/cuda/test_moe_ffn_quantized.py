@@ -127,7 +127,7 @@ def scale_bytes(lines, depth, bits, sharing):
 
 
 def around(call):
-    """Loads and stores of sort_slots and unpermute, and the stores of h, rows and y."""
+    """Loads and stores of sort_by_expert and unpermute, and the stores of h, rows and y."""
     t, h = call["x"].shape
     n, e = call["topk_ids"].numel(), len(call["w_down"])
     i = call["w_gate_up"].shape[1] // 2

@@ -237,7 +237,7 @@ def test_few_tokens(simulator, num_tokens, names, layout, dtype):
     check_moe_ffn({**call, "b_gate_up": None, "b_down": None}, [])
 
 
-# On both sides of kFewSortSlots and kFewSortExperts (moe_ffn/stages.h); slots that name no
+# On both sides of kFewSortByExpert and kFewSortExperts (moe_ffn/stages.h); slots that name no
 # expert, all of one, ids of 64 bits, slots in every warp of a block.
 SORTED_BY_THE_KERNEL = (
     Routing(64, 20, 16, "dropped"),

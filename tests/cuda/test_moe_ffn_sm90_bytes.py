@@ -266,7 +266,7 @@ def test_few_tokens(simulator, monkeypatch, layout, names):
     call["interleaved"] = ACTIVATIONS[layout]["interleaved"]
     call = stored(call, names)
     counted = simulator.counted(lambda: moe_ops.moe_ffn(**call), *COUNTERS)
-    offsets = reference.sort_slots(call["topk_ids"], 6)[0]
+    offsets = reference.sort_by_expert(call["topk_ids"], 6)[0]
     counts = offsets.diff().tolist()
     rows, active = sum(counts), sum(count > 0 for count in counts)
     assert 0 < active <= 3

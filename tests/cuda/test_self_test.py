@@ -7,7 +7,7 @@ from moe_ops import doctor
 
 def test_doctor_passes_on_cuda_kernels():
     tests = doctor.self_test()
-    assert {test.op for test in tests} >= {"sort_slots", "permute", "grouped_gemm", "moe_ffn"}
+    assert {test.op for test in tests} >= {"sort_by_expert", "permute", "grouped_gemm", "moe_ffn"}
     assert not [test for test in tests if not test.passed]
 
 

@@ -99,8 +99,8 @@ def test_tensor_of_the_host(op, name):
 @pytest.mark.parametrize(
     "op",
     [
-        "dense_ffn",
-        "mix_experts",
+        "all_experts_ffn",
+        "mix_expert_outputs",
         "moe_ffn_packed",
         "moe_ffn_quantized",
         "router_linear",
@@ -126,11 +126,11 @@ def test_a_prepacked_bank_moves():
     layer.eval()
     with torch.no_grad():
         want = output_of(layer(x))
-        assert moe_ops.prepack(layer) > 0
+        assert moe_ops.pack_weights(layer) > 0
         layer.cuda()
-        assert moe_ops.packed_bytes(layer) == 0
+        assert moe_ops.packed_weight_bytes(layer) == 0
         torch.testing.assert_close(output_of(layer(x.cuda())).cpu(), want, rtol=1e-4, atol=1e-5)
-        assert moe_ops.prepack(layer) == 0
+        assert moe_ops.pack_weights(layer) == 0
         torch.testing.assert_close(output_of(layer(x.cuda())).cpu(), want, rtol=1e-4, atol=1e-5)
     assert moe_ops.pack_experts(layer.experts.w_down).shape == (0,)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_ops.layers import MoE
-from moe_ops.offload import Belady, offload_experts, record_trace
+from moe_ops.offload import BeladyPolicy, offload_experts, record_expert_trace
 
 
 class Layers(torch.nn.Module):
@@ -29,13 +29,13 @@ def test_same_as_in_memory(where, tmp_path):
     default stream and on another one."""
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).cuda()
     model = Layers().cuda()
-    with torch.no_grad(), record_trace(model) as recorder:
+    with torch.no_grad(), record_expert_trace(model) as recorder:
         want = [model(x), model(x[:1])]
     trace = recorder.trace()
     path = None if where == "pinned memory" else tmp_path / "experts.safetensors"
     for num_slots in (3, 12):
         again = Layers()
-        policy = Belady(trace) if num_slots == 12 else "lru"
+        policy = BeladyPolicy(trace) if num_slots == 12 else "lru"
         cache = offload_experts(again, num_slots, policy=policy, path=path, device="cuda")
         assert all(t.is_cuda for t in cache.slots.values())
         if path is None:

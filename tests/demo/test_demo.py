@@ -251,4 +251,4 @@ def test_pictures_refuse_wrong_shapes():
 
 
 def test_expert_colors_are_distinct():
-    assert len(set(viz.expert_colors(24))) == 24
+    assert len(set(viz._canvas.expert_colors(24))) == 24

@@ -67,13 +67,13 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Fn]]:
         if form is not None:
             experts = moe_ops.quantize_experts(experts, form)
 
-        def prepack(experts=experts) -> list[torch.Tensor]:
-            moe_ops.unpack(experts)
-            moe_ops.prepack(experts)
+        def pack_weights(experts=experts) -> list[torch.Tensor]:
+            moe_ops.unpack_weights(experts)
+            moe_ops.pack_weights(experts)
             with torch.no_grad():
                 return [experts(x, weights, ids)]
 
-        yield f"prepack of {type(experts).__name__}", prepack
+        yield f"pack_weights of {type(experts).__name__}", pack_weights
     for form in ("int8", "int4"):
         torch.manual_seed(1)
         plain = layers.Experts(4, 64, 64)

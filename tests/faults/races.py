@@ -60,7 +60,7 @@ def large_outputs() -> None:
 
     def give_back() -> None:
         for _ in range(8):
-            memory.release_cached()
+            memory.empty_cache()
             memory.cached_bytes()
 
     at_once([make] * CALLERS + [give_back])

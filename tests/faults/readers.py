@@ -14,8 +14,8 @@ import torch
 
 from moe_ops import _files, zoo
 from moe_ops.layers import Experts
-from moe_ops.offload import FileStore, RoutePredictor, RoutingTrace, write_experts
-from moe_ops.parallel import load_experts
+from moe_ops.offload import ExpertPredictor, ExpertTrace, FileStore, save_experts
+from moe_ops.parallel import load_sharded_experts
 from moe_ops.parallel.plan import find_shape
 
 SENTENCES: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
@@ -78,24 +78,24 @@ class Settings:
 
 def _make_predictor(folder: Path) -> None:
     torch.manual_seed(0)
-    RoutePredictor(12, 2, 4, window=4, width=8, num_layers=1, num_heads=2).save(folder / "it")
+    ExpertPredictor(12, 2, 4, window=4, width=8, num_layers=1, num_heads=2).save(folder / "it")
 
 
 def _make_trace(folder: Path) -> None:
     ids = torch.arange(24, dtype=torch.int16).view(6, 2, 2) % 4
     steps = torch.tensor([[2, 2], [2, 1]])
-    RoutingTrace(ids, torch.arange(6), steps, [0, 1], 4).save(folder / "it.npz")
+    ExpertTrace(ids, torch.arange(6), steps, [0, 1], 4).save(folder / "it.npz")
 
 
 def _read_trace(folder: Path, _: Any) -> Any:
-    found = RoutingTrace.load(folder / "it.npz")
+    found = ExpertTrace.load(folder / "it.npz")
     return [vars(found), found.calls(), found.multi_hot(), found.sequences()]
 
 
 def _make_store(folder: Path) -> None:
     torch.manual_seed(0)
     banks = [{"w": [torch.randn(3, 4, 5)], "b": [torch.randn(3, 4)]} for _ in range(2)]
-    write_experts(folder / "it.safetensors", banks)
+    save_experts(folder / "it.safetensors", banks)
 
 
 def _read_store(folder: Path, _: Any) -> Any:
@@ -160,7 +160,7 @@ def _read_state(folder: Path, _: Any) -> Any:
 def _zoo(folder: Path, name: str = "topp", **options: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 16, "num_layers": 2}
-    model = zoo.create(name, **sizes)
+    model = zoo.create_model(name, **sizes)
     model.save_pretrained(folder, **options)
     return type(model)
 
@@ -171,9 +171,11 @@ def _read_zoo(folder: Path, kind: Any) -> Any:
 
 def _make_pruned(folder: Path) -> Any:
     kind = _zoo(folder)
-    from moe_ops.surgery.routed_layers import routed_layers
+    from moe_ops.surgery.find_routed_layers import find_routed_layers
 
-    names = [layer.name for layer in routed_layers(kind.from_pretrained(folder), caller="test")]
+    names = [
+        layer.name for layer in find_routed_layers(kind.from_pretrained(folder), caller="test")
+    ]
     return kind, {name: [0, 2] for name in names}
 
 
@@ -264,7 +266,7 @@ def _make_experts_indexed(folder: Path) -> None:
 
 def _read_experts(folder: Path, _: Any) -> Any:
     bank = Experts(2, 4, 6)
-    load_experts(bank, folder, "x")
+    load_sharded_experts(bank, folder, "x")
     return bank.state_dict()
 
 
@@ -288,39 +290,39 @@ def _read_shape(folder: Path, _: Any) -> Any:
 
 
 def _make_profile(folder: Path) -> None:
-    from moe_ops.surgery import profile
+    from moe_ops.surgery import profile_experts
 
     torch.manual_seed(0)
-    model = zoo.create("topp", vocab_size=16, num_layers=1).eval()
-    profile(model, [torch.arange(8)[None]]).save(folder / "it.safetensors")
+    model = zoo.create_model("topp", vocab_size=16, num_layers=1).eval()
+    profile_experts(model, [torch.arange(8)[None]]).save(folder / "it.safetensors")
 
 
 def _read_profile(folder: Path, _: Any) -> Any:
-    from moe_ops.surgery import Profile
+    from moe_ops.surgery import ExpertProfile
 
-    found = Profile.load(folder / "it.safetensors")
+    found = ExpertProfile.load(folder / "it.safetensors")
     return {name: vars(found[name]) for name in found}
 
 
 def _make_patterns(folder: Path) -> None:
-    from moe_ops.surgery import TaskPatterns
+    from moe_ops.surgery import TaskRoutingPatterns
 
     torch.manual_seed(0)
-    TaskPatterns(["a", "b"], ["l"], torch.randn(2, 1, 4), torch.randn(2, 1, 4)).save(
+    TaskRoutingPatterns(["a", "b"], ["l"], torch.randn(2, 1, 4), torch.randn(2, 1, 4)).save(
         folder / "it.safetensors"
     )
 
 
 def _read_patterns(folder: Path, _: Any) -> Any:
-    from moe_ops.surgery import TaskPatterns
+    from moe_ops.surgery import TaskRoutingPatterns
 
-    return vars(TaskPatterns.load(folder / "it.safetensors"))
+    return vars(TaskRoutingPatterns.load(folder / "it.safetensors"))
 
 
 READERS = [
     Reader(
         "RoutePredictor", _make_predictor,
-        lambda folder, _: RoutePredictor.load(folder / "it").state_dict(),
+        lambda folder, _: ExpertPredictor.load(folder / "it").state_dict(),
         protected=True, sealed=True,
     ),
     Reader("RoutingTrace", _make_trace, _read_trace, protected=True),

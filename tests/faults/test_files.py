@@ -181,7 +181,7 @@ class StateWriter:
 
 def tiny_model(num_layers: int) -> Any:
     sizes = {"vocab_size": 8, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8}
-    return zoo.create("topp", num_layers=num_layers, num_experts=2, **sizes)
+    return zoo.create_model("topp", num_layers=num_layers, num_experts=2, **sizes)
 
 
 class ZooWriter:

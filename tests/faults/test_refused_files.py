@@ -15,7 +15,7 @@ import torch
 from bench.studies import trainer
 
 from moe_ops import _reading
-from moe_ops.offload import FileStore, RoutePredictor, RoutingTrace
+from moe_ops.offload import ExpertPredictor, ExpertTrace, FileStore
 from moe_ops.parallel.plan import find_shape
 
 from . import hf_readers, readers
@@ -88,10 +88,10 @@ def test_training_does_not_begin_where_a_pipe_is_in_the_way(tmp_path, prompt):
 
 
 def test_every_flipped_bit_of_a_predictor_is_noticed(tmp_path, seed):
-    predictor = RoutePredictor(5, 1, 2, window=2, width=4, num_layers=1, num_heads=1)
+    predictor = ExpertPredictor(5, 1, 2, window=2, width=4, num_layers=1, num_heads=1)
     path = tmp_path / "it"
     predictor.save(path)
-    again = RoutePredictor.load(path)
+    again = ExpertPredictor.load(path)
     assert not again.training and again.config == predictor.config
     for name, tensor in predictor.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
@@ -101,21 +101,21 @@ def test_every_flipped_bit_of_a_predictor_is_noticed(tmp_path, seed):
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"^RoutePredictor.load: .*it must match its checksum"):
-            RoutePredictor.load(path)
+            ExpertPredictor.load(path)
 
 
 def test_predictor_refuses_pickles_and_sizes_that_its_weights_do_not_have(tmp_path):
-    predictor = RoutePredictor(5, 1, 2, window=2, width=4, num_layers=1, num_heads=1)
+    predictor = ExpertPredictor(5, 1, 2, window=2, width=4, num_layers=1, num_heads=1)
     torch.save({"config": predictor.config, "state": predictor.state_dict()}, tmp_path / "it")
     with pytest.raises(ValueError, match="was not written by this version of moe_ops"):
-        RoutePredictor.load(tmp_path / "it")
+        ExpertPredictor.load(tmp_path / "it")
     for name, value in (("num_layers", 2**31 - 1), ("vocab_size", 2**31 - 1), ("width", -4)):
         changed = {**predictor.config, name: value}
         kept, predictor.config = predictor.config, changed
         predictor.save(tmp_path / "it")
         predictor.config = kept
         with pytest.raises(ValueError, match=r"^RoutePredictor.load: .* must be .*, got") as caught:
-            RoutePredictor.load(tmp_path / "it")
+            ExpertPredictor.load(tmp_path / "it")
         assert str(tmp_path / "it") in str(caught.value) or name in str(caught.value)
 
 
@@ -135,19 +135,19 @@ def test_trace_does_not_believe_sizes(tmp_path):
         for name, part in parts.items():
             archive.writestr(name, part)
     with pytest.raises(ValueError, match=r"^RoutingTrace.load: .* must be a saved trace, got"):
-        RoutingTrace.load(path)
+        ExpertTrace.load(path)
     np.savez(path, ids=np.zeros((1, 1, 1)))
     with pytest.raises(ValueError, match="got something else: it holds no tokens"):
-        RoutingTrace.load(path)
+        ExpertTrace.load(path)
 
 
 def test_trace_of_tokens_that_its_steps_do_not_have(tmp_path):
-    trace = RoutingTrace(
+    trace = ExpertTrace(
         torch.zeros(4, 1, 1).short(), torch.arange(4), torch.tensor([[1, 3]]), [0], 2
     )
     trace.save(tmp_path / "it.npz")
     with pytest.raises(ValueError, match=r"holds no .N, L, K. ids of its steps' tokens"):
-        RoutingTrace.load(tmp_path / "it.npz")
+        ExpertTrace.load(tmp_path / "it.npz")
 
 
 def test_changed_experts_are_noticed_when_they_are_read(tmp_path):

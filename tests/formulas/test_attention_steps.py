@@ -10,17 +10,17 @@ import torch
 from tests.helpers.attention_block import run
 from tests.helpers.nearness import check
 from tests.helpers.quantized import quantized
-from tests.ops import test_attention_step as heads
-from tests.ops import test_latent_attention_step as latent
+from tests.ops import test_attention_decode as heads
+from tests.ops import test_mla_decode as latent
 
 from moe_ops import reference
 from moe_ops.formulas.attention_block import attend
-from moe_ops.formulas.attention_step import attention_step
-from moe_ops.formulas.latent_attention_step import latent_attention_step
+from moe_ops.formulas.attention_decode import attention_decode
+from moe_ops.formulas.mla_decode import mla_decode
 from moe_ops.testing import as_strided_copy, assert_identical, short
 
-FORMULAS = {"attention_step": attention_step, "latent_attention_step": latent_attention_step}
-FILES = {"attention_step": heads, "latent_attention_step": latent}
+FORMULAS = {"attention_decode": attention_decode, "mla_decode": mla_decode}
+FILES = {"attention_decode": heads, "mla_decode": latent}
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=short
 )
@@ -52,8 +52,8 @@ def compare(op, call):
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain",
 )
-def test_attention_step(options, dtype):
-    compare("attention_step", heads.operands(dtype, **options))
+def test_attention_decode(options, dtype):
+    compare("attention_decode", heads.operands(dtype, **options))
 
 
 @dtypes
@@ -72,8 +72,8 @@ def test_attention_step(options, dtype):
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain",
 )
-def test_latent_attention_step(options, dtype):
-    compare("latent_attention_step", latent.operands(dtype, **options))
+def test_mla_decode(options, dtype):
+    compare("mla_decode", latent.operands(dtype, **options))
 
 
 @ops
@@ -91,7 +91,7 @@ def test_any_layout(op):
 @ops
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32)])
 def test_codes(op, bits, group):
-    more = {"query_rank": 64, "value": 32} if op == "latent_attention_step" else {"size": 32}
+    more = {"query_rank": 64, "value": 32} if op == "mla_decode" else {"size": 32}
     call = FILES[op].operands(hidden=128, heads=4, length=2, **more)
     for name in ("w_q", "w_o"):
         q, scale = quantized(call[name][None], bits, group)

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 from tests.helpers.nearness import WithoutHost, check
-from tests.ops import test_gated_ffn as gated_ffn_calls
+from tests.ops import test_gated_mlp_decode as gated_mlp_decode_calls
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.formulas.add_rms_norm import add_rms_norm
-from moe_ops.formulas.gated_ffn import gated_ffn
+from moe_ops.formulas.gated_mlp_decode import gated_mlp_decode
 from moe_ops.formulas.rotary import rotary
 from moe_ops.formulas.router_linear import router_linear
 from moe_ops.ops._library import Signature, cuda_formulas
@@ -237,14 +237,14 @@ def test_router_linear_in_float32():
     check(lambda **_: got, reference.router_linear, call, sum_length=33)
 
 
-# --- dense_ffn
+# --- all_experts_ffn
 
 
 @both_dtypes
 @modes
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu", "gelu_tanh", "relu", "relu2"])
 @pytest.mark.parametrize(("tokens", "inputs", "bias"), [(5, 3, True), (0, 2, True), (4, 1, False)])
-def test_dense_ffn(tokens, inputs, bias, activation, invariant, dtype):
+def test_all_experts_ffn(tokens, inputs, bias, activation, invariant, dtype):
     experts, hidden, width, features = 4, 7, 6, 5
     call = {
         "x": as_strided_copy(torch.randn(tokens, inputs, hidden).to(dtype), "step2"),
@@ -265,12 +265,12 @@ def test_dense_ffn(tokens, inputs, bias, activation, invariant, dtype):
         return {"grad_y": grads[0], "preact": found[1], **{n: call[n] for n in names}, **needs}
 
     wrt = [n for n, v in call.items() if isinstance(v, torch.Tensor) and n != "input_ids"]
-    ours = with_backward("dense_ffn", saved, ("x", "w_up", "w_down", "b_up", "b_down"))
+    ours = with_backward("all_experts_ffn", saved, ("x", "w_up", "w_down", "b_up", "b_down"))
     with moe_ops.batch_invariant(invariant):
-        check(ours, reference.dense_ffn, call, wrt, sum_length=hidden + width + tokens)
+        check(ours, reference.all_experts_ffn, call, wrt, sum_length=hidden + width + tokens)
 
 
-# --- mix_experts
+# --- mix_expert_outputs
 
 
 @both_dtypes
@@ -278,7 +278,7 @@ def test_dense_ffn(tokens, inputs, bias, activation, invariant, dtype):
 @pytest.mark.parametrize("activation", ["none", "relu", "silu", "sigmoid"])
 @pytest.mark.parametrize("norm", [None, "tokens", "given"])
 @pytest.mark.parametrize(("tokens", "shared"), [(6, 2), (0, 0), (4, None)])
-def test_mix_experts(tokens, shared, norm, activation, invariant, dtype):
+def test_mix_expert_outputs(tokens, shared, norm, activation, invariant, dtype):
     experts, mixtures, features = 3, 2, 5
     call = {
         "outputs": as_strided_copy(torch.randn(tokens, experts, features).to(dtype), "transposed"),
@@ -304,15 +304,17 @@ def test_mix_experts(tokens, shared, norm, activation, invariant, dtype):
         return {"grad_y": grads[0], **given, "mean": mean, "var": var, "batch": batch, **needs}
 
     of = ("outputs", "weights", "factor", "norm_weight", "norm_bias")
-    ours = with_backward("mix_experts", saved, of)
+    ours = with_backward("mix_expert_outputs", saved, of)
     with moe_ops.batch_invariant(invariant):
-        check(ours, lambda **c: reference.mix_experts(**c)[0], call, wrt, sum_length=9 + tokens)
-        got = kernel("mix_experts")(**call)[1:]
-    for statistic, want in zip(got, reference.mix_experts(**call)[1:], strict=True):
+        check(
+            ours, lambda **c: reference.mix_expert_outputs(**c)[0], call, wrt, sum_length=9 + tokens
+        )
+        got = kernel("mix_expert_outputs")(**call)[1:]
+    for statistic, want in zip(got, reference.mix_expert_outputs(**call)[1:], strict=True):
         torch.testing.assert_close(statistic, want)
 
 
-# --- gated_ffn
+# --- gated_mlp_decode
 
 
 @all_dtypes
@@ -327,18 +329,18 @@ def test_mix_experts(tokens, shared, norm, activation, invariant, dtype):
         (0, ("norm_weight", "output_gate", "residual")),
     ],
 )
-def test_gated_ffn(tokens, given, activation, dtype):
-    call = gated_ffn_calls.operands(dtype, tokens=tokens, activation=activation)
+def test_gated_mlp_decode(tokens, given, activation, dtype):
+    call = gated_mlp_decode_calls.operands(dtype, tokens=tokens, activation=activation)
     for name in {"norm_weight", "output_gate", "residual"} - set(given):
         call[name] = None
     for name in ("x", "w_gate", "w_down"):
         call[name] = as_strided_copy(call[name], "step2_last")
-    check(gated_ffn, reference.gated_ffn, call, sum_length=64)
+    check(gated_mlp_decode, reference.gated_mlp_decode, call, sum_length=64)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32)])
-def test_gated_ffn_of_codes(bits, group):
-    call = gated_ffn_calls.operands(torch.float32, hidden=64, width=32, features=8)
+def test_gated_mlp_decode_of_codes(bits, group):
+    call = gated_mlp_decode_calls.operands(torch.float32, hidden=64, width=32, features=8)
     for name in ("w_gate", "w_up", "w_down"):
         call |= {name: torch.randint(-127, 127, call[name].shape, dtype=torch.int8)}
         call[f"{name}_scale"] = torch.rand(len(call[name])) / 200
@@ -346,11 +348,11 @@ def test_gated_ffn_of_codes(bits, group):
             call[name] = call[name][:, ::2].contiguous().view(torch.uint8)
             call[f"{name}_scale"] = torch.rand(len(call[name]), call[name].shape[1] * 2 // group)
     call["residual"] = call["residual"][:, :8]
-    check(gated_ffn, reference.gated_ffn, call, sum_length=96)
+    check(gated_mlp_decode, reference.gated_mlp_decode, call, sum_length=96)
 
 
-def test_gated_ffn_keeps_a_nan_in_its_token():
-    call = gated_ffn_calls.operands(torch.float32)
+def test_gated_mlp_decode_keeps_a_nan_in_its_token():
+    call = gated_mlp_decode_calls.operands(torch.float32)
     call["x"][1, 2] = torch.nan
-    got = check(gated_ffn, reference.gated_ffn, call, sum_length=64)["output 0"]
+    got = check(gated_mlp_decode, reference.gated_mlp_decode, call, sum_length=64)["output 0"]
     assert got.isnan().any(-1).tolist() == [False, True, False]

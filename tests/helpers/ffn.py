@@ -61,7 +61,7 @@ def moe_ffn_magnitude(
     **_: Any,
 ) -> Tensor:
     """moe_ffn on non-negative operands with the activation replaced by its bound."""
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(topk_ids, w_gate_up.shape[0])
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(topk_ids, w_gate_up.shape[0])
     rows = reference.permute(x, offsets, row_to_slot)
     if apply_router_weight_on_input:
         rows = rows * topk_weights.reshape(-1)[row_to_slot.long()][:, None]

@@ -144,7 +144,7 @@ def moe_ffn_fp8_bound(call: Kwargs, row_steps: int = 0) -> tuple[Tensor, Tensor]
     wide = widened(call)
     x, ids, weights = wide["x"], wide["topk_ids"], wide["topk_weights"]
     experts, dtype = wide["w_gate_up"].shape[0], call["x"].dtype
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(ids, experts)
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(ids, experts)
     end = int(offsets[-1])
     slot = row_to_slot[:end].long()
     on_input = wide.get("apply_router_weight_on_input", False)
@@ -219,7 +219,7 @@ def fp8_ffn_steps(call: Kwargs, grad_y: Tensor) -> tuple[Tensor, Kwargs]:
     interleaved, activation = call.get("interleaved", False), call["activation"]
     options = {k: call[k] for k in ("alpha", "limit") if k in call}
     up, down = (quantize_fp8_blocks(call[n]) for n in ("w_gate_up", "w_down"))
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(ids, num_experts)
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(ids, num_experts)
     slot, end = row_to_slot.long(), int(offsets[-1])
     token = slot // max(ids.shape[1], 1)
     weight = torch.where(torch.arange(len(slot)) < end, topk_weights.flatten()[slot], 0)[:, None]

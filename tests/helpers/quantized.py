@@ -11,7 +11,7 @@ from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
 from tests.helpers.routing import Routing
 from torch import Tensor
 
-from moe_ops import _library, is_batch_invariant, ops, reference
+from moe_ops import _library, is_batch_invariant_enabled, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.reference._codes import dequantized as dequantized_weight
@@ -36,7 +36,7 @@ def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
     8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
     level, four = _library.cpu_isa(), weight.dtype == torch.uint8
     bits = torch.full_like(counts, 8 if four else 16)
-    if is_batch_invariant():
+    if is_batch_invariant_enabled():
         return bits
     if dtype == torch.float32 or level == "portable":
         bits[counts > INTEGER_ROWS] = 0
@@ -148,7 +148,7 @@ def moe_ffn_in_integers(call: Kwargs) -> Tensor:
     exact = dequantized(call)
     on_input = exact.get("apply_router_weight_on_input", False)
     activation, interleaved = exact["activation"], exact.get("interleaved", False)
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(
         exact["topk_ids"], exact["w_gate_up"].shape[0]
     )
     rows = reference.permute(exact["x"], offsets, row_to_slot)

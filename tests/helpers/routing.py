@@ -69,7 +69,7 @@ class Routing:
 
     def sorted(self) -> tuple[Tensor, Tensor, Tensor]:
         """(expert_offsets, row_to_slot, slot_to_row) of fresh ids, by the reference."""
-        return reference.sort_slots(self.ids(), self.num_experts)
+        return reference.sort_by_expert(self.ids(), self.num_experts)
 
 
 # Few enough to multiply by dtypes, varied enough that each edge of the contract appears.

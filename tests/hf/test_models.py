@@ -73,7 +73,7 @@ def test_every_block_runs_the_ops(model_type):
     expected = {"moe_ffn": blocks}
     if model_type == "dbrx":  # Gate and up are two parameters there.
         expected = {
-            "sort_slots": blocks,
+            "sort_by_expert": blocks,
             "permute": blocks,
             "grouped_gemm": 3 * blocks,
             "unpermute": blocks,
@@ -93,7 +93,7 @@ def test_generate_gives_the_same_tokens(model_type):
     expected = build(model_type).generate(prompt, **arguments)
     model = build(model_type)
     moe_ops.hf.enable(model)
-    with moe_ops.hf.expect_calls(model) as calls:
+    with moe_ops.hf.assert_used(model) as calls:
         actual = model.generate(prompt, **arguments)
     assert torch.equal(actual, expected)
     assert actual.shape == (2, 11)
@@ -143,7 +143,7 @@ def test_checkpoints_do_not_notice(model_type, tmp_path):
     ).eval()
     if model_type in UNDECORATED:
         moe_ops.hf.enable(model)
-    with torch.no_grad(), moe_ops.hf.expect_calls(model):
+    with torch.no_grad(), moe_ops.hf.assert_used(model):
         logits = model(input_ids=tokens()).logits
         assert torch.equal(logits, original(input_ids=tokens()).logits)
 
@@ -413,7 +413,7 @@ def test_a_training_step_moves_the_same_weights(model_type):
 def test_selected_by_from_config(model_type):
     model = build(model_type, experts="moe_ops")
     assert model.get_experts_implementation()[""] == "moe_ops"
-    with torch.no_grad(), moe_ops.hf.expect_calls(model) as calls, CountOps() as count:
+    with torch.no_grad(), moe_ops.hf.assert_used(model) as calls, CountOps() as count:
         model(input_ids=tokens(), use_cache=False)
     assert count.calls["moe_ffn"] == len(calls) == NUM_BLOCKS[model_type]
 

@@ -8,7 +8,7 @@ from tests.hf.models import MODEL_TYPES, NUM_FFNS, build, tokens
 
 import moe_ops
 import moe_ops.hf
-from moe_ops.offload import Belady, offload_experts, record_trace
+from moe_ops.offload import BeladyPolicy, offload_experts, record_expert_trace
 
 
 def generate(model, **options) -> torch.Tensor:
@@ -21,11 +21,13 @@ def test_generates_the_same(model_type, tmp_path):
     """From a file, with an oracle that fetches ahead: fewer slots than a prefill has experts."""
     want_model = build(model_type)
     moe_ops.hf.enable(want_model)
-    with record_trace(want_model) as recorder:
+    with record_expert_trace(want_model) as recorder:
         want = generate(want_model)
     trace = recorder.trace()
     model = build(model_type)
-    cache = offload_experts(model, 5, path=tmp_path / "experts.safetensors", policy=Belady(trace))
+    cache = offload_experts(
+        model, 5, path=tmp_path / "experts.safetensors", policy=BeladyPolicy(trace)
+    )
     with cache:
         assert cache.store.num_banks == NUM_FFNS[model_type]
         moe_ops.hf.enable(model)  # JetMoE's attention.

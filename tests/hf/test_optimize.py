@@ -57,7 +57,7 @@ def test_greedy_tokens_and_the_way_back(model_type):
     linear = {n for n, m in model.named_modules() if isinstance(m, FewRowsLinear)}
     assert linear and linear == {n for n, how in report.items() if how == "few rows"}
     assert "lm_head" in linear
-    with moe_ops.hf.expect_calls(model):
+    with moe_ops.hf.assert_used(model):
         logits(model, ids)
     after = model.state_dict()
     assert list(after) == list(state)
@@ -140,15 +140,15 @@ def num_bytes(model: nn.Module) -> int:
 def test_original_weights_come_back_where_they_are_kept(model_type):
     model, ids = make(model_type), tokens()
     want, names = logits(model, ids), list(model.state_dict())
-    before, held = num_bytes(model), memory.held_bytes()["original weights"]
+    before, held = num_bytes(model), memory.memory_stats()["original weights"]
     moe_ops.hf.optimize(model, "int8", keep_original=True)
-    kept = memory.held_bytes()["original weights"] - held
+    kept = memory.memory_stats()["original weights"] - held
     left = sum(p.nbytes for p in model.parameters())
     assert abs(kept - (before - left)) <= 0.02 * before, "reported: all that is not the model's"
     moe_ops.hf.restore(model)
     assert torch.equal(logits(model, ids), want)
     assert list(model.state_dict()) == names
-    assert memory.held_bytes()["original weights"] == held
+    assert memory.memory_stats()["original weights"] == held
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
     moe_ops.hf.optimize(model, "int8")

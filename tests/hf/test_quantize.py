@@ -58,11 +58,11 @@ def banks(model):
 def test_blocks_compute_what_they_did(model_type, format, group_size):
     """Each bank alone, on the inputs that it has in the model: routing cannot flip."""
     model = make(model_type)
-    baseline = quant.record_baseline(model, [tokens()])
+    baseline = quant.collect_calibration(model, [tokens()])
     assert len(baseline.banks) == NUM_FFNS[model_type]
     before = moe_ops.hf.status(model)
     assert moe_ops.quantize_experts(model, format, group_size=group_size) is model
-    report = quant.quality_report(model, baseline)
+    report = quant.compare_quality(model, baseline)
     assert [b.name for b in report.banks] == list(baseline.banks)
     for bank in report.banks:
         assert 0 < bank.error < (0.05 if format == "int8" else 0.2)
@@ -78,7 +78,7 @@ def test_recorded_outputs_are_the_blocks(model_type):
     model = make(model_type)
     ids = tokens()
     want = logits(model, ids)
-    baseline = quant.record_baseline(model, [ids])
+    baseline = quant.collect_calibration(model, [ids])
     with torch.no_grad():
         # Weights that 8 bits hold exactly: whole numbers of 1/127 of the largest.
         for name, _ in baseline.banks.items():
@@ -89,11 +89,11 @@ def test_recorded_outputs_are_the_blocks(model_type):
                     flat[:, 0] = 127 / 8
                     if p.dim() == 3:
                         p[:, 0, :] = 127 / 8
-    baseline = quant.record_baseline(model, [ids])
+    baseline = quant.collect_calibration(model, [ids])
     exact = logits(model, ids)
     assert not torch.equal(exact, want)
     moe_ops.quantize_experts(model, "int8")
-    for bank in quant.quality_report(model, baseline).banks:
+    for bank in quant.compare_quality(model, baseline).banks:
         assert bank.error < 0.03
     assert torch.isfinite(logits(model, ids)).all()
 
@@ -167,7 +167,7 @@ def test_switched_models(model_type):
     assert set(enabled.values()) - {"forward"} == {"quantized"}
     assert len(attention) == NUM_BLOCKS[model_type] - NUM_FFNS[model_type]
     assert list(moe_ops.hf.disable(plain)) == attention
-    with moe_ops.hf.expect_calls(plain) as calls:
+    with moe_ops.hf.assert_used(plain) as calls:
         logits(plain, ids)
     assert set(calls.values()) == {1}
 
@@ -184,8 +184,8 @@ def test_prepack_skips():
     moe_ops.quantize_experts(model, "int8", skip="*.0.*")
     moe_ops.hf.enable(model)
     with pytest.warns(UserWarning, match="skipped 1 bank of quantised experts"):
-        assert moe_ops.prepack(model) > 0
-    moe_ops.unpack(model)
+        assert moe_ops.pack_weights(model) > 0
+    moe_ops.unpack_weights(model)
 
 
 def test_skipped_blocks_stay_float_through_a_checkpoint(tmp_path):

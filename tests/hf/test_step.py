@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("attention_step", "latent_attention_step"):
+    for name in ("attention_decode", "mla_decode"):
         monkeypatch.setattr(step, name, counting(getattr(step, name)))
     return lengths
 

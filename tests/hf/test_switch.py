@@ -106,7 +106,7 @@ def test_disable_without_enable_does_nothing(model_type):
 def test_a_lone_block_can_be_switched(model_type):
     block = build(model_type).get_submodule(BLOCK_NAMES[model_type])
     assert len(moe_ops.hf.enable(block)) == 1
-    with moe_ops.hf.expect_calls(block):
+    with moe_ops.hf.assert_used(block):
         block(torch.randn(1, 3, 32))
 
 
@@ -121,7 +121,7 @@ def test_custom_name_on_an_undecorated_model_is_detected(model_type):
     assert set(moe_ops.hf.status(model).values()) == {"transformers"}
     with (
         pytest.raises(RuntimeError, match=r"no block .* is on moe_ops.*call moe_ops.hf.enable"),
-        moe_ops.hf.expect_calls(model),
+        moe_ops.hf.assert_used(model),
     ):
         model(input_ids=tokens())
 
@@ -132,20 +132,20 @@ def test_blocks_that_are_never_called_are_detected():
         layer.mlp.forward = lambda hidden_states: hidden_states
     with (
         pytest.raises(RuntimeError, match="none of the 2 blocks"),
-        moe_ops.hf.expect_calls(model),
+        moe_ops.hf.assert_used(model),
     ):
         model(input_ids=tokens())
 
 
 def test_expect_calls_lets_other_errors_through():
     model = build("mixtral", experts="moe_ops")
-    with pytest.raises(ZeroDivisionError), moe_ops.hf.expect_calls(model):
+    with pytest.raises(ZeroDivisionError), moe_ops.hf.assert_used(model):
         raise ZeroDivisionError
 
 
 def test_expect_calls_removes_its_hooks():
     model = build("mixtral", experts="moe_ops")
-    with moe_ops.hf.expect_calls(model):
+    with moe_ops.hf.assert_used(model):
         model(input_ids=tokens())
     assert not any(module._forward_pre_hooks for module in model.modules())
 

@@ -53,8 +53,8 @@ def test_a_model_in_use_agrees(model_type, weights, compared):
 
 
 BROKEN = {
-    "attention": (step, "attention_step"),
-    "shared experts": (step, "gated_ffn"),
+    "attention": (step, "attention_decode"),
+    "shared experts": (step, "gated_mlp_decode"),
     "router logits": (fused, "router_linear"),
     "experts": (experts, "expert_ffn"),
     "norm": (fused, "add_rms_norm"),

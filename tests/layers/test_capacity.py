@@ -7,15 +7,8 @@ import math
 import pytest
 import torch
 
-from moe_ops.layers import (
-    Capacity,
-    CapacityRouter,
-    MoE,
-    Router,
-    SparseMixerRouter,
-    TopPRouter,
-    drop_over_capacity,
-)
+from moe_ops.layers import CapacityMixin, CapacityRouter, MoE, Router, SparseMixerRouter, TopPRouter
+from moe_ops.layers.router.capacity import drop_over_capacity
 
 T, H, I, E, K = 40, 6, 5, 4, 2
 
@@ -88,10 +81,10 @@ def test_router_drops_what_is_over_its_share(factor):
 
 
 def test_any_router_can_have_a_capacity():
-    class TopP(Capacity, TopPRouter):
+    class TopP(CapacityMixin, TopPRouter):
         pass
 
-    class Mixer(Capacity, SparseMixerRouter):
+    class Mixer(CapacityMixin, SparseMixerRouter):
         pass
 
     x = torch.randn(T, H)

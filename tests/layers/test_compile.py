@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from moe_ops.layers import (
     AttentionExperts,
+    ExpertLoadStats,
     MoE,
     Router,
-    RoutingStats,
     load_balancing_loss,
     mutual_information_loss,
     router_z_loss,
@@ -158,6 +158,6 @@ def test_losses(masked):
 
 def test_stats_take_ids_of_a_compiled_layer():
     moe = MoE.build(H, I, E, K)
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     stats.update(compiled(moe)(torch.randn(B, S, H), return_routing=True).topk_ids, E)
     assert stats.tokens_per_expert().sum() == B * S * K

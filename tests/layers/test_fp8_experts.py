@@ -14,8 +14,8 @@ from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import Experts, MoE, QuantizedExperts, forget_fp8_weights, fp8_ffn
-from moe_ops.layers.fp8 import fp8_weight
+from moe_ops.layers import Experts, MoE, QuantizedExperts, clear_fp8_cache
+from moe_ops.layers.fp8 import fp8_ffn, fp8_weight
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import assert_identical, eps, short, widened
 
@@ -260,7 +260,7 @@ def test_codes_are_those_of_the_weight():
 def test_many_experts_are_rounded_in_parts(monkeypatch):
     w = torch.randn(5, 40, 30)
     want = fp8_weight(w)
-    forget_fp8_weights()
+    clear_fp8_cache()
     monkeypatch.setattr("moe_ops.quant.fp8._NUMBERS_AT_ONCE", 2500)
     for got, wanted in zip(fp8_weight(w), want, strict=True):
         assert_identical(got.float(), wanted.float())
@@ -288,7 +288,7 @@ def test_codes_go_with_every_change_of_the_weight():
     w.data = torch.randn(2, 24, 16)
     changed("other storage")
     w.data.mul_(torch.rand(2, 24, 16))  # counts no version
-    forget_fp8_weights()
+    clear_fp8_cache()
     changed("forgotten")
 
 
@@ -340,8 +340,8 @@ def test_precision_goes_along():
     assert "precision='fp8'" in repr(experts)
     assert experts.select([1, 2]).precision == "fp8"
     assert copy.deepcopy(experts).precision == "fp8"
-    with pytest.raises(ValueError, match="prepack"):
-        experts.prepack()
+    with pytest.raises(ValueError, match="pack_weights"):
+        experts.pack_weights()
     quantised = QuantizedExperts.from_experts(experts, "int8")
     assert quantised.dequantize().precision is None
     assert MoE.build(40, 24, 4, 2, precision="fp8").experts.precision == "fp8"

@@ -109,7 +109,7 @@ def test_what_else_layers_return():
     out = layer(x, return_routing=True)
     last = layer(x.unbind()[2][None], return_routing=True)
     torch.testing.assert_close(out.remainder.unbind()[2], last.remainder[0])
-    norm = layers.ResidualNorm(H, **WHERE)
+    norm = layers.AddRMSNorm(H, **WHERE)
     y, total = norm(x, x)
     torch.testing.assert_close((y.values(), total.values()), norm(x.values(), x.values()))
     linear = layers.QuantizedLinear(nn.Linear(64, 16))

@@ -68,7 +68,7 @@ def test_from_sizes():
 def test_profile_sees_what_the_experts_see():
     moe = make(False)
     x = torch.randn(T, H, dtype=torch.float64)
-    (found,) = surgery.profile(moe, [x], all_outputs=True).layers.values()
+    (found,) = surgery.profile_experts(moe, [x], all_outputs=True).layers.values()
     outputs = moe.experts.outputs(moe.latent.enter(x))
     # It computes in fp32.
     torch.testing.assert_close(found.output, outputs.detach().sum(0), rtol=1e-4, atol=1e-5)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from moe_ops.layers import ResidualNorm
+from moe_ops.layers import AddRMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equals_addition_and_torchs_norm(dtype):
-    norm, plain = (cls(24, eps=1e-5) for cls in (ResidualNorm, nn.RMSNorm))
+    norm, plain = (cls(24, eps=1e-5) for cls in (AddRMSNorm, nn.RMSNorm))
     nn.init.normal_(norm.weight)
     plain.load_state_dict(norm.state_dict())
     norm, plain = norm.to(dtype), plain.to(dtype)
@@ -26,7 +26,7 @@ def test_equals_addition_and_torchs_norm(dtype):
 
 def test_the_widest_dtype_wins():
     """As in a stream of fp32 under autocast, to which products in bfloat16 are added."""
-    norm = ResidualNorm(8)
+    norm = AddRMSNorm(8)
     x, delta = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
     y, total = norm(x, delta, torch.ones(8).bfloat16())
     assert y.dtype == total.dtype == torch.float32

@@ -288,13 +288,13 @@ def test_prepack_skips_with_a_word():
     layer = MoE.build(H, I, E, K).eval()
     both = torch.nn.Sequential(layer, MoE.build(H, I, E, K).eval())
     moe_ops.quantize_experts(layer)
-    with pytest.warns(UserWarning, match="prepack: skipped 1 bank of quantised experts"):
-        assert layer.prepack() == 0
+    with pytest.warns(UserWarning, match="pack_weights: skipped 1 bank of quantised experts"):
+        assert layer.pack_weights() == 0
     with pytest.warns(UserWarning, match="skipped 1 bank"):
-        size = moe_ops.prepack(both)
-    assert size == moe_ops.packed_bytes(both[1]) > 0
-    assert layer.unpack() == 0
-    moe_ops.unpack(both)
+        size = moe_ops.pack_weights(both)
+    assert size == moe_ops.packed_weight_bytes(both[1]) > 0
+    assert layer.unpack_weights() == 0
+    moe_ops.unpack_weights(both)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +335,9 @@ def test_compiles():
 def test_report_of_a_bank():
     experts = make()
     batches = [routing(), routing()]
-    baseline = quant.record_baseline(experts, batches)
+    baseline = quant.collect_calibration(experts, batches)
     quantized = moe_ops.quantize_experts(experts, "int4", group_size=32)
-    report = quant.quality_report(quantized, baseline)
+    report = quant.compare_quality(quantized, baseline)
     (bank,) = report.banks
     assert bank.name == "experts" and bank.format == "int4 g32" and bank.num_tokens == 2 * T
     x, weights, ids = (torch.cat(parts) for parts in zip(*batches, strict=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_ops.layers import L1Coefficient, MoE, ReLURouter, Router, relu_router_loss
+from moe_ops.layers import L1Coefficient, MoE, ReLURouter, Router
+from moe_ops.layers.router.relu import relu_router_loss
 
 T, H, I, E, K = 12, 6, 5, 8, 2
 

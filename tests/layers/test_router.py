@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 
-from moe_ops.layers import Router, sparsemixer
+from moe_ops.layers import Router
+from moe_ops.layers.router.sparsemixer import sparsemixer
 from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, E, K = 13, 6, 8, 2

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_ops.layers import RoutingStats, count_tokens_per_expert
+from moe_ops.layers import ExpertLoadStats, count_tokens_per_expert
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -24,7 +24,7 @@ def test_count_of_nothing():
 
 
 def test_measures():
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     stats.update(torch.tensor([[0, 1], [0, 1]]), 4, layer="a")
     stats.update(torch.tensor([[0, 2]]), 4, layer="a")
     stats.update(torch.tensor([[[1]], [[0]]]), 2, layer="b")
@@ -42,7 +42,7 @@ def test_measures():
 
 
 def test_empty_layer_measures_zero():
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     stats.update(torch.zeros(0, 2, dtype=torch.int32), 3)
     read = stats.as_dict()[0]
     assert read["max_violation"] == read["load_cv"] == read["load_entropy"] == 0
@@ -50,7 +50,7 @@ def test_empty_layer_measures_zero():
 
 
 def test_merge_reset_and_shapes():
-    first, second = RoutingStats(), RoutingStats()
+    first, second = ExpertLoadStats(), ExpertLoadStats()
     first.update(torch.tensor([[0]]), 2, layer=1)
     second.update(torch.tensor([[1], [1]]), 2, layer=1)
     second.update(torch.tensor([[1]]), 3, layer=2)
@@ -65,7 +65,7 @@ def test_merge_reset_and_shapes():
 
 
 def test_all_reduce_without_distributed_changes_nothing():
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     stats.update(torch.tensor([[0], [1]]), 2)
     assert stats.all_reduce().tokens_per_expert().tolist() == [1, 1]
 
@@ -79,7 +79,7 @@ def test_all_reduce_in_a_group_of_one(tmp_path):
         pytest.skip("needs torch.distributed with gloo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        stats = RoutingStats()
+        stats = ExpertLoadStats()
         stats.update(torch.tensor([[0], [1], [1]]), 2)
         assert stats.all_reduce().tokens_per_expert().tolist() == [1, 2]
         bias = torch.zeros(2)

@@ -133,4 +133,4 @@ def test_errors():
     for operation in ("select", "append", "split", "merge"):
         with pytest.raises(NotImplementedError, match="real experts"):
             getattr(bank, operation)([0])
-    assert bank.prepack() >= 0 and bank.unpack() >= 0
+    assert bank.pack_weights() >= 0 and bank.unpack_weights() >= 0

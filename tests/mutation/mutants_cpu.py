@@ -393,12 +393,12 @@ FAMILIES: dict[str, Family] = {
             "moe_ffn",
             "moe_ffn_packed",
             "moe_linear_reduce",
-            "dense_ffn",
+            "all_experts_ffn",
         ),
         (
             "ops/test_grouped_gemm.py",
             "contract/test_fuzz_layouts.py",
-            "ops/test_dense_ffn.py",
+            "ops/test_all_experts_ffn.py",
         ),
         of(
             "kernels/gemm_tiles-inl.h",
@@ -1066,8 +1066,8 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "dense": Family(
-        ("dense_ffn",),
-        ("ops/test_dense_ffn.py",),
+        ("all_experts_ffn",),
+        ("ops/test_all_experts_ffn.py",),
         of(
             "gemm/small_gemm.h",
             ("blocks of k not added up", "g.accumulate || k0 > 0", "g.accumulate"),
@@ -1085,7 +1085,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "dense_ffn.cpp",
+            "all_experts_ffn.cpp",
             ("up bias forgotten", "if (p.b_up != nullptr) set_ones(x, m, H);", ""),
             ("down bias forgotten", "if (p.b_down != nullptr) set_ones(h, m, I);", ""),
             (
@@ -1129,10 +1129,10 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "mix": Family(
-        ("mix_experts",),
-        ("ops/test_mix_experts.py",),
+        ("mix_expert_outputs",),
+        ("ops/test_mix_expert_outputs.py",),
         of(
-            "mix_experts.cpp",
+            "mix_expert_outputs.cpp",
             ("statistics: blocks joined as if they had one mean", "T(before) * share", "T(0)"),
             ("statistics: the first block's mean", "mean[i] += apart * share;", ""),
             (
@@ -1321,14 +1321,14 @@ FAMILIES: dict[str, Family] = {
             "topp_router",
             "expert_choice_router",
             "router_linear",
-            "sort_slots",
+            "sort_by_expert",
         ),
         (
             "ops/test_topk_router.py",
             "ops/test_topp_router.py",
             "ops/test_expert_choice_router.py",
             "ops/test_router_linear.py",
-            "ops/test_sort_slots.py",
+            "ops/test_sort_by_expert.py",
         ),
         of(
             "topk_router.cpp",

@@ -11,15 +11,15 @@ import torch
 import moe_ops
 from moe_ops.layers import Experts, MoE, Router
 from moe_ops.offload import (
-    Belady,
+    BeladyPolicy,
+    CachePolicy,
     ExpertCache,
     FileStore,
     MemoryStore,
     OffloadedExperts,
-    Policy,
     offload_experts,
-    record_trace,
-    write_experts,
+    record_expert_trace,
+    save_experts,
 )
 from moe_ops.offload.store import Stored, read_header
 
@@ -156,7 +156,7 @@ def test_pieces_of_a_file(tmp_path, monkeypatch, transposed, dtype, preadv):
     path = tmp_path / "experts.safetensors"
     for width in (5, 40):
         bank = torch.randn(2, 7, width)
-        write_experts(path, [{"w": [bank]}])
+        save_experts(path, [{"w": [bank]}])
         piece = read_header(path)["0.1.w"]._replace(transposed=transposed)
         want = bank[1].T if transposed else bank[1]
         store = FileStore([[{"w": [piece, piece]}]], {"w": Stored((0,), dtype)})
@@ -183,7 +183,7 @@ class Gate(MemoryStore):
         super().read(key, into, **options)
 
 
-def gated(policy: Policy | str = "lru", num_slots: int = 4) -> tuple[Gate, ExpertCache]:
+def gated(policy: CachePolicy | str = "lru", num_slots: int = 4) -> tuple[Gate, ExpertCache]:
     bank = {"w_down": (torch.arange(8.0).view(8, 1, 1).expand(8, 2, 2).contiguous(),)}
     store = Gate([bank])
     return store, ExpertCache(store, num_slots, policy)
@@ -200,7 +200,7 @@ def use(cache: ExpertCache, experts: list[int]) -> list[float]:
     return sorted(found)
 
 
-class Wish(Policy):
+class Wish(CachePolicy):
     """Fetches what a test asks for."""
 
     def __init__(self) -> None:
@@ -324,7 +324,7 @@ def test_trace_and_oracle():
     """The trace says what was routed; with it no policy has fewer misses."""
     x = [inputs("swiglu", n) for n in (5, 1, 1, 1)]
     model = Layers("swiglu")
-    with torch.no_grad(), record_trace(model) as recorder:
+    with torch.no_grad(), record_expert_trace(model) as recorder:
         want = [model(part) for part in x]
     trace = recorder.trace()
     assert trace.ids.shape == (8, 2, K) and trace.banks == [0, 1]
@@ -332,10 +332,10 @@ def test_trace_and_oracle():
     router = model.layers[0].router
     assert torch.equal(trace.ids[:5, 0].int(), router(x[0]).topk_ids)
     misses = {}
-    for policy in ("lru", "lfu", "fifo", Belady(trace, prefetch=False)):
+    for policy in ("lru", "lfu", "fifo", BeladyPolicy(trace, prefetch=False)):
         again = Layers("swiglu")
         cache = offload_experts(again, 6, policy=policy)
-        with torch.no_grad(), record_trace(again) as second:
+        with torch.no_grad(), record_expert_trace(again) as second:
             got = [again(part) for part in x]
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_ops.offload import LRU, Belady, ExpertCache, MemoryStore, Predicted, RoutingTrace
+from moe_ops.offload import BeladyPolicy, ExpertCache, ExpertTrace, MemoryStore, PredictivePolicy
+from moe_ops.offload.policy import LRUPolicy
 
 # The sequence of Belady, Nelson and Shedler 1969, with three slots.
 SEQUENCE = [1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5]
 
 
-def trace_of(calls: list[int], num_experts: int = 6) -> RoutingTrace:
+def trace_of(calls: list[int], num_experts: int = 6) -> ExpertTrace:
     ids = torch.tensor(calls, dtype=torch.int16).view(-1, 1, 1)
     steps = torch.ones(len(calls), 2, dtype=torch.int64)
-    return RoutingTrace(ids, torch.zeros(len(calls)).long(), steps, [0], num_experts)
+    return ExpertTrace(ids, torch.zeros(len(calls)).long(), steps, [0], num_experts)
 
 
 def cache_of(policy, num_slots: int, num_banks: int = 1, num_experts: int = 6) -> ExpertCache:
@@ -36,7 +37,7 @@ def call(cache: ExpertCache, bank: int, experts: list[int]) -> None:
 def test_misses(policy, num_slots, misses):
     """First in, first out has more misses with a slot more: Belady's anomaly."""
     if policy == "belady":
-        policy = Belady(trace_of(SEQUENCE), prefetch=False)
+        policy = BeladyPolicy(trace_of(SEQUENCE), prefetch=False)
     cache = cache_of(policy, num_slots)
     for expert in SEQUENCE:
         call(cache, 0, [expert])
@@ -53,7 +54,7 @@ def test_lfu():
 
 
 def test_belady_fetches_in_the_order_of_the_trace():
-    cache = cache_of(Belady(trace_of([0, 1, 2, 0]), prefetch=True), 2)
+    cache = cache_of(BeladyPolicy(trace_of([0, 1, 2, 0]), prefetch=True), 2)
     cache.policy.prefetches = False  # The test is the thread.
     call(cache, 0, [0])
     assert cache.fetch_one() is None and cache.residents() == [(0, 0), (0, 1)]
@@ -66,7 +67,7 @@ def test_belady_fetches_in_the_order_of_the_trace():
 def test_predicted():
     """Chances of the calls to come, habits of those that are over."""
     chances = torch.tensor([[0.9, 0.3, 0.0, 0.0], [0.0, 0.1, 0.8, 0.6]])
-    policy = Predicted(lambda tokens: chances, threshold=0.2)
+    policy = PredictivePolicy(lambda tokens: chances, threshold=0.2)
     policy.prefetches = False
     cache = cache_of(policy, 3, num_banks=2, num_experts=4)
     cache.begin(torch.zeros(1, 1).long())
@@ -89,13 +90,13 @@ def test_predicted():
 
 def test_predicted_bad_calls():
     with pytest.raises(ValueError, match="threshold"):
-        Predicted(lambda t: t, threshold=0.0)
+        PredictivePolicy(lambda t: t, threshold=0.0)
     with pytest.raises(ValueError, match="decay"):
-        Predicted(lambda t: t, decay=1.0)
-    cache = cache_of(Predicted(lambda tokens: torch.zeros(3, 2)), 2)
+        PredictivePolicy(lambda t: t, decay=1.0)
+    cache = cache_of(PredictivePolicy(lambda tokens: torch.zeros(3, 2)), 2)
     with pytest.raises(ValueError, match=r"must give \[1, 6\]"):
         cache.begin(torch.zeros(1, 1).long())
 
 
 def test_more_slots_than_experts():
-    assert cache_of(LRU(), 100).num_slots == 6
+    assert cache_of(LRUPolicy(), 100).num_slots == 6

@@ -9,13 +9,13 @@ import torch
 
 from moe_ops import zoo
 from moe_ops.offload import (
-    Predicted,
-    RoutePredictor,
-    RoutingTrace,
+    ExpertPredictor,
+    ExpertTrace,
+    PredictivePolicy,
     generate_in_halves,
     offload_experts,
-    record_trace,
-    split_batch,
+    record_expert_trace,
+    split_batch_by_experts,
     train_predictor,
 )
 from moe_ops.offload.schedule import num_active
@@ -23,7 +23,7 @@ from moe_ops.offload.schedule import num_active
 V = 12
 
 
-def toy_trace() -> RoutingTrace:
+def toy_trace() -> ExpertTrace:
     """Experts by the token (call 0) and by the token before (call 1): E = 4."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (16, 24), generator=generator)
@@ -31,14 +31,14 @@ def toy_trace() -> RoutingTrace:
     before[:, 0] = 0
     ids = torch.stack((tokens % 4, before % 4), -1).to(torch.int16)
     steps = torch.tensor([[16, 24]])
-    return RoutingTrace(ids.flatten(0, 1)[..., None], tokens.flatten(), steps, [0, 1], 4)
+    return ExpertTrace(ids.flatten(0, 1)[..., None], tokens.flatten(), steps, [0, 1], 4)
 
 
 def test_trace(tmp_path):
     torch.manual_seed(0)
-    model = zoo.create("deepseek", preset="tiny", num_layers=3).eval()
+    model = zoo.create_model("deepseek", preset="tiny", num_layers=3).eval()
     prompt = torch.randint(256, (2, 5))
-    with record_trace(model) as recorder:
+    with record_expert_trace(model) as recorder:
         out = model.generate(prompt, 4)
     trace = recorder.trace()
     assert trace.steps.tolist() == [[2, 5], [2, 1], [2, 1], [2, 1]]
@@ -50,12 +50,12 @@ def test_trace(tmp_path):
     hot = trace.multi_hot()
     assert hot.shape == (16, 2, 16) and bool((hot.sum(-1) == model.config.top_k).all())
     trace.save(tmp_path / "trace.npz")
-    again = RoutingTrace.load(tmp_path / "trace.npz")
+    again = ExpertTrace.load(tmp_path / "trace.npz")
     assert torch.equal(again.ids, trace.ids) and again.calls() == calls
     assert again.banks == trace.banks and again.num_experts == 16
     (tmp_path / "other.npz").write_bytes(b"no")
     with pytest.raises(ValueError, match="must be a saved trace"):
-        RoutingTrace.load(tmp_path / "other.npz")
+        ExpertTrace.load(tmp_path / "other.npz")
 
 
 def test_predictor_learns_and_streams(tmp_path):
@@ -72,7 +72,7 @@ def test_predictor_learns_and_streams(tmp_path):
     torch.testing.assert_close(first, 1 - (1 - chances[:, :5]).flatten(0, 1).prod(0))
     torch.testing.assert_close(stream(tokens[:, 5:6]), 1 - (1 - chances[:, 5]).prod(0))
     predictor.save(tmp_path / "predictor.pt")
-    again = RoutePredictor.load(tmp_path / "predictor.pt")
+    again = ExpertPredictor.load(tmp_path / "predictor.pt")
     torch.testing.assert_close(again.chances(tokens), chances)
     with pytest.raises(ValueError, match="at most 16 in a row, got 17"):
         predictor(torch.zeros(1, 17).long())
@@ -87,12 +87,12 @@ def test_training_needs_known_tokens():
 
 def test_predicted_policy_generates_the_same():
     torch.manual_seed(0)
-    model = zoo.create("deepseek", preset="tiny", num_layers=3).eval()
+    model = zoo.create_model("deepseek", preset="tiny", num_layers=3).eval()
     prompt = torch.randint(256, (2, 5))
-    with record_trace(model) as recorder:
+    with record_expert_trace(model) as recorder:
         want = model.generate(prompt, 6)
     predictor = train_predictor(recorder.trace(), 256, steps=5, width=16, num_layers=1)
-    with offload_experts(model, 10, policy=Predicted(predictor.stream())) as cache:
+    with offload_experts(model, 10, policy=PredictivePolicy(predictor.stream())) as cache:
         assert torch.equal(model.generate(prompt, 6), want)
         assert cache.stats.predict_seconds > 0
 
@@ -103,13 +103,13 @@ def test_split_batch():
     routes = torch.zeros(8, 2, 6, dtype=torch.bool)
     routes[::2, :, :3] = torch.rand(4, 2, 3, generator=generator) > 0.3
     routes[1::2, :, 3:] = torch.rand(4, 2, 3, generator=generator) > 0.3
-    left, right = split_batch(routes)
+    left, right = split_batch_by_experts(routes)
     assert sorted((left.tolist(), right.tolist())) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     total = best_total = 0
     for seed in range(5):
         generator.manual_seed(seed)
         routes = torch.rand(7, 2, 8, generator=generator) > 0.7
-        left, right = split_batch(routes)
+        left, right = split_batch_by_experts(routes)
         assert sorted(left.tolist() + right.tolist()) == list(range(7)) and len(left) == 4
         total += num_active(routes[left]) + num_active(routes[right])
         rest = [
@@ -119,13 +119,13 @@ def test_split_batch():
         best_total += min(num_active(routes[a]) + num_active(routes[b]) for a, b in rest)
     assert total <= 1.05 * best_total
     with pytest.raises(ValueError, match="of two sequences at least"):
-        split_batch(routes[:1])
+        split_batch_by_experts(routes[:1])
 
 
 def test_generate_in_halves():
     torch.manual_seed(0)
-    model = zoo.create("deepseek", preset="tiny").eval()
+    model = zoo.create_model("deepseek", preset="tiny").eval()
     prompts = torch.randint(256, (5, 4))
-    predictor = RoutePredictor(256, 1, 16, width=16, num_layers=1).eval()
+    predictor = ExpertPredictor(256, 1, 16, width=16, num_layers=1).eval()
     got = generate_in_halves(model, prompts, 5, predictor)
     assert torch.equal(got, model.generate(prompts, 5))

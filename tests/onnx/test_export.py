@@ -61,7 +61,7 @@ class Ops(nn.Module):
         self, logits: Tensor, bias: Tensor, x: Tensor, ids: Tensor, weights: Tensor, w: Tensor
     ) -> tuple[Tensor, ...]:
         groups = {"num_groups": 2, "num_topk_groups": 1, "expert_bias": bias}
-        offsets, row_to_slot, slot_to_row = moe_ops.sort_slots(ids, E)
+        offsets, row_to_slot, slot_to_row = moe_ops.sort_by_expert(ids, E)
         rows = moe_ops.permute(x, offsets, row_to_slot)
         slots = moe_ops.moe_linear_map(x, w, ids)
         return (
@@ -118,7 +118,7 @@ class Network(nn.Module):
         self.sticks = layers.AttentionExperts(
             layers.Router(H, E, K), 2, 4, kind="stick_breaking", causal=False
         )
-        self.norm = layers.ResidualNorm(H)
+        self.norm = layers.AddRMSNorm(H)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         *parts, norm = self.children()
@@ -140,7 +140,7 @@ class Others(nn.Module):
         self.int4 = layers.QuantizedExperts.from_experts(bank, "int4", group_size=32)
         self.soft = layers.SoftMoE(layers.Experts(E, 64, 3, activation="gelu"), 2)
         self.dense = layers.Experts(E, 64, 3, activation="relu", bias=True)
-        self.norm = layers.ExpertNorm(E, 64)
+        self.norm = layers.ExpertBatchNorm(E, 64)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         outputs = self.norm(self.dense.outputs(x))
@@ -213,6 +213,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"^moe_ffn_quantized: weights .* int8 or int4, got anoth"):
         table[ops.moe_ffn_quantized.default](single, codes, codes, codes, codes, single, single)
     with pytest.raises(
-        ValueError, match=r"^mix_experts: an ONNX export must be of a model in eval"
+        ValueError, match=r"^mix_expert_outputs: an ONNX export must be of a model in eval"
     ):
-        table[ops.mix_experts.default](single, single, single)
+        table[ops.mix_expert_outputs.default](single, single, single)

@@ -23,7 +23,7 @@ from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import _library, reference
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
     as_strided_copy,
@@ -121,7 +121,7 @@ def check_widened(call):
 def check(call):
     """Whichever way the experts go."""
     rows = slots_of_experts(call)
-    many = bool((rows[rows > 0] > INTEGER_ROWS).all()) and not is_batch_invariant()
+    many = bool((rows[rows > 0] > INTEGER_ROWS).all()) and not is_batch_invariant_enabled()
     if many and not rounds_to_bytes(call):
         return check_widened(call)
     check_integers(call)
@@ -261,7 +261,7 @@ def test_error_of_rounded_tokens(bits_group, dtype, tokens):
     in_bytes = rounds_to_bytes(call)
     exact = dequantized(call)
     expected = reference.moe_ffn(**exact)
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(call["topk_ids"], 3)
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(call["topk_ids"], 3)
 
     def step(rows):
         if not in_bytes:

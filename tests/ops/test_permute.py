@@ -175,7 +175,7 @@ def test_nan_of_a_dropped_token_stays_out(dtype):
     ids = torch.tensor([[0, 1], [-1, -1], [1, 0]], dtype=torch.int32)
     x = torch.randn(3, 9).to(dtype)
     x[1] = torch.nan
-    expert_offsets, row_to_slot, _ = reference.sort_slots(ids, 2)
+    expert_offsets, row_to_slot, _ = reference.sort_by_expert(ids, 2)
     rows = moe_ops.permute(x, expert_offsets, row_to_slot)
     assert not rows.isnan().any()
     assert bool((rows[4:] == 0).all())

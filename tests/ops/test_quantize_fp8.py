@@ -204,7 +204,7 @@ def test_columns_of_tokens(dtype, index_dtype, weight_dtype):
     """Rows through row_to_slot are those that permute gathers, times the weights of their slots."""
     x = torch.randn(150, 70).to(dtype)
     ids = torch.randint(-1, 4, (150, 2))
-    offsets, row_to_slot, _ = moe_ops.sort_slots(ids, 4)
+    offsets, row_to_slot, _ = moe_ops.sort_by_expert(ids, 4)
     slots = [row_to_slot.to(index_dtype)]
     if weight_dtype is not None:
         slots.append(torch.rand(150, 2).to(weight_dtype))

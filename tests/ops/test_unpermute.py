@@ -108,7 +108,7 @@ def test_sums_in_slot_order(dtype):
     """Large and small rows whose sum depends on the order: fp32, slot after slot."""
     acc = acc_dtype(dtype)
     ids = torch.tensor([[3, 0, 2, 1]])
-    expert_offsets, _, slot_to_row = reference.sort_slots(ids, 4)
+    expert_offsets, _, slot_to_row = reference.sort_by_expert(ids, 4)
     slots = torch.tensor([4096.0, 2.0**-13, -4096.0, 2.0**-12], dtype=dtype)
     rows = torch.empty(4, 1, dtype=dtype)
     rows[slot_to_row[0].long(), 0] = slots
@@ -124,7 +124,7 @@ def test_rounds_once(dtype):
     """A sum in the rows' own half type would lose every small term."""
     num = 64
     ids = torch.zeros(1, num, dtype=torch.int32)
-    expert_offsets, _, slot_to_row = reference.sort_slots(ids, 1)
+    expert_offsets, _, slot_to_row = reference.sort_by_expert(ids, 1)
     rows = torch.full((num, 3), 2.0**-9, dtype=dtype)
     rows[0] = 1.0
     expected = torch.full((1, 3), 1 + 63 * 2.0**-9, dtype=torch.float64).to(dtype)

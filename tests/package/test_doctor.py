@@ -15,8 +15,8 @@ runner = CliRunner()
 # pack_experts makes operands of moe_ffn_packed and has no values of its own.
 OPS = set(ops.__all__) - {"pack_experts"}
 INFERENCE_ONLY = (
-    "sort_slots",
-    "dispatch_plan",
+    "sort_by_expert",
+    "dispatch_layout",
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "grouped_gemm_quantized",
@@ -25,9 +25,9 @@ INFERENCE_ONLY = (
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_wgrad",
     "moe_ffn_fp8",
-    "attention_step",
-    "latent_attention_step",
-    "gated_ffn",
+    "attention_decode",
+    "mla_decode",
+    "gated_mlp_decode",
 )
 
 
@@ -112,16 +112,16 @@ def test_old_transformers_warns(monkeypatch):
     [
         ("auto", 5 << 20, "ok", "at most 5 MiB"),
         ("auto", 0, "info", "none by itself"),
-        ("off", None, "ok", "only by prepack"),
+        ("off", None, "ok", "only by pack_weights"),
         ("always", None, "ok", "first call"),
     ],
 )
 def test_packed_weights(policy, max_bytes, level, text):
-    with moe_ops.prepacking(policy, max_bytes=max_bytes):
+    with moe_ops.set_packing_policy(policy, max_bytes=max_bytes):
         finding = doctor._packed_weights()
     assert finding.level == level
     assert text in finding.text
-    assert f"MOE_OPS_PREPACK={policy}" in finding.text
+    assert f"MOE_OPS_PACKING={policy}" in finding.text
 
 
 class Card:
@@ -289,7 +289,7 @@ def test_has_kernel_reads_the_registry():
     from moe_ops import _library
 
     assert all(doctor.has_kernel(op, "cpu") for op in OPS)
-    for op in ("dense_ffn", "rotary", "pack_experts"):  # in Python
+    for op in ("all_experts_ffn", "rotary", "pack_experts"):  # in Python
         assert doctor.has_kernel(op, "cuda")
     assert doctor.has_kernel("moe_ffn_quantized", "cuda") == (
         _library.build_info()["cuda"] != "off"

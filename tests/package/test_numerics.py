@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu_only
 @pytest.fixture(autouse=True, params=[False, True], ids=["off", "on"])
 def base(request: pytest.FixtureRequest) -> Iterator[bool]:
     """The setting outside of all blocks."""
-    before = moe_ops.is_batch_invariant()
+    before = moe_ops.is_batch_invariant_enabled()
     moe_ops.set_batch_invariant(request.param)
     yield request.param
     assert is_on() == request.param
@@ -30,7 +30,7 @@ def base(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def is_on() -> bool:
-    mode = moe_ops.is_batch_invariant()
+    mode = moe_ops.is_batch_invariant_enabled()
     assert _library.batch_invariant() == mode
     return mode
 
@@ -214,7 +214,7 @@ def test_a_decorator():
 def test_compiled_code_opens_a_block():
     def call(x: torch.Tensor) -> torch.Tensor:
         with moe_ops.batch_invariant():
-            return x + int(moe_ops.is_batch_invariant())
+            return x + int(moe_ops.is_batch_invariant_enabled())
 
     compiled = torch.compile(call, backend="eager")
     assert [int(compiled(torch.zeros(()))) for _ in range(2)] == [1, 1]

@@ -53,10 +53,10 @@ model = torch.nn.Sequential(MoE.build(32, 32, 4, 2)).eval()
 fully_shard(model[0], mesh=mesh)
 experts, router = model[0].experts, model[0].router
 record("quantize_experts", lambda: moe_ops.quantize_experts(model, "int8"))
-record("prepack", lambda: moe_ops.prepack(model))
+record("pack_weights", lambda: moe_ops.pack_weights(model))
 record("use_huge_pages", lambda: use_huge_pages(model))
 record("use_huge_pages of a tensor", lambda: use_huge_pages(experts.w_down))
-record("record_baseline", lambda: quant.record_baseline(model, [torch.randn(3, 32)]))
+record("record_baseline", lambda: quant.collect_calibration(model, [torch.randn(3, 32)]))
 record("select", lambda: experts.select([0, 1]))
 record("append", lambda: experts.append(1))
 record("split", lambda: experts.split([0]))
@@ -75,7 +75,7 @@ if "hf" in sys.argv:
         moe_ops.hf.enable(model)
         record(f"quantize_experts {name}", lambda: moe_ops.quantize_experts(model, "int8"))
         if name != "dbrx":
-            record(f"prepack {name}", lambda: moe_ops.prepack(model))
+            record(f"pack_weights {name}", lambda: moe_ops.pack_weights(model))
 print(json.dumps(said))
 dist.destroy_process_group()
 """
@@ -88,7 +88,7 @@ FIRST = {
 }
 CASES = {
     "quantize_experts": "quantize_experts: 0.experts.w_gate_up",
-    "prepack": "prepack: 0.experts.w_gate_up",
+    "pack_weights": "pack_weights: 0.experts.w_gate_up",
     "use_huge_pages": "use_huge_pages: 0.router.weight",
     "use_huge_pages of a tensor": "use_huge_pages: the tensor",
     "record_baseline": "record_baseline: 0.experts.w_gate_up",
@@ -99,7 +99,9 @@ CASES = {
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 if HAS_TRANSFORMERS:
     CASES |= {f"quantize_experts {m}": f"quantize_experts: {name}" for m, name in FIRST.items()}
-    CASES |= {f"prepack {m}": f"prepack: {name}" for m, name in FIRST.items() if m != "dbrx"}
+    CASES |= {
+        f"pack_weights {m}": f"pack_weights: {name}" for m, name in FIRST.items() if m != "dbrx"
+    }
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.helpers.ffn import FFN_FLOATS, moe_ffn_magnitude
 from torch import Tensor
 
 from moe_ops import ops, reference
-from moe_ops.parallel import Placement
+from moe_ops.parallel import ExpertPlacement
 from moe_ops.testing import (
     Kwargs,
     absolute,
@@ -48,12 +48,12 @@ class Case:
         return len(self.tokens)
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> ExpertPlacement:
         if not self.replicas and not self.shuffled:
-            return Placement.contiguous(self.num_experts, self.num_ranks)
+            return ExpertPlacement.contiguous(self.num_experts, self.num_ranks)
         load = [(7 * e) % 5 for e in range(self.num_experts)]
         num_physical = self.num_experts + self.replicas
-        return Placement.balanced(load, self.num_ranks, num_physical)
+        return ExpertPlacement.balanced(load, self.num_ranks, num_physical)
 
     def operands(self, name: str, dtype: torch.dtype) -> Kwargs:
         """The call in one process, and the gradient of its output: the same on all ranks."""

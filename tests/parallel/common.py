@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_ops.layers import MoE
 from moe_ops.parallel import (
+    canonical_expert_order,
     clip_grad_norm_,
-    ddp_ignore,
     fully_shard_moe,
-    in_expert_order,
-    make_meshes,
+    init_moe_meshes,
+    prepare_ddp,
     shard_experts,
 )
 
@@ -111,7 +111,7 @@ class Run:
 
     def __init__(self, rank, ep, seed=0, *, fsdp=True, model=None, **options):
         self.rank = rank
-        meshes = make_meshes(ep)
+        meshes = init_moe_meshes(ep)
         self.model = shard_experts(Model(seed=seed, **(model or {})), meshes.ep, **options)
         self.call = self.model
         if fsdp:
@@ -119,7 +119,7 @@ class Run:
                 fully_shard_moe(block, meshes.dp, meshes.efsdp)
             fully_shard(self.model, mesh=meshes.dp)
         else:
-            ddp_ignore(self.model, efsdp_mesh=meshes.efsdp)
+            prepare_ddp(self.model, efsdp_mesh=meshes.efsdp)
             self.call = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
 
@@ -138,13 +138,13 @@ class Run:
     def save(self, folder):
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer}
-        with in_expert_order(self.model, state):
+        with canonical_expert_order(self.model, state):
             dcp.save(state, checkpoint_id=folder)
 
     def load(self, folder):
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer}
-        with in_expert_order(self.model, state):
+        with canonical_expert_order(self.model, state):
             dcp.load(state, checkpoint_id=folder)
         set_state_dict(
             self.model,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import moe_ops
 from moe_ops import quant
 from moe_ops.layers import Experts, MoE, QuantizedExperts
-from moe_ops.parallel.sharding import fully_shard_moe, make_meshes, shard_experts
+from moe_ops.parallel.sharding import fully_shard_moe, init_moe_meshes, shard_experts
 
 from .common import EXPERTS, whole
 
@@ -57,7 +57,7 @@ OPERATIONS = {
 
 
 def operate(rank, names):
-    layer = shard_experts(make_layer(), make_meshes(2).ep)
+    layer = shard_experts(make_layer(), init_moe_meshes(2).ep)
     found = {}
     for name in names:
         new = OPERATIONS[name](layer)
@@ -83,7 +83,7 @@ def test_surgery_gives_the_bank_of_one_process(processes):
 
 
 def refused_surgery(rank):
-    meshes = make_meshes(2)
+    meshes = init_moe_meshes(2)
     layer = shard_experts(make_layer(), meshes.ep)
     said = []
 
@@ -97,7 +97,7 @@ def refused_surgery(rank):
     record(lambda: layer.experts.select([0, 1, 2]))
     fully_shard_moe(layer, meshes.dp, meshes.efsdp)
     record(lambda: layer.experts.select([0, 1]))
-    record(lambda: moe_ops.prepack(layer))
+    record(lambda: moe_ops.pack_weights(layer))
     record(lambda: moe_ops.quantize_experts(layer, "int8"))
     plain = fully_shard(Experts(EXPERTS, HIDDEN, 32), mesh=meshes.dp)
     record(lambda: Experts.forward_local(plain, tokens(), None, None) if rank > 1 else None)
@@ -110,7 +110,7 @@ def test_what_cannot_be_done_is_said(processes):
     (said, *_) = processes.run(refused_surgery, world=2)
     assert said[0].startswith("shard_experts: the 2 ranks of ep_mesh must divide the experts")
     assert said[1].startswith("Experts: w_gate_up must be a plain tensor, got a DTensor")
-    assert said[2].startswith("prepack: experts.w_gate_up must be a plain tensor")
+    assert said[2].startswith("pack_weights: experts.w_gate_up must be a plain tensor")
     assert said[3].startswith("quantize_experts: experts.w_gate_up must be a plain tensor")
     for text in said[5:]:
         assert text.startswith("Experts: w_gate_up must be a plain tensor"), text
@@ -121,23 +121,23 @@ def test_what_cannot_be_done_is_said(processes):
 
 
 def pack(rank):
-    layer = shard_experts(make_layer(), make_meshes(2).ep).eval()
+    layer = shard_experts(make_layer(), init_moe_meshes(2).ep).eval()
     plain = results(layer, rank)[1]
-    whole_bytes = make_layer().eval().prepack()
-    size = layer.prepack()
-    kept = [moe_ops.packed_bytes(layer)]
+    whole_bytes = make_layer().eval().pack_weights()
+    size = layer.pack_weights()
+    kept = [moe_ops.packed_weight_bytes(layer)]
     packed = results(layer, rank)[1]
-    kept.append(moe_ops.packed_bytes(layer))
+    kept.append(moe_ops.packed_weight_bytes(layer))
     with torch.no_grad():  # In-place changes end a copy.
         layer.experts.w_down.mul_(2.0)
     doubled = results(layer, rank)[1]
-    kept.append(moe_ops.packed_bytes(layer))
-    layer.prepack()
+    kept.append(moe_ops.packed_weight_bytes(layer))
+    layer.pack_weights()
     optimizer = torch.optim.SGD(layer.experts.parameters(), lr=0.5, foreach=False)
     for p in layer.experts.parameters():
         p.grad = p.detach().clone()
     optimizer.step()
-    kept.append(moe_ops.packed_bytes(layer))
+    kept.append(moe_ops.packed_weight_bytes(layer))
     return plain, packed, doubled, size / whole_bytes, [size, *kept]
 
 
@@ -170,7 +170,7 @@ def with_zero_points():
 
 
 def quantise(rank, format):
-    ep_mesh = make_meshes(2).ep
+    ep_mesh = init_moe_meshes(2).ep
     layer = shard_experts(make_layer(), ep_mesh)
     try:
         moe_ops.quantize_experts(layer, format, group_size=GROUPS[format], calibration=[tokens()])
@@ -231,15 +231,15 @@ def test_each_rank_quantises_its_experts(processes, format):
 
 
 def others(rank):
-    layer = shard_experts(make_layer(), make_meshes(2).ep)
+    layer = shard_experts(make_layer(), init_moe_meshes(2).ep)
     state = layer.state_dict()
     twin = copy.deepcopy(layer)
     half = copy.deepcopy(layer).to(torch.bfloat16)
-    fresh = shard_experts(make_layer(), make_meshes(2).ep)
+    fresh = shard_experts(make_layer(), init_moe_meshes(2).ep)
     with torch.no_grad():
         fresh.experts.w_down.zero_()
     fresh.load_state_dict(state)
-    one = shard_experts(make_layer(), make_meshes(1).ep)
+    one = shard_experts(make_layer(), init_moe_meshes(1).ep)
     y = results(layer, rank)[1]
     with torch.no_grad():
         ids = torch.zeros(12, 1).long()
@@ -271,9 +271,9 @@ def test_state_copies_and_types(processes):
 
 
 def baseline(rank):
-    layer = shard_experts(make_layer(), make_meshes(2).ep)
+    layer = shard_experts(make_layer(), init_moe_meshes(2).ep)
     with pytest.raises(ValueError) as caught:
-        quant.record_baseline(layer, [tokens()])
+        quant.collect_calibration(layer, [tokens()])
     return str(caught.value)
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_ops import quantize_fp8
-from moe_ops.parallel import all_to_all_rows, comm, exchange_counts, set_check_splits
+from moe_ops.parallel import comm
+from moe_ops.parallel.comm import all_to_all_rows, exchange_counts, set_check_splits
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import assert_identical
 

@@ -10,13 +10,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from moe_ops.layers import (
+    ExpertLoadStats,
     MoE,
-    RoutingStats,
     load_balancing_loss,
     sequence_balance_loss,
     update_expert_bias,
 )
-from moe_ops.parallel import fully_shard_moe, make_meshes, shard_experts
+from moe_ops.parallel import fully_shard_moe, init_moe_meshes, shard_experts
 
 from .common import assert_same, gradients, mean_over_ranks
 
@@ -55,7 +55,7 @@ class Model(nn.Module):
     def forward(self, x, target, positions, group=None):
         """The losses of this rank's part, [B, S / n, H], and statistics; those of balance are of
         whole sequences and of the whole batch."""
-        balance, stats = 0.0, RoutingStats()
+        balance, stats = 0.0, ExpertLoadStats()
         for i, (attention, moe) in enumerate(zip(self.attention, self.moe, strict=True)):
             x = x + attention(x, positions, group)
             out = moe(x, return_routing=True)
@@ -88,7 +88,7 @@ def step_of_a_rank(rank, ep):
     # Causal attention has more to do for later tokens: a rank takes one run from each end.
     runs = torch.arange(LENGTH).chunk(4)
     part = torch.cat([runs[rank], runs[3 - rank]])
-    meshes = make_meshes(ep)
+    meshes = init_moe_meshes(ep)
     model = shard_experts(Model(), meshes.ep)
     for moe in model.moe:
         fully_shard_moe(moe, meshes.dp, meshes.efsdp)

@@ -13,7 +13,8 @@ from tests.parallel.case import Case, OpBank, Results, check_close, join, one_pr
 from torch import Tensor
 
 from moe_ops import batch_invariant, ops, quantize_fp8
-from moe_ops.parallel import Placement, Tokens, choose, set_check_splits
+from moe_ops.parallel import DedupAllToAllDispatcher, ExpertPlacement, make_dispatcher
+from moe_ops.parallel.comm import set_check_splits
 from moe_ops.quant.fp8 import quantize_fp8_blocks
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import assert_identical, short
@@ -77,7 +78,7 @@ def run_cases(rank: int, name: str, options: dict[str, Any], case_names: list[st
     found = []
     for case_name in case_names:
         case = CASES[case_name]
-        dispatcher = choose(
+        dispatcher = make_dispatcher(
             dist.group.WORLD, case.num_experts, dispatch=name, placement=case.placement, **options
         )
         for dtype in DTYPES:
@@ -148,7 +149,7 @@ WIDE = Case(tokens=(40,) * 4, num_experts=16, top_k=4, hidden_size=64, intermedi
 
 
 def run_wide(rank: int, name: str, dtype: torch.dtype) -> list[Results]:
-    dispatcher = choose(dist.group.WORLD, WIDE.num_experts, dispatch=name)
+    dispatcher = make_dispatcher(dist.group.WORLD, WIDE.num_experts, dispatch=name)
     call = WIDE.operands("wide", dtype)
     return [run_rank(dispatcher, rank, WIDE, call) for _ in range(2)]
 
@@ -174,7 +175,7 @@ def run_in_pairs(rank: int, name: str) -> Results:
     """Two groups of two ranks at once, each with experts and tokens of its own."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     case = PAIRS[rank // 2]
-    dispatcher = choose(pairs[rank // 2], case.num_experts, dispatch=name)
+    dispatcher = make_dispatcher(pairs[rank // 2], case.num_experts, dispatch=name)
     call = case.operands(f"pair {rank // 2}", torch.float32)
     return run_rank(dispatcher, rank % 2, case, call, same_tokens=name == "shared")
 
@@ -191,7 +192,7 @@ def test_groups_of_two(processes, name):
 
 
 def run_on_thread(rank: int, name: str, case: Case) -> Results:
-    dispatcher = choose(dist.group.WORLD, case.num_experts, dispatch=name)
+    dispatcher = make_dispatcher(dist.group.WORLD, case.num_experts, dispatch=name)
     call = case.operands("wide group", torch.float32)
     return run_rank(dispatcher, rank, case, call, same_tokens=name == "shared")
 
@@ -208,7 +209,7 @@ def test_many_ranks(name, num_ranks):
 
 def test_one_process_alone():
     case = Case(tokens=(12,), shuffled=True)
-    dispatcher = choose(None, 8, top_k=3, placement=case.placement)
+    dispatcher = make_dispatcher(None, 8, top_k=3, placement=case.placement)
     call = case.operands("alone", torch.float32)
     got = join(case, [run_rank(dispatcher, 0, case, call)])
     check_close(case, call, got)
@@ -220,7 +221,7 @@ def test_one_process_alone():
 
 def run_padded(rank: int, capacity: int) -> tuple[Results, int]:
     case = CASES["all tokens on one rank"]
-    dispatcher = choose(dist.group.WORLD, 8, dispatch="padded", capacity=capacity)
+    dispatcher = make_dispatcher(dist.group.WORLD, 8, dispatch="padded", capacity=capacity)
     call = case.operands("padded", torch.float32)
     result = run_rank(dispatcher, rank, case, call)
     return result, int(dispatcher.num_dropped)
@@ -239,7 +240,7 @@ def test_padded_drops_the_last_tokens(processes, capacity):
 
 
 def run_fp8(rank: int, name: str) -> Results:
-    dispatcher = choose(dist.group.WORLD, 8, dispatch=name, fp8=True)
+    dispatcher = make_dispatcher(dist.group.WORLD, 8, dispatch=name, fp8=True)
     return run_rank(
         dispatcher, rank, CASES["uneven"], CASES["uneven"].operands("fp8", torch.float32)
     )
@@ -268,7 +269,7 @@ class OpBankFp8(OpBank):
 
 def run_codes(rank: int, name: str) -> Results:
     case = CODES
-    dispatcher = choose(dist.group.WORLD, 8, dispatch=name, fp8=True)
+    dispatcher = make_dispatcher(dist.group.WORLD, 8, dispatch=name, fp8=True)
     call = case.operands("codes", torch.bfloat16)
     block, local = case.block(rank), list(case.placement.local(rank))
     bank = OpBankFp8({n: call[n][local] for n in ("w_gate_up", "w_down")})
@@ -296,7 +297,7 @@ def test_codes_reach_the_bank_as_they_are(processes, name):
 
 
 def run_fp32_combine(rank: int, name: str, exact: bool) -> Results:
-    dispatcher = choose(dist.group.WORLD, 16, dispatch=name, fp32_combine=exact)
+    dispatcher = make_dispatcher(dist.group.WORLD, 16, dispatch=name, fp32_combine=exact)
     call = WIDE.operands("wide", torch.bfloat16)
     return run_rank(dispatcher, rank, WIDE, call, same_tokens=name == "shared")
 
@@ -318,7 +319,7 @@ def test_fp32_combine_rounds_once(processes, name):
 def run_without_gradients(rank: int, name: str) -> list[Tensor]:
     case = CASES["uneven"]
     call = case.operands("inference", torch.float32)
-    dispatcher = choose(dist.group.WORLD, 8, dispatch=name)
+    dispatcher = make_dispatcher(dist.group.WORLD, 8, dispatch=name)
     block, local = case.block(rank), list(case.placement.local(rank))
     bank = OpBank({n: call[n][local] for n in ("w_gate_up", "w_down")})
     args = [call[n][block] for n in ("x", "topk_weights", "topk_ids")]
@@ -354,7 +355,7 @@ def test_without_gradients(processes, name):
 
 def run_with_other_sizes(rank: int) -> str:
     """Rank 3 believes in another number of experts."""
-    dispatcher = choose(dist.group.WORLD, 12 if rank == 3 else 8, dispatch="slots")
+    dispatcher = make_dispatcher(dist.group.WORLD, 12 if rank == 3 else 8, dispatch="slots")
     case = CASES["even"]
     call = case.operands("other sizes", torch.float32)
     set_check_splits(True)
@@ -374,7 +375,7 @@ def test_another_number_of_experts_is_one_sentence(processes):
 
 
 def run_with_too_many(rank: int) -> str:
-    dispatcher = choose(dist.group.WORLD, 8, dispatch="gather", num_tokens=11)
+    dispatcher = make_dispatcher(dist.group.WORLD, 8, dispatch="gather", num_tokens=11)
     try:
         run_rank(dispatcher, rank, CASES["even"], CASES["even"].operands("many", torch.float32))
     except ValueError as error:
@@ -389,4 +390,4 @@ def test_gather_of_too_many_tokens(processes):
 
 def test_placement_of_another_group(bad_input):
     with bad_input("Tokens", "placement", "2"):
-        Tokens(None, Placement.contiguous(8, 2))
+        DedupAllToAllDispatcher(None, ExpertPlacement.contiguous(8, 2))

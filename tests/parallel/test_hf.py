@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
 from moe_ops.hf.experts.parallel import Interface, MoeOpsEP, register_ep_implementation
-from moe_ops.parallel import Shared
+from moe_ops.parallel import ReplicatedDispatcher
 from moe_ops.testing import assert_identical
 
 from .common import assert_same, gradients
@@ -62,7 +62,7 @@ def step(model, parts, part=None):
     """Logits and gradients of one of `parts` sequences, or of all; the loss is a token mean."""
     ids = tokens(batch=parts, length=9)
     ids = ids if part is None else ids[part : part + 1]
-    with moe_ops.hf.expect_calls(model) as calls:
+    with moe_ops.hf.assert_used(model) as calls:
         out = model(input_ids=ids, labels=ids, use_cache=False)
     assert all(calls.values())
     out.loss.backward()
@@ -75,7 +75,10 @@ def step_of_a_rank(rank, folder, cases):
         model = load(folder / name, sizes, implementation)
         if implementation == "moe_ops":
             shared = sizes.get("tp_size") == sizes["ep_size"]
-            assert isinstance(model.model.layers[1].mlp.experts.dispatcher, Shared) == shared
+            assert (
+                isinstance(model.model.layers[1].mlp.experts.dispatcher, ReplicatedDispatcher)
+                == shared
+            )
         found.append(step(model, parts_of(sizes), rank // sizes.get("tp_size", 1)))
     return found
 
@@ -161,9 +164,9 @@ def test_implementations_by_name(processes, folder):
 
 def generate_packed(rank, folder):
     model = load(folder / "qwen3_moe", SHARED).eval()
-    packed = moe_ops.prepack(model)
+    packed = moe_ops.pack_weights(model)
     out = model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)
-    moe_ops.unpack(model)
+    moe_ops.unpack_weights(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert_identical(
@@ -175,7 +178,7 @@ def generate_packed(rank, folder):
 @has_registry
 def test_generate_with_packed_experts_and_compiled(processes, folder):
     model = load(folder / "qwen3_moe").eval()
-    whole = moe_ops.prepack(model)
+    whole = moe_ops.pack_weights(model)
     want = model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)
     for packed, got in processes.run(generate_packed, folder, world=2):
         assert packed == whole // 2

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops.layers import Experts, MoE
-from moe_ops.parallel import Slots, choose, dispatch
+from moe_ops.parallel import AllToAllDispatcher, dispatch, make_dispatcher
 from moe_ops.testing import assert_identical
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
@@ -34,7 +34,7 @@ def layer(name: str | None, dtype: torch.dtype = torch.float64, **options: Any) 
         for key, weight in list(moe.experts.named_parameters()):
             part = distribute_tensor(weight.detach(), mesh, [Shard(0)])
             setattr(moe.experts, key, nn.Parameter(part))
-        moe.experts.dispatcher = choose(mesh, E, dispatch=name)
+        moe.experts.dispatcher = make_dispatcher(mesh, E, dispatch=name)
     return moe
 
 
@@ -237,7 +237,7 @@ def compiled(rank: int, name: str, options: dict[str, Any], backend: str) -> Non
     for key in ("w_gate_up", "w_down"):
         weight = getattr(moe.experts, key).detach()[local]
         setattr(moe.experts, key, nn.Parameter(weight.clone()))
-    moe.experts.dispatcher = choose(dist.group.WORLD, E, dispatch=name, **options)
+    moe.experts.dispatcher = make_dispatcher(dist.group.WORLD, E, dispatch=name, **options)
     frames = []
 
     def counting(graph, inputs):
@@ -276,7 +276,7 @@ def test_compile(processes, name, backend):
 def copies(rank: int) -> None:
     moe = layer("slots", torch.float32)
     twin = copy.deepcopy(moe.experts.dispatcher)
-    assert type(twin) is Slots and twin.group is moe.experts.dispatcher.group
+    assert type(twin) is AllToAllDispatcher and twin.group is moe.experts.dispatcher.group
     assert twin._sizes is not moe.experts.dispatcher._sizes
     assert f"dispatcher=Slots(rank {rank} of 4, 2 of 8 experts)" in repr(moe)
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from moe_ops.layers import Experts
 from moe_ops.parallel import (
-    Placement,
+    ExpertPlacement,
     fully_shard_moe,
-    load_experts,
-    make_meshes,
+    init_moe_meshes,
+    load_sharded_experts,
     shard_experts,
 )
 
@@ -90,9 +90,9 @@ def load(rank, folder, prefix, sizes, options, placement=None):
     try:
         bank = Experts(*sizes, device="meta", **options)
         model = nn.ModuleDict({"block": nn.ModuleDict({"experts": bank})})
-        shard_experts(model, make_meshes(2).ep, placement=placement)
+        shard_experts(model, init_moe_meshes(2).ep, placement=placement)
         model.to_empty(device="cpu")
-        load_experts(model, folder, {"block.experts": prefix})
+        load_sharded_experts(model, folder, {"block.experts": prefix})
         local = {name: p.detach().to_local() for name, p in bank.named_parameters()}
         return local, reads
     finally:
@@ -136,7 +136,7 @@ def test_each_rank_reads_what_its_placement_says(processes, tmp_path, kind):
     prefix, index = stored_prefix(tmp_path)
     wanted = [t.detach() for t in experts_of(model, index)]
     sizes = experts, *_ = wanted[1].shape
-    placement = Placement(experts, 2, (*range(experts)[::-1], experts - 1, experts - 2))
+    placement = ExpertPlacement(experts, 2, (*range(experts)[::-1], experts - 1, experts - 2))
     args = (tmp_path, prefix, sizes, KINDS[kind], placement)
     for rank, (local, _) in enumerate(processes.run(load, *args, world=2)):
         mine = list(placement.local(rank))
@@ -151,11 +151,11 @@ def test_files_with_an_index_and_banks_that_are_whole(tmp_path):
     wanted = [t.detach() for t in experts_of(model, index)]
     sizes = wanted[1].shape
     bank = Experts(*sizes, dtype=torch.bfloat16)
-    load_experts(bank, tmp_path, prefix)
+    load_sharded_experts(bank, tmp_path, prefix)
     assert torch.equal(bank.w_gate_up.detach(), wanted[0].bfloat16())
     assert torch.equal(bank.w_down.detach(), wanted[1].bfloat16())
     layers = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": Experts(*sizes)})})
-    load_experts(layers, tmp_path, lambda name: prefix.replace("mlp.experts", name))
+    load_sharded_experts(layers, tmp_path, lambda name: prefix.replace("mlp.experts", name))
     assert torch.equal(layers["mlp"]["experts"].w_down.detach(), wanted[1])
 
 
@@ -164,35 +164,35 @@ def test_bad_checkpoints(processes, tmp_path, bad_input):
     assert said.startswith("load_experts: the bank must be whole or sharded by shard_experts alone")
     bank = Experts(4, 8, 4)
     with pytest.raises(FileNotFoundError, match=r"load_experts: .* must hold safetensors files"):
-        load_experts(bank, tmp_path / "none", "experts")
+        load_sharded_experts(bank, tmp_path / "none", "experts")
     with bad_input("load_experts", "prefixes", "'layer'"):
-        load_experts(bank, tmp_path, {"layer": "experts"})
+        load_sharded_experts(bank, tmp_path, {"layer": "experts"})
     with bad_input("load_experts", "prefixes", "none"):
-        load_experts(nn.Linear(2, 2), tmp_path, lambda name: name)
+        load_sharded_experts(nn.Linear(2, 2), tmp_path, lambda name: name)
     with bad_input("load_experts", "'other'", "no key"):
-        load_experts(bank, tmp_path, "other")
+        load_sharded_experts(bank, tmp_path, "other")
     with bad_input("load_experts", "experts.down_proj must be [4, 8, 4]", "[4, 8, 8]"):
-        load_experts(bank, tmp_path, "experts")
+        load_sharded_experts(bank, tmp_path, "experts")
     with bad_input("load_experts", "codes.gate_up_proj", "I8"):
-        load_experts(bank, tmp_path, "codes")
+        load_sharded_experts(bank, tmp_path, "codes")
     with bad_input("load_experts", "lone.gate_up_proj", "no such tensor"):
-        load_experts(bank, tmp_path, "lone")
+        load_sharded_experts(bank, tmp_path, "lone")
     with bad_input("load_experts", "gate_up_proj_bias", "no such tensor"):
-        load_experts(Experts(4, 8, 4, bias=True), tmp_path, "good")
-    load_experts(bank, tmp_path, "good")
+        load_sharded_experts(Experts(4, 8, 4, bias=True), tmp_path, "good")
+    load_sharded_experts(bank, tmp_path, "good")
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x.down_proj": "../model.safetensors", "x.gate_up_proj": 3}})
     )
     with bad_input("load_experts", "x.gate_up_proj", "not a file name"):
-        load_experts(bank, tmp_path, "x")
+        load_sharded_experts(bank, tmp_path, "x")
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(("x.down_proj", "x.gate_up_proj"), "../x")})
     )
     with bad_input("load_experts", "x.gate_up_proj", "leads to"):
-        load_experts(bank, tmp_path, "x")
+        load_sharded_experts(bank, tmp_path, "x")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with bad_input("load_experts", "weight_map", "3"):
-        load_experts(bank, tmp_path, "x")
+        load_sharded_experts(bank, tmp_path, "x")
 
 
 def load_after_fsdp(rank, folder):
@@ -208,9 +208,9 @@ def load_after_fsdp(rank, folder):
         }
         safetensors_torch.save_file(tensors, folder / "model.safetensors")
     torch.distributed.barrier()
-    meshes = make_meshes(2)
+    meshes = init_moe_meshes(2)
     bank = shard_experts(Experts(4, 8, 4), meshes.ep)
     fully_shard_moe(bank, meshes.dp, meshes.efsdp)
     with pytest.raises(ValueError) as caught:
-        load_experts(bank, folder, "good")
+        load_sharded_experts(bank, folder, "good")
     return str(caught.value)

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from moe_ops import zoo
 from moe_ops.layers import (
+    ExpertLoadStats,
     MoE,
     Router,
-    RoutingStats,
     concentration_loss,
     device_balance_loss,
     load_balancing_loss,
@@ -130,7 +130,7 @@ def losses_of_layers(rank):
     x = torch.randn(sum(TOKENS), 8, generator=torch.Generator().manual_seed(1))
     aux = layer(part(rank, x, 0), return_routing=True).aux_losses
     torch.manual_seed(0)
-    model = zoo.create("deepseek", "tiny")
+    model = zoo.create_model("deepseek", "tiny")
     text = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(2))
     named = {"load_balancing": 1.0, "device_balance": 1.0, "sequence_balance": 1.0}
     loss = model.loss(text[rank : rank + 1], coefficients=named, group=dist.group.WORLD)
@@ -143,7 +143,7 @@ def test_layers_and_models_pass_the_group_on(processes):
     x = torch.randn(sum(TOKENS), 8, generator=torch.Generator().manual_seed(1))
     want = [float(v) for v in layer(x, return_routing=True).aux_losses.values()]
     torch.manual_seed(0)
-    model = zoo.create("deepseek", "tiny")
+    model = zoo.create_model("deepseek", "tiny")
     text = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(2))
     named = {"load_balancing": 1.0, "device_balance": 1.0, "sequence_balance": 1.0}
     losses = model.loss(text, coefficients=named).aux_losses
@@ -174,7 +174,7 @@ def bias_and_stats(rank):
 
     dist.all_reduce = all_reduce
     try:
-        layers, stats = routers(), RoutingStats()
+        layers, stats = routers(), ExpertLoadStats()
         x = torch.randn(sum(TOKENS), 8, generator=torch.Generator().manual_seed(1))
         for i, layer in enumerate(layers):
             ids = layer(part(rank, x, 0)).topk_ids
@@ -182,7 +182,7 @@ def bias_and_stats(rank):
         update_expert_bias(layers, rate=0.5)
         stats.all_reduce()
         pair = dist.new_group([0, 1])
-        alone = RoutingStats()
+        alone = ExpertLoadStats()
         alone.update(torch.tensor([[rank]]), 4)
         if rank < 2:
             alone.all_reduce(pair)
@@ -198,7 +198,7 @@ def bias_and_stats(rank):
 
 
 def test_bias_and_statistics_take_one_all_reduce(processes):
-    layers, stats = routers(), RoutingStats()
+    layers, stats = routers(), ExpertLoadStats()
     x = torch.randn(sum(TOKENS), 8, generator=torch.Generator().manual_seed(1))
     for i, layer in enumerate(layers):
         stats.update(layer(x).topk_ids, layer.num_experts, layer=i)
@@ -240,7 +240,7 @@ def test_quantile_balancing_is_of_the_tokens_of_all_ranks(processes):
 
 
 def test_rank_load():
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     assert stats.update(torch.tensor([[0], [1], [1], [2]]), 4) is None
     assert stats.max_rank_violation(2) == 0.5
     assert stats.max_rank_violation(4) == stats.max_violation() == 1.0

@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from moe_ops.layers import RoutingStats, update_expert_bias
+from moe_ops.layers import ExpertLoadStats, update_expert_bias
 from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, shard_experts
 
 from .common import EXPERTS, HIDDEN, TOKENS, Model, assert_same, batch, gradients
@@ -31,7 +31,7 @@ class Stage(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict({str(first + i): layer for i, layer in enumerate(layers)})
         self.head = head
-        self.stats = RoutingStats()
+        self.stats = ExpertLoadStats()
 
     def forward(self, x, balance=None):
         balance = x.new_zeros(1) if balance is None else balance

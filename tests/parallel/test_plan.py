@@ -22,14 +22,14 @@ from moe_ops.parallel.registry import ranks_of_a_token
 runner = CliRunner()
 
 
-def few_layers(name: str) -> plan.Shape:
+def few_layers(name: str) -> plan.ModelShape:
     """A preset with two layers with experts, and one without where it has such layers."""
     shape = plan.find_shape(name)
     dense = min(1, shape.num_dense_layers)
     return dataclasses.replace(shape, num_moe_layers=2, num_dense_layers=dense)
 
 
-TINY = plan.Shape(
+TINY = plan.ModelShape(
     name="tiny",
     hidden_size=256,
     intermediate_size=128,
@@ -43,11 +43,11 @@ TINY = plan.Shape(
 )
 
 
-def check_trace(shape: plan.Shape, ranks: int, job: plan.Job) -> plan.Trace:
+def check_trace(shape: plan.ModelShape, ranks: int, job: plan.ParallelJob) -> plan.tracing.Trace:
     """All collectives are those of the formulas, and memory is within 5 %."""
     cluster = plan.find_cluster("h100", ranks)
-    traced = plan.trace(shape, cluster, job)
-    formula = plan.model_messages(shape, plan.Layout.of(cluster, job), job)
+    traced = plan.trace_step(shape, cluster, job)
+    formula = plan.traffic.model_messages(shape, plan.cluster.Layout.of(cluster, job), job)
     for phase in ("forward", "backward"):
         for own in (True, False):
             seen, wanted = (
@@ -59,7 +59,7 @@ def check_trace(shape: plan.Shape, ranks: int, job: plan.Job) -> plan.Trace:
                 for messages in (traced.messages, formula)
             )
             assert sorted(seen) == sorted(wanted)
-    memory = plan.memory_of(shape, cluster, job, kernels=False)
+    memory = plan.memory.memory_of(shape, cluster, job, kernels=False)
     assert traced.weights == memory.experts + memory.dense
     assert traced.gradients == memory.gradients
     assert traced.optimizer == memory.optimizer
@@ -73,7 +73,7 @@ def check_trace(shape: plan.Shape, ranks: int, job: plan.Job) -> plan.Trace:
     [("deepseek_v3", 64, True), ("qwen3_235b", 8, False)],
 )
 def test_formulas_are_what_the_code_asks_for(model, ep, recompute, ranks):
-    check_trace(few_layers(model), ranks, plan.Job(ep=ep, recompute=recompute))
+    check_trace(few_layers(model), ranks, plan.ParallelJob(ep=ep, recompute=recompute))
 
 
 @pytest.mark.parametrize(
@@ -97,24 +97,24 @@ def test_formulas_are_what_the_code_asks_for(model, ep, recompute, ranks):
     ids=str,
 )
 def test_every_dispatcher_and_layout(options):
-    check_trace(TINY, 16, plan.Job(**{"tokens": 1024, **options}))
+    check_trace(TINY, 16, plan.ParallelJob(**{"tokens": 1024, **options}))
 
 
 @pytest.mark.parametrize("dispatch", ["auto", "slots", "padded", "gather"])
 def test_inference(dispatch):
     shape = few_layers("deepseek_v3")
-    job = plan.Job(ep=8, training=False, dispatch=dispatch, tokens=2048)
+    job = plan.ParallelJob(ep=8, training=False, dispatch=dispatch, tokens=2048)
     traced = check_trace(shape, 8, job)
     assert traced.gradients == traced.optimizer == 0
 
 
 def test_a_trace_leaves_no_group_and_wants_none():
-    check_trace(TINY, 8, plan.Job(ep=4, tokens=64, training=False))
+    check_trace(TINY, 8, plan.ParallelJob(ep=4, tokens=64, training=False))
     assert not dist.is_initialized()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="a trace must run in a process without a group"):
-            plan.trace(TINY, plan.find_cluster("h100", 8), plan.Job(ep=4))
+            plan.trace_step(TINY, plan.find_cluster("h100", 8), plan.ParallelJob(ep=4))
     finally:
         dist.destroy_process_group()
 
@@ -151,7 +151,7 @@ def test_presets_have_the_published_numbers_of_weights(name, total, active):
 def test_numbers_of_weights_are_those_of_the_traced_model(name):
     shape = few_layers(name)
     with tracing.torch.device("meta"):
-        model = tracing._Model(shape, plan.Job(ep=1), tracing.torch.float32)
+        model = tracing._Model(shape, plan.ParallelJob(ep=1), tracing.torch.float32)
     assert sum(p.numel() for p in model.parameters()) == shape.total_weights
 
 
@@ -247,7 +247,7 @@ def test_config_files_of_other_forms():
             "vocab_size": 202048,
         },
     }
-    shape = plan.shape_of(llama4)
+    shape = plan.shape.shape_of(llama4)
     assert (shape.num_moe_layers, shape.num_dense_layers) == (24, 24)
     assert shape.total_weights / 1e9 == pytest.approx(400, rel=0.01)
     dbrx = {
@@ -259,7 +259,7 @@ def test_config_files_of_other_forms():
         "attn_config": {"kv_n_heads": 8},
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     }
-    assert plan.shape_of(dbrx).total_weights / 1e9 == pytest.approx(132, rel=0.01)
+    assert plan.shape.shape_of(dbrx).total_weights / 1e9 == pytest.approx(132, rel=0.01)
     qwen2 = {
         "model_type": "qwen2_moe",
         "hidden_size": 2048,
@@ -273,7 +273,7 @@ def test_config_files_of_other_forms():
         "num_key_value_heads": 16,
         "vocab_size": 151936,
     }
-    assert plan.shape_of(qwen2).total_weights / 1e9 == pytest.approx(14.3, rel=0.01)
+    assert plan.shape.shape_of(qwen2).total_weights / 1e9 == pytest.approx(14.3, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------- rows and bytes
@@ -302,12 +302,12 @@ def test_ranks_that_a_token_visits_with_groups(places):
 def test_bytes_a_token_by_hand():
     """K or D rows of H elements, times the share of other ranks, each way."""
     cluster, shape = plan.find_cluster("h100", 64), plan.find_shape("deepseek_v3")
-    job = plan.Job(ep=64, dispatch="slots", tokens=4096)
-    sent, received = plan.estimate(shape, cluster, job).bytes_per_token("forward")
+    job = plan.ParallelJob(ep=64, dispatch="slots", tokens=4096)
+    sent, received = plan.estimate_plan(shape, cluster, job).bytes_per_token("forward")
     counts = 63 * 4 * 4 / 4096
     assert sent == received == pytest.approx(2 * 8 * 63 / 64 * 7168 * 2 + counts)
     fp8 = dataclasses.replace(job, fp8=True)
-    sent, _ = plan.estimate(shape, cluster, fp8).bytes_per_token("forward")
+    sent, _ = plan.estimate_plan(shape, cluster, fp8).bytes_per_token("forward")
     assert sent == pytest.approx(8 * 63 / 64 * (7168 * 3 + 56 * 4) + counts)
     assert split_evenly(10, 4) == [3, 3, 2, 2]
 
@@ -319,9 +319,9 @@ def test_time_of_collectives():
     cluster = plan.Cluster(
         64, 8, intra_bandwidth=100.0, inter_bandwidth=10.0, latency=0.0, inter_latency=0.0
     )
-    wide = plan.Layout.of(cluster, plan.Job(ep=16))
-    near = plan.Layout.of(cluster, plan.Job(ep=8))
-    rows = plan.Message("dispatch", "forward", "ep", "all_to_all", 1500, 1500)
+    wide = plan.cluster.Layout.of(cluster, plan.ParallelJob(ep=16))
+    near = plan.cluster.Layout.of(cluster, plan.ParallelJob(ep=8))
+    rows = plan.traffic.Message("dispatch", "forward", "ep", "all_to_all", 1500, 1500)
     assert seconds(rows, cluster, near) == pytest.approx(15.0)
     # 8 of the 15 other ranks are on the other node.
     assert seconds(rows, cluster, wide) == pytest.approx(80.0)
@@ -331,20 +331,20 @@ def test_time_of_collectives():
 
 
 def test_time_follows_rates_and_sizes():
-    shape, job = plan.find_shape("qwen3_235b"), plan.Job(ep=16)
-    base = plan.estimate(shape, plan.find_cluster("h100", 64), job).time
-    slow = plan.estimate(shape, plan.find_cluster("h100", 64, inter_bandwidth=20e9), job).time
+    shape, job = plan.find_shape("qwen3_235b"), plan.ParallelJob(ep=16)
+    base = plan.estimate_plan(shape, plan.find_cluster("h100", 64), job).time
+    slow = plan.estimate_plan(shape, plan.find_cluster("h100", 64, inter_bandwidth=20e9), job).time
     assert slow.forward.dispatch > 2 * base.forward.dispatch
     assert slow.forward.compute == base.forward.compute
-    products = plan.estimate(shape, plan.find_cluster("h100", 64, flops=250e12), job).time
+    products = plan.estimate_plan(shape, plan.find_cluster("h100", 64, flops=250e12), job).time
     assert products.forward.compute == pytest.approx(2 * base.forward.compute)
-    again = plan.estimate(
+    again = plan.estimate_plan(
         shape, plan.find_cluster("h100", 64), dataclasses.replace(job, recompute=True)
     )
     assert again.time.backward.compute == pytest.approx(1.5 * base.backward.compute)
     # A few tokens wait for the weights of all experts.
     few = dataclasses.replace(job, tokens=64, training=False)
-    read = plan.estimate(shape, plan.find_cluster("h100", 64), few).time.forward.experts
+    read = plan.estimate_plan(shape, plan.find_cluster("h100", 64), few).time.forward.experts
     assert read == pytest.approx(8 * shape.expert_weights * 2 / 2.6e12)
 
 
@@ -353,33 +353,40 @@ def test_time_follows_rates_and_sizes():
 
 def test_advice_is_what_the_changed_plan_says():
     shape, cluster = plan.find_shape("qwen3_235b"), plan.find_cluster("h100", 64)
-    tight = plan.estimate(shape, cluster, plan.Job(ep=8))
+    tight = plan.estimate_plan(shape, cluster, plan.ParallelJob(ep=8))
     assert not tight.fits
-    first = plan.advise(tight)[0]
+    first = plan.suggest_changes(tight)[0]
     assert first.text.startswith("Recomputation of each block") and "which fits" in first.text
     assert first.plan.fits and first.plan.job.recompute
-    fitting = plan.estimate(shape, cluster, plan.Job(ep=32, recompute=True))
-    texts = " ".join(a.text for a in plan.advise(fitting))
+    fitting = plan.estimate_plan(shape, cluster, plan.ParallelJob(ep=32, recompute=True))
+    texts = " ".join(a.text for a in plan.suggest_changes(fitting))
     for words in ("EP over 16 ranks", "Rows in fp8", "once to a node"):
         assert words in texts
-    wide = plan.estimate(shape, plan.find_cluster("h100", 128), plan.Job(ep=128, recompute=True))
-    assert any("num_groups=16, num_topk_groups=4" in a.text for a in plan.advise(wide))
+    wide = plan.estimate_plan(
+        shape, plan.find_cluster("h100", 128), plan.ParallelJob(ep=128, recompute=True)
+    )
+    assert any("num_groups=16, num_topk_groups=4" in a.text for a in plan.suggest_changes(wide))
 
 
 def test_advice_when_nothing_fits_and_when_ranks_differ():
     shape = plan.find_shape("deepseek_v3")
-    small = plan.estimate(shape, plan.find_cluster("h100", 64), plan.Job(ep=64, recompute=True))
-    assert "256 ranks" in plan.advise(small)[-1].text
-    uneven = plan.Job(ep=32, imbalance=1.8, training=False, tokens=8192)
+    small = plan.estimate_plan(
+        shape, plan.find_cluster("h100", 64), plan.ParallelJob(ep=64, recompute=True)
+    )
+    assert "256 ranks" in plan.suggest_changes(small)[-1].text
+    uneven = plan.ParallelJob(ep=32, imbalance=1.8, training=False, tokens=8192)
     texts = [
-        a.text for a in plan.advise(plan.estimate(shape, plan.find_cluster("h100", 32), uneven))
+        a.text
+        for a in plan.suggest_changes(
+            plan.estimate_plan(shape, plan.find_cluster("h100", 32), uneven)
+        )
     ]
     assert any("1.80 times the mean" in text for text in texts)
 
 
 def test_best_is_the_fastest_that_fits():
     shape, cluster = plan.find_shape("deepseek_v3"), plan.find_cluster("h100", 256)
-    sizes = plan.alternatives(shape, cluster, plan.Job(ep=1, recompute=True))
+    sizes = plan.alternatives(shape, cluster, plan.ParallelJob(ep=1, recompute=True))
     assert [p.job.ep for p in sizes] == [2**i for i in range(9)]
     best = plan.best(sizes)
     assert best.fits and best.time.step == min(p.time.step for p in sizes if p.fits)
@@ -473,4 +480,4 @@ def test_bad_input_is_one_sentence(arguments, sentence):
 )
 def test_bad_config_files_are_one_sentence(change, sentence):
     with pytest.raises(ValueError, match=f"^plan: .*{sentence}"):
-        plan.shape_of({**CONFIGS["qwen3_235b"], **change})
+        plan.shape.shape_of({**CONFIGS["qwen3_235b"], **change})

@@ -11,13 +11,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule
 
 import moe_ops
-from moe_ops.layers import Experts, RoutingStats, record_routing
+from moe_ops.layers import ExpertLoadStats, Experts, record_routing
 from moe_ops.parallel import (
-    Placement,
-    balanced_placements,
+    ExpertPlacement,
     clip_grad_norm_,
-    make_meshes,
-    rebalance,
+    init_moe_meshes,
+    move_experts,
+    plan_placements,
     shard_experts,
 )
 
@@ -25,13 +25,13 @@ from .common import EXPERTS, Model, Run, assert_same, batch, gradients, loss_of,
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
 
-NEAR = Placement(8, 2, (1, 0, 2, 3, 5, 4, 6, 7))  # All moves stay on their rank.
-FAR = Placement(8, 2, (6, 1, 4, 3, 2, 5, 0, 7))
-FOUR = Placement(8, 4, (7, 2, 0, 4, 5, 3, 6, 1))
+NEAR = ExpertPlacement(8, 2, (1, 0, 2, 3, 5, 4, 6, 7))  # All moves stay on their rank.
+FAR = ExpertPlacement(8, 2, (6, 1, 4, 3, 2, 5, 0, 7))
+FOUR = ExpertPlacement(8, 4, (7, 2, 0, 4, 5, 3, 6, 1))
 # Ten of two ranks: experts 0 and 3 are on both; then 5 and 6 are.
-TWICE = Placement(8, 2, (0, 3, 1, 2, 4, 0, 3, 5, 6, 7))
+TWICE = ExpertPlacement(8, 2, (0, 3, 1, 2, 4, 0, 3, 5, 6, 7))
 # Copies of 5 and 6 are a run; where these are first they are in others.
-OTHERS = Placement(8, 2, (6, 4, 5, 0, 1, 2, 3, 5, 6, 7))
+OTHERS = ExpertPlacement(8, 2, (6, 4, 5, 0, 1, 2, 3, 5, 6, 7))
 
 
 # ------------------------------------------------------------------------------------ what moves
@@ -48,7 +48,7 @@ def move(rank, ep, options, placements):
     ids = [id(p) for p in run.model.parameters()]
     found = []
     for placement in placements:
-        filled = rebalance(run.model, run.optimizer, placement)
+        filled = move_experts(run.model, run.optimizer, placement)
         after = run.everything()
         assert after.keys() == before.keys()
         same = all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -81,7 +81,7 @@ def in_order(run, tensors):
 @pytest.mark.parametrize(
     ("world", "ep", "options", "placements"),
     [
-        (2, 2, {"fsdp": False, "dispatch": "slots"}, [NEAR, FAR, Placement.contiguous(8, 2)]),
+        (2, 2, {"fsdp": False, "dispatch": "slots"}, [NEAR, FAR, ExpertPlacement.contiguous(8, 2)]),
         (4, 4, {"fsdp": False, "dispatch": "tokens"}, [FOUR]),
         (4, 2, {"dispatch": "slots"}, [FAR, NEAR]),
         (4, 2, {"placement": TWICE, "dispatch": "tokens"}, [OTHERS, TWICE]),
@@ -101,7 +101,7 @@ def move_columns(rank, folder):
     run = Run(rank, 2, model={"experts": 2})
     run.steps(0, 1)
     before = run.everything()
-    rebalance(run.model, run.optimizer, Placement(2, 2, (1, 0)))
+    move_experts(run.model, run.optimizer, ExpertPlacement(2, 2, (1, 0)))
     run.save(folder)
     other = Run(rank, 1, seed=1, model={"experts": 2})
     other.load(folder)
@@ -123,7 +123,7 @@ def train(rank, ep, options, placements):
     run = Run(rank, ep, **options)
     losses = run.steps(0, 1)
     for step, placement in enumerate(placements, 1):
-        rebalance(run.model, run.optimizer, placement)
+        move_experts(run.model, run.optimizer, placement)
         losses += run.steps(step, step + 1)
     # Of experts with several places all rows are still the same.
     placement = run.model.layers[1].moe.experts.sharding.placement
@@ -145,7 +145,7 @@ def train(rank, ep, options, placements):
 )
 def test_training_goes_on_as_without_moves(processes, world, options, placements):
     """Clipping included, which would count replicas several times."""
-    plain = [Placement.contiguous(8, 2)] * len(placements)
+    plain = [ExpertPlacement.contiguous(8, 2)] * len(placements)
     still = {name: value for name, value in options.items() if name != "placement"}
     want = processes.run(train, 2, {"dispatch": "tokens", **still}, plain, world=world)
     losses, weights = want[0]
@@ -156,7 +156,7 @@ def test_training_goes_on_as_without_moves(processes, world, options, placements
 
 def gradients_of_replicas(rank):
     """Not of FSDP2: what autograd itself leaves."""
-    model = shard_experts(Model(), make_meshes(2).ep, placement=TWICE)
+    model = shard_experts(Model(), init_moe_meshes(2).ep, placement=TWICE)
     x, target = batch(0, rank, 2)
     (loss_of(model, x, target) / 2).backward()
     dense = [p for name, p in model.named_parameters() if ".experts." not in name]
@@ -184,7 +184,7 @@ def test_gradients_of_replicas_are_those_of_one_process(processes):
 def save_moved(rank, ep, options, placement, folder):
     run = Run(rank, ep, **options)
     run.steps(0, 2)
-    rebalance(run.model, run.optimizer, placement)
+    move_experts(run.model, run.optimizer, placement)
     run.save(folder)
     return run.everything()
 
@@ -192,7 +192,7 @@ def save_moved(rank, ep, options, placement, folder):
 def load_moved(rank, ep, options, placement, folder):
     run = Run(rank, ep, seed=1, **options)
     if placement is not None:
-        rebalance(run.model, run.optimizer, placement)
+        move_experts(run.model, run.optimizer, placement)
     run.load(folder)
     return run.everything()
 
@@ -232,28 +232,28 @@ def test_checkpoints_are_in_the_order_of_experts(processes, tmp_path):
 
 def follow_the_load(rank):
     """From what routers chose to other places, on all ranks the same."""
-    model = shard_experts(Model(), make_meshes(2).ep, placement=TWICE)
+    model = shard_experts(Model(), init_moe_meshes(2).ep, placement=TWICE)
     with torch.no_grad():
         for layer in model.layers:  # Two experts of rank 0 get most tokens.
             layer.moe.router.weight[1:3] *= 30
     x, _ = batch(0, rank, 2)
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     with record_routing(model) as record, torch.no_grad():
         y = model(x)
     for name, calls in record.layers.items():
         stats.update(calls[0].topk_ids, EXPERTS, layer=name)
-    placements = balanced_placements(model, stats.all_reduce())
-    again = balanced_placements(model, stats)
+    placements = plan_placements(model, stats.all_reduce())
+    again = plan_placements(model, stats)
     busy = {}
     for name, new in placements.items():
         load = stats.tokens_per_expert(name.removesuffix(".experts"))
         old = model.get_submodule(name).sharding.placement
         busy[name] = old.max_violation(load), new.max_violation(load)
-    filled = rebalance(model, None, placements)
+    filled = move_experts(model, None, placements)
     with torch.no_grad():
         difference = float((model(x) - y).abs().max())
     # The same statistics ask for nothing more.
-    rest = rebalance(model, None, balanced_placements(model, stats))
+    rest = move_experts(model, None, plan_placements(model, stats))
     return (
         {n: p.physical for n, p in placements.items()},
         again == placements,
@@ -285,8 +285,8 @@ def other_things(rank):
     layer = moe_ops.layers.MoE.build(32, 32, EXPERTS, 2, bias=True)
     whole_layer = moe_ops.layers.MoE.build(32, 32, EXPERTS, 2, bias=True)
     whole_layer.load_state_dict(layer.state_dict())
-    shard_experts(layer, make_meshes(2).ep, placement=TWICE)
-    rebalance(layer, None, OTHERS)
+    shard_experts(layer, init_moe_meshes(2).ep, placement=TWICE)
+    move_experts(layer, None, OTHERS)
     x = torch.randn(12, 32, generator=torch.Generator().manual_seed(rank))
     found = []
     with torch.no_grad():
@@ -296,14 +296,14 @@ def other_things(rank):
             lambda m: m.select([7, 6, 5, 4, 3, 2, 1, 0]),
         ):
             found.append(torch.allclose(change(layer)(x), change(whole_layer)(x), atol=1e-5))
-        layer.prepack()
+        layer.pack_weights()
         layer(x)
-        rebalance(layer, None, TWICE)
+        move_experts(layer, None, TWICE)
         found.append(torch.allclose(layer(x), whole_layer(x), atol=1e-5))
         for model in (layer, whole_layer):
             moe_ops.quantize_experts(model, "int8")
         for placement in (TWICE, OTHERS):
-            rebalance(layer, None, placement)
+            move_experts(layer, None, placement)
             found.append(torch.allclose(layer(x), whole_layer(x), atol=1e-5))
     return found
 
@@ -329,22 +329,22 @@ def refused(rank):
             said.append(str(error))
 
     model, optimizer = run.model, run.optimizer
-    record(lambda: rebalance(nn.Linear(2, 2), None, FAR))
-    record(lambda: rebalance(model, optimizer, {"layers.0": FAR}))
-    record(lambda: rebalance(model, optimizer, Placement.contiguous(10, 2)))
-    record(lambda: rebalance(model, optimizer, TWICE))
+    record(lambda: move_experts(nn.Linear(2, 2), None, FAR))
+    record(lambda: move_experts(model, optimizer, {"layers.0": FAR}))
+    record(lambda: move_experts(model, optimizer, ExpertPlacement.contiguous(10, 2)))
+    record(lambda: move_experts(model, optimizer, TWICE))
     bank = model.layers[1].moe.experts
     state = optimizer.state[bank.w_down]
     mine, state["exp_avg"] = state["exp_avg"], state["exp_avg"].to_local()
-    record(lambda: rebalance(model, optimizer, FAR))
+    record(lambda: move_experts(model, optimizer, FAR))
     state["exp_avg"] = mine
     dispatcher, bank.dispatcher = bank.dispatcher, print
-    record(lambda: rebalance(model, optimizer, FAR))
+    record(lambda: move_experts(model, optimizer, FAR))
     bank.dispatcher = dispatcher
-    record(lambda: balanced_placements(model, RoutingStats()))
-    ep = make_meshes(2).ep
+    record(lambda: plan_placements(model, ExpertLoadStats()))
+    ep = init_moe_meshes(2).ep
     record(lambda: shard_experts(Experts(8, 16, 8), ep, placement=FOUR))
-    record(lambda: shard_experts(Experts(7, 16, 8), ep, placement=Placement.contiguous(7, 2)))
+    record(lambda: shard_experts(Experts(7, 16, 8), ep, placement=ExpertPlacement.contiguous(7, 2)))
     record(lambda: shard_experts(Experts(6, 16, 8), ep, placement=FAR))
     after = run.everything()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

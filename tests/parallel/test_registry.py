@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from moe_ops.parallel import Local, Placement, choose, register_dispatcher, registry
+from moe_ops.parallel import (
+    ExpertPlacement,
+    LocalDispatcher,
+    make_dispatcher,
+    register_dispatcher,
+    registry,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +24,7 @@ def own_registry(monkeypatch):
 def name_of(num_ranks: int, num_experts: int, **kwargs: Any) -> str:
     for name in list(registry._factories):
         registry._factories[name] = lambda *_, name=name, **__: name
-    return choose(SimpleNamespace(size=lambda: num_ranks), num_experts, **kwargs)  # type: ignore[arg-type]
+    return make_dispatcher(SimpleNamespace(size=lambda: num_ranks), num_experts, **kwargs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -52,23 +58,23 @@ def test_ranks_of_a_token(num_experts, num_ranks, top_k):
 def test_own_dispatchers():
     made = {}
 
-    def factory(group: Any, placement: Placement, **options: Any) -> str:
+    def factory(group: Any, placement: ExpertPlacement, **options: Any) -> str:
         made.update(group=group, placement=placement, **options)
         return "mine"
 
     register_dispatcher("mine", factory)
-    assert choose(None, 4, dispatch="mine", buffer=3) == "mine"
-    assert made == {"group": None, "placement": Placement.contiguous(4, 1), "buffer": 3}
+    assert make_dispatcher(None, 4, dispatch="mine", buffer=3) == "mine"
+    assert made == {"group": None, "placement": ExpertPlacement.contiguous(4, 1), "buffer": 3}
 
 
 def test_bad_arguments(bad_input):
     with bad_input("register_dispatcher", "name", "'slots'"):
-        register_dispatcher("slots", Local)
+        register_dispatcher("slots", LocalDispatcher)
     with bad_input("register_dispatcher", "name", "'auto'"):
-        register_dispatcher("auto", Local)
+        register_dispatcher("auto", LocalDispatcher)
     with bad_input("choose", "dispatch", "'nobody'"):
-        choose(None, 4, dispatch="nobody")
+        make_dispatcher(None, 4, dispatch="nobody")
     with bad_input("choose", "top_k", "5"):
-        choose(None, 4, top_k=5)
+        make_dispatcher(None, 4, top_k=5)
     with bad_input("choose", "placement", "3"):
-        choose(None, 4, placement=Placement.contiguous(3, 1))
+        make_dispatcher(None, 4, placement=ExpertPlacement.contiguous(3, 1))

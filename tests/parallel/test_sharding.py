@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_ops.layers import Experts
 from moe_ops.parallel import (
-    Placement,
+    ExpertPlacement,
     clip_grad_norm_,
-    ddp_ignore,
     fully_shard_moe,
-    make_meshes,
+    init_moe_meshes,
+    prepare_ddp,
     shard_experts,
 )
 
@@ -45,7 +45,7 @@ def sharded_model(meshes, **options):
 
 
 def fsdp_step(rank, ep, micro_batches):
-    meshes = make_meshes(ep)
+    meshes = init_moe_meshes(ep)
     model = sharded_model(meshes)
     for i in range(micro_batches):
         model.set_requires_gradient_sync(i == micro_batches - 1)
@@ -73,7 +73,7 @@ def test_fsdp_gradients_and_norm_are_those_of_one_process(processes, ep, micro_b
 
 
 def fewer_experts_than_ranks(rank):
-    meshes = make_meshes(1)
+    meshes = init_moe_meshes(1)
     torch.manual_seed(0)
     experts = shard_experts(Experts(2, HIDDEN, 8, bias=True), meshes.ep)
     fully_shard_moe(experts, meshes.dp, meshes.efsdp)
@@ -95,7 +95,7 @@ def test_experts_that_are_fewer_than_ranks_are_cut_across(processes):
 
 
 def mixed_precision(rank):
-    meshes = make_meshes(2)
+    meshes = init_moe_meshes(2)
     model = shard_experts(Model(), meshes.ep)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.layers:
@@ -119,7 +119,7 @@ def test_fsdp_in_bfloat16(processes):
 
 
 def float16_with_one_shard(rank):
-    meshes = make_meshes(2)
+    meshes = init_moe_meshes(2)
     model = shard_experts(Model(1), meshes.ep)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float16)
     try:
@@ -137,12 +137,12 @@ def test_a_reduction_that_would_divide_twice_is_refused(processes):
 
 
 def ddp_step(rank, ep, micro_batches):
-    meshes = make_meshes(ep)
+    meshes = init_moe_meshes(ep)
     # DDP makes the rest of the ranks equal; experts have to be so.
     model = shard_experts(Model(), meshes.ep)
     with torch.no_grad():
         model.head.weight.add_(rank)
-    ddp_ignore(model, efsdp_mesh=meshes.efsdp)
+    prepare_ddp(model, efsdp_mesh=meshes.efsdp)
     model = DistributedDataParallel(model)
     for i in range(micro_batches):
         x, target = batch(i, rank, dist.get_world_size())
@@ -163,14 +163,14 @@ def test_ddp_gradients_and_norm_are_those_of_one_process(processes, ep, micro_ba
 
 
 def ddp_of_a_bank(rank):
-    meshes = make_meshes(2)
+    meshes = init_moe_meshes(2)
     torch.manual_seed(0)
     bank = torch.nn.Sequential(torch.nn.Linear(2, 2), Experts(EXPERTS, HIDDEN, 8))
     shard_experts(bank, meshes.ep)
     said = []
     for call in (
-        lambda: ddp_ignore(bank),
-        lambda: ddp_ignore(torch.nn.Linear(2, 2)),
+        lambda: prepare_ddp(bank),
+        lambda: prepare_ddp(torch.nn.Linear(2, 2)),
     ):
         try:
             call()
@@ -191,7 +191,7 @@ def test_ddp_ignore_says_what_it_needs(processes):
 
 
 def train(rank, ep, steps):
-    meshes = make_meshes(ep)
+    meshes = init_moe_meshes(ep)
     model = sharded_model(meshes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     losses = []
@@ -227,7 +227,7 @@ def test_ten_steps_have_the_losses_of_one_process(processes):
 
 
 def layout(rank):
-    meshes = make_meshes(2, tp=2)
+    meshes = init_moe_meshes(2, tp=2)
     model = shard_experts(Model(1), meshes.ep)
     bank = model.layers[0].moe.experts
     meta = torch.nn.Sequential(Experts(EXPERTS, HIDDEN, 8, device="meta"))
@@ -235,12 +235,14 @@ def layout(rank):
     meta.to_empty(device="cpu")
     said = []
     for call in (
-        lambda: make_meshes(3),
-        lambda: make_meshes(2, tp=0),
+        lambda: init_moe_meshes(3),
+        lambda: init_moe_meshes(2, tp=0),
         lambda: shard_experts(torch.nn.Linear(2, 2), meshes.ep),
         lambda: shard_experts(Experts(3, 4, 4), meshes.ep),
         lambda: shard_experts(model, meshes.ep),
-        lambda: shard_experts(Model(1), meshes.ep, placement=Placement.contiguous(EXPERTS, 4)),
+        lambda: shard_experts(
+            Model(1), meshes.ep, placement=ExpertPlacement.contiguous(EXPERTS, 4)
+        ),
         lambda: shard_experts(
             Model(1), torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
         ),

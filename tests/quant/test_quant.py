@@ -164,7 +164,7 @@ def test_calibration_of_a_model():
 def test_calibration_keeps_the_mode_and_counts_nothing():
     model = Net().train()
     model.second.eval()
-    quant.record_baseline(model, lambda m: m(torch.randn(4, H)))
+    quant.collect_calibration(model, lambda m: m(torch.randn(4, H)))
     assert model.training and model.first.training and not model.second.training
     assert not model._forward_pre_hooks and not model.first.experts._forward_pre_hooks
 
@@ -173,7 +173,7 @@ def test_calibration_keeps_the_mode_and_counts_nothing():
 def test_tokens_are_spread(max_tokens):
     model = Net().eval()
     batches = [torch.full((1, 10, H), float(i + 1)) for i in range(3)]
-    baseline = quant.record_baseline(model, iter(batches), max_tokens=max_tokens)
+    baseline = quant.collect_calibration(model, iter(batches), max_tokens=max_tokens)
     for name, calls in (("first.experts", 2), ("second.experts", 1)):
         record = baseline.banks[name]
         assert record.inputs.x.shape[0] == min(max_tokens, 30 * calls)
@@ -188,7 +188,7 @@ def test_recorded_output_is_the_banks():
     x = torch.randn(1, 9, H)
     outputs = []
     model.second.experts.register_forward_hook(lambda m, a, y: outputs.append(y.detach()))
-    record = quant.record_baseline(model, [x]).banks["second.experts"]
+    record = quant.collect_calibration(model, [x]).banks["second.experts"]
     torch.testing.assert_close(record.y, outputs[0], rtol=1e-5, atol=1e-6)
 
 
@@ -221,7 +221,7 @@ def test_skip_that_matches_no_bank():
         ),
         (
             Net,
-            {"format": "int8", "calibration": quant.Baseline({})},
+            {"format": "int8", "calibration": quant.CalibrationData({})},
             r"calibration must come from this model, got none for 'first.experts'",
         ),
     ],
@@ -267,7 +267,7 @@ def test_weights_that_are_not_here(change, message):
 def test_numbers_that_are_not_finite(name, value, calibrated):
     model = Net()
     x = torch.randn(40, 64)
-    calibration = quant.record_baseline(model, [x], outputs=False) if calibrated else None
+    calibration = quant.collect_calibration(model, [x], outputs=False) if calibrated else None
     with torch.no_grad():
         getattr(model.second.experts, name)[2, 3, 5] = value
     message = (
@@ -282,7 +282,7 @@ def test_numbers_that_are_not_finite(name, value, calibrated):
 
 def test_calibration_has_to_reach_every_bank():
     with pytest.raises(ValueError, match=r"must reach every bank, got no token for 'first"):
-        quant.record_baseline(Net(), [])
+        quant.collect_calibration(Net(), [])
 
 
 # --- quality
@@ -328,7 +328,7 @@ def test_perplexity_bad_input(tokens, kwargs, message):
 
 
 def language_model():
-    return zoo.create(
+    return zoo.create_model(
         "deepseek",
         "tiny_v1",
         hidden_size=32,
@@ -349,14 +349,14 @@ def test_report_of_a_language_model():
             layer.mlp.experts.w_down.normal_()
     tokens = torch.randint(0, 256, (200,))
     batches = [tokens[None, :32], tokens[None, 32:64]]
-    baseline = quant.record_baseline(model, batches, tokens=tokens, context=32)
+    baseline = quant.collect_calibration(model, batches, tokens=tokens, context=32)
     before = quant.perplexity(model, tokens, context=32)
     reports = {}
     for format, group_size in (("int8", None), ("int4", 32)):
         copied = language_model()
         copied.load_state_dict(model.state_dict())
         moe_ops.quantize_experts(copied, format, group_size=group_size)
-        reports[format] = quant.quality_report(copied, baseline)
+        reports[format] = quant.compare_quality(copied, baseline)
     report = reports["int8"]
     assert report.perplexity_before == before
     assert report.perplexity_after != before
@@ -375,12 +375,12 @@ def test_report_of_a_language_model():
 def test_report_needs_outputs_and_the_same_model():
     model = Net().eval()
     x = [torch.randn(4, H)]
-    without = quant.record_baseline(model, x, outputs=False)
-    good = quant.record_baseline(model, x)
+    without = quant.collect_calibration(model, x, outputs=False)
+    good = quant.collect_calibration(model, x)
     with pytest.raises(ValueError, match=r"must hold quantised experts, got Net without any"):
-        quant.quality_report(model, good)
+        quant.compare_quality(model, good)
     moe_ops.quantize_experts(model, "int8")
     with pytest.raises(ValueError, match=r"baseline must have outputs, got one without"):
-        quant.quality_report(model, without)
+        quant.compare_quality(model, without)
     with pytest.raises(ValueError, match=r"must be of this model, got a bank 'first.experts'"):
-        quant.quality_report(torch.nn.Linear(2, 2), good)
+        quant.compare_quality(torch.nn.Linear(2, 2), good)

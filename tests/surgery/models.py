@@ -30,7 +30,7 @@ def deepseek(seed: int = 0, **overrides) -> nn.Module:
     """A language model of the zoo with groups, a selection bias and a shared expert."""
     torch.manual_seed(seed)
     small = {"hidden_size": 16, "num_layers": 2, "vocab_size": 32, "intermediate_size": 8}
-    model = zoo.create("deepseek", dense_intermediate_size=24, **{**small, **overrides})
+    model = zoo.create_model("deepseek", dense_intermediate_size=24, **{**small, **overrides})
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, Router):

@@ -85,7 +85,7 @@ def test_logs_and_draws(tmp_path):
     trainer = fit(model, tmp_path, callback, logger=recorder, log_every_n_steps=2)
     assert [step for step, _ in recorder.entries] == [2, 4]
     for (_, entry), calls in zip(recorder.entries, (model.seen[:2], model.seen[2:]), strict=True):
-        stats = layers.RoutingStats()
+        stats = layers.ExpertLoadStats()
         for call in calls:
             for name, ids in zip(("first", "second"), call, strict=True):
                 stats.update(ids, E, layer=name)

@@ -13,13 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 import moe_ops.hf  # noqa: F401
 from moe_ops import surgery
-from moe_ops.layers import RoutingStats
+from moe_ops.layers import ExpertLoadStats
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])  # None, reentrant or not
 def test_trainer_logs_routing(tmp_path, checkpointing):
     model = models.build("mixtral")
-    seen = RoutingStats()
+    seen = ExpertLoadStats()
 
     def count(module: nn.Module, args: object, output: tuple[torch.Tensor, ...]) -> None:
         if module.training and torch._C._current_graph_task_id() == -1:

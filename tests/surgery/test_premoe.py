@@ -36,7 +36,7 @@ def planted() -> TwoLayers:
 
 def test_patterns_by_hand():
     model = planted()
-    found = surgery.TaskPatterns.collect(model, TASKS)
+    found = surgery.TaskRoutingPatterns.collect(model, TASKS)
     assert found.tasks == ["up", "down"] and found.layers == ["layers.0", "layers.1"]
     (x,) = TASKS["up"]
     logits = x @ model.layers[0].router.weight.t()
@@ -47,14 +47,14 @@ def test_patterns_by_hand():
     torch.testing.assert_close(found.scores[0, 0].float(), expected.detach())
     assert found.keep(model, "up", 2) == {"layers.0": [0, 1], "layers.1": [0, 1]}
     assert found.keep(model, "down", 2)["layers.1"] == [0, 2]  # Ties go to the smaller id.
-    by_use = surgery.TaskPatterns.collect(model, TASKS, by="gate_norm")
+    by_use = surgery.TaskRoutingPatterns.collect(model, TASKS, by="gate_norm")
     assert by_use.keep(model, "down", 2)["layers.0"] == [2, 3]
 
 
 @pytest.mark.parametrize("layer", [0, -1, None])
 def test_prompts_find_their_task(layer):
     model = planted()
-    found = surgery.TaskPatterns.collect(model, TASKS)
+    found = surgery.TaskRoutingPatterns.collect(model, TASKS)
     for name, (x,) in TASKS.items():
         got = found.retrieve(model, x[:5], layer=layer)
         assert got.task == name and got.distances.argmin() == found.tasks.index(name)
@@ -62,7 +62,7 @@ def test_prompts_find_their_task(layer):
 
 def test_the_first_layer_needs_no_expert():
     model = planted()
-    found = surgery.TaskPatterns.collect(model, TASKS)
+    found = surgery.TaskRoutingPatterns.collect(model, TASKS)
     for layer in model.layers:
         layer.experts.to_empty(device="meta")
     assert found.retrieve(model, TASKS["down"][0]).task == "down"
@@ -70,23 +70,23 @@ def test_the_first_layer_needs_no_expert():
 
 
 def test_saved_and_read(tmp_path):
-    found = surgery.TaskPatterns.collect(planted(), TASKS)
+    found = surgery.TaskRoutingPatterns.collect(planted(), TASKS)
     found.save(tmp_path / "patterns.safetensors")
-    again = surgery.TaskPatterns.load(tmp_path / "patterns.safetensors")
+    again = surgery.TaskRoutingPatterns.load(tmp_path / "patterns.safetensors")
     assert (again.tasks, again.layers) == (found.tasks, found.layers)
     assert torch.equal(again.vectors, found.vectors) and torch.equal(again.scores, found.scores)
-    surgery.profile(planted(), TASKS["up"]).save(tmp_path / "profile.safetensors")
+    surgery.profile_experts(planted(), TASKS["up"]).save(tmp_path / "profile.safetensors")
     with pytest.raises(ValueError, match="must be a file of TaskPatterns"):
-        surgery.TaskPatterns.load(tmp_path / "profile.safetensors")
+        surgery.TaskRoutingPatterns.load(tmp_path / "profile.safetensors")
 
 
 def test_errors_are_sentences():
     model = planted()
     with pytest.raises(ValueError, match="tasks must be at least one"):
-        surgery.TaskPatterns.collect(model, {})
+        surgery.TaskRoutingPatterns.collect(model, {})
     with pytest.raises(ValueError, match="by must be one of"):
-        surgery.TaskPatterns.collect(model, TASKS, by="size")
-    found = surgery.TaskPatterns.collect(model, TASKS)
+        surgery.TaskRoutingPatterns.collect(model, TASKS, by="size")
+    found = surgery.TaskRoutingPatterns.collect(model, TASKS)
     with pytest.raises(ValueError, match="task must be one of up, down"):
         found.keep(model, "left", 2)
 
@@ -101,7 +101,7 @@ def test_partly_loaded_zoo_model_is_the_pruned_one(tmp_path, shard):
     model.save_pretrained(tmp_path, max_shard_bytes=shard)
     keep = {"layers.1.mlp": [1, 2, 6, 7]}
     got, read, total = surgery.load_pruned(tmp_path, keep, model_class=DeepSeek)
-    expected = surgery.prune(model, keep)
+    expected = surgery.prune_experts(model, keep)
     assert got.config == expected.config
     assert torch.equal(got(ids), expected(ids))
     # Read is what the pruned model has, byte by byte.
@@ -120,9 +120,9 @@ def test_partly_loaded_model_of_transformers_is_the_pruned_one(model_type, tmp_p
     models.skip_unknown_router(model_type)
     model, ids = models.build(model_type), models.tokens()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    keep = {layer.name: [1, 2, 4, 5] for layer in surgery.routed_layers(model)}
+    keep = {layer.name: [1, 2, 4, 5] for layer in surgery.find_routed_layers(model)}
     got, read, total = surgery.load_pruned(tmp_path, keep)
-    expected = surgery.prune(model, keep)
+    expected = surgery.prune_experts(model, keep)
     torch.testing.assert_close(got(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
     held = sum(t.nbytes for t in expected.state_dict().values())
     assert read == held and read < total
@@ -141,13 +141,13 @@ def test_partly_loaded_quantised_model_is_that_of_the_pruned_one(format, model_t
     # As many experts as inputs: a scale of inputs is none of experts.
     sizes = {"num_local_experts": 32, "intermediate_size": 32}
     model, ids = models.build(model_type, **sizes), models.tokens()
-    keep = {layer.name: [1, 2, 4, 31] for layer in surgery.routed_layers(model)}
+    keep = {layer.name: [1, 2, 4, 31] for layer in surgery.find_routed_layers(model)}
     group = 32 if format == "int4" else None
     calibration = [ids] if model_type == "mixtral" else None
     moe_ops.quantize_experts(model, format, group_size=group, calibration=calibration)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     got, read, total = surgery.load_pruned(tmp_path, keep)
-    with surgery.route_as(model, surgery.only(keep)):
+    with surgery.override_routing(model, surgery.rules.only(keep)):
         expected = model(ids).logits
     torch.testing.assert_close(got(ids).logits, expected, rtol=1e-4, atol=1e-5)
     names = [name for name, module in got.named_modules() if name.endswith(".experts")]

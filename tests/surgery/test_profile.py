@@ -67,34 +67,34 @@ def test_sums_are_those_of_loops_whatever_the_batches():
     first = by_loops(model.layers[0], X, 2)
     middle = X + model.layers[0](X)
     second = by_loops(model.layers[1], middle, 2)
-    found = surgery.profile(model.train(), [X], positions=2)
+    found = surgery.profile_experts(model.train(), [X], positions=2)
     assert model.training and list(found) == ["layers.0", "layers.1"]
     assert_same(found["layers.0"], first)
     assert_same(found["layers.1"], second)
-    in_parts = surgery.profile(model, [X[:1], X[1:]], positions=2)
-    added = surgery.profile(model, [X[:1]], positions=2)
+    in_parts = surgery.profile_experts(model, [X[:1], X[1:]], positions=2)
+    added = surgery.profile_experts(model, [X[:1]], positions=2)
     assert_same(in_parts["layers.1"], second)
-    assert_same(added.add(surgery.profile(model, [X[1:]], positions=2))["layers.1"], second)
+    assert_same(added.add(surgery.profile_experts(model, [X[1:]], positions=2))["layers.1"], second)
 
 
 @torch.no_grad()
 def test_correlation_is_that_of_the_logits():
     model = TwoLayers()
     logits = X.flatten(0, 1) @ model.layers[0].router.weight.t()
-    found = surgery.profile(model, [X])["layers.0"]
+    found = surgery.profile_experts(model, [X])["layers.0"]
     torch.testing.assert_close(
         found.correlation(), torch.corrcoef(logits.double().t()), rtol=1e-5, atol=1e-5
     )
     with torch.no_grad():
         model.layers[0].router.weight[2] = 0.0
-    constant = surgery.profile(model, [X])["layers.0"].correlation()
+    constant = surgery.profile_experts(model, [X])["layers.0"].correlation()
     assert bool((constant[2] == 0).all()) and bool(torch.isfinite(constant).all())
 
 
 @torch.no_grad()
 def test_all_outputs_are_means_over_all_tokens():
     model = TwoLayers()
-    found = surgery.profile(model, [X], all_outputs=True)["layers.0"]
+    found = surgery.profile_experts(model, [X], all_outputs=True)["layers.0"]
     flat = X.flatten(0, 1)
     expected = torch.stack([sum(expert(model.layers[0], e, x) for x in flat) for e in range(4)])
     torch.testing.assert_close(found.output.float(), expected, rtol=1e-4, atol=1e-5)
@@ -103,33 +103,33 @@ def test_all_outputs_are_means_over_all_tokens():
 
 def test_empty_slots_and_masks_do_not_count():
     model = TwoLayers(num_experts=5, top_k=2, kind="topp", top_p=0.3)
-    found = surgery.profile(model, [X])["layers.0"]
+    found = surgery.profile_experts(model, [X])["layers.0"]
     assert 12 <= int(found.load.sum()) < 24
     assert torch.equal(found.together.diagonal(), found.load)
-    none = surgery.profile(model, [X], outputs=False)["layers.0"]
+    none = surgery.profile_experts(model, [X], outputs=False)["layers.0"]
     assert torch.equal(none.load, found.load) and not none.gate_norm.any()
 
 
 def test_saved_and_read(tmp_path):
     pytest.importorskip("safetensors")
     model = TwoLayers()
-    found = surgery.profile(model, [X])
+    found = surgery.profile_experts(model, [X])
     found.save(tmp_path / "found.safetensors")
-    again = surgery.Profile.load(tmp_path / "found.safetensors")
+    again = surgery.ExpertProfile.load(tmp_path / "found.safetensors")
     assert list(again) == list(found)
     for name in found:
         for key, value in vars(found[name]).items():
             assert torch.equal(getattr(again[name], key), value)
     (tmp_path / "other").write_bytes(b"no file of tensors")
     with pytest.raises(ValueError, match="must be a file of Profile"):
-        surgery.Profile.load(tmp_path / "other")
+        surgery.ExpertProfile.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["jetmoe", "coe", "topp", "moduleformer"])
 def test_language_models_of_the_zoo(name):
     torch.manual_seed(0)
-    model = zoo.create(name).eval()
-    found = surgery.profile(model, [tokens(2, 5, 256)])
+    model = zoo.create_model(name).eval()
+    found = surgery.profile_experts(model, [tokens(2, 5, 256)])
     calls = {"coe": model.config.num_iterations} if name == "coe" else {}
     assert len(found) == model.config.num_layers
     for layer in found.layers.values():
@@ -150,7 +150,7 @@ def test_models_of_transformers(model_type):
     experts = model.get_submodule(name).experts
     handle = experts.register_forward_hook(lambda m, args, y: seen.update(y=y, args=args))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = surgery.profile(model, [batch])[name]
+    found = surgery.profile_experts(model, [batch])[name]
     handle.remove()
     _, index, weights = seen["args"]
     assert int(found.tokens) == 6
@@ -164,7 +164,7 @@ def test_models_of_transformers(model_type):
     y = y.reshape(-1, y.shape[-1]).sum(0)
     torch.testing.assert_close(found.output.sum(0).float(), y, rtol=1e-4, atol=1e-4)
     batch["attention_mask"][0, 4:] = 0
-    assert int(surgery.profile(model, [batch])[name].tokens) == 4
+    assert int(surgery.profile_experts(model, [batch])[name].tokens) == 4
 
 
 @needs_transformers
@@ -183,11 +183,11 @@ def test_models_outside_of_the_experts_interface(model_type, switched):
     name = models.BLOCK_NAMES[model_type]
     block, seen = model.get_submodule(name), {}
     handle = block.register_forward_hook(lambda m, args, y: seen.update(x=args[0], y=y))
-    found = surgery.profile(model, [ids])
+    found = surgery.profile_experts(model, [ids])
     handle.remove()
     layer = found[name]
     assert int(layer.tokens) == 6 and int(layer.load.sum()) == 12
-    with surgery.zeroed(model, [(name, e) for e in range(layer.num_experts)]):
+    with surgery.ablate_experts(model, [(name, e) for e in range(layer.num_experts)]):
         rest = block(seen["x"])
     if model_type == "llama4_text":  # Weights are on the input, so outputs are what is added.
         added = (seen["y"][0] - rest[0]).reshape(6, -1)
@@ -200,11 +200,11 @@ def test_models_outside_of_the_experts_interface(model_type, switched):
 def test_errors_are_sentences():
     model = deepseek()
     with pytest.raises(ValueError, match="inputs must reach every layer"):
-        surgery.profile(model, [])
+        surgery.profile_experts(model, [])
     with pytest.raises(ValueError, match="must hold a routed layer"):
-        surgery.profile(torch.nn.Linear(2, 2), [])
+        surgery.profile_experts(torch.nn.Linear(2, 2), [])
     with pytest.raises(ValueError, match="positions must be at least 1"):
-        surgery.profile(model, [], positions=0)
-    one, other = (surgery.profile(TwoLayers(e), [X]) for e in (4, 5))
+        surgery.profile_experts(model, [], positions=0)
+    one, other = (surgery.profile_experts(TwoLayers(e), [X]) for e in (4, 5))
     with pytest.raises(ValueError, match="must be of the same layers"):
         one.add(other)

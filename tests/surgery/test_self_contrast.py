@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from moe_ops import zoo
-from moe_ops.surgery import SelfContrast, contrast, rank, route_as, top_k
+from moe_ops.surgery import SelfContrastLogitsProcessor, override_routing
+from moe_ops.surgery.rules import rank, top_k
+from moe_ops.surgery.self_contrast import contrast
 
 HF = bool(importlib.util.find_spec("transformers"))
 NUM = 8
@@ -17,7 +19,7 @@ NUM = 8
 
 def ours():
     torch.manual_seed(0)
-    return zoo.create("deepseek", num_layers=3, renormalize=True, init_std=0.2).eval()
+    return zoo.create_model("deepseek", num_layers=3, renormalize=True, init_std=0.2).eval()
 
 
 def theirs(model_type: str):
@@ -65,25 +67,27 @@ def test_contrast_by_hand():
         with pytest.raises(ValueError, match="must be"):
             contrast(strong, weak, **options)
         with pytest.raises(ValueError, match="must be"):
-            SelfContrast(torch.nn.Identity(), **options)
+            SelfContrastLogitsProcessor(torch.nn.Identity(), **options)
 
 
 def test_beta_0_and_alpha_1_are_greedy(model):
     tokens = prompt()
     want = generate(model, tokens)
-    assert torch.equal(generate(model, tokens, SelfContrast(model, beta=0.0)), want)
-    assert torch.equal(generate(model, tokens, SelfContrast(model, alpha=1.0, beta=5.0)), want)
+    assert torch.equal(generate(model, tokens, SelfContrastLogitsProcessor(model, beta=0.0)), want)
+    assert torch.equal(
+        generate(model, tokens, SelfContrastLogitsProcessor(model, alpha=1.0, beta=5.0)), want
+    )
 
 
 def test_cached_is_uncached(model):
     """Generation with two caches against both passes over all tokens at every step; and again,
     with the processor that has been used."""
     tokens = prompt()
-    processor = SelfContrast(model, rank(2), alpha=0.01, beta=3.0)
+    processor = SelfContrastLogitsProcessor(model, rank(2), alpha=0.01, beta=3.0)
     want = tokens
     for _ in range(NUM):
         strong = logits_of(model, want)
-        with route_as(model, rank(2), renormalize=True):
+        with override_routing(model, rank(2), renormalize=True):
             weak = logits_of(model, want)
         new = contrast(strong, weak, alpha=0.01, beta=3.0).argmax(-1, keepdim=True)
         want = torch.cat((want, new), 1)
@@ -92,7 +96,7 @@ def test_cached_is_uncached(model):
         assert torch.equal(generate(model, tokens, processor), want)
     other = tokens.flip(1)
     assert torch.equal(
-        generate(model, other, processor), generate(model, other, SelfContrast(
+        generate(model, other, processor), generate(model, other, SelfContrastLogitsProcessor(
             model, rank(2), alpha=0.01, beta=3.0))
     )  # fmt: skip
 
@@ -100,10 +104,10 @@ def test_cached_is_uncached(model):
 @pytest.mark.parametrize("rule", [rank(1), top_k(1)])
 def test_rank_1_of_1_is_a_top_1_model(rule):
     model = ours()
-    as_top_1 = zoo.create("deepseek", num_layers=3, renormalize=True, init_std=0.2, top_k=1)
+    as_top_1 = zoo.create_model("deepseek", num_layers=3, renormalize=True, init_std=0.2, top_k=1)
     as_top_1.load_state_dict(model.state_dict())
     tokens = prompt()
-    processor = SelfContrast(model, rule)
+    processor = SelfContrastLogitsProcessor(model, rule)
     for length in (3, 4, 5):
         got = processor.weak_logits(tokens[:, :length])
         torch.testing.assert_close(got, logits_of(as_top_1.eval(), tokens[:, :length]))
@@ -114,10 +118,10 @@ def test_prompts_padded_on_the_left():
     short, long = prompt(1)[:, :3], prompt(1)
     rows = torch.cat((torch.nn.functional.pad(short, (2, 0)), long))
     mask = (rows != 0).long()
-    processor = SelfContrast(model, alpha=0.01, beta=3.0, attention_mask=mask)
+    processor = SelfContrastLogitsProcessor(model, alpha=0.01, beta=3.0, attention_mask=mask)
     got = generate(model, rows, processor, attention_mask=mask)
     for row, alone in zip(got, (short, long), strict=True):
-        want = generate(model, alone, SelfContrast(model, alpha=0.01, beta=3.0))
+        want = generate(model, alone, SelfContrastLogitsProcessor(model, alpha=0.01, beta=3.0))
         assert torch.equal(row[-NUM:], want[0, -NUM:])
 
 
@@ -129,7 +133,7 @@ def test_drawing_keeps_to_considered_tokens():
         NUM,
         temperature=5.0,
         generator=torch.Generator().manual_seed(0),
-        logits_processor=SelfContrast(model, alpha=0.5),
+        logits_processor=SelfContrastLogitsProcessor(model, alpha=0.5),
     )
     for step in range(NUM):
         length = tokens.shape[1] + step

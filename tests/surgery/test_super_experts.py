@@ -18,7 +18,7 @@ needs_transformers = pytest.mark.skipif(
 )
 
 
-def profile_of(*largest: list[float]) -> surgery.Profile:
+def profile_of(*largest: list[float]) -> surgery.ExpertProfile:
     layers = {}
     for index, row in enumerate(largest):
         layer = surgery.LayerProfile.empty(len(row), 1, 3, 1)
@@ -26,7 +26,7 @@ def profile_of(*largest: list[float]) -> surgery.Profile:
         layer.max_channel[:] = index
         layer.load[:] = torch.arange(len(row)) * 10
         layers[f"layers.{index}"] = layer
-    return surgery.Profile(layers)
+    return surgery.ExpertProfile(layers)
 
 
 def test_detector_by_hand():
@@ -57,8 +57,8 @@ def test_robust_score_by_hand():
 
 def test_controls_are_of_the_same_layer_and_load():
     layer = profile_of([1.0] * 6)["layers.0"]  # Loads 0, 10, 20, ...
-    assert surgery.matched_controls(layer, 2) == [1, 3, 0]
-    assert surgery.matched_controls(layer, 2, 2, excluded=[1]) == [3, 0]
+    assert surgery.super_experts.matched_controls(layer, 2) == [1, 3, 0]
+    assert surgery.super_experts.matched_controls(layer, 2, 2, excluded=[1]) == [3, 0]
 
 
 @torch.no_grad()
@@ -69,11 +69,11 @@ def test_planted_expert_is_found_and_costs_what_it_writes():
     for module in model.modules():
         if isinstance(module, Experts):
             module.w_down.mul_(0.01)
-    expert = int(surgery.profile(model, [tokens(4, 9)])[name].load.argmax())
+    expert = int(surgery.profile_experts(model, [tokens(4, 9)])[name].load.argmax())
     model.get_submodule(name).experts.w_down[expert, 5] = 20.0
     batches = [tokens(4, 9)]
-    found = surgery.profile(model, batches)
-    got = surgery.report_super_experts(model, found, batches, first_layers=1)
+    found = surgery.profile_experts(model, batches)
+    got = surgery.evaluate_super_experts(model, found, batches, first_layers=1)
     assert [(one.layer, one.expert, one.channel) for one in got.experts] == [(name, expert, 5)]
     assert got.layers == list(found) and len(got.sinks) == 4
     assert abs(got.damage[0]) > 5 * max(map(abs, got.control_damage[0]))
@@ -82,7 +82,7 @@ def test_planted_expert_is_found_and_costs_what_it_writes():
     text = got.table()
     assert name in text and "without all of them" in text
     json.dumps(got.to_dict())
-    states = surgery.massive_activations(model, batches[0])
+    states = surgery.find_massive_activations(model, batches[0])
     assert [one.layer for one in states] == [f"layers.{i}" for i in range(4)]
     assert states[1].channel == 5 and states[1].largest > 10 * states[0].largest
 
@@ -94,22 +94,22 @@ def test_sink_mass_is_that_of_the_attention(latent):
     # With queries of 0, each of n keys gets 1 / n.
     for block in model.layers:
         block.attention.q_proj.weight.zero_()
-    mass = surgery.sink_mass(model, ids)
+    mass = surgery.attention_sink_mass(model, ids)
     expected = sum(1 / n for n in range(2, 7)) / 5
     assert mass.shape == (2, 4)
     torch.testing.assert_close(mass, torch.full((2, 4), expected, dtype=torch.float64))
-    both = surgery.sink_mass(model, ids, (0, 1))
+    both = surgery.attention_sink_mass(model, ids, (0, 1))
     assert float(both[0, 0]) == pytest.approx(sum(2 / n for n in range(3, 7)) / 4)
     assert all(block.attention.watcher is None for block in model.layers)
     with pytest.raises(ValueError, match="S - 1 > positions"):
-        surgery.sink_mass(model, ids, (5,))
+        surgery.attention_sink_mass(model, ids, (5,))
 
 
 def test_sink_decay_by_hand():
     before = torch.tensor([[0.8, 0.4], [0.01, 0.5]])
     after = torch.tensor([[0.2, 0.4], [0.9, 0.0]])
-    assert surgery.sink_decay(before, after) == pytest.approx(1 - (0.25 + 1 + 0) / 3)
-    assert math.isnan(surgery.sink_decay(before, after, least=0.9))
+    assert surgery.attention_sink_decay(before, after) == pytest.approx(1 - (0.25 + 1 + 0) / 3)
+    assert math.isnan(surgery.attention_sink_decay(before, after, least=0.9))
 
 
 @needs_transformers
@@ -119,30 +119,30 @@ def test_models_of_transformers():
 
     model, ids = models.build("qwen3_moe"), models.tokens(1, 8)
     model.set_attn_implementation("sdpa")
-    mass = surgery.sink_mass(model, ids)
+    mass = surgery.attention_sink_mass(model, ids)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     attentions = model(ids, output_attentions=True).attentions
     expected = torch.stack([a[0, :, 1:, 0].mean(-1) for a in attentions])
     torch.testing.assert_close(mass.float(), expected)
     batch = {"input_ids": ids}
-    got = surgery.report_super_experts(
-        model, surgery.profile(model, [batch]), [batch], percentile=80, first_layers=1
+    got = surgery.evaluate_super_experts(
+        model, surgery.profile_experts(model, [batch]), [batch], percentile=80, first_layers=1
     )
     assert got.loss == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
     padded = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
     padded["attention_mask"][:, 5:] = 0
-    short = surgery.mean_loss(model, [{"input_ids": ids[:, :5]}])
-    assert surgery.mean_loss(model, [padded]) == pytest.approx(short, rel=1e-4)
-    assert len(surgery.massive_activations(model, ids)) == 2
+    short = surgery.super_experts.mean_loss(model, [{"input_ids": ids[:, :5]}])
+    assert surgery.super_experts.mean_loss(model, [padded]) == pytest.approx(short, rel=1e-4)
+    assert len(surgery.find_massive_activations(model, ids)) == 2
 
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     model, batches = deepseek(num_experts=8, top_k=2), [tokens(4, 9)]
-    found = surgery.profile(model, batches)
+    found = surgery.profile_experts(model, batches)
     found.draw(tmp_path / "profile.png")
-    got = surgery.report_super_experts(model, found, batches, first_layers=1, sinks=False)
+    got = surgery.evaluate_super_experts(model, found, batches, first_layers=1, sinks=False)
     assert got.sinks is None and math.isnan(got.decay)
     got.draw(tmp_path / "super.svg")
     assert (tmp_path / "profile.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ from moe_ops import surgery
 
 def test_a_pruned_model_learns():
     model, text = deepseek(num_experts=8, top_k=2), tokens(8, 12).split(4)
-    surgery.prune(model, {"layers.1.mlp": [0, 1, 2, 3]})
+    surgery.prune_experts(model, {"layers.1.mlp": [0, 1, 2, 3]})
     model.layers[0].train()
     steps = []
     losses = surgery.tune(

@@ -311,7 +311,7 @@ OPS: dict[str, Op] = {
         dtypes=HALVES,
         draws=4,
     ),
-    "dense_ffn": Op(
+    "all_experts_ffn": Op(
         {
             "tokens": Dim((("dense", "tokens"),), (1, 7, 33, 150), 9300),
             "h": Dim((("dense", "width"),), (5, 16, 31, 33), 400),
@@ -322,7 +322,7 @@ OPS: dict[str, Op] = {
         pairs=(("tokens", "h"), ("tokens", "i"), ("tokens", "o"), ("i", "o")),
         cost=("tokens", "h", "i"),
     ),
-    "mix_experts": Op(
+    "mix_expert_outputs": Op(
         {
             "tokens": Dim((("mix", "tokens"),), (1, 7, 60), 8200),
             "o": Dim((("mix", "size"),), (1, 5, 17, 32), 140),
@@ -414,7 +414,7 @@ OPS: dict[str, Op] = {
         {"score": tuple(SCORE_FUNCS), "logits": ("normal", "skewed")},
         draws=4,
     ),
-    "sort_slots": Op(
+    "sort_by_expert": Op(
         {
             "tokens": Dim((("router", "tokens"), ("slots", "tokens")), (1, 5, 33), 8200),
             "experts": Dim((("router", "experts"),), (1, 4, 9), 140),
@@ -634,8 +634,8 @@ SHORT = {
     "moe_ffn_packed": 55,
     "moe_ffn_quantized": 65,
     "moa_attention": 60,
-    "dense_ffn": 30,
-    "mix_experts": 30,
+    "all_experts_ffn": 30,
+    "mix_expert_outputs": 30,
     "topk_router": 36,
 }
 SHORT_OTHERS, SHORT_COST = 20, 1_000_000

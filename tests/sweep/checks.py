@@ -507,7 +507,7 @@ def quantize_fp8(case: Case) -> None:
         assert_identical(got.float(), want.float(), what)
 
 
-def dense_ffn(case: Case) -> None:
+def all_experts_ffn(case: Case) -> None:
     dtype, h, i, o = DTYPES[case["dtype"]], case["h"], case["i"], case["o"]
     e, t = case.get("experts", 3), case["tokens"]
     call = {
@@ -522,17 +522,17 @@ def dense_ffn(case: Case) -> None:
         call["b_up"], call["b_down"] = drawn(e, i, dtype=dtype), drawn(e, o, dtype=dtype)
         wrt += ["b_up", "b_down"]
     compare(
-        moe_ops.dense_ffn,
-        reference.dense_ffn,
+        moe_ops.all_experts_ffn,
+        reference.all_experts_ffn,
         call,
         wrt,
-        magnitude=tests_of("dense_ffn").magnitude,
+        magnitude=tests_of("all_experts_ffn").magnitude,
         lengths={"": max(h, i, o, t) + 1},
     )
 
 
-def mix_experts(case: Case) -> None:
-    module, dtype = tests_of("mix_experts"), DTYPES[case["dtype"]]
+def mix_expert_outputs(case: Case) -> None:
+    module, dtype = tests_of("mix_expert_outputs"), DTYPES[case["dtype"]]
     t, e, m, o = case["tokens"], case["experts"], case["mixtures"], case["o"]
     call = module.operands(t, e, o, m, dtype, case.get("norm", "plain"), case.get("act", "none"))
     repeats = case.get("repeats", 0)
@@ -677,10 +677,10 @@ def expert_choice_router(case: Case) -> None:
 # ------------------------------------------------------------------------------ rows, permutations
 
 
-def sort_slots(case: Case) -> None:
+def sort_by_expert(case: Case) -> None:
     ids = torch.randint(-1, case["experts"] + 1, (case["tokens"], case["k"]))
-    found = moe_ops.sort_slots(ids, case["experts"])
-    expected = reference.sort_slots(ids, case["experts"])
+    found = moe_ops.sort_by_expert(ids, case["experts"])
+    expected = reference.sort_by_expert(ids, case["experts"])
     for got, want in zip(found, expected, strict=True):
         assert_identical(got, want)
 
@@ -689,7 +689,7 @@ def permute(case: Case) -> None:
     """And unpermute, on the same routing."""
     t, k, h, dtype = case["tokens"], case["k"], case["h"], DTYPES[case["dtype"]]
     ids = torch.randint(-1, case["experts"], (t, k))
-    offsets, row_to_slot, slot_to_row = reference.sort_slots(ids, case["experts"])
+    offsets, row_to_slot, slot_to_row = reference.sort_by_expert(ids, case["experts"])
     compare(
         moe_ops.permute,
         reference.permute,
@@ -767,15 +767,15 @@ OPS: dict[str, Callable[[Case], None]] = {
         grouped_gemm_fp8_wgrad,
         quantize_fp8_columns,
         quantize_fp8,
-        dense_ffn,
-        mix_experts,
+        all_experts_ffn,
+        mix_expert_outputs,
         moa_attention,
         rotary,
         router_linear,
         topk_router,
         topp_router,
         expert_choice_router,
-        sort_slots,
+        sort_by_expert,
         permute,
         peer_ffn,
         gated_act,

@@ -98,9 +98,9 @@ def test_a_crash_is_told_and_passed_over(monkeypatch, tmp_path):
     def spawn(isa, *arguments):
         log = Path(arguments[arguments.index("--log") + 1])
         lines = [
-            {"at": 7, "case": "op=sort_slots dtype=fp32 tokens=1"},
+            {"at": 7, "case": "op=sort_by_expert dtype=fp32 tokens=1"},
             {"at": 7, "fault": ""},
-            {"at": 8, "case": "op=sort_slots dtype=fp32 tokens=2"},
+            {"at": 8, "case": "op=sort_by_expert dtype=fp32 tokens=2"},
         ]
         log.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return types.SimpleNamespace(returncode=-11, stderr="")
@@ -110,6 +110,6 @@ def test_a_crash_is_told_and_passed_over(monkeypatch, tmp_path):
     args = types.SimpleNamespace(seed=3, ops=[])
     runner.run_slice("avx2", state, 1.0, args)
     again = runner.State(tmp_path, 3, []).of("avx2")
-    assert again["next"] == 9 and again["cases"] == {"sort_slots fp32": 2}
+    assert again["next"] == 9 and again["cases"] == {"sort_by_expert fp32": 2}
     (failure,) = again["failed"]
-    assert failure["case"] == "op=sort_slots dtype=fp32 tokens=2" and "-11" in failure["fault"]
+    assert failure["case"] == "op=sort_by_expert dtype=fp32 tokens=2" and "-11" in failure["fault"]

@@ -40,7 +40,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_starts_as_the_dense_network(experts, top_k, options):
     dense, x = ffn(activation=options.pop("activation", "swiglu")), torch.randn(40, H, dtype=D)
     by, order = options.pop("by", None), None
-    bank = upcycle.dense_bank(dense)
+    bank = upcycle.experts_from_dense(dense)
     if by == "k_means":
         order = upcycle.k_means_order(bank, options["num_slices"])
     elif by == "coactivation":
@@ -48,7 +48,7 @@ def test_starts_as_the_dense_network(experts, top_k, options):
     layer = upcycle.upcycle_ffn(
         dense, experts, top_k, order=order, generator=generator(), router_std=1.0, **options
     )
-    assert upcycle.preserves(1, top_k, **options)
+    assert upcycle.layer.preserves(1, top_k, **options)
     out = layer(x, return_routing=True)
     torch.testing.assert_close(out.y, dense(x), rtol=1e-6, atol=1e-7)
     # Every copy is used, as the router's rows differ.
@@ -85,7 +85,7 @@ def test_networks_of_two_maps(activation, bias):
 
 def test_fewer_slices_than_a_copy_are_a_weighted_mean():
     dense, x = ffn(), torch.randn(7, H, dtype=D)
-    assert not upcycle.preserves(1, 2, num_slices=4)
+    assert not upcycle.layer.preserves(1, 2, num_slices=4)
     layer = upcycle.upcycle_ffn(dense, 4, 2, num_slices=4, generator=generator(), router_std=1.0)
     gate, up = dense.w_gate_up.chunk(2)
     h = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
@@ -101,16 +101,16 @@ def test_fewer_slices_than_a_copy_are_a_weighted_mean():
 
 
 def test_noise_multiplies_the_weights_of_copies():
-    bank = upcycle.dense_bank(ffn())
-    same = upcycle.copies(bank, 3)
-    noisy = upcycle.copies(bank, 3, noise=0.1, generator=generator())
-    again = upcycle.copies(bank, 3, noise=0.1, generator=generator())
+    bank = upcycle.experts_from_dense(ffn())
+    same = upcycle.copy_experts(bank, 3)
+    noisy = upcycle.copy_experts(bank, 3, noise=0.1, generator=generator())
+    again = upcycle.copy_experts(bank, 3, noise=0.1, generator=generator())
     for name in ("w_gate_up", "w_down"):
         old, new = getattr(same, name).detach(), getattr(noisy, name).detach()
         assert torch.equal(new, getattr(again, name))
         factor = new / old - 1
         assert 0.08 < float(factor.std()) < 0.12 and not torch.equal(new[0], new[1])
-    assert not upcycle.preserves(1, 1, noise=0.1)
+    assert not upcycle.layer.preserves(1, 1, noise=0.1)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -135,7 +135,7 @@ def test_neurons_are_drawn_anew(interleaved):
 
 def test_specialists_become_experts():
     specialists, x = [ffn(s) for s in range(3)], torch.randn(9, H, dtype=D)
-    assert not upcycle.preserves(3, 1)
+    assert not upcycle.layer.preserves(3, 1)
     layer = upcycle.upcycle_ffn(specialists, 6, 1, generator=generator(), router_std=1.0)
     out = layer(x, return_routing=True)
     each = torch.stack([s(x) for s in specialists for _ in range(2)], 1)
@@ -147,14 +147,14 @@ def test_clusters_are_equal_and_found():
     torch.manual_seed(0)
     centres = torch.randn(4, 10) * 10
     labels = torch.arange(4).repeat(8)[torch.randperm(32)]
-    found = upcycle.balanced_k_means(centres[labels] + torch.randn(32, 10), 4)
+    found = upcycle.neurons.balanced_k_means(centres[labels] + torch.randn(32, 10), 4)
     assert found.bincount().tolist() == [8, 8, 8, 8]
     for c in range(4):
         assert len(labels[found == c].unique()) == 1
     # Equal points, and clusters that are not equal, still give equal parts.
-    assert upcycle.balanced_k_means(torch.zeros(6, 2), 3).bincount().tolist() == [2, 2, 2]
+    assert upcycle.neurons.balanced_k_means(torch.zeros(6, 2), 3).bincount().tolist() == [2, 2, 2]
     crowd = torch.cat([torch.zeros(9, 2), torch.ones(1, 2)])
-    assert upcycle.balanced_k_means(crowd, 2).bincount().tolist() == [5, 5]
+    assert upcycle.neurons.balanced_k_means(crowd, 2).bincount().tolist() == [5, 5]
 
 
 def test_neurons_that_are_active_together_are_one_slice():
@@ -181,13 +181,13 @@ def test_attention_starts_as_dense_attention(expert_kv, kv_heads):
     rope = Rope(8, 10_000.0)
     dense = Attention(H, 4, 8, rope, num_kv_heads=kv_heads).double()
     router = Router(H, 3, 1, dtype=D)
-    layer = upcycle.attention_experts(
+    layer = upcycle.upcycle_attention(
         [dense] * 3, router, rope_theta=rope.theta, expert_kv=expert_kv
     )
     x = torch.randn(2, 10, H, dtype=D)
     expected = dense(x, rope.rotation(0, 10))
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    top = upcycle.attention_experts(
+    top = upcycle.upcycle_attention(
         [dense] * 3,
         upcycle.paired_router(H, 3, 2, dtype=D),
         rope_theta=rope.theta,
@@ -203,11 +203,11 @@ def test_attention_of_specialists():
     several = [Attention(H, 2, 8, rope).double() for _ in range(2)]
     x, weights = torch.randn(1, 6, H, dtype=D), torch.rand(6, 2, dtype=D)
     ids = torch.tensor([[0, 1]]).expand(6, 2)
-    layer = upcycle.attention_experts(several, Router(H, 2, 1, dtype=D), rope_theta=10_000.0)
+    layer = upcycle.upcycle_attention(several, Router(H, 2, 1, dtype=D), rope_theta=10_000.0)
     each = torch.stack([a(x, rope.rotation(0, 6)) for a in several], -1)
     y = layer(x, topk_ids=ids, topk_weights=weights)
     torch.testing.assert_close(y, (each * weights[:, None]).sum(-1), rtol=1e-5, atol=1e-6)
-    shared = upcycle.attention_experts(
+    shared = upcycle.upcycle_attention(
         several, Router(H, 2, 1, dtype=D), rope_theta=10_000.0, expert_kv=False
     )
     k = (several[0].k_proj.weight + several[1].k_proj.weight) / 2
@@ -220,22 +220,33 @@ def test_attention_of_specialists():
         (lambda: upcycle.upcycle_ffn(ffn(), 6, 2, num_slices=4), "multiple of num_slices = 4"),
         (lambda: upcycle.upcycle_ffn([ffn(), ffn()], 3, 1), "the 2 networks, got 3"),
         (lambda: upcycle.upcycle_ffn([], 3, 1), "at least one network"),
-        (lambda: upcycle.dense_bank(torch.nn.Linear(2, 2)), "got Linear with NoneType"),
-        (lambda: upcycle.slices(upcycle.dense_bank(ffn()), 5), "factor must divide"),
-        (lambda: upcycle.copies(upcycle.dense_bank(ffn()), 2, noise=-1.0), "noise must be 0"),
-        (lambda: upcycle.reinitialize(upcycle.dense_bank(ffn()), 1.5), r"ratio must be in \[0, 1"),
-        (lambda: upcycle.balanced_k_means(torch.zeros(5, 1), 2), "must divide the 5 points"),
+        (lambda: upcycle.experts_from_dense(torch.nn.Linear(2, 2)), "got Linear with NoneType"),
+        (lambda: upcycle.slice_experts(upcycle.experts_from_dense(ffn()), 5), "factor must divide"),
         (
-            lambda: upcycle.coactivation_order(upcycle.dense_bank(ffn()), 2, torch.zeros(0, H)),
+            lambda: upcycle.copy_experts(upcycle.experts_from_dense(ffn()), 2, noise=-1.0),
+            "noise must be 0",
+        ),
+        (
+            lambda: upcycle.reinitialize(upcycle.experts_from_dense(ffn()), 1.5),
+            r"ratio must be in \[0, 1",
+        ),
+        (
+            lambda: upcycle.neurons.balanced_k_means(torch.zeros(5, 1), 2),
+            "must divide the 5 points",
+        ),
+        (
+            lambda: upcycle.coactivation_order(
+                upcycle.experts_from_dense(ffn()), 2, torch.zeros(0, H)
+            ),
             r"x must be \[T, 16\] with T >= 1",
         ),
         (lambda: upcycle.paired_router(H, 6, 2, num_slices=4), "num_slices must divide"),
         (
-            lambda: upcycle.attention_experts([], Router(H, 2, 1), rope_theta=None),
+            lambda: upcycle.upcycle_attention([], Router(H, 2, 1), rope_theta=None),
             "must be 2 like the router's experts, got 0",
         ),
         (
-            lambda: upcycle.attention_experts([ffn()], Router(H, 1, 1), rope_theta=None),
+            lambda: upcycle.upcycle_attention([ffn()], Router(H, 1, 1), rope_theta=None),
             "got SharedExperts",
         ),
     ],

@@ -130,7 +130,7 @@ def test_attention_experts_from_attention_of_transformers():
 
     model = build("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     attention = model.model.layers[0].self_attn
-    layer = upcycle.attention_experts([attention] * 2, Router(32, 2, 1), rope_theta=500.0)
+    layer = upcycle.upcycle_attention([attention] * 2, Router(32, 2, 1), rope_theta=500.0)
     x, mask = torch.randn(1, 9, 32), torch.full((9, 9), -1e9).triu(1)[None, None]
     angles = model.model.rotary_emb(x, torch.arange(9)[None])
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_attention_experts_from_attention_of_transformers():
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="no norms of queries, got Qwen3Attention"):
         attention = build("qwen3", attention_bias=False).model.layers[0].self_attn
-        upcycle.attention_experts([attention], Router(32, 1, 1), rope_theta=500.0)
+        upcycle.upcycle_attention([attention], Router(32, 1, 1), rope_theta=500.0)
 
 
 def test_half_precision_stays():

@@ -25,7 +25,7 @@ FORMS = [
 
 def build(seed: int = 0, **changes) -> BAM:
     torch.manual_seed(seed)
-    return sharpen(zoo.create("bam", **{**SMALL, "num_experts": 3, **changes})).double()
+    return sharpen(zoo.create_model("bam", **{**SMALL, "num_experts": 3, **changes})).double()
 
 
 def by_hand(w: dict[str, Tensor], config: BAMConfig, tokens: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 def build(variant="both"):
-    return sharpen(zoo.create("coe", **SMALL, **VARIANTS[variant])).double()
+    return sharpen(zoo.create_model("coe", **SMALL, **VARIANTS[variant])).double()
 
 
 def chain_by_hand(w, prefix, config, x):

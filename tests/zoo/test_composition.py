@@ -9,7 +9,7 @@ from moe_ops import zoo
 
 
 def small_composition():
-    composition = zoo.create(
+    composition = zoo.create_model(
         "composition",
         categories=("x", "y"),
         models=("a", "b", "c"),
@@ -45,4 +45,4 @@ def test_routing():
 )
 def test_bad_configs(change, words):
     with pytest.raises(ValueError, match=words):
-        zoo.create("composition", **change)
+        zoo.create_model("composition", **change)

@@ -21,7 +21,7 @@ SCENES = draw_scenes(3, ALL, torch.Generator().manual_seed(1), side=32, num_phra
 def detector(kind="mm-grounding-dino", **options):
     """Dense, with heads whose boxes move."""
     torch.manual_seed(0)
-    model = zoo.create("dynamicdino", num_copies=0, detector=kind, **{**SMALL, **options})
+    model = zoo.create_model("dynamicdino", num_copies=0, detector=kind, **{**SMALL, **options})
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bbox_embed" in name or "fc" in name:
@@ -167,7 +167,10 @@ def test_what_is_refused(dense):
         (lambda: dense.with_experts(num_copies=-1), "num_copies must be at least 1, got -1"),
         (lambda: dense.with_experts(num_copies=2, num_slices=3), "must divide intermediate_size"),
         (lambda: dense.with_experts(num_copies=2, start="none"), "start must be one of paired"),
-        (lambda: zoo.create("dynamicdino", backbone="vgg"), "backbone must be one of convnext"),
+        (
+            lambda: zoo.create_model("dynamicdino", backbone="vgg"),
+            "backbone must be one of convnext",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()

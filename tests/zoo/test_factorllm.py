@@ -19,12 +19,12 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "head_siz
 
 def build_dense():
     torch.manual_seed(0)
-    return sharpen(zoo.create("llama", **SMALL)).double()
+    return sharpen(zoo.create_model("llama", **SMALL)).double()
 
 
 def build(**changes) -> FactorLLM:
     torch.manual_seed(0)
-    return sharpen(zoo.create("factorllm", **SMALL, **changes)).double()
+    return sharpen(zoo.create_model("factorllm", **SMALL, **changes)).double()
 
 
 def by_hand(w: dict[str, Tensor], model: FactorLLM, tokens: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_all_slices_are_the_dense_model(clustered):
     dense = build_dense()
     orders = None
     if clustered:
-        banks = [upcycle.dense_bank(block.mlp) for block in dense.layers]
+        banks = [upcycle.experts_from_dense(block.mlp) for block in dense.layers]
         orders = [upcycle.k_means_order(bank, 4) for bank in banks]
     tokens = tokens_of(dense, 2, 10)
     model = FactorLLM.from_dense(dense, num_slices=4, top_k=4, orders=orders)

@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.fixture
 def model():
-    return sharpen(zoo.create("jetmoe", **SMALL)).double()
+    return sharpen(zoo.create_model("jetmoe", **SMALL)).double()
 
 
 def test_equals_transformers(tmp_path):
@@ -126,7 +126,7 @@ def test_presets():
 
 
 def test_untied(tmp_path):
-    model = sharpen(zoo.create("jetmoe", **SMALL, tie_embeddings=False))
+    model = sharpen(zoo.create_model("jetmoe", **SMALL, tie_embeddings=False))
     common.check_round_trip(model, tmp_path, a_key="lm_head.weight")
 
 
@@ -206,7 +206,7 @@ def test_bad_calls(model, call, words):
 def test_learns(model):
     """A repeated sentence is learnt by heart in a few steps."""
     torch.manual_seed(0)
-    model = zoo.create("jetmoe", hidden_size=32, head_size=8, intermediate_size=32)
+    model = zoo.create_model("jetmoe", hidden_size=32, head_size=8, intermediate_size=32)
     text = torch.tensor([list(b"the quick brown fox jumps over it ")]).repeat(2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

@@ -16,7 +16,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "head_siz
 
 def build(**changes):
     torch.manual_seed(0)
-    return sharpen(zoo.create("llama", **SMALL, **changes)).double()
+    return sharpen(zoo.create_model("llama", **SMALL, **changes)).double()
 
 
 def test_is_a_language_model(tmp_path):
@@ -48,7 +48,7 @@ def test_config_of_tinyllama():
     config = zoo.get("llama").make_config("tinyllama_1b")
     assert LlamaConfig.from_published(config.to_published()) == config
     with torch.device("meta"):
-        model = zoo.create("llama", "tinyllama_1b")
+        model = zoo.create_model("llama", "tinyllama_1b")
     assert model.num_parameters()["total"] == 1_100_048_384
 
 

@@ -39,19 +39,22 @@ def toy(monkeypatch):
 
 
 def test_create(toy):
-    assert zoo.systems() == ("toy",)
-    assert zoo.create("toy").config == ToyConfig()
-    assert zoo.create("toy", preset="large").config.size == 100
-    assert zoo.create("toy", preset="large", size=3).config.size == 3
+    assert zoo.list_models() == ("toy",)
+    assert zoo.create_model("toy").config == ToyConfig()
+    assert zoo.create_model("toy", preset="large").config.size == 100
+    assert zoo.create_model("toy", preset="large", size=3).config.size == 3
     assert toy.presets() == ("tiny", "large")
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: zoo.create("other"), "name must be one of toy, got 'other'"),
-        (lambda: zoo.create("toy", preset="huge"), "one of tiny, large, got 'huge'"),
-        (lambda: zoo.create("toy", depth=2), "ToyConfig: fields must be among size, got 'depth'"),
+        (lambda: zoo.create_model("other"), "name must be one of toy, got 'other'"),
+        (lambda: zoo.create_model("toy", preset="huge"), "one of tiny, large, got 'huge'"),
+        (
+            lambda: zoo.create_model("toy", depth=2),
+            "ToyConfig: fields must be among size, got 'depth'",
+        ),
         (lambda: zoo.register(zoo.get("toy")), "new one, got 'toy'"),
     ],
 )
@@ -79,7 +82,7 @@ def test_list_command(toy):
 
 
 def test_every_system_is_whole():
-    for name in zoo.systems():
+    for name in zoo.list_models():
         system = zoo.get(name)
         try:
             assert system.presets()[0] == "tiny", name

@@ -26,7 +26,7 @@ TEXTS = ["one", "a longer sentence", "x", "two words"]
 def bert(**changes):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "domains": DOMAINS}
-    return zoo.create("sentence", **{**sizes, **changes})
+    return zoo.create_model("sentence", **{**sizes, **changes})
 
 
 def modern_bert(moe_layers):

@@ -19,7 +19,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_expe
 
 
 def build(**changes):
-    return sharpen(zoo.create("topp", **SMALL, **changes)).double()
+    return sharpen(zoo.create_model("topp", **SMALL, **changes)).double()
 
 
 def by_hand(w, config, tokens):

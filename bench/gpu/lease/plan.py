@@ -52,7 +52,7 @@ class Step:
 
 # The parts of the tests, what matters most first.
 TESTS: dict[str, tuple[str, ...]] = {
-    "tests_routers": ("topk_router", "topp_router", "expert_choice_router", "sort_slots"),
+    "tests_routers": ("topk_router", "topp_router", "expert_choice_router", "sort_by_expert"),
     "tests_products": ("grouped_gemm", "grouped_sum", "permute", "unpermute", "gated_act"),
     "tests_ffn": ("moe_ffn",),
     "tests_attention": ("moa_attention", "moe_linear"),

@@ -105,7 +105,7 @@ def _loss(model: BAM, domains: list[Domain], recipe: Recipe) -> float:
     """Mean over domains of the held-out cross-entropy."""
     model.eval()
     losses = [
-        surgery.mean_loss(
+        surgery.super_experts.mean_loss(
             model, heldout_batches(d, recipe.heldout_batches, recipe.batch, recipe.length)
         )
         for d in domains

@@ -81,7 +81,9 @@ def accuracy(model: CausalLM, there: Loaded) -> float:
 
 
 def loss_of(model: CausalLM, there: Loaded) -> float:
-    return fmean(surgery.mean_loss(model, there.judged(name)) for name in there.domains)
+    return fmean(
+        surgery.super_experts.mean_loss(model, there.judged(name)) for name in there.domains
+    )
 
 
 def judged(model: CausalLM, there: Loaded) -> dict[str, float]:
@@ -100,7 +102,7 @@ def tuned(
     options = dict(arm)
     random, orders = options.pop("random", False), None
     if options.pop("clusters", False):
-        banks = [upcycle.dense_bank(block.mlp) for block in dense.layers]
+        banks = [upcycle.experts_from_dense(block.mlp) for block in dense.layers]
         orders = [upcycle.k_means_order(bank, SLICES, seed=seed) for bank in banks]
     torch.manual_seed(seed)
     model = FactorLLM.from_dense(dense, num_slices=SLICES, top_k=top_k, orders=orders, **options)
@@ -110,7 +112,9 @@ def tuned(
             return student.loss(batch).loss
         return student.distill(batch, dense).loss
 
-    routed = surgery.route_as(model, surgery.random(top_k)) if random else nullcontext()
+    routed = (
+        surgery.override_routing(model, surgery.rules.random(top_k)) if random else nullcontext()
+    )
     with routed:
         surgery.tune(model, text, plan.steps, rate=plan.rate, loss=loss)
         return judged(model.eval(), there)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.viz import import_matplotlib, plot_images
+from moe_ops.viz import plot_images
+from moe_ops.viz._canvas import import_matplotlib
 from moe_ops.zoo.mofme import MoFME, MoFMEConfig, RestorationTransformer
 
 from ..images import import_ssim, mutual_information, psnr, ssim

@@ -30,7 +30,7 @@ BYTES = 64
 
 def heldout(model: CausalLM, domain: Domain, batches: int = 6) -> float:
     model.eval()
-    return surgery.mean_loss(model, heldout_batches(domain, batches, 16, BYTES))
+    return surgery.super_experts.mean_loss(model, heldout_batches(domain, batches, 16, BYTES))
 
 
 def batches_of(domain: Domain, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -211,7 +211,7 @@ def reasoner(seed: int) -> Rows:
             counted = (places >= begins[some, None] - 1) & (tokens[:, 1:] != ord("\n"))
             lesson = light_reasoner.make_lesson(
                 base, tokens[:, :-1],
-                lambda: surgery.route_as(base, surgery.rank(*ranks), renormalize=True),
+                lambda: surgery.override_routing(base, surgery.rules.rank(*ranks), renormalize=True),
                 counted=counted,
             )  # fmt: skip
             loss = loss_of(model.train(), tokens, counted, lesson)

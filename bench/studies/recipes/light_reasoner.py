@@ -3,7 +3,7 @@ tokens where the two differ. The amateur may be the model itself with weaker rou
 
     from moe_ops import surgery
 
-    weak = lambda: surgery.route_as(model, surgery.rank(2), renormalize=True)
+    weak = lambda: surgery.override_routing(model, surgery.rank(2), renormalize=True)
     lesson = make_lesson(model, tokens, weak)
     lesson_loss(model, lesson).backward()
 

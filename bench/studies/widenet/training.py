@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.viz import import_matplotlib, plot_expert_scores
+from moe_ops.viz import plot_expert_scores
+from moe_ops.viz._canvas import import_matplotlib
 from moe_ops.zoo.widenet import TRUNKS, WideNetConfig, WideNetLM, WideNetViT, build
 
 from .. import python_texts

@@ -9,14 +9,14 @@
 
 namespace moe_ops::cpu {
 
-// dense_ffn: tokens of a block, the depth of the weight gradients' tiles. Whole tiles with AVX2.
+// all_experts_ffn: tokens of a block, the depth of the weight gradients' tiles. Whole tiles with AVX2.
 constexpr int64_t kDenseTokens = 144;
 // Parts of the tokens that sum weight gradients by themselves, of at least so many blocks each;
 // they are added in order, so that the bits do not depend on threads.
 constexpr int64_t kDenseMostParts = 8;
 constexpr int64_t kDensePartBlocks = 4;
 
-// mix_experts: tokens whose sums are made before they are added to those of a part: sums of T terms
+// mix_expert_outputs: tokens whose sums are made before they are added to those of a part: sums of T terms
 // in two levels. Their outputs stay in L2 between the two passes of the variance.
 constexpr int64_t kMixTokens = 64;
 // Parts of the tokens that sum by themselves, of at least so many blocks, and are added in order,

@@ -1,4 +1,4 @@
-// Rows of a routing, for the ops that are made of sort_slots, grouped_gemm and unpermute.
+// Rows of a routing, for the ops that are made of sort_by_expert, grouped_gemm and unpermute.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include "cpu/runtime/workspace.h"
 #include "moe_ops/grouped_gemm.h"
 #include "moe_ops/routing.h"
-#include "moe_ops/sort_slots.h"
+#include "moe_ops/sort_by_expert.h"
 #include "moe_ops/unpermute.h"
 
 namespace moe_ops::cpu {
@@ -18,7 +18,7 @@ inline Routing sorted(ScratchScope& scratch, const Routing& given) {
   const int64_t E = given.num_experts, N = given.num_slots();
   int32_t* offsets = scratch.take<int32_t>(Scratch::kRouting, E + 1 + 2 * N);
   int32_t *row_to_slot = offsets + E + 1, *slot_to_row = row_to_slot + N;
-  sort_slots({given, offsets, row_to_slot, slot_to_row, nullptr});
+  sort_by_expert({given, offsets, row_to_slot, slot_to_row, nullptr});
   Routing r = given;
   r.expert_offsets = offsets;
   r.row_to_slot = row_to_slot;

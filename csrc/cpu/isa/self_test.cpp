@@ -17,11 +17,11 @@
 
 #include "cpu/gemm/prepack.h"
 #include "moe_ops/add_rms_norm.h"
-#include "moe_ops/dense_ffn.h"
+#include "moe_ops/all_experts_ffn.h"
 #include "moe_ops/gated_act.h"
 #include "moe_ops/grouped_gemm.h"
 #include "moe_ops/grouped_gemm_fp8.h"
-#include "moe_ops/mix_experts.h"
+#include "moe_ops/mix_expert_outputs.h"
 #include "moe_ops/moa_attention.h"
 #include "moe_ops/moe_linear_reduce.h"
 #include "moe_ops/rotary.h"
@@ -275,15 +275,15 @@ class Calls {
       gated_act({u, type_, N, I, {act}, out(N * I)}, kAlone);
       gated_act_bwd({draw(N * I), u, type_, N, I, {act}, out(N * width)}, kAlone);
       if (is_gated(act)) continue;
-      op_ = "dense_ffn";
+      op_ = "all_experts_ffn";
       constexpr int64_t T = 17, H = 33, O = 20, E = 2;
       static constexpr int32_t kOrder[E] = {0, 1}, kInput[E] = {0, 0};
-      const DenseFfnSizes s = {type_, T,      1,     H, E, I, O, act != Activation::kRelu,
+      const AllExpertsFfnSizes s = {type_, T,      1,     H, E, I, O, act != Activation::kRelu,
                                act,   kOrder, kInput};
       const void *x = draw(T * H), *up = draw(E * I * H), *down = draw(E * O * I);
       void* preact = out(sums_, E * T * I);
-      dense_ffn({s, x, up, down, draw(E * I), draw(E * O), out(T * E * O), preact}, kAlone);
-      dense_ffn_bwd({s, draw(T * E * O), x, up, down, preact, out(T * H), out(E * I * H),
+      all_experts_ffn({s, x, up, down, draw(E * I), draw(E * O), out(T * E * O), preact}, kAlone);
+      all_experts_ffn_bwd({s, draw(T * E * O), x, up, down, preact, out(T * H), out(E * I * H),
                      out(E * O * I), out(E * I), out(E * O)},
                     kAlone);
     }
@@ -291,16 +291,16 @@ class Calls {
 
   void mixtures() {
     constexpr int64_t T = 4, E = 9, O = 37, M = 5;
-    op_ = "mix_experts";
+    op_ = "mix_expert_outputs";
     for (int act = 0; act <= static_cast<int>(MixActivation::kSigmoid); ++act) {
       const void *outputs = draw(T * E * O), *weights = draw(T * M * E), *factor = draw(T * M * O);
       const auto sums = [&] { return act > 0 ? out(sums_, E * O) : nullptr; };
       MixNorm norm = {nullptr, nullptr, nullptr, nullptr, 1e-5, false};
       if (act > 0) norm = {draw(sums_, E * O), draw(sums_, E * O), sums(), sums(), 1e-5, true};
-      mix_experts({type_, MixActivation(act), T, E, O, M, outputs, weights, factor, 1, norm,
+      mix_expert_outputs({type_, MixActivation(act), T, E, O, M, outputs, weights, factor, 1, norm,
                    out(T * M * O)},
                   kAlone);
-      mix_experts_bwd({type_, MixActivation(act), T, E, O, M, draw(T * M * O), outputs, weights,
+      mix_expert_outputs_bwd({type_, MixActivation(act), T, E, O, M, draw(T * M * O), outputs, weights,
                        factor, 1, norm, out(T * E * O), bytes(T * E * O * 8), out(T * M * E),
                        out(T * M * O), sums(), sums()},
                       kAlone);

@@ -1,4 +1,4 @@
-// Activations of gated and plain experts, and the steps between the products of dense_ffn.
+// Activations of gated and plain experts, and the steps between the products of all_experts_ffn.
 #pragma once
 
 #include "cpu/kernels/gemm.h"
@@ -34,7 +34,7 @@ struct ActRowsBwd {
   T* dots;  // [rows], <h, dh>, or nullptr
 };
 
-// dense_ffn works on all rows of a block at once. Its kernels write whole vectors: rows of outputs
+// all_experts_ffn works on all rows of a block at once. Its kernels write whole vectors: rows of outputs
 // and `sum` reach up to the next one. Panels are those of pack_b, one after the other.
 //
 // Rows of src to first and second; sum += each row. nullptr: not wanted.

@@ -1,4 +1,4 @@
-// Steps between the products of dense_ffn, on all rows of a block at once: a call a row costs as
+// Steps between the products of all_experts_ffn, on all rows of a block at once: a call a row costs as
 // much as the row. Included by kernels-inl.h, inside its namespace. Rows of ours may be written up
 // to the next whole vector.
 

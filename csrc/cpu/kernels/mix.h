@@ -1,10 +1,10 @@
-// Mixtures of the outputs of all experts (mix_experts). Every count of elements is a multiple of
+// Mixtures of the outputs of all experts (mix_expert_outputs). Every count of elements is a multiple of
 // lanes.
 #pragma once
 
 #include <cstdint>
 
-#include "moe_ops/mix_experts.h"
+#include "moe_ops/mix_expert_outputs.h"
 
 namespace moe_ops::cpu {
 

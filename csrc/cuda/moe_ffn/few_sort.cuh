@@ -15,8 +15,8 @@ struct ExpertRows {
 
 struct FewSortShared {
   int32_t counts[kFewSortExperts];  // rows of each expert
-  uint16_t ids[kFewSortSlots];      // an expert, or kFewSortExperts: none
-  uint16_t slots[kFewSortSlots];    // of the block's expert, in order
+  uint16_t ids[kFewSortByExpert];      // an expert, or kFewSortExperts: none
+  uint16_t slots[kFewSortByExpert];    // of the block's expert, in order
   ExpertRows found;
 };
 

@@ -136,7 +136,7 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
     fused.sort = {r.topk_ids, static_cast<int>(r.num_slots()), static_cast<int>(r.top_k),
                   p.sort.expert_offsets, p.sort.slot_to_row};
   } else {
-    MOE_TRY(sort_slots(p.sort, stream));
+    MOE_TRY(sort_by_expert(p.sort, stream));
   }
   if (has_kernel) {
     MOE_TRY(ffn_up(fused, stream));

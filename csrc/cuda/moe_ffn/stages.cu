@@ -154,7 +154,7 @@ bool supports(const FfnUpParams& p) {
 }
 
 bool sorts_few(const FfnUpParams& p) {
-  return few_tokens(p) && p.x_scale.data == nullptr && p.num_rows <= kFewSortSlots &&
+  return few_tokens(p) && p.x_scale.data == nullptr && p.num_rows <= kFewSortByExpert &&
          p.num_experts <= kFewSortExperts;
 }
 

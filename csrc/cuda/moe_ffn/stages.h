@@ -9,7 +9,7 @@
 
 namespace moe_ops::cuda {
 
-// What a stage sorts for itself: the maps of sort_slots.h but row_to_slot, which no later stage of
+// What a stage sorts for itself: the maps of sort_by_expert.h but row_to_slot, which no later stage of
 // inference reads. In slot_to_row, -1 is a slot without an expert.
 struct FewSort {
   IndexMap ids;  // [T, K]; data is nullptr: rows are sorted
@@ -18,7 +18,7 @@ struct FewSort {
   int32_t* slot_to_row = nullptr;     // [T, K], out
 };
 
-constexpr int kFewSortSlots = 1024, kFewSortExperts = 1024;
+constexpr int kFewSortByExpert = 1024, kFewSortExperts = 1024;
 
 // h[r] = act(scale(r) * w[e(r)] x[r] + bias[e(r)])
 struct FfnUpParams {

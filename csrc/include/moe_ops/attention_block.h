@@ -1,5 +1,5 @@
 // The attention block of a decoder layer on a few new tokens, as far as its keys and values may be
-// made in any way: what attention_step and latent_attention_step have in common.
+// made in any way: what attention_decode and mla_decode have in common.
 #pragma once
 
 #include <cstdint>

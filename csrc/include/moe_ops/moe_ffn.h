@@ -11,7 +11,7 @@
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
 #include "moe_ops/routing.h"
-#include "moe_ops/sort_slots.h"
+#include "moe_ops/sort_by_expert.h"
 
 namespace moe_ops {
 
@@ -42,7 +42,7 @@ struct MoeFfnParams {
   void* workspace = nullptr;  // CUDA: moe_ffn_workspace bytes, aligned to 256
   // CUDA: makes the routing's maps, which the call does itself where that is faster. Without a
   // pre-activation, row_to_slot need not be written.
-  SortSlotsParams sort{};
+  SortByExpertParams sort{};
 };
 
 struct MoeFfnBwdParams {

@@ -46,7 +46,7 @@ struct PeerFfnBwdParams {
   Rows grad_y;         // [T, H], no index
   const void* preact;  // [T, G, K]
   // Which row of the gradients of the tables a slot adds to: topk_ids and E, or numbers of the rows
-  // that are asked for, their ids in num_experts. CUDA: with the maps that sort_slots made.
+  // that are asked for, their ids in num_experts. CUDA: with the maps that sort_by_expert made.
   Routing rows;
   void* grad_x;               // [T, H] contiguous
   void* grad_w_gate_up;       // [rows, G, H] contiguous

@@ -15,7 +15,7 @@ from rich.table import Table
 from moe_ops import _files
 from moe_ops.parallel import plan as plans
 from moe_ops.parallel.plan.cluster import GIB
-from moe_ops.parallel.plan.estimate import USABLE
+from moe_ops.parallel.plan.estimate_plan import USABLE
 
 PICTURES = (".svg", ".png", ".pdf", ".html")
 
@@ -46,15 +46,15 @@ def run(options: PlanOptions, console: Console) -> dict[str, Any]:
         raise ValueError(f"plan: --out must end in {', '.join(PICTURES)}, got {options.out.name}.")
     shape = plans.find_shape(options.model)
     cluster = plans.find_cluster(options.cluster, options.ranks, **options.changes)
-    job = plans.Job(ep=options.ep or 1, **options.job)
+    job = plans.ParallelJob(ep=options.ep or 1, **options.job)
     sizes = plans.alternatives(shape, cluster, job)
     if options.ep is None:
         if not sizes:
             raise ValueError(f"plan: no EP size fits {cluster.ranks} ranks and these options.")
         chosen = plans.best(sizes)
     else:
-        chosen = plans.estimate(shape, cluster, job)
-    advice = plans.advise(chosen)
+        chosen = plans.estimate_plan(shape, cluster, job)
+    advice = plans.suggest_changes(chosen)
     result = chosen.to_dict()
     result["ep_sizes"] = [_summary(p) for p in sizes]
     result["advice"] = [a.text for a in advice]
@@ -249,9 +249,9 @@ def _trace(plan: plans.Plan, console: Console) -> dict[str, Any]:
     cluster, job = plan.cluster, plan.job
     # The traced model has an output of its own.
     shape = dataclasses.replace(plan.shape, tied=False)
-    traced = plans.trace(shape, cluster, job)
-    formula = plans.model_messages(shape, plan.layout, job)
-    needed = plans.memory_of(shape, cluster, job, kernels=False).total
+    traced = plans.trace_step(shape, cluster, job)
+    formula = plans.traffic.model_messages(shape, plan.layout, job)
+    needed = plans.memory.memory_of(shape, cluster, job, kernels=False).total
     result: dict[str, Any] = {}
     for name, own in (("ep", True), ("others", False)):
         mine = sum(m.sent for m in formula if (m.group == "ep") is own)

@@ -41,8 +41,8 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
         ValueError: options or a checkpoint that cannot work, with a sentence.
         OSError: the target could not be written; what was in it is still there.
     """
-    if options.by not in (*surgery.CRITERIA, *MERGES):
-        known = ", ".join((*surgery.CRITERIA, *MERGES))
+    if options.by not in (*surgery.criteria.CRITERIA, *MERGES):
+        known = ", ".join((*surgery.criteria.CRITERIA, *MERGES))
         raise ValueError(f"prune: --by must be one of {known}, got {options.by}.")
     source, context = options.source, options.context
     checkpoints.check_folders(
@@ -51,10 +51,10 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
     seen, judging = checkpoints.read_text("prune", source, options.text, options.tokens)
     started = time.perf_counter()
     model = checkpoints.load_model("prune", source)
-    layers = surgery.routed_layers(model, caller="prune")
+    layers = surgery.find_routed_layers(model, caller="prune")
     before, size = checkpoints.perplexity(model, judging, context), checkpoints.size_of(model)
     console.print(f"Looking at {seen.numel()} tokens in {len(layers)} layers.")
-    found = surgery.profile(
+    found = surgery.profile_experts(
         model, checkpoints.batches(seen, context), all_outputs=options.by == "hc_smoe"
     )
     kept = _change(model, found, options)
@@ -92,7 +92,7 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
     return result
 
 
-def _change(model: Any, found: surgery.Profile, options: PruneOptions) -> dict[str, Any]:
+def _change(model: Any, found: surgery.ExpertProfile, options: PruneOptions) -> dict[str, Any]:
     """Drops or merges; the ids, or groups of ids, that are left of each layer."""
     if options.by in MERGES:
         if options.groups != "drop":
@@ -104,11 +104,11 @@ def _change(model: Any, found: surgery.Profile, options: PruneOptions) -> dict[s
             count = max(1, round(count * next(iter(found.layers.values())).num_experts))
         group = surgery.uncurl_groups if options.by == "uncurl" else surgery.hc_smoe_groups
         groups = group(found, count)
-        order = surgery.align(model, groups)
+        order = surgery.align_neurons(model, groups)
         load = {name: layer.load for name, layer in found.layers.items()}
-        surgery.merge(model, groups, weights=load, neuron_order=order)
+        surgery.merge_experts(model, groups, weights=load, neuron_order=order)
         return groups
-    scores = surgery.scores(found, options.by)
-    kept = surgery.choose_experts(model, scores, options.keep, groups=options.groups)
-    surgery.prune(model, kept)
+    scores = surgery.score_experts(found, options.by)
+    kept = surgery.select_experts(model, scores, options.keep, groups=options.groups)
+    surgery.prune_experts(model, kept)
     return kept

@@ -54,7 +54,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     baseline = calibration = None
     if judging is not None:
         console.print(f"Measuring the float model on {judging.numel()} tokens.")
-        baseline = quant.record_baseline(
+        baseline = quant.collect_calibration(
             model,
             checkpoints.batches(judging, context),
             tokens=judging,
@@ -63,7 +63,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         )
     if options.scales and calibrating is not None:
         batches = checkpoints.batches(calibrating, context)
-        calibration = quant.record_baseline(model, batches, outputs=False)
+        calibration = quant.collect_calibration(model, batches, outputs=False)
     size = checkpoints.size_of(model)
 
     def progress(name: str, done: int, total: int) -> None:
@@ -87,7 +87,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
     }
     if baseline is not None:
-        report = quant.quality_report(model, baseline)
+        report = quant.compare_quality(model, baseline)
         console.print(report.table(), markup=False, soft_wrap=True)
         result["quality"] = report.to_dict()
     checkpoints.write_model("quantize", model, source, options.target, REPORT_NAME, result)

@@ -69,7 +69,7 @@ def run(options: UpcycleOptions, console: Console) -> dict[str, Any]:
         ratio=options.drop,
         seed=options.seed,
     )
-    exact = upcycle.preserves(
+    exact = upcycle.layer.preserves(
         len(sources),
         options.top_k,
         num_slices=options.slices,

@@ -20,7 +20,7 @@ EXPERIMENTS = (
 def listing() -> list[dict[str, Any]]:
     """Name, summary and presets of each system; presets are None where an extra is missing."""
     entries = []
-    for name in zoo.systems():
+    for name in zoo.list_models():
         system = zoo.get(name)
         try:
             presets: list[str] | None = list(system.presets())

@@ -118,8 +118,8 @@ def _train(trainer: Trainer, options: DemoOptions, console: Console) -> None:
 def _draw(trainer: Trainer, out: Path, console: Console) -> list[Path]:
     """Draws which expert takes which byte of held-out text, and their load over training."""
     try:
-        viz.import_matplotlib()
-    except viz.MissingMatplotlibError as error:
+        viz._canvas.import_matplotlib()
+    except viz._canvas.MissingMatplotlibError as error:
         console.print(f"No pictures: {error}", markup=False, soft_wrap=True)
         return []
     sizes, files = trainer.config.model, [out / "expert_load.png", out / "token_experts.png"]

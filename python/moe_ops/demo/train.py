@@ -34,7 +34,7 @@ class ModelConfig:
 def make_model(config: ModelConfig) -> DeepSeek:
     """A DeepSeekMoE over bytes: plain attention and softmax scores, as the first generation has
     them; every layer routes."""
-    model: DeepSeek = zoo.create(
+    model: DeepSeek = zoo.create_model(
         "deepseek",
         "tiny_v1",
         vocab_size=256,

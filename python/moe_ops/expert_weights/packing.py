@@ -10,8 +10,8 @@ switched Hugging Face blocks make such copies by themselves and never read one o
 - A write through `.data` or a NumPy view leaves storage and version as they were. Nothing exact
   finds it for less than reading all weights, which is what a copy saves. So `moe_ffn_packed`
   compares some elements of each expert it uses, others at every call; what that finds, and what it
-  may miss for a while, is said in its docstring. `unpack` after such a write, or `train()`, is
-  certain.
+  may miss for a while, is said in its docstring. `unpack_weights` after such a write, or `train()`,
+  is certain.
 
 Copies are kept beside the modules, keyed weakly by them: parameters, state dict, pickles and deep
 copies know nothing of them, and they die with their module.
@@ -42,7 +42,7 @@ from moe_ops.memory import (
     register_holder,
     take_turn,
 )
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
@@ -77,7 +77,7 @@ class _Copies(NamedTuple):
     key: tuple[Any, ...]
     gate_up: Tensor
     down: Tensor
-    asked_for: bool  # Whether `prepack` made them.
+    asked_for: bool  # Whether `pack_weights` made them.
 
 
 class _State:
@@ -211,7 +211,7 @@ def _copies_for(
     if state is not None and (copies := state.copies) is not None and copies.key == key:
         # Products round otherwise with packed weights. Copies that a bank made by itself, after
         # some use, would let a token's bits depend on what was called before.
-        if copies.asked_for or settings.policy == "always" or not is_batch_invariant():
+        if copies.asked_for or settings.policy == "always" or not is_batch_invariant_enabled():
             return copies
         return None
     if settings.policy == "off" or bank.training:
@@ -245,7 +245,7 @@ def _is_due(state: _State, weights: Packable, settings: Settings) -> bool:
         state.rows >= ROWS_PER_EXPERT * weights.w_down.shape[0]
         and sum(w.numel() * w.element_size() for w in weights[:2]) >= MIN_BYTES
         and not torch.are_deterministic_algorithms_enabled()
-        and not is_batch_invariant()
+        and not is_batch_invariant_enabled()
     )
 
 
@@ -327,7 +327,8 @@ def pack_now(bank: nn.Module, weights: Packable) -> None:
         state.packing = True
     if _pack(state, key, weights, asked_for=True) is None:
         raise RuntimeError(
-            f"prepack: the weights of {type(bank).__name__} must not change while they are packed."
+            f"pack_weights: the weights of {type(bank).__name__} must not change while they are "
+            f"packed."
         )
 
 
@@ -397,18 +398,18 @@ def _autocast_casts(w: Tensor) -> bool:
 def check_can_pack(prefix: str, bank: nn.Module, weights: Packable) -> None:
     for name, w in zip(weights._fields, weights[:2], strict=False):
         what = name_of(bank, w, prefix) or name
-        check_whole("prepack", what, w, "copies need whole weights, run it without")
+        check_whole("pack_weights", what, w, "copies need whole weights, run it without")
         if w.is_inference():
             raise ValueError(
-                f"prepack: {name} must be made outside inference mode, whose tensors do not count "
-                "their versions, got an inference tensor."
+                f"pack_weights: {name} must be made outside inference mode, whose tensors do not "
+                "count their versions, got an inference tensor."
             )
     if not _plain(weights):
         what = ", ".join(f"{type(w).__name__} {w.dtype} on {w.device}" for w in weights[:2])
         where = f" of {prefix}" if prefix else ""
         raise ValueError(
-            f"prepack: expert weights{where} must be plain tensors of one float type on the CPU, "
-            f"got {what}."
+            f"pack_weights: expert weights{where} must be plain tensors of one float type on the "
+            f"CPU, got {what}."
         )
 
 

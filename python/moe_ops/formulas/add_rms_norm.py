@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.formulas.invariant import row_sums
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 
 
 def add_rms_norm(
@@ -33,7 +33,7 @@ def forward(
     total = _total(x, residual, bias)
     acc, size = accumulate_dtype(x.dtype), x.shape[-1]
     rows = total.to(acc).reshape(x.shape[:-1].numel() if size else 0, size)
-    if is_batch_invariant() and x.numel() > 0:
+    if is_batch_invariant_enabled() and x.numel() > 0:
         mean = row_sums(rows.square()) / size
     else:
         mean = rows.square().mean(-1)

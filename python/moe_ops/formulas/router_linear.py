@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.formulas.invariant import batched_products
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 
 
 def router_linear(
@@ -22,7 +22,7 @@ def router_linear(
     dtype = logits_dtype or x.dtype
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if is_batch_invariant():
+    if is_batch_invariant_enabled():
         return batched_products(x[None], weight[None], None if bias is None else bias[None])[0]
     return F.linear(x, weight, bias)
 

@@ -43,9 +43,8 @@ from moe_ops.hf.checkpoints.quantizer import ExpertsQuantizationConfig
 from moe_ops.hf.decode import attention
 from moe_ops.hf.decode.optimize import optimize, restore
 from moe_ops.hf.decode.report import report
-from moe_ops.hf.experts.forward import experts_forward
 from moe_ops.hf.experts.parallel import Interface, register_ep_implementation
-from moe_ops.hf.experts.switch import disable, enable, expect_calls, status
+from moe_ops.hf.experts.switch import assert_used, disable, enable, status
 from moe_ops.hf.models import (
     register_attention,
     register_block,
@@ -66,10 +65,9 @@ register_hook(TransformersHook())
 
 __all__ = [
     "ExpertsQuantizationConfig",
+    "assert_used",
     "disable",
     "enable",
-    "expect_calls",
-    "experts_forward",
     "load_offloaded",
     "optimize",
     "register_attention",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from . import experts_hook  # noqa: F401  # It registers.
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
-from .dense import ExpertNorm, mix_outputs
+from .dense import ExpertBatchNorm, mix_outputs
 from .expert_lora import ExpertLoRA
 from .experts import Experts
-from .fp8 import forget_fp8_weights, fp8_ffn
+from .fp8 import clear_fp8_cache
 from .latent import LatentProjection
 from .linear import QuantizedLinear
 from .losses import (
@@ -25,12 +25,12 @@ from .losses import (
 )
 from .mixture_of_depths import MixtureOfDepths, MixtureOfDepthsOutput
 from .moe import MoE, MoEOutput
-from .norm import ResidualNorm
+from .norm import AddRMSNorm
 from .peer import PEER, PEEROutput
 from .quantized import QuantizedExperts
 from .record import RoutingRecord, record_routing, replay_routing
 from .router import (
-    Capacity,
+    CapacityMixin,
     CapacityRouter,
     ExpertChoiceRouter,
     GateRouter,
@@ -41,26 +41,25 @@ from .router import (
     SparseMixerRouter,
     TopKRouter,
     TopPRouter,
-    drop_over_capacity,
     hash_table,
-    relu_router_loss,
-    sparsemixer,
 )
 from .routing import Routing
 from .shared_experts import SharedExperts
 from .soft_moe import SoftMoE, SoftMoEOutput
-from .stats import RoutingStats, count_tokens_per_expert
+from .stats import ExpertLoadStats, count_tokens_per_expert
 from .zero_experts import ZeroComputationExperts
 
 __all__ = [
     "PEER",
+    "AddRMSNorm",
     "AttentionExperts",
     "AttentionExpertsOutput",
-    "Capacity",
+    "CapacityMixin",
     "CapacityRouter",
+    "ExpertBatchNorm",
     "ExpertChoiceRouter",
     "ExpertLoRA",
-    "ExpertNorm",
+    "ExpertLoadStats",
     "Experts",
     "GateRouter",
     "HashRouter",
@@ -75,11 +74,9 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "ReLURouter",
-    "ResidualNorm",
     "Router",
     "Routing",
     "RoutingRecord",
-    "RoutingStats",
     "SharedExperts",
     "SoftMoE",
     "SoftMoEOutput",
@@ -87,22 +84,18 @@ __all__ = [
     "TopKRouter",
     "TopPRouter",
     "ZeroComputationExperts",
+    "clear_fp8_cache",
     "concentration_loss",
     "count_tokens_per_expert",
     "device_balance_loss",
-    "drop_over_capacity",
-    "forget_fp8_weights",
-    "fp8_ffn",
     "hash_table",
     "load_balancing_loss",
     "mix_outputs",
     "mutual_information_loss",
     "record_routing",
-    "relu_router_loss",
     "replay_routing",
     "router_entropy_loss",
     "router_z_loss",
     "sequence_balance_loss",
-    "sparsemixer",
     "update_expert_bias",
 ]

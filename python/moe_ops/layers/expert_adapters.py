@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_ops.formulas.activations import plain_act
-from moe_ops.ops import gated_act, grouped_gemm, permute, sort_slots, unpermute
+from moe_ops.ops import gated_act, grouped_gemm, permute, sort_by_expert, unpermute
 from moe_ops.ops._autograd import direct_call, in_transform
 from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
@@ -289,12 +289,12 @@ def _sort(
     topk_ids: Tensor, adapter_ids: Tensor | None, num_experts: int, num_adapters: int
 ) -> _Rows:
     if adapter_ids is None:
-        offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, num_experts)
+        offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, num_experts)
         return _Rows(offsets, offsets, row_to_slot, slot_to_row, None)
     own = (adapter_ids >= 0) & (adapter_ids < num_adapters)
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     ids = topk_ids.long() * num_adapters + torch.where(own, adapter_ids, 0)[:, None]
-    groups, row_to_slot, slot_to_row = sort_slots(
+    groups, row_to_slot, slot_to_row = sort_by_expert(
         torch.where(valid, ids, -1), num_experts * num_adapters
     )
     plain = ~own[row_to_slot.long() // topk_ids.shape[1], None]

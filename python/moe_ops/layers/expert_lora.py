@@ -244,11 +244,11 @@ class ExpertLoRA(nn.Module):
             factor = factor[:, adapter]
         return factor.expand(self.num_experts, -1, -1)
 
-    def prepack(self) -> int:
+    def pack_weights(self) -> int:
         """Returns 0: the products of training read weights as they lie."""
         return 0
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """Nothing to drop; returns 0."""
         return 0
 

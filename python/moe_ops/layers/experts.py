@@ -17,10 +17,10 @@ from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 from moe_ops.ops._checks import check_positive
-from moe_ops.ops.dense_ffn import dense_ffn
+from moe_ops.ops.all_experts_ffn import all_experts_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
-from .dense import expert_inputs, fits_dense_ffn, grouped_linear, mix_outputs, segments
+from .dense import expert_inputs, fits_all_experts_ffn, grouped_linear, mix_outputs, segments
 from .fp8 import fp8_ffn
 from .functional import plain_activation
 from .inputs import takes_dense
@@ -82,8 +82,8 @@ class Experts(nn.Module):
     alike; each holds all experts of the bank meanwhile.
 
     In `eval()`, calls without gradients on the CPU may read a packed copy of the weights, which
-    `prepack` makes at once and long use makes by itself; see `moe_ops.prepacking`. It goes when the
-    weights change and at `train()`, and no state dict, pickle or deep copy holds it.
+    `pack_weights` makes at once and long use makes by itself; see `moe_ops.set_packing_policy`. It
+    goes when the weights change and at `train()`, and no state dict, pickle or deep copy holds it.
 
     Raises:
         ValueError: a size below 1, an unknown activation or precision, or `interleaved` without a
@@ -312,8 +312,8 @@ class Experts(nn.Module):
         """
         x, ids = expert_inputs(x, input_ids, self.num_experts, self.hidden_size)
         w_gate_up, w_down, b_gate_up, b_down = _whole(self._weights())
-        if not self.gated and fits_dense_ffn(x, w_gate_up, w_down):
-            return dense_ffn(
+        if not self.gated and fits_all_experts_ffn(x, w_gate_up, w_down):
+            return all_experts_ffn(
                 x,
                 w_gate_up,
                 w_down,
@@ -350,13 +350,13 @@ class Experts(nn.Module):
         """
         return mix_outputs(self.outputs(x, input_ids), weights)
 
-    def prepack(self) -> int:
-        """Packs the weights now, see `moe_ops.prepack`; returns the bytes of the copies."""
-        return packing.prepack(self)
+    def pack_weights(self) -> int:
+        """Packs the weights now, see `moe_ops.pack_weights`; returns the bytes of the copies."""
+        return packing.pack_weights(self)
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """Drops the packed copies, if there are any; returns their bytes."""
-        return packing.unpack(self)
+        return packing.unpack_weights(self)
 
     def train(self, mode: bool = True) -> Experts:
         """As `nn.Module.train`. Training drops the packed copies."""
@@ -465,10 +465,10 @@ class Experts(nn.Module):
 
         Source of the alignment before merging: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483).
         """
-        return surgery.merge(self, groups, weights, mode, neuron_order)
+        return surgery.merge_experts(self, groups, weights, mode, neuron_order)
 
     def extra_repr(self) -> str:
-        packed = packing.packed_bytes(self)
+        packed = packing.packed_weight_bytes(self)
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, "

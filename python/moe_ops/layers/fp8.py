@@ -24,7 +24,7 @@ from moe_ops.ops import (
     permute,
     quantize_fp8,
     quantize_fp8_columns,
-    sort_slots,
+    sort_by_expert,
     unpermute,
 )
 from moe_ops.ops._autograd import refuse_tangents
@@ -111,7 +111,7 @@ def fp8_ffn(
         do not notice.
 
     Under autocast x and the biases are cast, and the weights are not. A write to a weight through
-    ``.data`` counts no version: call :func:`forget_fp8_weights` after one.
+    ``.data`` counts no version: call :func:`clear_fp8_cache` after one.
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
@@ -199,7 +199,7 @@ class _Fp8Ffn(torch.autograd.Function):
         x, w_gate_up, w_down, topk_weights, b_gate_up, b_down, topk_ids, *rest = args
         *codes, options, main_grads = rest
         up, down = Fp8Weight(*codes[:4]), Fp8Weight(*codes[4:])
-        offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
+        offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_gate_up.shape[0])
         rows = _Rows(topk_ids, topk_weights, row_to_slot)
         q, scale = rows.gather(*quantize_fp8(x))
         if options.on_input:
@@ -382,7 +382,7 @@ def fp8_weight(w: Tensor) -> Fp8Weight:
     return codes
 
 
-def forget_fp8_weights(module: torch.nn.Module | None = None) -> None:
+def clear_fp8_cache(module: torch.nn.Module | None = None) -> None:
     """Drops the kept codes of a module's weights; of all that are alive without one.
 
     For writes that count no version, through ``.data`` or a NumPy view.

@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.numerics import is_batch_invariant
-from moe_ops.ops import gated_act, grouped_gemm, mix_experts, router_linear
+from moe_ops.numerics import is_batch_invariant_enabled
+from moe_ops.ops import gated_act, grouped_gemm, mix_expert_outputs, router_linear
 
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
 def multiplies_by_ops(x: Tensor) -> bool:
     """Whether ops take the place of torch's products on x."""
-    return is_batch_invariant() and x.device.type in ("cpu", "cuda")
+    return is_batch_invariant_enabled() and x.device.type in ("cpu", "cuda")
 
 
 def _acts_by_ops(x: Tensor) -> bool:
     """Whether ops take the place of torch's activations on x. On CUDA an element's is the same
     wherever it stands."""
-    return is_batch_invariant() and x.device.type == "cpu"
+    return is_batch_invariant_enabled() and x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +62,9 @@ def sigmoid(x: Tensor) -> Tensor:
     """`torch.sigmoid` of [T, 1]."""
     if not _acts_by_ops(x):
         return x.sigmoid()
-    return mix_experts(x[:, None], torch.ones_like(x)[:, None], activation="sigmoid")[0][:, 0]
+    return mix_expert_outputs(x[:, None], torch.ones_like(x)[:, None], activation="sigmoid")[0][
+        :, 0
+    ]
 
 
 def router_logits(
@@ -98,7 +100,7 @@ def use_router_linear(x: Tensor, weight: Tensor, logits_dtype: torch.dtype | Non
         and x.numel() >= 2**15
         and logits_dtype in (None, torch.float32, weight.dtype)
         and not torch.is_autocast_enabled("cpu")
-        and not is_batch_invariant()
+        and not is_batch_invariant_enabled()
     )
 
 

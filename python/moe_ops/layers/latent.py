@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_ops.ops._checks import check_positive
 
 from .functional import apply_linear
-from .norm import ResidualNorm
+from .norm import AddRMSNorm
 
 
 class LatentProjection(nn.Module):
@@ -62,7 +62,7 @@ class LatentProjection(nn.Module):
         self.hidden_size = hidden_size
         self.latent_size = latent_size
         self.down = nn.Linear(hidden_size, latent_size, bias=bias, **where)
-        self.norm = ResidualNorm(latent_size, eps=norm_eps, **where) if norm else None
+        self.norm = AddRMSNorm(latent_size, eps=norm_eps, **where) if norm else None
         self.up = nn.Linear(latent_size, hidden_size, bias=bias, **where)
 
     def enter(self, x: Tensor) -> Tensor:

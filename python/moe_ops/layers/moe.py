@@ -349,13 +349,13 @@ class MoE(nn.Module):
         assert call.choice is not None
         return Routing(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
 
-    def prepack(self) -> int:
-        """Packs the experts' weights now, see `moe_ops.prepack`; returns the copies' bytes."""
-        return self.experts.prepack()
+    def pack_weights(self) -> int:
+        """Packs the experts' weights now, see `moe_ops.pack_weights`; returns the copies' bytes."""
+        return self.experts.pack_weights()
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """Drops the experts' packed copies, if there are any; returns their bytes."""
-        return self.experts.unpack()
+        return self.experts.unpack_weights()
 
     # ------------------------------------------------------------------- operations on the experts
 
@@ -424,7 +424,7 @@ class MoE(nn.Module):
         Args:
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
-        return surgery.merge(self, groups, weights, mode, neuron_order, changes)
+        return surgery.merge_experts(self, groups, weights, mode, neuron_order, changes)
 
     def rebuild(self, router: Router, experts: Experts) -> MoE:
         """A layer like this one with another router and other experts, and copies of the rest."""

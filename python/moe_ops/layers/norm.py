@@ -10,7 +10,7 @@ from moe_ops.ops.add_rms_norm import add_rms_norm
 from .inputs import jagged_parts, leaf_of_fx, values_of
 
 
-class ResidualNorm(nn.RMSNorm):
+class AddRMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` of [..., H] that first adds what the layer before it made of the stream.
 
     Parameters: weight [H], as in `nn.RMSNorm`, whose results it has.
@@ -48,8 +48,8 @@ class ResidualNorm(nn.RMSNorm):
             Both [..., H], in the widest dtype of x, delta and weight.
         """
         if x.is_nested:
-            jagged = jagged_parts("ResidualNorm", x)
-            delta = values_of("ResidualNorm", "delta", delta, x)
+            jagged = jagged_parts("AddRMSNorm", x)
+            delta = values_of("AddRMSNorm", "delta", delta, x)
             y, total = self.forward(jagged.values, delta, bias)
             return jagged.like(y), jagged.like(total)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)

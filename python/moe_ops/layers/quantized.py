@@ -160,7 +160,7 @@ class QuantizedExperts(nn.Module):
             experts: the bank.
             format, group_size: as of the class.
             calibration: batches of the bank's own arguments, (x, topk_weights, topk_ids) each, or
-                what `moe_ops.quant.record_baseline` returned; None for no x_scale.
+                what `moe_ops.quant.collect_calibration` returned; None for no x_scale.
         """
         if not isinstance(experts, Experts):
             raise ValueError(
@@ -367,11 +367,11 @@ class QuantizedExperts(nn.Module):
             "and quantise the result."
         )
 
-    def prepack(self) -> int:
+    def pack_weights(self) -> int:
         """Warns and returns 0: the kernels read the quantised weights as they lie."""
-        return packing.prepack(self)
+        return packing.pack_weights(self)
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """Nothing to drop; returns 0."""
         return 0
 

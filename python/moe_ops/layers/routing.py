@@ -30,7 +30,7 @@ class Routing(NamedTuple):
 
 
 class RoutingOverride(NamedTuple):
-    """Another way of choosing, set on a router for a while (`moe_ops.surgery.route_as`).
+    """Another way of choosing, set on a router for a while (`moe_ops.surgery.override_routing`).
 
     choose: (router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'] int, without a
         gradient; ids outside [0, E) are slots without an expert. Logits of masked experts are the

@@ -53,7 +53,7 @@ def moved_counts(counts: Tensor, device: torch.device) -> Tensor:
     return counts.to(device)
 
 
-class RoutingStats:
+class ExpertLoadStats:
     """Running counts of tokens per expert, one row a layer.
 
     `update` adds on the device of the ids and never waits for it; the first wait is where a number
@@ -108,18 +108,18 @@ class RoutingStats:
             return
         if seen.shape != counts.shape:
             raise ValueError(
-                f"RoutingStats: layer {layer!r} must have {seen.shape[0]} experts as before, "
+                f"ExpertLoadStats: layer {layer!r} must have {seen.shape[0]} experts as before, "
                 f"got {counts.shape[0]}."
             )
         seen.add_(counts.to(seen.device))
 
-    def merge(self, other: RoutingStats) -> RoutingStats:
+    def merge(self, other: ExpertLoadStats) -> ExpertLoadStats:
         """Adds the counts of `other`, which stays as it is; returns self."""
         for layer, counts in other._counts.items():
             self._add(layer, counts)
         return self
 
-    def all_reduce(self, group: Any = None) -> RoutingStats:
+    def all_reduce(self, group: Any = None) -> ExpertLoadStats:
         """Sums the counts over the ranks of `group` (None: all), in one all-reduce for all layers;
         nothing happens without torch.distributed.
 
@@ -160,7 +160,7 @@ class RoutingStats:
         counts = self._counts[layer]
         if num_ranks < 1 or counts.shape[0] % num_ranks:
             raise ValueError(
-                f"RoutingStats: num_ranks must divide the {counts.shape[0]} experts of layer "
+                f"ExpertLoadStats: num_ranks must divide the {counts.shape[0]} experts of layer "
                 f"{layer!r}, got {num_ranks}."
             )
         load = counts.view(num_ranks, -1).sum(1).double()

@@ -141,14 +141,14 @@ class ZeroComputationExperts(nn.Module):
         parts = counts.split(sizes)
         return {kind: part.sum() for kind, part in zip(("real", *KINDS), parts, strict=True)}
 
-    def prepack(self) -> int:
-        """See `Experts.prepack`."""
-        packed: int = self.experts.prepack()
+    def pack_weights(self) -> int:
+        """See `Experts.pack_weights`."""
+        packed: int = self.experts.pack_weights()
         return packed
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """See `Experts.unpack`."""
-        dropped: int = self.experts.unpack()
+        dropped: int = self.experts.unpack_weights()
         return dropped
 
     def select(self, *_: Any, **__: Any) -> nn.Module:

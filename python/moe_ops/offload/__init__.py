@@ -7,9 +7,9 @@
 
 `offload_experts` works for the layers of `moe_ops.layers`, the language models of the zoo and the
 models of transformers that `moe_ops.hf` supports, float or quantised. Policies say which experts
-stay in the slots and which are fetched ahead; `record_trace` records routes, from which `Belady`
-knows the future and `train_predictor` makes a predictor for `Predicted`; `split_batch` groups
-sequences that use the same experts.
+stay in the slots and which are fetched ahead; `record_expert_trace` records routes, from which
+`BeladyPolicy` knows the future and `train_predictor` makes a predictor for `PredictivePolicy`;
+`split_batch_by_experts` groups sequences that use the same experts.
 """
 
 from __future__ import annotations
@@ -17,31 +17,28 @@ from __future__ import annotations
 from .cache import CacheStats, ExpertCache
 from .convert import offload_experts
 from .experts import OffloadedExperts
-from .policy import FIFO, LFU, LRU, Belady, Policy, Predicted
-from .predictor import RoutePredictor, train_predictor
-from .schedule import generate_in_halves, split_batch
-from .store import ExpertStore, FileStore, MemoryStore, write_experts
-from .trace import RoutingTrace, record_trace
+from .policy import BeladyPolicy, CachePolicy, PredictivePolicy
+from .predictor import ExpertPredictor, train_predictor
+from .schedule import generate_in_halves, split_batch_by_experts
+from .store import ExpertStore, FileStore, MemoryStore, save_experts
+from .trace import ExpertTrace, record_expert_trace
 
 __all__ = [
-    "FIFO",
-    "LFU",
-    "LRU",
-    "Belady",
+    "BeladyPolicy",
+    "CachePolicy",
     "CacheStats",
     "ExpertCache",
+    "ExpertPredictor",
     "ExpertStore",
+    "ExpertTrace",
     "FileStore",
     "MemoryStore",
     "OffloadedExperts",
-    "Policy",
-    "Predicted",
-    "RoutePredictor",
-    "RoutingTrace",
+    "PredictivePolicy",
     "generate_in_halves",
     "offload_experts",
-    "record_trace",
-    "split_batch",
+    "record_expert_trace",
+    "save_experts",
+    "split_batch_by_experts",
     "train_predictor",
-    "write_experts",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .policy import POLICIES, Policy
+from .policy import POLICIES, CachePolicy
 from .store import ExpertStore, Key
 
 # How many wanted experts the thread looks at before it gives up, for each slot.
@@ -63,7 +63,7 @@ class ExpertCache:
     Args:
         store: where the experts are.
         num_slots: N, at least 1, of all banks together.
-        policy: "lru", "lfu", "fifo", or a `Policy`.
+        policy: "lru", "lfu", "fifo", or a `CachePolicy`.
         device: of the slots. On CUDA, copies run on a stream of their own, and the stream of a call
             waits for those that it needs.
 
@@ -75,7 +75,7 @@ class ExpertCache:
         self,
         store: ExpertStore,
         num_slots: int,
-        policy: Policy | str = "lru",
+        policy: CachePolicy | str = "lru",
         *,
         device: torch.device | str = "cpu",
     ) -> None:

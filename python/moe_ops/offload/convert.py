@@ -16,8 +16,8 @@ from moe_ops.quant.bank import check_weights, find_banks
 
 from .cache import ExpertCache
 from .experts import OffloadedExperts
-from .policy import Policy
-from .store import ExpertStore, FileStore, MemoryStore, Parts, Stored, forms, write_experts
+from .policy import CachePolicy
+from .store import ExpertStore, FileStore, MemoryStore, Parts, Stored, forms, save_experts
 from .trace import tokens_of
 
 _QUANTIZED = ("w_gate_up", "w_down", "w_gate_up_scale", "w_down_scale")
@@ -42,7 +42,7 @@ def offload_experts(
     max_bytes: int | None = None,
     path: Path | str | None = None,
     store: ExpertStore | None = None,
-    policy: Policy | str = "lru",
+    policy: CachePolicy | str = "lru",
     device: torch.device | str | None = None,
     keep_cached: bool = True,
     skip: Sequence[str] = (),
@@ -66,7 +66,7 @@ def offload_experts(
             memory, pinned if `device` is CUDA.
         store: instead, where the experts are already, the banks in the order of the model's:
             ``FileStore.open(path)``.
-        policy: "lru", "lfu", "fifo", or a `moe_ops.offload.Policy`.
+        policy: "lru", "lfu", "fifo", or a `moe_ops.offload.CachePolicy`.
         device: of the slots; None is that of the weights.
         keep_cached: as of `FileStore`.
         skip: shell patterns of the names of banks to leave as they are.
@@ -86,7 +86,7 @@ def offload_experts(
     _check(model, banks, num_slots, max_bytes, path, store)
     target = banks[0].tensors["w_down"][0].device if device is None else torch.device(device)
     if store is None and path is not None:
-        write_experts(path, [bank.tensors for bank in banks])
+        save_experts(path, [bank.tensors for bank in banks])
         store = FileStore.open(path, keep_cached=keep_cached)
     elif store is None:
         store = MemoryStore([bank.tensors for bank in banks], pin=target.type == "cuda")
@@ -138,7 +138,7 @@ def _quantized(name: str, module: Any) -> _Bank:
 
 
 def parts_of(weights: ExpertWeights) -> Parts:
-    """What stores and `write_experts` take, of float experts."""
+    """What stores and `save_experts` take, of float experts."""
     parts: dict[str, tuple[Tensor, ...]] = {
         "w_gate_up": weights.gate_up,
         "w_down": (weights.down,),

@@ -150,11 +150,11 @@ class OffloadedExperts(nn.Module):
             "model; save it before offload_experts."
         )
 
-    def prepack(self) -> int:
+    def pack_weights(self) -> int:
         """Does nothing: what is in slots changes."""
         return 0
 
-    def unpack(self) -> int:
+    def unpack_weights(self) -> int:
         """Nothing to drop; returns 0."""
         return 0
 

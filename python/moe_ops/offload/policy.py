@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .store import Key
-from .trace import RoutingTrace
+from .trace import ExpertTrace
 
 
-class Policy:
+class CachePolicy:
     """The base: subclasses override `victim`, and what they need of the rest.
 
     All methods but `begin` are called with the cache locked, and should be quick; `begin` should
@@ -55,7 +55,7 @@ class Policy:
         return False
 
 
-class LRU(Policy):
+class LRUPolicy(CachePolicy):
     """The least recently used expert goes."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LRU(Policy):
         return min(keys, key=lambda key: self._last.get(key, 0))
 
 
-class FIFO(Policy):
+class FIFOPolicy(CachePolicy):
     """The expert goes that came first."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class FIFO(Policy):
         return min(keys, key=lambda key: self._came.get(key, 0))
 
 
-class LFU(LRU):
+class LFUPolicy(LRUPolicy):
     """The expert goes that was used in the fewest calls; of several, the least recently used."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class LFU(LRU):
         return min(keys, key=lambda key: (self._uses[key], self._last.get(key, 0)))
 
 
-class Belady(Policy):
+class BeladyPolicy(CachePolicy):
     """The expert goes whose next use is farthest away: the optimum, of a routing that is known.
 
     Args:
@@ -110,7 +110,7 @@ class Belady(Policy):
     Source: Belady 1966, "A study of replacement algorithms for a virtual-storage computer".
     """
 
-    def __init__(self, trace: RoutingTrace, *, prefetch: bool = True) -> None:
+    def __init__(self, trace: ExpertTrace, *, prefetch: bool = True) -> None:
         self.prefetches = prefetch
         self._calls = trace.calls()
         self._now = -1  # The call that runs.
@@ -140,7 +140,7 @@ class Belady(Policy):
         return self.next_use(key) < self.next_use(victim)
 
 
-class Predicted(LRU):
+class PredictivePolicy(LRUPolicy):
     """Slots go where a predictor sees demand: ExpertFlow's predictive expert cache.
 
     When a step begins, the predictor says with which chance each call of it will need each expert.
@@ -152,7 +152,7 @@ class Predicted(LRU):
 
     Args:
         predict: tokens [B, S] of a step -> chances [L, E] that the step needs each expert, one row
-            a call; as `RoutePredictor.stream()`.
+            a call; as `ExpertPredictor.stream()`.
         banks: which bank each of the L calls is of; None: call i is of bank i.
         threshold: chances below are not fetched for.
         decay: of the memory of earlier steps.
@@ -172,9 +172,9 @@ class Predicted(LRU):
     ) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
-            raise ValueError(f"Predicted: threshold must be in (0, 1], got {threshold}.")
+            raise ValueError(f"PredictivePolicy: threshold must be in (0, 1], got {threshold}.")
         if not 0 <= decay < 1:
-            raise ValueError(f"Predicted: decay must be in [0, 1), got {decay}.")
+            raise ValueError(f"PredictivePolicy: decay must be in [0, 1), got {decay}.")
         self.predict = predict
         self.threshold = threshold
         self.decay = decay
@@ -201,8 +201,9 @@ class Predicted(LRU):
         else:
             if chances.shape != (len(self._banks), self._num_experts):
                 raise ValueError(
-                    f"Predicted: predict must give [{len(self._banks)}, {self._num_experts}], one "
-                    f"row a call and one column an expert, got shape {list(chances.shape)}."
+                    f"PredictivePolicy: predict must give [{len(self._banks)}, "
+                    f"{self._num_experts}], one row a call and one column an expert, got shape "
+                    f"{list(chances.shape)}."
                 )
             rows = torch.as_tensor(chances).tolist()
         order = [
@@ -242,4 +243,4 @@ class Predicted(LRU):
         return self.worth(key) > self.worth(victim)
 
 
-POLICIES: dict[str, type[Policy]] = {"lru": LRU, "lfu": LFU, "fifo": FIFO}
+POLICIES: dict[str, type[CachePolicy]] = {"lru": LRUPolicy, "lfu": LFUPolicy, "fifo": FIFOPolicy}

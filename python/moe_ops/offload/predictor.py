@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from moe_ops import _files, _reading, _tensor_file
 from moe_ops._fields import Fields
 
-from .trace import RoutingTrace
+from .trace import ExpertTrace
 
 _KIND = "moe_ops.RoutePredictor/2"
 _SIZES = ("vocab_size", "num_calls", "num_experts", "window", "width", "num_layers", "num_heads")
 
 
-class RoutePredictor(nn.Module):
+class ExpertPredictor(nn.Module):
     """A small causal transformer encoder: tokens to logits that each call uses each expert.
 
     Args:
@@ -75,7 +75,7 @@ class RoutePredictor(nn.Module):
         length = tokens.shape[1]
         if length > self.window:
             raise ValueError(
-                f"RoutePredictor: tokens must be at most {self.window} in a row, got {length}."
+                f"ExpertPredictor: tokens must be at most {self.window} in a row, got {length}."
             )
         known = tokens.masked_fill((tokens < 0) | (tokens >= self.vocab_size), 0)
         x = self.embedding(known) + self.position[:length]
@@ -90,9 +90,9 @@ class RoutePredictor(nn.Module):
         return torch.cat([self(run).sigmoid() for run in tokens.split(self.window, 1)], 1)
 
     def stream(self) -> Callable[[Tensor], Tensor]:
-        """What `Predicted` calls once a step: tokens [B, S] -> [L, E], the chance that any of them
-        uses an expert. A step of one token goes on with the tokens of the steps before, if it has
-        as many sequences."""
+        """What `PredictivePolicy` calls once a step: tokens [B, S] -> [L, E], the chance that any
+        of them uses an expert. A step of one token goes on with the tokens of the steps before, if
+        it has as many sequences."""
         context: Tensor | None = None
 
         def predict(tokens: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class RoutePredictor(nn.Module):
         _tensor_file.write_tensors(path, _KIND, self.state_dict(), self.config)
 
     @classmethod
-    def load(cls, path: Path | str) -> RoutePredictor:
+    def load(cls, path: Path | str) -> ExpertPredictor:
         """Reads what `save` has written; the file cannot run code.
 
         Raises:
@@ -153,7 +153,7 @@ class RoutePredictor(nn.Module):
 
 
 def train_predictor(
-    trace: RoutingTrace,
+    trace: ExpertTrace,
     vocab_size: int,
     *,
     steps: int = 300,
@@ -163,14 +163,14 @@ def train_predictor(
     window: int = 32,
     width: int = 64,
     num_layers: int = 2,
-) -> RoutePredictor:
+) -> ExpertPredictor:
     """A predictor of the routes of a trace: binary cross-entropy on the sets of experts.
 
     Args:
         trace: with known tokens, its sequences of two tokens and more.
         vocab_size: V of the model.
         steps, batch, learning_rate: of AdamW, on `batch` random windows a step.
-        window, width, num_layers: as of `RoutePredictor`.
+        window, width, num_layers: as of `ExpertPredictor`.
 
     Returns:
         The predictor, in eval mode.
@@ -187,7 +187,7 @@ def train_predictor(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = RoutePredictor(
+        model = ExpertPredictor(
             vocab_size,
             len(trace.banks),
             trace.num_experts,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .predictor import RoutePredictor
+from .predictor import ExpertPredictor
 
 
 def num_active(routes: Tensor) -> int:
@@ -19,7 +19,7 @@ def num_active(routes: Tensor) -> int:
     return int(routes.any(0).sum())
 
 
-def split_batch(
+def split_batch_by_experts(
     routes: Tensor, *, rounds: int = 10, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Splits sequences into two halves that use few experts each.
@@ -42,7 +42,7 @@ def split_batch(
     """
     if routes.dim() != 3 or routes.dtype != torch.bool or len(routes) < 2:
         raise ValueError(
-            f"split_batch: routes must be bool [B, L, E] of two sequences at least, got "
+            f"split_batch_by_experts: routes must be bool [B, L, E] of two sequences at least, got "
             f"{str(routes.dtype).removeprefix('torch.')} of shape {list(routes.shape)}."
         )
     rows = routes.flatten(1).float()
@@ -86,7 +86,7 @@ def _in_use(counts: list[Tensor]) -> int:
 
 
 def generate_in_halves(
-    model: Any, tokens: Tensor, num_tokens: int, predictor: RoutePredictor, **options: Any
+    model: Any, tokens: Tensor, num_tokens: int, predictor: ExpertPredictor, **options: Any
 ) -> Tensor:
     """`generate` of two batches in one: split anew by their predicted experts, run one by one.
 
@@ -103,7 +103,7 @@ def generate_in_halves(
         last token of each of its rows.
     """
     routes = (predictor.chances(tokens) > 0.5).any(1)
-    halves = split_batch(routes.cpu())
+    halves = split_batch_by_experts(routes.cpu())
     ours = "num_tokens" in inspect.signature(model.generate).parameters
     options["num_tokens" if ours else "max_new_tokens"] = num_tokens
     results = [model.generate(tokens[half.to(tokens.device)], **options) for half in halves]

@@ -168,7 +168,7 @@ class FileStore(ExpertStore):
     transposed, 256 KiB or one row for each thread that reads. The system's file cache gives way to
     whoever needs memory.
 
-    The first read of an expert compares it with the checksum that `write_experts` has put into the
+    The first read of an expert compares it with the checksum that `save_experts` has put into the
     file; files of others have none.
 
     Args:
@@ -194,7 +194,7 @@ class FileStore(ExpertStore):
 
     @classmethod
     def open(cls, path: Path | str, *, keep_cached: bool = True) -> FileStore:
-        """The file that `write_experts` has written.
+        """The file that `save_experts` has written.
 
         Raises:
             FileNotFoundError: no such file.
@@ -325,7 +325,7 @@ def read_header(path: Path) -> dict[str, Piece]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, one that ends too soon, or one of `write_experts` whose
+        ValueError: another kind of file, one that ends too soon, or one of `save_experts` whose
             header differs from its checksum.
     """
     with _reading.open_regular(path, "FileStore") as file:
@@ -357,7 +357,7 @@ def read_header(path: Path) -> dict[str, Piece]:
 
 def _marks(header: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     """Returns the checksums of a header's tensors, eight hexadecimal digits each, or "" where a
-    file is not of `write_experts`.
+    file is not of `save_experts`.
 
     Raises:
         ValueError: the header differs from its own checksum.
@@ -385,7 +385,7 @@ def _parse(path: Path, key: str) -> tuple[int, int, str]:
 
 
 @torch.no_grad()
-def write_experts(path: Path | str, banks: Iterable[Parts]) -> None:
+def save_experts(path: Path | str, banks: Iterable[Parts]) -> None:
     """Writes experts into one safetensors file, each tensor as ``BANK.EXPERT.NAME``.
 
     The memory of one expert is taken, beside what the banks are in.
@@ -400,7 +400,7 @@ def write_experts(path: Path | str, banks: Iterable[Parts]) -> None:
     path, banks = Path(path), list(banks)
     tensors = forms(banks[0])
     if any(forms(bank) != tensors for bank in banks):
-        raise ValueError("write_experts: banks must have one form, got several.")
+        raise ValueError("save_experts: banks must have one form, got several.")
     order = [
         (b, e, name)
         for b, bank in enumerate(banks)

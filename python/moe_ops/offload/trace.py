@@ -31,7 +31,7 @@ _MOST_INFLATED = 1032
 
 
 @dataclass
-class RoutingTrace:
+class ExpertTrace:
     """Which experts each token of each step went to.
 
     A step is one forward of the model.
@@ -104,7 +104,7 @@ class RoutingTrace:
             np.savez_compressed(file, **arrays, sha256=np.asarray(_digest(arrays)))
 
     @classmethod
-    def load(cls, path: Path | str) -> RoutingTrace:
+    def load(cls, path: Path | str) -> ExpertTrace:
         """Reads what `save` has written.
 
         Raises:
@@ -207,7 +207,7 @@ class TraceRecorder:
         self._ids[-1].append(topk_ids.detach().cpu().to(torch.int16))
         self._banks[-1].append(bank)
 
-    def trace(self) -> RoutingTrace:
+    def trace(self) -> ExpertTrace:
         """What was recorded.
 
         Raises:
@@ -232,7 +232,7 @@ class TraceRecorder:
             known = self._steps[i][0] * self._steps[i][1] == num
             steps.append(self._steps[i] if known else (1, num))
             tokens.append(self._tokens[i].long() if known else torch.full((num,), -1, device="cpu"))
-        return RoutingTrace(
+        return ExpertTrace(
             torch.cat(rows),
             torch.cat(tokens),
             torch.tensor(steps, device="cpu"),
@@ -242,7 +242,7 @@ class TraceRecorder:
 
 
 @contextlib.contextmanager
-def record_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[TraceRecorder]:
+def record_expert_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[TraceRecorder]:
     """Records the routes of a model while the context is open; `recorder.trace()` gives them.
 
     Example:
@@ -261,7 +261,7 @@ def record_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[Trac
     sizes = sorted({num_experts for _, num_experts, _ in banks})
     if len(sizes) != 1:
         raise ValueError(
-            f"record_trace: model must hold banks of one number of experts, got {sizes or 'none'}."
+            f"record_expert_trace: model must hold banks of one number of experts, got {sizes or 'none'}."
         )
     recorder = TraceRecorder(sizes[0])
     handles = [
@@ -294,7 +294,7 @@ def _calls_of(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[nn.Modu
     for module in stored.values():
         yield module, module.num_experts, plain_inputs
     if not stored:
-        for found in find_banks(model, skip, op="record_trace"):
+        for found in find_banks(model, skip, op="record_expert_trace"):
             yield found.module, found.bank.num_experts, found.hook.inputs
 
 

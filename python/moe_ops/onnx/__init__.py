@@ -37,12 +37,12 @@ __all__ = ["translation_table"]
 # packed ones are of kernels, and the ops of a decoding step write into a cache.
 _TRANSLATIONS: dict[str, Callable[..., Any]] = {
     "add_rms_norm": attention.add_rms_norm,
-    "dense_ffn": experts.dense_ffn,
+    "all_experts_ffn": experts.all_experts_ffn,
     "expert_choice_router": routing.expert_choice_router,
     "gated_act": experts.gated_act,
     "grouped_gemm": products.grouped_gemm,
     "grouped_gemm_quantized": products.grouped_gemm_quantized,
-    "mix_experts": experts.mix_experts,
+    "mix_expert_outputs": experts.mix_expert_outputs,
     "moa_attention": attention.moa_attention,
     "moe_ffn": experts.moe_ffn,
     "moe_ffn_quantized": experts.moe_ffn_quantized,
@@ -52,7 +52,7 @@ _TRANSLATIONS: dict[str, Callable[..., Any]] = {
     "permute": products.permute,
     "rotary": attention.rotary,
     "router_linear": routing.router_linear,
-    "sort_slots": routing.sort_slots,
+    "sort_by_expert": routing.sort_by_expert,
     "topk_router": routing.topk_router,
     "topp_router": routing.topp_router,
     "unpermute": products.unpermute,
@@ -65,10 +65,11 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
     Returns:
         A new dict, op -> what builds its part of the graph: of topk_router, topp_router,
-        expert_choice_router, router_linear, sort_slots, permute, unpermute, grouped_gemm,
+        expert_choice_router, router_linear, sort_by_expert, permute, unpermute, grouped_gemm,
         grouped_gemm_quantized, gated_act, moe_ffn, moe_ffn_quantized (int8 and int4, dequantised
         in the graph), moe_linear_map, moe_linear_reduce, moa_attention, rotary, add_rms_norm,
-        peer_ffn, dense_ffn and mix_experts. In float32, bfloat16 and float16; float64 is refused.
+        peer_ffn, all_experts_ffn and mix_expert_outputs. In float32, bfloat16 and float16; float64
+        is refused.
 
     NaN logits are not ranked as the ops rank them.
     """

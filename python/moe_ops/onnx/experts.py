@@ -189,7 +189,7 @@ def peer_ffn(
     return like(sum_of(op.Mul(factors, values), 1), x)
 
 
-def dense_ffn(
+def all_experts_ffn(
     x: Value,
     w_up: Value,
     w_down: Value,
@@ -210,7 +210,7 @@ def _each(x: Value, w: Value, bias: Value | None) -> Value:
     return y if bias is None else op.Add(y, wide(bias))
 
 
-def mix_experts(
+def mix_expert_outputs(
     outputs: Value,
     weights: Value,
     factor: Value | None = None,
@@ -223,8 +223,8 @@ def mix_experts(
 ) -> tuple[Value, Value, Value]:
     if factor is not None or (norm_weight is not None and mean is None):
         raise ValueError(
-            "mix_experts: an ONNX export must be of a model in eval mode without a factor a block "
-            "of tokens, got one."
+            "mix_expert_outputs: an ONNX export must be of a model in eval mode without a factor a "
+            "block of tokens, got one."
         )
     n = wide(outputs)
     if norm_weight is not None:

@@ -150,7 +150,7 @@ def expert_choice_router(
 
 
 def sorted_slots(topk_ids: Value, num_experts: int) -> tuple[Value, Value, Value]:
-    """As `sort_slots`, in int64."""
+    """As `sort_by_expert`, in int64."""
     ids = reshape(long(topk_ids), -1)
     here = op.And(op.GreaterOrEqual(ids, int_scalar(0)), op.Less(ids, int_scalar(num_experts)))
     ids = op.Where(here, ids, int_scalar(num_experts))
@@ -163,5 +163,5 @@ def sorted_slots(topk_ids: Value, num_experts: int) -> tuple[Value, Value, Value
     return offsets, row_to_slot, op.Reshape(slot_to_row, op.Shape(topk_ids))
 
 
-def sort_slots(topk_ids: Value, num_experts: int) -> tuple[Value, ...]:
+def sort_by_expert(topk_ids: Value, num_experts: int) -> tuple[Value, ...]:
     return tuple(op.Cast(t, to=INT32) for t in sorted_slots(topk_ids, num_experts))

@@ -181,23 +181,23 @@ def _peer_ffn_bwd(
     return up * (need_x + need_w_gate_up) + down * (past_down + need_w_down)
 
 
-@count_flops("gated_ffn")
-def _gated_ffn(x: Shape, w_gate: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
+@count_flops("gated_mlp_decode")
+def _gated_mlp_decode(x: Shape, w_gate: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * x[0] * w_gate[0] * (2 * x[1] + out_shape[1])
 
 
-@count_flops("dense_ffn")
-def _dense_ffn(x: Shape, w_up: Shape, w_down: Shape, *args: Any, **kwargs: Any) -> int:
+@count_flops("all_experts_ffn")
+def _all_experts_ffn(x: Shape, w_up: Shape, w_down: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * x[0] * (prod(w_up) + prod(w_down))
 
 
-@count_flops("dense_ffn_fwd")
-def _dense_ffn_fwd(x: Shape, w_up: Shape, w_down: Shape, *args: Any, **kwargs: Any) -> int:
+@count_flops("all_experts_ffn_fwd")
+def _all_experts_ffn_fwd(x: Shape, w_up: Shape, w_down: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * x[0] * (prod(w_up) + prod(w_down))
 
 
-@count_flops("dense_ffn_bwd")
-def _dense_ffn_bwd(
+@count_flops("all_experts_ffn_bwd")
+def _all_experts_ffn_bwd(
     grad_y: Shape,
     x: Shape,
     w_up: Shape,
@@ -217,13 +217,13 @@ def _dense_ffn_bwd(
     return up * (need_x + need_w_up) + down * (past_down + need_w_down)
 
 
-@count_flops("mix_experts")
-def _mix_experts(outputs: Shape, weights: Shape, *args: Any, **kwargs: Any) -> int:
+@count_flops("mix_expert_outputs")
+def _mix_expert_outputs(outputs: Shape, weights: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * prod(outputs) * weights[1]
 
 
-@count_flops("mix_experts_bwd")
-def _mix_experts_bwd(
+@count_flops("mix_expert_outputs_bwd")
+def _mix_expert_outputs_bwd(
     grad_y: Shape,
     outputs: Shape,
     weights: Shape,
@@ -301,8 +301,8 @@ def _moa_attention_bwd(
     return 5 * _attention(q, k)  # Scores once more, and four gradients.
 
 
-@count_flops("attention_step")
-def _attention_step(
+@count_flops("attention_decode")
+def _attention_decode(
     x: Shape,
     w_q: Shape,
     w_k: Shape,
@@ -322,8 +322,8 @@ def _attention_step(
     return projections + 4 * tokens * w_q[0] * (start + length)
 
 
-@count_flops("latent_attention_step")
-def _latent_attention_step(
+@count_flops("mla_decode")
+def _mla_decode(
     x: Shape,
     w_q: Shape,
     w_kv_a: Shape,

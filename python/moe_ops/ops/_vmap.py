@@ -16,8 +16,8 @@ from moe_ops.ops._library import Signature, library
 # does. Those with more dimensions are rows all the same.
 _TOKENS: dict[str, tuple[str, ...]] = {
     "gated_act": ("gate_up",),
-    "gated_ffn": ("x", "residual"),
-    "dense_ffn": ("x",),
+    "gated_mlp_decode": ("x", "residual"),
+    "all_experts_ffn": ("x",),
     "moe_ffn": ("x", "topk_weights", "topk_ids"),
     "moe_ffn_packed": ("x", "topk_weights", "topk_ids"),
     "moe_ffn_quantized": ("x", "topk_weights", "topk_ids"),

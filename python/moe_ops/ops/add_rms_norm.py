@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.formulas import add_rms_norm as formulas
-from moe_ops.numerics import is_batch_invariant
+from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -71,7 +71,7 @@ def add_rms_norm(
     Source:
         Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
-    if (x.is_cuda and not is_batch_invariant()) or torch.compiler.is_compiling():
+    if (x.is_cuda and not is_batch_invariant_enabled()) or torch.compiler.is_compiling():
         _check("add_rms_norm", x, weight, residual, bias, eps)
         return formulas.add_rms_norm(x, weight, residual, bias=bias, eps=eps)
     y, total, _ = _add_rms_norm(x, weight, residual, bias, float(eps))

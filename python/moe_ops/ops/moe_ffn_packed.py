@@ -30,7 +30,7 @@ def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
     """Copies expert weights into the order in which this machine's kernels read them.
 
     The layout depends on the processor and on the release, so a copy is for this process: do not
-    save it. :meth:`moe_ops.layers.Experts.prepack` keeps copies and throws them away in time.
+    save it. :meth:`moe_ops.layers.Experts.pack_weights` keeps copies and throws them away in time.
     CUDA kernels read weights as they are: there a copy is empty.
 
     Args:

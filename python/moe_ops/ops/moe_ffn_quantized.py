@@ -345,7 +345,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     x, *weights, topk_weights, topk_ids, x_scale, b_gate_up, b_down = args[:10]
     options, up_zero, down_zero = args[10:15], args[15], args[16]
     ops = torch.ops.moe_ops
-    routing = ops.sort_slots(topk_ids, weights[2].shape[0])
+    routing = ops.sort_by_expert(topk_ids, weights[2].shape[0])
     preact = x.new_empty((0, weights[0].shape[1]))
     w_gate_up, up_scale, w_down, down_scale = weights
     if has_kernels(w_gate_up, up_scale, up_zero) and has_kernels(w_down, down_scale, down_zero):

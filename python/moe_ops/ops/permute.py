@@ -27,8 +27,8 @@ def permute(
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
-        expert_offsets: [E+1], int32 or int64, from 0 and never falling (from :func:`sort_slots`,
-            or the ``rank_offsets`` of :func:`dispatch_plan`).
+        expert_offsets: [E+1], int32 or int64, from 0 and never falling (from
+            :func:`sort_by_expert`, or the ``rank_offsets`` of :func:`dispatch_layout`).
         row_to_slot: [N], int32 or int64, values in [-1, T*K), repeated or not; with K = 1 it names
             tokens.
         top_k: K. None: N / T, a row for each slot. With a number there may be any number of rows.

@@ -36,8 +36,8 @@ def unpermute(
 
     Args:
         rows: [N, H], any number of them; float64, float32, bfloat16 or float16, any strides.
-        expert_offsets: [E+1], int32 or int64 (from :func:`sort_slots`, or the ``rank_offsets`` of
-            :func:`dispatch_plan`).
+        expert_offsets: [E+1], int32 or int64 (from :func:`sort_by_expert`, or the ``rank_offsets``
+            of :func:`dispatch_layout`).
         slot_to_row: [T, K], int32 or int64, values in [-1, N), repeated or not.
         topk_weights: [T, K] in any float dtype, used in fp32; None means ones.
 

@@ -5,59 +5,49 @@ Letters in all files: T tokens, H hidden size, E experts, K experts a token, n r
 
 from __future__ import annotations
 
-from .balance import balanced_placements, rebalance, rebalance_experts
-from .banks import ExpertSharding
-from .checkpoint import in_expert_order
-from .comm import all_to_all_rows, exchange_counts, is_checking_splits, set_check_splits
+from .balance import move_experts, plan_placements, rebalance_experts
+from .checkpoint import canonical_expert_order
 from .dispatch import (
-    Bank,
-    Dispatched,
+    AllGatherDispatcher,
     Dispatcher,
-    Gather,
-    Local,
-    Shared,
+    DispatchOutput,
+    LocalDispatcher,
+    ReplicatedDispatcher,
 )
-from .exchange import Padded, Slots, Tokens
-from .loading import load_experts
-from .placement import Move, Placement
-from .registry import choose, register_dispatcher
+from .exchange import AllToAllDispatcher, DedupAllToAllDispatcher, PaddedAllToAllDispatcher
+from .loading import load_sharded_experts
+from .placement import ExpertPlacement
+from .registry import make_dispatcher, register_dispatcher
 from .sharding import (
-    Meshes,
+    MoEMeshes,
     clip_grad_norm_,
-    ddp_ignore,
     fully_shard_moe,
-    make_meshes,
+    init_moe_meshes,
+    prepare_ddp,
     shard_experts,
 )
 
 __all__ = [
-    "Bank",
-    "Dispatched",
+    "AllGatherDispatcher",
+    "AllToAllDispatcher",
+    "DedupAllToAllDispatcher",
+    "DispatchOutput",
     "Dispatcher",
-    "ExpertSharding",
-    "Gather",
-    "Local",
-    "Meshes",
-    "Move",
-    "Padded",
-    "Placement",
-    "Shared",
-    "Slots",
-    "Tokens",
-    "all_to_all_rows",
-    "balanced_placements",
-    "choose",
+    "ExpertPlacement",
+    "LocalDispatcher",
+    "MoEMeshes",
+    "PaddedAllToAllDispatcher",
+    "ReplicatedDispatcher",
+    "canonical_expert_order",
     "clip_grad_norm_",
-    "ddp_ignore",
-    "exchange_counts",
     "fully_shard_moe",
-    "in_expert_order",
-    "is_checking_splits",
-    "load_experts",
-    "make_meshes",
-    "rebalance",
+    "init_moe_meshes",
+    "load_sharded_experts",
+    "make_dispatcher",
+    "move_experts",
+    "plan_placements",
+    "prepare_ddp",
     "rebalance_experts",
     "register_dispatcher",
-    "set_check_splits",
     "shard_experts",
 ]

@@ -16,21 +16,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moe_ops.layers import RoutingStats
+from moe_ops.layers import ExpertLoadStats
 
 from .banks import Bank, banks_of, places_of, set_sharding, sharding_of, tensors_of
 from .comm import all_to_all_rows
-from .placement import Placement
+from .placement import ExpertPlacement
 
 
 def rebalance_experts(
     weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Placement.balanced` of many layers, called and answering like the function of this name of
-    EPLB.
+    """`ExpertPlacement.balanced` of many layers, called and answering like the function of this
+    name of EPLB.
 
     Args:
-        weight: [L, E] loads. num_replicas: P. num_groups, num_nodes: as of `Placement.balanced`.
+        weight: [L, E] loads. num_replicas: P. num_groups, num_nodes: as of
+            `ExpertPlacement.balanced`.
         num_gpus: n.
 
     Returns:
@@ -40,13 +41,16 @@ def rebalance_experts(
         logcnt: [L, E] int64, how many it has.
 
     Raises:
-        ValueError: as of `Placement.balanced`. An expert is never twice on a rank, so P <= E * n.
+        ValueError: as of `ExpertPlacement.balanced`. An expert is never twice on a rank, so P <= E
+            * n.
 
     Source: the interface of https://github.com/deepseek-ai/EPLB.
     """
     num_experts = weight.shape[1]
     layers = [
-        Placement.balanced(load, num_gpus, num_replicas, num_groups=num_groups, num_nodes=num_nodes)
+        ExpertPlacement.balanced(
+            load, num_gpus, num_replicas, num_groups=num_groups, num_nodes=num_nodes
+        )
         for load in weight.double().cpu()
     ]
     phy2log = torch.tensor([layer.physical for layer in layers], dtype=torch.int64)
@@ -62,50 +66,50 @@ def rebalance_experts(
     return phy2log, log2phy, logcnt
 
 
-def balanced_placements(
+def plan_placements(
     model: nn.Module,
-    stats: RoutingStats,
+    stats: ExpertLoadStats,
     *,
     num_groups: int = 1,
     num_nodes: int = 1,
-) -> dict[str, Placement]:
+) -> dict[str, ExpertPlacement]:
     """For each bank of a model the placement that its routing asks for, near the one that it has;
     that one itself where no other is better (for one machine).
 
     Args:
         model: with banks of `shard_experts`.
-        stats: of all ranks (`RoutingStats.all_reduce`), so that these find the same placements; its
-            layers are names of banks, or of the layers that hold them.
-        num_groups, num_nodes: of `Placement.balanced`.
+        stats: of all ranks (`ExpertLoadStats.all_reduce`), so that these find the same placements;
+            its layers are names of banks, or of the layers that hold them.
+        num_groups, num_nodes: of `ExpertPlacement.balanced`.
 
     Returns:
-        What `rebalance` takes: by the banks' names.
+        What `move_experts` takes: by the banks' names.
 
     Raises:
         ValueError: no sharded bank, or one whose layer is not in the statistics.
     """
     found = {}
-    for name, bank in _sharded("balanced_placements", model).items():
+    for name, bank in _sharded("plan_placements", model).items():
         layer = next((key for key in (name, name.rpartition(".")[0]) if key in stats.layers), None)
         if layer is None:
             raise ValueError(
-                f"balanced_placements: stats must have counts of {name or 'the bank'}, or of the "
+                f"plan_placements: stats must have counts of {name or 'the bank'}, or of the "
                 f"layer that holds it, got layers {stats.layers}."
             )
         old = bank.sharding.placement
         groups: dict[str, int] = {"num_groups": num_groups, "num_nodes": num_nodes}
         load = stats.tokens_per_expert(layer)
-        new = Placement.balanced(load, old.num_ranks, old.num_physical, **groups)
+        new = ExpertPlacement.balanced(load, old.num_ranks, old.num_physical, **groups)
         better = num_nodes > 1 or new.max_violation(load) < old.max_violation(load)
         found[name] = new.near(old, num_nodes) if better else old
     return found
 
 
 @torch.no_grad()
-def rebalance(
+def move_experts(
     model: nn.Module,
     optimizer: Optimizer | None,
-    placement: Placement | Mapping[str, Placement],
+    placement: ExpertPlacement | Mapping[str, ExpertPlacement],
 ) -> int:
     """Moves experts to other places between two steps, in place: parameters, their gradients,
     buffers and what the optimizer keeps of each. Outputs and further training are those of the
@@ -131,12 +135,14 @@ def rebalance(
             without `set_placement`, or state of the optimizer that is no number and not sharded
             like its parameter. Nothing has been moved then.
     """
-    banks = _sharded("rebalance", model)
-    wanted = dict.fromkeys(banks, placement) if isinstance(placement, Placement) else placement
+    banks = _sharded("move_experts", model)
+    wanted = (
+        dict.fromkeys(banks, placement) if isinstance(placement, ExpertPlacement) else placement
+    )
     for name in wanted:
         if name not in banks:
             raise ValueError(
-                f"rebalance: placement must be for banks of the model ({', '.join(banks)}), got "
+                f"move_experts: placement must be for banks of the model ({', '.join(banks)}), got "
                 f"one for {name!r}."
             )
     plans = []
@@ -170,17 +176,18 @@ def _sharded(op: str, model: nn.Module) -> dict[str, Any]:
     return banks
 
 
-def _check_placement(name: str, bank: Any, new: Placement) -> None:
+def _check_placement(name: str, bank: Any, new: ExpertPlacement) -> None:
     old = bank.sharding.placement
     sizes = old.num_experts, old.num_ranks, old.num_physical
     if (new.num_experts, new.num_ranks, new.num_physical) != sizes or -1 in new.physical:
         raise ValueError(
-            f"rebalance: placement of {name} must have {sizes[0]} experts on {sizes[1]} ranks in "
-            f"{sizes[2]} places, none of them empty, got {new}."
+            f"move_experts: placement of {name} must have {sizes[0]} experts on {sizes[1]} ranks "
+            f"in {sizes[2]} places, none of them empty, got {new}."
         )
     if not hasattr(bank.dispatcher, "set_placement"):
         raise ValueError(
-            f"rebalance: the dispatcher of {name} must have set_placement, got {bank.dispatcher!r}."
+            f"move_experts: the dispatcher of {name} must have set_placement, got "
+            f"{bank.dispatcher!r}."
         )
 
 
@@ -200,7 +207,7 @@ def _rows_of(name: str, bank: Bank, optimizer: Optimizer | None) -> list[DTensor
                 or (value.device_mesh, value.placements) != (tensor.device_mesh, tensor.placements)
             ):
                 raise ValueError(
-                    f"rebalance: {what} that the optimizer keeps of {key} of {name} must be "
+                    f"move_experts: {what} that the optimizer keeps of {key} of {name} must be "
                     f"sharded like it, got {type(value).__name__} of shape {list(value.shape)}."
                 )
             found.append(value)

@@ -19,8 +19,8 @@ from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers import Experts, QuantizedExperts
 
 from .comm import sum_over_group
-from .placement import Placement
-from .registry import choose
+from .placement import ExpertPlacement
+from .registry import make_dispatcher
 
 Bank = Experts | QuantizedExperts
 
@@ -60,12 +60,12 @@ def places_of(bank: Bank, tensor: DTensor) -> range:
 class ExpertSharding:
     """How a bank was sharded, for making another one like it.
 
-    ep_mesh: as of `shard_experts`. options: of `choose`. placement: of this bank.
+    ep_mesh: as of `shard_experts`. options: of `make_dispatcher`. placement: of this bank.
     """
 
     ep_mesh: DeviceMesh
     options: Mapping[str, Any]
-    placement: Placement
+    placement: ExpertPlacement
 
     def shard(self, bank: Bank) -> None:
         """Keeps of a whole bank the experts of this rank; of one with another number of experts,
@@ -108,7 +108,7 @@ class ExpertSharding:
                 f"shard_experts: the {self.ep_mesh.size()} ranks of ep_mesh must divide the "
                 f"experts of each bank, got {num_experts}."
             )
-        placement = Placement.contiguous(num_experts, self.ep_mesh.size())
+        placement = ExpertPlacement.contiguous(num_experts, self.ep_mesh.size())
         return replace(self, placement=placement)
 
     def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
@@ -121,7 +121,9 @@ class ExpertSharding:
     def _connect(self, bank: Bank) -> None:
         num_experts, top_k = self.placement.num_experts, self.options.get("top_k")
         options = {**self.options, "top_k": top_k and min(top_k, num_experts)}
-        bank.dispatcher = choose(self.ep_mesh, num_experts, placement=self.placement, **options)
+        bank.dispatcher = make_dispatcher(
+            self.ep_mesh, num_experts, placement=self.placement, **options
+        )
         bank.num_experts = num_experts
         set_sharding(bank, self)
 

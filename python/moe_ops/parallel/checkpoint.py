@@ -20,7 +20,7 @@ from .banks import banks_of, places_of, sharding_of, tensors_of
 
 
 @contextmanager
-def in_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[None]:
+def canonical_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[None]:
     """While the context is open, torch.distributed.checkpoint writes and reads a state in the order
     of experts, each once, wherever they are: files fit other placements, other numbers of ranks,
     and a process without any.

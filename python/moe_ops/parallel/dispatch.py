@@ -34,7 +34,7 @@ from .comm import (
     to_host,
     wait,
 )
-from .placement import Placement
+from .placement import ExpertPlacement
 
 
 class Bank(Protocol):
@@ -58,7 +58,7 @@ class Bank(Protocol):
         ...
 
 
-class Dispatched(NamedTuple):
+class DispatchOutput(NamedTuple):
     """Rows that are here, or on their way, for the experts of this process.
 
     x: [R, H]. topk_weights, topk_ids: [R, K'], as `Bank.forward_local` takes them.
@@ -92,7 +92,7 @@ class Dispatcher:
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None,
-        placement: Placement,
+        placement: ExpertPlacement,
         *,
         fp32_combine: bool = False,
     ) -> None:
@@ -106,8 +106,8 @@ class Dispatcher:
         self._sizes: Any = WeakTensorKeyDictionary()
         self.set_placement(placement)
 
-    def set_placement(self, placement: Placement) -> None:
-        """From the next call on, experts are where this says; `moe_ops.parallel.rebalance` moves
+    def set_placement(self, placement: ExpertPlacement) -> None:
+        """From the next call on, experts are where this says; `moe_ops.parallel.move_experts` moves
         their weights as well."""
         if placement.num_ranks != self.num_ranks:
             raise ValueError(
@@ -163,7 +163,7 @@ class Dispatcher:
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
+    ) -> DispatchOutput:
         """Sends the tokens to the ranks of their experts. on_input: experts weight their input."""
         raise NotImplementedError
 
@@ -227,14 +227,14 @@ def _as_multiplied(x: Tensor) -> Tensor:
     return x
 
 
-class Local(Dispatcher):
+class LocalDispatcher(Dispatcher):
     """One process has all experts: nothing is sent, and options of sending change nothing."""
 
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None = None,
         *,
-        placement: Placement,
+        placement: ExpertPlacement,
         fp32_combine: bool = False,
         fp8: bool = False,
     ) -> None:
@@ -242,14 +242,14 @@ class Local(Dispatcher):
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
-        return Dispatched(x, topk_weights, self.places(topk_ids), None)
+    ) -> DispatchOutput:
+        return DispatchOutput(x, topk_weights, self.places(topk_ids), None)
 
     def combine(self, y: Tensor, state: None) -> Tensor:
         return y
 
 
-class Shared(Dispatcher):
+class ReplicatedDispatcher(Dispatcher):
     """All ranks have the same tokens, as under tensor parallelism, and each adds the share of its
     experts: an all-reduce of the output and, in backward, of the gradients of x and topk_weights.
 
@@ -260,7 +260,7 @@ class Shared(Dispatcher):
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None,
-        placement: Placement,
+        placement: ExpertPlacement,
         *,
         fp32_combine: bool = False,
     ) -> None:
@@ -270,17 +270,17 @@ class Shared(Dispatcher):
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
+    ) -> DispatchOutput:
         places = self.places(topk_ids)
         x = copy_to_group(x, self.group)
         topk_weights = copy_to_group(topk_weights, self.group)
-        return Dispatched(x, topk_weights, places - self.rank * self.placement.per_rank, None)
+        return DispatchOutput(x, topk_weights, places - self.rank * self.placement.per_rank, None)
 
     def combine(self, y: Tensor, state: None) -> Tensor:
         return sum_over_group(y, self.group)
 
 
-class Gather(Dispatcher):
+class AllGatherDispatcher(Dispatcher):
     """Every rank gets all tokens and computes what its experts add to them; a sum over the ranks
     scatters the results: an all-gather and a reduce-scatter of n times the tokens.
 
@@ -292,7 +292,7 @@ class Gather(Dispatcher):
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None,
-        placement: Placement,
+        placement: ExpertPlacement,
         *,
         num_tokens: int | None = None,
         fp32_combine: bool = False,
@@ -302,14 +302,15 @@ class Gather(Dispatcher):
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
+    ) -> DispatchOutput:
         num_tokens = x.shape[0]
         size = self.num_tokens
         if size is None:
             size = self._sizes_of(topk_ids, lambda: self._largest(num_tokens, topk_ids.device))
         if not is_compiling() and num_tokens > size:
             raise ValueError(
-                f"Gather: x must have at most num_tokens = {size} tokens, got {num_tokens}."
+                f"AllGatherDispatcher: x must have at most num_tokens = {size} tokens, got "
+                f"{num_tokens}."
             )
         rows = (0, 0, 0, size - num_tokens)
         places = F.pad(self.places(topk_ids), rows, value=-1)
@@ -317,7 +318,7 @@ class Gather(Dispatcher):
         weights = begin_all_gather_rows(F.pad(topk_weights, rows), self.group)
         ids = wait(begin_all_gather_rows(places, self.group))
         local = ids - self.rank * self.placement.per_rank
-        return Dispatched(received, weights, local, (num_tokens, x.dtype))
+        return DispatchOutput(received, weights, local, (num_tokens, x.dtype))
 
     def combine(self, y: Tensor, state: tuple[int, torch.dtype]) -> Tensor:
         num_tokens, dtype = state

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ops._private_torch import check_size
-from moe_ops.ops import dispatch_plan, permute, sort_slots, unpermute
+from moe_ops.ops import dispatch_layout, permute, sort_by_expert, unpermute
 
 from .comm import (
     InFlight,
@@ -26,8 +26,8 @@ from .comm import (
     exchange_counts,
     to_host,
 )
-from .dispatch import Dispatched, Dispatcher
-from .placement import Placement
+from .dispatch import Dispatcher, DispatchOutput
+from .placement import ExpertPlacement
 
 
 class _Sent(NamedTuple):
@@ -60,7 +60,7 @@ class _AllToAll(Dispatcher):
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None,
-        placement: Placement,
+        placement: ExpertPlacement,
         *,
         fp8: bool = False,
         fp32_combine: bool = False,
@@ -88,16 +88,16 @@ def _first(rows: Tensor, number: int) -> Tensor:
     return rows.narrow(0, 0, number)
 
 
-class Slots(_AllToAll):
+class AllToAllDispatcher(_AllToAll):
     """A row for each token and each of its experts. Weights stay here and are applied to what comes
     back, in the order and precision of one process: in float32 and float64 the output has the bits
     of a process that has all experts."""
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
+    ) -> DispatchOutput:
         num_ranks, per_rank = self.num_ranks, self.placement.per_rank
-        offsets, row_to_slot, slot_to_row = sort_slots(
+        offsets, row_to_slot, slot_to_row = sort_by_expert(
             self.places(topk_ids), self.placement.num_physical
         )
         counts = offsets.diff().view(num_ranks, per_rank)
@@ -117,20 +117,20 @@ class Slots(_AllToAll):
         ids = experts.repeat_interleave(received.view(-1), output_size=num_rows).unsqueeze(1)
         back = _Sent(offsets, slot_to_row, send, recv, topk_weights, rows.dtype)
         if not on_input:
-            return Dispatched(arriving, topk_weights.new_ones(num_rows, 1), ids, back)
+            return DispatchOutput(arriving, topk_weights.new_ones(num_rows, 1), ids, back)
         own = topk_weights.reshape(-1, 1).index_select(0, row_to_slot)
         weights = begin_all_to_all_rows(own, recv, send, self.group)
-        return Dispatched(arriving, weights, ids, back._replace(topk_weights=None))
+        return DispatchOutput(arriving, weights, ids, back._replace(topk_weights=None))
 
 
-class Tokens(_AllToAll):
+class DedupAllToAllDispatcher(_AllToAll):
     """A row for each token and each rank that has one of its experts, with ids and weights; a rank
     returns the sum of its experts' outputs, which is rounded to the dtype of x."""
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
-        offsets, tokens, slot_to_row, ids = dispatch_plan(
+    ) -> DispatchOutput:
+        offsets, tokens, slot_to_row, ids = dispatch_layout(
             topk_ids, self.num_ranks, self.placement.per_rank, self.table(topk_ids)
         )
         counts = offsets.diff()
@@ -142,7 +142,7 @@ class Tokens(_AllToAll):
         tokens, ids = _first(tokens, sum(send)), _first(ids, sum(send))
         rows = permute(x, offsets, tokens, top_k=1)
         weights = permute(topk_weights, offsets, tokens, top_k=1)
-        return Dispatched(
+        return DispatchOutput(
             self._begin(rows, recv, send),
             begin_all_to_all_rows(weights, recv, send, self.group),
             begin_all_to_all_rows(ids, recv, send, self.group),
@@ -150,9 +150,9 @@ class Tokens(_AllToAll):
         )
 
 
-class Padded(Dispatcher):
-    """Rows as of `Tokens`, in n parts of C rows each: sizes do not depend on the routing, so nobody
-    waits for the device and the call can be captured in a CUDA graph.
+class PaddedAllToAllDispatcher(Dispatcher):
+    """Rows as of `DedupAllToAllDispatcher`, in n parts of C rows each: sizes do not depend on the
+    routing, so nobody waits for the device and the call can be captured in a CUDA graph.
 
     Args:
         capacity: C. A rank that gets more rows of another one than that drops those of the last
@@ -165,23 +165,25 @@ class Padded(Dispatcher):
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None,
-        placement: Placement,
+        placement: ExpertPlacement,
         *,
         capacity: int | None = None,
         fp32_combine: bool = False,
     ) -> None:
         super().__init__(group, placement, fp32_combine=fp32_combine)
         if capacity is not None and capacity < 1:
-            raise ValueError(f"Padded: capacity must be at least 1, got {capacity}.")
+            raise ValueError(
+                f"PaddedAllToAllDispatcher: capacity must be at least 1, got {capacity}."
+            )
         self.capacity = capacity
         self.num_dropped: Tensor | None = None
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
-    ) -> Dispatched:
+    ) -> DispatchOutput:
         num_ranks = self.num_ranks
         capacity = x.shape[0] if self.capacity is None else self.capacity
-        offsets, tokens, slot_to_row, ids = dispatch_plan(
+        offsets, tokens, slot_to_row, ids = dispatch_layout(
             topk_ids, num_ranks, self.placement.per_rank, self.table(topk_ids)
         )
         # The line of the buffer for each row: -1 for rows beyond the capacity, and unused ones.
@@ -209,7 +211,7 @@ class Padded(Dispatcher):
         rows = permute(x, lines, tokens, top_k=1)
         weights = permute(topk_weights, lines, tokens, top_k=1)
         state = lines, slot_to_line, capacity, rows.dtype
-        return Dispatched(begin(rows), begin(weights), begin(ids), state)
+        return DispatchOutput(begin(rows), begin(weights), begin(ids), state)
 
     def combine(self, y: Tensor, state: tuple[Tensor, Tensor, int, torch.dtype]) -> Tensor:
         lines, slot_to_line, capacity, dtype = state

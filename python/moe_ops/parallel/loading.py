@@ -30,7 +30,7 @@ _APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
-def load_experts(
+def load_sharded_experts(
     model: nn.Module,
     folder: Path | str,
     prefixes: Mapping[str, str] | Callable[[str], str] | str,
@@ -72,7 +72,7 @@ def load_experts(
     unknown = [name for name in wanted if name not in named]
     if unknown or not wanted:
         raise ValueError(
-            f"load_experts: prefixes must name banks of the model ({', '.join(named) or 'none'}), "
+            f"load_sharded_experts: prefixes must name banks of the model ({', '.join(named) or 'none'}), "
             f"got {', '.join(map(repr, unknown)) or 'none'}."
         )
     files = _Files(Path(folder))
@@ -96,11 +96,13 @@ class _Files:
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         if (folder / _INDEX).exists():
-            with _reading.damage("load_experts", folder / _INDEX, "an index of safetensors files"):
+            with _reading.damage(
+                "load_sharded_experts", folder / _INDEX, "an index of safetensors files"
+            ):
                 where = _files.read_json(_files.inside(folder, _INDEX)).get("weight_map")
             if not isinstance(where, dict):
                 raise ValueError(
-                    f"load_experts: weight_map of {folder / _INDEX} must be an object, got "
+                    f"load_sharded_experts: weight_map of {folder / _INDEX} must be an object, got "
                     f"{_files.shown(where)}."
                 )
             self._file_of = where
@@ -108,7 +110,7 @@ class _Files:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
         if not names:
             raise FileNotFoundError(
-                f"load_experts: {folder} must hold safetensors files, got none."
+                f"load_sharded_experts: {folder} must hold safetensors files, got none."
             )
         for name in names:
             with self._reading(name):
@@ -120,13 +122,15 @@ class _Files:
     def slice(self, key: str) -> Any:
         """A tensor of which nothing but type and shape is read until it is indexed."""
         if key not in self:
-            raise ValueError(f"load_experts: {self.folder} must hold {key}, got no such tensor.")
+            raise ValueError(
+                f"load_sharded_experts: {self.folder} must hold {key}, got no such tensor."
+            )
         name = self._file_of[key]
         with self._reading(name, f" with {key}"):
             found = self._opened(name).get_slice(key)
         if found.get_dtype() not in _FLOATS:
             raise ValueError(
-                f"load_experts: {key} must be one of {', '.join(_FLOATS)}, got "
+                f"load_sharded_experts: {key} must be one of {', '.join(_FLOATS)}, got "
                 f"{found.get_dtype()} in {self.folder / name}."
             )
         return found
@@ -139,7 +143,7 @@ class _Files:
 
     def _reading(self, name: Any, key: str = "") -> contextlib.AbstractContextManager[None]:
         where = self.folder / (name if isinstance(name, str) else _files.shown(name))
-        return _reading.damage("load_experts", where, f"a whole safetensors file{key}")
+        return _reading.damage("load_sharded_experts", where, f"a whole safetensors file{key}")
 
     def _opened(self, name: str) -> Any:
         if name not in self._open:
@@ -193,8 +197,8 @@ def _fill(bank: Experts, name: str, files: _Files, prefix: str) -> None:
         mesh = w_down.device_mesh
         if bank.sharding is None or mesh.ndim != 1:
             raise ValueError(
-                f"load_experts: {name} must be whole or sharded by shard_experts alone, got "
-                f"weights on a mesh of shape {tuple(mesh.shape)}; load before fully_shard_moe."
+                f"load_sharded_experts: {name} must be whole or sharded by shard_experts alone, "
+                f"got weights on a mesh of shape {tuple(mesh.shape)}; load before fully_shard_moe."
             )
         experts = bank.sharding.placement.local(mesh.get_local_rank())
     weights = local_part(bank.w_gate_up), local_part(bank.w_down)
@@ -230,11 +234,13 @@ def _read(
             gate_up = rows.together(keys[0], wanted[0], name, swapped)
             return gate_up, rows.together(keys[1], wanted[1], name, swapped)
     raise ValueError(
-        f"load_experts: {files.folder} must hold experts under {prefix!r} for {name}, got no key "
-        f"such as {prefix}.{rows.experts[0]}.down_proj.weight or {prefix}.down_proj."
+        f"load_sharded_experts: {files.folder} must hold experts under {prefix!r} for {name}, got "
+        f"no key such as {prefix}.{rows.experts[0]}.down_proj.weight or {prefix}.down_proj."
     )
 
 
 def _check_shape(key: str, got: Any, wanted: list[int], target: str) -> None:
     if list(got) != wanted:
-        raise ValueError(f"load_experts: {key} must be {wanted} for {target}, got {list(got)}.")
+        raise ValueError(
+            f"load_sharded_experts: {key} must be {wanted} for {target}, got {list(got)}."
+        )

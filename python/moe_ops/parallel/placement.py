@@ -29,7 +29,7 @@ class Move(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placement:
+class ExpertPlacement:
     """E experts in P places on n ranks, P / n places each; place p is on rank p // (P / n).
 
     An expert has at least one place. With several (redundant experts) each rank sends its tokens to
@@ -51,27 +51,27 @@ class Placement:
         e, n, places = self.num_experts, self.num_ranks, len(self.physical)
         if e < 1 or n < 1:
             raise ValueError(
-                f"Placement: num_experts and num_ranks must be at least 1, got {e} and {n}."
+                f"ExpertPlacement: num_experts and num_ranks must be at least 1, got {e} and {n}."
             )
         if not places or places % n:
             raise ValueError(
-                f"Placement: physical must have a multiple of {n} places, got {places}."
+                f"ExpertPlacement: physical must have a multiple of {n} places, got {places}."
             )
         if set(self.physical) - {-1} != set(range(e)):
             raise ValueError(
-                f"Placement: physical must hold all of 0 to {e - 1} and nothing else but -1, got "
-                f"{self.physical}."
+                f"ExpertPlacement: physical must hold all of 0 to {e - 1} and nothing else but -1, "
+                f"got {self.physical}."
             )
         for rank in range(n):
             experts = self.local(rank)
             if not experts or len(set(experts)) < len(experts):
                 raise ValueError(
-                    f"Placement: physical must give a rank one expert at least, and none twice, "
-                    f"got {experts} on rank {rank}."
+                    f"ExpertPlacement: physical must give a rank one expert at least, and none "
+                    f"twice, got {experts} on rank {rank}."
                 )
 
     @classmethod
-    def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
+    def contiguous(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
         """Rank 0 has the first ceil(E / n) experts, rank 1 the next ones: how ``Shard(0)`` of a
         DTensor deals them out. The last rank may have fewer.
 
@@ -96,7 +96,7 @@ class Placement:
         *,
         num_groups: int = 1,
         num_nodes: int = 1,
-    ) -> Placement:
+    ) -> ExpertPlacement:
         """Even loads a rank. A place more goes to the expert whose places have the highest load
         each, at most one a rank; then the places, experts with many of them and those with high
         loads first, go to the ranks with the lowest loads that have room.
@@ -203,7 +203,7 @@ class Placement:
         total = sum(ranks)
         return max(ranks) * self.num_ranks / total - 1 if total else 0.0
 
-    def near(self, old: Placement, num_nodes: int = 1) -> Placement:
+    def near(self, old: ExpertPlacement, num_nodes: int = 1) -> ExpertPlacement:
         """The same experts together, on the ranks of a machine, and at their places, where most of
         them are in the placement `old`: fewer moves.
 
@@ -234,7 +234,7 @@ class Placement:
             fresh = [e for e in mine if e not in before]
             for expert in before:
                 physical.append(expert if expert in mine else (fresh.pop(0) if fresh else -1))
-        return Placement(self.num_experts, n, tuple(physical))
+        return ExpertPlacement(self.num_experts, n, tuple(physical))
 
     def local(self, rank: int) -> tuple[int, ...]:
         """The experts of a rank in the order of its places, empty ones left out."""
@@ -263,7 +263,7 @@ class Placement:
         index = torch.where(valid, topk_ids, 0).long()
         return table[index].masked_fill(~valid, -1)
 
-    def moves(self, new: Placement) -> tuple[Move, ...]:
+    def moves(self, new: ExpertPlacement) -> tuple[Move, ...]:
         """What has to be copied to get from this placement to another one of the same experts, in
         the order of the new places; what stays where it is is left out. A copy on the same rank is
         preferred, then the lowest source.
@@ -326,7 +326,7 @@ def _deal(
 
 
 @lru_cache(maxsize=1024)
-def _table(placement: Placement, rank: int) -> tuple[int, ...]:
+def _table(placement: ExpertPlacement, rank: int) -> tuple[int, ...]:
     places: list[list[int]] = [[] for _ in range(placement.num_experts)]
     for place, expert in enumerate(placement.physical):
         if expert >= 0:

@@ -11,23 +11,24 @@ from typing import Any
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from .dispatch import Gather, Local, Shared
-from .exchange import Padded, Slots, Tokens
-from .placement import Placement
+from .dispatch import AllGatherDispatcher, LocalDispatcher, ReplicatedDispatcher
+from .exchange import AllToAllDispatcher, DedupAllToAllDispatcher, PaddedAllToAllDispatcher
+from .placement import ExpertPlacement
 
 Factory = Callable[..., Any]
 _factories: dict[str, Factory] = {
-    "gather": Gather,
-    "local": Local,
-    "padded": Padded,
-    "shared": Shared,
-    "slots": Slots,
-    "tokens": Tokens,
+    "gather": AllGatherDispatcher,
+    "local": LocalDispatcher,
+    "padded": PaddedAllToAllDispatcher,
+    "shared": ReplicatedDispatcher,
+    "slots": AllToAllDispatcher,
+    "tokens": DedupAllToAllDispatcher,
 }
 
 
 def register_dispatcher(name: str, factory: Factory) -> None:
-    """Makes a dispatcher known to `choose` by a name, such as one around an engine of one's own.
+    """Makes a dispatcher known to `make_dispatcher` by a name, such as one around an engine of
+    one's own.
 
     Args:
         name: not "auto" nor one that is taken.
@@ -50,13 +51,13 @@ def ranks_of_a_token(num_experts: int, num_ranks: int, top_k: int) -> float:
     return num_ranks * (1.0 - absent)
 
 
-def choose(
+def make_dispatcher(
     group: ProcessGroup | DeviceMesh | None,
     num_experts: int,
     *,
     top_k: int | None = None,
     dispatch: str = "auto",
-    placement: Placement | None = None,
+    placement: ExpertPlacement | None = None,
     shared_batch: bool = False,
     same_bits: bool = False,
     **options: Any,
@@ -74,7 +75,7 @@ def choose(
             "gather" for n <= K / 2, where all-to-all would send about as much;
             "slots" where a token's experts are on as many ranks as there are experts, 9 of 10;
             "tokens".
-        placement: which rank has which experts; None is `Placement.contiguous`.
+        placement: which rank has which experts; None is `ExpertPlacement.contiguous`.
         shared_batch: all ranks have the same tokens.
         same_bits: results are to have the bits of one process (float32 and float64).
         options: arguments of the dispatcher.
@@ -84,18 +85,21 @@ def choose(
     """
     num_ranks = 1 if group is None else group.size()
     if placement is None:
-        placement = Placement.contiguous(num_experts, num_ranks)
+        placement = ExpertPlacement.contiguous(num_experts, num_ranks)
     if placement.num_experts != num_experts:
         raise ValueError(
-            f"choose: placement must be of {num_experts} experts, got {placement.num_experts}."
+            f"make_dispatcher: placement must be of {num_experts} experts, got "
+            f"{placement.num_experts}."
         )
     if top_k is not None and not 1 <= top_k <= num_experts:
-        raise ValueError(f"choose: top_k must be between 1 and {num_experts}, got {top_k}.")
+        raise ValueError(
+            f"make_dispatcher: top_k must be between 1 and {num_experts}, got {top_k}."
+        )
     if dispatch == "auto":
         dispatch = _best(num_ranks, num_experts, top_k, shared_batch, same_bits)
     if dispatch not in _factories:
         known = ", ".join(sorted(("auto", *_factories)))
-        raise ValueError(f"choose: dispatch must be one of {known}, got {dispatch!r}.")
+        raise ValueError(f"make_dispatcher: dispatch must be one of {known}, got {dispatch!r}.")
     return _factories[dispatch](group, placement=placement, **options)
 
 

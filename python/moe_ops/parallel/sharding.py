@@ -3,7 +3,7 @@
 Letters: E experts, n ranks of expert parallelism (EP), each with E / n experts.
 
 A rank of EP computes its experts for the tokens of all n ranks, so the gradient of an expert that
-arrives there is a sum over them already. `fully_shard_moe` and `ddp_ignore` see to it that it is
+arrives there is a sum over them already. `fully_shard_moe` and `prepare_ddp` see to it that it is
 divided like all others: every gradient is the mean over the ranks of data parallelism.
 """
 
@@ -33,11 +33,11 @@ from .banks import (
     tensors_of,
     with_replicas,
 )
-from .placement import Placement
+from .placement import ExpertPlacement
 
 
-class Meshes(NamedTuple):
-    """The ranks in groups, each a mesh of one dimension; what `make_meshes` returns.
+class MoEMeshes(NamedTuple):
+    """The ranks in groups, each a mesh of one dimension; what `init_moe_meshes` returns.
 
     Attributes:
         dp: ranks with tokens of their own, whose dense weights FSDP2 or DDP handles.
@@ -53,7 +53,7 @@ class Meshes(NamedTuple):
     tp: DeviceMesh
 
 
-def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Meshes:
+def init_moe_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> MoEMeshes:
     """Meshes over all ranks: dp x tp for dense weights, efsdp x ep for experts.
 
     dp = ranks / tp and efsdp = ranks / ep: experts need no tensor parallelism, so its ranks share
@@ -73,7 +73,7 @@ def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Mesh
     ranks = dist.get_world_size()
     for name, size in (("ep", ep), ("tp", tp)):
         if size < 1 or ranks % size:
-            raise ValueError(f"make_meshes: {name} must divide the {ranks} ranks, got {size}.")
+            raise ValueError(f"init_moe_meshes: {name} must divide the {ranks} ranks, got {size}.")
     if device_type is None:
         device_type = "cpu"
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -81,7 +81,7 @@ def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Mesh
             device_type = accelerator.type
     dense = init_device_mesh(device_type, (ranks // tp, tp), mesh_dim_names=("dp", "tp"))
     sparse = init_device_mesh(device_type, (ranks // ep, ep), mesh_dim_names=("efsdp", "ep"))
-    return Meshes(dense["dp"], sparse["ep"], sparse["efsdp"], dense["tp"])
+    return MoEMeshes(dense["dp"], sparse["ep"], sparse["efsdp"], dense["tp"])
 
 
 def shard_experts(
@@ -89,7 +89,7 @@ def shard_experts(
     ep_mesh: DeviceMesh,
     dispatch: str = "auto",
     *,
-    placement: Placement | None = None,
+    placement: ExpertPlacement | None = None,
     **options: Any,
 ) -> nn.Module:
     """Shares the experts of every bank out over the ranks of `ep_mesh`, in place.
@@ -97,10 +97,11 @@ def shard_experts(
     Rank r of n keeps experts r E / n to (r + 1) E / n - 1 of each `Experts` and `QuantizedExperts`.
     Their tensors become DTensors, Shard(0) over `ep_mesh`, with the names, shapes and numbers of
     experts they had, so that a checkpoint does not say how many ranks wrote it. Calls of the bank
-    go through a dispatcher, see `moe_ops.parallel.choose`; each rank passes tokens of its own.
+    go through a dispatcher, see `moe_ops.parallel.make_dispatcher`; each rank passes tokens of its
+    own.
 
     With a placement rows are in its order, P of them, and the gradient of an expert with several
-    places is the sum over them. `in_expert_order` is then what checkpoints are written from.
+    places is the sum over them. `canonical_expert_order` is then what checkpoints are written from.
 
     Nothing is sent: every rank takes its part of what it holds, which must be the same on all ranks
     (made from the same seed or read from the same file). On the meta device no memory is taken:
@@ -109,10 +110,10 @@ def shard_experts(
     Args:
         model: a model, a layer, or a bank.
         ep_mesh: one dimension.
-        dispatch, options: of `choose`, such as dispatch="shared". K is taken from the router of
-            each `MoE`.
+        dispatch, options: of `make_dispatcher`, such as dispatch="shared". K is taken from the
+            router of each `MoE`.
         placement: of the experts of every bank, without empty places; None: in runs, as above.
-            `moe_ops.parallel.rebalance` changes it, but not the number of places.
+            `moe_ops.parallel.move_experts` changes it, but not the number of places.
 
     Returns:
         `model`.
@@ -160,7 +161,7 @@ def shard_experts(
     }
     for bank in banks.values():
         how = {"top_k": top_k.get(bank), "dispatch": dispatch, **options}
-        chosen = placement or Placement.contiguous(bank.num_experts, ep_mesh.size())
+        chosen = placement or ExpertPlacement.contiguous(bank.num_experts, ep_mesh.size())
         ExpertSharding(ep_mesh, how, chosen).shard(bank)
     return model
 
@@ -183,7 +184,7 @@ def fully_shard_moe(
 
     Args:
         block: a module; without sharded experts this is `fully_shard(block, mesh=dp_mesh)`.
-        dp_mesh, efsdp_mesh: of `make_meshes`; of two dimensions for hybrid sharding.
+        dp_mesh, efsdp_mesh: of `init_moe_meshes`; of two dimensions for hybrid sharding.
         options: of `fully_shard`, such as `mp_policy`. It does not cast what experts in a block are
             given: routing weights stay float32.
 
@@ -221,7 +222,7 @@ def fully_shard_moe(
     return block
 
 
-def ddp_ignore(
+def prepare_ddp(
     model: nn.Module,
     dp_mesh: DeviceMesh | None = None,
     efsdp_mesh: DeviceMesh | None = None,
@@ -253,7 +254,7 @@ def ddp_ignore(
         holders = bank.sharding.ep_mesh.size() * replicas
         if holders % ranks:
             raise ValueError(
-                f"ddp_ignore: efsdp_mesh must hold the {ranks // bank.sharding.ep_mesh.size()} "
+                f"prepare_ddp: efsdp_mesh must hold the {ranks // bank.sharding.ep_mesh.size()} "
                 f"ranks that have the same experts, got {replicas}."
             )
         for name, tensor in tensors_of(bank):
@@ -263,7 +264,7 @@ def ddp_ignore(
                 tensor.register_hook(_mean_over(ranks, efsdp_mesh))
     if not names:
         raise ValueError(
-            f"ddp_ignore: model must hold experts of shard_experts, got {type(model).__name__} "
+            f"prepare_ddp: model must hold experts of shard_experts, got {type(model).__name__} "
             "without."
         )
     exclude_from_ddp(model, names)

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from moe_ops.expert_weights import ExpertInputs, ExpertWeights
 
-from .baseline import BankRecord, Baseline, perplexity, record_baseline
+from .baseline import BankRecord, CalibrationData, collect_calibration, perplexity
 from .convert import quantize_experts
 from .formats import dequantize, quantize
 from .fp8 import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_blocks
-from .report import BankQuality, QualityReport, quality_report
+from .report import BankQuality, QuantizationReport, compare_quality
 from .scales import ScaleChoice, find_x_scale
 
 __all__ = [
     "BankQuality",
     "BankRecord",
-    "Baseline",
+    "CalibrationData",
     "ExpertInputs",
     "ExpertWeights",
-    "QualityReport",
+    "QuantizationReport",
     "ScaleChoice",
+    "collect_calibration",
+    "compare_quality",
     "dequantize",
     "dequantize_fp8_blocks",
     "find_x_scale",
     "fuse_fp8_gate_up",
     "perplexity",
-    "quality_report",
     "quantize",
     "quantize_experts",
     "quantize_fp8_blocks",
-    "record_baseline",
 ]

@@ -13,7 +13,7 @@ from moe_ops._sharded import has_own_experts
 from moe_ops.expert_weights import ExpertWeights, hooks_for
 
 from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
-from .baseline import Baseline, record_baseline
+from .baseline import CalibrationData, collect_calibration
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, ScaleChoice, find_x_scale
 
@@ -23,7 +23,7 @@ def quantize_experts(
     format: str = "int4",
     *,
     group_size: int | None = None,
-    calibration: Baseline | Iterable[Any] | Callable[[nn.Module], Any] | None = None,
+    calibration: CalibrationData | Iterable[Any] | Callable[[nn.Module], Any] | None = None,
     grid: int = GRID,
     skip: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
@@ -45,7 +45,7 @@ def quantize_experts(
         format: "int8" (one scale an output feature) or "int4" (one scale a group of inputs).
         group_size: of int4: 32, 64 or 128; must divide H and I. None is 64.
         calibration: inputs for the activation-aware scale of w_gate_up's input channels: what
-            `moe_ops.quant.record_baseline` returned, or what it takes. None uses no such scale.
+            `moe_ops.quant.collect_calibration` returned, or what it takes. None uses no such scale.
         grid: number of exponents tried for that scale, less one.
         skip: shell patterns of the names of banks that stay float; one that matches none is warned
             of.
@@ -92,10 +92,10 @@ def quantize_experts(
             f"{type(model).__name__} without one."
         )
     baseline = None
-    if isinstance(calibration, Baseline):
+    if isinstance(calibration, CalibrationData):
         baseline = calibration
     elif calibration is not None:
-        baseline = record_baseline(model, calibration, outputs=False)
+        baseline = collect_calibration(model, calibration, outputs=False)
     if baseline is not None and (missing := [n for n in names if n not in baseline.banks]):
         raise ValueError(
             f"quantize_experts: calibration must come from this model, got none for {missing[0]!r}."

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_ops.expert_weights import is_quantized
 
-from .baseline import Baseline, perplexity
+from .baseline import CalibrationData, perplexity
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class BankQuality:
 
 
 @dataclass(frozen=True)
-class QualityReport:
-    """What :func:`quality_report` returns."""
+class QuantizationReport:
+    """What :func:`compare_quality` returns."""
 
     banks: list[BankQuality]
     perplexity_before: float | None = None
@@ -78,7 +78,7 @@ class QualityReport:
 
 
 @torch.no_grad()
-def quality_report(model: nn.Module, baseline: Baseline) -> QualityReport:
+def compare_quality(model: nn.Module, baseline: CalibrationData) -> QuantizationReport:
     """Compares a quantised model with what was recorded of it before.
 
     A bank is judged alone: it gets the inputs that the float bank had. Inputs that served for
@@ -86,7 +86,7 @@ def quality_report(model: nn.Module, baseline: Baseline) -> QualityReport:
 
     Args:
         model: the quantised model.
-        baseline: `record_baseline` of the model before, with outputs.
+        baseline: `collect_calibration` of the model before, with outputs.
 
     Raises:
         ValueError: a baseline without outputs, or of another model.
@@ -94,7 +94,7 @@ def quality_report(model: nn.Module, baseline: Baseline) -> QualityReport:
     banks = []
     for name, record in baseline.banks.items():
         if record.y is None:
-            raise ValueError("quality_report: baseline must have outputs, got one without.")
+            raise ValueError("compare_quality: baseline must have outputs, got one without.")
         experts = quantized_experts_of(model, name)
         if experts is None:  # Skipped.
             continue
@@ -113,7 +113,7 @@ def quality_report(model: nn.Module, baseline: Baseline) -> QualityReport:
         )
     if not banks:
         raise ValueError(
-            f"quality_report: model must hold quantised experts, got {type(model).__name__} "
+            f"compare_quality: model must hold quantised experts, got {type(model).__name__} "
             "without any."
         )
     after, count = None, 0
@@ -122,7 +122,7 @@ def quality_report(model: nn.Module, baseline: Baseline) -> QualityReport:
         after = perplexity(
             model, baseline.tokens, context=baseline.context, forward=baseline.forward
         )
-    return QualityReport(banks, baseline.perplexity, after, count)
+    return QuantizationReport(banks, baseline.perplexity, after, count)
 
 
 def quantized_experts_of(model: nn.Module, name: str) -> Any:
@@ -131,7 +131,7 @@ def quantized_experts_of(model: nn.Module, name: str) -> Any:
         module: Any = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
-            f"quality_report: baseline must be of this model, got a bank {name!r}."
+            f"compare_quality: baseline must be of this model, got a bank {name!r}."
         ) from None
     if not is_quantized(module):  # A block that keeps its bank as a part.
         module = getattr(module, "experts", None)

@@ -9,7 +9,7 @@ from ._common import acc_dtype
 from .gated_act import GATED, gated_act, plain_act
 from .grouped_gemm import grouped_gemm
 from .permute import permute
-from .sort_slots import sort_slots
+from .sort_by_expert import sort_by_expert
 from .unpermute import unpermute
 
 
@@ -37,7 +37,7 @@ def moe_ffn(
     of w_gate_up and w_down to the buffers in `main_grads`, where given, instead of returning them.
     """
     acc = acc_dtype(x.dtype)
-    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
+    expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_gate_up.shape[0])
     weights = topk_weights.to(acc)
 
     rows = permute(x.to(acc), expert_offsets, row_to_slot)

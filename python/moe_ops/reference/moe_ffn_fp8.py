@@ -7,7 +7,7 @@ from ._common import acc_dtype
 from .gated_act import GATED, gated_act, plain_act
 from .grouped_gemm_fp8 import grouped_gemm_fp8
 from .quantize_fp8 import quantize_fp8
-from .sort_slots import sort_slots
+from .sort_by_expert import sort_by_expert
 from .unpermute import unpermute
 
 
@@ -37,7 +37,7 @@ def moe_ffn_fp8(
     or x_scale.
     """
     acc = acc_dtype(x.dtype if x_scale is None else x_scale.dtype)
-    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
+    expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_gate_up.shape[0])
     weights = topk_weights.to(acc)
     token = row_to_slot.long() // max(topk_ids.shape[1], 1)
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .grouped_gemm import grouped_gemm
 from .permute import permute
-from .sort_slots import sort_slots
+from .sort_by_expert import sort_by_expert
 
 
 def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -12,6 +12,6 @@ def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | Non
 
     Slots without an expert are zero.
     """
-    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w.shape[0])
+    expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w.shape[0])
     rows = grouped_gemm(permute(x, expert_offsets, row_to_slot), w, expert_offsets, bias=bias)
     return rows[slot_to_row.long()]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._common import acc_dtype
 from .grouped_gemm import grouped_gemm
-from .sort_slots import sort_slots
+from .sort_by_expert import sort_by_expert
 from .unpermute import unpermute
 
 
@@ -19,7 +19,7 @@ def moe_linear_reduce(
 ) -> Tensor:
     """y[t] = sum_k weight[t, k] * (w[e] h[t, k] + bias[e]): h [T, K, D], w [E, H, D] to [T, H]."""
     acc = acc_dtype(h.dtype)
-    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w.shape[0])
+    expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w.shape[0])
     end = int(expert_offsets[-1])
     slots = h.flatten(0, 1).to(acc)
     rows = torch.cat(

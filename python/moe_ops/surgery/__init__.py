@@ -2,11 +2,11 @@
 
     from moe_ops import surgery
 
-    found = surgery.profile(model, batches)                    # what routers and experts do
-    keep = surgery.choose_experts(model, surgery.scores(found, "reap"), 8)
-    surgery.prune(model, keep)                                 # 8 experts a layer are left
+    found = surgery.profile_experts(model, batches)                    # what routers and experts do
+    keep = surgery.select_experts(model, surgery.score_experts(found, "reap"), 8)
+    surgery.prune_experts(model, keep)                                 # 8 experts a layer are left
 
-    with surgery.route_as(model, surgery.rank(2)):             # another routing for a while
+    with surgery.override_routing(model, surgery.rank(2)):             # another routing for a while
         weak = model(tokens)
 
 All of it works for the layers of `moe_ops.layers`, the language models of the zoo, and the models
@@ -15,72 +15,64 @@ of transformers that `moe_ops.hf` serves.
 
 from __future__ import annotations
 
-from .attention_sinks import MassiveActivation, massive_activations, sink_decay, sink_mass
-from .criteria import CRITERIA, choose_experts, scores
-from .grouping import align, hc_smoe_groups, uncurl_groups
+from .attention_sinks import (
+    MassiveActivation,
+    attention_sink_decay,
+    attention_sink_mass,
+    find_massive_activations,
+)
+from .criteria import score_experts, select_experts
+from .grouping import align_neurons, hc_smoe_groups, uncurl_groups
 from .log_routing import log_routing
 from .page import routing_data, routing_page
-from .partial_loading import PartlyLoaded, load_pruned
-from .profile import LayerProfile, Profile, profile
-from .prune import merge, prune, zeroed
-from .route_as import given, only, random, rank, route_as, top_k
+from .partial_loading import load_pruned
+from .profile import ExpertProfile, LayerProfile, profile_experts
+from .prune import ablate_experts, merge_experts, prune_experts
 from .routed_layer import RoutedLayer
-from .routed_layers import routed_layers
-from .self_contrast import SelfContrast, contrast
+from .routed_layers import find_routed_layers
+from .rules import override_routing
+from .self_contrast import SelfContrastLogitsProcessor
 from .super_experts import (
-    Found,
     SuperExpert,
     SuperExpertReport,
-    damage,
+    SuperExperts,
+    evaluate_super_experts,
     find_super_experts,
-    matched_controls,
-    mean_loss,
-    report_super_experts,
+    measure_ablation,
 )
-from .task_patterns import Retrieved, TaskPatterns
+from .task_patterns import TaskRoutingPatterns
 from .tuning import tune
 
 __all__ = [
-    "CRITERIA",
-    "Found",
+    "ExpertProfile",
     "LayerProfile",
     "MassiveActivation",
-    "PartlyLoaded",
-    "Profile",
-    "Retrieved",
     "RoutedLayer",
-    "SelfContrast",
+    "SelfContrastLogitsProcessor",
     "SuperExpert",
     "SuperExpertReport",
-    "TaskPatterns",
-    "align",
-    "choose_experts",
-    "contrast",
-    "damage",
+    "SuperExperts",
+    "TaskRoutingPatterns",
+    "ablate_experts",
+    "align_neurons",
+    "attention_sink_decay",
+    "attention_sink_mass",
+    "evaluate_super_experts",
+    "find_massive_activations",
+    "find_routed_layers",
     "find_super_experts",
-    "given",
     "hc_smoe_groups",
     "load_pruned",
     "log_routing",
-    "massive_activations",
-    "matched_controls",
-    "mean_loss",
-    "merge",
-    "only",
-    "profile",
-    "prune",
-    "random",
-    "rank",
-    "report_super_experts",
-    "route_as",
-    "routed_layers",
+    "measure_ablation",
+    "merge_experts",
+    "override_routing",
+    "profile_experts",
+    "prune_experts",
     "routing_data",
     "routing_page",
-    "scores",
-    "sink_decay",
-    "sink_mass",
-    "top_k",
+    "score_experts",
+    "select_experts",
     "tune",
     "uncurl_groups",
-    "zeroed",
 ]

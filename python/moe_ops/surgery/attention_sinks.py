@@ -18,7 +18,9 @@ _LISTS = ("layers", "blocks", "h")
 
 
 @torch.no_grad()
-def sink_mass(model: nn.Module, tokens: Tensor, positions: Sequence[int] = (0,)) -> Tensor:
+def attention_sink_mass(
+    model: nn.Module, tokens: Tensor, positions: Sequence[int] = (0,)
+) -> Tensor:
     """How much attention goes to some positions, such as the first one.
 
     Args:
@@ -37,8 +39,8 @@ def sink_mass(model: nn.Module, tokens: Tensor, positions: Sequence[int] = (0,))
     last = max(positions)
     if tokens.dim() != 2 or not 0 <= min(positions) <= last < tokens.shape[1] - 1:
         raise ValueError(
-            f"sink_mass: tokens must be [B, S] with S - 1 > positions {list(positions)}, got shape "
-            f"{list(tokens.shape)}."
+            f"attention_sink_mass: tokens must be [B, S] with S - 1 > positions {list(positions)}, "
+            f"got shape {list(tokens.shape)}."
         )
     columns = torch.tensor(list(positions), device=tokens.device)
     layers = []
@@ -49,11 +51,11 @@ def sink_mass(model: nn.Module, tokens: Tensor, positions: Sequence[int] = (0,))
     return torch.stack(layers)
 
 
-def sink_decay(before: Tensor, after: Tensor, *, least: float = 0.1) -> float:
+def attention_sink_decay(before: Tensor, after: Tensor, *, least: float = 0.1) -> float:
     """1 - the mean over heads of (sink mass after / before); near 1 where sinks are gone.
 
     Args:
-        before, after: of `sink_mass`.
+        before, after: of `attention_sink_mass`.
         least: heads with less mass before have no sink and do not count.
 
     Returns:
@@ -82,7 +84,7 @@ class MassiveActivation(NamedTuple):
 
 
 @torch.no_grad()
-def massive_activations(model: nn.Module, tokens: Tensor) -> list[MassiveActivation]:
+def find_massive_activations(model: nn.Module, tokens: Tensor) -> list[MassiveActivation]:
     """The largest hidden states behind each layer of a language model.
 
     Args:
@@ -125,8 +127,8 @@ def _layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _LISTS:
             return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
     raise ValueError(
-        f"massive_activations: model must have a list of layers called {', '.join(_LISTS)}, got "
-        f"{type(model).__name__}."
+        f"find_massive_activations: model must have a list of layers called {', '.join(_LISTS)}, "
+        f"got {type(model).__name__}."
     )
 
 
@@ -146,8 +148,8 @@ def _attention_of(model: Any, tokens: Tensor) -> list[Tensor]:
         return seen
     if not hasattr(model, "set_attn_implementation"):
         raise ValueError(
-            "sink_mass: model must be a language model of the zoo with softmax attention, or one "
-            f"of transformers, got {type(model).__name__}."
+            "attention_sink_mass: model must be a language model of the zoo with softmax "
+            f"attention, or one of transformers, got {type(model).__name__}."
         )
     attention = model.config._attn_implementation
     try:
@@ -157,7 +159,8 @@ def _attention_of(model: Any, tokens: Tensor) -> list[Tensor]:
         model.set_attn_implementation(attention)
     if not output.attentions or output.attentions[0] is None:
         raise ValueError(
-            f"sink_mass: model must return its attention, got none from {type(model).__name__}."
+            f"attention_sink_mass: model must return its attention, got none from "
+            f"{type(model).__name__}."
         )
     return list(output.attentions)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .profile import LayerProfile, Profile
-from .route_as import groups_left
-from .routed_layers import routed_layers
+from .profile import ExpertProfile, LayerProfile
+from .routed_layers import find_routed_layers
+from .rules import groups_left
 
 
 def frequency(layer: LayerProfile) -> Tensor:
@@ -70,7 +70,9 @@ CRITERIA: dict[str, Callable[[LayerProfile], Tensor]] = {
 }
 
 
-def scores(profile: Profile, by: str | Callable[[LayerProfile], Tensor]) -> dict[str, Tensor]:
+def score_experts(
+    profile: ExpertProfile, by: str | Callable[[LayerProfile], Tensor]
+) -> dict[str, Tensor]:
     """Name of a layer -> the score [E] fp64 of each of its experts; larger is more needed.
 
     Args:
@@ -81,12 +83,12 @@ def scores(profile: Profile, by: str | Callable[[LayerProfile], Tensor]) -> dict
     """
     if isinstance(by, str):
         if by not in CRITERIA:
-            raise ValueError(f"scores: by must be one of {', '.join(CRITERIA)}, got {by!r}.")
+            raise ValueError(f"score_experts: by must be one of {', '.join(CRITERIA)}, got {by!r}.")
         by = CRITERIA[by]
     return {name: by(layer).double() for name, layer in profile.layers.items()}
 
 
-def choose_experts(
+def select_experts(
     model: nn.Module,
     scores: Mapping[str, Tensor],
     keep: int | float,
@@ -110,23 +112,23 @@ def choose_experts(
     Ties: the smaller id.
 
     Returns:
-        Name of a layer -> ids, for `prune`.
+        Name of a layer -> ids, for `prune_experts`.
 
     Raises:
         ValueError: an unknown option, a number out of range, fewer experts than a token uses, or
             groups that cannot be kept.
     """
     if budget not in ("layer", "global"):
-        raise ValueError(f"choose_experts: budget must be 'layer' or 'global', got {budget!r}.")
+        raise ValueError(f"select_experts: budget must be 'layer' or 'global', got {budget!r}.")
     if groups not in ("drop", "keep"):
-        raise ValueError(f"choose_experts: groups must be 'drop' or 'keep', got {groups!r}.")
+        raise ValueError(f"select_experts: groups must be 'drop' or 'keep', got {groups!r}.")
     if groups == "keep" and budget == "global":
-        raise ValueError("choose_experts: groups must be 'drop' with budget='global', got 'keep'.")
-    layers = {layer.name: layer for layer in routed_layers(model, caller="choose_experts")}
+        raise ValueError("select_experts: groups must be 'drop' with budget='global', got 'keep'.")
+    layers = {layer.name: layer for layer in find_routed_layers(model, caller="select_experts")}
     for name, score in scores.items():
         if name not in layers or score.shape != (layers[name].num_experts,):
             raise ValueError(
-                f"choose_experts: scores must be [E] of a routed layer each, got shape "
+                f"select_experts: scores must be [E] of a routed layer each, got shape "
                 f"{list(score.shape)} for {name!r}."
             )
     wanted = {n: _number(keep, layers[n].num_experts, layers[n].top_k) for n in scores}
@@ -142,11 +144,11 @@ def choose_experts(
 def _number(keep: int | float, num_experts: int, top_k: int) -> int:
     if isinstance(keep, float):
         if not 0 < keep <= 1:
-            raise ValueError(f"choose_experts: keep must be a part in (0, 1], got {keep}.")
+            raise ValueError(f"select_experts: keep must be a part in (0, 1], got {keep}.")
         keep = max(1, round(keep * num_experts))
     if not top_k <= keep <= num_experts:
         raise ValueError(
-            f"choose_experts: keep must be in [{top_k}, {num_experts}], from the experts a token "
+            f"select_experts: keep must be in [{top_k}, {num_experts}], from the experts a token "
             f"uses to those there are, got {keep}."
         )
     return keep
@@ -162,7 +164,7 @@ def _best(score: Tensor, number: int, router: Any) -> list[int]:
         return sorted(_ranked(score)[:number])
     if number % router.num_groups:
         raise ValueError(
-            f"choose_experts: keep must be a multiple of the {router.num_groups} groups with "
+            f"select_experts: keep must be a multiple of the {router.num_groups} groups with "
             f"groups='keep', got {number}."
         )
     each, size = number // router.num_groups, len(score) // router.num_groups
@@ -173,7 +175,7 @@ def _best(score: Tensor, number: int, router: Any) -> list[int]:
     ]
     if groups_left(router, chosen) is None:
         raise ValueError(
-            f"choose_experts: keep must leave each of the {router.num_groups} groups enough "
+            f"select_experts: keep must leave each of the {router.num_groups} groups enough "
             f"experts for its score and top_k = {router.top_k}, got {number}."
         )
     return chosen

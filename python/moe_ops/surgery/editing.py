@@ -14,7 +14,7 @@ from moe_ops.layers import AttentionExperts, Router
 from moe_ops.zoo.lm.config import LMConfig
 
 from .routed_layer import RoutedLayer
-from .routed_layers import routed_layers
+from .routed_layers import find_routed_layers
 
 # Names in configs of transformers for the experts of a layer and those of a token.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -101,7 +101,7 @@ def finish(model: nn.Module) -> None:
         if note is not None:  # A config that has numbers for every layer, as ModuleFormer's.
             note()
         return
-    layers = routed_layers(model)
+    layers = find_routed_layers(model)
     found = {_sizes_of(layer) for layer in layers}
     vars(model).pop("save_pretrained", None)
     change = _change_fields if isinstance(config, LMConfig) else _change_entries

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ._optional import optional
-from .profile import Profile, expert_weights_of
-from .routed_layers import routed_layers
+from .profile import ExpertProfile, expert_weights_of
+from .routed_layers import find_routed_layers
 
 # Name of a layer -> lists of ids.
 Groups = dict[str, list[list[int]]]
@@ -21,7 +21,7 @@ _KMEANS_RUNS = 10
 _KMEANS_STEPS = 100
 
 
-def uncurl_groups(profile: Profile, num_groups: int, *, seed: int = 0) -> Groups:
+def uncurl_groups(profile: ExpertProfile, num_groups: int, *, seed: int = 0) -> Groups:
     """Groups of experts that the router wants for the same tokens, as UNCURL does it.
 
     Spectral clustering of each layer's experts: their affinity is the correlation of their router
@@ -34,8 +34,8 @@ def uncurl_groups(profile: Profile, num_groups: int, *, seed: int = 0) -> Groups
         seed: of k-means, which is run 10 times.
 
     Returns:
-        Name of a layer -> groups for `merge`; the most used member of a group comes first, groups
-        are in the order of these.
+        Name of a layer -> groups for `merge_experts`; the most used member of a group comes first,
+        groups are in the order of these.
 
     Raises:
         ValueError: `num_groups` out of range.
@@ -51,7 +51,7 @@ def uncurl_groups(profile: Profile, num_groups: int, *, seed: int = 0) -> Groups
     return groups
 
 
-def hc_smoe_groups(profile: Profile, num_groups: int) -> Groups:
+def hc_smoe_groups(profile: ExpertProfile, num_groups: int) -> Groups:
     """Groups of experts of similar mean outputs, by hierarchical clustering with average linkage of
     Euclidean distances.
 
@@ -77,8 +77,10 @@ def hc_smoe_groups(profile: Profile, num_groups: int) -> Groups:
 
 
 @torch.no_grad()
-def align(model: nn.Module, groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Tensor]:
-    """Orders of hidden neurons in which the experts of a group fit best, for `merge`.
+def align_neurons(
+    model: nn.Module, groups: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, Tensor]:
+    """Orders of hidden neurons in which the experts of a group fit best, for `merge_experts`.
 
     Each expert's neurons are matched one to one with those of the first of its group, so that the
     sum of the inner products of their weights (rows of gate and up, biases, and columns of the down
@@ -97,12 +99,12 @@ def align(model: nn.Module, groups: Mapping[str, Sequence[Sequence[int]]]) -> di
 
     Source: Ainsworth et al. 2022 (weight matching, arXiv 2209.04836), as UNCURL uses it.
     """
-    solve = optional("align", "scipy.optimize").linear_sum_assignment
+    solve = optional("align_neurons", "scipy.optimize").linear_sum_assignment
     orders = {}
-    for layer in routed_layers(model, list(groups), caller="align"):
+    for layer in find_routed_layers(model, list(groups), caller="align_neurons"):
         weights = expert_weights_of(model, layer)
         if weights is None:
-            raise ValueError(f"align: {layer.name!r} must have float experts, got none.")
+            raise ValueError(f"align_neurons: {layer.name!r} must have float experts, got none.")
         size = weights.intermediate_size
         order = torch.arange(size).repeat(weights.num_experts, 1)
         for group in groups.get(layer.name, ()):

@@ -16,10 +16,11 @@ import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_ops.layers import RoutingStats
+from moe_ops.layers import ExpertLoadStats
+from moe_ops.surgery.find_routed_layers import find_routed_layers
 from moe_ops.surgery.log_routing import count_in_training, summary
-from moe_ops.surgery.routed_layers import routed_layers
-from moe_ops.viz import import_matplotlib, plot_expert_load
+from moe_ops.viz import plot_expert_load
+from moe_ops.viz._canvas import import_matplotlib
 
 __all__ = ["RoutingCallback"]
 
@@ -46,9 +47,9 @@ class RoutingCallback(_Callback):
     """Logs what the routers do in training, every `log_every_n_steps` of the Trainer.
 
     To all its loggers: ``moe/max_violation`` and ``moe/load_entropy`` (means over layers) and
-    ``moe/dead_experts`` (the sum), see `moe_ops.layers.RoutingStats`, of the tokens since the last
-    entry and of all processes; they are also in `trainer.callback_metrics`. At the end of every
-    epoch a picture ``moe/expert_load`` of the load by layer and expert over the steps goes to
+    ``moe/dead_experts`` (the sum), see `moe_ops.layers.ExpertLoadStats`, of the tokens since the
+    last entry and of all processes; they are also in `trainer.callback_metrics`. At the end of
+    every epoch a picture ``moe/expert_load`` of the load by layer and expert over the steps goes to
     TensorBoard and Weights & Biases. Tokens of validation, and of recomputed layers a second time,
     are not counted.
 
@@ -76,7 +77,7 @@ class RoutingCallback(_Callback):
         self.layers = layers
         self.every_layer = every_layer
         self.picture = picture
-        self.stats = RoutingStats()
+        self.stats = ExpertLoadStats()
         self.history: dict[int, tuple[list[int], list[list[list[int]]]]] = {}
         self._handles: list[Any] = []
         self._logged_step = 0
@@ -87,7 +88,7 @@ class RoutingCallback(_Callback):
         self._logged_step = trainer.global_step
         if self.picture:
             import_matplotlib()  # Missing, it is missed now, and not after an epoch.
-        found = routed_layers(pl_module, self.layers, caller="RoutingCallback")
+        found = find_routed_layers(pl_module, self.layers, caller="RoutingCallback")
         self._handles = count_in_training(self.stats, found)
 
     def on_train_batch_end(

@@ -7,21 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_ops.layers import RoutingStats
+from moe_ops.layers import ExpertLoadStats
 from moe_ops.layers.recompute import in_backward
+from moe_ops.surgery.find_routed_layers import find_routed_layers
 from moe_ops.surgery.routed_layer import RoutedLayer
-from moe_ops.surgery.routed_layers import routed_layers
 
 
 def log_routing(
     trainer: Any, *, layers: Sequence[str] | None = None, every_layer: bool = False
-) -> RoutingStats:
+) -> ExpertLoadStats:
     """Adds what the routers did since the last entry to each training entry of a Trainer's log.
 
     So it is in the progress bar, in `trainer.state.log_history`, and wherever `report_to` sends the
     log (TensorBoard, Weights & Biases, ...). Names are ``moe/max_violation``,
     ``moe/dead_experts`` and ``moe/load_entropy``: the mean over layers, the sum for dead experts;
-    see `moe_ops.layers.RoutingStats`. Counts are of all processes, summed when an entry is made.
+    see `moe_ops.layers.ExpertLoadStats`. Counts are of all processes, summed when an entry is made.
     Tokens of evaluation, and of recomputed layers a second time, are not counted.
 
     Example:
@@ -30,7 +30,8 @@ def log_routing(
         trainer.train()
 
     Args:
-        trainer: of a model with routed layers (`moe_ops.surgery.routed_layers`), on moe_ops or not.
+        trainer: of a model with routed layers (`moe_ops.surgery.find_routed_layers`), on moe_ops or
+            not.
         layers: shell patterns of the names of layers; None is all.
         every_layer: also entries ``moe/max_violation/<name>`` and ``moe/load_entropy/<name>`` of
             each layer.
@@ -41,8 +42,8 @@ def log_routing(
     Raises:
         ValueError: the model has no routed layer.
     """
-    stats = RoutingStats()
-    count_in_training(stats, routed_layers(trainer.model, layers, caller="log_routing"))
+    stats = ExpertLoadStats()
+    count_in_training(stats, find_routed_layers(trainer.model, layers, caller="log_routing"))
     log = trainer.log
 
     def with_routing(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +57,7 @@ def log_routing(
     return stats
 
 
-def count_in_training(stats: RoutingStats, layers: Sequence[RoutedLayer]) -> list[Any]:
+def count_in_training(stats: ExpertLoadStats, layers: Sequence[RoutedLayer]) -> list[Any]:
     """Adds to `stats` what the layers route in training, once where they are recomputed; handles
     whose `remove` ends it."""
 
@@ -71,7 +72,7 @@ def count_in_training(stats: RoutingStats, layers: Sequence[RoutedLayer]) -> lis
 
 
 def summary(measured: dict[Any, dict[str, Any]], every_layer: bool) -> dict[str, float]:
-    """The entries of a log, from `RoutingStats.as_dict`."""
+    """The entries of a log, from `ExpertLoadStats.as_dict`."""
 
     def mean(name: str) -> float:
         return sum(layer[name] for layer in measured.values()) / len(measured)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files
-from moe_ops.layers import RoutingStats
-from moe_ops.surgery.routed_layers import routed_layers
+from moe_ops.layers import ExpertLoadStats
+from moe_ops.surgery.find_routed_layers import find_routed_layers
 
 # Tokens whose experts the page shows one by one, and experts up to which it shows pairs.
 MAX_TOKENS = 1024
@@ -52,7 +52,7 @@ class _Layer:
         self.weights += [[round(w, 4) for w in row] for row in weights[:room].tolist()]
 
     def to_dict(self, name: str, measures: Mapping[str, Any]) -> dict[str, Any]:
-        """measures: what `RoutingStats` says of the layer."""
+        """measures: what `ExpertLoadStats` says of the layer."""
         pairs = self.together if self.num_experts <= MAX_PAIRS else self.together[:0]
         return {
             "name": name,
@@ -75,16 +75,16 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
 
     Args:
         model: with layers of this package, of the zoo or of transformers (see
-            `moe_ops.surgery.routed_layers`); float or quantised experts. It runs in eval mode.
+            `moe_ops.surgery.find_routed_layers`); float or quantised experts. It runs in eval mode.
         batches: what to call it with: a tensor of tokens, a tuple of positional or a dict of
             keyword arguments each.
 
     Raises:
         ValueError: no routed layer, or one that saw no token.
     """
-    layers = routed_layers(model, caller="routing_data")
+    layers = find_routed_layers(model, caller="routing_data")
     found: dict[str, _Layer] = {}
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     handles: list[Any] = []
 
     def watcher(layer: Any) -> Any:

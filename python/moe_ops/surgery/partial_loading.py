@@ -19,8 +19,8 @@ from moe_ops._files import shown
 from moe_ops.zoo.lm.config import LMConfig
 
 from ._optional import optional
-from .prune import prune
-from .routed_layers import routed_layers
+from .prune import prune_experts
+from .routed_layers import find_routed_layers
 
 
 class PartlyLoaded(NamedTuple):
@@ -41,8 +41,8 @@ def load_pruned(
 ) -> PartlyLoaded:
     """Loads a checkpoint with only some of its experts, and reads no others.
 
-    The model is the one that `prune` makes of the whole one, in the memory of what is kept: of
-    experts with tensors of their own the others are never read, and of tensors that hold all
+    The model is the one that `prune_experts` makes of the whole one, in the memory of what is kept:
+    of experts with tensors of their own the others are never read, and of tensors that hold all
     experts, and of routers, only some rows. Of a checkpoint of transformers whose experts
     `moe_ops.quantize_experts` has quantised, these are the codes and scales of the experts kept.
 
@@ -82,7 +82,7 @@ def load_pruned(
             torch.device("meta"),
         ):
             whole = model_class(config)
-    layers = {layer.name: layer for layer in routed_layers(whole, caller="load_pruned")}
+    layers = {layer.name: layer for layer in find_routed_layers(whole, caller="load_pruned")}
     missing = [name for name in layers if name not in keep]
     if missing or len(keep) != len(layers):
         wrong = missing or [name for name in keep if name not in layers]
@@ -92,7 +92,7 @@ def load_pruned(
             f"{'none' if missing else 'a layer that is not there'} for {wrong[0]!r}."
         )
     numbers = {number_of(name): (list(keep[name]), layers[name].num_experts) for name in layers}
-    pruned = prune(whole, keep)
+    pruned = prune_experts(whole, keep)
     if "save_pretrained" in vars(pruned):
         raise ValueError(
             "load_pruned: keep must leave all layers the same number of experts, got "

@@ -20,9 +20,9 @@ from moe_ops.layers.routing import valid_ids
 
 from ._optional import names_in, save_tensors, saved_by
 from .routed_layer import RoutedLayer
-from .routed_layers import routed_layers
+from .routed_layers import find_routed_layers
 
-_FORMAT = "moe_ops.surgery.Profile 1"
+_FORMAT = "moe_ops.surgery.ExpertProfile 1"
 
 
 @dataclass
@@ -124,8 +124,9 @@ class LayerProfile:
 
 
 @dataclass
-class Profile:
-    """What `profile` returns: name of a routed layer -> its sums, in the order of the model."""
+class ExpertProfile:
+    """What `profile_experts` returns: name of a routed layer -> its sums, in the order of the
+    model."""
 
     layers: dict[str, LayerProfile]
 
@@ -138,7 +139,7 @@ class Profile:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def add(self, other: Profile) -> Profile:
+    def add(self, other: ExpertProfile) -> ExpertProfile:
         """Adds the sums of a profile of the same model on other text; returns self.
 
         Raises:
@@ -183,17 +184,17 @@ class Profile:
             for field in fields(layer):
                 tensors[f"{index}.{field.name}"] = getattr(layer, field.name)
         metadata = {"format": _FORMAT, "layers": json.dumps(names)}
-        save_tensors("Profile", path, tensors, metadata)
+        save_tensors("ExpertProfile", path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path | str) -> Profile:
+    def load(cls, path: Path | str) -> ExpertProfile:
         """The inverse of `save`.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: it is something else, or differs from its checksum.
         """
-        with saved_by("Profile", path, _FORMAT) as (tensors, metadata):
+        with saved_by("ExpertProfile", path, _FORMAT) as (tensors, metadata):
             layers = {}
             for index, name in enumerate(names_in(metadata["layers"])):
                 own = {f.name: tensors[f"{index}.{f.name}"] for f in fields(LayerProfile)}
@@ -208,7 +209,7 @@ class Profile:
 
 
 @torch.no_grad()
-def profile(
+def profile_experts(
     model: nn.Module,
     inputs: Iterable[Any] | Callable[[nn.Module], Any],
     *,
@@ -216,7 +217,7 @@ def profile(
     positions: int = 8,
     outputs: bool = True,
     all_outputs: bool = False,
-) -> Profile:
+) -> ExpertProfile:
     """Runs a trained model on a text and sums up what its routers and experts do.
 
     Memory does not grow with the text. The model runs as it is, in eval mode and without
@@ -224,8 +225,8 @@ def profile(
     since the model adds them up before anyone sees them.
 
     Args:
-        model: see `routed_layers`; attention experts and others that have no bank of feed-forward
-            networks are left out.
+        model: see `find_routed_layers`; attention experts and others that have no bank of
+            feed-forward networks are left out.
         inputs: batches to call the model with (a tensor of tokens [B, S], a tuple of positional or
             a dict of keyword arguments each), or a function that is given the model and runs it.
             Of a dict, tokens whose `attention_mask` [B, S] is 0 do not count.
@@ -240,15 +241,15 @@ def profile(
         ValueError: no routed layer with experts that can be read, or one that saw no token.
     """
     if positions < 1:
-        raise ValueError(f"profile: positions must be at least 1, got {positions}.")
+        raise ValueError(f"profile_experts: positions must be at least 1, got {positions}.")
     watched, handles = {}, []
-    for layer in routed_layers(model, layers, caller="profile"):
+    for layer in find_routed_layers(model, layers, caller="profile_experts"):
         weights = expert_weights_of(model, layer)
         if weights is not None:
             watched[layer.name] = _Watch(layer, model, positions, outputs, all_outputs)
     if not watched:
         raise ValueError(
-            f"profile: model must hold a routed layer with float experts, got "
+            f"profile_experts: model must hold a routed layer with float experts, got "
             f"{type(model).__name__} without one."
         )
     training = {module for module in model.modules() if module.training}
@@ -270,8 +271,12 @@ def profile(
             module.training = True
     for name, watch in watched.items():
         if watch.sums is None:
-            raise ValueError(f"profile: inputs must reach every layer, got no token for {name!r}.")
-    return Profile({name: watch.sums.to("cpu") for name, watch in watched.items() if watch.sums})
+            raise ValueError(
+                f"profile_experts: inputs must reach every layer, got no token for {name!r}."
+            )
+    return ExpertProfile(
+        {name: watch.sums.to("cpu") for name, watch in watched.items() if watch.sums}
+    )
 
 
 def expert_weights_of(model: nn.Module, layer: RoutedLayer) -> ExpertWeights | None:

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from moe_ops.expert_weights.packing import invalidate
-from moe_ops.layers.surgery.rows import as_groups, as_ids
+from moe_ops.layers.expert_ops.rows import as_groups, as_ids
 
 from .editing import check_attention, finish, merge_layer, select_layer
 from .profile import expert_weights_of
-from .route_as import groups_left
 from .routed_layer import RoutedLayer
-from .routed_layers import routed_layers
+from .routed_layers import find_routed_layers
+from .rules import groups_left
 
 
-def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+def prune_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
     """Keeps only some experts, in place; returns the model.
 
     Router rows, biases and selection biases are those of the experts kept. A token goes to as many
@@ -37,26 +37,29 @@ def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
     other models work, and their `save_pretrained` raises an error.
 
     Args:
-        model: see `routed_layers`. Optimisers hold the old parameters and have to be made anew.
-        keep: name of a layer -> ids, as `choose_experts` gives them; other layers stay.
+        model: see `find_routed_layers`. Optimisers hold the old parameters and have to be made
+            anew.
+        keep: name of a layer -> ids, as `select_experts` gives them; other layers stay.
 
     Raises:
         ValueError: a name of no layer or of attention in transformers' JetMoE, ids out of range or
             repeated, quantised or sharded experts. Layers before that one are pruned.
     """
-    check_attention("prune", model, keep)
-    layers = {layer.name: layer for layer in routed_layers(model, list(keep), caller="prune")}
+    check_attention("prune_experts", model, keep)
+    layers = {
+        layer.name: layer for layer in find_routed_layers(model, list(keep), caller="prune_experts")
+    }
     for name, ids in keep.items():
-        layer = _named("prune", layers, name)
-        index = as_ids("prune", ids, layer.num_experts)
+        layer = _named("prune_experts", layers, name)
+        index = as_ids("prune_experts", ids, layer.num_experts)
         if len(set(index)) != len(index):
-            raise ValueError(f"prune: experts of {name!r} must not repeat, got {index}.")
+            raise ValueError(f"prune_experts: experts of {name!r} must not repeat, got {index}.")
         select_layer(layer, index, groups_left(layer.rules(), index) or (1, 1))
     finish(model)
     return model
 
 
-def merge(
+def merge_experts(
     model: nn.Module,
     groups: Mapping[str, Sequence[Sequence[int]]],
     *,
@@ -66,28 +69,33 @@ def merge(
 ) -> nn.Module:
     """Makes one expert of each group of experts, their weighted mean, in place; returns the model.
 
-    Hidden neurons have no natural order: `align` finds one in which those of a group fit together.
-    Everything else is as in `prune`; of groups of group-limited routing, a merged expert is in that
-    of its first member.
+    Hidden neurons have no natural order: `align_neurons` finds one in which those of a group fit
+    together. Everything else is as in `prune_experts`; of groups of group-limited routing, a merged
+    expert is in that of its first member.
 
     Args:
         groups: name of a layer -> lists of ids, each id at most once; experts in none are dropped.
         weights: name of a layer -> [E] numbers >= 0, of the means; None is equal ones. An expert
             of a group of weight 0 alone is taken at equal weights.
-        neuron_order: name of a layer -> [E, I], as `align` gives it.
+        neuron_order: name of a layer -> [E, I], as `align_neurons` gives it.
         router_rows: "mean": the rows are averaged alike. "first": that of the first member.
 
     Raises:
-        ValueError: bad groups, weights or orders, or what `prune` refuses.
+        ValueError: bad groups, weights or orders, or what `prune_experts` refuses.
 
     Source: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483); Li et al. 2023 (M-SMoE, 2310.01334).
     """
     if router_rows not in ("mean", "first"):
-        raise ValueError(f"merge: router_rows must be 'mean' or 'first', got {router_rows!r}.")
-    layers = {layer.name: layer for layer in routed_layers(model, list(groups), caller="merge")}
+        raise ValueError(
+            f"merge_experts: router_rows must be 'mean' or 'first', got {router_rows!r}."
+        )
+    layers = {
+        layer.name: layer
+        for layer in find_routed_layers(model, list(groups), caller="merge_experts")
+    }
     for name, members in groups.items():
-        layer = _named("merge", layers, name)
-        lists = as_groups("merge", members, layer.num_experts, "mean")
+        layer = _named("merge_experts", layers, name)
+        lists = as_groups("merge_experts", members, layer.num_experts, "mean")
         own = None if weights is None else weights.get(name)
         if own is not None:
             own = own.double().clone()
@@ -102,7 +110,7 @@ def merge(
 
 
 @contextlib.contextmanager
-def zeroed(model: nn.Module, experts: Iterable[tuple[str, int]]) -> Iterator[None]:
+def ablate_experts(model: nn.Module, experts: Iterable[tuple[str, int]]) -> Iterator[None]:
     """These experts, (layer, id) each, give 0 while the context is open; routing stays as it is.
 
     Their down projection and its bias are 0 for the time, which is how super experts are pruned in
@@ -113,15 +121,21 @@ def zeroed(model: nn.Module, experts: Iterable[tuple[str, int]]) -> Iterator[Non
     """
     pairs = list(experts)
     names = sorted({name for name, _ in pairs})
-    layers = {n.name: n for n in routed_layers(model, names, caller="zeroed")} if names else {}
+    layers = (
+        {n.name: n for n in find_routed_layers(model, names, caller="ablate_experts")}
+        if names
+        else {}
+    )
     saved: list[tuple[Tensor, Tensor]] = []
     touched: list[nn.Module] = []
     try:
         for name, expert in pairs:
-            layer = _named("zeroed", layers, name)
+            layer = _named("ablate_experts", layers, name)
             weights = expert_weights_of(model, layer)
             if weights is None or not 0 <= expert < weights.num_experts:
-                raise ValueError(f"zeroed: {name!r} must have a float expert {expert}, got none.")
+                raise ValueError(
+                    f"ablate_experts: {name!r} must have a float expert {expert}, got none."
+                )
             touched += [m for m in (layer.experts, layer.block) if m is not None]
             for tensor in (weights.down, weights.b_down):
                 if tensor is not None:

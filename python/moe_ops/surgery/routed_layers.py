@@ -13,8 +13,8 @@ from moe_ops.layers import Router
 from .routed_layer import RoutedLayer
 
 
-def routed_layers(
-    model: nn.Module, layers: Sequence[str] | None = None, *, caller: str = "routed_layers"
+def find_routed_layers(
+    model: nn.Module, layers: Sequence[str] | None = None, *, caller: str = "find_routed_layers"
 ) -> list[RoutedLayer]:
     """The routed layers of `model`, in the order of `named_modules`.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .route_as import Rule, rank, route_as
+from .rules import Rule, override_routing, rank
 
 
 def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 0.5) -> Tensor:
@@ -36,7 +36,7 @@ def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 
     return (strong + beta * (strong - weak)).masked_fill(~considered, -math.inf)
 
 
-class SelfContrast:
+class SelfContrastLogitsProcessor:
     """A logits processor that contrasts a model with itself under weaker routing.
 
         contrasted = SelfContrast(model, rank(2), beta=0.5)
@@ -48,15 +48,16 @@ class SelfContrast:
     begins anew. It is for greedy search and for drawing: beams change the order of sequences.
 
     Args:
-        model: that generates; see `moe_ops.surgery.routed_layers`.
-        weak: a rule of `route_as`. `rank(2)` is the paper's for Mixtral; shared experts run as
-            always.
+        model: that generates; see `moe_ops.surgery.find_routed_layers`.
+        weak: a rule of `override_routing`. `rank(2)` is the paper's for Mixtral; shared experts run
+            as always.
         alpha, beta: as of `contrast`.
         renormalize: the experts of the weak pass get weights that sum to 1, as in the paper.
         attention_mask: [B, S] of prompts that are padded on the left; transformers only.
 
     Raises:
-        ValueError: alpha or beta out of range, or (in a call) a model that `route_as` refuses.
+        ValueError: alpha or beta out of range, or (in a call) a model that `override_routing`
+            refuses.
 
     Source: Shi et al. 2024 (SCMoE, arXiv 2405.14507).
     """
@@ -104,7 +105,7 @@ class SelfContrast:
             new = input_ids
         else:
             new = input_ids[:, seen.shape[1] :]
-        with route_as(self.model, self.weak, renormalize=self.renormalize):
+        with override_routing(self.model, self.weak, renormalize=self.renormalize):
             if self._is_ours:
                 logits = self.model(new, cache=self._cache, last=1)
             else:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_sinks import sink_decay, sink_mass
-from .profile import LayerProfile, Profile
-from .prune import zeroed
+from .attention_sinks import attention_sink_decay, attention_sink_mass
+from .profile import ExpertProfile, LayerProfile
+from .prune import ablate_experts
 
 _NORMAL_MAD = 1.4826  # A normal distribution's standard deviation over its median deviation.
 
@@ -39,7 +39,7 @@ class SuperExpert(NamedTuple):
     z: float
 
 
-class Found(NamedTuple):
+class SuperExperts(NamedTuple):
     """experts: the super experts, largest first. threshold: what their outputs are above."""
 
     experts: list[SuperExpert]
@@ -47,12 +47,12 @@ class Found(NamedTuple):
 
 
 def find_super_experts(
-    profile: Profile,
+    profile: ExpertProfile,
     *,
     percentile: float = 99.5,
     part: float = 0.1,
     first_layers: float = 0.75,
-) -> Found:
+) -> SuperExperts:
     """Experts whose largest |output| a is above `percentile` of all, above `part` of the largest of
     all, and which are in the first layers.
 
@@ -85,7 +85,7 @@ def find_super_experts(
             z = (math.log(a) - float(centre)) / spread if spread > 0 else 0.0
             channel = int(layer.max_channel[expert])
             found.append(SuperExpert(name, expert, a, channel, z))
-    return Found(sorted(found, key=lambda one: -one.largest), threshold)
+    return SuperExperts(sorted(found, key=lambda one: -one.largest), threshold)
 
 
 def matched_controls(
@@ -130,7 +130,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
     return total / count
 
 
-def damage(
+def measure_ablation(
     model: nn.Module, experts: Iterable[tuple[str, int]], batches: Sequence[Any]
 ) -> dict[tuple[str, int], float]:
     """What each expert costs: the loss with its outputs zeroed minus the loss of the whole model.
@@ -143,14 +143,14 @@ def damage(
     """
     whole, costs = mean_loss(model, batches), {}
     for pair in experts:
-        with zeroed(model, [pair]):
+        with ablate_experts(model, [pair]):
             costs[pair] = mean_loss(model, batches) - whole
     return costs
 
 
 @dataclass
 class SuperExpertReport:
-    """What `report_super_experts` measured.
+    """What `evaluate_super_experts` measured.
 
     Attributes:
         experts: those found.
@@ -159,7 +159,7 @@ class SuperExpertReport:
         damage: of each expert of `experts`, by itself.
         controls: ids of the matched experts of each. control_damage: theirs.
         sinks: sink mass of the whole model, [L, n]. sinks_without: with all of `experts` zeroed.
-        decay: of the sinks, see `sink_decay`.
+        decay: of the sinks, see `attention_sink_decay`.
         layers: names. largest: largest |output| of all experts, a list a layer.
     """
 
@@ -182,7 +182,7 @@ class SuperExpertReport:
 
     def table(self) -> str:
         """One line an expert."""
-        head = ("layer", "expert", "max |out|", "z", "damage", "worst control")
+        head = ("layer", "expert", "max |out|", "z", "measure_ablation", "worst control")
         rows = [
             (
                 one.layer,
@@ -216,9 +216,9 @@ class SuperExpertReport:
         )
 
 
-def report_super_experts(
+def evaluate_super_experts(
     model: nn.Module,
-    profile: Profile,
+    profile: ExpertProfile,
     batches: Sequence[Any],
     *,
     controls: int = 3,
@@ -233,7 +233,7 @@ def report_super_experts(
         profile: of the model.
         batches: of `mean_loss`; the first one's tokens are those of the sinks.
         controls: matched experts for each super expert.
-        sinks: measure `sink_mass` as well; needs attention that can be seen.
+        sinks: measure `attention_sink_mass` as well; needs attention that can be seen.
         positions: of the sinks.
         options: of `find_super_experts`.
     """
@@ -244,13 +244,13 @@ def report_super_experts(
         own = [e for name, e in pairs if name == layer]
         others.append(matched_controls(profile[layer], expert, controls, excluded=own))
     wanted = {(layer, e) for (layer, _), ids in zip(pairs, others, strict=True) for e in ids}
-    costs = damage(model, [*pairs, *sorted(wanted)], batches)
+    costs = measure_ablation(model, [*pairs, *sorted(wanted)], batches)
     loss = mean_loss(model, batches)
     first = batches[0]["input_ids"] if isinstance(batches[0], Mapping) else batches[0]
-    before = sink_mass(model, first, positions) if sinks else None
-    with zeroed(model, pairs):
+    before = attention_sink_mass(model, first, positions) if sinks else None
+    with ablate_experts(model, pairs):
         without = mean_loss(model, batches)
-        after = sink_mass(model, first, positions) if sinks else None
+        after = attention_sink_mass(model, first, positions) if sinks else None
     return SuperExpertReport(
         experts=found.experts,
         threshold=found.threshold,
@@ -263,7 +263,9 @@ def report_super_experts(
         ],
         sinks=_listed(before),
         sinks_without=_listed(after),
-        decay=float("nan") if before is None or after is None else sink_decay(before, after),
+        decay=float("nan")
+        if before is None or after is None
+        else attention_sink_decay(before, after),
         layers=list(profile),
         largest=[layer.largest_output().tolist() for layer in profile.layers.values()],
     )

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from moe_ops.layers import Routing
 
 from ._optional import names_in, save_tensors, saved_by
-from .criteria import CRITERIA, choose_experts, scores
-from .profile import LayerProfile, profile
-from .routed_layers import routed_layers
+from .criteria import CRITERIA, score_experts, select_experts
+from .profile import LayerProfile, profile_experts
+from .routed_layers import find_routed_layers
 
-_FORMAT = "moe_ops.surgery.TaskPatterns 1"
+_FORMAT = "moe_ops.surgery.TaskRoutingPatterns 1"
 _FROM_ROUTING = ("frequency", "tcess", "tcess_softmax")
 
 
@@ -39,7 +39,7 @@ class _Reached(Exception):
 
 
 @dataclass
-class TaskPatterns:
+class TaskRoutingPatterns:
     """What each of several tasks does to the routers of a model.
 
     Attributes:
@@ -61,57 +61,57 @@ class TaskPatterns:
         tasks: Mapping[str, Iterable[Any]],
         *,
         by: str | Callable[[LayerProfile], Tensor] = "tcess",
-    ) -> TaskPatterns:
+    ) -> TaskRoutingPatterns:
         """Runs the model on some text of each task.
 
         Args:
-            model: see `profile`; all its routed layers have the same number of experts.
-            tasks: name -> inputs of `profile`.
-            by: a criterion of `scores`.
+            model: see `profile_experts`; all its routed layers have the same number of experts.
+            tasks: name -> inputs of `profile_experts`.
+            by: a criterion of `score_experts`.
 
         Raises:
             ValueError: no task, or layers of different numbers of experts.
         """
         if not tasks:
-            raise ValueError("TaskPatterns: tasks must be at least one, got none.")
+            raise ValueError("TaskRoutingPatterns: tasks must be at least one, got none.")
         outputs = by not in _FROM_ROUTING
         if isinstance(by, str) and by not in CRITERIA:
             scores_of = ", ".join(CRITERIA)
-            raise ValueError(f"TaskPatterns: by must be one of {scores_of}, got {by!r}.")
+            raise ValueError(f"TaskRoutingPatterns: by must be one of {scores_of}, got {by!r}.")
         vectors, needed, layers = [], [], []
         for inputs in tasks.values():
-            found = profile(model, inputs, outputs=outputs)
+            found = profile_experts(model, inputs, outputs=outputs)
             layers = list(found)
             sizes = {layer.num_experts for layer in found.layers.values()}
             if len(sizes) != 1:
                 raise ValueError(
-                    "TaskPatterns: all layers must have the same number of experts, got "
+                    "TaskRoutingPatterns: all layers must have the same number of experts, got "
                     f"{sorted(sizes)}."
                 )
             means = [layer.logit_sum / int(layer.tokens) for layer in found.layers.values()]
             vectors.append(torch.stack(means))
-            needed.append(torch.stack(list(scores(found, by).values())))
+            needed.append(torch.stack(list(score_experts(found, by).values())))
         return cls(list(tasks), layers, torch.stack(vectors), torch.stack(needed))
 
     def keep(
         self, model: nn.Module, task: str, number: int | float, **options: Any
     ) -> dict[str, list[int]]:
-        """The experts that a task needs most, for `prune`, `load_pruned` or `only`.
+        """The experts that a task needs most, for `prune_experts`, `load_pruned` or `only`.
 
         Args:
             model: of these layers, whole; it may be without memory.
             number: M, or the part of them.
-            options: of `choose_experts`.
+            options: of `select_experts`.
 
         Raises:
-            ValueError: an unknown task, or what `choose_experts` refuses.
+            ValueError: an unknown task, or what `select_experts` refuses.
         """
         if task not in self.tasks:
             raise ValueError(
                 f"TaskPatterns.keep: task must be one of {', '.join(self.tasks)}, got {task!r}."
             )
         own = dict(zip(self.layers, self.scores[self.tasks.index(task)], strict=True))
-        return choose_experts(model, own, number, **options)
+        return select_experts(model, own, number, **options)
 
     @torch.no_grad()
     def retrieve(self, model: nn.Module, inputs: Any, *, layer: int | None = 0) -> Retrieved:
@@ -143,7 +143,7 @@ class TaskPatterns:
         training = {module for module in model.modules() if module.training}
         model.eval()
         try:
-            for routed in routed_layers(model, wanted, caller="TaskPatterns.retrieve"):
+            for routed in find_routed_layers(model, wanted, caller="TaskPatterns.retrieve"):
                 handles += routed.watch(watch(routed.name))
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         except _Reached:
@@ -174,17 +174,17 @@ class TaskPatterns:
             "tasks": json.dumps(self.tasks),
             "layers": json.dumps(self.layers),
         }
-        save_tensors("TaskPatterns", path, tensors, metadata)
+        save_tensors("TaskRoutingPatterns", path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path | str) -> TaskPatterns:
+    def load(cls, path: Path | str) -> TaskRoutingPatterns:
         """The inverse of `save`.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: it is something else, or differs from its checksum.
         """
-        with saved_by("TaskPatterns", path, _FORMAT) as (tensors, metadata):
+        with saved_by("TaskRoutingPatterns", path, _FORMAT) as (tensors, metadata):
             tasks, layers = (names_in(metadata[key]) for key in ("tasks", "layers"))
             vectors, scores = tensors["vectors"], tensors["scores"]
             wanted = (len(tasks), len(layers), vectors.shape[-1])

@@ -12,24 +12,21 @@ Layers are those of `moe_ops.layers`; `upcycle_model` takes and returns models o
 
 from __future__ import annotations
 
-from .attention import attention_experts, mean_of
-from .experts import copies, dense_bank, reinitialize, slices
-from .layer import paired_router, preserves, upcycle_ffn
+from .attention import upcycle_attention
+from .experts import copy_experts, experts_from_dense, reinitialize, slice_experts
+from .layer import paired_router, upcycle_ffn
 from .models import upcycle_model
-from .neurons import balanced_k_means, coactivation_order, k_means_order
+from .neurons import coactivation_order, k_means_order
 
 __all__ = [
-    "attention_experts",
-    "balanced_k_means",
     "coactivation_order",
-    "copies",
-    "dense_bank",
+    "copy_experts",
+    "experts_from_dense",
     "k_means_order",
-    "mean_of",
     "paired_router",
-    "preserves",
     "reinitialize",
-    "slices",
+    "slice_experts",
+    "upcycle_attention",
     "upcycle_ffn",
     "upcycle_model",
 ]

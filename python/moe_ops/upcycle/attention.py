@@ -17,7 +17,7 @@ _NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @torch.no_grad()
-def attention_experts(
+def upcycle_attention(
     attentions: Sequence[nn.Module],
     router: Router,
     *,
@@ -52,7 +52,7 @@ def attention_experts(
     modules = list(attentions)
     if len(modules) != router.num_experts:
         raise ValueError(
-            f"attention_experts: attentions must be {router.num_experts} like the router's "
+            f"upcycle_attention: attentions must be {router.num_experts} like the router's "
             f"experts, got {len(modules)}."
         )
     parts = [_projections(module) for module in modules]
@@ -60,7 +60,7 @@ def attention_experts(
     shapes = {(tuple(w[name].shape for name in _NAMES), d) for w, d in parts}
     if len(shapes) != 1 or parts[0][0]["q_proj"].shape[1] != router.hidden_size:
         raise ValueError(
-            "attention_experts: attentions must be of one shape and read the hidden_size = "
+            "upcycle_attention: attentions must be of one shape and read the hidden_size = "
             f"{router.hidden_size} of the router, got {len(shapes)} shapes."
         )
     stacked = {name: torch.stack([w[name] for w, _ in parts]) for name in _NAMES}
@@ -93,7 +93,7 @@ def _projections(module: Any) -> tuple[dict[str, Tensor], int]:
     size = getattr(module, "head_size", getattr(module, "head_dim", None))
     if len(found) < len(_NAMES) or size is None or hasattr(module, "q_norm"):
         raise ValueError(
-            "attention_experts: attentions must have q_proj, k_proj, v_proj and o_proj without "
+            "upcycle_attention: attentions must have q_proj, k_proj, v_proj and o_proj without "
             f"biases, a head_size and no norms of queries, got {type(module).__name__}."
         )
     return found, int(size)

@@ -32,7 +32,7 @@ _PLAIN = {
 }
 
 
-def dense_bank(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
+def experts_from_dense(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
     """One expert for each dense network, in the dtype and on the device of the first.
 
     Args:
@@ -49,7 +49,7 @@ def dense_bank(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
     """
     modules = [ffns] if isinstance(ffns, nn.Module) else list(ffns)
     if not modules:
-        raise ValueError("dense_bank: ffns must hold at least one network, got none.")
+        raise ValueError("experts_from_dense: ffns must hold at least one network, got none.")
     bank = _bank_of(modules[0])
     for module in modules[1:]:
         bank = bank.append(_bank_of(module))
@@ -70,9 +70,10 @@ def _bank_of(module: nn.Module) -> Experts:
     linear = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
     if not linear or kind not in _GATED:
         raise ValueError(
-            "dense_bank: ffns must be SharedExperts, Experts, or modules with gate_proj, up_proj "
-            f"and down_proj without biases and an act_fn of {', '.join(_GATED)}, or with fc1, fc2 "
-            f"and an activation_fn of {', '.join(_PLAIN)}, got {type(module).__name__} with {kind}."
+            "experts_from_dense: ffns must be SharedExperts, Experts, or modules with gate_proj, "
+            f"up_proj and down_proj without biases and an act_fn of {', '.join(_GATED)}, or with "
+            f"fc1, fc2 and an activation_fn of {', '.join(_PLAIN)}, got {type(module).__name__} "
+            f"with {kind}."
         )
     gate_up = torch.cat([parts[0].weight, parts[1].weight])
     return _one_expert(gate_up, parts[2].weight, {"activation": _GATED[kind]})
@@ -103,7 +104,7 @@ def _one_expert(w_gate_up: Tensor, w_down: Tensor, options: dict[str, Any]) -> E
 
 
 @torch.no_grad()
-def copies(
+def copy_experts(
     bank: Experts,
     num_experts: int,
     *,
@@ -125,9 +126,11 @@ def copies(
     """
     number = bank.num_experts
     if num_experts < 1 or num_experts % number:
-        raise ValueError(f"copies: num_experts must be a multiple of {number}, got {num_experts}.")
+        raise ValueError(
+            f"copy_experts: num_experts must be a multiple of {number}, got {num_experts}."
+        )
     if noise < 0:
-        raise ValueError(f"copies: noise must be 0 or more, got {noise}.")
+        raise ValueError(f"copy_experts: noise must be 0 or more, got {noise}.")
     result = bank.select([e for e in range(number) for _ in range(num_experts // number)])
     if noise:
         for weight in (result.w_gate_up, result.w_down):
@@ -173,7 +176,7 @@ def reinitialize(
     return result
 
 
-def slices(bank: Experts, num_slices: int, *, order: Tensor | None = None) -> Experts:
+def slice_experts(bank: Experts, num_slices: int, *, order: Tensor | None = None) -> Experts:
     """Each expert cut into `num_slices` experts of I / num_slices neurons, which add up to it.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_ops.layers import MoE, Router
 
-from .experts import copies, dense_bank, reinitialize, slices
+from .experts import copy_experts, experts_from_dense, reinitialize, slice_experts
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def upcycle_ffn(
 
     Args:
         ffns: one network or several, such as specialists of one seed (branch-train-mix), see
-            `dense_bank`.
+            `experts_from_dense`.
         num_experts, top_k: E and K; E is a multiple of N times the number of networks.
         num_slices: N, a divisor of I; experts have I / N neurons.
-        order: [number of networks, I], the neurons' order before the cut, see `slices`.
-        noise: see `copies`. ratio: see `reinitialize`.
+        order: [number of networks, I], the neurons' order before the cut, see `slice_experts`.
+        noise: see `copy_experts`. ratio: see `reinitialize`.
         router_std, router_options: see `paired_router`.
         generator: of all random numbers.
 
@@ -112,7 +112,7 @@ def upcycle_ffn(
     arXiv 2403.07816); Nakamura et al. 2025 (Drop-Upcycling, arXiv 2502.19261); He et al. 2024
     (fine-grained upcycling, arXiv 2410.07524).
     """
-    bank = dense_bank(ffns)
+    bank = experts_from_dense(ffns)
     each = num_slices * bank.num_experts
     if num_slices < 1 or num_experts < 1 or num_experts % each:
         raise ValueError(
@@ -121,8 +121,8 @@ def upcycle_ffn(
         )
     if order is not None:
         order = order.repeat_interleave(num_experts // each, dim=0)
-    bank = copies(bank, num_experts // num_slices, noise=noise, generator=generator)
-    bank = slices(reinitialize(bank, ratio, generator=generator), num_slices, order=order)
+    bank = copy_experts(bank, num_experts // num_slices, noise=noise, generator=generator)
+    bank = slice_experts(reinitialize(bank, ratio, generator=generator), num_slices, order=order)
     router = paired_router(
         bank.hidden_size,
         num_experts,

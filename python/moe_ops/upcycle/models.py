@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import mean_of
-from .experts import dense_bank
+from .experts import experts_from_dense
 from .layer import upcycle_ffn
 from .neurons import coactivation_order, k_means_order
 
@@ -105,7 +105,7 @@ def upcycle_model(
         if num_slices > 1 and clusters != "contiguous":
             orders = []
             for i, ffn in enumerate(ffns):
-                bank = dense_bank(ffn)
+                bank = experts_from_dense(ffn)
                 if clusters == "k_means":
                     orders.append(k_means_order(bank, num_slices, seed=seed))
                 else:

@@ -25,7 +25,7 @@ def k_means_order(bank: Experts, num_slices: int, *, seed: int = 0) -> Tensor:
         seed: of the starts of k-means.
 
     Returns:
-        [E, I] int64 for `slices`.
+        [E, I] int64 for `slice_experts`.
 
     Source: Zhang et al. 2022 (MoEfication, arXiv 2110.01786), which clusters these rows alike.
     """
@@ -49,7 +49,7 @@ def coactivation_order(
         seed: of the starts of k-means.
 
     Returns:
-        [E, I] int64 for `slices`.
+        [E, I] int64 for `slice_experts`.
 
     Raises:
         ValueError: x of another shape, or a share out of range.

@@ -8,16 +8,12 @@ canvas without pyplot: no window, no global state. Needs matplotlib:
 
 from __future__ import annotations
 
-from ._canvas import MissingMatplotlibError, expert_colors, import_matplotlib
 from .images import plot_images
 from .models import plot_expert_scores, plot_largest_outputs
 from .plan import plot_plan
 from .training import plot_expert_load, plot_loss, plot_token_experts
 
 __all__ = [
-    "MissingMatplotlibError",
-    "expert_colors",
-    "import_matplotlib",
     "plot_expert_load",
     "plot_expert_scores",
     "plot_images",

@@ -2,9 +2,9 @@
 
     from moe_ops import zoo
 
-    zoo.systems()                                    # what there is
-    model = zoo.create("jetmoe", preset="tiny")      # a model of a named size
-    model = zoo.create("jetmoe", preset="tiny", num_experts=4)
+    zoo.list_models()                                    # what there is
+    model = zoo.create_model("jetmoe", preset="tiny")      # a model of a named size
+    model = zoo.create_model("jetmoe", preset="tiny", num_experts=4)
 
 Each system is a module or a package, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its
 presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`.
@@ -23,7 +23,7 @@ from moe_ops._fields import check_choice, check_names
 
 from ._presets import preset, presets_of
 
-__all__ = ["System", "create", "get", "preset", "register", "systems"]
+__all__ = ["System", "create_model", "get", "list_models", "preset", "register"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class System:
     """One entry of the zoo.
 
     Attributes:
-        name: what `create` and the command line call it; the stem of its page in docs/zoo and of
-            its experiment in bench/studies, where it has one.
+        name: what `create_model` and the command line call it; the stem of its page in docs/zoo and
+            of its experiment in bench/studies, where it has one.
         module: the module that holds it, imported when first used.
         config: name of its config dataclass there, whose attributes made by `preset` are its
             presets.
@@ -95,7 +95,7 @@ def register(system: System) -> System:
     return system
 
 
-def systems() -> tuple[str, ...]:
+def list_models() -> tuple[str, ...]:
     """Names of all systems, in the order of `moe-ops zoo list`."""
     return tuple(_SYSTEMS)
 
@@ -110,11 +110,11 @@ def get(name: str) -> System:
     return _SYSTEMS[name]
 
 
-def create(name: str, preset: str = "tiny", **overrides: Any) -> Any:
+def create_model(name: str, preset: str = "tiny", **overrides: Any) -> Any:
     """A model with fresh weights.
 
     Args:
-        name: one of `systems()`.
+        name: one of `list_models()`.
         preset: one of the presets of its config; every system has "tiny".
         overrides: fields of its config to change.
 

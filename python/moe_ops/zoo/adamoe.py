@@ -1,7 +1,7 @@
 """AdaMoE: a feed-forward network made sparse, whose router chooses by one number and weighs by
 another, in the action expert of a vision-language-action model.
 
-    policy = zoo.create("adamoe", ffn="dense")          # train it, then
+    policy = zoo.create_model("adamoe", ffn="dense")          # train it, then
     sparse = policy.made_sparse("additive", num_experts=4)
 
 Source: Shen et al. 2025 (Expertise need not monopolize: Action-Specialized Mixture of Experts for
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops._fields import check_choice, check_divides
-from moe_ops.layers import Experts, MoE, ResidualNorm, SharedExperts, TopKRouter
+from moe_ops.layers import AddRMSNorm, Experts, MoE, SharedExperts, TopKRouter
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 from moe_ops.layers.self_attention import JointAttention
@@ -291,9 +291,9 @@ class ActionBlock(nn.Module):
     def __init__(self, config: AdaMoEConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.attention_norm = ResidualNorm(hidden)
+        self.attention_norm = AddRMSNorm(hidden)
         self.attention = JointAttention(hidden, config.num_heads, out_bias=False)
-        self.ffn_norm = ResidualNorm(hidden)
+        self.ffn_norm = AddRMSNorm(hidden)
         self.ffn: nn.Module
         if config.ffn == "dense":
             self.ffn = SharedExperts(hidden, config.intermediate_size, activation="geglu_tanh")
@@ -326,7 +326,7 @@ class ActionTransformer(nn.Module):
         self.time = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.place = nn.Parameter(0.02 * torch.randn(config.chunk, hidden))
         self.layers = nn.ModuleList(ActionBlock(config) for _ in range(config.num_layers))
-        self.norm = ResidualNorm(hidden)
+        self.norm = AddRMSNorm(hidden)
         self.velocity = nn.Linear(hidden, config.action_size)
 
     def forward(

@@ -212,7 +212,7 @@ class BAM(CausalLM):
         config = dataclasses.replace(dense[0].config, **options, num_experts=len(dense))
         model = cls(config).to(dense[0].embed_tokens.weight)
         states = [m.state_dict() for m in dense]
-        mixed = {name: upcycle.mean_of([s[name] for s in states]) for name in states[0]}
+        mixed = {name: upcycle.attention.mean_of([s[name] for s in states]) for name in states[0]}
         # Experts and routers have other names, which the dense models lack.
         own = model.state_dict()
         fitting = {name: t for name, t in mixed.items() if name in own and ".mlp." not in name}
@@ -221,9 +221,9 @@ class BAM(CausalLM):
         model.load_state_dict(fitting, strict=False)
         for index, block in enumerate(model.layers):
             sources = [m.layers[index] for m in dense]
-            block.mlp.experts = upcycle.dense_bank([s.mlp for s in sources])
+            block.mlp.experts = upcycle.experts_from_dense([s.mlp for s in sources])
             if config.attention != "dense":
-                block.attention = upcycle.attention_experts(
+                block.attention = upcycle.upcycle_attention(
                     [s.attention for s in sources],
                     block.attention.router,
                     rope_theta=config.rope_theta,

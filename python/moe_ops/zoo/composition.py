@@ -1,6 +1,6 @@
 """Composition of Experts: whole language models behind a router of categories.
 
-    composition = zoo.create("composition")
+    composition = zoo.create_model("composition")
     composition.route(embeddings).models             # which model answers each prompt
 
 Jain et al. 2024, Composition of Experts: A Modular Compound AI System Leveraging Large Language

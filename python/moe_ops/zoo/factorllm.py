@@ -180,8 +180,8 @@ class FactorLLM(Llama):
         )
         for index, (block, source) in enumerate(zip(model.layers, dense.layers, strict=True)):
             order = None if orders is None else orders[index]
-            bank = upcycle.dense_bank(source.mlp)
-            block.mlp.experts = upcycle.slices(bank, model.config.num_slices, order=order)
+            bank = upcycle.experts_from_dense(source.mlp)
+            block.mlp.experts = upcycle.slice_experts(bank, model.config.num_slices, order=order)
         return model.train(dense.training)
 
     def distill(self, tokens: Tensor, teacher: Llama) -> LMLoss:

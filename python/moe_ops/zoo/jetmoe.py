@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
+from moe_ops.layers import AddRMSNorm, AttentionExperts, Experts, MoE, Router
 from moe_ops.layers.rotary import Rope
 
 from ._presets import preset
@@ -110,7 +110,7 @@ class JetMoEBlock(nn.Module):
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
         hidden, experts = config.hidden_size, config.num_experts
-        self.attention_norm = ResidualNorm(hidden, eps=BLOCK_NORM_EPS)
+        self.attention_norm = AddRMSNorm(hidden, eps=BLOCK_NORM_EPS)
         self.attention = AttentionExperts(
             Router.like("jetmoe", hidden, experts, config.top_k),
             config.num_kv_heads,
@@ -118,7 +118,7 @@ class JetMoEBlock(nn.Module):
             rope_theta=config.rope_theta,
             bias=True,
         )
-        self.mlp_norm = ResidualNorm(hidden, eps=BLOCK_NORM_EPS)
+        self.mlp_norm = AddRMSNorm(hidden, eps=BLOCK_NORM_EPS)
         self.mlp = MoE(
             Router.like("jetmoe", hidden, experts, config.top_k),
             Experts(experts, hidden, config.intermediate_size),
@@ -159,7 +159,7 @@ class JetMoE(CausalLM):
         self.assemble(
             config,
             (JetMoEBlock(config) for _ in range(config.num_layers)),
-            ResidualNorm(config.hidden_size, eps=config.norm_eps),
+            AddRMSNorm(config.hidden_size, eps=config.norm_eps),
             # The attention experts rotate by themselves; angles are the same in all blocks.
             Rope(config.head_size, config.rope_theta),
         )

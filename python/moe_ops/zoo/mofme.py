@@ -1,6 +1,6 @@
 """MoFME: images restored by experts that are modulations of one shared network.
 
-    model = zoo.create("mofme")                                # or preset="e8", experts="ffn"
+    model = zoo.create_model("mofme")                                # or preset="e8", experts="ffn"
     restored, routing = model(images)
 
 Source: Zhang et al. 2024 (Efficient Deweather Mixture-of-Experts with Uncertainty-aware

@@ -1,6 +1,6 @@
 """Sentence experts: an encoder of sentences whose feed-forward networks are experts of domains.
 
-    model = zoo.create("sentence")                       # fresh, or:
+    model = zoo.create_model("sentence")                       # fresh, or:
     model = SentenceExperts(config, bert)                # a BERT or ModernBERT of transformers
     embeddings = model(input_ids, attention_mask, domains)
 

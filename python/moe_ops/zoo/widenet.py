@@ -1,9 +1,9 @@
 """WideNet: one block of attention and experts, used at every depth with norms of that depth.
 
-    model = zoo.create("widenet")                          # a language model
-    model = zoo.create("widenet", preset="tiny_vision")    # a classifier of images
-    model = zoo.create("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
-    model = zoo.create("widenet", sharing="none")          # a block of each depth
+    model = zoo.create_model("widenet")                          # a language model
+    model = zoo.create_model("widenet", preset="tiny_vision")    # a classifier of images
+    model = zoo.create_model("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
+    model = zoo.create_model("widenet", sharing="none")          # a block of each depth
 
 Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops._fields import check_choice, check_divides, check_least, check_types
-from moe_ops.layers import Capacity, Experts, KVCache, MoE, TopKRouter
+from moe_ops.layers import CapacityMixin, Experts, KVCache, MoE, TopKRouter
 from moe_ops.layers.rotary import Rope
 from moe_ops.layers.self_attention import Attention, MultiHeadAttention
 
@@ -128,7 +128,7 @@ class WideNetConfig(LMConfig):
         return {"architectures": ["WideNet"], "model_type": "widenet"}
 
 
-class NoisyRouter(Capacity, TopKRouter):
+class NoisyRouter(CapacityMixin, TopKRouter):
     """Top-K of softmax(x W^T + noise), not renormalised; noise in training, N(0, deviation^2).
 
     Args:

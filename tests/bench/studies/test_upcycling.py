@@ -144,7 +144,7 @@ def test_sentence(monkeypatch):
 
     def start(settings):
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 3, "num_heads": 1}
-        return zoo.create(
+        return zoo.create_model(
             "sentence", domains=settings.domains, moe_layers=(), head="mean", **sizes
         ), tokens
 

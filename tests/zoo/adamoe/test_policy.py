@@ -16,7 +16,7 @@ SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads":
 
 def small(ffn="additive", **changes):
     torch.manual_seed(0)
-    return zoo.create("adamoe", ffn=ffn, **{**SMALL, **changes})
+    return zoo.create_model("adamoe", ffn=ffn, **{**SMALL, **changes})
 
 
 def test_flow_loss_is_that_of_a_straight_path():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_ops import zoo
-from moe_ops.layers import RoutingStats, update_expert_bias
+from moe_ops.layers import ExpertLoadStats, update_expert_bias
 from moe_ops.zoo.deepseek import DeepSeekConfig
 
 from ..lm.common import sharpen, tokens_of
@@ -119,7 +119,9 @@ def test_bias_is_no_parameter():
 
 def test_bias_balances():
     """From a skewed start, steps of the bias alone even out the load."""
-    model = zoo.create("deepseek", **SMALL, num_groups=1, num_topk_groups=1, group_score="max")
+    model = zoo.create_model(
+        "deepseek", **SMALL, num_groups=1, num_topk_groups=1, group_score="max"
+    )
     sharpen(model).train()
     router = model.layers[1].mlp.router
     router.expert_bias.copy_(torch.linspace(-0.3, 0.3, 8))
@@ -128,7 +130,7 @@ def test_bias_balances():
     tokens = tokens_of(model, 8, 33)
 
     def max_violation():
-        stats = RoutingStats()
+        stats = ExpertLoadStats()
         with torch.no_grad():
             routing = model.loss(tokens).routing[0].routing
         stats.update(routing.topk_ids, 8)

@@ -176,7 +176,7 @@ def test_task_router_learns_the_class_and_experts_one_each():
 
 def test_routing_can_be_another_one():
     model = DriftMoE(SMALL, lambda i: Counts())
-    with surgery.route_as(model, surgery.given([3, 1])):
+    with surgery.override_routing(model, surgery.rules.given([3, 1])):
         step = model.observe({"a": 1.0, "b": 0.0, "c": 0.0}, "red")
     assert step.topk_ids.tolist() == [3, 1]
     assert [bool(e.of[True]) for e in model.experts] == [False, True, False, True]
@@ -217,9 +217,9 @@ def test_bad_examples(x, y, words):
 
 def test_registered():
     pytest.importorskip("river")
-    model = zoo.create("driftmoe", num_features=3, num_classes=3)
+    model = zoo.create_model("driftmoe", num_features=3, num_classes=3)
     for x, y in examples(5):
         model.learn_one(x, y)
     assert model.predict_one(x) in CLASSES
-    adaptive = zoo.create("driftmoe", num_features=3, expert="adaptive_tree")
+    adaptive = zoo.create_model("driftmoe", num_features=3, expert="adaptive_tree")
     assert type(adaptive.experts[0]).__name__ == "HoeffdingAdaptiveTreeClassifier"

@@ -170,7 +170,7 @@ def feed_forward(network, x):
 
 def test_network_equals_a_plain_transcription():
     """Ray by ray, point by point, view by view; what views show is given."""
-    model = randomised(zoo.create("gntmove", **SMALL)).eval()
+    model = randomised(zoo.create_model("gntmove", **SMALL)).eval()
     batch = draw_batch(generator(), scenes=1, views=3, count=2, size=8)
     views = Views(batch.views.images.double(), batch.views.cameras)
     cameras = views.cameras._replace(
@@ -308,25 +308,25 @@ def test_renders_a_known_scene():
 def test_losses_and_arms():
     batch = draw_batch(generator(), scenes=1, views=2, count=4, size=8)
     torch.manual_seed(0)
-    model = zoo.create("gntmove", **SMALL, balance_weight=0.5, consistency_weight=2.0)
+    model = zoo.create_model("gntmove", **SMALL, balance_weight=0.5, consistency_weight=2.0)
     found = model.loss(*batch, generator=generator())
     wanted = found.color + 0.5 * found.balance + 2 * found.consistency
     torch.testing.assert_close(found.loss, wanted)
     assert found.balance > 0 and found.consistency > 0
-    dense = zoo.create("gntmove", **SMALL, ffn="dense").loss(*batch)
+    dense = zoo.create_model("gntmove", **SMALL, ffn="dense").loss(*batch)
     assert dense.balance == dense.consistency == 0 and dense.loss == dense.color
     # The wide arm's networks have as many parameters as a point uses of the experts'.
     config = Settings().config("move")
     assert ARMS["wide"]["dense_ratio"] == (config.top_k + 1) * config.mlp_ratio
     with pytest.raises(ValueError, match="num_heads must divide hidden_size = 9, got 2"):
-        zoo.create("gntmove", **{**SMALL, "hidden_size": 9})
+        zoo.create_model("gntmove", **{**SMALL, "hidden_size": 9})
     with torch.device("meta"):
-        published = zoo.create("gntmove", preset="gnt")
+        published = zoo.create_model("gntmove", preset="gnt")
     assert sum(isinstance(m, ViewExperts) for m in published.modules()) == 4
 
 
 def test_depths():
-    model = zoo.create("gntmove", **SMALL, near=1.0, far=4.0).eval()
+    model = zoo.create_model("gntmove", **SMALL, near=1.0, far=4.0).eval()
     assert model.draw_depths(1, 1).flatten().tolist() == [1.5, 2.5, 3.5]
     drawn = model.train().draw_depths(2, 5, generator())
     parts = (drawn - 1).floor()

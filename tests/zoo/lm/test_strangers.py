@@ -30,7 +30,7 @@ def small(name: str) -> CausalLM:
     sizes: dict[str, Any] = {"vocab_size": 32, "num_layers": 2}
     if name == "deepseek":
         sizes["yarn"] = Yarn(4.0, 16)
-    return zoo.create(name, **sizes)
+    return zoo.create_model(name, **sizes)
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)

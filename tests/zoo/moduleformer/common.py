@@ -17,7 +17,7 @@ SMALL = {
 
 
 def build(gate="mlp", **changes):
-    return sharpen(zoo.create("moduleformer", **{**SMALL, "gate": gate, **changes})).double()
+    return sharpen(zoo.create_model("moduleformer", **{**SMALL, "gate": gate, **changes})).double()
 
 
 def gate(w, name, kind, u):

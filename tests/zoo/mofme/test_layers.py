@@ -155,8 +155,8 @@ def test_published_presets_have_fewer_expert_parameters():
     """The claim is of more than 72 %: 2 H^2 numbers an expert instead of 8 H^2."""
     for preset, experts in (("e4", 4), ("e8", 8), ("e16", 16)):
         with torch.device("meta"):
-            film = count_parameters(zoo.create("mofme", preset=preset))
-            ffn = count_parameters(zoo.create("mofme", preset=preset, experts="ffn"))
+            film = count_parameters(zoo.create_model("mofme", preset=preset))
+            ffn = count_parameters(zoo.create_model("mofme", preset=preset, experts="ffn"))
         size = 384
         assert film["experts"] == 2 * experts * 2 * (size * size + size)
         assert ffn["experts"] == 2 * experts * (8 * size * size + 5 * size)
@@ -174,4 +174,4 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         FiLMExperts(0, H)
     with pytest.raises(ValueError, match="experts must be one of film, ffn, dense, got 'conv'"):
-        zoo.create("mofme", experts="conv")
+        zoo.create_model("mofme", experts="conv")

@@ -21,7 +21,7 @@ def generator(seed=1):
 
 def small(**changes):
     torch.manual_seed(0)
-    return zoo.create("mofme", **{**SMALL, **changes})
+    return zoo.create_model("mofme", **{**SMALL, **changes})
 
 
 def test_patches_keep_their_places():

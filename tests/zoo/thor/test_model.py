@@ -30,7 +30,7 @@ FORMS = {
 
 def build(seed: int = 0, **changes) -> Thor:
     torch.manual_seed(seed)
-    model = zoo.create("thor", **{**SMALL, **changes})
+    model = zoo.create_model("thor", **{**SMALL, **changes})
     sharpen(model)
     return model.double()
 
@@ -287,7 +287,7 @@ def test_counts_parameters():
     layers = 1 + 2  # Of the encoder's two blocks one has experts, of the decoder's three two.
     assert counts["total"] - counts["active"] == layers * bank * 2 // 3
     with torch.device("meta"):
-        large = zoo.create("thor", preset="iwslt")
+        large = zoo.create_model("thor", preset="iwslt")
     # Two experts in half of the blocks of a transformer of 36.7 million.
     assert round(large.num_parameters()["total"] / 1e6) == 43
 

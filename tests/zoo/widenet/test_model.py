@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_ops import zoo
-from moe_ops.layers import RoutingStats
+from moe_ops.layers import ExpertLoadStats
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.zoo.lm.model import CausalLM
 from moe_ops.zoo.widenet import NoisyRouter, WideNetLM, WideNetViT
@@ -34,7 +34,7 @@ FORMS = {
 
 def build(form: str = "own norms", seed: int = 0, **changes):
     torch.manual_seed(seed)
-    return sharpen(zoo.create("widenet", **{**SMALL, **FORMS[form], **changes})).double()
+    return sharpen(zoo.create_model("widenet", **{**SMALL, **FORMS[form], **changes})).double()
 
 
 def norm(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -152,9 +152,9 @@ def test_equal_norms_are_shared_norms():
 def test_published_parameters(preset, millions):
     """The paper gives whole millions, cut off: 29.69, 40.94 and 63.34."""
     with torch.device("meta"):
-        model = zoo.create("widenet", preset=preset)
+        model = zoo.create_model("widenet", preset=preset)
         controls = [
-            zoo.create("widenet", preset=preset, sharing=s) for s in ("shared_norms", "none")
+            zoo.create_model("widenet", preset=preset, sharing=s) for s in ("shared_norms", "none")
         ]
     count, fewer, more = (m.num_parameters()["total"] for m in (model, *controls))
     assert count // 10**6 == millions
@@ -173,7 +173,7 @@ def test_depths_are_told_apart():
     assert names == [f"blocks.0.ffn.depth.{i}" for i in range(3)]
     parts = [load_balancing_loss(r.routing.router_logits, r.routing.topk_ids) for r in out.routing]
     torch.testing.assert_close(out.aux_losses["load_balancing"], sum(parts))
-    stats = RoutingStats()
+    stats = ExpertLoadStats()
     for r in out.routing:
         stats.update(r.routing.topk_ids, 4, layer=r.layer)
     assert list(stats.layers) == names
@@ -205,7 +205,7 @@ def test_noise_and_capacity_are_of_training_alone():
     assert torch.equal(router(x).topk_ids, router(x).topk_ids)
     full = NoisyRouter(8, 4, 2, noise=0.0, capacity_factor=0.5).train()
     assert (full(x).topk_ids < 0).any() and (full.eval()(x).topk_ids >= 0).all()
-    made = zoo.create("widenet", capacity_factor=1.2).blocks[0].ffn.router
+    made = zoo.create_model("widenet", capacity_factor=1.2).blocks[0].ffn.router
     assert made.noise == 0.25 and made.capacity_factor == 1.2
     with pytest.raises(ValueError, match="noise must be at least 0"):
         NoisyRouter(8, 4, 2, noise=-1.0)

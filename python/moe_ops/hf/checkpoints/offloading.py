@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops import _files
 from moe_ops.memory import release_file_pages
-from moe_ops.offload import FileStore, offload_experts, write_experts
+from moe_ops.offload import FileStore, offload_experts, save_experts
 from moe_ops.offload.convert import parts_of
 from moe_ops.quant.bank import FoundBank, check_weights, find_banks
 
@@ -129,7 +129,7 @@ class _Offloader(BankReader):
         loading = self.quantization_config.loading
         check_weights("load_offloaded", found.name, found.module, found.bank)
         file = loading.folder / f"{found.name}.safetensors"
-        write_experts(file, [parts_of(found.bank)])
+        save_experts(file, [parts_of(found.bank)])
         loading.files[found.name] = file
         for key in self.parameters_of(found):
             owner, _, leaf = key.rpartition(".")

@@ -21,9 +21,9 @@ from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.hf.models.norms import epsilon_of
 from moe_ops.ops import (
     add_rms_norm,
-    attention_step,
-    gated_ffn,
-    latent_attention_step,
+    attention_decode,
+    gated_mlp_decode,
+    mla_decode,
     router_linear,
     topk_router,
 )
@@ -132,7 +132,10 @@ def _network(module: nn.Module, entry: Any) -> float | None:
     x, activation = _numbers(4, network.gate_proj.weight.shape[1]), entry.activation(module)
     weights = [network._modules[f"{n}_proj"].weight for n in ("gate", "up", "down")]
     return _first_difference(
-        lambda size: (network(x * size), gated_ffn(x * size, *weights, activation=activation)),
+        lambda size: (
+            network(x * size),
+            gated_mlp_decode(x * size, *weights, activation=activation),
+        ),
         _ATTENTION_TOLERANCE,
     )
 
@@ -192,7 +195,7 @@ def _heads(attention: Any, entry: HeadAttention, rotary_size: int) -> float | No
 
     def compute(size: float) -> tuple[Any, Tensor]:
         kept = torch.zeros(2, 2, heads, 3, attention.head_dim, dtype=torch.float32)
-        total = attention_step(
+        total = attention_decode(
             x * size,
             cos=angles.cos(),
             sin=angles.sin(),
@@ -233,7 +236,7 @@ def _latents(attention: Any, entry: LatentAttention) -> float | None:
         y = _call(attention, x * size, positions, kept)
         widths = (attention.kv_lora_rank, rope_size)
         own = [torch.zeros(2, 1, 3, width, dtype=torch.float32) for width in widths]
-        total = latent_attention_step(
+        total = mla_decode(
             x * size,
             cos=angles.cos(),
             sin=angles.sin(),

@@ -26,7 +26,7 @@ from moe_ops.quant import quantize_experts
 from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
-# latent_attention_step multiplies queries by this weight, and not latents.
+# mla_decode multiplies queries by this weight, and not latents.
 _FLOAT_OF_LATENTS = ("kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
@@ -96,7 +96,7 @@ def optimize(
         group_size: of int4: 32, 64 or 128; None is 64. Dense layers whose rows it does not divide
             take the next smaller one, and stay float if none does.
         keep_original: with `weights`, whether the float weights stay in memory, so that
-            :func:`restore` can bring them back; `moe_ops.memory.held_bytes` counts them.
+            :func:`restore` can bring them back; `moe_ops.memory.memory_stats` counts them.
         compile: True, or the name of a backend of torch.compile; the setting is in
             `model.generation_config`. Assisted decoding needs a cache that is not static.
         verify: n compares one call in n of each module that was changed with the module's own

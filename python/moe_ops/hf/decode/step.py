@@ -42,7 +42,7 @@ from moe_ops.hf.models.gates import fused_activation
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import FEW_ROWS, dense_operands, in_inference_on_few_rows
-from moe_ops.ops import add_rms_norm, attention_step, gated_ffn, latent_attention_step
+from moe_ops.ops import add_rms_norm, attention_decode, gated_mlp_decode, mla_decode
 
 # Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
 _KNOWN = frozenset(
@@ -209,7 +209,7 @@ def _attend_to_heads(
     if isinstance(found, str):
         return found
     where, mask = found
-    y = attention_step(
+    y = attention_decode(
         x,
         q[0],
         k[0],
@@ -270,7 +270,7 @@ def _attend_to_latents(
     if isinstance(found, str):
         return found
     where, mask = found
-    y = latent_attention_step(
+    y = mla_decode(
         x,
         cos=angles[0],
         sin=angles[1],
@@ -371,7 +371,9 @@ def _through_block(
             operands = _network_operands(parts.network, block, x.dtype)
             if operands is not None:
                 options: dict[str, Any] = {"norm_weight": weight, "eps": eps, "residual": rows}
-                y = gated_ffn(rows, residual_scale=scale, **options, **operands).view(x.shape)
+                y = gated_mlp_decode(rows, residual_scale=scale, **options, **operands).view(
+                    x.shape
+                )
                 if verify.is_due(block):
                     _verify_network(layer, block, operands, x, y, scale)
                 return y
@@ -415,7 +417,7 @@ def _routed(
     if operands is not None:
         if verify.is_due(network):
             quantized = operands["w_up_scale"] is not None
-            alone = gated_ffn(y, **operands)
+            alone = gated_mlp_decode(y, **operands)
             verify.compare(
                 network, "shared experts", alone, lambda: network(y), quantized=quantized
             )
@@ -424,14 +426,14 @@ def _routed(
             dense = dense_operands(gate, y.dtype) if is_silent(gate) else None
             weight = None if dense is None or dense[1:] != (None, None) else dense[0][0]
         if gate is None or weight is not None:
-            return gated_ffn(y, output_gate=weight, residual=out, **operands)
+            return gated_mlp_decode(y, output_gate=weight, residual=out, **operands)
     shared: Tensor = network(y)
     return out + (shared if gate is None else shared * torch.sigmoid(gate(y)))
 
 
 def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Returns weights, scales and activation of a dense network for gated_ffn; None where it is to
-    be called."""
+    """Returns weights, scales and activation of a dense network for gated_mlp_decode; None where it
+    is to be called."""
     if not found.is_still(network) or not is_silent(network):
         return None
     activation = found.entry.activation(network)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 
 from moe_ops.hf.experts.forward import cast_like
-from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
+from moe_ops.ops import grouped_gemm, permute, sort_by_expert, unpermute
 
 
 class MoeOpsDbrxExperts(DbrxExperts):
@@ -27,7 +27,7 @@ class MoeOpsDbrxExperts(DbrxExperts):
         w_down = self.mlp.w2.view(shape).transpose(1, 2)  # Stored [E, I, H].
         x = cast_like(hidden_states.reshape(-1, self.hidden_size), w_gate)
 
-        expert_offsets, row_to_slot, slot_to_row = sort_slots(top_k_index, self.num_experts)
+        expert_offsets, row_to_slot, slot_to_row = sort_by_expert(top_k_index, self.num_experts)
         rows = permute(x, expert_offsets, row_to_slot)
         gate = grouped_gemm(rows, w_gate, expert_offsets)
         h = self.mlp.activation_fn(gate) * grouped_gemm(rows, w_up, expert_offsets)

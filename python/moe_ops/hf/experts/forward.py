@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_ops import _verify as verify
 from moe_ops.expert_weights.packing import expert_ffn
 from moe_ops.hf.models.gates import fused_activation, fused_gate
-from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
+from moe_ops.ops import grouped_gemm, permute, sort_by_expert, unpermute
 
 
 def experts_forward(
@@ -167,7 +167,7 @@ def _run(
     if on_input:  # Each slot becomes a token of its own with one expert.
         x = (x[:, None, :] * topk_weights[:, :, None].to(x.dtype)).flatten(0, 1)
         topk_ids = topk_ids.reshape(-1, 1)
-    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_up.shape[0])
+    expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_up.shape[0])
     rows = permute(x, expert_offsets, row_to_slot)
     h = act(grouped_gemm(rows, w_up, expert_offsets, bias=b_up))
     rows = grouped_gemm(cast_like(h, w_down), w_down, expert_offsets, bias=b_down)

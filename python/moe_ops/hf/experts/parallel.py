@@ -35,9 +35,9 @@ def register_ep_implementation(name: str, dispatch: str = "auto", **options: Any
 
     Args:
         name: for `ep_implementation`; one that is not taken.
-        dispatch, options: of `moe_ops.parallel.choose`, which is called when a model is loaded.
-            "auto" is "shared" where all ranks of a group have the same tokens (ep_size equals
-            tp_size), and else what `choose` takes.
+        dispatch, options: of `moe_ops.parallel.make_dispatcher`, which is called when a model is
+            loaded. "auto" is "shared" where all ranks of a group have the same tokens (ep_size
+            equals tp_size), and else what `make_dispatcher` takes.
 
     Raises:
         ImportError: transformers is older than 5.23. There expert parallelism needs nothing but
@@ -74,7 +74,7 @@ class MoeOpsEP(Base):
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         # Not at the top: a torch without torch.distributed cannot import it.
-        from moe_ops.parallel import choose
+        from moe_ops.parallel import make_dispatcher
 
         is_shared = self.dispatch == "shared" or (self.dispatch == "auto" and self.shares_batch)
         if is_shared and not self.shares_batch:
@@ -83,7 +83,7 @@ class MoeOpsEP(Base):
                 f"ep_size = tp_size, got {ep_mesh.size()} and {tp_mesh.size()}."
             )
         self.config: Any = experts.config
-        self.dispatcher: Any = choose(
+        self.dispatcher: Any = make_dispatcher(
             ep_mesh,
             self.num_local_experts * ep_mesh.size(),
             top_k=getattr(self.config, "num_experts_per_tok", None),

@@ -147,7 +147,7 @@ def status_of(module: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
+def assert_used(model: nn.Module) -> Iterator[dict[str, int]]:
     """Proves that moe_ops really runs: counts the calls of each switched block inside the context.
 
     Yields:
@@ -159,7 +159,7 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
     calls = {name: 0 for name, state in status(model).items() if state.startswith("moe_ops")}
     if not calls:
         raise RuntimeError(
-            f"moe_ops.hf.expect_calls: no block of {type(model).__name__} is on moe_ops (a model "
+            f"moe_ops.hf.assert_used: no block of {type(model).__name__} is on moe_ops (a model "
             'outside the experts interface ignores experts_implementation="moe_ops"); call '
             "moe_ops.hf.enable(model)."
         )
@@ -178,7 +178,7 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
     if not any(calls.values()):
         raise RuntimeError(
-            f"moe_ops.hf.expect_calls: none of the {len(calls)} blocks of {type(model).__name__} "
+            f"moe_ops.hf.assert_used: none of the {len(calls)} blocks of {type(model).__name__} "
             "on moe_ops was called; something else replaced the forward around them."
         )
 

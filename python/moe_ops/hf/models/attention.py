@@ -1,4 +1,4 @@
-"""The attention of transformers' decoder layers that `attention_step` and `latent_attention_step`
+"""The attention of transformers' decoder layers that `attention_decode` and `mla_decode`
 compute.
 
 B batch, S tokens, d head size, r rank of latents.
@@ -111,8 +111,8 @@ class LatentAttention:
     Parts are q_proj, or q_a_proj, q_a_layernorm and q_b_proj where `q_lora_rank` is set, and
     kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj and o_proj.
 
-    interleaved: as of latent_attention_step; or None where `config.rope_interleave` says so.
-    interleaved_keys: as of latent_attention_step.
+    interleaved: as of mla_decode; or None where `config.rope_interleave` says so.
+    interleaved_keys: as of mla_decode.
     complex_angles: whether positions come as complex numbers, not as cos and sin.
     """
 
@@ -178,7 +178,7 @@ class LatentAttention:
         return positions
 
     def operands(self, attention: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns arguments of latent_attention_step.
+        """Returns arguments of mla_decode.
 
         Args:
             attention: the module, whose settings are read.

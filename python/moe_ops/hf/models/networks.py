@@ -1,4 +1,4 @@
-"""The dense networks of transformers that `gated_ffn` computes."""
+"""The dense networks of transformers that `gated_mlp_decode` computes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class GatedNetwork:
             if not isinstance(part, nn.Linear) or part.bias is not None:
                 return f"{name} must be a linear layer without a bias"
         if self.activation(network) is None:
-            return "its activation is none that gated_ffn has"
+            return "its activation is none that gated_mlp_decode has"
         return None
 
     def activation(self, network: Any) -> str | None:
-        """Returns the name that gated_ffn has for the activation as it is now; None without one."""
+        """Returns the name that gated_mlp_decode has for the activation as it is now; None without
+        one."""
         gate = fused_gate(network._modules.get("act_fn") or network.__dict__.get("act_fn"))
         return None if gate is None else gate["activation"]
 

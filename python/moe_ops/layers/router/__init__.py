@@ -6,7 +6,7 @@ Importing this package registers the kinds that `Router(..., kind=...)` knows.
 from __future__ import annotations
 
 from .base import Router
-from .capacity import Capacity, CapacityRouter, drop_over_capacity
+from .capacity import CapacityMixin, CapacityRouter, drop_over_capacity
 from .expert_choice import ExpertChoiceRouter
 from .gate import GateRouter
 from .hash import HashRouter, hash_table
@@ -16,7 +16,7 @@ from .topk import TopKRouter
 from .topp import TopPRouter
 
 __all__ = [
-    "Capacity",
+    "CapacityMixin",
     "CapacityRouter",
     "ExpertChoiceRouter",
     "GateRouter",

@@ -81,7 +81,7 @@ class Router(nn.Module):
     draws_random_numbers: bool = False
     # Whether `split` may turn each expert into slices that are chosen together.
     splits_into_slices: ClassVar[bool] = False
-    # Set for a while by `moe_ops.surgery.route_as`.
+    # Set for a while by `moe_ops.surgery.override_routing`.
     override: RoutingOverride | None = None
 
     expert_bias: Tensor | None
@@ -431,7 +431,9 @@ class Router(nn.Module):
             ValueError: sizes or ids that make no sense; top_k larger than the number of groups;
                 mode="concat" with groups whose size does not divide top_k.
         """
-        return surgery.merge(self, groups, weights, mode, top_k, num_groups, num_topk_groups)
+        return surgery.merge_experts(
+            self, groups, weights, mode, top_k, num_groups, num_topk_groups
+        )
 
     def config(self) -> dict[str, Any]:
         """The keyword arguments that make a router like this one: all but device and dtype."""

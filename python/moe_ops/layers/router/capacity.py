@@ -1,4 +1,4 @@
-"""Capacity: an expert takes so many slots of a batch and no more.
+"""CapacityMixin: an expert takes so many slots of a batch and no more.
 
 Letters: T tokens, E experts, K experts a token.
 """
@@ -69,7 +69,7 @@ def drop_over_capacity(
     return topk_weights.masked_fill(over, 0.0), topk_ids.masked_fill(over, -1)
 
 
-class Capacity(Router):
+class CapacityMixin(Router):
     """Gives any router a capacity: `class Mine(Capacity, SomeRouter)`.
 
     An expert takes at most ceil(capacity_factor * T * K / E) slots, T being the tokens of the call;
@@ -119,6 +119,6 @@ class Capacity(Router):
         return drop_over_capacity(weights, ids, self.num_experts, capacity, by=self.drop_by)
 
 
-class CapacityRouter(Capacity, TopKRouter, kind="capacity"):
+class CapacityRouter(CapacityMixin, TopKRouter, kind="capacity"):
     """`TopKRouter` with a capacity. GShard is `renormalize=True` with two experts a token, Switch
     Transformers have one."""

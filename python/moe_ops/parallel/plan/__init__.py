@@ -14,37 +14,22 @@
 
 from __future__ import annotations
 
-from .cluster import CLUSTERS, Cluster, Job, Layout, find_cluster
-from .estimate import Advice, Plan, advise, alternatives, best, estimate
-from .memory import Memory, memory_of
-from .shape import PRESETS, Shape, find_shape, shape_of
-from .timing import Pass, Time
-from .tracing import Trace, trace
-from .traffic import Message, Rows, model_messages
+from .cluster import Cluster, ParallelJob, find_cluster
+from .estimate import Advice, Plan, alternatives, best, estimate_plan, suggest_changes
+from .shape import ModelShape, find_shape
+from .tracing import trace_step
 
 __all__ = [
-    "CLUSTERS",
-    "PRESETS",
     "Advice",
     "Cluster",
-    "Job",
-    "Layout",
-    "Memory",
-    "Message",
-    "Pass",
+    "ModelShape",
+    "ParallelJob",
     "Plan",
-    "Rows",
-    "Shape",
-    "Time",
-    "Trace",
-    "advise",
     "alternatives",
     "best",
-    "estimate",
+    "estimate_plan",
     "find_cluster",
     "find_shape",
-    "memory_of",
-    "model_messages",
-    "shape_of",
-    "trace",
+    "suggest_changes",
+    "trace_step",
 ]

@@ -97,7 +97,7 @@ def find_cluster(name: str, ranks: int, **changes: Any) -> Cluster:
 
 
 @dataclass(frozen=True)
-class Job:
+class ParallelJob:
     """What runs on a cluster, and how it is spread.
 
     Attributes:
@@ -113,8 +113,8 @@ class Job:
         recompute: activation checkpointing of every block (training).
         fp8: rows travel as float8_e4m3fn (dispatchers "slots" and "tokens").
         fp32_combine: results return in float32 and are rounded once.
-        dispatch: as of `moe_ops.parallel.choose`.
-        same_bits, shared_batch: as of `choose`.
+        dispatch: as of `moe_ops.parallel.make_dispatcher`.
+        same_bits, shared_batch: as of `make_dispatcher`.
         imbalance: the busiest rank's tokens over the mean; sizes are those of the busiest.
         redundant: places for experts beyond E, of a rank.
     """
@@ -166,7 +166,7 @@ class Layout:
     """The sizes of all groups of ranks, checked.
 
     Attributes:
-        dp, efsdp: as of `moe_ops.parallel.make_meshes`: ranks / tp and ranks / ep.
+        dp, efsdp: as of `moe_ops.parallel.init_moe_meshes`: ranks / tp and ranks / ep.
         dense_shards, expert_shards: ranks over which FSDP2 shards dense weights and experts; 1 is
             none.
     """
@@ -180,7 +180,7 @@ class Layout:
     expert_shards: int
 
     @classmethod
-    def of(cls, cluster: Cluster, job: Job) -> Layout:
+    def of(cls, cluster: Cluster, job: ParallelJob) -> Layout:
         """ValueError where sizes do not divide each other."""
         ranks = cluster.ranks
         for name, size in (("ep", job.ep), ("tp", job.tp)):

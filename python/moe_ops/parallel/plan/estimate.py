@@ -9,9 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .cluster import GIB, Cluster, Job, Layout
+from .cluster import GIB, Cluster, Layout, ParallelJob
 from .memory import Memory, memory_of
-from .shape import Shape
+from .shape import ModelShape
 from .timing import Time, timing
 from .traffic import Message, Rows, layer_messages, rows_of, visits
 
@@ -23,20 +23,20 @@ WORTH = 0.03
 
 @dataclass(frozen=True)
 class Plan:
-    """What `estimate` returns.
+    """What `estimate_plan` returns.
 
     Attributes:
         shape, cluster, job, layout: what it is of.
         rows: rows that travel, and the name of the dispatcher.
-        reason: why `choose` takes it.
+        reason: why `make_dispatcher` takes it.
         memory, time: of the busiest rank.
         messages: the collectives of a layer with experts.
         ranks_visited, nodes_visited: of a token, those that have one of its experts.
     """
 
-    shape: Shape
+    shape: ModelShape
     cluster: Cluster
-    job: Job
+    job: ParallelJob
     layout: Layout
     rows: Rows
     reason: str
@@ -111,8 +111,8 @@ def _public(time: Time) -> dict[str, Any]:
     return found
 
 
-def estimate(shape: Shape, cluster: Cluster, job: Job) -> Plan:
-    """A plan by formulas, in microseconds; `trace` checks its bytes.
+def estimate_plan(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> Plan:
+    """A plan by formulas, in microseconds; `trace_step` checks its bytes.
 
     Args:
         shape: of the model: `find_shape`.
@@ -147,8 +147,8 @@ def estimate(shape: Shape, cluster: Cluster, job: Job) -> Plan:
     )
 
 
-def _reason(shape: Shape, job: Job, name: str, visited: float) -> str:
-    """Why `choose` takes this dispatcher."""
+def _reason(shape: ModelShape, job: ParallelJob, name: str, visited: float) -> str:
+    """Why `make_dispatcher` takes this dispatcher."""
     n, k = job.ep, shape.top_k
     if job.dispatch != "auto":
         return "as asked for"
@@ -181,7 +181,7 @@ class Advice:
     plan: Plan | None = None
 
 
-def alternatives(shape: Shape, cluster: Cluster, job: Job) -> list[Plan]:
+def alternatives(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> list[Plan]:
     """The same with each EP size that works."""
     plans = []
     ep = 1
@@ -189,7 +189,7 @@ def alternatives(shape: Shape, cluster: Cluster, job: Job) -> list[Plan]:
         dispatch = job.dispatch if (job.dispatch == "local") == (ep == 1) else "auto"
         try:
             changed = dataclasses.replace(job, ep=ep, dispatch=dispatch)
-            plans.append(estimate(shape, cluster, changed))
+            plans.append(estimate_plan(shape, cluster, changed))
         except ValueError:
             pass  # It does not divide the ranks or the experts.
         ep *= 2
@@ -204,7 +204,7 @@ def best(plans: list[Plan]) -> Plan:
     return min(plans, key=lambda p: p.memory.total)
 
 
-def advise(plan: Plan) -> list[Advice]:
+def suggest_changes(plan: Plan) -> list[Advice]:
     """What to change, by what it would save here; [] where nothing is worth it."""
     found = [*_settings(plan), *_across_nodes(plan), *_imbalanced(plan)]
     if not plan.fits and not any(a.plan is not None and a.plan.fits for a in found):
@@ -234,7 +234,7 @@ def _settings(plan: Plan) -> list[Advice]:
         if "ep" in change:
             change = {**change, "dispatch": "auto"}
         try:
-            other = estimate(plan.shape, plan.cluster, dataclasses.replace(job, **change))
+            other = estimate_plan(plan.shape, plan.cluster, dataclasses.replace(job, **change))
         except ValueError:
             continue  # Not with these sizes.
         tried.append((word, other))
@@ -304,7 +304,7 @@ def _imbalanced(plan: Plan) -> list[Advice]:
     job = plan.job
     if job.imbalance < 1.1 or job.ep == 1:
         return []
-    even = estimate(plan.shape, plan.cluster, dataclasses.replace(job, imbalance=1.0))
+    even = estimate_plan(plan.shape, plan.cluster, dataclasses.replace(job, imbalance=1.0))
     shape = plan.shape
     copy = shape.num_moe_layers * shape.expert_weights * (16 if job.training else job.element_size)
     copy //= plan.layout.expert_shards

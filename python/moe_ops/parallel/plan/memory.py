@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .cluster import Cluster, Job, Layout
-from .shape import Matrix, Shape
+from .cluster import Cluster, Layout, ParallelJob
+from .shape import Matrix, ModelShape
 from .traffic import LOSS_TOKENS, expert_weights, rows_of
 
 _FLOAT32 = 4
@@ -18,7 +18,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank, of the busiest where `Job.imbalance` is above 1.
+    """Bytes of a rank, of the busiest where `ParallelJob.imbalance` is above 1.
 
     Attributes:
         experts, dense: weights that stay: float32 master weights in training.
@@ -75,7 +75,9 @@ class _Layer(NamedTuple):
     experts: _Sizes
 
 
-def memory_of(shape: Shape, cluster: Cluster, job: Job, *, kernels: bool = True) -> Memory:
+def memory_of(
+    shape: ModelShape, cluster: Cluster, job: ParallelJob, *, kernels: bool = True
+) -> Memory:
     """What a rank needs.
 
     Args:
@@ -124,17 +126,19 @@ def memory_of(shape: Shape, cluster: Cluster, job: Job, *, kernels: bool = True)
     )
 
 
-def _training_sizes(weights: list[Matrix], shards: int, job: Job) -> _Sizes:
+def _training_sizes(weights: list[Matrix], shards: int, job: ParallelJob) -> _Sizes:
     share = sum(m.share(shards) for m in weights)
     return _Sizes(share * shards * job.element_size, share * _FLOAT32)
 
 
-def _inference_sizes(weights: list[Matrix], shards: int, job: Job) -> _Sizes:
+def _inference_sizes(weights: list[Matrix], shards: int, job: ParallelJob) -> _Sizes:
     share = sum(m.share(shards) for m in weights)
     return _Sizes(0 if shards == 1 else share * shards, share * job.element_size)
 
 
-def _layer(shape: Shape, job: Job, moe: bool, weights: _Sizes, experts: _Sizes) -> _Layer:
+def _layer(
+    shape: ModelShape, job: ParallelJob, moe: bool, weights: _Sizes, experts: _Sizes
+) -> _Layer:
     t, h, b = job.tokens, shape.hidden_size, job.element_size
     # The layer's input and the sum after attention, the outputs of both norms and their statistics.
     kept = 4 * t * h * b + 4 * t * _FLOAT32 + _attention(shape, job)
@@ -158,12 +162,12 @@ def _layer(shape: Shape, job: Job, moe: bool, weights: _Sizes, experts: _Sizes) 
     return _Layer(kept, arriving + inside + returned, arriving, returned, weights, experts)
 
 
-def _activated(shape: Shape, width: int) -> int:
+def _activated(shape: ModelShape, width: int) -> int:
     """Features of a token that a dense network keeps: before its activation, and after it."""
     return width * (3 if shape.gated else 2)
 
 
-def _attention(shape: Shape, job: Job) -> int:
+def _attention(shape: ModelShape, job: ParallelJob) -> int:
     """Bytes that attention keeps: what its last map and its kernel read, and the kernel's sums."""
     heads, head = shape.num_heads, shape.head_size
     sums = job.tokens * heads * _FLOAT32
@@ -177,21 +181,21 @@ def _attention(shape: Shape, job: Job) -> int:
     return job.tokens * features * job.element_size + sums
 
 
-def _workspace(shape: Shape, job: Job, backward: bool) -> int:
+def _workspace(shape: ModelShape, job: ParallelJob, backward: bool) -> int:
     """Of `moe_ffn` on CUDA, which has room for all slots, those of other ranks' experts too."""
     h, i, width = shape.hidden_size, shape.intermediate_size, shape.width
     columns = max(i, h) + width if backward else i + h
     return rows_of(shape, job).slots * columns * job.element_size
 
 
-def _fp8_rows(moe: _Layer, job: Job) -> int:
+def _fp8_rows(moe: _Layer, job: ParallelJob) -> int:
     """Rows in fp8 and what makes them rows in the type of x: three float32 tensors."""
     elements = moe.arriving // job.element_size
     return elements * (1 + 3 * _FLOAT32) if job.fp8 else 0
 
 
 def _training(
-    shape: Shape, job: Job, dense: _Layer, moe: _Layer, embedding: _Sizes, head: _Sizes
+    shape: ModelShape, job: ParallelJob, dense: _Layer, moe: _Layer, embedding: _Sizes, head: _Sizes
 ) -> list[_Moment]:
     """The moments of backward at which most is there."""
     row = job.tokens * shape.hidden_size * job.element_size
@@ -274,7 +278,7 @@ def _training(
     ]
 
 
-def _inference(shape: Shape, job: Job, dense: _Layer, moe: _Layer) -> list[_Moment]:
+def _inference(shape: ModelShape, job: ParallelJob, dense: _Layer, moe: _Layer) -> list[_Moment]:
     """The moments of forward at which most is there."""
     t, h, b = job.tokens, shape.hidden_size, job.element_size
     row = t * h * b

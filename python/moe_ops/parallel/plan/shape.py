@@ -18,7 +18,7 @@ _READER = "plan"
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A transformer with mixture-of-experts layers.
 
     Attributes:
@@ -324,7 +324,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 _SHORT = {"mixtral": "mixtral_8x7b", "gpt_oss": "gpt_oss_120b", "qwen3": "qwen3_235b"}
 
 
-def find_shape(model: str | Path) -> Shape:
+def find_shape(model: str | Path) -> ModelShape:
     """The shape of a preset, of a config.json, or of the folder that has one.
 
     Raises:
@@ -333,7 +333,7 @@ def find_shape(model: str | Path) -> Shape:
     name = str(model).lower().replace("-", "_").replace(".", "_")
     name = _SHORT.get(name, name)
     if name in PRESETS:
-        return Shape(name=name, **PRESETS[name])
+        return ModelShape(name=name, **PRESETS[name])
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.exists():
@@ -350,7 +350,7 @@ def find_shape(model: str | Path) -> Shape:
         raise ValueError(f"plan: in {path}, {str(error).removeprefix('plan: ')}") from error
 
 
-def shape_of(config: Mapping[str, Any], name: str | None = None) -> Shape:
+def shape_of(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
     """The shape that a config.json of transformers describes.
 
     Args:
@@ -387,7 +387,7 @@ def shape_of(config: Mapping[str, Any], name: str | None = None) -> Shape:
         raise ValueError(f"plan: num_attention_heads must be at most {hidden}, got {heads}.")
     if latent:
         head = fields.size("qk_nope_head_dim") + rope
-    return Shape(
+    return ModelShape(
         name=model_type if name is None else name,
         hidden_size=hidden,
         intermediate_size=width,

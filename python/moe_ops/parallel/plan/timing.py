@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .cluster import Cluster, Job, Layout
+from .cluster import Cluster, Layout, ParallelJob
 from .memory import Memory
-from .shape import Matrix, Shape, count
+from .shape import Matrix, ModelShape, count
 from .traffic import Message, layer_messages, local_experts
 
 # Bytes that Adam reads and writes for a weight: itself, its gradient, two moments, all float32.
@@ -77,7 +77,7 @@ class Time:
         return [p for p in (self.forward, self.backward) if p is not None]
 
 
-def timing(shape: Shape, cluster: Cluster, job: Job, memory: Memory) -> Time:
+def timing(shape: ModelShape, cluster: Cluster, job: ParallelJob, memory: Memory) -> Time:
     """How long a step takes at least with this library's overlap."""
     layout = Layout.of(cluster, job)
     passes = [
@@ -125,7 +125,9 @@ def _group(name: str, cluster: Cluster, layout: Layout) -> tuple[int, int]:
     return n, min(n, max(1, cluster.ranks_per_node // stride))
 
 
-def _pass(shape: Shape, cluster: Cluster, job: Job, layout: Layout, moe: bool, phase: str) -> Pass:
+def _pass(
+    shape: ModelShape, cluster: Cluster, job: ParallelJob, layout: Layout, moe: bool, phase: str
+) -> Pass:
     messages = [m for m in layer_messages(shape, layout, job, moe) if m.phase == phase]
 
     def spent(chosen: Iterable[Message]) -> float:
@@ -158,7 +160,7 @@ def _pass(shape: Shape, cluster: Cluster, job: Job, layout: Layout, moe: bool, p
     )
 
 
-def _products(weights: list[Matrix], cluster: Cluster, job: Job) -> float:
+def _products(weights: list[Matrix], cluster: Cluster, job: ParallelJob) -> float:
     """Seconds of the products of all tokens with dense weights, forward. With tensor parallelism a
     rank has a share of the weights and the tokens of all its ranks."""
     elements = count(weights)

@@ -34,9 +34,9 @@ from moe_ops._private_torch import (
 from moe_ops.layers import MoE, SharedExperts
 
 from ..comm import begin_all_gather_rows, wait
-from ..sharding import fully_shard_moe, make_meshes, shard_experts
-from .cluster import Cluster, Job, Layout
-from .shape import Matrix, Shape
+from ..sharding import fully_shard_moe, init_moe_meshes, shard_experts
+from .cluster import Cluster, Layout, ParallelJob
+from .shape import Matrix, ModelShape
 from .traffic import LOSS_TOKENS, Message, Rows, rows_of
 
 
@@ -58,7 +58,7 @@ class Trace:
     peak: int
 
 
-def trace(shape: Shape, cluster: Cluster, job: Job) -> Trace:
+def trace_step(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> Trace:
     """A step of rank 0: forward, and in training backward and Adam.
 
     Args:
@@ -92,7 +92,7 @@ def _group(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _run(shape: Shape, layout: Layout, job: Job) -> Trace:
+def _run(shape: ModelShape, layout: Layout, job: ParallelJob) -> Trace:
     ep, dense, experts = _meshes(layout)
     dtype = getattr(torch, job.dtype)
     with torch.device("meta"):
@@ -140,11 +140,11 @@ def _run(shape: Shape, layout: Layout, job: Job) -> Trace:
 
 
 def _meshes(layout: Layout) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
-    """Of EP, and those over which FSDP2 shards dense weights and experts: as of `make_meshes`, or
-    with a dimension before of the ranks that hold the same parts."""
+    """Of EP, and those over which FSDP2 shards dense weights and experts: as of `init_moe_meshes`,
+    or with a dimension before of the ranks that hold the same parts."""
     dense_copies = layout.dp // layout.dense_shards
     copies = layout.efsdp // layout.expert_shards
-    meshes = make_meshes(layout.ep, device_type="cpu")
+    meshes = init_moe_meshes(layout.ep, device_type="cpu")
     if dense_copies == 1:
         return meshes.ep, meshes.dp, meshes.efsdp
     dense = init_device_mesh(
@@ -302,7 +302,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Model(nn.Module):
-    def __init__(self, shape: Shape, job: Job, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, job: ParallelJob, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size, dtype=dtype)
         sparse = [False] * shape.num_dense_layers + [True] * shape.num_moe_layers
@@ -320,7 +320,7 @@ class _Model(nn.Module):
 class _Head(nn.Module):
     """The last norm and the output, with the mean loss in training."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(shape.hidden_size, bias=False, dtype=dtype)
         self.output = _linear(Matrix(shape.vocab_size, shape.hidden_size), dtype)
@@ -341,7 +341,9 @@ class _Head(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: Shape, job: Job, dtype: torch.dtype, experts: bool) -> None:
+    def __init__(
+        self, shape: ModelShape, job: ParallelJob, dtype: torch.dtype, experts: bool
+    ) -> None:
         super().__init__()
         h = shape.hidden_size
         self.recompute = job.training and job.recompute
@@ -382,7 +384,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
         self.maps = nn.ModuleList(_linear(m, dtype) for m in shape.attention()[2:])

@@ -11,8 +11,8 @@ from math import comb
 from typing import NamedTuple
 
 from ..registry import _best as best_dispatcher
-from .cluster import Job, Layout
-from .shape import Matrix, Shape
+from .cluster import Layout, ParallelJob
+from .shape import Matrix, ModelShape
 
 # Tokens that the loss is computed of at a time.
 LOSS_TOKENS = 512
@@ -61,7 +61,7 @@ class Rows:
         return sum(self.received)
 
 
-def visits(shape: Shape, places: int) -> float:
+def visits(shape: ModelShape, places: int) -> float:
     """Of so many equal parts of all experts in a row (ranks or nodes), how many have one of a
     token's experts, if all choices are as likely that its groups allow."""
     per_group = shape.num_experts // shape.num_groups
@@ -95,8 +95,8 @@ def split_evenly(rows: int, ranks: int) -> list[int]:
     return [each + (rank < more) for rank in range(ranks)]
 
 
-def dispatcher_name(shape: Shape, job: Job) -> str:
-    """The dispatcher that `choose` takes.
+def dispatcher_name(shape: ModelShape, job: ParallelJob) -> str:
+    """The dispatcher that `make_dispatcher` takes.
 
     Raises:
         ValueError: one of which no sizes are known.
@@ -117,8 +117,9 @@ def dispatcher_name(shape: Shape, job: Job) -> str:
     return name
 
 
-def rows_of(shape: Shape, job: Job) -> Rows:
-    """How many rows travel with balanced routing, times `Job.imbalance` where they arrive."""
+def rows_of(shape: ModelShape, job: ParallelJob) -> Rows:
+    """How many rows travel with balanced routing, times `ParallelJob.imbalance` where they
+    arrive."""
     name, n, tokens, k = dispatcher_name(shape, job), job.ep, job.tokens, shape.top_k
     ours = round(tokens * k * job.imbalance)
     if name == "local":
@@ -133,7 +134,7 @@ def rows_of(shape: Shape, job: Job) -> Rows:
     return Rows(name, split_evenly(rows, n), split_evenly(received, n), slots, ours)
 
 
-def local_experts(shape: Shape, job: Job) -> int:
+def local_experts(shape: ModelShape, job: ParallelJob) -> int:
     """Places of a rank for experts. A remainder of E / n leaves some that are redundant already."""
     return -(-shape.num_experts // job.ep) + max(
         0, job.redundant - (shape.num_experts % job.ep > 0)
@@ -143,7 +144,7 @@ def local_experts(shape: Shape, job: Job) -> int:
 # ------------------------------------------------------------------------------ expert parallelism
 
 
-def expert_messages(shape: Shape, job: Job) -> list[Message]:
+def expert_messages(shape: ModelShape, job: ParallelJob) -> list[Message]:
     """Those of a layer with experts, forward and, in training, backward."""
     rows, n = rows_of(shape, job), job.ep
     if rows.name == "local":
@@ -181,7 +182,9 @@ def expert_messages(shape: Shape, job: Job) -> list[Message]:
     return forward + [m._replace(phase="backward") for m in again + backward]
 
 
-def _all_to_all(shape: Shape, job: Job, rows: Rows) -> tuple[list[Message], list[Message]]:
+def _all_to_all(
+    shape: ModelShape, job: ParallelJob, rows: Rows
+) -> tuple[list[Message], list[Message]]:
     n, row, routing = job.ep, shape.hidden_size * job.element_size, shape.top_k * 4
     out, back = sum(rows.sent) - rows.sent[0], sum(rows.received) - rows.received[0]
 
@@ -220,7 +223,7 @@ def _reduced(name: str, kind: str, whole: int, n: int) -> Message:
 # -------------------------------------------------------------------------------------- FSDP2
 
 
-def expert_weights(shape: Shape, layout: Layout, job: Job) -> list[Matrix]:
+def expert_weights(shape: ModelShape, layout: Layout, job: ParallelJob) -> list[Matrix]:
     """The experts of a rank as FSDP2 shards them: by experts, or by their second dimension where
     there are too few."""
     local, shards = local_experts(shape, job), layout.expert_shards
@@ -235,7 +238,9 @@ def expert_weights(shape: Shape, layout: Layout, job: Job) -> list[Matrix]:
     return matrices
 
 
-def sharded_messages(weights: list[Matrix], group: str, layout: Layout, job: Job) -> list[Message]:
+def sharded_messages(
+    weights: list[Matrix], group: str, layout: Layout, job: ParallelJob
+) -> list[Message]:
     """Those of weights that FSDP2 shards: gathered for forward, and for backward, where gradients
     are summed in float32, at last over the ranks that hold the same parts.
 
@@ -268,7 +273,7 @@ def sharded_messages(weights: list[Matrix], group: str, layout: Layout, job: Job
 # ------------------------------------------------------------------------------------- whole models
 
 
-def layer_messages(shape: Shape, layout: Layout, job: Job, moe: bool) -> list[Message]:
+def layer_messages(shape: ModelShape, layout: Layout, job: ParallelJob, moe: bool) -> list[Message]:
     """All collectives of a layer, with or without experts."""
     found = sharded_messages(_parts(shape.dense_parts(moe), job), "dp", layout, job)
     if moe:
@@ -284,7 +289,7 @@ def layer_messages(shape: Shape, layout: Layout, job: Job, moe: bool) -> list[Me
     return found
 
 
-def model_messages(shape: Shape, layout: Layout, job: Job) -> list[Message]:
+def model_messages(shape: ModelShape, layout: Layout, job: ParallelJob) -> list[Message]:
     """All collectives of a step: of all layers, of the embedding, and of the head with its norm."""
     embedding = Matrix(shape.vocab_size, shape.hidden_size)
     found = []
@@ -294,6 +299,6 @@ def model_messages(shape: Shape, layout: Layout, job: Job) -> list[Message]:
     return found + shape.num_dense_layers * layer_messages(shape, layout, job, False)
 
 
-def _parts(weights: list[Matrix], job: Job) -> list[Matrix]:
+def _parts(weights: list[Matrix], job: ParallelJob) -> list[Matrix]:
     """What tensor parallelism leaves of them on a rank."""
     return [Matrix(-(-m.rows // job.tp), m.columns) for m in weights]

@@ -1,6 +1,6 @@
 """DriftMoE: a router network over trees that learn from a stream, one example at a time.
 
-    model = zoo.create("driftmoe", preset="moe_data", num_features=24, num_classes=10)
+    model = zoo.create_model("driftmoe", preset="moe_data", num_features=24, num_classes=10)
     model.learn_one(x, y)
 
 A model has `predict_one`, `predict_proba_one` and `learn_one`, as classifiers of river have, and

@@ -1,6 +1,6 @@
 """GNT-MOVE: novel views of scenes that were not trained on, by transformers with experts of views.
 
-    model = zoo.create("gntmove")                        # ffn="dense": GNT
+    model = zoo.create_model("gntmove")                        # ffn="dense": GNT
     colors = model(Views(images, cameras), target, pixels).colors
 
 Source: Cong et al. 2023 (Enhancing NeRF akin to Enhancing LLMs: Generalizable NeRF Transformer with

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops._fields import check_choice, check_least
-from moe_ops.layers import ExpertNorm, Experts, mix_outputs
-from moe_ops.layers.dense import grouped_linear, low_rank_maps, segments
+from moe_ops.layers import ExpertBatchNorm, Experts, mix_outputs
+from moe_ops.layers.all_experts import grouped_linear, low_rank_maps, segments
 
 
 def spread(x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
@@ -297,7 +297,7 @@ class GatedLayer(nn.Module):
             activation="relu",
             bias=True,
         )
-        self.norm = ExpertNorm(len(self.input_ids), out_size) if norm else None
+        self.norm = ExpertBatchNorm(len(self.input_ids), out_size) if norm else None
         self.gates = Gates(mask, gate_size, lone=lone)
         self.self_gates = None
         if self_mask is not None:

@@ -1,6 +1,6 @@
 """THOR: transformers whose experts are drawn at random, and taught to agree.
 
-    model = zoo.create("thor")                       # an encoder and a decoder
+    model = zoo.create_model("thor")                       # an encoder and a decoder
     out = model.loss(target, source)                 # two passes with other experts each
 
 Source: Zuo et al. 2022 (Taming Sparsely Activated Transformer with Stochastic Experts, arXiv

@@ -24,21 +24,21 @@ def generator(seed=0):
 def test_evaluate():
     data = draw_unseen(3, generator(), views=2, size=12)
     torch.manual_seed(0)
-    model = zoo.create("gntmove", **SMALL)
+    model = zoo.create_model("gntmove", **SMALL)
     found = evaluate(model, data, progress=False)
     materials = [found[f"psnr {name}"] for name in ("diffuse", "glossy", "textured")]
     assert found["psnr"] == pytest.approx(sum(materials) / 3)
     assert 0 <= found["neighbour agreement"] <= 1 and found["neighbour divergence"] >= 0
     assert 1 <= found["effective experts"] <= 4.001 and found["entropy"] <= math.log(4) + 1e-6
     assert model.training
-    dense = evaluate(zoo.create("gntmove", **SMALL, ffn="dense"), data, progress=False)
+    dense = evaluate(zoo.create_model("gntmove", **SMALL, ffn="dense"), data, progress=False)
     assert "entropy" not in dense
 
 
 def test_routing_of_known_choices(monkeypatch):
     """Experts by material: neighbours agree, and what they tell is all of it."""
     data = draw_unseen(3, generator(), views=1, size=12)
-    model = zoo.create("gntmove", **{**SMALL, "top_k": 1})
+    model = zoo.create_model("gntmove", **{**SMALL, "top_k": 1})
     points = torch.rand(3 * 2 * 4, 2, 3)
     kinds = torch.arange(3).repeat_interleave(2 * 4 * 2)
     logits = 30.0 * torch.nn.functional.one_hot(kinds, 4).float()

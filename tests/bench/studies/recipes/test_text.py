@@ -11,7 +11,7 @@ from moe_ops import surgery, zoo
 
 def small():
     torch.manual_seed(0)
-    return zoo.create(
+    return zoo.create_model(
         "deepseek", vocab_size=11, hidden_size=16, num_layers=2, num_dense_layers=0, num_heads=2,
         head_size=8, latent=False, intermediate_size=8, num_experts=4, top_k=2,
         num_shared_experts=0, init_std=0.3, score_func="softmax", num_groups=1,
@@ -40,7 +40,7 @@ def test_lesson_of_weaker_routing():
     tokens = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
 
     def weak():
-        return surgery.route_as(model, surgery.rank(2), renormalize=True)
+        return surgery.override_routing(model, surgery.rules.rank(2), renormalize=True)
 
     counted = torch.ones(3, 8, dtype=torch.bool)
     counted[:, :2] = False

@@ -62,7 +62,7 @@ def test_sentence_transformers(tmp_path):
     from bench.studies.sentence.adapter import to_sentence_transformer
 
     torch.manual_seed(0)
-    model = zoo.create("sentence", domains=("a", "b"), hidden_size=16, intermediate_size=16)
+    model = zoo.create_model("sentence", domains=("a", "b"), hidden_size=16, intermediate_size=16)
     wrapped = to_sentence_transformer(model, ByteTokens())
     assert wrapped.get_embedding_dimension() == 16
     words = ["hello", "a longer text", "x"]

@@ -170,7 +170,7 @@ def test_batches_hold_pairs_of_like_length():
 
 def test_experts_that_agree_do_not_disagree():
     torch.manual_seed(0)
-    model = zoo.create("thor", hidden_size=16, intermediate_size=16).train()
+    model = zoo.create_model("thor", hidden_size=16, intermediate_size=16).train()
     batches = Batches.of([("one", "uno"), ("two", "dos")], ByteTokens()).all(2)
     mean = mean_loss(model, batches)
     assert model.training and mean == pytest.approx(mean_loss(model, batches))

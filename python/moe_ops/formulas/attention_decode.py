@@ -1,0 +1,82 @@
+"""attention_decode: the attention block of a decoder layer on a few new tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_ops.formulas.attention_block import attend
+from moe_ops.formulas.dense_layer import linear, rms_norm
+from moe_ops.formulas.dtypes import accumulate_dtype
+from moe_ops.formulas.rotary import turned
+
+
+def attention_decode(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    *,
+    rotary_size: int,
+    scale: float,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    b_o: Tensor | None = None,
+    w_q_scale: Tensor | None = None,
+    w_k_scale: Tensor | None = None,
+    w_v_scale: Tensor | None = None,
+    w_o_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    head_eps: float = 1e-6,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """Computes :func:`moe_ops.attention_decode`; writes the new keys and values into theirs.
+
+    Products of weights take and give x's dtype. Norms of heads, angles, scores, softmax and
+    mixtures are in float32 (float64 for float64). Heads of a group read one copy of their keys.
+    """
+    acc = accumulate_dtype(x.dtype)
+    groups, size = keys.shape[1], keys.shape[3]
+    end, half = start + x.shape[1], rotary_size // 2
+    angles = [f[:, :, None, :half].to(acc) for f in (cos, sin)]
+
+    def heads(t: Tensor, weight: Tensor | None) -> Tensor:
+        """[B, S, heads * d] to normalised and rotated [B, S, heads, d]."""
+        t = t.to(acc)
+        if weight is not None:
+            t = rms_norm(t.unflatten(2, (-1, weight.shape[0])), weight, head_eps).flatten(2)
+        t = t.unflatten(2, (-1, size))
+        if half == 0:
+            return t
+        pairs = t[..., :rotary_size].unflatten(-1, (2, half))
+        return torch.cat((turned(pairs, *angles).flatten(-2), t[..., rotary_size:]), -1)
+
+    h = rms_norm(x, norm_weight, eps)
+    q = heads(linear(h, w_q, w_q_scale, b_q), q_norm)
+    k = heads(linear(h, w_k, w_k_scale, b_k), k_norm)
+    v = linear(h, w_v, w_v_scale, b_v).unflatten(2, (groups, size))
+    keys[:, :, start:end] = k.transpose(1, 2).to(keys.dtype)
+    values[:, :, start:end] = v.transpose(1, 2)
+
+    # [B, S, m g, d] to [B, m, g S, d]: a group is one product.
+    q = (q * scale).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    scores = q.flatten(2, 3) @ keys[:, :, :end].to(acc).mT
+    if sinks is not None:
+        sinks = sinks.view(groups, -1)
+    scores = scores.unflatten(2, q.shape[2:4])
+    mixed = attend(scores, values[:, :, :end], mask, start, sinks)
+    mixed = mixed.permute(0, 3, 1, 2, 4).flatten(2).to(x.dtype)
+    y = linear(mixed, w_o, w_o_scale, b_o)
+    return torch.add(x.to(acc), y, alpha=residual_scale).to(x.dtype)

@@ -1,0 +1,187 @@
+"""attention_decode: the attention block of a decoder layer on a few new tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from moe_ops.formulas.attention_decode import attention_decode as _formula
+from moe_ops.ops._attention_block import check_block, check_kept
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import check, check_like, check_size, new_like
+from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
+from moe_ops.ops._quantized import check_dense
+
+_OP = "attention_decode"
+_attention_decode = direct_call(_OP)
+
+
+def attention_decode(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    *,
+    rotary_size: int,
+    scale: float,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    b_o: Tensor | None = None,
+    w_q_scale: Tensor | None = None,
+    w_k_scale: Tensor | None = None,
+    w_v_scale: Tensor | None = None,
+    w_o_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    head_eps: float = 1e-6,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """A block of attention on S new tokens of sequences whose keys and values are kept.
+
+    ``y = x + residual_scale * w_o @ attention(q, k, v)`` with q, k and v the products of
+    ``norm(x)``, q and k normalised and rotated. The keys and values of x are written into `keys`
+    and `values` first, from position `start` on; a query sees those up to its own. It is what a
+    step of decoding does in a layer, in one call; on the CPU its products share one parallel
+    region. For a few tokens: scores [B, n, S, start + S] are held at once.
+
+    A query's output has the same bits whatever is in a position that it may not see (later tokens
+    without a mask; otherwise False or -inf in the mask), infinities and NaN included, be it a kept
+    position or a token of the call. On CUDA tensors it is this formula in torch's operations, whose
+    products of weights take and give x's dtype. There is no gradient.
+
+    Args:
+        x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
+        w_q, w_k, w_v: [n d, H], [m d, H] twice, m a divisor of n; each in x's dtype, or
+            quantized as :func:`gated_mlp_decode` takes it.
+        w_o: [H, n d], likewise.
+        cos, sin: [B or 1, S, r] of one float dtype, r at least rotary_size / 2; the first
+            rotary_size / 2 of a row are the angles of the pairs (i, i + rotary_size / 2).
+        keys, values: [B, m, L, d] in x's dtype, features side by side, other strides as they may
+            be, L at least start + S. Positions start .. start + S - 1 are written.
+        start: tokens before x, from 0 on; the same for all sequences.
+        rotary_size: features of a head that are rotated, even, from 0 to d.
+        scale: of scores.
+        norm_weight: [H] in x's dtype of the RMS norm before the products, or None without one.
+        eps: of that norm, at least 0.
+        b_q, b_k, b_v, b_o: in x's dtype, or None.
+        w_q_scale, w_k_scale, w_v_scale, w_o_scale: float32 beside quantized weights: [O] of
+            int8, [O, K/G] of 4 bits with G = 32, 64 or 128.
+        q_norm, k_norm: RMS norms of q and k in x's dtype, together or not at all: [d] of each head,
+            or [n d] and [m d] of a token.
+        head_eps: of these.
+        mask: [B or 1, 1, S, start + S] bool, True where a query sees a key, or float, added to
+            scores. It says all: a query that it lets see later tokens sees them. None: a query sees
+            its own token and those before. A query that sees nothing attends to nothing.
+        sinks: [n] in x's dtype, a score of each head that takes part in softmax and has no value.
+        residual_scale: as above.
+
+    Returns:
+        y [B, S, H] in x's dtype, summed in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: wrong dtype, rank or size, numbers out of range, keys or values that cannot be
+            written in place.
+        NotImplementedError: where a gradient is wanted.
+
+    Source:
+        Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv
+        2305.13245; Xiao et al. 2023 for sinks, arXiv 2309.17453.
+    """
+    return _attention_decode(
+        x,
+        w_q,
+        w_k,
+        w_v,
+        w_o,
+        cos,
+        sin,
+        keys,
+        values,
+        start,
+        rotary_size,
+        scale,
+        norm_weight,
+        eps,
+        b_q,
+        b_k,
+        b_v,
+        b_o,
+        w_q_scale,
+        w_k_scale,
+        w_v_scale,
+        w_o_scale,
+        q_norm,
+        k_norm,
+        head_eps,
+        mask,
+        sinks,
+        residual_scale,
+    )
+
+
+_names = Signature(_OP).names
+
+
+@register_fake(_OP)
+def _(*row: Any) -> Tensor:
+    args = dict(zip(_names, row, strict=True))
+    x, keys, values = (args[n] for n in ("x", "keys", "values"))
+    check_kept(_OP, args, "keys", "values")
+    hidden = x.shape[2]
+    _, kv_heads, _, size = keys.shape
+    check_size(_OP, "values", values, 1, kv_heads, "m")
+    check_size(_OP, "values", values, 3, size, "d")
+    check(
+        kv_heads >= 1 and size >= 1,
+        f"{_OP}: keys must have at least one head of at least one feature, got shape "
+        f"{list(keys.shape)}.",
+    )
+    kv_width, q_width = kv_heads * size, args["w_q"].shape[0]
+    check_dense(_OP, args, "q", x, None, hidden)
+    check(
+        q_width > 0 and q_width % kv_width == 0,
+        f"{_OP}: w_q must have a multiple of m d = {kv_width} features, got shape "
+        f"{list(args['w_q'].shape)}.",
+    )
+    check_dense(_OP, args, "k", x, kv_width, hidden)
+    check_dense(_OP, args, "v", x, kv_width, hidden)
+    check_dense(_OP, args, "o", x, hidden, q_width)
+    q_norm, k_norm = args["q_norm"], args["k_norm"]
+    check(
+        (q_norm is None) == (k_norm is None),
+        f"{_OP}: q_norm and k_norm must be given together, got one.",
+    )
+    if q_norm is not None:
+        of_heads = q_norm.dim() != 1 or q_norm.shape[0] == size
+        for name, t, width in (("q_norm", q_norm, q_width), ("k_norm", k_norm, kv_width)):
+            check_like(_OP, name, t, "x", x, "[d]", d=size if of_heads else width)
+    rotary_size = args["rotary_size"]
+    check(
+        0 <= rotary_size <= size and rotary_size % 2 == 0,
+        f"{_OP}: rotary_size must be even and from 0 to d = {size}, got {rotary_size}.",
+    )
+    check_like(_OP, "sinks", args["sinks"], "x", x, "[n]", n=q_width // size)
+    check_block(_OP, args, rotary_size, "head_eps")
+    return new_like(x)
+
+
+@register_cuda_formula("attention_decode")
+def _(*row: Any) -> Tensor:
+    return _formula(*row[:10], **dict(zip(_names[10:], row[10:], strict=True)))
+
+
+register_no_gradient(_OP, "use the modules that it stands for")
+register_autocast(_OP)

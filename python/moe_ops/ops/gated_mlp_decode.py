@@ -1,0 +1,123 @@
+"""gated_mlp_decode: a dense network with a gate on few tokens, the norm before it and the sum
+after."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from moe_ops.formulas.gated_mlp_decode import gated_mlp_decode as _formula
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import (
+    check,
+    check_choice,
+    check_float,
+    check_like,
+    check_same_device,
+)
+from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
+from moe_ops.ops._quantized import check_dense
+
+_OP = "gated_mlp_decode"
+_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
+_gated_mlp_decode = direct_call(_OP)
+
+
+def gated_mlp_decode(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    w_gate_scale: Tensor | None = None,
+    w_up_scale: Tensor | None = None,
+    w_down_scale: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    output_gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+    activation: str = "swiglu",
+) -> Tensor:
+    """A dense network of two products and a gate, or shared experts, in a step of decoding.
+
+    ``y = residual + residual_scale * g * w_down @ (act(w_gate @ h) * (w_up @ h))`` with ``h =
+    norm(x)`` and ``g = sigmoid(output_gate @ h)``; what is not given is left out. On the CPU its
+    products share one parallel region; it is made for a few tokens. On CUDA tensors it is this
+    formula in torch's operations, whose products take and give x's dtype. There is no gradient.
+
+    Args:
+        x: [T, H]; float64, float32, bfloat16 or float16, any strides.
+        w_gate, w_up: [I, H]; each in x's dtype, or quantized: int8, or 4 bits (uint8, two weights
+            per byte, stored as q + 8). Other formats of :func:`grouped_gemm_quantized` are refused.
+        w_down: [O, I], likewise.
+        w_gate_scale, w_up_scale, w_down_scale: float32 beside quantized weights: [O] of int8,
+            [O, K/G] of 4 bits with G = 32, 64 or 128, without zero points.
+        norm_weight: [H] in x's dtype of an RMS norm before the products, or None.
+        eps: of that norm, at least 0.
+        output_gate: [H] in x's dtype, or None.
+        residual: [T, O] in x's dtype, or None.
+        residual_scale: finite.
+        activation: of the gate: "swiglu" (silu), "geglu", "geglu_tanh" or "reglu".
+
+    Returns:
+        y [T, O] in x's dtype, summed in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: wrong dtype, rank or size, numbers out of range, an unknown activation.
+        NotImplementedError: where a gradient is wanted.
+
+    Source:
+        Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
+    """
+    return _gated_mlp_decode(
+        x,
+        w_gate,
+        w_up,
+        w_down,
+        w_gate_scale,
+        w_up_scale,
+        w_down_scale,
+        norm_weight,
+        eps,
+        output_gate,
+        residual,
+        residual_scale,
+        activation,
+    )
+
+
+_names = Signature(_OP).names
+
+
+@register_fake(_OP)
+def _(*row: Any) -> Tensor:
+    args = dict(zip(_names, row, strict=True))
+    x = args["x"]
+    check_float(_OP, "x", x, "[T, H]")
+    tokens, hidden = x.shape
+    check_choice(_OP, "activation", args["activation"], _ACTIVATIONS)
+    check_dense(_OP, args, "gate", x, None, hidden)
+    width, features = args["w_gate"].shape[0], args["w_down"].shape[0]
+    check_dense(_OP, args, "up", x, width, hidden)
+    check_dense(_OP, args, "down", x, None, width)
+    for name in ("norm_weight", "output_gate"):
+        check_like(_OP, name, args[name], "x", x, "[H]", H=hidden)
+    check_like(_OP, "residual", args["residual"], "x", x, "[T, O]", T=tokens, O=features)
+    check(args["eps"] >= 0, f"{_OP}: eps must be at least 0, got {args['eps']}.")
+    scale = args["residual_scale"]
+    check(math.isfinite(scale), f"{_OP}: residual_scale must be finite, got {scale}.")
+    check_same_device(_OP, **{n: t for n, t in args.items() if isinstance(t, Tensor)})
+    return x.new_empty((tokens, features))
+
+
+@register_cuda_formula("gated_mlp_decode")
+def _(*row: Any) -> Tensor:
+    return _formula(*row[:4], **dict(zip(_names[4:], row[4:], strict=True)))
+
+
+register_no_gradient(_OP, "use the modules that it stands for")
+register_autocast(_OP, ["x", "w_gate", "w_up", "w_down", "norm_weight", "output_gate", "residual"])
