@@ -109,7 +109,7 @@ build: $(VENV)/.installed $(DEV)/.built
 
 demo: build
 	@echo 'Training a small mixture-of-experts language model; results go to ./moe_demo.'
-	@$(VENV)/bin/moe-ops demo $(DEMO_ARGS)
+	@$(VENV)/bin/python -m bench.demo $(DEMO_ARGS)
 
 test: build
 	@echo 'Running the test suite on the installed package.'

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from moe_ops.demo import data
-from moe_ops.demo.model import ModelConfig, make_model
+from moe_ops.demo.train import ModelConfig, make_model
 from moe_ops.layers import ExpertLoadStats
 from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, init_moe_meshes, shard_experts
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness.medians import median_ms
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from bench.studies.home.models import RecommenderConfig, build
+from moe_ops.zoo.home import MultiTask
 from moe_ops.zoo.home.layers import FeatureGate, GatedLayer, Gates
 
 TASKS = (("a", "b", "c", "d"), ("e", "f", "g", "h"))
@@ -178,7 +179,7 @@ class Ours(nn.Module):
 
 
 def make(kind: str, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    config = HoMEConfig(
+    config = RecommenderConfig(
         num_dense=args.input,
         categories=TASKS,
         model=kind,

@@ -25,6 +25,7 @@ from .compare import Series, curves_picture, loss_picture, series
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import DOMAINS, load_domains
+from .trainer import take_steps
 from .training import DrawnTraining, Recipe, job, setting
 
 BASE = CoEConfig(hidden_size=64, num_layers=2, num_heads=4, kv_rank=32, intermediate_size=32)
@@ -207,15 +208,14 @@ def look_up(arm: str, task: LookUps) -> Job:
         training = DrawnTraining(run, model, optimizer, draw, {"loss": [], "accuracy": []})
         found: dict[str, list[float]] = training.found
         recipe = Recipe(task.steps, rate=task.rate, warmup=task.warmup)
-        while training.done < task.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate_at(training.done)
+
+        def loss(step: int) -> dict[str, Tensor]:
             rows = every[torch.randint(len(every), (task.batch,), generator=draw)]
             logits, balance = model(rows[:, 0], rows[:, 1:])
-            loss = F.cross_entropy(logits, target(rows[:, 0], rows[:, 1:]))
-            optimizer.zero_grad()
-            (loss + task.balance * balance).backward()
-            optimizer.step()
+            missed = F.cross_entropy(logits, target(rows[:, 0], rows[:, 1:]))
+            return {"loss": missed + task.balance * balance}
+
+        def after(step: int, parts: Mapping[str, Tensor]) -> None:
             training.done += 1
             if training.done % (task.steps // task.looks) == 0:
                 with torch.no_grad():
@@ -224,6 +224,9 @@ def look_up(arm: str, task: LookUps) -> Job:
                 found["loss"].append(F.cross_entropy(logits, right).item())
                 found["accuracy"].append((logits.argmax(-1) == right).double().mean().item())
             run.step(training.done, task.steps, training.state)
+
+        steps = range(training.done, task.steps)
+        take_steps(optimizer, loss, steps, rate=recipe.rate_at, after=after)
         half = task.looks // 2 - 1
         row = {
             "loss, mean of looks": fmean(found["loss"]),

@@ -119,7 +119,8 @@ class Pooled:
 
 
 def balance_each_step(model: DeepSeek, optimizer: torch.optim.Optimizer) -> None:
-    model.balance_after(optimizer)
+    rate = model.config.bias_update_rate
+    optimizer.register_step_post_hook(lambda *_: update_expert_bias(model, rate=rate))
 
 
 def runs(base: DeepSeekConfig, recipe: Recipe, width: int, arms: Sequence[str]) -> dict[str, Job]:

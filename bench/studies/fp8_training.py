@@ -16,8 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from moe_ops.demo import data
-from moe_ops.demo.model import ModelConfig
-from moe_ops.demo.train import TrainConfig, Trainer
+from moe_ops.demo.train import ModelConfig, TrainConfig, Trainer
 from moe_ops.layers import Experts
 
 PRECISIONS = ("float32", "bfloat16", "fp8")
@@ -55,9 +54,8 @@ def train(config: TrainConfig, corpus: data.Corpus, precision: str) -> tuple[flo
             module.fp8_training = precision == "fp8"
     while not trainer.finished:
         with autocast(precision):  # A new one each time: it keeps casts of weights until it ends.
-            result = trainer.train_step()
-    assert result.heldout_bits_per_byte is not None
-    return result.heldout_bits_per_byte, float(trainer.history["loss"][-50:].mean())
+            trainer.train_step()
+    return trainer.heldout_by_step()[trainer.step], float(trainer.history["loss"][-50:].mean())
 
 
 @contextlib.contextmanager

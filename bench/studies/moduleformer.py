@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +13,14 @@ import torch
 from moe_ops.zoo.moduleformer import ModuleFormer, ModuleFormerConfig
 
 from .compare import Series, series
+from .modules import (
+    FrozenRows,
+    expert_frequencies,
+    freeze_old,
+    hold_frozen,
+    insert_experts,
+    prune,
+)
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import DOMAINS, Domain, heldout_batches, load_domains
@@ -122,16 +130,16 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
         start = Trained(first.model, {})
         evaluate(start, [new], recipe)
         for arm in ("added experts", "all parameters"):
-            model = copy.deepcopy(first.model)
+            model, prepare = copy.deepcopy(first.model), None
             if arm == "added experts":
-                model.insert_experts(attention=1, mlp=2)
+                prepare = _held(freeze_old(model, insert_experts(model, attention=1, mlp=2)))
             taught = train(
                 lambda model=model: model,  # type: ignore[misc]
                 [new],
                 tuning,
                 seed,
                 coefficients={"mutual_information": 0.0},
-                prepare=_hold_frozen,
+                prepare=prepare,
                 run=run.part(arm.replace(" ", "-")),
             )
             again = Trained(taught.model, {})
@@ -143,8 +151,11 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
     return perform
 
 
-def _hold_frozen(model: ModuleFormer, optimizer: torch.optim.Optimizer) -> None:
-    model.hold_frozen(optimizer)
+def _held(frozen: dict[str, FrozenRows]) -> Callable[[Any, torch.optim.Optimizer], None]:
+    def prepare(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        hold_frozen(frozen, optimizer)
+
+    return prepare
 
 
 def tuning_of(recipe: Recipe) -> Recipe:
@@ -279,7 +290,7 @@ def layer_information(
     counts: dict[str, list[torch.Tensor]] = {}
     for domain in domains:
         batches = heldout_batches(domain, recipe.heldout_batches, recipe.batch, recipe.length)
-        for layer, frequency in model.expert_frequencies(batches).items():
+        for layer, frequency in expert_frequencies(model, batches).items():
             counts.setdefault(layer, []).append(frequency)
     return {
         layer.removeprefix("layers."): mutual_information(torch.stack(rows))
@@ -293,11 +304,11 @@ def pruned(trained: Trained, domain: Domain, recipe: Recipe) -> list[tuple[float
     model = trained.model
     text = dataclasses.replace(domain, heldout=domain.train)
     batches = heldout_batches(text, recipe.heldout_batches, recipe.batch, recipe.length)
-    frequencies = model.expert_frequencies(batches)
+    frequencies = expert_frequencies(model, batches)
     total, found = sum(len(f) for f in frequencies.values()), []
     for threshold in THRESHOLDS:
         smaller = copy.deepcopy(model)
-        kept = smaller.prune(frequencies, threshold)
+        kept = prune(smaller, frequencies, threshold)
         after = Trained(smaller, {})
         evaluate(after, [domain], recipe)
         share = 1 - sum(map(len, kept.values())) / total

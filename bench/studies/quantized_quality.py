@@ -19,9 +19,8 @@ import torch
 
 import moe_ops
 from bench.studies.fp8_training import MODEL
-from moe_ops import quant
+from moe_ops import _files, quant
 from moe_ops.demo import data
-from moe_ops.demo.checkpoint import Checkpointer
 from moe_ops.demo.train import TrainConfig, Trainer
 from moe_ops.expert_weights import ExpertWeights
 from moe_ops.layers import Experts, QuantizedExperts
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 def demo_model(folder: Path) -> Iterator[str]:
-    corpus = data.load_corpus(Checkpointer(folder).load().metadata["data"])
+    corpus = data.load_corpus(_files.read_json(folder / "summary.json")["data"])
     model = DeepSeek.from_pretrained(folder / "model")
     size = model.config.context
     starts = torch.linspace(0, corpus.train.numel() - size, 16).long().tolist()
@@ -249,7 +248,7 @@ def whole_model(folder: Path) -> Iterator[str]:
     """Experts, projections and head by `moe_ops.hf.optimize`."""
     import moe_ops.hf
 
-    corpus = data.load_corpus(Checkpointer(folder).load().metadata["data"])
+    corpus = data.load_corpus(_files.read_json(folder / "summary.json")["data"])
     trained = DeepSeek.from_pretrained(folder / "model")
     text = corpus.heldout[:_HELDOUT].long()
     before = memory = 0.0

@@ -32,13 +32,14 @@ from moe_ops.layers import (
     update_expert_bias,
 )
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import causal_attention
 from moe_ops.zoo.llama import Llama, LlamaBlock, LlamaConfig
-from moe_ops.zoo.lm.attention import causal_attention
 from moe_ops.zoo.lm.blocks import Step
 from moe_ops.zoo.lm.model import LMLoss
 
 from .study import Experiment, Headline, Hypothesis, Job, Run, Study
 from .text import heldout_batches, load_domains, train_batches
+from .trainer import take_steps
 from .training import (
     DrawnTraining,
     Recipe,
@@ -366,17 +367,25 @@ def fill_in(arm: str, make: Make, recipe: Recipe) -> Job:
         draw = torch.Generator().manual_seed(seed)
         training = DrawnTraining(run, model, optimizer, draw, {"curve": []})
         batches = train_batches(there, recipe.steps, recipe.batch, recipe.length, seed)
-        for tokens in islice(batches, training.done, None):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate_at(training.done)
-            loss, balance = hidden_loss(model, tokens[:, :-1], draw)
-            optimizer.zero_grad()
-            (loss + BALANCE["load_balancing"] * balance).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            training.found["curve"].append(loss.item())
+        left = islice(batches, training.done, None)
+
+        def loss(step: int) -> dict[str, Tensor]:
+            missed, balance = hidden_loss(model, next(left)[:, :-1], draw)
+            return {"loss": missed + BALANCE["load_balancing"] * balance, "missed": missed}
+
+        def after(step: int, parts: Mapping[str, Tensor]) -> None:
+            training.found["curve"].append(parts["missed"].item())
             training.done += 1
             run.step(training.done, recipe.steps, training.state)
+
+        take_steps(
+            optimizer,
+            loss,
+            range(training.done, recipe.steps),
+            rate=recipe.rate_at,
+            clip=(list(model.parameters()), recipe.clip),
+            after=after,
+        )
         model.eval()
         draw.manual_seed(0)
         found = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_ops._files import make_folder
-from moe_ops.zoo._state import read_state, write_state
+from moe_ops._state import read_state, write_state
 
 from .inference import CONTRADICTED, NOT_SHOWN, SHOWN, power
 from .picture import Picture

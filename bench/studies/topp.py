@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 from moe_ops.zoo.lm.model import CausalLM, LMLoss
-from moe_ops.zoo.topp import TopP, TopPConfig, TopPController, experts_per_token
+from moe_ops.zoo.topp import TopP, TopPConfig
 
 from .compare import curves_picture, series
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Results, Study
 from .text import DOMAINS, Domain, heldout_batches, load_domains
+from .topp_controller import TopPController, experts_per_token
 from .training import Recipe, Trained, job, setting
 
 # The entropy loss has a hundred times the published weight, for a run a hundred times as short.

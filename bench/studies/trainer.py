@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops import _files, _reading
-from moe_ops.zoo._state import load_weights as load_weights
-from moe_ops.zoo._state import read_state as read_state
-from moe_ops.zoo._state import write_state as write_state
+from moe_ops._state import load_weights as load_weights
+from moe_ops._state import read_state as read_state
+from moe_ops._state import write_state as write_state
 
 from .progress import bar
 
@@ -151,6 +151,50 @@ class Group:
     weight_decay: float = 0.0
 
 
+class Lesson(NamedTuple):
+    """What a model is trained on: groups of its parameters, and the loss of `train_steps`."""
+
+    groups: Sequence[Group]
+    loss: Callable[[int, torch.Generator], dict[str, Tensor]]
+
+
+def take_steps(
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Mapping[str, Tensor]],
+    steps: Iterable[int],
+    *,
+    rate: Callable[[int], float] | None = None,
+    clip: tuple[Sequence[nn.Parameter], float] | None = None,
+    after: Callable[[int, Mapping[str, Tensor]], object] | None = None,
+) -> None:
+    """The loop of every training: a loss, its gradients, a step of the optimizer.
+
+    Args:
+        loss: from the number of the step to named scalars, of which "loss" is minimised.
+        rate: of a step, for all parameters; None: as the optimizer has it.
+        clip: parameters, and the most that the norm of their gradients may be.
+        after: called with the number of a step that is done and its scalars; training ends where
+            it returns True.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
+    for step in steps:
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+        parts = loss(step)
+        if not bool(parts["loss"].isfinite()):
+            raise ValueError(f"fit: the loss must be finite, got {float(parts['loss'])}.")
+        optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(*clip)
+        optimizer.step()
+        if after is not None and after(step, parts) is True:
+            return
+
+
 def train_steps(
     what: str,
     model: nn.Module,
@@ -204,14 +248,8 @@ def train_steps(
     model.train()
     with bar(steps, what, progress) as shown:
         shown.update(first)
-        for step in range(first + 1, steps + 1):
-            parts = loss(step, generator)
-            if not bool(parts["loss"].isfinite()):
-                raise ValueError(f"fit: the loss must be finite, got {float(parts['loss'])}.")
-            optimizer.zero_grad(set_to_none=True)
-            parts["loss"].backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-            optimizer.step()
+
+        def done(step: int, parts: Mapping[str, Tensor]) -> None:
             schedule.step()
             if after is not None:
                 after()
@@ -223,5 +261,13 @@ def train_steps(
                     watch(step)
                     model.train()
                 kept.save(step)
+
+        take_steps(
+            optimizer,
+            lambda step: loss(step, generator),
+            range(first + 1, steps + 1),
+            clip=(parameters, grad_clip),
+            after=done,
+        )
     model.train(before)
     return history.values

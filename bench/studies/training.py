@@ -16,6 +16,7 @@ from moe_ops.zoo.lm.model import CausalLM, LMLoss
 
 from .study import Job, Run
 from .text import Domain, heldout_batches, load_domains, train_batches
+from .trainer import take_steps
 
 # Points of a curve that is kept.
 POINTS = 50
@@ -168,18 +169,21 @@ def train_drawn(
     draw, optimizer = torch.Generator().manual_seed(seed), adamw(model, recipe)
     training = DrawnTraining(run, model, optimizer, draw, {"curve": []})
     curve: list[float] = training.found["curve"]
-    model.train()
-    while training.done < recipe.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(training.done)
-        value = loss(draw)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        curve.append(value.item())
+
+    def after(step: int, parts: Mapping[str, Tensor]) -> None:
+        curve.append(parts["loss"].item())
         training.done += 1
         run.step(training.done, recipe.steps, training.state)
+
+    model.train()
+    take_steps(
+        optimizer,
+        lambda step: {"loss": loss(draw)},
+        range(training.done, recipe.steps),
+        rate=recipe.rate_at,
+        clip=(list(model.parameters()), recipe.clip),
+        after=after,
+    )
     model.eval()
     return curve
 
@@ -228,20 +232,30 @@ def train(
         torch.set_rng_state(saved["noise"])
         curve, watched = saved["curve"], saved["watched"]
     batches = train_batches(domains, recipe.steps, recipe.batch, recipe.length, seed)
-    for step, tokens in enumerate(islice(batches, len(curve), None), start=len(curve)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
-        out = model.loss(tokens, coefficients=coefficients)
-        optimizer.zero_grad()
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+    left = islice(batches, len(curve), None)
+    out: LMLoss
+
+    def loss(step: int) -> dict[str, Tensor]:
+        nonlocal out
+        out = model.loss(next(left), coefficients=coefficients)
+        return {"loss": out.loss}
+
+    def after(step: int, parts: Mapping[str, Tensor]) -> None:
         curve.append(out.cross_entropy.item())
         if watch is not None:
             watched.append(watch(out))
         if controller is not None:
             controller.after(step, out)
         run.step(step + 1, recipe.steps, state)
+
+    take_steps(
+        optimizer,
+        loss,
+        range(len(curve), recipe.steps),
+        rate=recipe.rate_at,
+        clip=(list(model.parameters()), recipe.clip),
+        after=after,
+    )
     trained = Trained(model, {}, curve, watched)
     evaluate(trained, domains, recipe)
     return trained

@@ -10,7 +10,6 @@ import os
 
 MAX_THREADS = max(256, os.cpu_count() or 1)
 MAX_STEPS = 1_000_000
-MAX_MINUTES = 7 * 24 * 60.0
 MAX_TOKENS = 2**24
 MAX_RANKS = 2**20
 MAX_SEED = 2**63 - 1

@@ -120,6 +120,18 @@ def check_choice(reader: str, name: str, value: Any, of: typing.Iterable[str]) -
         raise ValueError(f"{reader}: {name} must be one of {', '.join(words)}, got {value!r}.")
 
 
+def check_least(reader: str, name: str, value: float, least: float) -> None:
+    """ValueError where a number is below the least that it may be, or is none."""
+    if not value >= least:
+        raise ValueError(f"{reader}: {name} must be at least {least}, got {value}.")
+
+
+def check_divides(reader: str, name: str, value: int, of: str, whole: float) -> None:
+    """ValueError where `name` does not divide what `of` calls a whole."""
+    if value < 1 or whole % value:
+        raise ValueError(f"{reader}: {name} must divide {of} = {whole:g}, got {value}.")
+
+
 def check_types(values: Any, reader: str) -> None:
     """ValueError where a field of a dataclass is of another type than declared.
 

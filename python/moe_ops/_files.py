@@ -134,7 +134,6 @@ class Replacement:
         self.last = last
         self._new: dict[str, Path] = {}
         self._removed: list[str] = []
-        self._kept: dict[str, str] = {}
         self._staged: list[Path] = []
         self._handles: list[int] = []
 
@@ -175,10 +174,6 @@ class Replacement:
             self._handles.append(_lock(os.open(path, os.O_RDONLY)))
         return path
 
-    def keep(self, name: str, second_name: str) -> None:
-        """Let the old file `name`, where there is one, have another name afterwards."""
-        self._kept[name] = second_name
-
     def remove(self, *patterns: str) -> None:
         """Remove old files of these names, shell patterns, unless new ones take their places."""
         self._removed += patterns
@@ -196,8 +191,6 @@ class Replacement:
             if last and not removed and len(self._new) == 2 and self._is_there(last):
                 del self._new[str(self.last)]
                 os.unlink(last)
-            for name, second_name in self._kept.items():
-                self._link(self.folder / name, self.folder / second_name)
             if len(self._new) == 1 and not removed:
                 # A rename replaces one file in one step; nothing is to be brought back.
                 ((name, temporary),) = self._new.items()
@@ -213,23 +206,6 @@ class Replacement:
             return filecmp.cmp(last, self.folder / str(self.last), shallow=False)
         except OSError:
             return False
-
-    def _link(self, old: Path, second: Path) -> None:
-        """Until the commit the old file has both names, where the file system knows links."""
-        temporary = _temporary(self.folder)
-        try:
-            os.link(old, temporary)
-        except FileNotFoundError:
-            return
-        except OSError:
-            os.replace(old, second)
-            return
-        try:
-            os.replace(temporary, second)
-        finally:
-            # A rename between two names of one file, which a killed save can leave, does nothing.
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
     def _swap(self, removed: list[str]) -> None:
         order = sorted(self._new, key=lambda name: name == self.last)

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
+from moe_ops._state import read_state, write_state
 from moe_ops.demo import data
-from moe_ops.demo.checkpoint import Checkpointer
-from moe_ops.demo.model import ModelConfig
-from moe_ops.demo.train import TrainConfig, Trainer
+from moe_ops.demo.train import ModelConfig, TrainConfig, Trainer
 
 # After the first step of a child; a step and its save take some milliseconds.
 LONGEST_LIFE_S = 0.03
@@ -39,14 +38,12 @@ def config(steps: int) -> TrainConfig:
 
 def train(folder: Path, corpus: data.Corpus, steps: int, told: int) -> None:
     """To the end, from the checkpoint where there is one; `told` gets each saved step."""
-    checkpointer = Checkpointer(folder)
-    if checkpointer.exists():
-        trainer = Trainer.restore(checkpointer.load(), corpus)
-    else:
-        trainer = Trainer(config(steps), corpus)
+    path, trainer = folder / "checkpoint.pt", Trainer(config(steps), corpus)
+    if path.exists():
+        trainer.restore(read_state(path))
     while not trainer.finished:
         trainer.train_step()
-        checkpointer.save(*trainer.state())
+        write_state(path, trainer.state())
         os.write(told, trainer.step.to_bytes(4, "little"))
 
 
@@ -85,26 +82,25 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
     run = folder / "killed"
     run.mkdir()
-    checkpointer = Checkpointer(run)
+    path = run / "checkpoint.pt"
     reached = in_save = 0
     for number in range(kills):
         told = kill_once(run, corpus, steps, rng)
         in_save += any(path.name.endswith(".tmp") for path in run.iterdir())
-        if told == reached == 0 and not checkpointer.exists():
+        if told == reached == 0 and not path.exists():
             continue
-        found = checkpointer.load()
-        step = found.metadata["step"]
-        assert found.note is None, f"kill {number}: {found.note}"
+        step = read_state(path)["step"]
         assert step >= max(told, reached), f"kill {number}: at {step}, {max(told, reached)} saved"
         reached = step
 
-    killed = Trainer.restore(checkpointer.load(), corpus)
+    killed = Trainer(config(steps), corpus)
+    killed.restore(read_state(path))
     for trainer in (killed, whole):
         while trainer.step < reached + 5:
             trainer.train_step()
     for one, two in zip(killed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, two), "the run that was killed has other weights"
-    checkpointer.save(*killed.state())
+    write_state(path, killed.state())
     left = [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
     assert not left, f"left behind: {left}"
     print(f"{kills} kills, {in_save} in a save; {reached} steps, none lost; the same bits")

@@ -146,13 +146,13 @@ def _read_resume(folder: Path, _: Any) -> Any:
 
 
 def _make_state(folder: Path) -> None:
-    from moe_ops.zoo._state import write_state
+    from moe_ops._state import write_state
 
     write_state(folder / "it.pt", {"a": torch.arange(9.0), "step": 3, "b": [1, "x"]})
 
 
 def _read_state(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo._state import read_state
+    from moe_ops._state import read_state
 
     return read_state(folder / "it.pt")
 
@@ -167,18 +167,6 @@ def _zoo(folder: Path, name: str = "topp", **options: Any) -> Any:
 
 def _read_zoo(folder: Path, kind: Any) -> Any:
     return kind.from_pretrained(folder).state_dict()
-
-
-def _read_offloaded(folder: Path, kind: Any) -> Any:
-    model = kind.from_pretrained(folder, offload={"num_slots": 4})
-    store = model.expert_cache.store
-    found = []
-    for expert in range(store.num_experts):
-        into = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in store.tensors.items()}
-        store.read((0, expert), into)
-        found.append(into)
-    model.expert_cache.close()
-    return [found, dict(model.named_parameters())]
 
 
 def _make_pruned(folder: Path) -> Any:
@@ -210,29 +198,6 @@ def _read_settings(folder: Path, _: Any) -> Any:
     return settings_folder(folder, Settings(), "runs", ())[1]
 
 
-def _make_sentence(folder: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "domains": ("a", "b")}
-    zoo.create_model("sentence", **sizes).save(folder)
-
-
-def _read_sentence(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.sentence import SentenceExperts
-
-    return SentenceExperts.load(folder).state_dict()
-
-
-def _make_dino(folder: Path) -> None:
-    torch.manual_seed(0)
-    zoo.create_model("dynamicdino").save(folder)
-
-
-def _read_dino(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.dynamicdino import DynamicDino
-
-    return DynamicDino.load(folder).state_dict()
-
-
 def _make_words(folder: Path) -> None:
     from bench.studies.thor.tokens import PairTokens
 
@@ -241,7 +206,7 @@ def _make_words(folder: Path) -> None:
 
 
 def _read_words(folder: Path, _: Any) -> Any:
-    from moe_ops.zoo.sentence import WordPieces
+    from bench.studies.sentence.tokens import WordPieces
 
     return WordPieces(folder / "tokens.json")(["some words"])
 
@@ -354,25 +319,6 @@ def _read_patterns(folder: Path, _: Any) -> Any:
     return vars(TaskRoutingPatterns.load(folder / "it.safetensors"))
 
 
-def _make_demo(folder: Path) -> None:
-    from moe_ops.demo.checkpoint import Checkpointer
-
-    Checkpointer(folder).save({"a": torch.arange(20.0)}, {"step": 3})
-
-
-def _read_demo(folder: Path, _: Any) -> Any:
-    from moe_ops.demo.checkpoint import Checkpointer
-
-    found = Checkpointer(folder).load()
-    return [found.tensors, found.metadata]
-
-
-def _demo_errors() -> tuple[type[Exception], ...]:
-    from moe_ops.demo.checkpoint import CheckpointError
-
-    return (CheckpointError,)
-
-
 READERS = [
     Reader(
         "ExpertPredictor", _make_predictor,
@@ -389,16 +335,8 @@ READERS = [
         "zoo, sharded", lambda folder: _zoo(folder, "jetmoe", max_shard_bytes=20_000), _read_zoo,
         needs=("safetensors",),
     ),
-    Reader(
-        "zoo, offloaded", _zoo, _read_offloaded, "*.safetensors", protected=True,
-        needs=("safetensors",),
-    ),
     Reader("load_pruned", _make_pruned, _read_pruned, needs=("safetensors",)),
     Reader("settings", _make_settings, _read_settings, missing=True),
-    Reader("sentence", _make_sentence, _read_sentence, protected=True, needs=("transformers",)),
-    Reader(
-        "dynamicdino", _make_dino, _read_dino, protected=True, needs=("transformers", "scipy"),
-    ),
     Reader("WordPieces", _make_words, _read_words, needs=("tokenizers",)),
     Reader("PairTokens", _make_words, _read_pairs, needs=("tokenizers",), missing=True),
     Reader("photo", _make_photo, _read_photo, needs=("PIL",)),
@@ -409,10 +347,6 @@ READERS = [
     Reader("Profile", _make_profile, _read_profile, protected=True, needs=("safetensors",)),
     Reader(
         "TaskRoutingPatterns", _make_patterns, _read_patterns, protected=True,
-        needs=("safetensors",),
-    ),
-    Reader(
-        "demo", _make_demo, _read_demo, errors=_demo_errors(), protected=True,
         needs=("safetensors",),
     ),
 ]  # fmt: skip

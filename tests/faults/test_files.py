@@ -22,8 +22,7 @@ from safetensors import safe_open
 
 import moe_ops
 from moe_ops import _files, zoo
-from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
-from moe_ops.zoo._state import read_state, write_state
+from moe_ops._state import read_state, write_state
 
 from .failing_files import failing, leftovers
 
@@ -161,16 +160,6 @@ def test_names_change_for_one_writer_at_a_time(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_second_name_that_is_there_already(tmp_path):
-    """As after a kill between the second name and the new file."""
-    (tmp_path / "a").write_text("one")
-    os.link(tmp_path / "a", tmp_path / "before")
-    with _files.Replacement(tmp_path) as files:
-        files.add("a", b"two")
-        files.keep("a", "before")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "two", "before": "one"}
-
-
 # --- every call of every writer fails in turn
 
 
@@ -178,16 +167,16 @@ def tensors(value: int) -> dict[str, torch.Tensor]:
     return {"a": torch.full((50, 7), float(value)), "b": torch.full((5,), value)}
 
 
-class DemoWriter:
+class StateWriter:
     def save(self, folder: Path, value: int) -> None:
-        Checkpointer(folder).save(tensors(value), {"step": value})
+        _files.make_folder(folder / "deeper")
+        write_state(folder / "deeper" / "state.pt", {**tensors(value), "value": value})
 
     def load(self, folder: Path) -> int:
-        found = Checkpointer(folder).load()
-        assert found.note is None
-        for name, tensor in tensors(found.metadata["step"]).items():
-            assert torch.equal(found.tensors[name], tensor)
-        return found.metadata["step"]
+        found = read_state(folder / "deeper" / "state.pt")
+        for name, tensor in tensors(found["value"]).items():
+            assert torch.equal(found[name], tensor)
+        return found["value"]
 
 
 def tiny_model(num_layers: int) -> Any:
@@ -213,15 +202,6 @@ class ZooWriter:
         return value
 
 
-class StateWriter:
-    def save(self, folder: Path, value: int) -> None:
-        _files.make_folder(folder / "deeper")
-        write_state(folder / "deeper" / "state.pt", {"value": value})
-
-    def load(self, folder: Path) -> int:
-        return read_state(folder / "deeper" / "state.pt")["value"]
-
-
 class TextWriter:
     def save(self, folder: Path, value: int) -> None:
         _files.write_json(folder / "a.json", {"value": value})
@@ -233,10 +213,9 @@ class TextWriter:
 @pytest.mark.parametrize(
     ("writer", "number"),
     [
-        *((DemoWriter(), number) for number in NUMBERS),
+        *((StateWriter(), number) for number in NUMBERS),
         *((TextWriter(), number) for number in NUMBERS),
         (ZooWriter(), errno.ENOSPC),
-        (StateWriter(), errno.EIO),
     ],
     ids=lambda it: errno.errorcode[it] if isinstance(it, int) else type(it).__name__,
 )
@@ -293,27 +272,28 @@ def test_first_save_that_fails_leaves_nothing(tmp_path):
 
 
 def test_readers_keep_what_they_opened(tmp_path):
-    checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(tensors(1), {"step": 1})
-    whole = checkpointer.path.read_bytes()
+    path = tmp_path / "model.safetensors"
+    tiny = [tiny_model(1) for _ in range(3)]
+    tiny[0].save_pretrained(tmp_path)
+    whole = path.read_bytes()
     with (
-        safe_open(checkpointer.path, framework="pt") as opened,
-        open(checkpointer.path, "rb") as slow,
-        open(checkpointer.path, "rb") as file,
+        safe_open(path, framework="pt") as opened,
+        open(path, "rb") as slow,
+        open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
     ):
         read = slow.read(100)
-        for step in range(2, 6):
-            checkpointer.save(tensors(step), {"step": step})
-        assert torch.equal(opened.get_tensor("a"), tensors(1)["a"])
+        for model in tiny[1:]:
+            model.save_pretrained(tmp_path)
+        name = "model.embed_tokens.weight"
+        assert torch.equal(opened.get_tensor(name), tiny[0].embed_tokens.weight)
         assert read + slow.read() == whole and mapped[:] == whole
-    assert checkpointer.load().metadata["step"] == 5
+    assert path.read_bytes() != whole
 
 
 def test_two_writers_and_a_reader(tmp_path):
     """Whatever the order, each load finds one of the writers' checkpoints, whole."""
-    first = Checkpointer(tmp_path)
-    first.save(tensors(0), {"step": 0})
+    StateWriter().save(tmp_path, 0)
     errors: list[BaseException] = []
     ended = threading.Event()
 
@@ -328,15 +308,14 @@ def test_two_writers_and_a_reader(tmp_path):
 
     def write(start: int) -> Callable[[], None]:
         def work() -> None:
-            own = Checkpointer(tmp_path)
             for step in range(start, start + 40):
-                own.save(tensors(step), {"step": step})
+                StateWriter().save(tmp_path, step)
 
         return work
 
     def read() -> None:
         while not ended.is_set():
-            DemoWriter().load(tmp_path)
+            StateWriter().load(tmp_path)
 
     writers = [guarded(write(100)), guarded(write(200))]
     reader = guarded(read)
@@ -347,7 +326,7 @@ def test_two_writers_and_a_reader(tmp_path):
     ended.set()
     reader.join()
     assert errors == []
-    assert first.load().metadata["step"] in (139, 239)
+    assert StateWriter().load(tmp_path) in (139, 239)
     assert leftovers(tmp_path) == []
 
 
@@ -371,15 +350,6 @@ def test_two_writers_of_several_files(tmp_path):
     assert errors == []
     assert ZooWriter().load(tmp_path) in (1, 2)
     assert leftovers(tmp_path) == []
-
-
-def test_second_run_in_a_folder_gets_a_sentence(tmp_path):
-    from rich.console import Console
-
-    from moe_ops.demo.run import DemoOptions, _locked, run_demo
-
-    with _locked(tmp_path), pytest.raises(CheckpointError, match="another run is writing"):
-        run_demo(DemoOptions(out=tmp_path), Console(quiet=True))
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.full)])
@@ -406,19 +376,17 @@ def namespace_or_skip() -> list[str]:
 SAVES = """
 import subprocess, sys
 from moe_ops._files import WriteError
-from moe_ops.demo.checkpoint import Checkpointer
+from moe_ops._state import read_state, write_state
 import torch
 folder, mount = sys.argv[1], sys.argv[2:]
 subprocess.run(mount, check=True)
-checkpointer = Checkpointer(folder)
-saved = []
+path = folder + "/state.pt"
 for size in (1000, 2000, 1_000_000, 3000):
     try:
-        checkpointer.save({"a": torch.zeros(size)}, {"step": size})
-        saved.append(size)
+        write_state(path, {"a": torch.zeros(size), "step": size})
     except WriteError as error:
         print(error)
-    print(checkpointer.load().metadata["step"])
+    print(read_state(path)["step"])
 subprocess.run(["ls", "-A", folder], check=True)
 """
 
@@ -426,10 +394,10 @@ subprocess.run(["ls", "-A", folder], check=True)
 def test_full_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     result = run_python(SAVES, tmp_path, *mount, prefix=namespace_or_skip())
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "state.pt"
     assert result.stdout.split("\n") == [
         "1000", "2000", f"{path} cannot be written: No space left on device", "2000", "3000",
-        "checkpoint.previous.safetensors", "checkpoint.safetensors", "",
+        "state.pt", "",
     ], result.stdout + result.stderr  # fmt: skip
 
 
@@ -438,7 +406,7 @@ def test_limit_of_file_sizes(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     result = run_python(SAVES, tmp_path, "true", preexec_fn=limit)
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "state.pt"
     assert result.stdout.split("\n")[2:5] == [
         f"{path} cannot be written: File too large", "2000", "3000",
     ], result.stdout + result.stderr  # fmt: skip
@@ -455,7 +423,7 @@ main(sys.argv[2:])
 @pytest.mark.parametrize("deeper", ["", "a"])
 def test_read_only_folder(tmp_path, deeper):
     out = tmp_path / deeper
-    arguments = ["demo", "--smoke", "--no-hf", "--out", out]
+    arguments = ["demo", "--smoke", "--out", out]
     result = run_python(READ_ONLY, tmp_path, *arguments, prefix=namespace_or_skip())
     assert result.returncode == 1, result.stderr
     assert result.stderr.startswith(f"error: {out}")

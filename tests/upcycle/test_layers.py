@@ -8,7 +8,7 @@ import torch
 from moe_ops import upcycle
 from moe_ops.layers import Experts, SharedExperts, TopKRouter
 from moe_ops.layers.rotary import Rope
-from moe_ops.zoo.lm.attention import Attention
+from moe_ops.layers.self_attention import Attention
 
 H, I = 16, 24
 D = torch.float64

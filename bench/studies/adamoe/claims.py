@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from bench.studies.adamoe.skills import demonstrate
-from bench.studies.adamoe.training import Settings, evaluate, fit
+from bench.studies.adamoe.training import Settings, evaluate, lesson
 from moe_ops.zoo.adamoe import ActionTransformer, AdaMoEConfig
 
 from ..picture import Picture
 from ..report import means
 from ..study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
+from ..trainer import train_steps
 from ..zoo_fits import resumed
 
 DENSE, ALL = "dense", "all arms of a seed"
@@ -58,11 +59,11 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
         settings = Settings(num_skills=skills, episodes=plan.episodes, seed=seed)
 
         def trained(name: str, model: ActionTransformer, steps: int, rate: float) -> Any:
-            fit(
+            train_steps(
+                f"fit adamoe {model.config.ffn}",
                 model,
-                lambda g: demonstrate(plan.batch, chunk, skills, g),
+                *lesson(model, lambda g: demonstrate(plan.batch, chunk, skills, g), rate=rate),
                 steps=steps,
-                rate=rate,
                 seed=seed,
                 **resumed(run, name, steps),
             )

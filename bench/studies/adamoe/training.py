@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files
-from moe_ops.zoo.adamoe.model import ActionTransformer, AdaMoEConfig
+from moe_ops.zoo.adamoe import ActionTransformer, AdaMoEConfig
 
 from ..progress import bar
 from ..settings import settings_folder
-from ..trainer import Group, load_weights, train_steps, write_state
+from ..trainer import Group, Lesson, load_weights, train_steps, write_state
 from .skills import REACHED, Demonstrations, SkillRobot, demonstrate
 
 Batches = Callable[[torch.Generator], Demonstrations]
@@ -42,32 +42,22 @@ def groups_of(
     ]
 
 
-def fit(
+def lesson(
     model: ActionTransformer,
     batches: Batches,
     *,
-    steps: int = 1000,
     rate: float = 1e-3,
     router_rate: float | None = None,
     warm_up: int = 50,
     router_warm_up: int = 5,
     weight_decay: float = 1e-6,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains on demonstrations; the published run has rates of 2.5e-5 and 5e-5 (router), warm-ups
-    of 1000 and 100 steps, and 90,000 steps.
+) -> Lesson:
+    """Demonstrations; the published run has rates of 2.5e-5 and 5e-5 (router), warm-ups of 1000 and
+    100 steps, and 90,000 steps.
 
     Args:
         batches: from the generator of the run to a batch.
         router_rate: of routers and scales; None: twice `rate`.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "action", "balance", "z".
     """
     config = model.config
 
@@ -80,18 +70,7 @@ def fit(
         }  # fmt: skip
 
     rates = (rate, 2 * rate if router_rate is None else router_rate)
-    return train_steps(
-        f"fit adamoe {config.ffn}",
-        model,
-        groups_of(model, *rates, warm_up, router_warm_up, weight_decay),
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson(groups_of(model, *rates, warm_up, router_warm_up, weight_decay), loss)
 
 
 @torch.no_grad()
@@ -224,9 +203,9 @@ def train(
             load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
-        fit(
-            model, batches, steps=steps, rate=rate, seed=settings.seed, checkpoint=state,
-            progress=progress,
+        train_steps(
+            f"fit adamoe {model.config.ffn}", model, *lesson(model, batches, rate=rate),
+            steps=steps, seed=settings.seed, checkpoint=state, progress=progress,
         )  # fmt: skip
         write_state(done, model.state_dict())
         state.unlink()

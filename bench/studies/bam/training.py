@@ -12,7 +12,7 @@ import torch
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.bam.model import BAM, BAMConfig
+from moe_ops.zoo.bam import BAM, BAMConfig
 
 from .. import python_texts
 from ..language import fit_once, judge

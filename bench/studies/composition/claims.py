@@ -23,7 +23,6 @@ from bench.studies.composition.training import (
     losses_of,
     make_prompts,
 )
-from moe_ops.zoo.composition import ExpertPool, propagate_labels
 from moe_ops.zoo.lm.model import CausalLM
 
 from .. import python_texts
@@ -32,6 +31,8 @@ from ..picture import Picture
 from ..study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from ..text import Domain, load_domains
 from ..training import Recipe, train
+from .labels import propagate_labels
+from .serving import ExpertPool
 
 STRANGE = "names"  # Of the zoo's own texts: prompts that are of no category.
 ALL, LARGE = "all arms of a seed", "one larger generalist"

@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops import _files
-from moe_ops.zoo.composition.model import Composition, CompositionConfig
-from moe_ops.zoo.composition.router import CategoryRouter, propagate_labels
-from moe_ops.zoo.composition.serving import ExpertPool
+from moe_ops.zoo.composition import CategoryRouter, Composition, CompositionConfig
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 from moe_ops.zoo.lm.model import CausalLM
 
@@ -31,6 +29,9 @@ from ..language import fit_once
 from ..progress import bar
 from ..settings import settings_folder
 from ..trainer import Group, train_steps, write_state
+from .assignment import assign_models
+from .labels import propagate_labels
+from .serving import ExpertPool
 
 GENERALIST = "general"
 
@@ -281,7 +282,7 @@ def compose(
     count = len(settings.categories)
     known = valid.domains < count
     scores = torch.stack([-losses[1][valid.domains == c].mean(0) for c in range(count)])
-    found = composition.assign(scores, torch.full((count,), float(settings.prompts)))
+    found = assign_models(composition, scores, torch.full((count,), float(settings.prompts)))
     confidence = composition.route(embedded[1][known]).confidence
     threshold = float(confidence.double().quantile(settings.unsure)) if settings.unsure else 0.0
     composition.threshold.fill_(threshold)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.studies.dynamicdino.shapes import ALL, FIRST, KNOWN, draw_scenes
-from bench.studies.dynamicdino.training import fit, judge
-from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig, freeze
+from bench.studies.dynamicdino.training import freeze, judge, lesson
+from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig
 
 from ..compare import bars_against
 from ..picture import Picture
 from ..study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
+from ..trainer import train_steps
 from ..zoo_fits import resumed
 
 DENSE, EXPERTS, COPIES = "dense", "8 copies in 2", "8 copies, not cut"
@@ -62,11 +64,11 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
         run.load()
         torch.manual_seed(seed)
         dense = DynamicDino(DynamicDinoConfig(num_copies=0, **sizes))
-        fit(
+        train_steps(
+            "fit dynamicdino",
             dense,
-            lambda g: draw_scenes(plan.batch, FIRST, g),
+            *lesson(dense, lambda g: draw_scenes(plan.batch, FIRST, g), rate=plan.rate),
             steps=plan.pretrain,
-            rate=plan.rate,
             seed=seed,
             **resumed(run, "dense-first", plan.pretrain),
         )
@@ -83,12 +85,12 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
             # whose rate falls to 0, and one that ends early.
             for column, steps in ((EARLY_AP, plan.early), (KNOWN_AP, plan.tune)):
                 tuned = copy.deepcopy(model)
-                fit(
+                known = partial(draw_scenes, plan.batch, KNOWN)
+                train_steps(
+                    "fit dynamicdino",
                     tuned,
-                    lambda g: draw_scenes(plan.batch, KNOWN, g),
+                    *lesson(tuned, known, rate=plan.tune_rate, warm_up=10),
                     steps=steps,
-                    rate=plan.tune_rate,
-                    warm_up=10,
                     seed=seed,
                     **resumed(run, f"{arm.replace(' ', '-')}-{steps}", steps),
                 )

@@ -116,3 +116,25 @@ def _corner_and_size(boxes: Tensor, side: int) -> list[list[float]]:
     centre, size = boxes.double().split(2, dim=-1)
     corners: list[list[float]] = (torch.cat([centre - size / 2, size], dim=-1) * side).tolist()
     return corners
+
+
+def co_selection(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """[E, E]: how often two experts were chosen for the same query; the diagonal: how often each
+    was.
+
+    Args:
+        topk_ids: [T, K].
+    """
+    used = torch.zeros(len(topk_ids), num_experts).scatter_(1, topk_ids.long(), 1.0)
+    return used.T @ used
+
+
+def pairs_kept(topk_ids: Tensor, num_slices: int) -> float:
+    """The share of queries that get whole copies alone, 1 at the published start.
+
+    Args:
+        topk_ids: [T, K].
+    """
+    copies = (topk_ids // num_slices).sort(1).values
+    groups = copies.unflatten(1, (-1, num_slices))
+    return float((groups == groups[..., :1]).all(-1).all(-1).double().mean())

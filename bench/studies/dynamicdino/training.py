@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,15 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.dynamicdino.model import (
-    DynamicDino,
-    DynamicDinoConfig,
-    co_selection,
-    freeze,
-    pairs_kept,
-)
+from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig
 
 from ..settings import settings_folder
-from ..trainer import Group, load_weights, train_steps, write_state
-from .metrics import average_precision, check_installed, detect
+from ..trainer import Group, Lesson, load_weights, train_steps, write_state
+from .metrics import average_precision, check_installed, co_selection, detect, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
 
+# What is trained, by the names of transformers: attention between image and text, experts, heads.
+_TUNED = (".fusion_layer.", ".fc1.", ".fc2.", "bbox_embed.", "class_embed.")
 # What the dense detector is turned into; "dense" stays as it is.
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -36,29 +33,36 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def fit(
+def freeze(detector: Any) -> list[str]:
+    """Leaves gradients to what is trained in MoE-tuning alone: attention between image and text in
+    the encoder, the decoder's feed-forward networks or experts, and the heads.
+
+    Returns:
+        Names of the parameters that are trained.
+    """
+    tuned = []
+    for name, parameter in detector.named_parameters():
+        ours = any(part in name for part in _TUNED)
+        if ".encoder.layers." in name:
+            ours = ".fusion_layer." in name
+        parameter.requires_grad_(ours)
+        if ours:
+            tuned.append(name)
+    return tuned
+
+
+def lesson(
     model: DynamicDino,
     batches: Callable[[torch.Generator], Scenes],
     *,
-    steps: int = 500,
     rate: float = 1e-3,
     warm_up: int = 50,
     weight_decay: float = 1e-4,
-    seed: int = 0,
-    what: str = "fit dynamicdino",
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains what requires a gradient (`freeze` leaves that to what MoE-tuning trains).
+) -> Lesson:
+    """Scenes, for what requires a gradient (`freeze` leaves that to what MoE-tuning trains).
 
     Args:
         batches: from the generator of the run to scenes.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "detection", "balance".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -67,18 +71,7 @@ def fit(
         return {"loss": found.loss, "detection": found.detection, "balance": found.balance}
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    return train_steps(
-        what,
-        model,
-        [Group(trained, rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(trained, rate, warm_up, weight_decay)], loss)
 
 
 def judge(model: DynamicDino, scenes: Scenes) -> dict[str, float]:
@@ -161,13 +154,13 @@ def train(
             load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
-        fit(
+        scenes = partial(draw_scenes, settings.batch_size, pairs)
+        train_steps(
+            f"fit {name}",
             model,
-            lambda generator: draw_scenes(settings.batch_size, pairs, generator),
+            *lesson(model, scenes, rate=rate),
             steps=steps,
-            rate=rate,
             seed=settings.seed,
-            what=f"fit {name}",
             checkpoint=state,
             progress=progress,
         )

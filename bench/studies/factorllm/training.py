@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.factorllm.model import ROUTER_TRAINING, FactorLLM
+from moe_ops.zoo.factorllm import ROUTER_TRAINING, FactorLLM
 from moe_ops.zoo.llama import Llama, LlamaConfig
 
 from .. import python_texts

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bench.studies.gntmove.scenes import MATERIALS, see
 from bench.studies.gntmove.training import Unseen, draw_batch, draw_unseen, routing_of
-from moe_ops.zoo.gntmove import GNTMove, GNTMoveConfig, rays
+from moe_ops.zoo.gntmove import GNTMove, GNTMoveConfig
+from moe_ops.zoo.gntmove.cameras import rays
 
 from ..images import psnr
 from ..study import Experiment, Headline, Hypothesis, Job, Results, Run, Study

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.zoo.gntmove.cameras import Cameras, all_pixels, look_at, rays
+from moe_ops.zoo.gntmove.cameras import Cameras, rays
 
 MATERIALS = ("diffuse", "glossy", "textured")
 FAR = 1e4
@@ -173,3 +173,19 @@ def draw_cameras(
     focal = torch.full((count, views + 1), 1.2 * size)
     every = look_at(position, middle.expand_as(position), focal, size, size)
     return every.at((slice(None), 0)), every.at((slice(None), slice(1, None)))
+
+
+def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width: int) -> Cameras:
+    """Cameras at position [..., 3] that have target [..., 3] in their middle, upright: the y axis
+    of space is up. focal: [...]."""
+    forward = F.normalize(target - position, dim=-1)
+    up = position.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
+    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
+    down = torch.linalg.cross(forward, right)
+    return Cameras(position, torch.stack([right, down, forward], -1), focal, height, width)
+
+
+def all_pixels(height: int, width: int) -> Tensor:
+    """[h * w, 2], x and y of each pixel, row by row."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y], -1).view(-1, 2).float()

@@ -24,8 +24,16 @@ from moe_ops.zoo.gntmove.model import GNTMove, GNTMoveConfig, Rendered, Views
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
-from ..trainer import Group, train_once, train_steps
-from .scenes import MATERIALS, Scenes, draw_cameras, draw_scenes, photograph, see
+from ..trainer import Group, Lesson, train_once, train_steps
+from .scenes import (
+    MATERIALS,
+    Scenes,
+    all_pixels,
+    draw_cameras,
+    draw_scenes,
+    photograph,
+    see,
+)
 
 # Arms of the command: what differs between the models that are compared. A point passes K experts
 # and the permanent one: the network of "wide" has as many active parameters.
@@ -98,46 +106,55 @@ def draw_unseen(
     )
 
 
-def fit(
+@torch.no_grad()
+def render(
+    model: GNTMove,
+    views: Views,
+    target: Cameras,
+    *,
+    depths: Tensor | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """Images [S, 3, h, w] of target cameras [S], not clipped.
+
+    Args:
+        depths: [S, h * w, P], of the points of each ray. chunk: rays at once.
+    """
+    before = model.training
+    model.eval()
+    scenes = len(target.focal)
+    pixels = all_pixels(target.height, target.width).to(views.images).expand(scenes, -1, 2)
+    features = model.image_features(views.images)
+    made = []
+    for start in range(0, pixels.shape[1], chunk):
+        part = slice(start, start + chunk)
+        given = None if depths is None else depths[:, part]
+        out = model(views, target, pixels[:, part], depths=given, features=features)
+        made.append(out.colors)
+    model.train(before)
+    colors = torch.cat(made, 1).transpose(1, 2)
+    return colors.reshape(scenes, 3, target.height, target.width)
+
+
+def lesson(
     model: GNTMove,
     batches: Batches = draw_batch,
     *,
-    steps: int = 1000,
     rate: float = 1e-3,
     warm_up: int = 50,
     weight_decay: float = 0.0,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains on batches of rays; the published run has Adam with 5e-4 (1e-3 for the features),
-    halved every 50,000 of 250,000 steps, and 2048 rays of one scene a step.
+) -> Lesson:
+    """Batches of rays; the published run has Adam with 5e-4 (1e-3 for the features), halved every
+    50,000 of 250,000 steps, and 2048 rays of one scene a step.
 
     Args:
         batches: from the generator of the run to a batch.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "color", "balance", "consistency".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         return model.loss(*batches(generator), generator=generator)._asdict()
 
-    return train_steps(
-        f"fit gntmove {model.config.ffn}",
-        model,
-        [Group(list(model.parameters()), rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(list(model.parameters()), rate, warm_up, weight_decay)], loss)
 
 
 @torch.no_grad()
@@ -154,7 +171,7 @@ def evaluate(
     with bar(len(data.images), "render", progress) as shown:
         for number in range(len(data.images)):
             one = part_of(data, number)
-            made.append(model.render(one.views, one.target).clamp(0, 1))
+            made.append(render(model, one.views, one.target).clamp(0, 1))
             shown.update()
     images = torch.cat(made)
     values = psnr(images, data.images)
@@ -307,9 +324,10 @@ def train(
         model = models[arm] = GNTMove(settings.config(arm))
 
         def run(checkpoint: Path, model: GNTMove = model) -> None:
-            fit(
-                model, batches, steps=settings.steps, rate=settings.rate, seed=settings.seed,
-                checkpoint=checkpoint, progress=progress,
+            train_steps(
+                f"fit gntmove {model.config.ffn}", model,
+                *lesson(model, batches, rate=settings.rate), steps=settings.steps,
+                seed=settings.seed, checkpoint=checkpoint, progress=progress,
             )  # fmt: skip
 
         train_once(model, folder, arm, run)
@@ -335,7 +353,7 @@ def draw(
         away = (one.views.cameras.position[0] - one.target.position).norm(dim=-1)
         columns["a source view"].append(one.views.images[0, int(away.argmin())])
         for arm, model in models.items():
-            made = model.render(one.views, one.target).clamp(0, 1)
+            made = render(model, one.views, one.target).clamp(0, 1)
             columns[arm].append(made[0])
             notes[arm].append(f"{float(psnr(made, one.images)):.1f} dB")
         columns["truth"].append(one.images[0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from bench.studies import matching
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from bench.studies.home.models import RecommenderConfig, build
+from moe_ops.zoo.home import MultiTask
 
 LR = 2e-3
 EXPERTS = {
@@ -32,18 +33,18 @@ def parameters(model: MultiTask) -> int:
     )
 
 
-def matched(config: HoMEConfig, target: int) -> HoMEConfig:
+def matched(config: RecommenderConfig, target: int) -> RecommenderConfig:
     """The config with the hidden width of experts that comes nearest to `target` parameters."""
 
-    def at(width: int) -> HoMEConfig:
+    def at(width: int) -> RecommenderConfig:
         return dataclasses.replace(config, expert_hidden=width)
 
     return at(matching.width(lambda width: parameters(build(at(width))), target))
 
 
-def with_parts(base: HoMEConfig) -> dict[str, HoMEConfig]:
+def with_parts(base: RecommenderConfig) -> dict[str, RecommenderConfig]:
     """The six models at one number of parameters, then HoME* without one part, then the floor."""
-    found: dict[str, HoMEConfig] = {}
+    found: dict[str, RecommenderConfig] = {}
     target = parameters(build(dataclasses.replace(base, **EXPERTS["HoME"])))
     for name, experts in EXPERTS.items():
         config = matched(dataclasses.replace(base, **experts), target)

@@ -35,12 +35,14 @@ from bench.studies.home.data import (
     generated,
     movielens,
 )
+from bench.studies.home.models import RecommenderConfig, build
 from bench.studies.home.stream import RARE, SMALL, stream_study
+from bench.studies.home.traces import gate_entropy, scale_ratio, zero_fraction
 from bench.studies.home.training import evaluate, fit
 from bench.studies.picture import Picture
 from bench.studies.report import means
 from bench.studies.study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from moe_ops.zoo.home import MultiTask
 from moe_ops.zoo.home.layers import GatedLayer, Trace
 
 GENERATED, FILMS = "generated", "MovieLens 100k"
@@ -55,8 +57,8 @@ class Schedule(NamedTuple):
 SCHEDULES = {GENERATED: Schedule(256, 12, 2), FILMS: Schedule(1024, 6, 1)}
 
 
-def arms(table: Table) -> dict[str, HoMEConfig]:
-    base = HoMEConfig(
+def arms(table: Table) -> dict[str, RecommenderConfig]:
+    base = RecommenderConfig(
         cardinalities=table.cardinalities,
         num_dense=table.num_dense,
         categories=table.categories,
@@ -82,7 +84,9 @@ def flops(model: MultiTask) -> float:
     return 2e-6 * sum(matrices)
 
 
-def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) -> dict[str, Any]:
+def measure(
+    config: RecommenderConfig, table: Table, seed: int, fixed: bool = False
+) -> dict[str, Any]:
     """A row, and the mean weights of the last level's gates on test rows."""
     torch.manual_seed(seed)
     model, schedule = build(config), SCHEDULES[table.name]
@@ -105,8 +109,8 @@ def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) ->
     trace: list[Trace] = []
     with torch.no_grad():
         model.eval()(table.test.categorical, table.test.dense, trace)
-    zeros = max(float(level.zero_fraction().max()) for level in trace)
-    ratio = max(level.scale_ratio() for level in trace)
+    zeros = max(float(zero_fraction(level).max()) for level in trace)
+    ratio = max(scale_ratio(level) for level in trace)
     row = {
         "test AUC": scores.mean_auc,
         "test GAUC": scores.mean_gauc,
@@ -124,7 +128,7 @@ def evenness(layers: Sequence[GatedLayer], trace: Sequence[Trace]) -> float:
     """Mean entropy of the gates as a share of the most they could have; lone experts left out."""
     shares = []
     for layer, level in zip(layers, trace, strict=True):
-        for entropy, allowed in zip(level.gate_entropy(), layer.gates.mask.sum(1), strict=True):
+        for entropy, allowed in zip(gate_entropy(level), layer.gates.mask.sum(1), strict=True):
             if allowed > 1:
                 shares.append(float(entropy) / math.log(int(allowed)))
     return sum(shares) / len(shares)

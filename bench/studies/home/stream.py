@@ -6,17 +6,20 @@ compared by is not who over-fits last. Categories use the same features in oppos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.studies.home.models import RecommenderConfig, build
 from bench.studies.home.training import Rows, evaluate
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from moe_ops.zoo.home import MultiTask
 from moe_ops.zoo.home.model import multitask_loss
 
 from ..study import Hypothesis, Job, Results, Run, Study
+from ..trainer import take_steps
 from ..training import DrawnTraining
 from .arms import LR, parameters, with_parts
 
@@ -52,8 +55,8 @@ class Stream:
     def categories(self) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(f"{name}{i + 1}" for i in range(len(self.rates))) for name in ("a", "b"))
 
-    def arms(self) -> dict[str, HoMEConfig]:
-        base = HoMEConfig(
+    def arms(self) -> dict[str, RecommenderConfig]:
+        base = RecommenderConfig(
             cardinalities=(self.cardinality,) * self.num_ids,
             num_dense=self.num_dense,
             categories=self.categories,
@@ -158,18 +161,20 @@ def one(arm: str, stream: Stream) -> Job:
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
         training = DrawnTraining(run, model, optimizer, draw, {})
         quarter: dict[str, float] = training.found
-        model.train()
-        while training.done < stream.steps:
+
+        def loss(step: int) -> dict[str, Tensor]:
             rows = teacher.rows(stream.batch, draw)
-            loss = multitask_loss(model(rows.categorical, rows.dense), rows.labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            return {"loss": multitask_loss(model(rows.categorical, rows.dense), rows.labels)}
+
+        def after(step: int, parts: Mapping[str, Tensor]) -> None:
             training.done += 1
             if training.done == stream.steps // 4:
                 quarter.update(rarest(model, test))
                 model.train()
             run.step(training.done, stream.steps, training.state)
+
+        model.train()
+        take_steps(optimizer, loss, range(training.done, stream.steps), after=after)
         last = rarest(model, test)
         row = {
             **last,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from moe_ops._fields import check_choice
 from moe_ops.zoo.home.model import MultiTask, multitask_loss
 
 from ..progress import bar
+from ..trainer import take_steps
 
 
 @dataclass
@@ -182,6 +183,19 @@ class History:
     best_epoch: int = -1
 
 
+def check_range(model: MultiTask, categorical: Tensor) -> None:
+    """Raises ValueError where a value lies outside its feature's range; reads the data."""
+    limits = model.features.limits
+    bad = (categorical < 0) | (categorical >= limits)
+    if bool(bad.any()):
+        column = int(bad.any(0).nonzero()[0])
+        worst = categorical[:, column]
+        raise ValueError(
+            f"fit: categorical column {column} must be in [0, {int(limits[column])}), got "
+            f"{int(worst.min())} to {int(worst.max())}."
+        )
+
+
 def fit(
     model: MultiTask,
     train: Rows,
@@ -222,33 +236,40 @@ def fit(
             f"{patience}, {epochs} and {batch_size}."
         )
     for rows in (train, valid):
-        model.features.check(rows.categorical)
+        check_range(model, rows.categorical)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
     history, best, best_state = History(), -math.inf, None
-    steps = math.ceil(len(train) / batch_size)
+    size = math.ceil(len(train) / batch_size)
+    if len(train) > 1 and len(train) % batch_size == 1:
+        size -= 1
+    drawn = (
+        rows
+        for _ in range(epochs)
+        for rows in train.batches(batch_size, generator, drop_single=True)
+    )
+    total, seen, count = torch.zeros((), device=train.labels.device), 0, 0
+
+    def loss(step: int) -> dict[str, Tensor]:
+        nonlocal count
+        categorical, dense, labels = next(drawn)
+        count = len(labels)
+        return {"loss": multitask_loss(model(categorical, dense), labels)}
+
     before = model.training
-    with bar(epochs * steps, f"fit {model.config.model}", progress) as shown:
-        for epoch in range(epochs):
-            model.train()
-            total = torch.zeros((), device=train.labels.device)
-            seen = 0
-            for categorical, dense, labels in train.batches(
-                batch_size, generator, drop_single=True
-            ):
-                loss = multitask_loss(model(categorical, dense), labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total += loss.detach() * len(labels)
-                seen += len(labels)
-                shown.update()
-            mean = float(total) / max(seen, 1)
-            if not math.isfinite(mean):
-                raise ValueError(f"fit: the loss of epoch {epoch} must be finite, got {mean}.")
-            scores = evaluate(model, valid)
-            history.train_loss.append(mean)
+    model.train()
+    with bar(epochs * size, f"fit {type(model).__name__}", progress) as shown:
+
+        def after(step: int, parts: Mapping[str, Tensor]) -> bool:
+            nonlocal total, seen, best, best_state
+            total, seen = total + parts["loss"].detach() * count, seen + count
+            shown.update()
+            if (step + 1) % size:
+                return False
+            epoch, scores = step // size, evaluate(model, valid)
+            history.train_loss.append(float(total) / max(seen, 1))
             history.valid.append(scores)
+            total, seen = torch.zeros_like(total), 0
             value = {"auc": scores.mean_auc, "gauc": scores.mean_gauc, "loss": -scores.loss}[
                 monitor
             ]
@@ -257,12 +278,13 @@ def fit(
                     f"fit: valid must have rows of both classes (and users for gauc) to monitor "
                     f"{monitor}, got NaN."
                 )
-            shown.set_postfix(loss=f"{mean:.4f}", **{monitor: f"{abs(value):.4f}"})
+            shown.set_postfix(**{monitor: f"{abs(value):.4f}"})
             if value > best:
                 best, history.best_epoch = value, epoch
                 best_state = copy.deepcopy(model.state_dict())
-            elif epoch - history.best_epoch >= patience:
-                break
+            return epoch - history.best_epoch >= patience
+
+        take_steps(optimizer, loss, range(epochs * size), after=after)
     assert best_state is not None
     model.load_state_dict(best_state)
     model.train(before)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.studies.mofme.training import evaluate
+from bench.studies.mofme.training import count_parameters, evaluate
 from bench.studies.mofme.weather import (
     PHOTOS,
     TEST,
@@ -76,7 +76,7 @@ def one(arm: str, plan: Plan) -> Job:
         recipe = Recipe(steps=plan.steps, rate=plan.rate, weight_decay=0.01)
         train_drawn(model, loss, recipe, seed, run)
         found = evaluate(model, test, progress=False)
-        counts = model.num_parameters()
+        counts = count_parameters(model)
         row = {
             "PSNR": found["psnr"],
             **{f"PSNR, {kind}": found[f"psnr {kind}"] for kind in WEATHER},

@@ -16,12 +16,13 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import plot_images
 from moe_ops.viz._canvas import import_matplotlib
-from moe_ops.zoo.mofme.model import MoFMEConfig, RestorationTransformer
+from moe_ops.zoo.mofme import MoFME, MoFMEConfig, RestorationTransformer
 
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
-from ..trainer import Group, train_once, train_steps
+from ..trainer import Group, Lesson, train_once, train_steps
+from .tiles import restore
 from .weather import WEATHER, Degraded, crops, degrade, load_photos
 
 Batches = Callable[[torch.Generator], Degraded]
@@ -35,47 +36,26 @@ ARMS: dict[str, dict[str, Any]] = {
 TEST_BATCH = 50
 
 
-def fit(
+def lesson(
     model: RestorationTransformer,
     batches: Batches,
     *,
-    steps: int = 1000,
     rate: float = 1e-3,
     warm_up: int = 50,
     weight_decay: float = 0.01,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains on the smooth L1 distance; the published run adds 0.04 times a perceptual loss by
-    VGG16, whose weights are not here, and has a rate of 2e-4, batches of 64 and 200 epochs.
+) -> Lesson:
+    """The smooth L1 distance; the published run adds 0.04 times a perceptual loss by VGG16, whose
+    weights are not here, and has a rate of 2e-4, batches of 64 and 200 epochs.
 
     Args:
         batches: from the generator of the run to a batch.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = batches(generator)
         return {"loss": F.smooth_l1_loss(model(batch.degraded)[0], batch.clean)}
 
-    return train_steps(
-        f"fit mofme {model.config.experts}",
-        model,
-        [Group(list(model.parameters()), rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(list(model.parameters()), rate, warm_up, weight_decay)], loss)
 
 
 @torch.no_grad()
@@ -215,20 +195,32 @@ def train(
         model = models[arm] = RestorationTransformer(settings.config(arm))
 
         def run(checkpoint: Path, model: RestorationTransformer = model) -> None:
-            fit(
-                model, batches, steps=settings.steps, rate=settings.rate, seed=settings.seed,
-                checkpoint=checkpoint, progress=progress,
+            train_steps(
+                f"fit mofme {model.config.experts}", model,
+                *lesson(model, batches, rate=settings.rate), steps=settings.steps,
+                seed=settings.seed, checkpoint=checkpoint, progress=progress,
             )  # fmt: skip
 
         train_once(model, folder, arm, run)
         found: dict[str, Any] = evaluate(
             model, data, with_ssim=bool(settings.ssim), progress=progress
         )
-        report["arms"][arm] = {**found, "parameters": model.num_parameters()}
+        report["arms"][arm] = {**found, "parameters": count_parameters(model)}
     if settings.pictures:
         draw(models, kept_photos, settings, folder / "restored.png")
     _files.write_json(folder / "report.json", report)
     return report
+
+
+def count_parameters(model: RestorationTransformer) -> dict[str, int]:
+    """ "total", "experts" (what there is once an expert, in all layers, without routers), "active":
+    without those of the experts that a token does not use."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters())
+    mixtures = [module for module in model.modules() if isinstance(module, MoFME)]
+    experts = sum(p.numel() for mixture in mixtures for p in mixture.experts.parameters())
+    unused = experts * (config.num_experts - config.top_k) // config.num_experts
+    return {"total": total, "experts": experts, "active": total - unused}
 
 
 def draw(
@@ -252,7 +244,7 @@ def draw(
         case = degrade(crops([photo], 1, around, generator), generator, [kind])
         images = {"degraded": case.degraded[0]}
         for arm, model in models.items():
-            images[arm] = model.restore(case.degraded[0], settings.crop, settings.crop // 2)
+            images[arm] = restore(model, case.degraded[0], settings.crop, settings.crop // 2)
         for name, image in images.items():
             columns[name].append(image)
             value = float(psnr(image.clamp(0, 1)[None], case.clean))

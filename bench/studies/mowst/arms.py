@@ -13,7 +13,8 @@ from bench.studies import matching
 from bench.studies.mowst.data import films, misleading
 from bench.studies.mowst.graphs import Graph, two_populations
 from bench.studies.mowst.training import fit
-from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput, expected_accuracy
+from bench.studies.mowst.work import work_of
+from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput
 
 NODES, SIGNAL, WEAK_SIGNAL = 6000, 2.5, 0.7
 EPOCHS, PATIENCE, ROUNDS, ROUND_PATIENCE, LR = 300, 30, 3, 1, 1e-2
@@ -201,9 +202,7 @@ def one_by_one(model: Mowst, case: Case, used: Tensor, generator: torch.Generato
     for node in nodes.tolist():
         mask = torch.zeros_like(used)
         mask[node] = True
-        with torch.no_grad():
-            _, work = model.strong.at(mask, graph.x, edges)
-        cost = flops(sizes, work.layers, backbone)
+        cost = flops(sizes, work_of(model.strong, mask, edges).layers, backbone)
         spent += weak + cost * bool(used[node])
         every += weak + cost
     return 1 - spent / every
@@ -221,7 +220,8 @@ def predicted(model: Mowst, case: Case, seed: int) -> list[float | None]:
         threshold=threshold(output, graph) if joint else 1.0,
         generator=generator,
     )
-    test, sizes, work = graph.test, model.strong.sizes, found.work
+    test, sizes = graph.test, model.strong.sizes
+    work = work_of(model.strong, found.used_strong, model.strong.prepare(graph.edge_index, count))
     depth = len(sizes) - 1
     weak = flops(sizes, [(count, 0)] * depth)
     backbone = model.config.backbone
@@ -290,3 +290,13 @@ def measure(case: Case, seed: int) -> Found:
             if bool((graph.test & mask).any())
         }
     return found
+
+
+def expected_accuracy(output: MowstOutput, labels: Tensor, *, mode: str) -> Tensor:
+    """Accuracy of "mixed", or of "stochastic" averaged over all draws (no draw is made)."""
+    if mode == "mixed":
+        return (output.log_probs().argmax(-1) == labels).double().mean()
+    weak = (output.weak_logits.argmax(-1) == labels).double()
+    strong = (output.strong_logits.argmax(-1) == labels).double()
+    c = output.confidence.double()
+    return (c * weak + (1 - c) * strong).mean()

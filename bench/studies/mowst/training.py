@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_ops.zoo.mowst.graphs import Edges
 from moe_ops.zoo.mowst.model import Mowst, MowstOutput, mowst_loss
 
 from ..progress import bar
+from ..trainer import take_steps
 
 WARM_UPS = ("none", "weak", "strong", "both")
 
@@ -197,13 +198,16 @@ def _train(
         return [copy.deepcopy(part.state_dict()) for part in parts]
 
     best, best_state, since, ran = valid_loss(), state(), 0, 0
+
+    def of_step(step: int) -> dict[str, Tensor]:
+        for part in parts:
+            part.train()
+        return {"loss": loss(graph.train)}
+
     with bar(epochs, name, progress) as shown:
-        for _ in range(epochs):
-            for part in parts:
-                part.train()
-            optimizer.zero_grad(set_to_none=True)
-            loss(graph.train).backward()
-            optimizer.step()
+
+        def after(step: int, _: Mapping[str, Tensor]) -> bool:
+            nonlocal best, best_state, since, ran
             value = valid_loss()
             ran += 1
             shown.update()
@@ -212,8 +216,9 @@ def _train(
                 best, best_state, since = value, state(), 0
             else:
                 since += 1
-                if since >= patience:
-                    break
+            return since >= patience
+
+        take_steps(optimizer, of_step, range(epochs), after=after)
     for part, saved in zip(parts, best_state, strict=True):
         part.load_state_dict(saved)
         part.eval()

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.studies.sentence.training import Pairs, Settings, fit, retrieval, start
-from moe_ops.zoo.sentence import SentenceExperts
-from moe_ops.zoo.sentence.model import layers_of
-from moe_ops.zoo.sentence.tokens import Tokenize
+from bench.studies.sentence.tokens import Tokenize
+from bench.studies.sentence.training import Pairs, Settings, lesson, retrieval, start
+from moe_ops.zoo.sentence import SentenceExperts, layers_of
 
 from ..compare import bars
 from ..picture import Picture
 from ..study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from ..text import verses
+from ..trainer import train_steps
 from ..zoo_fits import resumed
 
 LANGUAGES = ("es", "id", "tr", "ru")
@@ -130,12 +130,12 @@ def whole(plan: Plan) -> Job:
                 return pairs(domains[step % len(domains)], [numbers[i] for i in rows])
 
             steps = plan.steps * len(domains)
-            fit(
+            taught = lesson(start, batches, kept.tokenize, rate=plan.rate)
+            train_steps(
+                f"fit {name}",
                 start,
-                batches,
-                kept.tokenize,
+                *taught,
                 steps=steps,
-                rate=plan.rate,
                 seed=seed,
                 **resumed(run, name, steps),
             )

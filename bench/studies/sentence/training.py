@@ -19,14 +19,12 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.sentence.model import SentenceConfig, SentenceExperts, layers_of
-from moe_ops.zoo.sentence.tokens import ByteTokens, Tokenize, WordPieces
+from moe_ops.zoo.sentence import SentenceConfig, SentenceExperts, layers_of, ranking_loss
 
 from .. import python_texts
 from ..settings import settings_folder
-from ..trainer import Group, load_weights, train_steps, write_state
-
-SIMILARITIES = ("cosine", "dot")
+from ..trainer import Group, Lesson, load_weights, train_steps, write_state
+from .tokens import ByteTokens, Tokenize, WordPieces
 
 
 class Pairs(NamedTuple):
@@ -37,43 +35,16 @@ class Pairs(NamedTuple):
     domains: Tensor
 
 
-def ranking_loss(
-    left: Tensor, right: Tensor, *, similarity: str = "cosine", scale: float = 20.0
-) -> Tensor:
-    """Multiple negatives ranking, both directions: the right partner among all of the batch.
-
-    Cross-entropy of the rows and of the columns of the similarities [B, B], averaged.
-
-    Args:
-        left, right: [B, D].
-        similarity: "cosine", multiplied by `scale`; "dot", the authors', taken as it is.
-    """
-    check_choice("ranking_loss", "similarity", similarity, SIMILARITIES)
-    if similarity == "cosine":
-        scores = scale * F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
-    else:
-        scores = left @ right.T
-    target = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-
-
-def fit(
+def lesson(
     model: SentenceExperts,
     batches: Callable[[int, torch.Generator], Pairs],
     tokenize: Tokenize,
     *,
-    steps: int = 500,
     rate: float = 1e-3,
     warm_up: int = 20,
     similarity: str = "cosine",
-    seed: int = 0,
-    what: str = "fit sentence",
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains all parameters that require a gradient; returns "loss" by step.
+) -> Lesson:
+    """Pairs, for all parameters that require a gradient.
 
     Args:
         batches: from the number of the step and the generator of the run to pairs. Pairs of one
@@ -86,19 +57,8 @@ def fit(
         left, right = (model(*tokenize(s), pairs.domains) for s in (pairs.left, pairs.right))
         return {"loss": ranking_loss(left, right, similarity=similarity)}
 
-    groups = [Group([p for p in model.parameters() if p.requires_grad], rate, warm_up, 0.01)]
-    return train_steps(
-        what,
-        model,
-        groups,
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Lesson([Group(trained, rate, warm_up, 0.01)], loss)
 
 
 @torch.no_grad()
@@ -246,9 +206,10 @@ def train(
             load_weights(model, done)
             return model
         state = folder / f"{name}.training.pt"
-        fit(
-            model, batches(domains), tokenize, steps=steps, rate=settings.rate,
-            seed=settings.seed, what=f"fit {name}", checkpoint=state, progress=progress,
+        taught = lesson(model, batches(domains), tokenize, rate=settings.rate)
+        train_steps(
+            f"fit {name}", model, *taught, steps=steps, seed=settings.seed, checkpoint=state,
+            progress=progress,
         )  # fmt: skip
         write_state(done, model.state_dict())
         state.unlink(missing_ok=True)

@@ -22,8 +22,8 @@ from bench.studies.t2mir.training import (
     sample_ad,
     sample_dpt,
 )
+from moe_ops._state import read_state, write_state
 from moe_ops.layers import Experts
-from moe_ops.zoo._state import read_state, write_state
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
 from moe_ops.zoo.t2mir.routers import TaskRouter
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from bench.studies.thor import parallel
+from bench.studies.thor.decoding import translate
 from bench.studies.thor.metrics import chrf, disagreement, mean_loss, spread
 from bench.studies.thor.tokens import PairTokens, padded
 from bench.studies.thor.training import ARMS, Batches, Settings, make_config
-from moe_ops.zoo.thor import Thor, translate
+from moe_ops.zoo.thor import Thor
 
 from ..study import Experiment, Headline, Hypothesis, Job, Run, Study
 from ..training import Recipe, thinned, train_drawn

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moe_ops import _files, _reading
 from moe_ops._fields import check_choice
-from moe_ops.zoo.thor.decoding import translate
 from moe_ops.zoo.thor.model import Thor, ThorConfig
 
 from ..settings import settings_folder
-from ..trainer import Group, train_steps
+from ..trainer import Group, Lesson, train_steps
 from . import parallel
+from .decoding import translate
 from .metrics import chrf, disagreement, mean_loss, spread
 from .tokens import ByteTokens, PairTokens, Tokens, padded
 
@@ -71,47 +71,26 @@ class Batches:
         return padded([target for _, target in pairs]), padded([source for source, _ in pairs])
 
 
-def fit(
+def lesson(
     model: Thor,
     batches: Callable[[torch.Generator], tuple[Tensor, Tensor]],
     *,
-    steps: int = 1000,
     rate: float = 1e-3,
     warm_up: int = 100,
     weight_decay: float = 1e-4,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains on pairs; the published run has a rate of 1e-3, 4000 steps of warm-up, and then falls
-    with the inverse square root where this falls with a cosine.
+) -> Lesson:
+    """Pairs; the published run has a rate of 1e-3, 4000 steps of warm-up, and then falls with the
+    inverse square root where this falls with a cosine.
 
     Args:
         batches: from the generator of the run to target and source, see `Thor.loss`.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "cross_entropy", "consistency", "balance".
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         target, source = batches(generator)
         return model.loss(target, source, generator=generator)._asdict()
 
-    return train_steps(
-        "fit thor",
-        model,
-        [Group(list(model.parameters()), rate, warm_up, weight_decay)],
-        loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    return Lesson([Group(list(model.parameters()), rate, warm_up, weight_decay)], loss)
 
 
 @dataclass(frozen=True)
@@ -208,10 +187,13 @@ def train(
             torch.manual_seed(settings.seed)
             model = Thor(make_config(settings, arm, tokens.vocab_size))
             state = folder / f"{arm}.training.pt"
-            fit(
-                model, lambda generator: batches.draw(settings.batch_size, generator),
-                steps=settings.steps, rate=settings.rate, seed=settings.seed, checkpoint=state,
-                progress=progress,
+
+            def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+                return batches.draw(settings.batch_size, generator)
+
+            train_steps(
+                "fit thor", model, *lesson(model, draw, rate=settings.rate), steps=settings.steps,
+                seed=settings.seed, checkpoint=state, progress=progress,
             )  # fmt: skip
             model.save_pretrained(place)
             state.unlink()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from bench.studies.widenet.depths import across_depths
 from bench.studies.widenet.images import warped_digits
 from bench.studies.widenet.training import Settings, make_config
-from moe_ops.zoo.widenet import WideNetLM, WideNetViT, across_depths, build
+from moe_ops.zoo.widenet import WideNetLM, WideNetViT, build
 
 from ..study import Experiment, Headline, Hypothesis, Job, Run, Study
 from ..text import Domain, heldout_batches, load_domains

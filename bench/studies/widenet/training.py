@@ -14,13 +14,12 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import plot_expert_scores
 from moe_ops.viz._canvas import import_matplotlib
-from moe_ops.zoo.widenet.config import TRUNKS, WideNetConfig
-from moe_ops.zoo.widenet.layers import across_depths, depth_loads
-from moe_ops.zoo.widenet.model import WideNetLM, WideNetViT, build
+from moe_ops.zoo.widenet import TRUNKS, WideNetConfig, WideNetLM, WideNetViT, build
 
 from .. import python_texts
 from ..settings import settings_folder
-from ..trainer import Group, train_steps
+from ..trainer import Group, Lesson, train_steps
+from .depths import across_depths, depth_loads
 from .images import warped_digits
 
 # Fields of the config that make the models of the comparison; "dense" ones have one network as wide
@@ -38,29 +37,19 @@ ARMS: dict[str, dict[str, Any]] = {
 ROWS = 64
 
 
-def fit(
+def lesson(
     model: WideNetLM | WideNetViT,
     loss: Callable[[torch.Generator], Any],
     *,
-    steps: int = 1000,
     rate: float = 2e-3,
     warm_up: int = 50,
     weight_decay: float = 0.1,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    every: int = 100,
-    watch: Callable[[int], None] | None = None,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Trains a model; the published run has LAMB, a rate of 0.01, 4096 images a step.
+) -> Lesson:
+    """The model's own loss; the published run has LAMB, a rate of 0.01, 4096 images a step.
 
     Args:
         loss: from the generator of the run to what the model's `loss` returns for a batch.
         weight_decay: of matrices alone.
-        checkpoint, every, watch: as of the zoo's other training functions.
-
-    Returns:
-        By step: "loss", "cross_entropy" and the auxiliary losses.
     """
 
     def step_loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,18 +59,8 @@ def fit(
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.dim() > 1]
     others = [p for p in parameters if p.dim() <= 1]
-    return train_steps(
-        "fit widenet",
-        model,
-        [Group(matrices, rate, warm_up, weight_decay), Group(others, rate, warm_up)],
-        step_loss,
-        steps=steps,
-        seed=seed,
-        checkpoint=checkpoint,
-        every=every,
-        watch=watch,
-        progress=progress,
-    )
+    groups = [Group(matrices, rate, warm_up, weight_decay), Group(others, rate, warm_up)]
+    return Lesson(groups, step_loss)
 
 
 @dataclass(frozen=True)
@@ -246,9 +225,10 @@ def train(
             torch.manual_seed(settings.seed)
             model = build(config)
             state = folder / f"{arm}.training.pt"
-            fit(
-                model, make_loss(settings, model, texts), steps=settings.steps, rate=settings.rate,
-                seed=settings.seed, checkpoint=state, progress=progress,
+            taught = lesson(model, make_loss(settings, model, texts), rate=settings.rate)
+            train_steps(
+                "fit widenet", model, *taught, steps=settings.steps, seed=settings.seed,
+                checkpoint=state, progress=progress,
             )  # fmt: skip
             model.save_pretrained(place)
             state.unlink()

@@ -61,10 +61,6 @@ def demo(
     steps: Annotated[
         int | None, arguments.steps("Training steps. [default: 1800, about 3 minutes]")
     ] = None,
-    minutes: Annotated[
-        float | None,
-        arguments.minutes("Choose the steps so that training takes this long here."),
-    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Text file or folder. [default: source of Python's standard library]"),
@@ -76,45 +72,33 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Throw away the unfinished run in --out.")
     ] = False,
-    seed: Annotated[int | None, arguments.seed("[default: 0]")] = None,
+    seed: Annotated[int, arguments.seed("Of weights and batches.")] = 0,
     threads: Annotated[
         int | None, arguments.threads("CPU threads. [default: what torch chooses]")
     ] = None,
-    hf: Annotated[
-        bool, typer.Option("--hf/--no-hf", help="Compare Hugging Face models at the end.")
-    ] = True,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A tiny model and a few steps: does it run at all?")
     ] = False,
 ) -> None:
-    """Train a mixture-of-experts language model, see what its experts do, compare with eager.
+    """Train a mixture-of-experts language model and draw which expert takes which byte.
 
     A stopped or killed run continues with --resume and ends with the same bits.
     """
+    from moe_ops.demo.run import DemoOptions, run_demo
+
     console = _console()
-    try:
-        from moe_ops.demo.checkpoint import CheckpointError
-        from moe_ops.demo.run import DemoOptions, run_demo
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "safetensors":
-            raise
-        raise arguments.fail("moe-ops demo needs safetensors: pip install safetensors") from None
     options = DemoOptions(
         out=out,
         data=data,
         steps=steps,
-        minutes=minutes,
         resume=resume,
         overwrite=overwrite,
         seed=seed,
         threads=threads,
-        hf=hf,
         smoke=smoke,
     )
     try:
         run_demo(options, console)
-    except CheckpointError as error:
-        raise arguments.fail(error) from None
     except KeyboardInterrupt:
         again = f"moe-ops demo --resume --out {shlex.quote(str(out))}"
         console.print(f"Stopped. Continue with: {again}", markup=False, soft_wrap=True)

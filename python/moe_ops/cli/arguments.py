@@ -31,10 +31,6 @@ def steps(help: str) -> Any:
     return typer.Option(min=1, max=ranges.MAX_STEPS, help=help)
 
 
-def minutes(help: str) -> Any:
-    return typer.Option(min=0.01, max=ranges.MAX_MINUTES, callback=_finite, help=help)
-
-
 def threads(help: str) -> Any:
     return typer.Option(min=1, max=ranges.MAX_THREADS, help=help)
 

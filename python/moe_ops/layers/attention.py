@@ -32,11 +32,7 @@ class KVCache:
 
     Attributes:
         length: tokens held.
-        mask: which of the keys that `update` returns a single new token sees, bool
-            [1, 1, 1, length]; None: all.
     """
-
-    mask: Tensor | None = None
 
     def __init__(self) -> None:
         self.length = 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_ops.zoo.lm.attention import Attention, LatentAttention
+from moe_ops.layers.self_attention import Attention, LatentAttention
 
 _LISTS = ("layers", "blocks", "h")
 

@@ -182,7 +182,7 @@ class SuperExpertReport:
 
     def table(self) -> str:
         """One line an expert."""
-        head = ("layer", "expert", "max |out|", "z", "damage", "worst control")
+        head = ("layer", "expert", "max |out|", "z", "measure_ablation", "worst control")
         rows = [
             (
                 one.layer,

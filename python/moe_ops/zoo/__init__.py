@@ -21,7 +21,9 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
-__all__ = ["System", "create_model", "get", "list_models", "register"]
+from ._presets import preset, presets_of
+
+__all__ = ["System", "create_model", "get", "list_models", "preset", "register"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class System:
         name: what `create_model` and the command line call it; the stem of its page in docs/zoo and
             of its experiment in bench/studies, where it has one.
         module: the module that holds it, imported when first used.
-        config: name of its config dataclass there, whose class attribute `PRESETS` names the class
-            methods that make presets.
+        config: name of its config dataclass there, whose attributes made by `preset` are its
+            presets.
         model: name of the class there that is built from a config.
         summary: one line for lists.
         needs: the extra of this distribution that its module needs, or "".
@@ -60,7 +62,7 @@ class System:
 
     def presets(self) -> tuple[str, ...]:
         """Names of its presets, "tiny" first."""
-        return tuple(getattr(self.load(), self.config).PRESETS)
+        return presets_of(getattr(self.load(), self.config))
 
     def make_config(self, preset: str = "tiny", **overrides: Any) -> Any:
         """The config of a preset, with other values for some of its fields.
@@ -69,7 +71,7 @@ class System:
             ValueError: an unknown preset or field.
         """
         config_class = getattr(self.load(), self.config)
-        check_choice("moe_ops.zoo", f"preset of {self.name}", preset, config_class.PRESETS)
+        check_choice("moe_ops.zoo", f"preset of {self.name}", preset, presets_of(config_class))
         check_names(config_class, overrides, f"moe_ops.zoo: {config_class.__name__}")
         return dataclasses.replace(getattr(config_class, preset)(), **overrides)
 
@@ -129,7 +131,7 @@ _OURS = (
     ("deepseek", "DeepSeekConfig", "DeepSeek", "zoo",
      "DeepSeekMoE V1 to V3: small experts, shared experts, balance by losses or a bias."),
     ("moduleformer", "ModuleFormerConfig", "ModuleFormer", "zoo",
-     "ModuleFormer: modules that can be inserted and pruned, stick-breaking attention."),
+     "ModuleFormer: attention and feed-forward modules, informative routing, stick-breaking."),
     ("coe", "CoEConfig", "CoE", "zoo",
      "Chain-of-Experts: the same experts several times in a row, each time routed anew."),
     ("topp", "TopPConfig", "TopP", "zoo",
@@ -140,13 +142,13 @@ _OURS = (
      "BAM: attention and feed-forward experts from dense models; BTX as its baseline."),
     ("factorllm", "FactorLLMConfig", "FactorLLM", "zoo",
      "FactorLLM: networks of a dense model cut into slices, of which a token uses some."),
-    ("home", "HoMEConfig", "build", "",
-     "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom."),
+    ("home", "HoMEConfig", "HoME", "",
+     "HoME: a multi-task recommender with experts of tasks, of categories and of all."),
     ("mowst", "MowstConfig", "Mowst", "graphs",
      "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence."),
     ("t2mir", "T2MIRConfig", "T2MIR", "",
      "In-context reinforcement learning with experts routed by token and by task."),
-    ("composition", "CompositionConfig", "Composition", "zoo",
+    ("composition", "CompositionConfig", "Composition", "",
      "Composition of Experts: whole models behind a router of categories, under a budget."),
     ("adamoe", "AdaMoEConfig", "ActionTransformer", "",
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),

@@ -9,17 +9,18 @@ iteration, C iterations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields
+from moe_ops._fields import Fields, check_least
 from moe_ops.layers import Experts, Router, SharedExperts, TopKRouter
 from moe_ops.layers.rotary import Rope, Yarn
+from moe_ops.layers.self_attention import LatentAttention
 
-from .lm.attention import LatentAttention
+from ._presets import preset
 from .lm.blocks import Step, attend, attention_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
@@ -51,7 +52,6 @@ class CoEConfig(LMConfig):
         norm_eps: of all norms but those inside the attention (1e-6).
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_published", "c2k4", "c1k8")
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         **LATENT_KEYS,
@@ -98,40 +98,29 @@ class CoEConfig(LMConfig):
     sequence_balance_coefficient: float = 1e-3
     norm_eps: float = 1e-6
 
-    @classmethod
-    def tiny(cls) -> CoEConfig:
-        """Bytes, two blocks, two iterations of two experts, with both residuals."""
-        return cls()
-
-    @classmethod
-    def tiny_published(cls) -> CoEConfig:
-        """`tiny` with the residuals of the published code."""
-        return cls(outer_residual=False)
-
-    @classmethod
-    def c2k4(cls) -> CoEConfig:
-        """The published experiment: two iterations of 4 of 63 experts, 544 million parameters."""
-        return cls(
-            vocab_size=102_400,
-            hidden_size=1024,
-            num_layers=4,
-            num_heads=8,
-            kv_rank=512,
-            nope_size=128,
-            rope_size=64,
-            v_size=128,
-            yarn=Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707),
-            intermediate_size=704,
-            num_experts=63,
-            top_k=4,
-            outer_residual=False,
-            context=163_840,
-        )
-
-    @classmethod
-    def c1k8(cls) -> CoEConfig:
-        """Its baseline: one iteration of 8 experts."""
-        return replace(cls.c2k4(), num_iterations=1, top_k=8)
+    tiny = preset("Bytes, two blocks, two iterations of two experts, with both residuals.")
+    tiny_published = preset(
+        "`tiny` with the residuals of the published code.",
+        outer_residual=False,
+    )
+    c2k4 = preset(
+        "The published experiment: two iterations of 4 of 63 experts, 544 million parameters.",
+        vocab_size=102_400,
+        hidden_size=1024,
+        num_layers=4,
+        num_heads=8,
+        kv_rank=512,
+        nope_size=128,
+        rope_size=64,
+        v_size=128,
+        yarn=Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707),
+        intermediate_size=704,
+        num_experts=63,
+        top_k=4,
+        outer_residual=False,
+        context=163_840,
+    )
+    c1k8 = c2k4.but("Its baseline: one iteration of 8 experts.", num_iterations=1, top_k=8)
 
     def aux_coefficients(self) -> dict[str, float]:
         return {"sequence_balance": self.sequence_balance_coefficient}
@@ -176,10 +165,7 @@ class ChainOfExperts(nn.Module):
         inner_residual: bool,
     ) -> None:
         super().__init__()
-        if num_iterations < 1:
-            raise ValueError(
-                f"ChainOfExperts: num_iterations must be at least 1, got {num_iterations}."
-            )
+        check_least("ChainOfExperts", "num_iterations", num_iterations, 1)
         if len(routers) not in (1, num_iterations):
             raise ValueError(
                 f"ChainOfExperts: routers must be one or {num_iterations}, got {len(routers)}."

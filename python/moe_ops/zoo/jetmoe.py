@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_ops.layers import AddRMSNorm, AttentionExperts, Experts, MoE, TopKRouter
 from moe_ops.layers.rotary import Rope
 
+from ._presets import preset
 from .lm.blocks import Step
 from .lm.checkpoint import Entry, renamed
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, flag, number, size
@@ -42,7 +43,6 @@ class JetMoEConfig(LMConfig):
             kinds of experts of all blocks.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "jetmoe_8b")
     # The names of transformers, then of the code released with the checkpoint: it calls I, E
     # and K otherwise.
     KEYS: ClassVar[dict[str, Any]] = {
@@ -73,25 +73,19 @@ class JetMoEConfig(LMConfig):
     load_balancing_coefficient: float = 0.01
     router_z_coefficient: float = 0.001
 
-    @classmethod
-    def jetmoe_8b(cls) -> JetMoEConfig:
-        """JetMoE-8B: 8.5 billion parameters, 2.2 billion a token."""
-        return cls()
-
-    @classmethod
-    def tiny(cls) -> JetMoEConfig:
-        """Bytes, two blocks, four experts: trains on a CPU."""
-        return cls(
-            vocab_size=256,
-            hidden_size=64,
-            num_layers=2,
-            num_kv_heads=2,
-            head_size=16,
-            intermediate_size=64,
-            num_experts=4,
-            context=128,
-            init_std=0.02,
-        )
+    tiny = preset(
+        "Bytes, two blocks, four experts: trains on a CPU.",
+        vocab_size=256,
+        hidden_size=64,
+        num_layers=2,
+        num_kv_heads=2,
+        head_size=16,
+        intermediate_size=64,
+        num_experts=4,
+        context=128,
+        init_std=0.02,
+    )
+    jetmoe_8b = preset("JetMoE-8B: 8.5 billion parameters, 2.2 billion a token.")
 
     def aux_coefficients(self) -> dict[str, float]:
         return {

@@ -15,8 +15,9 @@ from torch import nn
 from moe_ops._fields import Fields
 from moe_ops.layers import MoE, SharedExperts
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention
 
-from .lm.attention import Attention
+from ._presets import preset
 from .lm.blocks import Block, attention_entries
 from .lm.checkpoint import Entry, dense_entries
 from .lm.config import LLAMA_KEYS, LMConfig, flag, size
@@ -36,7 +37,6 @@ class LlamaConfig(LMConfig):
         tie_embeddings: the embedding is also the output's weight.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tinyllama_1b")
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_heads": size("num_attention_heads"),
@@ -57,25 +57,19 @@ class LlamaConfig(LMConfig):
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
 
-    @classmethod
-    def tiny(cls) -> Any:
-        """Bytes, two blocks: trains on a CPU."""
-        return cls()
-
-    @classmethod
-    def tinyllama_1b(cls) -> Any:
-        """TinyLlama-1.1B."""
-        return cls(
-            vocab_size=32_000,
-            hidden_size=2048,
-            num_layers=22,
-            num_heads=32,
-            num_kv_heads=4,
-            head_size=64,
-            intermediate_size=5632,
-            norm_eps=1e-5,
-            context=2048,
-        )
+    tiny = preset("Bytes, two blocks: trains on a CPU.")
+    tinyllama_1b = preset(
+        "TinyLlama-1.1B.",
+        vocab_size=32_000,
+        hidden_size=2048,
+        num_layers=22,
+        num_heads=32,
+        num_kv_heads=4,
+        head_size=64,
+        intermediate_size=5632,
+        norm_eps=1e-5,
+        context=2048,
+    )
 
     def aux_coefficients(self) -> dict[str, float]:
         return {}

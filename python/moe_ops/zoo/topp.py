@@ -2,28 +2,25 @@
 
 Huang et al. 2024, Harder Tasks Need More Experts: Dynamic Routing in MoE Models, arXiv 2403.07652.
 
-Letters: B sequences, S tokens, T = B * S, H hidden size, I intermediate size, E experts.
+Letters: H hidden size, I intermediate size, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from moe_ops._fields import Fields
+from moe_ops._fields import Fields, check_divides
 from moe_ops.layers import Experts, MoE, SharedExperts, TopPRouter
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention
 
-from .lm.attention import Attention
+from ._presets import preset
 from .lm.blocks import Block, attention_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, number, size
-from .lm.losses import Routed
 from .lm.model import CausalLM
 
 
@@ -47,7 +44,6 @@ class TopPConfig(LMConfig):
             the second, training spreads the routing of every token over many experts.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny",)
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "expert_frequency": size("expert_frequency", default=2),
@@ -71,10 +67,7 @@ class TopPConfig(LMConfig):
     load_balancing_coefficient: float = 1e-2
     entropy_coefficient: float = 1e-4
 
-    @classmethod
-    def tiny(cls) -> TopPConfig:
-        """Bytes, two blocks with eight experts each: trains on a CPU."""
-        return cls()
+    tiny = preset("Bytes, two blocks with eight experts each: trains on a CPU.")
 
     def aux_coefficients(self) -> dict[str, float]:
         return {
@@ -124,11 +117,7 @@ class TopP(CausalLM):
 
     def __init__(self, config: TopPConfig) -> None:
         super().__init__()
-        if config.hidden_size % config.num_heads:
-            raise ValueError(
-                f"TopP: num_heads must divide hidden_size = {config.hidden_size}, got "
-                f"{config.num_heads}."
-            )
+        check_divides("TopP", "num_heads", config.num_heads, "hidden_size", config.hidden_size)
         rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
         self.assemble(
             config,
@@ -152,87 +141,3 @@ class TopP(CausalLM):
                 f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
             ),
         ]
-
-
-def experts_per_token(routing: Sequence[Routed]) -> dict[str, Tensor]:
-    """Layer -> number of experts that each token used, [T] int64."""
-    return {r.layer: (r.routing.topk_ids >= 0).sum(-1) for r in routing}
-
-
-class TopPController:
-    """Holds the mean number of experts of a token at a target, by moving every router's `top_p`.
-
-    p is a proportional-integral controller of the error, target minus mean over tokens and layers:
-    p = p_0 + proportional * error + integral * (sum of errors), kept in [lowest, highest]. The sum
-    stops growing while p is at an end that it would push beyond.
-
-    `top_p` is a number of the module and not a tensor: a compiled model may compile again when it
-    moves.
-
-    Args:
-        model: a module with `TopPRouter`s.
-        target: experts a token.
-        proportional, integral: gains; p moves by `integral` a step for an error of one expert.
-        lowest, highest: range of p.
-
-    Raises:
-        ValueError: no such router, or numbers out of range.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target: float,
-        *,
-        proportional: float = 0.02,
-        integral: float = 0.01,
-        lowest: float = 0.05,
-        highest: float = 1.0,
-    ) -> None:
-        self.routers = [m for m in model.modules() if isinstance(m, TopPRouter)]
-        if not self.routers:
-            raise ValueError(
-                f"TopPController: model must hold a TopPRouter, got a "
-                f"{type(model).__name__} without one."
-            )
-        if target < 1:
-            raise ValueError(f"TopPController: target must be at least 1, got {target}.")
-        if not 0 < lowest <= highest <= 1:
-            raise ValueError(
-                f"TopPController: lowest and highest must be 0 < lowest <= highest <= 1, got "
-                f"{lowest} and {highest}."
-            )
-        self.target = target
-        self.proportional = proportional
-        self.integral = integral
-        self.lowest = lowest
-        self.highest = highest
-        self.start = self.routers[0].top_p
-        self.sum = 0.0
-        self.mean = float("nan")
-
-    @property
-    def top_p(self) -> float:
-        return self.routers[0].top_p
-
-    @torch.no_grad()
-    def step(self, routing: Sequence[Routed], *, group: Any = None) -> float:
-        """One step from the routing of a training step; returns the mean number of experts.
-
-        Counts are summed over the ranks of `group` when torch.distributed is in use, so that all
-        move p alike.
-        """
-        counts = torch.cat(list(experts_per_token(routing).values()))
-        both = torch.stack([counts.sum(), torch.full_like(counts.sum(), counts.numel())]).double()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(both, group=group)
-        used, tokens = both.tolist()
-        self.mean = used / max(tokens, 1.0)
-        error = self.target - self.mean
-        wanted = self.start + self.proportional * error + self.integral * (self.sum + error)
-        if self.lowest < wanted < self.highest or (wanted >= self.highest) == (error < 0):
-            self.sum += error
-        top_p = min(max(wanted, self.lowest), self.highest)
-        for router in self.routers:
-            router.top_p = top_p
-        return self.mean

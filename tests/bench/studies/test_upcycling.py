@@ -135,8 +135,9 @@ def test_dynamicdino(monkeypatch):
 def test_sentence(monkeypatch):
     pytest.importorskip("transformers")
     sentence = pytest.importorskip("bench.studies.sentence.claims")
+    from bench.studies.sentence.tokens import ByteTokens
+
     from moe_ops import zoo
-    from moe_ops.zoo.sentence import ByteTokens
 
     tokens = ByteTokens()
     tokens.tokenizer = types.SimpleNamespace(enable_truncation=lambda length: None)

@@ -6,22 +6,22 @@ import math
 
 import pytest
 import torch
-from bench.studies.gntmove.scenes import FAR, draw_cameras, draw_scenes, photograph, trace
-from bench.studies.gntmove.training import ARMS, Settings, draw_batch
+from bench.studies.gntmove.scenes import (
+    FAR,
+    all_pixels,
+    draw_cameras,
+    draw_scenes,
+    photograph,
+    trace,
+)
+from bench.studies.gntmove.training import ARMS, Settings, draw_batch, render
 from bench.studies.images import psnr
 from torch import nn
 
 from moe_ops import zoo
-from moe_ops.zoo.gntmove import (
-    GNTMove,
-    ViewExperts,
-    ViewRouter,
-    Views,
-    consistency_loss,
-    neighbours,
-    rays,
-)
-from moe_ops.zoo.gntmove.cameras import all_pixels, project
+from moe_ops.zoo.gntmove import GNTMove, ViewExperts, ViewRouter, Views, consistency_loss
+from moe_ops.zoo.gntmove.cameras import project, rays
+from moe_ops.zoo.gntmove.layers import neighbours
 from moe_ops.zoo.gntmove.model import encode
 
 T, H, I, E, K = 9, 8, 10, 4, 2
@@ -287,7 +287,7 @@ def rendered_by_oracle(size):
     views = Views(photograph(scenes, sources), sources)
     depths = depth.clamp(max=50.0)[..., None].expand(-1, -1, 2)
     model = passing_colors()
-    made, mixed = (model.render(views, target, depths=d) for d in (depths, depths.flip(1)))
+    made, mixed = (render(model, views, target, depths=d) for d in (depths, depths.flip(1)))
     mask = visible.view(2, 1, 48, 48)
     return truth, torch.where(mask, made, truth), torch.where(mask, mixed, truth)
 
@@ -318,7 +318,7 @@ def test_losses_and_arms():
     # The wide arm's networks have as many parameters as a point uses of the experts'.
     config = Settings().config("move")
     assert ARMS["wide"]["dense_ratio"] == (config.top_k + 1) * config.mlp_ratio
-    with pytest.raises(ValueError, match="multiple of num_heads = 2, got 9"):
+    with pytest.raises(ValueError, match="num_heads must divide hidden_size = 9, got 2"):
         zoo.create_model("gntmove", **{**SMALL, "hidden_size": 9})
     with torch.device("meta"):
         published = zoo.create_model("gntmove", preset="gnt")

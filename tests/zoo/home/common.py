@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from bench.studies.home.models import RecommenderConfig, build
 from torch import nn
 
-from moe_ops.zoo.home import HoMEConfig, MultiTask, build
+from moe_ops.zoo.home import MultiTask
 from moe_ops.zoo.home.layers import FeatureGate, Gates
 
 T = 13
 
-CONFIG = HoMEConfig(
+CONFIG = RecommenderConfig(
     cardinalities=(5, 3),
     num_dense=4,
     categories=(("a", "b"), ("c",), ("d", "e")),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from bench.studies.home.traces import gate_entropy, scale_ratio, zero_fraction
 from torch import nn
 
 from moe_ops.zoo.home.layers import FeatureGate, Gates
@@ -72,8 +73,8 @@ def test_expert_norm_cures_dead_outputs():
         trace = []
         model(categorical, dense, trace)
         assert [t.outputs.shape[1:] for t in trace] == [(8, 5), (13, 5)]
-        assert trace[1].gate_entropy().shape == (5,)
+        assert gate_entropy(trace[1]).shape == (5,)
         health[norm] = trace[1]
-    assert health[False].zero_fraction().max() > 0.2
-    assert health[True].zero_fraction().max() == 0
-    assert health[True].scale_ratio() < health[False].scale_ratio()
+    assert zero_fraction(health[False]).max() > 0.2
+    assert zero_fraction(health[True]).max() == 0
+    assert scale_ratio(health[True]) < scale_ratio(health[False])

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_ops import zoo
+from moe_ops.layers.rotary import Yarn
 from moe_ops.zoo.lm.model import CausalLM
 
 from .mutations import mutate
@@ -28,7 +29,7 @@ MOST_MEMORY_KIB = 2**19
 def small(name: str) -> CausalLM:
     sizes: dict[str, Any] = {"vocab_size": 32, "num_layers": 2}
     if name == "deepseek":
-        sizes["yarn"] = zoo.get(name).load().Yarn(4.0, 16)
+        sizes["yarn"] = Yarn(4.0, 16)
     return zoo.create_model(name, **sizes)
 
 

@@ -142,3 +142,21 @@ def test_bad_sizes():
         build(num_heads=5)
     with pytest.raises(ValueError, match="one head of the hidden size"):
         build(num_heads=1, attention_size=32)
+
+
+def test_concentration_gathers_the_load():
+    """A few steps with the loss lower the entropy of the mean routing."""
+    model = build().float()
+    tokens = tokens_of(model, 4, 24)
+    routers = [p for name, p in model.named_parameters() if "router" in name]
+    optimizer = torch.optim.Adam(routers, lr=0.02)
+
+    def entropy():
+        return model.loss(tokens, coefficients={"concentration": 1.0}).aux_losses["concentration"]
+
+    before = float(entropy())
+    for _ in range(20):
+        optimizer.zero_grad()
+        entropy().backward()
+        optimizer.step()
+    assert float(entropy()) < before - 0.5

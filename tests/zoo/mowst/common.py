@@ -11,7 +11,7 @@ from bench.studies.mowst.graphs import Graph
 from torch import Tensor, nn
 
 from moe_ops.zoo.mowst import Mowst, MowstConfig
-from moe_ops.zoo.mowst.graphs import Edges, Work
+from moe_ops.zoo.mowst.graphs import Edges
 
 N, CLASSES = 40, 4
 
@@ -40,11 +40,11 @@ class Neighbours(nn.Module):
         count = torch.zeros_like(x[:, :1]).index_add(0, target, torch.ones_like(x[source, :1]))
         return self.second(F.relu(self.first(total / count.clamp(min=1))))
 
-    def at(self, nodes: Tensor, x: Tensor, edges: Edges) -> tuple[Tensor, Work]:
-        total = x.shape[0]
-        part = edges.into(nodes)
-        work = Work(int(nodes.sum()), part.index.shape[1], total, edges.index.shape[1])
-        return self(x, part)[nodes], work
+    def at(self, nodes: Tensor, x: Tensor, edges: Edges) -> Tensor:
+        return self(x, edges.into(nodes))[nodes]
+
+    def needed(self, nodes: Tensor, edges: Edges) -> list[Tensor]:
+        return [nodes, nodes]
 
 
 def make(**changes) -> Mowst:

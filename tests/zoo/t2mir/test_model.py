@@ -119,7 +119,7 @@ def test_action_loss():
 def test_bad_configs_and_calls(bad_input):
     with bad_input("T2MIRConfig", "variant", "'ppo'"):
         T2MIRConfig(variant="ppo")
-    with bad_input("T2MIRConfig", "hidden_size", "30"):
+    with bad_input("T2MIRConfig", "hidden_size", "4"):
         T2MIRConfig(hidden_size=30)
     with bad_input("NoisyTopKRouter", "top_k", "7"):
         NoisyTopKRouter(8, E, 7)

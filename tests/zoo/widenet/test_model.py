@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bench.studies.widenet.depths import across_depths
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from moe_ops import zoo
 from moe_ops.layers import ExpertLoadStats
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.zoo.lm.model import CausalLM
-from moe_ops.zoo.widenet import NoisyRouter, WideNetLM, WideNetViT, across_depths
+from moe_ops.zoo.widenet import NoisyRouter, WideNetLM, WideNetViT
 
 from ..lm import common
 from ..lm.common import sharpen, tokens_of
@@ -235,7 +236,7 @@ def test_vision_checkpoints(tmp_path):
     assert again.config == model.config and not again.training
     images = torch.randn(2, 2, 8, 8)
     assert torch.equal(again(images), model(images))
-    with pytest.raises(ValueError, match="trunk must be 'language' here, got 'vision'"):
+    with pytest.raises(ValueError, match="trunk must be one of language, got 'vision'"):
         WideNetLM.from_pretrained(tmp_path)
 
 

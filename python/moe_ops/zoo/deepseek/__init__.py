@@ -5,10 +5,7 @@ arXiv 2412.19437, with the balancing of Wang et al. 2024, arXiv 2408.15664. Mult
 is left out.
 """
 
-from moe_ops.layers.rotary import Yarn
-
-from .checkpoint import MODEL_TYPES
 from .config import DeepSeekConfig
-from .model import DeepSeek, DeepSeekBlock
+from .model import DeepSeek
 
-__all__ = ["MODEL_TYPES", "DeepSeek", "DeepSeekBlock", "DeepSeekConfig", "Yarn"]
+__all__ = ["DeepSeek", "DeepSeekConfig"]

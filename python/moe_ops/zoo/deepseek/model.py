@@ -7,25 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from moe_ops.layers import (
-    Experts,
-    MoE,
-    SharedExperts,
-    TopKRouter,
-    device_balance_loss,
-    update_expert_bias,
-)
+from moe_ops.layers import Experts, MoE, SharedExperts, TopKRouter, device_balance_loss
 from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention, LatentAttention
 
-from ..lm.attention import Attention, LatentAttention
-from ..lm.blocks import Block
-from ..lm.checkpoint import Entry
+from ..lm.blocks import Block, attention_entries
+from ..lm.checkpoint import Entry, dense_entries, expert_entries
 from ..lm.losses import AuxLoss, Routed
 from ..lm.model import CausalLM
-from .checkpoint import block_entries
 from .config import DeepSeekConfig
 
 
@@ -84,7 +74,6 @@ class DeepSeek(CausalLM):
         first = config.num_layers
         later = "|".join(str(index) for index in range(first, first + 8))
         self.ignored_keys = (*self.ignored_keys, rf"model\.layers\.(?:{later})\..*")
-        self.bias_update_rate = config.bias_update_rate
         rope = Rope(
             config.rope_size if config.latent else config.head_size,
             config.rope_theta,
@@ -113,27 +102,17 @@ class DeepSeek(CausalLM):
 
         return {**super().auxiliary_losses(), "device_balance": device_balance}
 
-    def balance_after(self, optimizer: Optimizer, *, group: Any = None) -> RemovableHandle:
-        """Moves every router's expert_bias after each step of the optimizer from now on.
-
-        The routers count the slots of all training forwards since the last step, that is over
-        gradient accumulation; the counts are summed over the ranks of `group` when
-        torch.distributed is in use. The size of a step is `self.bias_update_rate`, which may be
-        changed at any time (V3 sets it to 0 for the end of training).
-
-        Returns:
-            A handle whose `remove()` ends it.
-
-        Raises:
-            ValueError: the config has no expert_bias.
-        """
-        if not self.config.expert_bias:
-            raise ValueError("DeepSeek.balance_after: config must have expert_bias, got False.")
-
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            update_expert_bias(self, rate=self.bias_update_rate, group=group)
-
-        return optimizer.register_step_post_hook(hook)
-
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
-        return block_entries(block, self.config, ours, theirs)
+        entries = attention_entries(block, ours, theirs)
+        if isinstance(block.mlp, SharedExperts):
+            return entries + dense_entries(f"{ours}.mlp", f"{theirs}.mlp")
+        entries.append(Entry(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",)))
+        if self.config.expert_bias:
+            key = f"{theirs}.mlp.gate.e_score_correction_bias"
+            entries.append(Entry(f"{ours}.mlp.router.expert_bias", (key,)))
+        entries += expert_entries(
+            f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
+        )
+        if block.mlp.shared_experts is not None:
+            entries += dense_entries(f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts")
+        return entries

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 from moe_ops.layers import TopKRouter
 
+from .._presets import preset
 from .experts import (
     EXPERTS,
     StreamExpert,
@@ -72,37 +73,32 @@ class DriftMoEConfig:
     standardize: bool = True
     seed: int = 0
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "moe_data", "moe_task")
-
     def __post_init__(self) -> None:
         check_choice("DriftMoEConfig", "variant", self.variant, VARIANTS)
         check_choice("DriftMoEConfig", "prediction", self.prediction, PREDICTIONS)
         check_choice("DriftMoEConfig", "routing", self.routing, ROUTINGS)
         check_choice("DriftMoEConfig", "expert", self.expert, EXPERTS)
         for name in ("num_features", "num_classes", "num_experts", "top_k", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"DriftMoEConfig: {name} must be at least 1, got {getattr(self, name)}."
-                )
+            check_least("DriftMoEConfig", name, getattr(self, name), 1)
         if not self.temperature > 0:
             raise ValueError(
                 f"DriftMoEConfig: temperature must be above 0, got {self.temperature}."
             )
 
-    @classmethod
-    def tiny(cls) -> DriftMoEConfig:
-        """Four experts of which two learn from an example."""
-        return cls()
-
-    @classmethod
-    def moe_data(cls) -> DriftMoEConfig:
-        """The published MoE-Data: twelve experts, three learn, the router every 256 examples."""
-        return cls(num_experts=12, top_k=3, hidden_sizes=(256, 128), batch_size=256)
-
-    @classmethod
-    def moe_task(cls) -> DriftMoEConfig:
-        """The published MoE-Task: an expert a class, a router step an example."""
-        return cls(variant="task", hidden_sizes=(256, 128), batch_size=1)
+    tiny = preset("Four experts of which two learn from an example.")
+    moe_data = preset(
+        "The published MoE-Data: twelve experts, three learn, the router every 256 examples.",
+        num_experts=12,
+        top_k=3,
+        hidden_sizes=(256, 128),
+        batch_size=256,
+    )
+    moe_task = preset(
+        "The published MoE-Task: an expert a class, a router step an example.",
+        variant="task",
+        hidden_sizes=(256, 128),
+        batch_size=1,
+    )
 
     @property
     def experts(self) -> int:

@@ -1,29 +1,22 @@
 """GNT-MOVE: novel views of scenes that were not trained on, by transformers with experts of views.
 
     model = zoo.create_model("gntmove")                        # ffn="dense": GNT
-    image = model.render(Views(images, cameras), target)
+    colors = model(Views(images, cameras), target, pixels).colors
 
 Source: Cong et al. 2023 (Enhancing NeRF akin to Enhancing LLMs: Generalizable NeRF Transformer with
 Mixture-of-View-Experts, ICCV, arXiv 2308.11793); Varma et al. 2023 (GNT, ICLR, arXiv 2207.13298).
 """
 
-from .cameras import Cameras, look_at, project, rays
-from .layers import ViewExperts, ViewRouted, ViewRouter, consistency_loss, neighbours
-from .model import GNTMove, GNTMoveConfig, Rendered, RenderLoss, Views
+from .cameras import Cameras
+from .layers import ViewExperts, ViewRouter, consistency_loss
+from .model import GNTMove, GNTMoveConfig, Views
 
 __all__ = [
     "Cameras",
     "GNTMove",
     "GNTMoveConfig",
-    "RenderLoss",
-    "Rendered",
     "ViewExperts",
-    "ViewRouted",
     "ViewRouter",
     "Views",
     "consistency_loss",
-    "look_at",
-    "neighbours",
-    "project",
-    "rays",
 ]

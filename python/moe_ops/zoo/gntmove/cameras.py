@@ -30,22 +30,6 @@ class Cameras(NamedTuple):
         return Cameras(*parts, self.height, self.width)
 
 
-def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width: int) -> Cameras:
-    """Cameras at position [..., 3] that have target [..., 3] in their middle, upright: the y axis
-    of space is up. focal: [...]."""
-    forward = F.normalize(target - position, dim=-1)
-    up = position.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
-    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
-    down = torch.linalg.cross(forward, right)
-    return Cameras(position, torch.stack([right, down, forward], -1), focal, height, width)
-
-
-def all_pixels(height: int, width: int) -> Tensor:
-    """[h * w, 2], x and y of each pixel, row by row."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([x, y], -1).view(-1, 2).float()
-
-
 def rays(cameras: Cameras, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Origins and unit directions, [..., R, 3] each, of the rays through pixels [..., R, 2]."""
     middle = pixels.new_tensor([cameras.width - 1, cameras.height - 1]) / 2

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_least
 from moe_ops.layers import Experts, GateRouter, MoE
 from moe_ops.layers.functional import linear
 from moe_ops.layers.routing import Routing
@@ -35,8 +36,7 @@ class ViewRouter(GateRouter):
     def __init__(
         self, hidden_size: int, num_experts: int, top_k: int, *, noise: float = 1.0, **options: Any
     ) -> None:
-        if noise < 0:
-            raise ValueError(f"ViewRouter: noise must be at least 0, got {noise}.")
+        check_least("ViewRouter", "noise", noise, 0)
         size = max(num_experts // 2, 1)
         super().__init__(hidden_size, num_experts, top_k, gate="cosine", gate_size=size, **options)
         self.noise = noise

@@ -7,15 +7,17 @@ w height and width of an image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_divides, check_least
+from moe_ops.layers.self_attention import JointAttention
 
-from .cameras import Cameras, all_pixels, project, ray_differences, rays, sample_images
+from .._presets import preset
+from .cameras import Cameras, project, ray_differences, rays, sample_images
 from .layers import FeedForward, ViewExperts, ViewRouted, consistency_loss, neighbours
 
 FFNS = ("moe", "dense")
@@ -60,27 +62,22 @@ class GNTMoveConfig:
     near: float = 2.0
     far: float = 6.5
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "gnt")
-
     def __post_init__(self) -> None:
         check_choice("GNTMoveConfig", "ffn", self.ffn, FFNS)
-        if self.hidden_size % self.num_heads or self.hidden_size < 8:
-            raise ValueError(
-                "GNTMoveConfig: hidden_size must be at least 8 and a multiple of num_heads = "
-                f"{self.num_heads}, got {self.hidden_size}."
-            )
+        check_least("GNTMoveConfig", "hidden_size", self.hidden_size, 8)
+        whole = self.hidden_size
+        check_divides("GNTMoveConfig", "num_heads", self.num_heads, "hidden_size", whole)
 
-    @classmethod
-    def tiny(cls) -> GNTMoveConfig:
-        """For images of 48 pixels."""
-        return cls()
-
-    @classmethod
-    def gnt(cls) -> GNTMoveConfig:
-        """The authors' sizes."""
-        return cls(
-            hidden_size=64, num_layers=8, features=32, num_freqs=10, num_points=192, dropout=0.1
-        )
+    tiny = preset("For images of 48 pixels.")
+    gnt = preset(
+        "The authors' sizes.",
+        hidden_size=64,
+        num_layers=8,
+        features=32,
+        num_freqs=10,
+        num_points=192,
+        dropout=0.1,
+    )
 
 
 class Views(NamedTuple):
@@ -134,23 +131,6 @@ class ViewAttention(nn.Module):
         return out
 
 
-class RayAttention(nn.Module):
-    """Softmax attention of the points of a ray to each other."""
-
-    def __init__(self, size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(size, 3 * size, bias=False)
-        self.out = nn.Linear(size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return out
-
-
 class ViewBlock(nn.Module):
     """x + view attention(norm(x)), then x + ffn(norm(x))."""
 
@@ -188,7 +168,7 @@ class RayBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.attention_norm = nn.LayerNorm(size, eps=1e-6)
-        self.attention = RayAttention(size, config.num_heads)
+        self.attention = JointAttention(size, config.num_heads)
         self.ffn_norm = nn.LayerNorm(size, eps=1e-6)
         self.ffn = FeedForward(size, config.mlp_ratio * size)
         self.dropout = nn.Dropout(config.dropout)
@@ -349,30 +329,6 @@ class GNTMove(nn.Module):
         shape = out.points.shape[:2]
         found = [consistency_loss(r.logits.unflatten(0, shape), pairs, near) for r in out.routed]
         return torch.stack(found).mean()
-
-    @torch.no_grad()
-    def render(
-        self, views: Views, target: Cameras, *, depths: Tensor | None = None, chunk: int = 1024
-    ) -> Tensor:
-        """Images [S, 3, h, w] of target cameras [S], not clipped.
-
-        Args:
-            depths: [S, h * w, P], of the points of each ray. chunk: rays at once.
-        """
-        before = self.training
-        self.eval()
-        scenes = len(target.focal)
-        pixels = all_pixels(target.height, target.width).to(views.images).expand(scenes, -1, 2)
-        features = self.image_features(views.images)
-        made = []
-        for start in range(0, pixels.shape[1], chunk):
-            part = slice(start, start + chunk)
-            given = None if depths is None else depths[:, part]
-            out = self(views, target, pixels[:, part], depths=given, features=features)
-            made.append(out.colors)
-        self.train(before)
-        colors = torch.cat(made, 1).transpose(1, 2)
-        return colors.reshape(scenes, 3, target.height, target.width)
 
 
 def encode(x: Tensor, num_freqs: int) -> Tensor:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 from moe_ops.layers import ExpertBatchNorm, Experts, mix_outputs
 from moe_ops.layers.all_experts import grouped_linear, low_rank_maps, segments
 
@@ -54,8 +55,7 @@ class Features(nn.Module):
                 "Features: cardinalities must be at least 1, num_dense at least 0 and one of them "
                 f"given, got {counts} and {num_dense}."
             )
-        if embedding_size < 1:
-            raise ValueError(f"Features: embedding_size must be at least 1, got {embedding_size}.")
+        check_least("Features", "embedding_size", embedding_size, 1)
         self.num_dense = num_dense
         self.size = embedding_size * len(counts) + num_dense
         self.table = nn.Embedding(max(sum(counts), 1), embedding_size)
@@ -80,17 +80,6 @@ class Features(nn.Module):
             return dense
         rows = self.table(categorical.long() + self.offsets).flatten(1)
         return torch.cat([rows, dense.to(rows.dtype)], dim=-1) if wide[1] else rows
-
-    def check(self, categorical: Tensor) -> None:
-        """Raises ValueError where a value lies outside its feature's range; reads the data."""
-        bad = (categorical < 0) | (categorical >= self.limits)
-        if bool(bad.any()):
-            column = int(bad.any(0).nonzero()[0])
-            worst = categorical[:, column]
-            raise ValueError(
-                f"Features: categorical column {column} must be in [0, "
-                f"{int(self.limits[column])}), got {int(worst.min())} to {int(worst.max())}."
-            )
 
 
 class GroupedLinear(nn.Module):
@@ -261,6 +250,13 @@ class FeatureGate(nn.Module):
         return linear_maps(v, full, None, input_ids)
 
 
+class Trace(NamedTuple):
+    """What a `GatedLayer` computed: outputs [T, E, O] and gate weights [T, M, E] (no self gate)."""
+
+    outputs: Tensor
+    weights: Tensor
+
+
 class GatedLayer(nn.Module):
     """Experts and M gated mixtures of their outputs.
 
@@ -340,26 +336,6 @@ class GatedLayer(nn.Module):
         if self.norm is None:
             return mix_outputs(y, total, activation="relu")
         return self.norm.mix(y, total)
-
-
-class Trace:
-    """What a `GatedLayer` computed: outputs [T, E, O] and gate weights [T, M, E] (no self gate)."""
-
-    def __init__(self, outputs: Tensor, weights: Tensor) -> None:
-        self.outputs, self.weights = outputs, weights
-
-    def zero_fraction(self) -> Tensor:
-        """[E]: share of an expert's outputs that are exactly 0."""
-        return (self.outputs == 0).float().mean((0, 2))
-
-    def scale_ratio(self) -> float:
-        """Largest over smallest standard deviation of an expert's outputs."""
-        std = self.outputs.float().std((0, 2))
-        return float(std.max() / std.min().clamp(min=torch.finfo(std.dtype).tiny))
-
-    def gate_entropy(self) -> Tensor:
-        """[M]: mean entropy of each gate in nats; a sigmoid gate counts its weight as it is."""
-        return -torch.special.xlogy(self.weights, self.weights).sum(-1).mean(0)
 
 
 class Towers(nn.Module):

@@ -6,20 +6,21 @@ Letters: B sequences, S tokens of each, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache, MoE, Router, SharedExperts
-from moe_ops.layers.linear import in_inference_on_few_rows
 from moe_ops.layers.rotary import Rotation
 from moe_ops.layers.routing import Routing
-from moe_ops.ops import add_rms_norm
+from moe_ops.layers.self_attention import Attention, LatentAttention
 
-from .attention import Attention, LatentAttention
-from .checkpoint import Entry
+from .checkpoint import Entry, renamed
 from .losses import Routed
 
+# Of latent attention, ours and DeepSeek's.
+LATENT_NAMES = (("_a_norm", "_a_layernorm"), ("kv_a_proj", "kv_a_proj_with_mqa"))
 LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -51,16 +52,6 @@ class Step:
         return output.y
 
 
-def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x); in a step of decoding one op where torch has several."""
-    if type(norm) is nn.RMSNorm and norm.eps is not None and in_inference_on_few_rows(x):
-        weight = norm.weight
-        if weight.dtype == x.dtype and not (norm._forward_hooks or norm._forward_pre_hooks):
-            return add_rms_norm(x, weight, eps=norm.eps)[0]
-    y: Tensor = norm(x)
-    return y
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms; [B, S, H] to [B, S, H].
 
@@ -85,18 +76,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
         x = attend(self, x, step, index)
-        y = apply_norm(self.mlp_norm, x)
+        y = self.mlp_norm(x)
         if isinstance(self.mlp, SharedExperts):
             return x + self.mlp(y)
         return x + step.through(f"layers.{index}.mlp", self.mlp, y)
 
 
 def attend(block: Any, x: Tensor, step: Step, index: int) -> Tensor:
-    """x + attention(norm(x)) of a block, in a step of decoding one op where that is known."""
-    assert step.rotation is not None
-    norm, cache = block.attention_norm, step.cache(index)
-    y: Tensor | None = block.attention.step(x, norm, step.rotation, cache)
-    return x + block.attention(apply_norm(norm, x), step.rotation, cache) if y is None else y
+    """x + attention(norm(x)) of a block."""
+    y: Tensor = block.attention(block.attention_norm(x), step.rotation, step.cache(index))
+    return x + y
 
 
 def attention_entries(
@@ -105,6 +94,14 @@ def attention_entries(
     """Of the attention and the two norms of a block like Llama's, given its name here and there."""
     return [
         Entry(f"{ours}.attention_norm.weight", (f"{theirs}.{norms[0]}.weight",)),
-        *block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn"),
+        *projection_entries(block.attention, f"{ours}.attention", f"{theirs}.self_attn"),
         Entry(f"{ours}.mlp_norm.weight", (f"{theirs}.{norms[1]}.weight",)),
     ]
+
+
+def projection_entries(attention: nn.Module, ours: str, theirs: str) -> list[Entry]:
+    """Returns the entries of an attention's own tensors: as Llama, DeepSeek and fairseq call them,
+    given both prefixes."""
+    there = [name for name, _ in attention.named_parameters()]
+    keys = [reduce(lambda key, pair: key.replace(*pair), LATENT_NAMES, name) for name in there]
+    return renamed(ours, theirs, dict(zip(there, keys, strict=True)))

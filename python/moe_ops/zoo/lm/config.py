@@ -77,7 +77,6 @@ class LMConfig:
         FIXED: entries of config.json of which one value alone is supported.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]]
     KEYS: ClassVar[Mapping[str, Key]]
     FIXED: ClassVar[Mapping[str, Any]] = {}
 

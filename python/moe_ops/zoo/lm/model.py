@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_least
 from moe_ops.layers import KVCache
+from moe_ops.layers.head_loss import head_cross_entropy
 from moe_ops.layers.rotary import Rope
 
-from .blocks import Step, apply_norm
+from .blocks import Step
 from .checkpoint import Entry
-from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
-from .graph import DecodingGraph
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 from .pretrained import Pretrained
 
@@ -148,7 +148,8 @@ class CausalLM(Pretrained):
             x = layer(x, step, index)
         if last is not None:
             x = x[:, -last:]
-        return apply_norm(self.norm, x)
+        out: Tensor = self.norm(x)
+        return out
 
     # ------------------------------------------------------------------------------- training
 
@@ -230,7 +231,6 @@ class CausalLM(Pretrained):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
-        graph: DecodingGraph | None = None,
     ) -> Tensor:
         """Continues each sequence, with a cache of keys and values.
 
@@ -246,7 +246,6 @@ class CausalLM(Pretrained):
             generator: for the draws.
             logits_processor: called at each step with the tokens so far [B, S] and the logits
                 [B, V] of the next one; returns the logits to use, as one of transformers does.
-            graph: of this model, for a CUDA graph a token.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
@@ -259,10 +258,8 @@ class CausalLM(Pretrained):
             raise ValueError(
                 f"{name}: tokens must be [B, S] with S >= 1, got shape {list(tokens.shape)}."
             )
-        if temperature < 0:
-            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{name}: top_k must be at least 1, got {top_k}.")
+        check_least(name, "temperature", temperature, 0)
+        check_least(name, "top_k", 1 if top_k is None else top_k, 1)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"{name}: top_p must be in (0, 1], got {top_p}.")
         training = self.training
@@ -270,11 +267,8 @@ class CausalLM(Pretrained):
         try:
             cache, pieces, new = self.new_cache(), [tokens], tokens
             done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            for i in range(num_tokens):
-                if graph is None:
-                    logits = self(new, cache=cache, last=1)[:, -1]
-                else:
-                    logits = graph.start(new) if i == 0 else graph.step(new)
+            for _ in range(num_tokens):
+                logits = self(new, cache=cache, last=1)[:, -1]
                 if logits_processor is not None:
                     logits = logits_processor(torch.cat(pieces, dim=1), logits)
                 new = _next_token(logits, temperature, top_k, top_p, generator)

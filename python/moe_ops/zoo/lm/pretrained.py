@@ -19,7 +19,6 @@ from moe_ops.memory import available_memory
 from . import checkpoint
 from .checkpoint import Entry, LoadReport
 from .config import LMConfig
-from .offloading import leave_experts
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
@@ -50,7 +49,6 @@ class Pretrained(nn.Module):
 
     config: Any  # An instance of `config_class`.
     load_report: LoadReport | None = None
-    expert_cache: Any = None  # Of `from_pretrained(offload=...)`.
 
     def entries(self) -> list[Entry]:
         """Each tensor of the model with its keys in published checkpoints; the first one's dtype is
@@ -65,7 +63,6 @@ class Pretrained(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         strict: bool = True,
-        offload: Mapping[str, Any] | None = None,
         reader: checkpoint.Reader | None = None,
         **overrides: Any,
     ) -> Model:
@@ -77,8 +74,6 @@ class Pretrained(nn.Module):
             device: of the parameters.
             strict: a missing key is an error; else the tensors it belongs to keep their initial
                 values. Unexpected keys give a warning.
-            offload: arguments of `moe_ops.offload.offload_experts`: experts stay in the files, and
-                `expert_cache` of the model reads them when they are used. All keys must be there.
             reader: gives the tensors in the place of those of the folder.
             overrides: fields of the config to change.
 
@@ -110,7 +105,7 @@ class Pretrained(nn.Module):
         checkpoint.check_sizes(sizes, reader, strict=strict)
         model, entries = cls._without_memory(config, folder)
         report = checkpoint.compare(reader, entries, model.ignored_keys)
-        if report.missing and (strict or offload is not None):
+        if report.missing and strict:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: {folder} must hold all tensors of the model, got "
                 f"{report}"
@@ -125,8 +120,6 @@ class Pretrained(nn.Module):
             _check_memory(cls.__name__, model, dtype)
             model = cls(config).to(device=device, dtype=dtype)
         else:
-            if offload is not None:
-                entries = leave_experts(model, reader, entries, dtype, device, offload)
             model = model.to(dtype).to_empty(device=device)
         checkpoint.load(model, reader, entries, report)
         model.load_report = report

@@ -6,34 +6,6 @@
 Source: Zeng et al. 2024 (Mixture of Weak & Strong Experts on Graphs, ICLR, arXiv 2311.05185).
 """
 
-from .model import (
-    CONFIDENCES,
-    FixedConfidence,
-    FreeConfidence,
-    MonotoneConfidence,
-    Mowst,
-    MowstConfig,
-    MowstOutput,
-    Prediction,
-    dispersion,
-    expected_accuracy,
-    make_confidence,
-    mixed_log_probs,
-    mowst_loss,
-)
+from .model import Mowst, MowstConfig, MowstOutput, dispersion, mowst_loss
 
-__all__ = [
-    "CONFIDENCES",
-    "FixedConfidence",
-    "FreeConfidence",
-    "MonotoneConfidence",
-    "Mowst",
-    "MowstConfig",
-    "MowstOutput",
-    "Prediction",
-    "dispersion",
-    "expected_accuracy",
-    "make_confidence",
-    "mixed_log_probs",
-    "mowst_loss",
-]
+__all__ = ["Mowst", "MowstConfig", "MowstOutput", "dispersion", "mowst_loss"]

@@ -1,11 +1,11 @@
-"""Graphs, graph networks on PyTorch Geometric's convolutions, and what a prediction has to compute.
+"""Graph networks on PyTorch Geometric's convolutions, of all nodes or of some.
 
 Letters: N nodes, L layers, F features of a node.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_divides
 
 BACKBONES = ("gcn", "sage", "gat", "gin")
 
@@ -91,26 +91,6 @@ def _bags(x: Tensor, edges: Edges) -> Tensor:
     )
 
 
-@dataclass
-class Work:
-    """What a forward computed: rows that entered a layer and edges it read, summed over layers.
-
-    layers: rows and edges of each layer.
-    """
-
-    rows: int
-    edges: int
-    all_rows: int
-    all_edges: int
-    layers: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def saved(self) -> float:
-        """Share of rows and edges together that were not computed; 0 where there are none."""
-        every = self.all_rows + self.all_edges
-        return 1 - (self.rows + self.edges) / every if every else 0.0
-
-
 class GNN(nn.Module):
     """Graph convolutions, and between them batch normalisation, ReLU (ELU for "gat") and dropout.
 
@@ -136,8 +116,8 @@ class GNN(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("GNN", "backbone", backbone, BACKBONES)
-        if backbone == "gat" and hidden_size % heads:
-            raise ValueError(f"GNN: heads must divide {hidden_size}, got {heads}.")
+        if backbone == "gat":
+            check_divides("GNN", "heads", heads, "hidden_size", hidden_size)
         _geometric()
         self.backbone = backbone
         self.dropout = dropout
@@ -184,40 +164,36 @@ class GNN(nn.Module):
             x = self._layer(i, x, edges)
         return x
 
-    def at(self, nodes: Tensor, x: Tensor, edges: Edges) -> tuple[Tensor, Work]:
-        """Logits of the nodes of the mask `nodes` [N] only: the same numbers for less work.
+    def at(self, nodes: Tensor, x: Tensor, edges: Edges) -> Tensor:
+        """Logits of the nodes of the mask `nodes` [N] only, in their order: the same numbers for
+        less work.
 
         Layer l is computed on the nodes from which a path of at most L - l edges leads to one asked
         for. Only in `eval()`: batch normalisation in training reads all nodes.
-
-        Returns:
-            logits [nodes.sum(), classes] in order of the nodes, and the work done.
         """
         if self.training:
             raise ValueError("GNN.at: the network must be in eval(), got train().")
-        depth, num_nodes = len(self.convs), x.shape[0]
-        needed = [nodes]
-        for _ in range(depth):
-            wanted = needed[-1].clone()
-            wanted[edges.into(needed[-1]).index[0]] = True
-            needed.append(wanted)
-        needed.reverse()  # needed[l]: what must be known after l layers.
-        work = Work(0, 0, depth * num_nodes, depth * edges.index.shape[1])
-        number = torch.full((num_nodes,), -1, dtype=torch.long, device=x.device)
+        needed = self.needed(nodes, edges)
+        number = torch.full((len(x),), -1, dtype=torch.long, device=x.device)
         x = x[needed[0]]
-        for i in range(depth):
-            here, after = needed[i], needed[i + 1]
+        for i, (here, after) in enumerate(pairwise(needed)):
             number[here] = torch.arange(x.shape[0], device=x.device)
             part = edges.into(after)
-            work.rows += x.shape[0]
-            work.edges += part.index.shape[1]
-            work.layers.append((x.shape[0], part.index.shape[1]))
             if x.shape[0]:
                 x = self._layer(i, x, Edges(number[part.index], part.weight))
             else:
                 x = x.new_empty(0, self.sizes[i + 1])
             x = x[after[here]]
-        return x, work
+        return x
+
+    def needed(self, nodes: Tensor, edges: Edges) -> list[Tensor]:
+        """Masks [N] of what must be known after 0 to L layers for `nodes` to be known after L."""
+        found = [nodes]
+        for _ in self.convs:
+            wanted = found[-1].clone()
+            wanted[edges.into(found[-1]).index[0]] = True
+            found.append(wanted)
+        return found[::-1]
 
     def _layer(self, i: int, x: Tensor, edges: Edges) -> Tensor:
         conv: Any = self.convs[i]

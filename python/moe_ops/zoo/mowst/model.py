@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_least
 
-from .graphs import GNN, MLP, Edges, Work
+from .._presets import preset
+from .graphs import GNN, MLP, Edges
 
 CONFIDENCES = ("variance", "entropy", "monotone", "free")
 
@@ -52,30 +53,27 @@ class MowstConfig:
     gate_dropout: float = 0.0
     detach_dispersion: bool = False
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "flickr", "arxiv")
-
     def __post_init__(self) -> None:
-        if self.num_classes < 2 or self.num_layers < 1:
-            raise ValueError(
-                "MowstConfig: num_classes must be at least 2 and num_layers at least 1, got "
-                f"{self.num_classes} and {self.num_layers}."
-            )
+        check_least("MowstConfig", "num_classes", self.num_classes, 2)
+        check_least("MowstConfig", "num_layers", self.num_layers, 1)
         check_choice("MowstConfig", "confidence", self.confidence, CONFIDENCES)
 
-    @classmethod
-    def tiny(cls) -> MowstConfig:
-        """For tests and tries."""
-        return cls(hidden_size=16, dropout=0.0)
-
-    @classmethod
-    def flickr(cls) -> MowstConfig:
-        """The paper's GCN for Flickr: 500 features, 7 classes, 3 layers of 256."""
-        return cls(in_size=500, num_classes=7, hidden_size=256, num_layers=3, joint=False)
-
-    @classmethod
-    def arxiv(cls) -> MowstConfig:
-        """The paper's GCN for ogbn-arxiv: 128 features, 40 classes, 3 layers of 256."""
-        return cls(in_size=128, num_classes=40, hidden_size=256, num_layers=3)
+    tiny = preset("For tests and tries.", hidden_size=16, dropout=0.0)
+    flickr = preset(
+        "The paper's GCN for Flickr: 500 features, 7 classes, 3 layers of 256.",
+        in_size=500,
+        num_classes=7,
+        hidden_size=256,
+        num_layers=3,
+        joint=False,
+    )
+    arxiv = preset(
+        "The paper's GCN for ogbn-arxiv: 128 features, 40 classes, 3 layers of 256.",
+        in_size=128,
+        num_classes=40,
+        hidden_size=256,
+        num_layers=3,
+    )
 
 
 def dispersion(logits: Tensor) -> Tensor:
@@ -161,13 +159,11 @@ class Prediction(NamedTuple):
     """What `Mowst.predict` found.
 
     probs: [N, n]. confidence: [N]. used_strong: [N] bool, nodes whose strong expert was computed.
-    work: what the strong expert computed, and what it would have for all nodes.
     """
 
     probs: Tensor
     confidence: Tensor
     used_strong: Tensor
-    work: Work
 
 
 class Mowst(nn.Module):
@@ -231,7 +227,7 @@ class Mowst(nn.Module):
                 draw = torch.rand(confidence.shape, generator=generator, dtype=confidence.dtype)
                 needed = draw.to(confidence.device) >= confidence
             edges = self.strong.prepare(edge_index, x.shape[0])
-            strong, work = self.strong.at(needed, x, edges)
+            strong = self.strong.at(needed, x, edges)
         finally:
             self.train(before)
         probs = weak.softmax(-1)
@@ -241,7 +237,7 @@ class Mowst(nn.Module):
             probs[needed] = share * probs[needed] + (1 - share) * strong
         else:
             probs[needed] = strong
-        return Prediction(probs, confidence, needed, work)
+        return Prediction(probs, confidence, needed)
 
 
 def make_confidence(config: MowstConfig) -> nn.Module:
@@ -273,14 +269,4 @@ def mowst_loss(output: MowstOutput, labels: Tensor, *, joint: bool) -> Tensor:
     weak = F.cross_entropy(output.weak_logits, labels, reduction="none")
     strong = F.cross_entropy(output.strong_logits, labels, reduction="none")
     c = output.confidence
-    return (c * weak + (1 - c) * strong).mean()
-
-
-def expected_accuracy(output: MowstOutput, labels: Tensor, *, mode: str) -> Tensor:
-    """Accuracy of "mixed", or of "stochastic" averaged over all draws (no draw is made)."""
-    if mode == "mixed":
-        return (output.log_probs().argmax(-1) == labels).double().mean()
-    weak = (output.weak_logits.argmax(-1) == labels).double()
-    strong = (output.strong_logits.argmax(-1) == labels).double()
-    c = output.confidence.double()
     return (c * weak + (1 - c) * strong).mean()

@@ -7,13 +7,6 @@ Source: Wu et al. 2025 (arXiv 2506.05426); Laskin et al. 2022 (AD, arXiv 2210.14
 2023 (DPT, arXiv 2306.14892).
 """
 
-from .model import T2MIR, Attention, ExpertLayer, T2MIRConfig, T2MIROutput, action_loss
+from .model import T2MIR, ExpertLayer, T2MIRConfig, action_loss
 
-__all__ = [
-    "T2MIR",
-    "Attention",
-    "ExpertLayer",
-    "T2MIRConfig",
-    "T2MIROutput",
-    "action_loss",
-]
+__all__ = ["T2MIR", "ExpertLayer", "T2MIRConfig", "action_loss"]

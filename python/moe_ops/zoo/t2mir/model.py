@@ -9,15 +9,17 @@ Letters: B sequences, S steps of context, L tokens, H width, A action size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_divides
 from moe_ops.layers import Experts
+from moe_ops.layers.self_attention import JointAttention
 
+from .._presets import preset
 from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
 
 
@@ -60,8 +62,6 @@ class T2MIRConfig:
     softmax_representation: bool = False
     tau: float = 0.005
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "point_robot", "dark_room")
-
     def __post_init__(self) -> None:
         for name, known in (
             ("variant", ("ad", "dpt")),
@@ -69,33 +69,36 @@ class T2MIRConfig:
             ("routing", ROUTING),
         ):
             check_choice("T2MIRConfig", name, getattr(self, name), known)
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"T2MIRConfig: hidden_size must be a multiple of {2 * self.num_heads}, got "
-                f"{self.hidden_size}."
-            )
+        half = self.hidden_size / 2
+        check_divides("T2MIRConfig", "num_heads", self.num_heads, "hidden_size / 2", half)
 
     @property
     def output_size(self) -> int:
         """Width of a prediction: logits of discrete actions, or the action."""
         return self.num_actions or self.action_size
 
-    @classmethod
-    def tiny(cls) -> T2MIRConfig:
-        """For tests and tries."""
-        return cls(hidden_size=32, num_layers=2, num_heads=2, dropout=0.0, max_steps=24)
-
-    @classmethod
-    def point_robot(cls) -> T2MIRConfig:
-        """The authors' sizes for continuous control: four episodes of 20 steps, width 128."""
-        return cls(hidden_size=128, num_heads=8)
-
-    @classmethod
-    def dark_room(cls) -> T2MIRConfig:
-        """The authors' sizes for DarkRoom with DPT: a prompt of 100 steps, width 64."""
-        return cls(
-            variant="dpt", num_actions=5, num_layers=4, num_heads=8, max_steps=100, dropout=0.05
-        )
+    tiny = preset(
+        "For tests and tries.",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        dropout=0.0,
+        max_steps=24,
+    )
+    point_robot = preset(
+        "The authors' sizes for continuous control: four episodes of 20 steps, width 128.",
+        hidden_size=128,
+        num_heads=8,
+    )
+    dark_room = preset(
+        "The authors' sizes for DarkRoom with DPT: a prompt of 100 steps, width 64.",
+        variant="dpt",
+        num_actions=5,
+        num_layers=4,
+        num_heads=8,
+        max_steps=100,
+        dropout=0.05,
+    )
 
 
 class T2MIROutput(NamedTuple):
@@ -114,23 +117,17 @@ class T2MIROutput(NamedTuple):
     contrastive_loss: Tensor
 
 
-class Attention(nn.Module):
+class Attention(JointAttention):
     """Causal attention with heads of one size; normalised after (NormFormer) as well as before."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.norm = nn.LayerNorm(hidden_size)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
-        self.after = nn.LayerNorm(hidden_size)
+        super().__init__(hidden_size, num_heads, bias=True)
+        self.norm, self.after = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return F.dropout(self.after(self.out(y.transpose(1, 2).flatten(2))), p)
+        return F.dropout(self.after(super().forward(self.norm(x), causal=True, dropout=p)), p)
 
 
 class ExpertLayer(nn.Module):

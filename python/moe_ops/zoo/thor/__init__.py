@@ -2,27 +2,12 @@
 
     model = zoo.create_model("thor")                       # an encoder and a decoder
     out = model.loss(target, source)                 # two passes with other experts each
-    translate(model, source, 60)                     # the mean of all experts
-    translate(model, source, 60, level="sentence")   # random ones
 
 Source: Zuo et al. 2022 (Taming Sparsely Activated Transformer with Stochastic Experts, arXiv
 2110.04260); the dense control is Liang et al. 2021 (R-Drop, arXiv 2106.14448).
 """
 
-from .decoding import translate
 from .layers import RandomExperts
-from .model import BOS, EOS, PAD, UNKNOWN, Memory, Thor, ThorConfig, ThorLoss, symmetric_kl
+from .model import Thor, ThorConfig, symmetric_kl
 
-__all__ = [
-    "BOS",
-    "EOS",
-    "PAD",
-    "UNKNOWN",
-    "Memory",
-    "RandomExperts",
-    "Thor",
-    "ThorConfig",
-    "ThorLoss",
-    "symmetric_kl",
-    "translate",
-]
+__all__ = ["RandomExperts", "Thor", "ThorConfig", "symmetric_kl"]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops.layers import Experts, KVCache, MoE, TopKRouter
+from moe_ops.layers.self_attention import MultiHeadAttention
 
-from ..lm.blocks import Step
+from ..lm.blocks import Step, projection_entries
 from ..lm.checkpoint import Entry, renamed
-from ..lm.multihead import MultiHeadAttention
 
 
 class RandomExperts(nn.Module):
@@ -115,11 +115,11 @@ class ThorBlock(nn.Module):
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
         """Keys of the published checkpoints, given both prefixes."""
-        entries = self.attention.entries(f"{ours}.attention", f"{theirs}.self_attn")
+        entries = projection_entries(self.attention, f"{ours}.attention", f"{theirs}.self_attn")
         norms = {"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"}
         if self.cross_attention is not None:
-            entries += self.cross_attention.entries(
-                f"{ours}.cross_attention", f"{theirs}.encoder_attn"
+            entries += projection_entries(
+                self.cross_attention, f"{ours}.cross_attention", f"{theirs}.encoder_attn"
             )
             norms["cross_norm"] = "encoder_attn_layer_norm"
         for name, key in norms.items():

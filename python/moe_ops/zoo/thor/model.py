@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_ops._fields import check_choice, check_types
 from moe_ops.layers import KVCache
 
+from .._presets import preset
 from ..lm.blocks import Step
 from ..lm.checkpoint import Entry
 from ..lm.config import LMConfig, number, size
@@ -50,7 +51,6 @@ class ThorConfig(LMConfig):
     With two passes: random experts are THOR, one expert is R-Drop.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_decoder", "iwslt")
     KEYS: ClassVar[dict[str, Any]] = {
         "vocab_size": size("vocab_size"),
         "hidden_size": size("decoder_embed_dim"),
@@ -88,30 +88,24 @@ class ThorConfig(LMConfig):
                 f"ThorConfig: hidden_size must be even and at least 4, got {self.hidden_size}."
             )
 
-    @classmethod
-    def tiny(cls) -> ThorConfig:
-        """Bytes, two blocks on each side."""
-        return cls()
-
-    @classmethod
-    def tiny_decoder(cls) -> ThorConfig:
-        """Bytes, four blocks of a decoder alone."""
-        return cls(num_encoder_layers=0, num_layers=4)
-
-    @classmethod
-    def iwslt(cls) -> ThorConfig:
-        """The published run on IWSLT'14 German to English. The vocabulary depends on the data."""
-        return cls(
-            vocab_size=10_152,
-            hidden_size=512,
-            num_layers=6,
-            num_encoder_layers=6,
-            num_heads=4,
-            intermediate_size=1024,
-            num_experts=2,
-            dropout=0.3,
-            context=1024,
-        )
+    tiny = preset("Bytes, two blocks on each side.")
+    tiny_decoder = preset(
+        "Bytes, four blocks of a decoder alone.",
+        num_encoder_layers=0,
+        num_layers=4,
+    )
+    iwslt = preset(
+        "The published run on IWSLT'14 German to English. The vocabulary depends on the data.",
+        vocab_size=10_152,
+        hidden_size=512,
+        num_layers=6,
+        num_encoder_layers=6,
+        num_heads=4,
+        intermediate_size=1024,
+        num_experts=2,
+        dropout=0.3,
+        context=1024,
+    )
 
     def aux_coefficients(self) -> dict[str, float]:
         return {"load_balancing": self.balance_coefficient} if self.routing == "switch" else {}
@@ -126,10 +120,6 @@ class Memory(NamedTuple):
 
     keys_values: list[tuple[Tensor, Tensor]]
     seen: Tensor
-
-    def take(self, rows: Tensor) -> Memory:
-        """Of these sequences, int64, of which some may repeat."""
-        return Memory([(k[rows], v[rows]) for k, v in self.keys_values], self.seen[rows])
 
 
 class ThorLoss(NamedTuple):
@@ -329,8 +319,12 @@ class Thor(Pretrained):
         if experts is not None:
             sides = experts
         elif self.training and config.routing == "random" and config.num_experts > 1:
-            sides = (self._draw_passes("encoder", len(target), count, generator),
-                     self._draw_passes("decoder", len(target), count, generator))  # fmt: skip
+            drawn = [
+                [self.draw_experts("batch", side, len(target), generator=generator)
+                 for _ in range(count)]
+                for side in ("encoder", "decoder")
+            ]  # fmt: skip
+            sides = (torch.cat(drawn[0], dim=1), torch.cat(drawn[1], dim=1))
         counted = target != PAD
         if source is not None and not len(self.encoder_layers):
             target, counted = join(source, target)
@@ -358,14 +352,6 @@ class Thor(Pretrained):
         with torch.no_grad():
             plain = smoothed if not config.label_smoothing else F.cross_entropy(flat, wanted)
         return ThorLoss(total, plain.detach(), consistency, balance)
-
-    def _draw_passes(
-        self, side: str, batch: int, passes: int, generator: torch.Generator | None
-    ) -> Tensor:
-        drawn = [
-            self.draw_experts("batch", side, batch, generator=generator) for _ in range(passes)
-        ]
-        return torch.cat(drawn, dim=1)
 
     # ------------------------------------------------------------------- checkpoints and counting
 

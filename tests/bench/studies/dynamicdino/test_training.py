@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from bench.studies.dynamicdino import training
-from bench.studies.dynamicdino.metrics import Found, average_precision
+from bench.studies.dynamicdino.metrics import Found, average_precision, co_selection, pairs_kept
 from bench.studies.dynamicdino.shapes import (
     ALL,
     FIRST,
@@ -94,3 +94,10 @@ def test_missing_package_names_its_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install torch-moe-ops\[studies\]"):
         training.train(tmp_path, training.Settings(), progress=False)
+
+
+def test_analysis():
+    ids = torch.tensor([[0, 1], [1, 0], [2, 1], [2, 3]])
+    assert pairs_kept(ids, 2) == 0.75 and pairs_kept(ids, 1) == 1
+    wanted = torch.tensor([[2, 2, 0, 0], [2, 3, 1, 0], [0, 1, 2, 1], [0, 0, 1, 1.0]])
+    assert torch.equal(co_selection(ids, 4), wanted)

@@ -10,7 +10,8 @@ from bench.studies.gntmove.training import draw_unseen, evaluate, routing_of
 
 from moe_ops import zoo
 from moe_ops.layers import Routing
-from moe_ops.zoo.gntmove import Rendered, ViewRouted
+from moe_ops.zoo.gntmove.layers import ViewRouted
+from moe_ops.zoo.gntmove.model import Rendered
 
 SMALL = {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "features": 2, "num_freqs": 1,
          "num_points": 2}  # fmt: skip

@@ -8,10 +8,9 @@ import pytest
 import torch
 from bench.studies.home import stream as home_stream
 from bench.studies.home.arms import parameters
+from bench.studies.home.models import build
 from bench.studies.home.stream import Stream, Teacher
 from bench.studies.study import Run
-
-from moe_ops.zoo.home import build
 
 TINY = Stream(
     rates=(0.5, 0.1, 0.05), num_dense=20, num_ids=2, cardinality=7, steps=8, batch=32, test=500

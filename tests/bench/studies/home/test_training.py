@@ -8,10 +8,11 @@ import math
 
 import pytest
 import torch
+from bench.studies.home.models import build
 from bench.studies.home.training import Rows, auc, evaluate, fit, gauc, predict
 from tests.zoo.home.common import CONFIG, T, batch, make
 
-from moe_ops.zoo.home import build, multitask_loss
+from moe_ops.zoo.home import multitask_loss
 
 
 def test_loss_is_the_sum_of_means_over_known_labels():

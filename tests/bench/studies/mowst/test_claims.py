@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
 from bench.studies.mowst import arms as mowst_arms
 from bench.studies.mowst import claims as mowst
 from bench.studies.mowst import data as mowst_data
+from bench.studies.mowst.arms import expected_accuracy
 from bench.studies.mowst.graphs import Graph
 from bench.studies.study import Run
+from tests.zoo.mowst.common import N
+from tests.zoo.mowst.test_model import random_output
 
 from moe_ops.zoo.mowst import Mowst, MowstOutput
 
@@ -117,3 +121,14 @@ def test_a_run_depends_on_the_seed_alone(short):
     best = [max(report.arms[f"misleading: {arm}"][i][0] for arm in mowst.PAIR) for i in (0, 1)]
     claim = next(c for c in report.claims if c.statement.endswith("ahead of MLP and GCN"))
     assert claim.differences == [row[0] - b for row, b in zip(rows, best, strict=True)]
+
+
+def test_expected_accuracy_is_the_mean_over_draws():
+    output, labels = random_output()
+    weak, strong = (t.argmax(-1) == labels for t in output[:2])
+    draws = torch.rand(20000, N, dtype=torch.float64) < output.confidence
+    simulated = torch.where(draws, weak, strong).double().mean()
+    exact = expected_accuracy(output, labels, mode="stochastic")
+    assert abs(exact - simulated) < 4 * 0.5 / math.sqrt(20000 * N)
+    mixed = output.log_probs().argmax(-1) == labels
+    assert expected_accuracy(output, labels, mode="mixed") == mixed.double().mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ import torch
 pytest.importorskip("transformers")
 
 from bench.studies.sentence import training
+from bench.studies.sentence.tokens import ByteTokens
+from bench.studies.sentence.training import Pairs, retrieval
+from tests.zoo.test_sentence import TEXTS, bert
 
 from moe_ops import zoo
-from moe_ops.zoo.sentence import ByteTokens, SentenceConfig, SentenceExperts
+from moe_ops.zoo.sentence import SentenceConfig, SentenceExperts
+
+EMBED = 'pip install "sentence-transformers[train]>=6.2"'
 
 
 def test_spans_are_neighbours():
@@ -52,8 +58,8 @@ def test_real_weights():
 
 
 def test_sentence_transformers(tmp_path):
-    pytest.importorskip("sentence_transformers", reason="pip install torch-moe-ops[embed]")
-    from moe_ops.zoo.sentence.adapter import to_sentence_transformer
+    pytest.importorskip("sentence_transformers", reason=EMBED)
+    from bench.studies.sentence.adapter import to_sentence_transformer
 
     torch.manual_seed(0)
     model = zoo.create_model("sentence", domains=("a", "b"), hidden_size=16, intermediate_size=16)
@@ -73,13 +79,12 @@ def test_sentence_transformers(tmp_path):
 
 
 def test_trainer_of_sentence_transformers(tmp_path):
-    pytest.importorskip("sentence_transformers", reason="pip install torch-moe-ops[embed]")
-    datasets = pytest.importorskip("datasets", reason="pip install torch-moe-ops[embed]")
-    pytest.importorskip("accelerate", reason="pip install torch-moe-ops[embed]")
+    pytest.importorskip("sentence_transformers", reason=EMBED)
+    datasets = pytest.importorskip("datasets", reason=EMBED)
+    pytest.importorskip("accelerate", reason=EMBED)
     import sentence_transformers as st
+    from bench.studies.sentence.adapter import to_sentence_transformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
-    from moe_ops.zoo.sentence.adapter import to_sentence_transformer
 
     torch.manual_seed(0)
     config = SentenceConfig(("a", "b"), hidden_size=16, intermediate_size=16, num_layers=1)
@@ -102,3 +107,25 @@ def test_trainer_of_sentence_transformers(tmp_path):
     experts = "encoder.encoder.layer.0.output.mlp.experts.w_down"
     after = dict(model.named_parameters())
     assert not torch.equal(after[experts][0], before[experts][0])
+
+
+def test_byte_tokens():
+    ids, mask = ByteTokens(max_length=4)(["A", "äbcd"])
+    assert ids.tolist() == [[1, 68, 0, 0], [1, 198, 167, 101]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_retrieval_finds_partners():
+    model = bert(head="mean").eval()
+    same = Pairs(TEXTS, TEXTS, torch.tensor([0, 1, 2, 1]))
+    assert retrieval(model, same, ByteTokens(), batch_size=3) == 1.0
+    turned = same._replace(right=TEXTS[1:] + TEXTS[:1], domains=torch.zeros(4).long())
+    assert retrieval(model, turned, ByteTokens()) == 0.0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sentence_transformers") is not None, reason="it is installed"
+)
+def test_missing_sentence_transformers_is_said():
+    with pytest.raises(ImportError, match=re.escape(EMBED)):
+        import bench.studies.sentence.adapter  # noqa: F401

@@ -18,7 +18,7 @@ from bench.studies.thor.tokens import ByteTokens, PairTokens, padded
 from bench.studies.thor.training import Batches
 
 from moe_ops import zoo
-from moe_ops.zoo.thor import EOS, PAD
+from moe_ops.zoo.thor.model import EOS, PAD
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_command(text, tmp_path, capsys, monkeypatch):
     assert arms["thor"]["deviation"] > 0 and "deviation" not in arms["r-drop"]
     assert set(arms["switch"]) == {"loss", "chrF", "exact", "seconds"}
     # What is there is not trained again; more may be asked of it.
-    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(training, "train_steps", None)
     monkeypatch.setattr(parallel, "load", lambda *a, **k: text)
     train.main(
         ["thor", "--folder", str(tmp_path), "--quiet", "--arms", "thor", "--pairs", "20",

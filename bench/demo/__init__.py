@@ -1,0 +1,1 @@
+"""What `make demo` runs: `moe_ops.demo`, what its experts know, and models beside eager."""

@@ -1,0 +1,389 @@
+"""WideNet: one block of attention and experts, used at every depth with norms of that depth.
+
+    model = zoo.create_model("widenet")                          # a language model
+    model = zoo.create_model("widenet", preset="tiny_vision")    # a classifier of images
+    model = zoo.create_model("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
+    model = zoo.create_model("widenet", sharing="none")          # a block of each depth
+
+Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
+
+Letters: B sequences, S places of each, T = B * S, H hidden size, E experts, K experts a token, L
+depths, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops._fields import check_choice, check_divides, check_least, check_types
+from moe_ops.layers import CapacityMixin, Experts, KVCache, MoE, TopKRouter
+from moe_ops.layers.rotary import Rope
+from moe_ops.layers.self_attention import Attention, MultiHeadAttention
+
+from ._presets import preset
+from .lm.blocks import Step
+from .lm.checkpoint import Entry
+from .lm.config import LMConfig, number, size
+from .lm.losses import OF_LAYERS, Routed, sum_over_layers
+from .lm.model import CausalLM
+from .lm.pretrained import Pretrained
+
+TRUNKS = ("language", "vision")
+SHARINGS = ("own_norms", "shared_norms", "none")
+POOLINGS = ("mean", "token")
+
+
+@dataclass(frozen=True)
+class WideNetConfig(LMConfig):
+    """Sizes and choices.
+
+    Attributes, beside those of `LMConfig`:
+        vocab_size: of the language model; not used by images.
+        num_layers: depth: how often the block is used.
+        trunk: "language", causal, or "vision", which classifies images.
+        sharing: "own_norms", one block with norms of each depth; "shared_norms", one block and one
+            pair of norms (as in ALBERT); "none", a block of each depth.
+        num_heads, intermediate_size: the latter of one expert.
+        num_experts, top_k: E and K; with E = 1 the block has a dense network and no router.
+        noise: in training, deviation of what is added to router logits; None: 1 / E.
+        capacity_factor: in training, see `moe_ops.layers.CapacityRouter`; None drops no token.
+        dropout: of what attention and experts add to the stream.
+        balance_coefficient: of the balance loss, summed over depths.
+        rope_theta: base of the positions of "language".
+        image_size, patch_size, channels, num_classes: of "vision"; images are square.
+        pooling: "mean" over all places, that of the class token among them, or the "token" alone.
+        representation: a dense layer with tanh before the classifier.
+        norm_eps: of all norms.
+    """
+
+    KEYS: ClassVar[dict[str, Any]] = {
+        "vocab_size": size("vocab_size"),
+        "hidden_size": size("hidden_size"),
+        "num_layers": size("num_layers"),
+        "num_heads": size("num_heads"),
+        "intermediate_size": size("moe_mlp_dim"),
+        "num_experts": size("num_experts"),
+        "top_k": size("top_k"),
+        "dropout": number("dropout_rate", least=0),
+        "balance_coefficient": number("aux_loss_alpha"),
+    }
+
+    trunk: str = "language"
+    sharing: str = "own_norms"
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 128
+    num_experts: int = 4
+    top_k: int = 2
+    noise: float | None = None
+    capacity_factor: float | None = None
+    dropout: float = 0.0
+    balance_coefficient: float = 0.01
+    rope_theta: float = 10_000.0
+    image_size: int = 16
+    patch_size: int = 4
+    channels: int = 1
+    num_classes: int = 10
+    pooling: str = "mean"
+    representation: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_types(self, "WideNetConfig")
+        check_choice("WideNetConfig", "trunk", self.trunk, TRUNKS)
+        check_choice("WideNetConfig", "sharing", self.sharing, SHARINGS)
+        check_choice("WideNetConfig", "pooling", self.pooling, POOLINGS)
+        check_divides("WideNetConfig", "patch_size", self.patch_size, "image_size", self.image_size)
+
+    tiny = preset("Bytes, a block four times.")
+    tiny_vision = preset("Images of 16 x 16 in 16 patches, a block four times.", trunk="vision")
+
+    b = preset(
+        "WideNet-B for ImageNet, 29 million parameters.",
+        trunk="vision",
+        image_size=224,
+        patch_size=16,
+        channels=3,
+        num_classes=1000,
+        representation=True,
+        dropout=0.1,
+        capacity_factor=1.2,
+        hidden_size=768,
+        num_layers=12,
+        num_heads=12,
+        intermediate_size=4096,
+    )
+    l = b.but("WideNet-L, 40 million.", hidden_size=1024, num_layers=24, num_heads=16)
+    h = l.but("WideNet-H, 63 million.", hidden_size=1280, num_layers=32, intermediate_size=5120)
+
+    def aux_coefficients(self) -> dict[str, float]:
+        return {"load_balancing": self.balance_coefficient} if self.num_experts > 1 else {}
+
+    def write_more(self) -> dict[str, Any]:
+        return {"architectures": ["WideNet"], "model_type": "widenet"}
+
+
+class NoisyRouter(CapacityMixin, TopKRouter):
+    """Top-K of softmax(x W^T + noise), not renormalised; noise in training, N(0, deviation^2).
+
+    Args:
+        noise: the deviation, at least 0.
+        hidden_size, num_experts, top_k, options: as of `CapacityRouter`.
+    """
+
+    draws_random_numbers = True
+
+    def __init__(self, *sizes: int, noise: float, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        check_least("NoisyRouter", "noise", noise, 0)
+        self.noise = noise
+
+    def logits(self, x: Tensor) -> Tensor:
+        found = super().logits(x)
+        if not self.training or self.noise == 0:
+            return found
+        return found + self.noise * torch.randn_like(found)
+
+
+class DenseNetwork(nn.Module):
+    """The network of one expert, for every token; x [..., H] to its shape."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        ones = torch.ones(len(flat), 1, device=x.device)
+        y: Tensor = self.experts(flat, ones, torch.zeros_like(ones, dtype=torch.int64))
+        return y.view(x.shape)
+
+
+def make_ffn(config: WideNetConfig) -> MoE | DenseNetwork:
+    """Experts with GELU and biases behind a noisy router; a dense network with one expert."""
+    hidden, count = config.hidden_size, config.num_experts
+    experts = Experts(count, hidden, config.intermediate_size, activation="gelu_tanh", bias=True)
+    if count == 1:
+        return DenseNetwork(experts)
+    noise = 1 / count if config.noise is None else config.noise
+    router = NoisyRouter(
+        hidden, count, config.top_k, noise=noise, capacity_factor=config.capacity_factor
+    )
+    return MoE(router, experts)
+
+
+class DepthNorms(nn.Module):
+    """The two norms that go with a use of the block."""
+
+    def __init__(self, config: WideNetConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class WideBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)), with norms that are given."""
+
+    def __init__(self, config: WideNetConfig, attention: Attention | MultiHeadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.ffn = make_ffn(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, norms: DepthNorms, step: Step, depth: int, name: str) -> Tensor:
+        """x [B, S, H] to its shape.
+
+        Args:
+            step: positions and caches of causal attention; notes what the router says under
+                `name` with its depth.
+        """
+        y = norms.attention_norm(x)
+        if isinstance(self.attention, Attention):
+            assert step.rotation is not None
+            y = self.attention(y, step.rotation, step.cache(depth))
+        else:
+            y = self.attention(y)
+        x = x + self.dropout(y)
+        y = norms.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            y = step.through(f"{name}.ffn.depth.{depth}", self.ffn, y)
+        else:
+            y = self.ffn(y)
+        out: Tensor = x + self.dropout(y)
+        return out
+
+
+def through_depths(blocks: Any, norms: Any, depth: int, x: Tensor, step: Step) -> Tensor:
+    """x through `depth` blocks with their norms, of which there is one for all depths or each."""
+    for i in range(depth):
+        block, norm = i % len(blocks), i % len(norms)
+        x = blocks[block](x, norms[norm], step, i, f"blocks.{block}")
+    return x
+
+
+def counts(config: WideNetConfig) -> tuple[int, int]:
+    """How many blocks and how many pairs of norms there are."""
+    blocks = config.num_layers if config.sharing == "none" else 1
+    return blocks, 1 if config.sharing == "shared_norms" else config.num_layers
+
+
+class _WideNet(Pretrained):
+    """What both trunks share.
+
+    Parameters: blocks.0 (with sharing "none" one of each depth) and layers.0 to layers.(L - 1),
+    the norms of each depth (with "shared_norms" layers.0 alone).
+    """
+
+    config_class: ClassVar[type[LMConfig]] = WideNetConfig
+    blocks: Any
+    layers: Any
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, init_std), norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.rpartition(".")[2] in ("bias", "b_gate_up", "b_down"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.init_std)
+            else:
+                nn.init.ones_(parameter)
+
+    def entries(self) -> list[Entry]:
+        """Every tensor under its own name: there is no published checkpoint to agree with. The
+        first one is whatever the model made first."""
+        return [Entry(name, (name,)) for name in self.state_dict()]
+
+    def idle_parameters(self) -> int:
+        """Of experts that a token does not use if its choices at all depths of a block differ."""
+        config, uses = self.config, self.config.num_layers // len(self.blocks)
+        idle = max(config.num_experts - config.top_k * uses, 0)
+        banks = sum(p.numel() for block in self.blocks for p in block.ffn.experts.parameters())
+        return banks * idle // config.num_experts
+
+
+class WideNetLM(_WideNet, CausalLM):
+    """The language model; see `CausalLM` for what it can do. Routing is that of each depth."""
+
+    free_fields = ("context", "image_size", "patch_size", "channels", "num_classes")
+    config: WideNetConfig
+
+    def __init__(self, config: WideNetConfig) -> None:
+        super().__init__()
+        check_choice(type(self).__name__, "trunk", config.trunk, ("language",))
+        hidden, heads = config.hidden_size, config.num_heads
+        check_divides("WideNetLM", "num_heads", heads, "hidden_size / 2", hidden / 2)
+        rope = Rope(hidden // heads, config.rope_theta)
+        blocks, norms = counts(config)
+        self.blocks = nn.ModuleList(
+            WideBlock(config, Attention(hidden, heads, hidden // heads, rope))
+            for _ in range(blocks)
+        )
+        norm = nn.LayerNorm(hidden, eps=config.norm_eps)
+        self.assemble(config, (DepthNorms(config) for _ in range(norms)), norm, rope)
+
+    def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
+        x = through_depths(self.blocks, self.layers, self.config.num_layers, x, step)
+        out: Tensor = self.norm(x if last is None else x[:, -last:])
+        return out
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty cache for a sequence of calls, one a depth."""
+        return [KVCache() for _ in range(self.config.num_layers)]
+
+
+class ViTOutput(NamedTuple):
+    """logits [B, C], and the routing of each depth."""
+
+    logits: Tensor
+    routing: list[Routed]
+
+
+class ViTLoss(NamedTuple):
+    """What training minimises, and its parts.
+
+    loss: smoothed cross-entropy plus each auxiliary loss times its coefficient, a scalar.
+    cross_entropy: mean over images, in nats, not smoothed.
+    aux_losses: name -> sum over depths, not multiplied by its coefficient.
+    logits, routing: as in ViTOutput.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    aux_losses: dict[str, Tensor]
+    logits: Tensor
+    routing: list[Routed]
+
+
+class WideNetViT(_WideNet):
+    """The classifier of images: patches, a class token that starts at 0, learnt positions."""
+
+    free_fields = ("context", "vocab_size", "image_size")
+    config: WideNetConfig
+
+    def __init__(self, config: WideNetConfig) -> None:
+        super().__init__()
+        check_choice(type(self).__name__, "trunk", config.trunk, ("vision",))
+        self.config = config
+        hidden, patch = config.hidden_size, config.patch_size
+        self.patches = nn.Conv2d(config.channels, hidden, patch, patch)
+        places = (config.image_size // patch) ** 2 + 1
+        self.positions = nn.Parameter(torch.empty(places, hidden))
+        self.dropout = nn.Dropout(config.dropout)
+        blocks, norms = counts(config)
+        self.blocks = nn.ModuleList(
+            WideBlock(config, MultiHeadAttention(hidden, config.num_heads)) for _ in range(blocks)
+        )
+        self.layers = nn.ModuleList(DepthNorms(config) for _ in range(norms))
+        self.norm = nn.LayerNorm(hidden, eps=config.norm_eps)
+        self.representation = nn.Linear(hidden, hidden) if config.representation else None
+        self.head = nn.Linear(hidden, config.num_classes)
+        self.reset_parameters()
+
+    def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | ViTOutput:
+        """images [B, channels, image_size, image_size] to logits [B, C], or to a ViTOutput.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        config = self.config
+        wanted = (config.channels, config.image_size, config.image_size)
+        if images.dim() != 4 or images.shape[1:] != wanted:
+            raise ValueError(
+                f"WideNetViT: images must be [B, {', '.join(map(str, wanted))}], got shape "
+                f"{list(images.shape)}."
+            )
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        # The class token is a place without a patch.
+        x = self.dropout(F.pad(x, (0, 0, 1, 0)) + self.positions)
+        step = Step(None, None, return_routing)
+        x = self.norm(through_depths(self.blocks, self.layers, config.num_layers, x, step))
+        x = x.mean(1) if config.pooling == "mean" else x[:, 0]
+        if self.representation is not None:
+            x = torch.tanh(self.representation(x))
+        logits: Tensor = self.head(x)
+        return logits if step.routing is None else ViTOutput(logits, step.routing)
+
+    def loss(self, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> ViTLoss:
+        """Cross-entropy of labels [B] in [0, C), plus the auxiliary losses of routing."""
+        found: Any = self(images, return_routing=True)
+        logits, routing = found
+        total = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        plain = F.cross_entropy(logits.detach(), labels)
+        aux = {}
+        for name, weight in self.config.aux_coefficients().items():
+            aux[name] = sum_over_layers(name, OF_LAYERS[name], routing, len(images), None)
+            total = total + weight * aux[name]
+        return ViTLoss(total, plain, aux, logits, routing)
+
+
+WideNet = WideNetLM | WideNetViT
+
+
+def build(config: WideNetConfig) -> WideNetLM | WideNetViT:
+    """The model of a config."""
+    return WideNetLM(config) if config.trunk == "language" else WideNetViT(config)
