@@ -107,10 +107,12 @@ class KVCache:
 class AttentionExpertsOutput(NamedTuple):
     """Output of `AttentionExperts` with `return_routing=True`.
 
-    y: [B, S, H] in the dtype of x. router_logits: [T, E]; None if both ids and weights were given.
-    topk_weights: [T, K] float. topk_ids: [T, K] int; -1 marks an empty slot. aux_losses: name ->
-    scalar, unscaled and differentiable, for the losses of the layer. remainder: [B, S, K, n] with
-    kind="stick_breaking" ([B, S, E, n] with `expert_kv`), else None.
+    y: [B, S, H] in the dtype of x.
+    router_logits: [T, E]; None if both ids and weights were given.
+    topk_weights: [T, K] float.
+    topk_ids: [T, K] int; -1 marks an empty slot.
+    aux_losses: name -> scalar, unscaled and differentiable, for the losses of the layer.
+    remainder: [B, S, K, n] with kind="stick_breaking" ([B, S, E, n] with `expert_kv`), else None.
     """
 
     y: Tensor

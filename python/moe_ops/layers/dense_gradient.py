@@ -47,9 +47,9 @@ def dense_gradient_weights(
     derivative.
 
     Returns:
-        topk_weights [T, K]: the values of the routing. other_weights [T, E]: weights of unselected
-        experts; only their gradient is meaningful. other_ids [T, E] int32: the expert of each, -1
-        for selected and masked experts.
+        topk_weights [T, K]: the values of the routing.
+        other_weights [T, E]: weights of unselected experts; only their gradient is meaningful.
+        other_ids [T, E] int32: the expert of each, -1 for selected and masked experts.
     """
     num_experts = router.num_experts
     scores = router_scores(mask_logits(routing.router_logits, expert_mask), router.score_func)
