@@ -10,7 +10,7 @@ torch 2.10, which lacks what this needs, nothing is kept.
 
 Weights are read faster from pages of 2 MiB than from those of 4 KiB that torch's allocator gets:
 :func:`use_huge_pages`. On Linux, banks of float experts do it by themselves once unchanged weights
-have been read so often that it would have paid by then, a part at a time; quantised ones ask for
+have been read so often that it would have paid by then, a part at a time; quantized ones ask for
 such pages before they are filled, which costs nothing. ``MOE_OPS_HUGE_PAGES=0`` in the environment
 turns that off; a process that was forked does not do it either, because it would get a copy of its
 own of weights that it shares with its parent.
@@ -53,7 +53,7 @@ _HUGE_PAGE = 2 << 20
 # What one call may pack or move of weights that nobody asked to pack or move. Where a virtual
 # machine has to be given the memory first, each MiB takes milliseconds.
 BYTES_A_CALL = 32 << 20
-# Of one call, the rows an expert that count as use: the weights are read once for all of them, and
+# Of one call, the rows per expert that count as use: the weights are read once for all of them, and
 # more rows gain nothing more.
 ROWS_THAT_COUNT = 16
 # Moving weights takes as long as some 250 calls with enough rows save by it.

@@ -2,7 +2,7 @@
 
 Every op gives the same bits in every run, with any number of threads. The kernels choose an
 algorithm by the number of rows of each expert, though, and algorithms round differently, so that a
-token's output can differ in its last bits (with quantised experts on the CPU, by about 1 %) between
+token's output can differ in its last bits (with quantized experts on the CPU, by about 1 %) between
 a call for it alone and a call for it among others. With the batch-invariant mode on it does not: a
 token's output then depends on that token, the weights and the instruction set, or on CUDA the card,
 alone.

@@ -42,8 +42,8 @@ class set_packing_policy:
     Args:
         policy: "auto", a bank whose weights take 1 MiB or more packs itself once they have served
             so many rows unchanged that it would have paid by then (1024 an expert; of one call at
-            most 16 an expert count), if the copy fits into the budget: 32 MiB a call, one bank at a
-            time. Never while `torch.use_deterministic_algorithms` is on, since results change by
+            most 16 an expert count), if the copy fits into the budget: 32 MiB per call, one bank at
+            a time. Never while `torch.use_deterministic_algorithms` is on, since results change by
             rounding at the call that ends it. "off", none does, and copies that banks made by
             themselves go. "always", each does at its first such call, without a budget unless
             `max_bytes` is given. None leaves the policy as it is.
@@ -86,7 +86,7 @@ def pack_weights(model: nn.Module) -> int:
         model: a module that holds `moe_ops.layers.Experts`, or blocks of transformers that run on
             moe_ops.
 
-    Banks with quantised experts are skipped with a warning: their kernels read the weights as they
+    Banks with quantized experts are skipped with a warning: their kernels read the weights as they
     lie. So do all CUDA kernels: banks on CUDA are passed over. A model that moves there leaves its
     copies behind.
 

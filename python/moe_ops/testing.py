@@ -78,7 +78,7 @@ def poisoned(*like: Tensor) -> Iterator[None]:
     """Memory that torch.empty hands out inside the block holds NaN (or 0xff bytes) where it can,
     and so does what this thread's CPU kernels keep between calls.
 
-    Two ways at once: torch's own fill of uninitialised memory, and freed NaN blocks of the sizes of
+    Two ways at once: torch's own fill of uninitialized memory, and freed NaN blocks of the sizes of
     `like` for allocations that bypass it.
     """
     _library.poison_scratch(_POISONED_SCRATCH)

@@ -180,7 +180,7 @@ def quantize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantise the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
+    """Quantize the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
     console = _console(quiet=as_json)
     try:
         from moe_ops.cli.quantize import QuantizeOptions, run
@@ -321,7 +321,8 @@ def prune(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Keep, or merge into, fewer experts a layer; transformers loads the result without moe_ops."""
+    """Keep, or merge into, fewer experts per layer; transformers loads the result without
+    moe_ops."""
     console = _console(quiet=as_json)
     try:
         number = float(keep) if "." in keep else int(keep)

@@ -1,4 +1,4 @@
-"""`moe-ops prune`: a checkpoint in, one with fewer experts a layer out, and the cost."""
+"""`moe-ops prune`: a checkpoint in, one with fewer experts per layer out, and the cost."""
 
 from __future__ import annotations
 

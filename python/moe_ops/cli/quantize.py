@@ -1,4 +1,4 @@
-"""`moe-ops quantize`: a checkpoint in, a checkpoint with quantised experts out, and the cost."""
+"""`moe-ops quantize`: a checkpoint in, a checkpoint with quantized experts out, and the cost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class QuantizeOptions:
 
 
 def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
-    """Quantises `source` into `target`; returns what it also writes there as a report.
+    """Quantizes `source` into `target`; returns what it also writes there as a report.
 
     Raises:
         ValueError: options or a checkpoint that cannot work, with a sentence.

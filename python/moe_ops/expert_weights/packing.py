@@ -52,7 +52,7 @@ from .registry import hooks
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# A bank packs itself once its unchanged weights have served so many rows an expert, of each call
+# A bank packs itself once its unchanged weights have served so many rows per expert, of each call
 # those that count (`memory.counted_rows`). That is when calls would have saved about as much as
 # packing takes where memory is slow to come: a bank that stops right after packing has lost what it
 # could have won, and one that goes on wins.

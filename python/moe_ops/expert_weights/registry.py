@@ -45,7 +45,7 @@ class ExpertsHook:
         return replace_module(root, module, experts)
 
     def check_root(self, root: nn.Module) -> None:
-        """Raises ValueError for a model that must not be quantised, before anything is done."""
+        """Raises ValueError for a model that must not be quantized, before anything is done."""
 
     def mark_quantized(
         self,
@@ -86,7 +86,7 @@ def hooks_for(root: nn.Module) -> Sequence[ExpertsHook]:
 
 
 def is_quantized(module: Any) -> bool:
-    """Whether this is a layer of quantised experts."""
+    """Whether this is a layer of quantized experts."""
     return getattr(module, "quantized_bank", False)
 
 

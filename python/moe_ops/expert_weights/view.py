@@ -1,6 +1,6 @@
 """What a module's expert weights are, wherever and however it stores them.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def attention_decode(
     angles = [f[:, :, None, :half].to(acc) for f in (cos, sin)]
 
     def heads(t: Tensor, weight: Tensor | None) -> Tensor:
-        """[B, S, heads * d] to normalised and rotated [B, S, heads, d]."""
+        """[B, S, heads * d] to normalized and rotated [B, S, heads, d]."""
         t = t.to(acc)
         if weight is not None:
             t = rms_norm(t.unflatten(2, (-1, weight.shape[0])), weight, head_eps).flatten(2)

@@ -17,7 +17,7 @@ def linear(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None = Non
 
 
 def rms_norm(t: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalises the last dimension, in float32 (float64 for float64) inside; None: returns t."""
+    """Normalizes the last dimension, in float32 (float64 for float64) inside; None: returns t."""
     if weight is None or t.numel() == 0:
         return t
     return F.rms_norm(t, weight.shape, weight.to(t.dtype), eps)

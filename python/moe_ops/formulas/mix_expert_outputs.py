@@ -1,4 +1,4 @@
-"""mix_expert_outputs: mixtures of all experts' outputs, through normalisation and activation."""
+"""mix_expert_outputs: mixtures of all experts' outputs, through normalization and activation."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ Importing this module registers ``"moe_ops"`` as an experts implementation, so t
 and ``model.set_experts_implementation("moe_ops")`` work for every model whose experts go through
 transformers' experts interface. :func:`enable` switches a live model instead, and also JetMoE, DBRX
 and Llama 4, whose blocks are outside that interface and ignore the argument silently. It also
-registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
-`moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
+registers a quantization method, so that ``from_pretrained`` reads checkpoints whose experts
+`moe_ops.quantize_experts` has quantized, and an attention implementation ``"moe_ops"``, torch's
 attention without the masks that would keep JetMoE's attention experts from compiled code. Where
 transformers has a registry of expert-parallel implementations (5.23), ``"moe_ops"`` is one.
-:func:`load_offloaded` loads models whose experts are larger than the memory.
-:func:`optimize` puts a whole model on kernels for inference, dense layers and head included.
+:func:`load_offloaded` loads models whose experts are larger than the memory. :func:`optimize` puts
+a whole model on kernels for inference, dense layers and head included.
 """
 
 from __future__ import annotations

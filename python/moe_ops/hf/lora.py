@@ -1,4 +1,4 @@
-"""LoRA of the package peft on experts, float or quantised, by the same `LoraConfig`:
+"""LoRA of the package peft on experts, float or quantized, by the same `LoraConfig`:
 
     import moe_ops.hf.lora
 
@@ -9,8 +9,8 @@
 
 Modules, parameters and checkpoints are peft's, so that what is trained on one kind of experts loads
 on the other. The experts of a block and their adapters are computed together, and no weight with
-its adapter added is made: for float experts once `fuse_adapters` is called, for quantised ones
-(QLoRA) always. peft finds the weights of quantised experts where this module is imported.
+its adapter added is made: for float experts once `fuse_adapters` is called, for quantized ones
+(QLoRA) always. peft finds the weights of quantized experts where this module is imported.
 
 E experts, H hidden size, I intermediate size, r rank.
 """
@@ -95,7 +95,7 @@ def fuse_adapters(model: nn.Module) -> list[str]:
     change, and adapters may be loaded later. Products of rank r run in the dtype of the experts.
 
     Left to peft: biases as targets, norms of expert outputs, one expert, sharded experts; and a
-    call in which the experts are not frozen, have hooks, or hold a merged adapter. Quantised
+    call in which the experts are not frozen, have hooks, or hold a merged adapter. Quantized
     experts are computed so without this function.
 
     Args:
@@ -335,7 +335,7 @@ class QuantizedExpertsLora(ParamWrapper):
         getattr(experts, f"{name}_scale")[expert].copy_(scale)
 
     def unmerge(self) -> None:
-        """Not for quantised weights, which merging has rounded."""
+        """Not for quantized weights, which merging has rounded."""
         raise NotImplementedError(
             "unmerge: quantised experts do not keep what they were before merge; load the model "
             "and the adapter again."
@@ -360,7 +360,7 @@ class QuantizedExpertsLora(ParamWrapper):
 
 
 def _stand_in(experts: Any, name: str) -> Tensor:
-    """A tensor of the shape [E, out, in], type and place that a weight of quantised experts would
+    """A tensor of the shape [E, out, in], type and place that a weight of quantized experts would
     have as peft's target. It takes no memory and means nothing."""
     width, size = experts.w_gate_up.shape[1], experts.hidden_size
     shape = (size, experts.intermediate_size) if name == "down_proj" else (width, size)
@@ -370,7 +370,7 @@ def _stand_in(experts: Any, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _with_parameters(banks: list[Any]) -> Iterator[None]:
-    """Gives quantised experts the parameters that peft looks for, as long as it looks."""
+    """Gives quantized experts the parameters that peft looks for, as long as it looks."""
     names = {bank: ("gate_up_proj" if bank.gated else "up_proj", "down_proj") for bank in banks}
     try:
         for bank in banks:
@@ -406,7 +406,7 @@ def _set_classes(model: nn.Module, before: type, after: type) -> None:
 
 
 def _find_quantized_experts(original: Any) -> Any:
-    """peft's function that puts layers around `target_parameters`, for quantised experts too."""
+    """peft's function that puts layers around `target_parameters`, for quantized experts too."""
 
     @functools.wraps(original)
     def inject_parameters(
@@ -427,7 +427,7 @@ def _find_quantized_experts(original: Any) -> Any:
     return inject_parameters
 
 
-# peft looks for targets among parameters and has no hook there; quantised experts have none.
+# peft looks for targets among parameters and has no hook there; quantized experts have none.
 if not hasattr(BaseTuner._inject_parameters, "__wrapped__"):
     inject = _find_quantized_experts(BaseTuner._inject_parameters)
     BaseTuner._inject_parameters = inject  # type: ignore[method-assign]

@@ -156,7 +156,7 @@ def router_entropy_loss(
         router_logits: [..., E].
         score_func: score function of the router; scores other than softmax are divided by their
             sum.
-        token_mask: bool, one element a token, True where the token counts.
+        token_mask: bool, one element per token, True if the token counts.
         group: ranks whose tokens the loss covers.
 
     Returns:
@@ -185,7 +185,7 @@ def mutual_information_loss(
         router_logits: [..., E].
         score_func: score function of the router; scores other than softmax are divided by their
             sum.
-        token_mask: bool, one element a token, True where the token counts.
+        token_mask: bool, one element per token, True if the token counts.
         group: ranks whose tokens the loss covers.
 
     Returns:
@@ -214,7 +214,7 @@ def concentration_loss(
         router_logits: [..., E].
         score_func: score function of the router; scores other than softmax are divided by their
             sum.
-        token_mask: bool, one element a token, True where the token counts.
+        token_mask: bool, one element per token, True if the token counts.
         group: ranks whose tokens the loss covers.
 
     Returns:
@@ -324,7 +324,7 @@ def device_balance_loss(
         num_groups: number of groups; must divide E.
         score_func: score function of the router; scores other than softmax are divided by their
             sum.
-        token_mask: bool, one element a token, True where the token counts.
+        token_mask: bool, one element per token, True if the token counts.
         group: ranks whose tokens the loss covers.
 
     Returns:

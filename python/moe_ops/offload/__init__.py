@@ -6,7 +6,7 @@
     model.generate(tokens, 32)
 
 `offload_experts` works for the layers of `moe_ops.layers`, the language models of the zoo and the
-models of transformers that `moe_ops.hf` supports, float or quantised. Policies say which experts
+models of transformers that `moe_ops.hf` supports, float or quantized. Policies say which experts
 stay in the slots and which are fetched ahead; `record_expert_trace` records routes, from which
 `BeladyPolicy` knows the future and `train_predictor` makes a predictor for `PredictivePolicy`;
 `split_batch_by_experts` groups sequences that use the same experts.

@@ -25,14 +25,14 @@ _BIASES = ("b_gate_up", "b_down")
 
 
 class _Bank(NamedTuple):
-    """A bank of a model, float or quantised."""
+    """A bank of a model, float or quantized."""
 
     name: str
     module: nn.Module
     tensors: Parts
     activation: Mapping[str, Any]
     x_scale: Tensor | None
-    hook: Any  # What installs another one in its place; None of quantised banks.
+    hook: Any  # What installs another one in its place; None of quantized banks.
 
 
 def offload_experts(

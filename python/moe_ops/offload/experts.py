@@ -1,6 +1,6 @@
 """A bank of experts whose weights are elsewhere, a few of them in slots of the device.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class OffloadedExperts(nn.Module):
         cache: where the slots are.
         bank_number: which of its store's banks this is.
         activation: the arguments of moe_ffn that say what is between the products.
-        x_scale: [H] fp32, of quantised banks that have one.
+        x_scale: [H] fp32, of quantized banks that have one.
     """
 
     # Of expert parallelism, which offloaded experts do not know.
     dispatcher: None = None
-    format_name = "offloaded"  # In place of what a quantised bank says.
+    format_name = "offloaded"  # In place of what a quantized bank says.
     no_gradient = (
         "OffloadedExperts: there is no gradient through offloaded experts; train the model "
         "before offload_experts, or call it under torch.no_grad()."

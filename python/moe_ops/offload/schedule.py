@@ -30,7 +30,7 @@ def split_batch_by_experts(
     Args:
         routes: [B, L, E] bool, the experts that each sequence uses, or is predicted to.
         rounds: of 2-means, and passes of exchanges, at most.
-        generator: for the first centre; None takes the first sequence.
+        generator: for the first center; None takes the first sequence.
 
     Returns:
         Indices of both halves, in order, (B + 1) // 2 and B // 2 of them.
@@ -52,7 +52,7 @@ def split_batch_by_experts(
     centres = torch.stack((rows[first], rows[(rows - rows[first]).abs().sum(1).argmax()]))
     order = torch.arange(num, device=rows.device)
     for _ in range(rounds):
-        # How much closer each is to the first centre: the closest half goes there.
+        # How much closer each is to the first center: the closest half goes there.
         distance = (rows[:, None] - centres[None]).abs().sum(-1)
         new = (distance[:, 0] - distance[:, 1]).argsort(stable=True)
         if torch.equal(new, order):

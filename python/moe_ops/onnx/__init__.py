@@ -66,8 +66,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     Returns:
         A new dict, op -> what builds its part of the graph: of topk_router, topp_router,
         expert_choice_router, router_linear, sort_by_expert, permute, unpermute, grouped_gemm,
-        grouped_gemm_quantized, gated_act, moe_ffn, moe_ffn_quantized (int8 and int4, dequantised
-        in the graph), moe_linear_map, moe_linear_reduce, moa_attention, rotary, add_rms_norm,
+        grouped_gemm_quantized, gated_act, moe_ffn, moe_ffn_quantized (int8 and int4, dequantized in
+        the graph), moe_linear_map, moe_linear_reduce, moa_attention, rotary, add_rms_norm,
         peer_ffn, all_experts_ffn and mix_expert_outputs. In float32, bfloat16 and float16; float64
         is refused.
 

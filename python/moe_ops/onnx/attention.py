@@ -1,6 +1,6 @@
 """Attention, rotary position embeddings and the norm in ONNX.
 
-Letters: B batch, S tokens, K slots a token, n heads, d head size.
+Letters: B batch, S tokens, K slots per token, n heads, d head size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Activations and whole expert networks in ONNX.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows by expert and their products in ONNX.
 
-Letters: T tokens, H hidden size, O output size, E experts, K experts a token, N = T * K slots.
+Letters: T tokens, H hidden size, O output size, E experts, K experts per token, N = T * K slots.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 TopK gives equal values in the order of their indices, which is the order of ties of the ops.
 
-Letters: T tokens, E experts, K experts a token, N = T * K slots.
+Letters: T tokens, E experts, K experts per token, N = T * K slots.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def attention_decode(
     """A block of attention on S new tokens of sequences whose keys and values are kept.
 
     ``y = x + residual_scale * w_o @ attention(q, k, v)`` with q, k and v the products of
-    ``norm(x)``, q and k normalised and rotated. The keys and values of x are written into `keys`
+    ``norm(x)``, q and k normalized and rotated. The keys and values of x are written into `keys`
     and `values` first, from position `start` on; a query sees those up to its own. It is what a
     step of decoding does in a layer, in one call; on the CPU its products share one parallel
     region. For a few tokens: scores [B, n, S, start + S] are held at once.

@@ -37,7 +37,7 @@ def expert_choice_router(
         router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
             autocast they are cast to float32. The gradient has their dtype.
         capacity: tokens an expert takes, at least 1. Zhou et al. use T * c / E, with c the mean
-            number of experts a token.
+            number of experts per token.
         score_func: as of `topk_router`.
         routed_scaling_factor: multiplies the weights; finite.
 

@@ -1,4 +1,4 @@
-"""mix_expert_outputs: mixtures of what all experts made, through normalisation and activation."""
+"""mix_expert_outputs: mixtures of what all experts made, through normalization and activation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mix_expert_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M mixtures of all experts of a token: ``y[t, m] = sum_e weights[t, m, e] act(n[t, e])``.
 
-    n is `outputs`, or with norm_weight and norm_bias their batch normalisation, ``(outputs - mean)
+    n is `outputs`, or with norm_weight and norm_bias their batch normalization, ``(outputs - mean)
     / sqrt(var + eps) * norm_weight + norm_bias``, every feature of every expert by itself: with the
     statistics of these tokens, through which gradients flow, or with those given. What lies between
     outputs and mixtures is never in memory; backward computes it again. On CUDA tensors it is this
@@ -65,7 +65,7 @@ def mix_expert_outputs(
             its gradient, and 0 times NaN is NaN.
         factor: [T / r, M, O] in the dtype of outputs: y[t] is multiplied by factor[t / r], which r
             tokens in a row share. Or None.
-        norm_weight: [E, O] float32 (float64 for float64), or None: no normalisation.
+        norm_weight: [E, O] float32 (float64 for float64), or None: no normalization.
         norm_bias: the same; together with norm_weight.
         mean: [E, O] float32 (float64 for float64), constants; None: those of the T tokens.
         var: the same, not corrected for the mean; together with mean.

@@ -54,11 +54,11 @@ def mla_decode(
     """A block of multi-head latent attention (MLA) on S new tokens of sequences whose latents are
     kept.
 
-    ``c, k_r = w_kv_a @ norm(x)``: a latent of r features, normalised, and a key of d_r features,
+    ``c, k_r = w_kv_a @ norm(x)``: a latent of r features, normalized, and a key of d_r features,
     rotated, which all heads share. Both are written into `latents` and `rope_keys` first, from
     position `start` on. Head h has the keys ``(w_kv_b[h, :d_n] @ c, k_r)`` and the values
-    ``w_kv_b[h, d_n:] @ c``, a query of d_n features and d_r that are rotated, and
-    ``y = x + residual_scale * w_o @ attention``. A query sees the tokens up to its own.
+    ``w_kv_b[h, d_n:] @ c``, a query of d_n features and d_r that are rotated, and ``y = x +
+    residual_scale * w_o @ attention``. A query sees the tokens up to its own.
 
     Keys and values of heads are never made: queries are taken into the space of the latents, and
     what they mix out of it. For a few tokens: scores [B, n, S, start + S] are held at once, twice.

@@ -47,7 +47,7 @@ def moa_attention(
     cu_seqlens: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of K query slots a token against one set of keys and values.
+    """Attention of K query slots per token against one set of keys and values.
 
     Head h of every slot attends to key-value head h, so the K experts of a token share its keys and
     values and none is copied. The S queries are the last S of the S_kv positions: S < S_kv is

@@ -66,7 +66,7 @@ def moe_ffn(
     Sums run in fp32 (fp64 for fp64) in a fixed order: the same bits every run, whatever the number
     of threads. On CUDA the pre-activation, the activation, an expert's output and their gradients
     are rounded to x's dtype; in bfloat16 so is the activation on CPUs that multiply pairs of
-    bfloat16, with more than a few rows an expert. An expert without tokens costs nothing and its
+    bfloat16, with more than a few rows per expert. An expert without tokens costs nothing and its
     gradients are zero.
 
     Args:

@@ -73,7 +73,7 @@ def moe_ffn_fp8(
         w_down_scale: [E, ceil(H / 128), ceil(I / 128)] float32.
         topk_weights: [T, K] in any float dtype, used in fp32.
         topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
-        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None; for quantised x in float32, bfloat16 or
+        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None; for quantized x in float32, bfloat16 or
             float16.
         b_down: [E, H] of such a dtype, or None; multiplied by the routing weight like the rest.
         activation: as for :func:`moe_ffn`.
@@ -81,10 +81,10 @@ def moe_ffn_fp8(
         apply_router_weight_on_input: multiply the token's scales by the routing weight and add the
             outputs of its experts unweighted (Llama 4).
         alpha, limit: of ``"swiglu_oai"``.
-        x_scale: [T, ceil(H / 128)] float32, the scales of quantised x: the same bits as from the x
-            that was quantised.
+        x_scale: [T, ceil(H / 128)] float32, the scales of quantized x: the same bits as from the x
+            that was quantized.
         out_dtype: of the result: x's dtype (None) or float32, the sum over a token's experts as it
-            is; for quantised x float32, bfloat16 or float16, and not None.
+            is; for quantized x float32, bfloat16 or float16, and not None.
 
     Returns:
         [T, H] in out_dtype. A token without any expert gets zeros; T = 0 gives [0, H]. A token with

@@ -64,7 +64,7 @@ def peer_ffn(
         activation: not gated: "gelu", "gelu_tanh", "relu", "relu2", "silu"; gated: "swiglu",
             "geglu", "geglu_tanh", "reglu", "swiglu_oai" (with alpha 1.702 and limit 7).
         sparse_grad: gradients of the tables are sparse COO tensors, coalesced, of the experts that
-            were chosen: what few tokens of many experts want, for an optimiser that takes them
+            were chosen: what few tokens of many experts want, for an optimizer that takes them
             (`torch.optim.SparseAdam`). In eager mode only; on CUDA, backward then waits for the
             device. False: dense ones, of which every row is written.
 

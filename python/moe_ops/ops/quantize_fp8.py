@@ -69,7 +69,7 @@ def quantize_fp8_columns(
     :func:`grouped_gemm_fp8_wgrad`, whose sum runs over rows.
 
     The rows of expert e are cut into groups of 128 from its first row on; the last one may be
-    shorter. A group is quantised column by column as :func:`quantize_fp8` does with 128 numbers of
+    shorter. A group is quantized column by column as :func:`quantize_fp8` does with 128 numbers of
     a row, and lies transposed. Expert e has its groups from ``expert_offsets[e] // 128 + e`` on, so
     that no two experts share one. Columns of codes that no row fills, and groups of no expert, are
     those of zeros. The same bits on every device.

@@ -37,7 +37,7 @@ def topk_router(
     num_topk_groups: int = 1,
     group_score: str = "max",
 ) -> tuple[Tensor, Tensor]:
-    """Chooses ``top_k`` experts a token and the weights of their outputs.
+    """Chooses ``top_k`` experts per token and the weights of their outputs.
 
     Selection: the K largest keys of each row, largest first, ties to the smaller id. The key is the
     logit plus ``expert_bias`` when ``topk_first``, otherwise the score plus ``expert_bias``.

@@ -1,4 +1,4 @@
-"""topp_router: as many experts a token as it takes to gather a share of the probability."""
+"""topp_router: as many experts per token as it takes to gather a share of the probability."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def topp_router(
         router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
             autocast they are cast to float32. The gradient has their dtype.
         top_p: above 0, at most 1.
-        max_k: slots a token, from 1 to E; None means E.
+        max_k: slots per token, from 1 to E; None means E.
         min_k: from 1 to max_k.
         renormalize: makes the weights of a token sum to ``routed_scaling_factor``.
         routed_scaling_factor: finite.

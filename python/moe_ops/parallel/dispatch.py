@@ -4,7 +4,8 @@ Each gives the bank of a process rows and a routing for its own experts, which i
 takes: ids that are nobody's here contribute nothing. Here are those that bring all tokens to all
 ranks; `exchange` has the others.
 
-Letters: T tokens of this rank, H hidden size, K slots a token, n ranks, R rows that this rank gets.
+Letters: T tokens of this rank, H hidden size, K slots per token, n ranks, R rows that this rank
+gets.
 """
 
 from __future__ import annotations

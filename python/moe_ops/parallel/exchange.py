@@ -1,7 +1,7 @@
 """Dispatchers that bring a token's row to the ranks of its experts, and to no others.
 
-Letters: T tokens of this rank, H hidden size, K slots a token, n ranks, R rows that this rank gets,
-C capacity.
+Letters: T tokens of this rank, H hidden size, K slots per token, n ranks, R rows that this rank
+gets, C capacity.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Dispatchers by name, and which one fits.
 
-Letters: E experts, K slots a token, n ranks.
+Letters: E experts, K slots per token, n ranks.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class MoEMeshes(NamedTuple):
 
     Attributes:
         dp: ranks with tokens of their own, whose dense weights FSDP2 or DDP handles.
-        ep: ranks that share the experts out among them; neighbours, so that they are of one machine
+        ep: ranks that share the experts out among them; neighbors, so that they are of one machine
             where it has as many.
         efsdp: ranks that have the same experts, over which FSDP2 shards these.
         tp: ranks of tensor parallelism, which read the same tokens.

@@ -32,7 +32,7 @@ def moe_ffn_fp8(
 ) -> Tensor:
     """moe_ffn of the weights that codes and scales stand for, with x and h rounded to e4m3.
 
-    x is quantised by token, unless it comes as codes with x_scale, and gathered; a routing weight
+    x is quantized by token, unless it comes as codes with x_scale, and gathered; a routing weight
     on the input multiplies the token's scales. Everything else runs in fp32, or in fp64 for fp64 x
     or x_scale.
     """

@@ -15,7 +15,7 @@ def topp_router(
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """As many experts a token as it takes to gather `top_p`: weights and ids [T, max_k].
+    """As many experts per token as it takes to gather `top_p`: weights and ids [T, max_k].
 
     Unused slots have id -1 and weight 0.
     """

@@ -4,7 +4,7 @@
 
     found = surgery.profile_experts(model, batches)                    # what routers and experts do
     keep = surgery.select_experts(model, surgery.score_experts(found, "reap"), 8)
-    surgery.prune_experts(model, keep)                                 # 8 experts a layer are left
+    surgery.prune_experts(model, keep)                                 # 8 experts per layer stay
 
     with surgery.override_routing(model, surgery.rank(2)):             # another routing for a while
         weak = model(tokens)

@@ -78,7 +78,7 @@ class PartialReader(Reader):
                 return None, None
             return f"{one[1]}.{ids.index(expert)}.{one[3]}", None
         by_expert = _ALL.search(key) or _ROUTER.search(key)
-        if key.endswith(".x_scale"):  # Of a quantised bank, by input feature.
+        if key.endswith(".x_scale"):  # Of a quantized bank, by input feature.
             by_expert = None
         if by_expert and shape and shape[0] == num_experts:
             return key, ids
@@ -98,7 +98,7 @@ class PartialReader(Reader):
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring ids as ranges [a, b)."""
+    """Neighboring ids as ranges [a, b)."""
     runs: list[tuple[int, int]] = []
     for e in ids:
         if runs and runs[-1][1] == e:

@@ -101,11 +101,11 @@ def select_experts(
     Args:
         model: whose layers the scores are of; its routers say how few experts a layer needs.
         scores: name of a layer -> [E].
-        keep: experts a layer (int), or the part of them (a float in (0, 1]), rounded.
+        keep: experts per layer (int), or the part of them (a float in (0, 1]), rounded.
         budget: "layer": so many in each layer. "global": so many a layer in the mean, wherever the
             scores, divided by the mean of their layer's sizes, are largest; no layer goes below its
-            router's top_k. A Hugging Face config has one number of experts for all layers, so
-            that such a model can be used but not saved in that form.
+            router's top_k. A Hugging Face config has one number of experts for all layers, so that
+            such a model can be used but not saved in that form.
         groups: of group-limited routing. "drop": the best of all experts; the router's groups are
             dropped where these no longer fit them. "keep": as many of each group.
 

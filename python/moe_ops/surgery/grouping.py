@@ -26,7 +26,7 @@ def uncurl_groups(profile: ExpertProfile, num_groups: int, *, seed: int = 0) -> 
 
     Spectral clustering of each layer's experts: their affinity is the correlation of their router
     logits over tokens, 0 where it is negative; features are the eigenvectors of the G smallest
-    eigenvalues of the normalised Laplacian, scaled to length 1, and k-means groups them. The paper
+    eigenvalues of the normalized Laplacian, scaled to length 1, and k-means groups them. The paper
     does not give its affinity, and published no code.
 
     Args:
@@ -148,7 +148,7 @@ def spectral_clusters(affinity: Tensor, num_groups: int, *, seed: int = 0) -> Te
 def k_means(points: Tensor, num_groups: int, *, seed: int = 0) -> Tensor:
     """Labels [n] int64 in [0, G), the best of 10 runs of Lloyd's algorithm from k-means++ starts.
 
-    No group stays empty: it takes the point that is farthest from the centre of its own.
+    No group stays empty: it takes the point that is farthest from the center of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     best: tuple[float, Tensor] | None = None

@@ -50,8 +50,8 @@ class RoutingCallback(_Callback):
     ``moe/dead_experts`` (the sum), see `moe_ops.layers.ExpertLoadStats`, of the tokens since the
     last entry and of all processes; they are also in `trainer.callback_metrics`. At the end of
     every epoch a picture ``moe/expert_load`` of the load by layer and expert over the steps goes to
-    TensorBoard and Weights & Biases. Tokens of validation, and of recomputed layers a second time,
-    are not counted.
+    TensorBoard and Weights & Biases. Tokens of validation, and of recomputed layers a second
+    time, are not counted.
 
     Args:
         layers: shell patterns of the names of layers; None is all.

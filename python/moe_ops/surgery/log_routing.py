@@ -19,9 +19,9 @@ def log_routing(
     """Adds what the routers did since the last entry to each training entry of a Trainer's log.
 
     So it is in the progress bar, in `trainer.state.log_history`, and wherever `report_to` sends the
-    log (TensorBoard, Weights & Biases, ...). Names are ``moe/max_violation``,
-    ``moe/dead_experts`` and ``moe/load_entropy``: the mean over layers, the sum for dead experts;
-    see `moe_ops.layers.ExpertLoadStats`. Counts are of all processes, summed when an entry is made.
+    log (TensorBoard, Weights & Biases, ...). Names are ``moe/max_violation``, ``moe/dead_experts``
+    and ``moe/load_entropy``: the mean over layers, the sum for dead experts; see
+    `moe_ops.layers.ExpertLoadStats`. Counts are of all processes, summed when an entry is made.
     Tokens of evaluation, and of recomputed layers a second time, are not counted.
 
     Example:

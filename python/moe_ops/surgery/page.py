@@ -75,7 +75,7 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
 
     Args:
         model: with layers of this package, of the zoo or of transformers (see
-            `moe_ops.surgery.find_routed_layers`); float or quantised experts. It runs in eval mode.
+            `moe_ops.surgery.find_routed_layers`); float or quantized experts. It runs in eval mode.
         batches: what to call it with: a tensor of tokens, a tuple of positional or a dict of
             keyword arguments each.
 

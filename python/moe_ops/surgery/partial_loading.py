@@ -44,7 +44,7 @@ def load_pruned(
     The model is the one that `prune_experts` makes of the whole one, in the memory of what is kept:
     of experts with tensors of their own the others are never read, and of tensors that hold all
     experts, and of routers, only some rows. Of a checkpoint of transformers whose experts
-    `moe_ops.quantize_experts` has quantised, these are the codes and scales of the experts kept.
+    `moe_ops.quantize_experts` has quantized, these are the codes and scales of the experts kept.
 
     Args:
         folder: config.json and safetensors, sharded or not, as transformers or the zoo write it.
@@ -57,7 +57,7 @@ def load_pruned(
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: a name of no layer or a layer without one, different numbers of experts, a
-            checkpoint of transformers that was quantised otherwise, or a damaged one.
+            checkpoint of transformers that was quantized otherwise, or a damaged one.
         ImportError: safetensors, or transformers, is missing.
 
     Source: Pei et al. 2025 (PreMoe, arXiv 2505.17639).

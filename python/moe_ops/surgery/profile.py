@@ -1,6 +1,6 @@
 """What the experts of a trained model do on a text, in one pass and without keeping it.
 
-Letters: T tokens, H hidden size, E experts, K experts a token, P positions.
+Letters: T tokens, H hidden size, E experts, K experts per token, P positions.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def profile_experts(
 
 
 def expert_weights_of(model: nn.Module, layer: RoutedLayer) -> ExpertWeights | None:
-    """The feed-forward experts of a layer; None where it has none, or quantised ones.
+    """The feed-forward experts of a layer; None where it has none, or quantized ones.
 
     Raises:
         ValueError: experts whose activation moe_ffn does not know.

@@ -1,7 +1,7 @@
 """Fewer experts: layers of a model that keep some of theirs, or merge them.
 
-Routers follow: their rows, biases and groups. Letters: E experts, G groups of merged experts,
-I intermediate size, K experts a token.
+Routers follow: their rows, biases and groups. Letters: E experts, G groups of merged experts, I
+intermediate size, K experts per token.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def prune_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Mod
     other models work, and their `save_pretrained` raises an error.
 
     Args:
-        model: see `find_routed_layers`. Optimisers hold the old parameters and have to be made
+        model: see `find_routed_layers`. Optimizers hold the old parameters and have to be made
             anew.
         keep: name of a layer -> ids, as `select_experts` gives them; other layers stay.
 
     Raises:
         ValueError: a name of no layer or of attention in transformers' JetMoE, ids out of range or
-            repeated, quantised or sharded experts. Layers before that one are pruned.
+            repeated, quantized or sharded experts. Layers before that one are pruned.
     """
     check_attention("prune_experts", model, keep)
     layers = {
@@ -114,7 +114,7 @@ def ablate_experts(model: nn.Module, experts: Iterable[tuple[str, int]]) -> Iter
     """These experts, (layer, id) each, give 0 while the context is open; routing stays as it is.
 
     Their down projection and its bias are 0 for the time, which is how super experts are pruned in
-    the paper of that name: no other expert steps in, and weights are not renormalised.
+    the paper of that name: no other expert steps in, and weights are not renormalized.
 
     Raises:
         ValueError: a name of no layer, an id out of range, or experts that cannot be read.

@@ -1,6 +1,6 @@
 """A layer of a model that routes tokens to experts, seen alike whoever wrote the model.
 
-Letters: T tokens, H hidden size, E experts, K experts a token.
+Letters: T tokens, H hidden size, E experts, K experts per token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Other routing for a whole model, for a while: another k, a rank, chance, given sets, a mask.
 
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def override_routing(
             ...
 
     Only the choice is another one. Weights are what the router gives to the experts chosen, by its
-    own scores and normalisation, and are differentiable; shared experts run as before. Contexts
-    may be nested, and the inner one counts. `topk_ids` given to a layer's forward still win.
+    own scores and normalization, and are differentiable; shared experts run as before. Contexts may
+    be nested, and the inner one counts. `topk_ids` given to a layer's forward still win.
 
     For eager code. The modules themselves are changed, so all threads see it.
 
@@ -123,7 +123,7 @@ def rank(*ranks: int) -> Rule:
 
 
 def random(k: int | None = None, *, generator: torch.Generator | None = None) -> Rule:
-    """k different experts a token at random, as many as the router's `top_k` for None.
+    """k different experts per token at random, as many as the router's `top_k` for None.
 
     Args:
         generator: on the device of the model; None draws from torch's own.

@@ -155,7 +155,7 @@ class SuperExpertReport:
     Attributes:
         experts: those found.
         threshold: of the outputs.
-        loss: of the whole model, nats a token. without: with all of `experts` zeroed.
+        loss: of the whole model, nats per token. without: with all of `experts` zeroed.
         damage: of each expert of `experts`, by itself.
         controls: ids of the matched experts of each. control_damage: theirs.
         sinks: sink mass of the whole model, [L, n]. sinks_without: with all of `experts` zeroed.

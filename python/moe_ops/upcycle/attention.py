@@ -26,12 +26,12 @@ def upcycle_attention(
     soft_routing: bool = True,
     **options: Any,
 ) -> AttentionExperts:
-    """One attention expert for each dense attention: BAM's initialisation.
+    """One attention expert for each dense attention: BAM's initialization.
 
     Where the experts are the same and the weights of the routing add up to 1 (soft routing, or a
-    router that renormalises), the layer computes what the dense attention does, to rounding. With
-    m < n each key-value head is repeated for the n / m query heads that read it, as an expert has
-    as many of either.
+    router that renormalizes), the layer computes what the dense attention does, to rounding. With m
+    < n each key-value head is repeated for the n / m query heads that read it, as an expert has as
+    many of either.
 
     Args:
         attentions: E modules of one shape with linear maps q_proj [n d, H], k_proj and v_proj

@@ -1,6 +1,6 @@
 """A mixture-of-experts layer that starts from a dense network.
 
-Letters: H hidden size, I intermediate size, E experts, K experts a token, N slices of a copy.
+Letters: H hidden size, I intermediate size, E experts, K experts per token, N slices of a copy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def paired_router(
     Raises:
         ValueError: N that does not divide E.
 
-    Source of the repeated rows: He et al. 2024 (virtual group initialisation, arXiv 2410.07524).
+    Source of the repeated rows: He et al. 2024 (virtual group initialization, arXiv 2410.07524).
     """
     if num_slices < 1 or num_experts % num_slices:
         raise ValueError(

@@ -88,9 +88,9 @@ def _order(points: Tensor, num_slices: int, seed: int) -> Tensor:
 
 
 def balanced_k_means(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
-    """Labels [n] int64 of clusters of one size, near the centres of their points.
+    """Labels [n] int64 of clusters of one size, near the centers of their points.
 
-    Lloyd's algorithm from k-means++ starts. In each step points choose in turn the nearest centre
+    Lloyd's algorithm from k-means++ starts. In each step points choose in turn the nearest center
     that has room, first those that lose most by their second choice; it ends when no label changes.
 
     Args:

@@ -1,4 +1,4 @@
-"""What all pictures share: the canvas, colours and how a figure is saved."""
+"""What all pictures share: the canvas, colors and how a figure is saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_ops import _files
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which stays distinct under the common forms of colour blindness; black is
-# replaced by grey, since the colours lie behind text.
+# Okabe and Ito's palette, which stays distinct under the common forms of color blindness; black is
+# replaced by gray, since the colors lie behind text.
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 INK = "#222222"
 GRID = "#DDDDDD"
@@ -38,9 +38,9 @@ def import_matplotlib() -> None:
 
 
 def expert_colors(num_experts: int) -> list[str]:
-    """A colour an expert: eight colour-blind-safe hues, then the same hues lighter and darker.
+    """A color an expert: eight color-blind-safe hues, then the same hues lighter and darker.
 
-    Beyond 24 experts colours repeat.
+    Beyond 24 experts colors repeat.
     """
     import_matplotlib()
     from matplotlib.colors import to_hex, to_rgb

@@ -96,7 +96,7 @@ def plot_expert_load(
     """Heat map of the load of every expert over time, one panel a layer.
 
     history: tokens per expert, [steps, layers, experts] (or [steps, experts]), array or tensor.
-    Drawn is the load over the mean load: 1 is perfect balance, 0 a dead expert. Neighbouring steps
+    Drawn is the load over the mean load: 1 is perfect balance, 0 a dead expert. Neighboring steps
     are averaged so that at most `max_columns` columns remain. The number right of each row is the
     expert's share of all slots over the last tenth. steps: the step of each row of `history`.
     """
@@ -168,7 +168,7 @@ def plot_token_experts(
     title: str = "Which expert takes which token",
     path: str | Path | None = None,
 ) -> Figure:
-    """The text, each token on the colour of its first expert, underlined by its second.
+    """The text, each token on the color of its first expert, underlined by its second.
 
     text: a string (a token a character) or a sequence of T tokens. topk_ids: [T, K] for one layer
     or [layers, T, K], array or tensor; −1 means no expert. num_experts: by default the largest id
@@ -249,7 +249,7 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
     half = max(1, len(values) // 80)
     smoothed = np.full_like(values, np.nan)
     for index in range(len(values)):
-        # At the steep start the window shrinks on both sides, so that it stays centred.
+        # At the steep start the window shrinks on both sides, so that it stays centered.
         reach = min(half, index)
         window = values[index - reach : index + reach + 1]
         window = window[np.isfinite(window)]

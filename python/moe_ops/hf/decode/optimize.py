@@ -83,11 +83,10 @@ def optimize(
     at each call, so that a changed one counts at once.
 
     Attention stays what the model has: torch's, unless "eager" was asked for. Parameters, their
-    names and checkpoints stay those of the model; with
-    `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
-    layers as floats with the values that are computed with. A model that was saved so is loaded in
-    the time that its bytes take; `optimize` with the same `weights` rounds its dense layers again,
-    to the same numbers.
+    names and checkpoints stay those of the model; with `weights`, `save_pretrained` writes
+    quantized experts as `quantize_experts` does, and dense layers as floats with the values that
+    are computed with. A model that was saved so is loaded in the time that its bytes take;
+    `optimize` with the same `weights` rounds its dense layers again, to the same numbers.
 
     Args:
         model: a transformers model, or any module that holds MoE blocks of one.
@@ -108,7 +107,7 @@ def optimize(
         same kinds that did not.
 
     Raises:
-        ValueError: unknown `weights` or `verify`, a model that is optimised already or that cannot
+        ValueError: unknown `weights` or `verify`, a model that is optimized already or that cannot
             generate where `compile` is asked for; what `enable` and `quantize_experts` refuse.
     """
     if weights not in FORMATS:
@@ -177,7 +176,7 @@ def restore(model: nn.Module) -> None:
     """Undoes :func:`optimize`: the modules, parameters and settings that the model had.
 
     Raises:
-        ValueError: a model that is not optimised, whose float weights were not kept, or whose
+        ValueError: a model that is not optimized, whose float weights were not kept, or whose
             modules something else has changed since (adapters, for instance: remove them first).
     """
     with _lock:

@@ -4,7 +4,7 @@ transformers shards the experts and calls an implementation of its choice around
 it has a registry of such implementations. Names registered here go into
 ``DistributedConfig(ep_implementation=...)``.
 
-Letters: T tokens of this rank, H hidden size, K experts a token.
+Letters: T tokens of this rank, H hidden size, K experts per token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised experts in transformers' MoE blocks.
+"""Quantized experts in transformers' MoE blocks.
 
 T tokens, H hidden size, I intermediate size, E experts, K top-k.
 """

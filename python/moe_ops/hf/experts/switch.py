@@ -35,9 +35,9 @@ def enable(model: nn.Module) -> dict[str, str]:
 
     Modules on transformers' experts interface get ``"moe_ops"`` as their implementation. JetMoE's
     feed-forward and attention experts, DBRX's and LongCat-Flash's experts and Llama 4's block get a
-    subclass with another forward. Parameters, buffers, names and the state dict do
-    not change, so optimisers and checkpoints go on working. Call it before the model is
-    compiled, sharded or given accelerate hooks.
+    subclass with another forward. Parameters, buffers, names and the state dict do not change, so
+    optimizers and checkpoints go on working. Call it before the model is compiled, sharded or given
+    accelerate hooks.
 
     Args:
         model: a transformers model or any module that holds MoE blocks of one.
@@ -100,7 +100,7 @@ def disable(model: nn.Module) -> dict[str, str]:
     """Undoes :func:`enable`.
 
     Blocks that were loaded with ``experts_implementation="moe_ops"`` go back to transformers' own
-    default, ``"grouped_mm"``; the others to what they used before. Quantised blocks stay.
+    default, ``"grouped_mm"``; the others to what they used before. Quantized blocks stay.
 
     Returns:
         Name of each block that left moe_ops -> the implementation it uses now (``"forward"`` for a
@@ -126,7 +126,7 @@ def disable(model: nn.Module) -> dict[str, str]:
 def status(model: nn.Module) -> dict[str, str]:
     """Name of each MoE block -> what runs it now.
 
-    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts, and
+    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantized experts, and
     ``"moe_ops (offloaded)"``; another experts implementation; or ``"transformers"`` for a block
     outside the experts interface, which ignores ``experts_implementation="moe_ops"`` without a
     word.

@@ -21,10 +21,10 @@ class Cluster:
     Attributes:
         ranks, ranks_per_node: all devices, and those of a domain with fast links (NVLink).
         memory: bytes of a device.
-        flops: floating point operations a second of products in bfloat16.
-        memory_bandwidth: bytes a second of the device's memory.
-        intra_bandwidth, inter_bandwidth: bytes a second and direction of a device, to those of its
-            node and to others.
+        flops: floating point operations per second of products in bfloat16.
+        memory_bandwidth: bytes per second of the device's memory.
+        intra_bandwidth, inter_bandwidth: bytes per second and direction of a device, to those of
+            its node and to others.
         latency: seconds of a collective without data, inside a node.
         inter_latency: the same, across nodes.
     """

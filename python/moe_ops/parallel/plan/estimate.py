@@ -1,6 +1,6 @@
 """A plan: what a model needs on a cluster, and what could be changed.
 
-Letters: E experts, K experts a token, n ranks that share the experts out.
+Letters: E experts, K experts per token, n ranks that share the experts out.
 """
 
 from __future__ import annotations

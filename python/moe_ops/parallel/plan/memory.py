@@ -1,6 +1,6 @@
 """Memory of a rank, by what the layers, dispatchers and FSDP2 keep and what they need at a time.
 
-Letters: T tokens of a rank, H hidden size, I intermediate size, E experts, K experts a token, R
+Letters: T tokens of a rank, H hidden size, I intermediate size, E experts, K experts per token, R
 rows that a rank gets for its experts, b bytes of an element.
 """
 
@@ -56,7 +56,7 @@ class _Moment(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Bytes of a group of weights: of all of them as they are used (b bytes an element), and of
+    """Bytes of a group of weights: of all of them as they are used (b bytes per element), and of
     this rank's part in float32."""
 
     used: int

@@ -1,6 +1,6 @@
 """Sizes of a model, as far as memory and traffic depend on them: presets, and config.json files.
 
-Letters: H hidden size, I intermediate size of an expert, E experts, K experts a token.
+Letters: H hidden size, I intermediate size of an expert, E experts, K experts per token.
 """
 
 from __future__ import annotations

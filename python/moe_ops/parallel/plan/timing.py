@@ -113,7 +113,7 @@ def seconds(message: Message, cluster: Cluster, layout: Layout) -> float:
 
 
 def _group(name: str, cluster: Cluster, layout: Layout) -> tuple[int, int]:
-    """The ranks of a group, and those of them in one node. Neighbours share experts out."""
+    """The ranks of a group, and those of them in one node. Neighbors share experts out."""
     n, stride = {
         "ep": (layout.ep, 1),
         "tp": (layout.tp, 1),

@@ -1,7 +1,7 @@
 """What a rank sends and gets in a layer, by the collectives of the dispatchers and of FSDP2.
 
-Letters: T tokens of a rank, H hidden size, E experts, K experts a token, n ranks of a group, S rows
-that a rank sends, R rows that it gets.
+Letters: T tokens of a rank, H hidden size, E experts, K experts per token, n ranks of a group, S
+rows that a rank sends, R rows that it gets.
 """
 
 from __future__ import annotations
