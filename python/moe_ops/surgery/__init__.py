@@ -6,7 +6,7 @@
     keep = surgery.select_experts(model, surgery.score_experts(found, "reap"), 8)
     surgery.prune_experts(model, keep)                                 # 8 experts per layer stay
 
-    with surgery.override_routing(model, surgery.rules.rank(2)):             # another routing for a while
+    with surgery.override_routing(model, surgery.rules.rank(2)):       # another routing temporarily
         weak = model(tokens)
 
 All functions work for the layers of `moe_ops.layers`, the language models of the zoo, and the
