@@ -372,7 +372,7 @@ def _stand_in(experts: Any, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _with_parameters(banks: list[Any]) -> Iterator[None]:
-    """Temporarily gives quantized experts the parameters that peft looks for."""
+    """Gives quantized experts, temporarily, the parameters that peft looks for."""
     names = {bank: ("gate_up_proj" if bank.gated else "up_proj", "down_proj") for bank in banks}
     try:
         for bank in banks:

@@ -354,7 +354,7 @@ def _activate_bwd(grad_h: Tensor, preact: Tensor, o: _Options) -> Tensor:
     return aten.gelu_backward(grad_h, preact, approximate=approximate)
 
 
-# ---------------------------------------------------------------------------- the weights' codes
+# ----------------------------------------------------------------------------- quantized weights
 
 _kept: Any = WeakTensorKeyDictionary()  # weight -> (its identity, its Fp8Weight)
 _watching = False

@@ -81,7 +81,7 @@ class HFRoutedLayer(RoutedLayer):
             _put(experts, f"{up}_bias", bank.b_gate_up)
             _put(experts, "down_proj_bias", bank.b_down)
 
-    # ----------------------------------------------------------------------- what is common to them
+    # ------------------------------------------------------------------------- shared by all layers
 
     @property
     def router(self) -> nn.Module:
