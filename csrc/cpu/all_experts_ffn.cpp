@@ -24,12 +24,12 @@ struct Panels {
   int64_t width(int64_t col) const { return std::min(2 * lanes, padded() - col); }
 };
 
-// Elements of a block of tokens as row-major A of small_gemm.h: blocks of kKc columns.
+// Returns the elements of a block of tokens as row-major A of small_gemm.h: blocks of kKc columns.
 int64_t row_elements(int64_t columns) {
   return std::max<int64_t>(ceil_div(columns, kKc), 1) * kDenseTokens * kLda;
 }
 
-// c [m][ldc] (+)= a * panels, with `a` row-major.
+// Computes c [m][ldc] (+)= a * panels with a row-major `a`.
 template <class T>
 void multiply(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b,
               T* c, int64_t ldc, bool accumulate) {
@@ -37,7 +37,7 @@ void multiply(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& pane
       {k, m, panels.cols, panels.depth, a, b, c, ldc, accumulate, kDenseTokens * kLda});
 }
 
-// c [m][ldc] += a^T * panels, with a^T column-major.
+// Computes c [m][ldc] += a^T * panels with a column-major a^T.
 template <class T>
 void add_product(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b,
                  T* c, int64_t ldc) {
@@ -45,7 +45,7 @@ void add_product(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& p
       {k, m, panels.cols, panels.depth, a, b, c, ldc, true, kDenseTokens * kLdm});
 }
 
-// Panels of w^T, [k][rows of w], of one matrix [rows, k]; bias, if any, is one more k.
+// Packs panels of w^T, [k][rows of w], from one matrix [rows, k]; bias, if any, is one more k.
 template <class T>
 void pack_transposed(const GemmKernels<T>& k, DType type, const void* w, const void* bias,
                      const Panels& to, T* dst) {
@@ -71,7 +71,7 @@ void pack_transposed(const GemmKernels<T>& k, DType type, const void* w, const v
   }
 }
 
-// [rows][n] of `type`, `ld` elements apart, as row-major A.
+// Loads [rows][n] of `type`, rows `ld` elements apart, as row-major A.
 template <class T>
 void load_blocks(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* dst) {
   for (int64_t c = 0; c < n; c += kKc) {

@@ -1,4 +1,4 @@
-// What a block of attention on a few new tokens does around its products of queries with keys.
+// Stages of an attention block on a few new tokens, around its products of queries with keys.
 #pragma once
 
 #include <algorithm>
@@ -36,8 +36,8 @@ class AttentionParts {
     for (int64_t t = 0; t < tokens_; ++t) spans_.push_back(span_of_mask(t));
   }
 
-  // The rows that the first products read: x, or norm(x), which `room` holds. `scratch` is
-  // [tokens].
+  // Returns the rows that the first GEMMs read: x, or norm(x), which is written to `room`.
+  // `scratch` is [tokens].
   Rows input(char* room, T* scratch) {
     const Block& p = block_;
     Rows x{p.x, p.type, p.hidden_size, nullptr};
@@ -49,8 +49,8 @@ class AttentionParts {
     return x;
   }
 
-  // `count` rows of `cols` elements, ld apart, over their root mean squares, in place. `buffer` is
-  // [2 cols], `rstd` [count].
+  // Normalizes `count` rows of `cols` elements, ld apart, by their root mean squares, in place.
+  // `buffer` is [2 cols], `rstd` [count].
   void norm(const void* weight, double eps, T* rows, int64_t count, int64_t cols, int64_t ld,
             T* buffer, T* rstd) {
     NormRows<T> r = {};
@@ -123,10 +123,10 @@ class AttentionParts {
     }
   }
 
-  // A row of scores, of `query` = (b, token, head), becomes weights times an unknown that the
-  // result takes away. A query that sees nothing has weights 0. The sink lies before the first key
-  // that the query sees, and sums start there: they do not depend on keys before or after those.
-  // hide: what a float mask hides by -inf stays hidden where a score is not finite.
+  // Replaces a row of scores, of `query` = (b, token, head), by unnormalized weights; returns the
+  // factor that normalizes them. A query that sees nothing has weights 0. The sink lies before the
+  // first key that the query sees, and sums start there: they do not depend on keys before or after
+  // those. hide: what a float mask hides by -inf stays hidden where a score is not finite.
   T softmax(T* row, int64_t query, bool hide) {
     const Block& p = block_;
     const int64_t head = query % p.heads, t = query / p.heads;
@@ -173,7 +173,7 @@ class AttentionParts {
     return x != kHidden;
   }
 
-  // Neither infinity nor NaN among n numbers of `type`.
+  // Returns whether n elements of `type` are all finite.
   bool all_finite(DType type, const void* data, int64_t n) const {
     constexpr int64_t kPart = 256;
     if (type == kAccumulate<T>) {
@@ -188,11 +188,10 @@ class AttentionParts {
     return true;
   }
 
-  // The product `g` of weights with what is kept of expert e, a head of sequence b whose queries
-  // are p.num_tokens times `group` rows, again for the tokens whose result is not finite. A weight
-  // of zero times a value that is not finite is no zero, so that each of these tokens gets a copy
-  // in which what it may not see is zero. Products have the rows, hence the bits, that they have
-  // without.
+  // Repeats GEMM `g` of weights with the cache of expert e, a head of sequence b whose queries are
+  // p.num_tokens times `group` rows, for the tokens whose result is not finite. A weight of zero
+  // times a value that is not finite is no zero, so that each of these tokens gets a copy in which
+  // what it may not see is zero. Products have the rows, hence the bits, that they have without.
   void multiply_apart(const GroupedGemmParams& g, int64_t e, int64_t b, int64_t group) {
     const int64_t S = block_.num_tokens, width = g.out_features, rows = S * group;
     const int64_t first = g.expert_offsets[e], size = dtype_size(block_.type);
@@ -235,8 +234,8 @@ class AttentionParts {
     }
   }
 
-  // y = x + residual_scale * the last product, of `mixed` [tokens, width] of the type of x. `wide`
-  // is [tokens, H].
+  // Computes y = x + residual_scale * the output projection of `mixed` [tokens, width], which has
+  // the type of x. `wide` is [tokens, H].
   void finish(const char* mixed, int64_t width, T* wide) {
     const Block& p = block_;
     const int64_t H = p.hidden_size;
@@ -267,8 +266,8 @@ class AttentionParts {
     return m.is_bool ? static_cast<const char*>(m.data) + at : element(m.data, m.type, at);
   }
 
-  // The keys that the mask leaves to token t but for those that it hides before the first and after
-  // the last of them. A float mask hides by the lowest number of float16, or anything below.
+  // Returns the range from the first to the last key that the mask does not hide from token t. A
+  // float mask hides by the lowest number of float16, or anything below.
   Span span_of_mask(int64_t t) const {
     constexpr T kLowest = T(-65504);
     const AttentionMask& m = block_.mask;

@@ -72,8 +72,8 @@ class Step : AttentionParts<T> {
     this->norm(weight, p_.head_eps, heads, count, cols, cols, buffer_, factors_);
   }
 
-  // Queries of q_ over what is kept, to mixed_. Sequences go together where key heads of all of
-  // them are one distance apart.
+  // Computes attention of the queries q_ over the caches, into mixed_. Sequences are processed
+  // together if the key heads of all of them are evenly spaced.
   void attend() {
     const auto even = [&](const KeptHeads<void>& kept) {
       return kept.stride_batch == p_.kv_heads * kept.stride_head;
@@ -147,7 +147,7 @@ class Step : AttentionParts<T> {
 
 void attention_decode(const AttentionDecodeParams& p, const Parallel& par) {
   if (p.batch * p.num_tokens == 0) return;
-  // Of the products alone, in the units of GemmProblem.
+  // Cost of the GEMMs alone, in the units of GemmProblem.
   const double heads = static_cast<double>(p.heads + p.kv_heads) * p.head_size;
   const double keys = static_cast<double>(p.heads) * p.head_size * (p.start + p.num_tokens);
   const double cost = p.batch * p.num_tokens * (heads * p.hidden_size + keys) / 8;

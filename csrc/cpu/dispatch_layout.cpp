@@ -1,6 +1,5 @@
 // Two serial passes over the slots, as in sort_by_expert: count the rows of each rank, then place
-// them, which keeps tokens in order. What the rows find on their ranks is filled in by tokens, in
-// parallel.
+// them, which keeps tokens in order. The remaining entries are filled in per token, in parallel.
 #include "moe_ops/dispatch_layout.h"
 
 #include <vector>
@@ -16,7 +15,7 @@ int64_t index_at(const IndexMap& map, int64_t i) {
                    : static_cast<const int32_t*>(map.data)[i];
 }
 
-// The expert of a slot, of those that ranks have; -1: nowhere.
+// Returns the expert of a slot if a rank has it, else -1.
 int32_t expert_of(const DispatchLayoutParams& p, int64_t slot) {
   int64_t id = index_at(p.topk_ids, slot);
   if (id < 0 || id >= p.num_ids) return -1;

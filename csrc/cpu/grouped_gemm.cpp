@@ -26,7 +26,7 @@ GemmDesc<T> desc_of(const GroupedGemmParams& p) {
   return d;
 }
 
-// What becomes of sums.
+// Returns the epilogue that adds the bias and stores the sums.
 template <class T>
 auto store_to(const GroupedGemmParams& p) {
   return [&p](int64_t e, int64_t r, int64_t f, int64_t n, T* values, T*) {

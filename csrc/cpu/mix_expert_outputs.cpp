@@ -20,7 +20,7 @@ int64_t parts_of(const P& p) {
   return std::clamp<int64_t>(ceil_div(p.num_tokens, kMixTokens) / kMixPartBlocks, 1, kMixMostParts);
 }
 
-// Elementary operations of a token, in vectors.
+// Returns the elementary operations per token, in vectors.
 template <class P>
 double cost_of(const P& p) {
   return static_cast<double>(p.num_experts * p.size) * (4.0 + static_cast<double>(p.num_mixtures)) /
@@ -68,8 +68,8 @@ struct Padded {
   }
 };
 
-// y = factor * mixture from g, the gradient of y: g becomes that of the mixture, in `scaled`, and
-// that of the factor is added up over the tokens that share it.
+// Backpropagates y = factor * mixture from g, the gradient of y: writes the gradient of the mixture
+// to `scaled`, and adds the gradient of the factor up over the tokens that share it.
 template <class T>
 const T* through_factor(const MixExpertOutputsBwdParams& p, const Padded<T>& rows, int64_t t,
                         const T* w, const T* z, const T* g, T* buffer) {
@@ -94,7 +94,7 @@ const T* through_factor(const MixExpertOutputsBwdParams& p, const Padded<T>& row
   return scaled;
 }
 
-// The weights [M, E] of token t as T.
+// Returns the weights [M, E] of token t as T.
 template <class T, class P>
 const T* load_weights(const RowKernels<T>& k, const P& p, int64_t t, T* buffer) {
   const int64_t n = p.num_mixtures * p.num_experts;

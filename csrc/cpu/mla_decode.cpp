@@ -79,7 +79,7 @@ class Step : AttentionParts<T> {
   }
 
  private:
-  // Queries of q_ over what is kept, to mixed_.
+  // Computes attention of the queries q_ over the caches, into mixed_.
   void attend(int64_t q_size) {
     const int64_t n = p_.heads, r = p_.rank, rows = tokens_ * n;
     GroupedGemmParams of_heads;  // Expert h has head h of every token.
@@ -156,7 +156,7 @@ class Step : AttentionParts<T> {
     grouped_gemm(g, par_);
   }
 
-  // A matrix a sequence, with a row for each token.
+  // Returns the caches as one matrix per sequence, with a row for each token.
   ExpertMatrices matrices_of(const KeptHeads<void>& kept) const {
     return {kept.data, p_.type, kept.stride_batch, kept.stride_token, 1};
   }
@@ -172,7 +172,7 @@ class Step : AttentionParts<T> {
 
 void mla_decode(const MlaDecodeParams& p, const Parallel& par) {
   if (p.batch * p.num_tokens == 0) return;
-  // Of the products alone, in the units of GemmProblem.
+  // Cost of the GEMMs alone, in the units of GemmProblem.
   const double features = static_cast<double>(p.nope_size + p.value_size);
   const double made = features * p.rank + 2.0 * p.rank * (p.start + p.num_tokens);
   const double of_x = static_cast<double>(p.query_rank + p.rank + p.heads * p.value_size);

@@ -33,7 +33,7 @@ void run_blocks(const MoeLinearMapParams& p, const Parallel& par) {
     for (int64_t e = 0; e < E; ++e) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
       if (count == 0) continue;
-      multiply_rows(k, p.x.type, rows + r, count, p.in_features, weights.of(e), O,
+      multiply_rows(k, {p.x.type, rows + r, count, p.in_features}, weights.of(e), O,
                     vector_of(p.bias, e), c);
       row_kernels<T>().scatter_rows(c, padded(k, O), nullptr, {p.x.type, out + r, count, O});
     }
@@ -70,9 +70,13 @@ void run_blocks_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
       if (first && sums) chunks.begin(chunk, e, count);
       if (count == 0) continue;
-      multiply_gradients<T>(k, type, grads + r, O, tokens + r, H, nullptr, count,
-                            p.grad_w == nullptr ? nullptr : chunks.matrix_of(chunk, e), !first,
-                            weights.of(e), p.grad_x == nullptr ? nullptr : c + r * ld);
+      multiply_gradients<T>(k, {.grad = {type, grads + r, count, O},
+                                .x = {type, tokens + r, count, H},
+                                .scales = nullptr,
+                                .c = p.grad_w == nullptr ? nullptr : chunks.matrix_of(chunk, e),
+                                .accumulate = !first,
+                                .panels = weights.of(e),
+                                .dx = p.grad_x == nullptr ? nullptr : c + r * ld});
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
           row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);

@@ -31,7 +31,7 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
     T* c = scratch.take<T>(Scratch::kTile, n * ld);
     for (int64_t e = 0; e < E; ++e) {
       const int64_t r = b.offsets[e];
-      multiply_rows(k, type, rows + r, b.offsets[e + 1] - r, D, weights.of(e), H,
+      multiply_rows(k, {type, rows + r, b.offsets[e + 1] - r, D}, weights.of(e), H,
                     vector_of(p.bias, e), c + r * ld);
     }
     row_kernels<T>().combine_rows({.type = type,
@@ -81,9 +81,13 @@ void run_blocks_bwd(const MoeLinearReduceBwdParams& p, const Parallel& par) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
       if (first && sums) chunks.begin(chunk, e, count);
       if (count == 0) continue;
-      multiply_gradients(k, type, grads + r, H, h + r, D, weights + r, count,
-                         p.grad_w == nullptr ? nullptr : chunks.matrix_of(chunk, e), !first,
-                         matrices.of(e), slots ? c : nullptr);
+      multiply_gradients<T>(k, {.grad = {type, grads + r, count, H},
+                                .x = {type, h + r, count, D},
+                                .scales = weights + r,
+                                .c = p.grad_w == nullptr ? nullptr : chunks.matrix_of(chunk, e),
+                                .accumulate = !first,
+                                .panels = matrices.of(e),
+                                .dx = slots ? c : nullptr});
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
           row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
@@ -127,7 +131,7 @@ void run_rows(const MoeLinearReduceParams& p, const Parallel& par) {
   unpermute(combination(r, rows, acc, H, p.topk_weights, p.y, type), par);
 }
 
-// Gradients of slots and of their weights from u [rows, D].
+// Computes the gradients of slots and of their weights from u [rows, D].
 template <class T>
 void slot_gradients(const MoeLinearReduceBwdParams& p, const Routing& s, const RowMaps<T>& maps,
                     const T* u, const Parallel& par) {

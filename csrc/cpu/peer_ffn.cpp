@@ -57,12 +57,12 @@ struct TokenSlots {
         bytes(desc.hidden_size * dtype_size(desc.type)),
         vectors(arena.take<const void*>((G + 1) * K)),
         slots(arena.take<int32_t>(K)) {}
-  // Bytes of an arena.
+  // Returns the bytes of the arena of a thread.
   static int64_t needs(const PeerFfnDesc& d) {
     return d.routing.top_k * ((d.vectors() + 1) * 8 + 4) + 2 * 64;
   }
 
-  // down_first: v, then u; otherwise u, then v.
+  // Loads the vectors of token t: v, then u if down_first; otherwise u, then v.
   void load(int64_t t, bool down_first) {
     const IndexMap& map = d.routing.topk_ids;
     n = fetched = 0;
@@ -87,7 +87,7 @@ struct TokenSlots {
   void fetch_to(int64_t end) {
     for (end = std::min(end, (G + 1) * n); fetched < end; ++fetched) fetch(vectors[fetched], bytes);
   }
-  // out[i] = vector[first + i] . x
+  // Computes out[i] = vector[first + i] . x
   void dots(int64_t first, int64_t count, const T* x, T* out) {
     for (int64_t i = 0; i < count; i += kVectorsTogether) {
       const int64_t some = std::min(kVectorsTogether, count - i);
@@ -95,14 +95,14 @@ struct TokenSlots {
       k.dot_rows({d.type, vectors + first + i, some, H}, x, 0, out + i);
     }
   }
-  // sum += factors[i] * vector[first + i]
+  // Computes sum += factors[i] * vector[first + i]
   void add_up(int64_t first, int64_t count, const T* factors, T* sum) {
     for (int64_t i = 0; i < count; ++i) {
       fetch_to(first + i + kVectorsAhead);
       k.axpy(d.type, vectors[first + i], factors[i], sum, H);
     }
   }
-  // Numbers of the slots with an expert, to and from rows of all K.
+  // Copies elements of the slots with an expert to, and from, rows of all K.
   void spread(const T* from, T* to) const {
     std::fill(to, to + K, T(0));
     for (int64_t i = 0; i < n; ++i) to[slots[i]] = from[i];
@@ -112,7 +112,7 @@ struct TokenSlots {
   }
 };
 
-// Row t as T: where it lies, or a copy.
+// Returns row t as T: the row itself, or a copy.
 template <class T>
 const T* row_as(const RowKernels<T>& k, const Rows& rows, int64_t t, int64_t n, T* copy) {
   if (rows.type == kAccumulate<T>) return reinterpret_cast<const T*>(row_at(rows, t));
@@ -120,7 +120,7 @@ const T* row_as(const RowKernels<T>& k, const Rows& rows, int64_t t, int64_t n, 
   return copy;
 }
 
-// Elementary operations of a token's pass over its vectors.
+// Returns the elementary operations of a token's pass over its vectors.
 double cost_of(const PeerFfnDesc& d) {
   return static_cast<double>(d.routing.top_k * (d.vectors() + 1)) *
              (static_cast<double>(d.hidden_size) / 8 + 4) +
@@ -159,8 +159,8 @@ void run(const PeerFfnParams& p, const Parallel& par) {
   });
 }
 
-// By token: the gradients of x and of the weights, and the factors with which x and grad_y enter
-// the gradients of the tables, [T, G, K] and [T, K].
+// Computes, per token, the gradients of x and of the weights, and the factors [T, G, K] and [T, K]
+// of x and grad_y in the gradients of the tables.
 template <class T>
 void token_gradients(const PeerFfnBwdParams& p, const Parallel& par, T* up, T* down) {
   const PeerFfnDesc& d = p.desc;

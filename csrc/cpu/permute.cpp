@@ -10,8 +10,7 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Rows that have a slot, in the order of their slots, then their own; returns where those of each
-// token start.
+// Sorts the rows that have a slot by slot, then by row; returns where the rows of each token start.
 std::vector<int64_t> sort_rows_by_slot(const PermuteBwdParams& p, std::vector<int32_t>& rows) {
   const int64_t N = p.num_rows, T = p.num_tokens, K = p.top_k;
   const int32_t* slots = p.row_to_slot;

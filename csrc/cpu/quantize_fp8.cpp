@@ -18,7 +18,7 @@ void quantize_fp8(const QuantizeFp8Params& p, const Parallel& par) {
   });
 }
 
-// A group's columns become rows of 128 in cache, some at a time, and are quantised as such.
+// Transposes some of a group's columns at a time to rows of 128 in cache, and quantizes those rows.
 void quantize_fp8_columns(const QuantizeFp8ColumnsParams& p, const Parallel& par) {
   constexpr int64_t kLine = kFp8Block + 16;
   const int64_t D = p.row_length, G = fp8_groups(p.num_rows, p.num_experts), C = G * kFp8Block;

@@ -13,13 +13,14 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// With s the scores that the weights are made of (over all experts, or over the chosen when
-// topk_first), g the gradient of the weights and c the scaling factor:
+// Computes the gradient of logits. With s the scores that the weights are made of (over all
+// experts, or over the chosen when topk_first), g the gradient of the weights and c the scaling
+// factor:
 //   plain:        w_k = c s_k                       ds_k = c g_k
-//   renormalised: w_k = c s_k / R, R = sum s + eps  ds_k = c (g_k - A) / R, A = sum g_j s_j / R
+//   renormalized: w_k = c s_k / R, R = sum s + eps  ds_k = c (g_k - A) / R, A = sum g_j s_j / R
 // and then the gradient of the score function:
 //   softmax: dx_i = s_i (ds_i - D), D = sum s_j ds_j;   of one logit: dx_i = s'(x_i) ds_i
-// Renormalised, D = c A (1 - sum s / R) = c A eps / R: zero in exact arithmetic without eps, so it
+// Renormalized, D = c A (1 - sum s / R) = c A eps / R: zero in exact arithmetic without eps, so it
 // is taken from R - sum s, which is zero unless eps is felt.
 template <class T>
 void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
@@ -45,7 +46,7 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
     for (int64_t t = begin; t < end; t += kSoaTokens) {
       const int64_t m = std::min(kSoaTokens, end - t);
       soa.tokens = m;
-      logits_to_soa(kernel, p.type, p.router_logits, p.logits_stride, t, m, E, rows, x);
+      logits_to_soa(kernel, p, t, m, rows, x);
       to_soa(static_cast<const T*>(p.grad_weights) + t * K, K, m, K, grads, T(0));
       to_soa(p.topk_ids + t * K, K, m, K, ids, Key(-1));
       row.route_soa_bwd(soa);

@@ -45,7 +45,8 @@ WholeRows<T> whole_rows(const RowKernels<T>& k, DType type, const void* src, int
   return {buffer, pitch};
 }
 
-// Weights [E, H] with E and H rounded up; for all threads, in scratch of the calling one.
+// Returns the weights [E, H] with E and H rounded up, for all threads, in scratch memory of the
+// calling thread.
 template <class T>
 WholeRows<T> whole_weights(const RowKernels<T>& k, ScratchScope& scratch, DType type,
                            const void* weight, int64_t experts, int64_t hidden) {
@@ -93,9 +94,9 @@ void run(const RouterLinearParams& p, const Parallel& par) {
   });
 }
 
-// Weight gradients are summed over parts of the tokens, by sizes alone, and the parts added in
-// order: bits do not depend on threads. The sums of all parts are at most 4 MiB, unless one is
-// more.
+// Returns the tokens per part: weight gradients are summed over parts of the tokens, which depend
+// on sizes alone, and the parts are added in order, so results do not depend on the threads. The
+// sums of all parts take at most 4 MiB, unless one takes more.
 int64_t rows_of_part(const RouterLinearBwdParams& p) {
   const int64_t sums = std::max<int64_t>(1, p.num_experts * p.hidden_size);
   const int64_t parts =

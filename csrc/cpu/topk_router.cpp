@@ -62,7 +62,7 @@ class GroupLimit {
   }
 
  private:
-  // The inverse of make_keys; the key of NaN happens to give a NaN.
+  // Returns the inverse of make_keys; the key of NaN happens to give a NaN.
   static T value_of(Key k) {
     return __builtin_bit_cast(T, k < 0 ? k ^ std::numeric_limits<Key>::max() : k);
   }
@@ -75,7 +75,7 @@ class GroupLimit {
   int32_t* kept_;   // [num_topk_groups]
 };
 
-// Renormalised and scaled.
+// Renormalizes and scales the weights.
 template <class T>
 void finish_weights(const TopkRouterParams& p, T scale, T* weights) {
   if (p.renormalize) {
@@ -87,8 +87,8 @@ void finish_weights(const TopkRouterParams& p, T scale, T* weights) {
   for (int64_t k = 0; k < p.top_k; ++k) weights[k] *= scale;
 }
 
-// Few experts are less than the vectors and the calls of the way by rows are made for (4 experts:
-// 80 us for 512 tokens). Without a bias and groups, they are routed with a token in each lane.
+// Routes few experts with a token in each lane, without a bias and groups: rows of so few experts
+// would waste most of a vector.
 template <class T>
 void route_few(const TopkRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
@@ -110,7 +110,7 @@ void route_few(const TopkRouterParams& p, const Parallel& par) {
     soa.weights = weights;
     for (int64_t t = begin; t < end; t += kSoaTokens) {
       soa.tokens = std::min(kSoaTokens, end - t);
-      logits_to_soa(kernel, p.type, p.router_logits, p.logits_stride, t, soa.tokens, E, rows, x);
+      logits_to_soa(kernel, p, t, soa.tokens, rows, x);
       row.route_soa(soa);
       from_soa(weights, soa.tokens, K, static_cast<T*>(p.topk_weights) + t * K);
       from_soa(ids, soa.tokens, K, p.topk_ids + t * K);
@@ -141,7 +141,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const T inf = std::numeric_limits<T>::infinity();
 
   const int64_t ld = padded + kRowUnit;
-  // As many as an L2 holds with their scores and keys.
+  // An L2 holds this many tokens with their scores and keys.
   const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 10) / ld / 4, 1, kRouterRows);
   const int64_t bytes = (at_once * 2 * ld + padded + 2 * padded_k) * sizeof(T) +
                         at_once * 2 * ld * sizeof(Key) + 7 * 64 + GroupLimit<T>::scratch_bytes(p);

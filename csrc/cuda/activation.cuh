@@ -7,7 +7,7 @@
 
 namespace moe_ops::cuda {
 
-// kSwigluOai only.
+// For activations with has_limit; alpha for kSwigluOai.
 template <class T>
 struct ActLimits {
   T alpha, limit;
@@ -67,7 +67,7 @@ struct ValueSlope {
   T value, slope;
 };
 
-// a(x) and a'(x); of kSwigluOai the parts that the limits leave alone are in act_forward.
+// Returns a(x) and a'(x); the limits of kSwigluOai are applied in act_forward.
 template <Activation A, class T>
 __device__ __forceinline__ ValueSlope<T> activate(T x) {
   if constexpr (A == Activation::kSwiglu || A == Activation::kSilu) {
@@ -90,13 +90,14 @@ __device__ __forceinline__ ValueSlope<T> activate(T x) {
   }
 }
 
-// h = act(gate) * up, or act(gate) without a gate (up is not looked at then).
+// Returns h = act(gate) * up, or act(gate) for activations without a gate, which do not read up.
 template <Activation A, class T>
 __device__ __forceinline__ T act_forward(T gate, T up, const ActLimits<T>& p) {
-  if constexpr (A == Activation::kSwigluOai) {
+  if constexpr (has_limit(A)) {
     const T g = gate > p.limit ? p.limit : gate;
     T u = up > p.limit ? p.limit : up;
     u = u < -p.limit ? -p.limit : u;
+    if constexpr (A == Activation::kSwigluClamped) return u * g * sigmoid(g).value;
     return (u + T(1)) * g * sigmoid(p.alpha * g).value;
   } else if constexpr (is_gated(A)) {
     return activate<A, T>(gate).value * up;
@@ -113,14 +114,16 @@ struct ActGrads {
 
 template <Activation A, class T>
 __device__ __forceinline__ ActGrads<T> act_backward(T gate, T up, T dh, const ActLimits<T>& p) {
-  if constexpr (A == Activation::kSwigluOai) {
+  if constexpr (has_limit(A)) {
+    constexpr bool kOai = A == Activation::kSwigluOai;
+    const T alpha = kOai ? p.alpha : T(1);
     const T g = gate > p.limit ? p.limit : gate;
     T u = up > p.limit ? p.limit : up;
-    u = u < -p.limit ? -p.limit : u;
-    const Sigmoid<T> s = sigmoid(p.alpha * g);
-    const T dgate = dh * (u + T(1)) * s.value * (T(1) + p.alpha * g * s.rest);
+    u = (u < -p.limit ? -p.limit : u) + T(kOai ? 1 : 0);
+    const Sigmoid<T> s = sigmoid(alpha * g);
+    const T dgate = dh * u * s.value * (T(1) + alpha * g * s.rest);
     const T dup = dh * g * s.value;
-    return {(u + T(1)) * g * s.value, gate > p.limit ? T(0) : dgate,
+    return {u * g * s.value, gate > p.limit ? T(0) : dgate,
             up > p.limit || up < -p.limit ? T(0) : dup};
   } else {
     const ValueSlope<T> a = activate<A, T>(gate);

@@ -16,7 +16,7 @@
     }                                                              \
   } while (false)
 
-// The same for a launcher called by another.
+// Like the check above, for a launcher that another one calls: returns its status if it failed.
 #define MOE_TRY(call)                                  \
   do {                                                 \
     const ::moe_ops::cuda::Status moe_status = (call); \

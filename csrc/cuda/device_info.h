@@ -4,7 +4,7 @@
 
 namespace moe_ops::cuda {
 
-// device_info() asks again (simulator only: no other call may be under way).
+// Makes device_info() query the device again (simulator only: no other call may be running).
 void forget_device_info();
 
 }  // namespace moe_ops::cuda

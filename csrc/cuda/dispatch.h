@@ -1,5 +1,5 @@
-// From values known at run time to template arguments: the lambda is called with a tag whose type
-// (or constexpr value) carries the choice.
+// Maps run-time values to template arguments: the lambda is called with a tag whose type (or
+// constexpr value) holds the value.
 #pragma once
 
 #include <type_traits>
@@ -39,27 +39,13 @@ auto with_bool(bool value, Fn&& fn) {
 template <class Fn>
 auto with_activation(Activation kind, Fn&& fn) {
   switch (kind) {
-    case Activation::kSwiglu:
-      return fn(Constant<Activation::kSwiglu>{});
-    case Activation::kGeglu:
-      return fn(Constant<Activation::kGeglu>{});
-    case Activation::kGegluTanh:
-      return fn(Constant<Activation::kGegluTanh>{});
-    case Activation::kReglu:
-      return fn(Constant<Activation::kReglu>{});
-    case Activation::kSwigluOai:
-      return fn(Constant<Activation::kSwigluOai>{});
-    case Activation::kSilu:
-      return fn(Constant<Activation::kSilu>{});
-    case Activation::kGelu:
-      return fn(Constant<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return fn(Constant<Activation::kGeluTanh>{});
-    case Activation::kRelu:
-      return fn(Constant<Activation::kRelu>{});
-    default:
-      return fn(Constant<Activation::kRelu2>{});
+#define MOE_OPS_CASE(name, kind) \
+  case Activation::kind:         \
+    return fn(Constant<Activation::kind>{});
+    MOE_OPS_ACTIVATIONS(MOE_OPS_CASE)
+#undef MOE_OPS_CASE
   }
+  return fn(Constant<Activation::kSwiglu>{});
 }
 
 }  // namespace moe_ops::cuda

@@ -27,7 +27,7 @@ __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
 }
 
-// The expert of a slot, of those that ranks have; -1: nowhere.
+// Returns the expert of a slot if a rank has it, else -1.
 __device__ __forceinline__ int64_t expert_of(const Args& a, int64_t slot) {
   int64_t id = index_at(a.topk_ids, slot);
   if (id < 0 || id >= a.num_ids) return -1;

@@ -8,7 +8,7 @@
 
 namespace moe_ops::cuda {
 
-// The code nearest to f, ties to even. |f| is less than 464.
+// Returns the code nearest to f, ties to even. |f| is less than 464.
 __device__ __forceinline__ uint32_t e4m3_code(float f) {
   const uint32_t u = __float_as_uint(f);
   const uint32_t a = u & 0x7fffffffu, sign = u >> 24 & 0x80u;
@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t e4m3_code(float f) {
   return sign | (a < 0x3c800000u ? small : normal);
 }
 
-// How a block is quantised whose largest magnitude has the bits `most`. Magnitudes order like their
-// bits, infinity above all numbers and NaN above that.
+// Scale of a block whose largest magnitude has the bits `most`. Magnitudes have the order of their
+// bits, with infinity above all numbers and NaN above infinity.
 struct Fp8Scale {
   float inverse;  // what numbers are multiplied by; NaN where one of them is not finite
   float scale;
@@ -36,13 +36,13 @@ __device__ __forceinline__ uint32_t fp8_code(float v, const Fp8Scale& s) {
   return s.inverse == s.inverse ? e4m3_code(__fmul_rn(v, s.inverse)) : kFp8Nan;
 }
 
-// What a lane holds of a block of 128: four codes, first in the low byte, and the block's scale.
+// A lane's part of a block of 128: four codes, the first in the low byte, and the block's scale.
 struct Fp8Lane {
   uint32_t codes;
   float scale;
 };
 
-// A warp makes one block of codes of its 4 x 32 numbers (moe_ops/quantize_fp8.h).
+// Quantizes a warp's 4 x 32 elements to one block of codes (moe_ops/quantize_fp8.h).
 __device__ __forceinline__ Fp8Lane quantize_fp8_block(const float (&v)[4]) {
   uint32_t most = 0;
 #pragma unroll

@@ -6,8 +6,8 @@
 
 namespace moe_ops::cuda {
 
-// Columns c to c + V of gate and up in a row of gate_up. With halves they are one access each;
-// interleaved, two neighbouring accesses hold as many pairs.
+// Loads columns c to c + V of gate and up in a row of gate_up. With halves they are one access
+// each; interleaved, two neighboring accesses hold as many pairs.
 template <Activation A, class S, int V>
 __device__ __forceinline__ void load_gate_up(const S* row, int64_t c, int64_t size,
                                              bool interleaved, Wide<S, V>& gate, Wide<S, V>& up) {

@@ -55,7 +55,8 @@ __global__ void gated_act_bwd_kernel(const GatedActBwdParams p, ActLimits<Accumu
   }
 }
 
-// Whether every row of all three starts at a multiple of 16 bytes, and holds whole accesses.
+// Returns whether every row of all three starts at a multiple of 16 bytes and consists of whole
+// accesses.
 template <class S>
 bool aligned(int64_t intermediate_size, const void* a, const void* b, const void* c) {
   return intermediate_size % kVector<S> == 0 && rows_aligned(a, 0, 16) && rows_aligned(b, 0, 16) &&

@@ -1,5 +1,5 @@
-// How every kernel of the library is launched, so that all of them are known: runtime.h loads them
-// on a device and lists them.
+// Launch function of every kernel of the library, so that all of them are known: runtime.h loads
+// them on a device and lists them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,8 +37,8 @@ class Kernel {
     return 0;
   }
 
-  // Whether the code that the current device runs has griddepcontrol, which is there from
-  // compute_90 on: machine code for a newer card may come from the PTX of an older one.
+  // Returns whether the code that the current device runs has griddepcontrol, which exists from
+  // compute_90 on; machine code for a newer GPU may come from the PTX of an older one.
   static bool can_overlap() {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
@@ -73,7 +73,8 @@ struct Launch {
   bool overlaps = false;
 };
 
-// MOE_OPS_OVERLAP=off keeps every kernel behind the end of the one before. For measurements.
+// Returns whether kernels may overlap; MOE_OPS_OVERLAP=off starts every kernel after the end of the
+// previous one, for benchmarks.
 inline bool overlap_allowed() {
   const char* const value = std::getenv("MOE_OPS_OVERLAP");
   return value == nullptr || std::string_view(value) != "off";

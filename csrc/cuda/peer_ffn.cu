@@ -1,5 +1,5 @@
 // peer_ffn: a warp a slot takes the products of its expert's vectors with the token, then a warp a
-// stretch of a token's row adds up the vectors of w_down. Warps of a token's slots are neighbours,
+// stretch of a token's row adds up the vectors of w_down. Warps of a token's slots are neighbors,
 // so that its row is found in L1; a vector is read once, in whole lines.
 //
 // peer_ffn_bwd: the same two passes the other way round, then a warp a stretch of each row of the
@@ -22,26 +22,11 @@ constexpr int kRowsAtOnce = 4;  // under way together; divides kWarp
 template <class Fn>
 __device__ void with_activation_on_device(Activation kind, const Fn& fn) {
   switch (kind) {
-    case Activation::kSwiglu:
-      return fn(Constant<Activation::kSwiglu>{});
-    case Activation::kGeglu:
-      return fn(Constant<Activation::kGeglu>{});
-    case Activation::kGegluTanh:
-      return fn(Constant<Activation::kGegluTanh>{});
-    case Activation::kReglu:
-      return fn(Constant<Activation::kReglu>{});
-    case Activation::kSwigluOai:
-      return fn(Constant<Activation::kSwigluOai>{});
-    case Activation::kSilu:
-      return fn(Constant<Activation::kSilu>{});
-    case Activation::kGelu:
-      return fn(Constant<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return fn(Constant<Activation::kGeluTanh>{});
-    case Activation::kRelu:
-      return fn(Constant<Activation::kRelu>{});
-    default:
-      return fn(Constant<Activation::kRelu2>{});
+#define MOE_OPS_CASE(name, kind) \
+  case Activation::kind:         \
+    return fn(Constant<Activation::kind>{});
+    MOE_OPS_ACTIVATIONS(MOE_OPS_CASE)
+#undef MOE_OPS_CASE
   }
 }
 
@@ -55,13 +40,13 @@ __device__ const S* row_at(const Rows& rows, int64_t t) {
   return static_cast<const S*>(rows.data) + t * rows.stride;
 }
 
-// The expert of a slot, or -1.
+// Returns the expert of a slot, or -1.
 __device__ int64_t expert_of(const Routing& routing, int64_t slot) {
   const int64_t id = index_at(routing.topk_ids, slot);
   return id >= 0 && id < routing.num_experts ? id : -1;
 }
 
-// a . b of n elements, by a warp; in all its lanes.
+// Returns a . b of n elements, computed by a warp, in all its lanes.
 template <class S, int V>
 __device__ Accumulate<S> warp_dot(const S* a, const S* b, int64_t n) {
   Accumulate<S> sum = 0;
@@ -138,7 +123,8 @@ __global__ void product_gradients_kernel(const PeerFfnBwdParams p) {
 
 // --- sums of rows
 
-// sum += factor * row over the first `count` lanes in their order; each lane has a row, or none.
+// Computes sum += factor * row over the first `count` lanes in their order; each lane has a row, or
+// none.
 template <class S, int V>
 __device__ void add_rows(const S* row, Accumulate<S> factor, int count, int64_t first,
                          int64_t accesses, Wide<S, V> (&sum)[kSumStretch]) {
@@ -176,7 +162,8 @@ __device__ void store_sums(S* to, int64_t first, int64_t accesses,
   }
 }
 
-// out[t] = the sum over vectors g and slots k of factors[t * stride + g * K + k] * table[id, g].
+// Computes out[t] = the sum over vectors g and slots k of factors[t * stride + g * K + k] *
+// table[id, g].
 template <class S, int V>
 __global__ void vector_sums_kernel(const Routing routing, const NeuronTable table, int64_t vectors,
                                    int64_t hidden_size, const void* factors, int64_t stride,
@@ -198,7 +185,8 @@ __global__ void vector_sums_kernel(const Routing routing, const NeuronTable tabl
   store_sums<S, V>(static_cast<S*>(out) + t * hidden_size, first, accesses, sum);
 }
 
-// out[row, g] = the sum over slots of the row of factors[t * stride + g * K + k] * tokens[t].
+// Computes out[row, g] = the sum over slots of the row of factors[t * stride + g * K + k] *
+// tokens[t].
 template <class S, int V>
 __global__ void table_gradients_kernel(const Routing rows, const Rows tokens, int64_t vectors,
                                        int64_t hidden_size, const void* factors, int64_t stride,
@@ -225,7 +213,7 @@ __global__ void table_gradients_kernel(const Routing rows, const Rows tokens, in
 
 // --- launches
 
-// Whether rows of so many elements are whole accesses of 16 bytes from `data` on, whatever the
+// Returns whether rows of n elements consist of whole 16-byte accesses from `data` on, for every
 // multiple of the strides.
 template <class S>
 bool is_aligned(int64_t n, const void* data, int64_t stride, int64_t other_stride = 0) {

@@ -1,12 +1,12 @@
-// The four lanes of a quad, which hold neighbouring columns of a tensor core's sums.
+// The four lanes of a quad, which hold neighboring columns of a tensor core's sums.
 #pragma once
 
 #include <cstdint>
 
 namespace moe_ops::cuda {
 
-// r[b] of lane q becomes r[q] of lane b (within each quad). Its own inverse. All lanes of the warp
-// take part.
+// Moves r[b] of lane q to r[q] of lane b (within each quad); it is its own inverse. All lanes of
+// the warp take part.
 __device__ inline void quad_transpose(uint32_t (&r)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll

@@ -57,7 +57,7 @@ constexpr int kWarpRows = static_cast<int>(kFp8Block) / kColumnWarps;
 constexpr int kLine = static_cast<int>(kFp8Block) / 4 + 1;  // words; spreads columns over banks
 static_assert(kColumns == 2 * kWarp && kWarpRows % 4 == 0 && kWarpRows <= kWarp);
 
-// The rows of group g: those of the last expert whose first group is not after it.
+// Returns the rows of group g: those of the last expert whose first group is not after it.
 __device__ RowRange rows_of_group(const int32_t* offsets, int num_experts, int num_rows,
                                   int64_t g) {
   int low = 0, high = num_experts - 1;

@@ -8,7 +8,7 @@ namespace moe_ops::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The sum of all lanes, in every lane. Width: only within groups of so many lanes.
+// Returns the sum of all lanes, in every lane. Width: only within groups of so many lanes.
 template <int Width = kWarp, class T>
 __device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll
@@ -16,7 +16,7 @@ __device__ __forceinline__ T warp_sum(T v) {
   return v;
 }
 
-// NaN is passed over.
+// Returns the maximum, ignoring NaN.
 __device__ __forceinline__ float max_number(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double max_number(double a, double b) { return fmax(a, b); }
 
@@ -39,7 +39,7 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t v) {
   return static_cast<uint64_t>(best) << 32 | low;
 }
 
-// The sum of the lanes below this one.
+// Returns the sum of the lanes below this one.
 __device__ __forceinline__ int32_t warp_exclusive_sum(int32_t v, int lane) {
   int32_t sum = v;
 #pragma unroll

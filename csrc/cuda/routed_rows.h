@@ -24,8 +24,8 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// In the permuted order: rows [T, features] of tokens, rows [T, K, features] of slots, and rows [N,
-// features] that lie in that order already.
+// Return rows in the permuted order: rows [T, features] of tokens, rows [T, K, features] of slots,
+// and rows [N, features] that are already in that order.
 inline DeviceRows by_token(const Routing& r, const Rows& rows) {
   return {rows.data,   rows.type, rows.stride, r.row_to_slot, static_cast<int32_t>(r.top_k),
           r.num_tokens};
@@ -47,7 +47,7 @@ inline RowScale routing_scale(const Routing& r, const void* topk_weights) {
   return {topk_weights, r.row_to_slot, r.num_slots()};
 }
 
-// out = b a.
+// Returns the parameters of out = b a.
 inline GroupedGemmParams product(const Routing& r, const DeviceRows& a, const ExpertMatrices& b,
                                  int64_t out_features, int64_t in_features,
                                  const MutableDeviceRows& out) {
@@ -63,8 +63,8 @@ inline GroupedGemmParams product(const Routing& r, const DeviceRows& a, const Ex
   return g;
 }
 
-// y [T, features] of type y_type: the sum of each token's rows [N, features], by topk_weights
-// unless nullptr.
+// Computes y [T, features] of type y_type: the sum of each token's rows [N, features], weighted by
+// topk_weights unless nullptr.
 inline Status combine(const Routing& r, const void* rows, DType type, int64_t features,
                       const void* topk_weights, void* y, DType y_type, Stream stream) {
   UnpermuteParams u{};
@@ -91,7 +91,7 @@ struct WeightGradient {
   bool transposed = false;  // [E, in_features, out_features]
 };
 
-// scale: of the rows of either operand.
+// Computes a weight gradient. scale: factors of the rows of either operand.
 inline Status weight_gradient(const Routing& r, const DeviceRows& grad, int64_t out_features,
                               const DeviceRows& a, int64_t in_features, const RowScale& scale,
                               WeightGradient out, Stream stream) {
@@ -115,7 +115,7 @@ inline Status weight_gradient(const Routing& r, const DeviceRows& grad, int64_t 
   return grouped_gemm_wgrad(w, stream);
 }
 
-// Of biases [E, features]; nothing where `out` is nullptr.
+// Computes the gradient of biases [E, features] unless `out` is nullptr.
 inline Status bias_gradient(const Routing& r, const DeviceRows& grad, int64_t features,
                             const RowScale& scale, void* out, Stream stream) {
   if (out == nullptr) return 0;

@@ -61,8 +61,8 @@ struct Slots {
     return s;
   }
 
-  // fn(k, slot) of this lane's slots, one with no expert where there are no more: all lanes call
-  // fn as often.
+  // Calls fn(k, slot) for this lane's slots, padded with a slot without an expert, so that all
+  // lanes call fn equally often.
   template <class Fn>
   __device__ __forceinline__ void for_each_batch(Fn&& fn) const {
 #pragma unroll
@@ -87,7 +87,7 @@ struct Slots {
   }
 };
 
-// out[e] = value(x[e], the sum of term(slot) over the slots of e)
+// Computes out[e] = value(x[e], the sum of term(slot) over the slots of e).
 template <class S, class T, int N, class Term, class Value>
 __device__ __forceinline__ void write_row(const RegisterRow<T, N>& row, const Slots<T>& slots,
                                           S* out, Term&& term, Value&& value) {

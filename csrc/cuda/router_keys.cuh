@@ -1,4 +1,4 @@
-// What ranks experts: keys, and the logits they come from.
+// Keys that rank experts, and the logits they come from.
 #pragma once
 
 #include "cuda/vec.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ Key<T> key_of(T x) {
   return x == x ? key : Key<T>(1);
 }
 
-// The inverse, but for -0; the key of NaN gives a NaN.
+// Returns the value of a key, except for -0; the key of NaN gives a NaN.
 template <class T>
 __device__ __forceinline__ T value_of(Key<T> key) {
   constexpr Key<T> kSign = Key<T>(1) << (8 * sizeof(T) - 1);
@@ -53,7 +53,7 @@ __device__ __forceinline__ auto with_logit_type(DType type, Fn&& fn) {
   }
 }
 
-// What a row is read from.
+// Source of a row of logits.
 struct RowSource {
   const char* data;  // of the row
   DType type;
@@ -74,7 +74,7 @@ __device__ __forceinline__ RowSource row_source(const void* logits, DType type, 
   return {row, type, reinterpret_cast<uintptr_t>(row) % 16 == 0, static_cast<int32_t>(num_experts)};
 }
 
-// N neighbouring values from `first` on, of `size` there are; the others become `fill`.
+// Loads N neighboring values from `first` on; values at or past `size` become `fill`.
 template <int N, class S, class T>
 __device__ __forceinline__ void load_lane(const S* row, int first, int size, bool aligned, T fill,
                                           T (&x)[N]) {

@@ -24,7 +24,7 @@ struct Best {
   int32_t id;
 };
 
-// Over all lanes; of equal keys the smallest id.
+// Returns the best over all lanes; among equal keys, the smallest id.
 template <class T>
 __device__ __forceinline__ Best<T> warp_best(const Best<T>& mine) {
   const Key<T> key = warp_max(mine.key);
@@ -66,7 +66,7 @@ struct RegisterRow {
 
   __device__ __forceinline__ int first_id() const { return lane * N; }
 
-  // What can be said without reading.
+  // Sets what is known without reading the row.
   __device__ __forceinline__ void place(const RowSource& source) {
     lane = static_cast<int>(threadIdx.x % kWarp);
     num_experts = source.num_experts;
@@ -80,7 +80,7 @@ struct RegisterRow {
     });
   }
 
-  // fn(id, x) of the experts that there are.
+  // Calls fn(id, x) for all existing experts.
   template <class Fn>
   __device__ __forceinline__ void for_each(Fn&& fn) const {
 #pragma unroll
@@ -89,7 +89,7 @@ struct RegisterRow {
     }
   }
 
-  // Keys of ranked(x) + bias[id]; bias may be nullptr.
+  // Makes keys of ranked(x) + bias[id]; bias may be nullptr.
   template <class Fn>
   __device__ __forceinline__ void make_keys(const T* bias, Fn&& ranked) {
     T added[N] = {};
@@ -103,7 +103,7 @@ struct RegisterRow {
     }
   }
 
-  // out[id] = the value that this lane has for it, rounded to S.
+  // Stores this lane's values to out[id], rounded to S.
   template <class S>
   __device__ __forceinline__ void store(S* out, const T (&values)[N]) const {
     store_lane<N>(out, first_id(), num_experts, reinterpret_cast<uintptr_t>(out) % 16 == 0, values);
@@ -163,7 +163,7 @@ struct RegisterRow {
     for (int i = 0; i < N; ++i) key[i] = kept ? key[i] : 0;
   }
 
-  // Group g is ranked in lane g % 32, place g / 32.
+  // Limits the experts to the best groups; group g is ranked in lane g % 32, place g / 32.
   __device__ __forceinline__ void limit_any_groups(const GroupRule& rule, int size) {
     Key<T> group_key[N];
 #pragma unroll
@@ -270,7 +270,7 @@ struct MemoryRow {
       }
     }
     __syncwarp();
-    // What was taken is marked: the groups with a key are the losers.
+    // Selected groups are marked: the groups that still have a key were not selected.
     for (int32_t e = lane; e < num_experts; e += kWarp) {
       if (group_key[e / size] != 0) key[e] = 0;
     }

@@ -1,4 +1,4 @@
-// How rows are cut into blocks. Plain C++: no CUDA type, testable on any machine.
+// Partition of rows into blocks. Plain C++: no CUDA type, testable on any machine.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct RowBlocks {
   unsigned x, y, z;
 };
 
-// `accesses` of a row, `stretch` of them a block.
+// Returns the grid for rows of `accesses` accesses, `stretch` of them per block.
 inline RowBlocks row_blocks(int64_t rows, int64_t accesses, int64_t stretch) {
   const int64_t stretches = ceil_div(accesses, stretch);
   const int64_t z = ceil_div(stretches, kMostStretches);

@@ -7,14 +7,14 @@
 
 namespace moe_ops::cuda {
 
-// The entry of row r < end of the permuted order in the map of its rows, or -1. Rows are counted in
-// 32 bits, as offsets and maps are; addresses are not.
+// Returns the entry of row r < end of the permuted order in the map of its rows, or -1. Rows are
+// counted in 32 bits, as offsets and maps are; addresses are not.
 template <class RowsT>
 __device__ int source_index(const RowsT& rows, int r, int end) {
   return r >= end ? -1 : rows.index == nullptr ? r : rows.index[r];
 }
 
-// Where the row with such an entry lies in its matrix, or -1.
+// Returns the index of the row with such an entry in its matrix, or -1.
 template <class RowsT>
 __device__ int indexed_source(const RowsT& rows, int entry) {
   if (rows.index != nullptr && rows.index_divisor != 1 && entry > 0) entry /= rows.index_divisor;
@@ -27,7 +27,7 @@ __device__ const T* indexed_row(const DeviceRows& rows, int entry) {
   return source < 0 ? nullptr : static_cast<const T*>(rows.data) + source * rows.stride;
 }
 
-// Where row r of the permuted order lies in its matrix, or -1.
+// Returns the index of row r of the permuted order in its matrix, or -1.
 template <class RowsT>
 __device__ int source_row(const RowsT& rows, int r) {
   return indexed_source(rows, source_index(rows, r, r + 1));
@@ -54,7 +54,7 @@ __device__ inline RowRange expert_rows(const int32_t* offsets, int e, int num_ro
   return {begin, min(max(offsets[e + 1], begin), num_rows)};
 }
 
-// The number `ordinal` of the experts that have rows, or -1. All lanes of a warp ask together.
+// Returns expert number `ordinal` of those that have rows, or -1. All lanes of a warp take part.
 __device__ inline int expert_with_rows(const int32_t* offsets, int num_experts, int num_rows,
                                        int ordinal) {
   constexpr int kEach = 4;  // experts of a lane
@@ -91,7 +91,7 @@ __device__ inline int expert_with_rows(const int32_t* offsets, int num_experts, 
   return -1;
 }
 
-// The expert of row r < offsets[E].
+// Returns the expert of row r < offsets[E].
 __device__ inline int64_t expert_of_row(const int32_t* offsets, int64_t num_experts, int64_t r) {
   int64_t low = 0, high = num_experts - 1;  // the first e with r < offsets[e + 1]
   while (low < high) {
@@ -105,7 +105,7 @@ __device__ inline int64_t expert_of_row(const int32_t* offsets, int64_t num_expe
   return low;
 }
 
-// This lane's part of <bias[e(r)], grad_y[r]>.
+// Returns this lane's part of <bias[e(r)], grad_y[r]>.
 template <class S>
 __device__ Accumulate<S> bias_dot(const ExpertVectors& bias, const DeviceRows& grad_y,
                                   const int32_t* offsets, int64_t num_experts, int64_t r,

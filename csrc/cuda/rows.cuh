@@ -11,17 +11,17 @@ namespace moe_ops::cuda {
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 
-// The row of this warp; the same in all its lanes.
+// Returns the row of this warp; the same in all its lanes.
 __device__ __forceinline__ int64_t warp_row() {
   return static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
 }
 
-// The stretch of this block.
+// Returns the stretch of this block.
 __device__ __forceinline__ int64_t row_stretch() {
   return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
 }
 
-// The first access of this lane; its next ones are kWarp further each.
+// Returns the first access of this lane; its next ones are kWarp further each.
 template <int Stretch>
 __device__ __forceinline__ int64_t lane_access() {
   return row_stretch() * (kWarp * Stretch) + lane_id();
@@ -43,7 +43,7 @@ __device__ __forceinline__ int64_t index_at(const IndexMap& map, int64_t i) {
                    : static_cast<const int32_t*>(map.data)[i];
 }
 
-// Rows that have an expert: expert_offsets[E], held to [0, num_rows].
+// Returns the number of rows that have an expert: expert_offsets[E], clamped to [0, num_rows].
 __device__ __forceinline__ int64_t valid_rows(const int32_t* expert_offsets, int64_t num_experts,
                                               int64_t num_rows) {
   const int64_t n = expert_offsets[num_experts];

@@ -107,7 +107,7 @@ const StreamSource& stream_source() {
 
 namespace {
 
-// Kernels are added by the initialisers of static variables, in no order that is known.
+// Returns the list of kernels. The initializers of static variables add to it in unspecified order.
 std::vector<const void*>& kernels() {
   static std::vector<const void*> all;
   return all;

@@ -31,8 +31,8 @@ const DeviceInfo& device_info();
 // has to wait for such an SM would run after all the others.
 int usable_sms();
 
-// 0, unless the environment variable MOE_OPS_SM_MARGIN is a number, or set_sm_margin was called.
-// One setting of the process.
+// Returns the process-wide margin: 0, unless the environment variable MOE_OPS_SM_MARGIN is a number
+// or set_sm_margin was called.
 int sm_margin();
 void set_sm_margin(int sms);
 
@@ -69,7 +69,7 @@ struct KernelInfo {
 };
 std::vector<KernelInfo> kernel_infos();
 
-// Version of the runtime this was compiled with, 13000 for 13.0.
+// Returns the version of the runtime this was compiled with, 13000 for 13.0.
 int runtime_version();
 
 // Makes [p, p + bytes) device memory (simulator only).

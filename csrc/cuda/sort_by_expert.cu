@@ -23,8 +23,8 @@ constexpr int64_t kOneBlockSlots = 4096;
 constexpr int64_t kSharedBytes = 47 * 1024;      // of tables; a block has 48 KiB without asking
 constexpr int64_t kMaxTable = int64_t{1} << 22;  // counts of all blocks, where E is huge
 
-// How a sort is cut up. A table has a count for each part and bucket; it lies in shared memory, or
-// for more than 12000 experts in the workspace, after the counts.
+// Partition of a sort. A table has a count for each part and bucket; it is in shared memory, or for
+// more than 12000 experts in the workspace, after the counts.
 struct Plan {
   int parts;  // of a block
   int warps;
@@ -101,7 +101,8 @@ __global__ void count_kernel(const Args a) {
 
 // --- 2
 
-// The sum of `v` over lower threads, and over all of them in `total`. `sums` has kMaxWarps entries.
+// Returns the sum of `v` over lower threads, and sets `total` to the sum over all threads. `sums`
+// has kMaxWarps entries.
 __device__ int32_t block_exclusive_sum(int32_t v, int32_t* sums, int32_t& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int32_t below = warp_exclusive_sum(v, lane);
@@ -114,7 +115,7 @@ __device__ int32_t block_exclusive_sum(int32_t v, int32_t* sums, int32_t& total)
   return before + below;
 }
 
-// Turns the counts of this block's parts into the first row of each (part, bucket).
+// Converts the counts of this block's parts to the first row of each (part, bucket).
 __device__ void find_first_rows(const Args& a, int32_t* table, int32_t* sums) {
   const int buckets = a.num_experts + 1;
   int32_t start = 0;  // of the first bucket of the round

@@ -33,7 +33,7 @@ struct RegisterSlots {
     }
   }
 
-  // weight = fn(id, weight)
+  // Sets weight = fn(id, weight).
   template <class Fn>
   __device__ __forceinline__ void update(int lane, int64_t top_k, Fn&& fn) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // A warp a token; experts are taken out one at a time, best first, until they gather top_p of the
 // probability. Slot k is lane k % 32's; a full batch of 32 goes to the outputs, from where the same
-// lane takes it again if the weights are to be renormalised.
+// lane takes it again if the weights are to be renormalized.
 #include "cuda/launch.h"
 #include "cuda/router_row.cuh"
 #include "moe_ops/topp_router.h"

@@ -3,7 +3,7 @@
 //
 // unpermute_bwd: a warp a slot; it writes the slot's row of grad_rows and, in the same sweep, takes
 // the scalar product for the weight. grad_y is read once a slot, K times in all: the warps of a
-// token's slots are neighbours, and all but the first find it in L1 or L2. A launch before it finds
+// token's slots are neighbors, and all but the first find it in L1 or L2. A launch before it finds
 // the first and the last slot of each row: the first one's warp writes the row, those between them
 // are looked for, and a row without any is written by the warp of its number: there are as many
 // warps as slots, or as rows where these are more.
@@ -144,7 +144,7 @@ Status launch(const UnpermuteParams& p, Stream stream) {
 
 // --- backward
 
-// The gradient of a row that several slots name, in their order. The whole warp calls it.
+// Sums the gradient of a row that several slots refer to, in their order. The whole warp calls it.
 template <class S, int V>
 __device__ void sum_slots(const UnpermuteBwdParams& p, int64_t row, int64_t first, int64_t end,
                           S* to) {

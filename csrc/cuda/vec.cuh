@@ -14,7 +14,7 @@ namespace moe_ops::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-// What sums of elements of type S run in.
+// Type in which elements of type S are summed.
 template <class S>
 struct AccumulateOf {
   using type = float;
@@ -83,7 +83,7 @@ struct Wide {
   Accumulate<S> v[N];
 };
 
-// The same as they lie in memory: loads that are to be under way together take fewer registers so.
+// N elements of S in their memory format: loads in flight together take fewer registers that way.
 template <class S, int N>
 struct Packed {
   Raw<N * sizeof(S)> raw;
@@ -152,7 +152,7 @@ __device__ __forceinline__ void store_wide(S* p, const Wide<S, N>& values) {
   *reinterpret_cast<Raw<N * sizeof(S)>*>(p) = pack(values).raw;
 }
 
-// Whether rows `stride` bytes apart from `p` on all start at a multiple of `bytes`.
+// Returns whether rows `stride` bytes apart from `p` on all start at a multiple of `bytes`.
 inline bool rows_aligned(const void* p, int64_t stride, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0 && stride % bytes == 0;
 }

@@ -2,8 +2,8 @@
 // CPU, settings and memory of the process. python/moe_ops/_library.py declares them again, for
 // ctypes; csrc/README.md says why they are neither ops nor a module of Python's C API.
 //
-// Text is UTF-8 and lives as long as the process; a null pointer is None. What is a list is given
-// to a callback, entry by entry.
+// Text is UTF-8 and lives as long as the process; a null pointer is None. Lists are passed to a
+// callback, entry by entry.
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -29,7 +29,7 @@ using namespace moe_ops;
 
 MOE_FOR_PYTHON const char* moe_ops_version() noexcept { return MOE_OPS_VERSION; }
 
-// A line for each fact: its name, a tab, its value.
+// Returns a line for each fact: its name, a tab, its value.
 MOE_FOR_PYTHON const char* moe_ops_build_info() noexcept {
   return "version\t" MOE_OPS_VERSION            // of the package
          "\nbuild_torch\t" MOE_OPS_BUILD_TORCH  // whose headers were used
@@ -45,7 +45,7 @@ MOE_FOR_PYTHON const char* moe_ops_detected_isa() noexcept {
   return cpu::isa_name(cpu::detected_isa());
 }
 
-// Names, lowest first, with a space between them.
+// Returns the names, lowest first, separated by spaces.
 MOE_FOR_PYTHON const char* moe_ops_supported_isas() noexcept {
   static const std::string names = [] {
     std::string all;
@@ -60,7 +60,8 @@ MOE_FOR_PYTHON const char* moe_ops_isa_warning() noexcept {
   return warning.c_str();
 }
 
-// Null, or the kernel that fails its self-test of entry `isa` of the supported ones.
+// Returns null, or the kernel that fails the self-test of entry `isa` of the supported instruction
+// sets.
 MOE_FOR_PYTHON const char* moe_ops_failing_kernel(int isa) noexcept {
   return cpu::failing_kernel(static_cast<cpu::Isa>(isa));
 }
@@ -84,7 +85,8 @@ MOE_FOR_PYTHON void moe_ops_set_batch_invariant(bool on) noexcept { set_batch_in
 
 // ---- memory
 
-// Bytes of one expert [O, K] as pack_experts lays it out; -1 for a type that it does not take.
+// Returns the bytes of one expert [O, K] as pack_experts lays it out; -1 for a type that it does
+// not take.
 MOE_FOR_PYTHON int64_t moe_ops_packed_expert_bytes(const char* dtype, int64_t out_features,
                                                    int64_t in_features, bool halves) noexcept {
   constexpr std::pair<std::string_view, DType> kTypes[] = {{"float64", DType::kFloat64},
@@ -118,21 +120,22 @@ using EachKernel = void (*)(const char* name, const char* error, int compiled_fo
 MOE_FOR_PYTHON int moe_ops_sm_margin() noexcept { return cuda::sm_margin(); }
 MOE_FOR_PYTHON void moe_ops_set_sm_margin(int sms) noexcept { cuda::set_sm_margin(sms); }
 
-// The library that torch's current stream is asked of, null if torch has loaded none, and whether
-// it answers.
+// Returns the library that provides torch's current stream, null if torch has loaded none;
+// `answers` is set to whether it does.
 MOE_FOR_PYTHON const char* moe_ops_stream_source(bool* answers) noexcept {
   const cuda::StreamSource& source = cuda::stream_source();
   *answers = source.current != nullptr;
   return source.library;
 }
 
-// Null, or why a device cannot be made current. A thread has no context before that.
+// Returns null, or the reason why a device cannot be made current. A thread has no context before
+// that.
 MOE_FOR_PYTHON const char* moe_ops_bind_device(int device) noexcept {
   const cuda::Status status = cuda::bind_device(device);
   return status == 0 ? nullptr : cuda::error_string(status);
 }
 
-// Every kernel on the current device; what KernelInfo holds.
+// Passes every kernel on the current device to `each`, with the fields of KernelInfo.
 MOE_FOR_PYTHON void moe_ops_cuda_kernels(EachKernel each) noexcept {
   for (const cuda::KernelInfo& k : cuda::kernel_infos()) {
     each(k.name.c_str(), k.status == 0 ? nullptr : cuda::error_string(k.status), k.compiled_for,

@@ -11,17 +11,20 @@
 namespace moe_ops::adapter {
 
 inline constexpr std::pair<const char*, Activation> kActivations[] = {
-    {"swiglu", Activation::kSwiglu},
-    {"geglu", Activation::kGeglu},
-    {"geglu_tanh", Activation::kGegluTanh},
-    {"reglu", Activation::kReglu},
-    {"swiglu_oai", Activation::kSwigluOai},
-    {"silu", Activation::kSilu},
-    {"gelu", Activation::kGelu},
-    {"gelu_tanh", Activation::kGeluTanh},
-    {"relu", Activation::kRelu},
-    {"relu2", Activation::kRelu2},
+#define MOE_OPS_PAIR(name, kind) {name, Activation::kind},
+    MOE_OPS_ACTIVATIONS(MOE_OPS_PAIR)
+#undef MOE_OPS_PAIR
 };
+
+// Returns the names of the activations, separated by commas.
+inline std::string activation_names(bool gated_only) {
+  std::string names;
+  for (const auto& [name, kind] : kActivations) {
+    if (gated_only && !is_gated(kind)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(name);
+  }
+  return names;
+}
 
 inline ActivationParams check_activation(const Op& op, const std::string& name, bool interleaved,
                                          double alpha, double limit, bool gated_only) {
@@ -32,8 +35,7 @@ inline ActivationParams check_activation(const Op& op, const std::string& name, 
     MOE_CHECK(limit > 0, op, ": limit must be positive, got ", limit, ".");
     return {kind, interleaved, alpha, limit};
   }
-  fail(op, ": activation must be one of swiglu, geglu, geglu_tanh, reglu, swiglu_oai",
-       gated_only ? "" : ", silu, gelu, gelu_tanh, relu, relu2", ", got '", name, "'.");
+  fail(op, ": activation must be one of ", activation_names(gated_only), ", got '", name, "'.");
 }
 
 }  // namespace moe_ops::adapter

@@ -17,7 +17,7 @@ struct Plan {
   std::vector<int32_t> order;
 };
 
-// Not gated, or none at all.
+// Sets the activation, which must not be gated, or none.
 void set_activation(const Op& op, const std::string& name, AllExpertsFfnSizes& s) {
   s.has_act = name != "none";
   s.act = Activation::kRelu;
@@ -76,9 +76,20 @@ void check_bias(const Op& op, const char* name, const OptTensor& bias, const Ten
   check_size(op, name, *bias, 1, features, "its expert's features");
 }
 
-Tensor forward(const Op& op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
-               const Tensor& input_ids, const OptTensor& b_up, const OptTensor& b_down,
-               const std::string& activation, Tensor* preact) {
+// Arguments of a forward call.
+struct Inputs {
+  const Tensor& x;          // [T, G, H]
+  const Tensor& w_up;       // [E, I, H]
+  const Tensor& w_down;     // [E, O, I]
+  const Tensor& input_ids;  // [E]
+  const OptTensor& b_up;    // [E, I] or none
+  const OptTensor& b_down;  // [E, O] or none
+  const std::string& activation;
+};
+
+// Runs the forward. preact: kept for a backward; nullptr in inference.
+Tensor forward(const Op& op, const Inputs& in, Tensor* preact) {
+  const auto& [x, w_up, w_down, input_ids, b_up, b_down, activation] = in;
   const Plan plan = plan_of(op, x, w_up, w_down, input_ids, activation);
   const AllExpertsFfnSizes& s = plan.size;
   check_bias(op, "b_up", b_up, x, s.num_experts, s.intermediate_size, "[E, I]");
@@ -103,7 +114,8 @@ Tensor forward(const Op& op, const Tensor& x, const Tensor& w_up, const Tensor& 
 Tensor all_experts_ffn(const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                        const Tensor& input_ids, const OptTensor& b_up, const OptTensor& b_down,
                        std::string activation) {
-  return forward("all_experts_ffn", x, w_up, w_down, input_ids, b_up, b_down, activation, nullptr);
+  return forward("all_experts_ffn", {x, w_up, w_down, input_ids, b_up, b_down, activation},
+                 nullptr);
 }
 
 std::tuple<Tensor, Tensor> all_experts_ffn_fwd(const Tensor& x, const Tensor& w_up,
@@ -114,7 +126,7 @@ std::tuple<Tensor, Tensor> all_experts_ffn_fwd(const Tensor& x, const Tensor& w_
   plan_of(kOp, x, w_up, w_down, input_ids, activation);  // checks before memory
   Tensor preact =
       empty_cpu(kOp, {w_up.size(0), x.size(0), w_up.size(1)}, accumulate_type(x.scalar_type()));
-  Tensor y = forward(kOp, x, w_up, w_down, input_ids, b_up, b_down, activation, &preact);
+  Tensor y = forward(kOp, {x, w_up, w_down, input_ids, b_up, b_down, activation}, &preact);
   return {y, preact};
 }
 

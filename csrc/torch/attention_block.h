@@ -1,4 +1,4 @@
-// What blocks of attention on a few new tokens are given, whatever their projections are.
+// Operands that blocks of attention on a few new tokens share, whatever their projections are.
 #pragma once
 
 #include <cmath>
@@ -42,7 +42,8 @@ inline Kept kept_heads(const Op& op, const char* name, const Tensor& t, const Te
   return kept;
 }
 
-// Numbers that kernels for x can read: those for float64 read nothing else, the others all else.
+// Returns `t` in a type that kernels for x can read: kernels for float64 read only float64, the
+// others all other types.
 inline Tensor readable(const Tensor& t, const Tensor& x) {
   const bool wide = x.scalar_type() == ScalarType::Double;
   if ((t.scalar_type() == ScalarType::Double) == wide) return with_dense_rows(t);
@@ -53,7 +54,8 @@ inline int64_t stride_unless_one(const Tensor& t, int64_t d) {
   return t.size(d) == 1 ? 0 : t.stride(d);
 }
 
-// x [B, S, H] and the position of its tokens; the number of tokens that are kept afterwards.
+// Sets x's sizes [B, S, H] and the position of its tokens; returns the number of cached tokens
+// after the call.
 inline int64_t take_tokens(const Op& op, AttentionBlock& p, const Tensor& x, int64_t start) {
   p.type = check_float(op, "x", x);
   check_dim(op, "x", x, 3, "[B, S, H]");
@@ -77,6 +79,19 @@ inline void check_angles(const Op& op, const char* name, const Tensor& t, const 
             " angles a token, got shape ", shape_string(t), ".");
 }
 
+// Arguments of a block that do not depend on its projections.
+struct BlockInputs {
+  const Tensor& x;               // [B, S, H]
+  const OptTensor& norm_weight;  // [H] or none: no norm
+  double eps;
+  const Tensor& cos;       // [B or 1, S, r], r at least half the rotary size
+  const Tensor& sin;       // like cos
+  const OptTensor& mask;   // [B or 1, 1, S, start + S], bool or added to scores, or none
+  const OptTensor& sinks;  // [heads] or none
+  double scale;            // of the scores
+  double residual_scale;   // of the block's output before x is added
+};
+
 // Operands of a block, and what keeps their memory alive.
 struct BlockOperands {
   Tensor x, cos, sin;
@@ -87,11 +102,10 @@ inline const void* data_of(const OptTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// Everything of the block but tokens, heads, `half` and the last product, which `p` has already.
-inline BlockOperands take_block(const Op& op, AttentionBlock& p, const Tensor& x,
-                                const OptTensor& norm_weight, double eps, const Tensor& cos,
-                                const Tensor& sin, const OptTensor& mask, const OptTensor& sinks,
-                                double scale, double residual_scale) {
+// Checks and sets everything but tokens, heads, `half` and the output projection, which `p` has
+// already.
+inline BlockOperands take_block(const Op& op, AttentionBlock& p, const BlockInputs& in) {
+  const auto& [x, norm_weight, eps, cos, sin, mask, sinks, scale, residual_scale] = in;
   check_vector(op, "norm_weight", norm_weight, x, p.hidden_size, "H");
   MOE_CHECK(eps >= 0, op, ": eps must be at least 0, got ", eps, ".");
   check_angles(op, "cos", cos, x, p.half);

@@ -32,15 +32,15 @@ Tensor attention_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_k, c
   check_size(kOp, "values", values, 1, p.kv_heads, "m");
   check_size(kOp, "values", values, 3, d, "d");
   const int64_t H = p.hidden_size, kv_width = p.kv_heads * d;
-  const Dense q = dense_layer(kOp, "w_q", w_q, w_q_scale, b_q, x, p.type, -1, H);
+  const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q}, x, p.type, -1, H);
   const int64_t q_width = q.layer.out_features;
   MOE_CHECK(q_width > 0 && q_width % kv_width == 0, kOp,
             ": w_q must have a multiple of m d = ", kv_width, " features, got shape ",
             shape_string(w_q), ".");
   p.heads = q_width / d;
-  const Dense k = dense_layer(kOp, "w_k", w_k, w_k_scale, b_k, x, p.type, kv_width, H);
-  const Dense v = dense_layer(kOp, "w_v", w_v, w_v_scale, b_v, x, p.type, kv_width, H);
-  const Dense o = dense_layer(kOp, "w_o", w_o, w_o_scale, b_o, x, p.type, H, q_width);
+  const Dense k = dense_layer(kOp, {"w_k", w_k, w_k_scale, b_k}, x, p.type, kv_width, H);
+  const Dense v = dense_layer(kOp, {"w_v", w_v, w_v_scale, b_v}, x, p.type, kv_width, H);
+  const Dense o = dense_layer(kOp, {"w_o", w_o, w_o_scale, b_o}, x, p.type, H, q_width);
   MOE_CHECK(head_eps >= 0, kOp, ": head_eps must be at least 0, got ", head_eps, ".");
   MOE_CHECK(q_norm.has_value() == k_norm.has_value(), kOp,
             ": q_norm and k_norm must be given together, got one.");
@@ -55,8 +55,16 @@ Tensor attention_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_k, c
   MOE_CHECK(rotary_size >= 0 && rotary_size <= d && rotary_size % 2 == 0, kOp,
             ": rotary_size must be even and from 0 to d = ", d, ", got ", rotary_size, ".");
   p.half = rotary_size / 2;
-  const BlockOperands own =
-      take_block(kOp, p, x, norm_weight, eps, cos, sin, mask, sinks, scale, residual_scale);
+  const BlockOperands own = take_block(kOp, p,
+                                       {.x = x,
+                                        .norm_weight = norm_weight,
+                                        .eps = eps,
+                                        .cos = cos,
+                                        .sin = sin,
+                                        .mask = mask,
+                                        .sinks = sinks,
+                                        .scale = scale,
+                                        .residual_scale = residual_scale});
   p.query = q.layer;
   p.key = k.layer;
   p.value = v.layer;

@@ -24,7 +24,8 @@ inline void check_vector(const Op& op, const char* name, const OptTensor& t, con
   check_size(op, name, *t, 0, size, what);
 }
 
-// The name of a format of grouped_gemm_quantized that blocks do not take, or "" for any other pair.
+// Returns the name of a format of grouped_gemm_quantized that blocks do not support, or "" for any
+// other pair.
 inline std::string refused_format(const Tensor& w, const OptTensor& scale) {
   const ScalarType dtype = w.scalar_type();
   if (dtype == ScalarType::Float8_e4m3fn) return "fp8 in blocks";
@@ -73,10 +74,18 @@ inline Dense quantized_layer(const Op& op, const std::string& scale_name, const 
   return out;
 }
 
-// w [features, depth] with its scale and bias; features -1: any number.
-inline Dense dense_layer(const Op& op, const char* name, const Tensor& w, const OptTensor& scale,
-                         const OptTensor& bias, const Tensor& x, DType type, int64_t features,
-                         int64_t depth) {
+// The weight of a layer, with what belongs to it.
+struct LayerWeights {
+  const char* name;        // "w_..."; the scale and the bias are named after it
+  const Tensor& w;         // [features, depth], or codes of it
+  const OptTensor& scale;  // beside codes
+  const OptTensor& bias;   // [features] or none
+};
+
+// Checks a layer on x, which has type `type`; features -1: any number.
+inline Dense dense_layer(const Op& op, const LayerWeights& weights, const Tensor& x, DType type,
+                         int64_t features, int64_t depth) {
+  const auto& [name, w, scale, bias] = weights;
   const std::string what = name, scale_name = what + "_scale";
   check_device(op, name, w);
   const ScalarType dtype = w.scalar_type();

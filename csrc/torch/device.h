@@ -1,4 +1,4 @@
-// What CUDA adapters need: device outputs, the current stream, launch errors, registration. An
+// Helpers of CUDA adapters: device outputs, the current stream, launch errors, registration. An
 // adapter never reads device memory and never waits for the device.
 #pragma once
 
@@ -16,7 +16,8 @@
 
 namespace moe_ops::adapter {
 
-// An uninitialised tensor on the device of `like`. On the simulator it is filled with NaN bytes.
+// Returns an uninitialized tensor on the device of `like`; on the simulator it is filled with NaN
+// bytes.
 Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                     ScalarType dtype);
 
@@ -32,8 +33,8 @@ inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& sizes
                       dtype);
 }
 
-// Rows of tokens as launchers take them, the last dimension dense. In the batch-invariant mode rows
-// of whole 16 bytes also start on 16, as those of a new tensor do: a copy where they do not, since
+// Returns rows of tokens for launchers, the last dimension dense. In batch-invariant mode rows of
+// whole 16 bytes also start on 16, like those of a new tensor, and are copied if they do not, since
 // where a tensor lies must not choose between TMA and mma.sync.
 Tensor token_rows(const Tensor& t);
 
@@ -57,7 +58,8 @@ DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 // sorted_slots on the device of topk_ids (defined in sort_by_expert.cpp).
 SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
-// The same before it is sorted: the routing has the ids and, from `sort` on, the maps.
+// Slots that a kernel sorts later with `sort`; the routing has the ids and the addresses of the
+// maps.
 struct UnsortedSlots {
   SortedSlots sorted;
   SortByExpertParams sort;
@@ -65,14 +67,14 @@ struct UnsortedSlots {
 };
 UnsortedSlots device_unsorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
-// An output on the device of `like` that is empty unless it is wanted.
+// Returns an output on the device of `like` that is empty unless it is wanted.
 inline Tensor device_empty_if(bool wanted, const Tensor& like, std::initializer_list<int64_t> sizes,
                               ScalarType dtype) {
   return wanted ? device_empty(like, sizes, dtype) : device_empty(like, {0}, dtype);
 }
 
-// A tensor [n, features] with a dense last dimension as device launchers take it; row r of the
-// permuted order is its row index[r] / divisor.
+// Returns the rows of a tensor [n, features] with a dense last dimension for device launchers; row
+// r of the permuted order is its row index[r] / divisor.
 inline cuda::DeviceRows device_rows(const Tensor& t, DType type, const int32_t* index = nullptr,
                                     int64_t divisor = 1) {
   return {t.const_data_ptr(), type, row_stride(t), index, static_cast<int32_t>(divisor), t.size(0)};

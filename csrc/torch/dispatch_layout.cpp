@@ -54,7 +54,7 @@ Indices set_indices(DispatchLayoutParams& p, const Tensor& topk_ids, const OptTe
   return out;
 }
 
-// Outputs, which `empty` makes, and the pointers to them.
+// Allocates outputs with `empty` and sets the pointers to them.
 template <class Empty>
 PlanOutputs outputs_of(DispatchLayoutParams& p, const Empty& empty) {
   Tensor rank_offsets = empty({p.num_ranks + 1});

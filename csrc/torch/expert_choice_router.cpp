@@ -10,7 +10,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// Everything but the addresses.
+// Checks a call and returns its parameters without the addresses.
 ExpertChoiceRouterParams expert_choice_params(const Op& op, const Tensor& router_logits,
                                               int64_t capacity, const std::string& score_func,
                                               double routed_scaling_factor) {

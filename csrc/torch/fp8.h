@@ -8,7 +8,7 @@ namespace moe_ops::adapter {
 
 inline int64_t fp8_blocks(int64_t n) { return ceil_div(n, kFp8Block); }
 
-// What can be quantised, and what sums of e4m3 products come out as.
+// Checks for a type that can be quantized to e4m3 and that sums of e4m3 products can have.
 inline DType check_float_to_fp8(const Op& op, const char* name, const Tensor& t) {
   check_device(op, name, t);
   MOE_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16 ||
@@ -30,7 +30,7 @@ inline void check_fp8_scale(const Op& op, const char* name, const Tensor& t) {
             dtype_name(t.scalar_type()), ".");
 }
 
-// The type of a result that does not follow from an operand's.
+// Checks the type of a result that is independent of the operands' types.
 inline DType check_out_dtype(const Op& op, ScalarType out_dtype) {
   switch (out_dtype) {
     case ScalarType::Float:
@@ -45,7 +45,7 @@ inline DType check_out_dtype(const Op& op, ScalarType out_dtype) {
   }
 }
 
-// A bias of a type of its own.
+// Checks a bias, whose type is independent of the operands' types.
 inline DType fp8_bias_type(const Op& op, const char* name, const OptTensor& bias) {
   return bias.has_value() ? check_float_to_fp8(op, name, *bias) : DType::kFloat32;
 }
@@ -68,7 +68,7 @@ inline void check_fp8_weights(const Op& op, const char* name, const char* scale_
   check_size(op, scale_name, scale, 2, fp8_blocks(w.size(2)), "the blocks of 128 inputs");
 }
 
-// A copy where weights are not dense along k.
+// Returns the weights, copied if they are not dense along k.
 inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
   Fp8Weights out{with_dense_rows(w), with_dense_rows(scale), {}};
   Fp8Matrices& m = out.matrices;
@@ -81,7 +81,7 @@ inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
   return out;
 }
 
-// Columns of codes and the scales of their groups.
+// Checks quantized columns and the scales of their groups.
 inline void check_fp8_columns(const Op& op, const char* name, const char* scale_name,
                               const Tensor& q, const Tensor& scale, const char* shape) {
   check_fp8(op, name, q);

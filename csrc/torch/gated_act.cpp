@@ -8,7 +8,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// Shape [..., 2I] of gate_up with its last dimension halved.
+// Returns the shape [..., I] for gate_up [..., 2I].
 std::vector<int64_t> halved_shape(const Op& op, const Tensor& gate_up) {
   MOE_CHECK(gate_up.dim() >= 1, op, ": gate_up must be [..., 2I], got shape ",
             shape_string(gate_up), ".");

@@ -22,13 +22,13 @@ Tensor gated_mlp_decode(const Tensor& x, const Tensor& w_gate, const Tensor& w_u
   const int64_t T = x.size(0), H = x.size(1);
   check_num_slots(kOp, "x", T);
   p.activation = check_activation(kOp, activation, false, 1.702, 7.0, true).kind;
-  MOE_CHECK(p.activation != Activation::kSwigluOai, kOp,
+  MOE_CHECK(!has_limit(p.activation), kOp,
             ": activation must be one of swiglu, geglu, geglu_tanh, reglu, got '", activation,
             "'.");
-  const Dense gate = dense_layer(kOp, "w_gate", w_gate, w_gate_scale, {}, x, p.type, -1, H);
+  const Dense gate = dense_layer(kOp, {"w_gate", w_gate, w_gate_scale, {}}, x, p.type, -1, H);
   const int64_t I = gate.layer.out_features;
-  const Dense up = dense_layer(kOp, "w_up", w_up, w_up_scale, {}, x, p.type, I, H);
-  const Dense down = dense_layer(kOp, "w_down", w_down, w_down_scale, {}, x, p.type, -1, I);
+  const Dense up = dense_layer(kOp, {"w_up", w_up, w_up_scale, {}}, x, p.type, I, H);
+  const Dense down = dense_layer(kOp, {"w_down", w_down, w_down_scale, {}}, x, p.type, -1, I);
   const int64_t O = down.layer.out_features;
   check_vector(kOp, "norm_weight", norm_weight, x, H, "H");
   check_vector(kOp, "output_gate", output_gate, x, H, "H");

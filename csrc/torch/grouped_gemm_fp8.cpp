@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "grouped_gemm_fp8";
 
-// All but the offsets; the type of the result.
+// Checks all but the offsets and returns the type of the result.
 DType check(const Op& op, const Tensor& a, const Tensor& a_scale, const Tensor& b,
             const Tensor& b_scale, const OptTensor& bias, ScalarType out_dtype) {
   check_fp8(op, "a", a);
@@ -38,8 +38,8 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   const Tensor offsets = checked_offsets(kOp, expert_offsets, a.size(0));
   check_size(kOp, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
-  // As the weights of a layer lie in the gradient of its input. In the batch-invariant mode all
-  // rows are GEMVs, which read weights along k.
+  // Weights may be dense along features, as in the gradient of a layer's input. In batch-invariant
+  // mode all rows are GEMVs, which read weights along k.
   const bool turned = b.size(1) > 1 && b.size(2) > 1 && b.stride(1) == 1 && !batch_invariant();
   const Fp8Weights weights = fp8_weights(turned ? torch::stable::transpose(b, 1, 2) : b, b_scale);
   const Bias bias_rows = bias_of(bias, fp8_bias_type(kOp, "bias", bias));
@@ -62,9 +62,18 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
 
 constexpr const char* kWgradOp = "grouped_gemm_fp8_wgrad";
 
-// All but the offsets' values and the type of the result.
-void check_wgrad(const Op& op, const Tensor& grad, const Tensor& grad_scale, const Tensor& a,
-                 const Tensor& a_scale, const Tensor& expert_offsets) {
+// Operands of a weight gradient, quantized by columns.
+struct WgradInputs {
+  const Tensor& grad;            // [O, 128 G]
+  const Tensor& grad_scale;      // [G, O]
+  const Tensor& a;               // [K, 128 G]
+  const Tensor& a_scale;         // [G, K]
+  const Tensor& expert_offsets;  // [E+1]
+};
+
+// Checks all but the offsets' values and the type of the result.
+void check_wgrad(const Op& op, const WgradInputs& in) {
+  const auto& [grad, grad_scale, a, a_scale, expert_offsets] = in;
   check_fp8_columns(op, "grad", "grad_scale", grad, grad_scale, "[O, 128 G]");
   check_fp8_columns(op, "a", "a_scale", a, a_scale, "[K, 128 G]");
   check_size(op, "a_scale", a_scale, 0, grad_scale.size(0), "G");
@@ -86,26 +95,25 @@ DType check_main_grad(const Op& op, const Tensor& main, int64_t E, int64_t O, in
   return type;
 }
 
-// grad and a, dense along columns; `out` is main_grad or the result.
-GroupedGemmFp8WgradParams wgrad_params(const Tensor& grad, const Tensor& grad_scale,
-                                       const Tensor& a, const Tensor& a_scale,
-                                       const Tensor& offsets, DType out_type, bool accumulate,
+// Returns the parameters of a call; operands are dense along columns, and `out` is main_grad or the
+// result.
+GroupedGemmFp8WgradParams wgrad_params(const WgradInputs& in, DType out_type, bool accumulate,
                                        Tensor& out) {
   GroupedGemmFp8WgradParams p;
-  p.expert_offsets = int32_data(offsets);
-  p.num_experts = offsets.numel() - 1;
-  p.num_groups = a_scale.size(0);
-  p.out_features = grad.size(0);
-  p.in_features = a.size(0);
-  p.grad = fp8_columns(grad, grad_scale);
-  p.a = fp8_columns(a, a_scale);
+  p.expert_offsets = int32_data(in.expert_offsets);
+  p.num_experts = in.expert_offsets.numel() - 1;
+  p.num_groups = in.a_scale.size(0);
+  p.out_features = in.grad.size(0);
+  p.in_features = in.a.size(0);
+  p.grad = fp8_columns(in.grad, in.grad_scale);
+  p.a = fp8_columns(in.a, in.a_scale);
   p.out = out.mutable_data_ptr();
   p.out_type = out_type;
   p.accumulate = accumulate;
   return p;
 }
 
-// E of offsets whose values are checked later.
+// Returns E; the values of the offsets are checked later.
 int64_t num_experts_of(const Op& op, const Tensor& expert_offsets) {
   MOE_CHECK(expert_offsets.numel() >= 2, op,
             ": expert_offsets must be [E+1] with at least one expert, got shape ",
@@ -117,35 +125,43 @@ int64_t rows_of_groups(const Tensor& scale, const Tensor& expert_offsets) {
   return kFp8Block * (scale.size(0) - expert_offsets.numel() + 1) + kFp8Block - 1;
 }
 
-void run_wgrad(const Op& op, const Tensor& grad, const Tensor& grad_scale, const Tensor& a,
-               const Tensor& a_scale, const Tensor& expert_offsets, DType type, bool accumulate,
-               Tensor& out) {
+void run_wgrad(const Op& op, const WgradInputs& in, DType type, bool accumulate, Tensor& out) {
   const Tensor offsets =
-      checked_offsets(op, expert_offsets, rows_of_groups(a_scale, expert_offsets));
-  const Tensor g = with_dense_rows(grad), gs = with_dense_rows(grad_scale);
-  const Tensor b = with_dense_rows(a), bs = with_dense_rows(a_scale);
-  cpu::grouped_gemm_fp8_wgrad(wgrad_params(g, gs, b, bs, offsets, type, accumulate, out),
+      checked_offsets(op, in.expert_offsets, rows_of_groups(in.a_scale, in.expert_offsets));
+  const Tensor g = with_dense_rows(in.grad), gs = with_dense_rows(in.grad_scale);
+  const Tensor b = with_dense_rows(in.a), bs = with_dense_rows(in.a_scale);
+  cpu::grouped_gemm_fp8_wgrad(wgrad_params({g, gs, b, bs, offsets}, type, accumulate, out),
                               torch_parallel());
 }
 
 Tensor grouped_gemm_fp8_wgrad(const Tensor& grad, const Tensor& grad_scale, const Tensor& a,
                               const Tensor& a_scale, const Tensor& expert_offsets,
                               ScalarType out_dtype) {
-  check_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets);
+  const WgradInputs in = {.grad = grad,
+                          .grad_scale = grad_scale,
+                          .a = a,
+                          .a_scale = a_scale,
+                          .expert_offsets = expert_offsets};
+  check_wgrad(kWgradOp, in);
   const DType type = check_out_dtype(kWgradOp, out_dtype);
   Tensor out = empty_cpu(
       kWgradOp, {num_experts_of(kWgradOp, expert_offsets), grad.size(0), a.size(0)}, out_dtype);
-  run_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets, type, false, out);
+  run_wgrad(kWgradOp, in, type, false, out);
   return out;
 }
 
 Tensor grouped_gemm_fp8_wgrad_accumulate(const Tensor& grad, const Tensor& grad_scale,
                                          const Tensor& a, const Tensor& a_scale,
                                          const Tensor& expert_offsets, Tensor main_grad) {
-  check_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets);
+  const WgradInputs in = {.grad = grad,
+                          .grad_scale = grad_scale,
+                          .a = a,
+                          .a_scale = a_scale,
+                          .expert_offsets = expert_offsets};
+  check_wgrad(kWgradOp, in);
   const int64_t E = num_experts_of(kWgradOp, expert_offsets);
   const DType type = check_main_grad(kWgradOp, main_grad, E, grad.size(0), a.size(0));
-  run_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets, type, true, main_grad);
+  run_wgrad(kWgradOp, in, type, true, main_grad);
   return empty_cpu(kWgradOp, {0}, main_grad.scalar_type());
 }
 
@@ -188,27 +204,31 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   return out;
 }
 
-static void run_wgrad_cuda(const Op& op, const Tensor& grad, const Tensor& grad_scale,
-                           const Tensor& a, const Tensor& a_scale, const Tensor& expert_offsets,
-                           DType type, bool accumulate, Tensor& out) {
+static void run_wgrad_cuda(const Op& op, const WgradInputs& in, DType type, bool accumulate,
+                           Tensor& out) {
   const Tensor offsets =
-      device_offsets(op, expert_offsets, rows_of_groups(a_scale, expert_offsets));
-  const Tensor g = with_dense_rows(grad), gs = with_dense_rows(grad_scale);
-  const Tensor b = with_dense_rows(a), bs = with_dense_rows(a_scale);
+      device_offsets(op, in.expert_offsets, rows_of_groups(in.a_scale, in.expert_offsets));
+  const Tensor g = with_dense_rows(in.grad), gs = with_dense_rows(in.grad_scale);
+  const Tensor b = with_dense_rows(in.a), bs = with_dense_rows(in.a_scale);
   check_status(
-      op, cuda::grouped_gemm_fp8_wgrad(wgrad_params(g, gs, b, bs, offsets, type, accumulate, out),
-                                       current_stream(grad)));
+      op, cuda::grouped_gemm_fp8_wgrad(wgrad_params({g, gs, b, bs, offsets}, type, accumulate, out),
+                                       current_stream(in.grad)));
 }
 
 static Tensor grouped_gemm_fp8_wgrad_cuda(const Tensor& grad, const Tensor& grad_scale,
                                           const Tensor& a, const Tensor& a_scale,
                                           const Tensor& expert_offsets, ScalarType out_dtype) {
   const Op op(kWgradOp, grad);
-  check_wgrad(op, grad, grad_scale, a, a_scale, expert_offsets);
+  const WgradInputs in = {.grad = grad,
+                          .grad_scale = grad_scale,
+                          .a = a,
+                          .a_scale = a_scale,
+                          .expert_offsets = expert_offsets};
+  check_wgrad(op, in);
   const DType type = check_out_dtype(op, out_dtype);
   Tensor out =
       device_empty(grad, {num_experts_of(op, expert_offsets), grad.size(0), a.size(0)}, out_dtype);
-  run_wgrad_cuda(op, grad, grad_scale, a, a_scale, expert_offsets, type, false, out);
+  run_wgrad_cuda(op, in, type, false, out);
   return out;
 }
 
@@ -217,10 +237,15 @@ static Tensor grouped_gemm_fp8_wgrad_accumulate_cuda(const Tensor& grad, const T
                                                      const Tensor& expert_offsets,
                                                      Tensor main_grad) {
   const Op op(kWgradOp, grad);
-  check_wgrad(op, grad, grad_scale, a, a_scale, expert_offsets);
+  const WgradInputs in = {.grad = grad,
+                          .grad_scale = grad_scale,
+                          .a = a,
+                          .a_scale = a_scale,
+                          .expert_offsets = expert_offsets};
+  check_wgrad(op, in);
   const int64_t E = num_experts_of(op, expert_offsets);
   const DType type = check_main_grad(op, main_grad, E, grad.size(0), a.size(0));
-  run_wgrad_cuda(op, grad, grad_scale, a, a_scale, expert_offsets, type, true, main_grad);
+  run_wgrad_cuda(op, in, type, true, main_grad);
   return device_empty(grad, {0}, main_grad.scalar_type());
 }
 

@@ -5,10 +5,20 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// exact: a is not rounded. transposed: a [N, O] -> [N, K].
-Tensor run(const Op& op, const Tensor& a, const Tensor& b, const Tensor& b_scale,
-           const Tensor& expert_offsets, const OptTensor& bias, const OptTensor& b_zero, bool exact,
-           bool transpose) {
+// Arguments of a call.
+struct Inputs {
+  const Tensor& a;               // [N, K]; transpose: [N, O]
+  const Tensor& b;               // [E, O, K], quantized
+  const Tensor& b_scale;         // its shape depends on the format (quantized.h)
+  const Tensor& expert_offsets;  // [E+1]
+  const OptTensor& bias;         // [E, O] or none; transpose: [E, K]
+  const OptTensor& b_zero;       // zero points of b, or none
+  bool exact = false;            // a is not rounded
+  bool transpose = false;        // multiply with b transposed
+};
+
+Tensor run(const Op& op, const Inputs& given) {
+  const auto& [a, b, b_scale, expert_offsets, bias, b_zero, exact, transpose] = given;
   const DType type = check_float(op, "a", a);
   MOE_CHECK(type != DType::kFloat64, op, ": a must be float32, bfloat16 or float16, got float64.");
   check_dim(op, "a", a, 2, "[N, K]");
@@ -47,14 +57,20 @@ Tensor run(const Op& op, const Tensor& a, const Tensor& b, const Tensor& b_scale
 Tensor grouped_gemm_quantized(const Tensor& a, const Tensor& b, const Tensor& b_scale,
                               const Tensor& expert_offsets, const OptTensor& bias,
                               const OptTensor& b_zero) {
-  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, bias, b_zero, false, false);
+  return run("grouped_gemm_quantized", {a, b, b_scale, expert_offsets, bias, b_zero});
 }
 
 Tensor grouped_gemm_quantized_exact(const Tensor& a, const Tensor& b, const Tensor& b_scale,
                                     const Tensor& expert_offsets, const OptTensor& bias,
                                     const OptTensor& b_zero, bool transposed) {
-  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, bias, b_zero, true,
-             transposed);
+  return run("grouped_gemm_quantized", {.a = a,
+                                        .b = b,
+                                        .b_scale = b_scale,
+                                        .expert_offsets = expert_offsets,
+                                        .bias = bias,
+                                        .b_zero = b_zero,
+                                        .exact = true,
+                                        .transpose = transposed});
 }
 
 }  // namespace

@@ -113,21 +113,22 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool need_x, bool need_weight, bool need_bias) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
-  // grouped_gemm of weights int8 [E,O,K] with scales [E,O], or uint8 [E,O,K/2], two 4-bit ones a
+  // grouped_gemm with weights int8 [E,O,K] with scales [E,O], or uint8 [E,O,K/2], two 4-bit ones a
   // byte, with scales [E,O,K/G], or of one of the formats of torch/quantized.h, with zero points of
   // 4-bit weights; they have no gradient.
   m.def(
       "grouped_gemm_quantized(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
       "Tensor? bias=None, Tensor? b_zero=None) -> Tensor");
-  // The same with a as it is; transposed: a [N,O] -> [N,K]. One is the gradient of the other.
+  // grouped_gemm_quantized without rounding of a; transposed: a [N,O] -> [N,K], which is the
+  // gradient of a.
   m.def(
       "grouped_gemm_quantized_exact(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
       "Tensor? bias=None, Tensor? b_zero=None, bool transposed=False) -> Tensor");
 
-  // --- whole blocks
-  // x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down (act(w_gate
-  // norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] float, or int8 or uint8
-  // with scales as of grouped_gemm_quantized. What is not given is left out. Inference only.
+  // --- whole blocks x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down
+  // (act(w_gate norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] float, or int8
+  // or uint8 with scales like grouped_gemm_quantized. Operands that are None are left out.
+  // Inference only.
   m.def(
       "gated_mlp_decode(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? "
       "w_gate_scale=None, "
@@ -161,7 +162,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) -> Tensor");
-  // The same for training: also returns the pre-activation [N,2I] and the routing.
+  // moe_ffn_quantized for training: also returns the pre-activation [N,2I] and the routing.
   m.def(
       "moe_ffn_quantized_fwd(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
       "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
@@ -170,7 +171,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) "
       "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor "
       "slot_to_row)");
-  // Of x times x_scale. Gradients that are not wanted come back with shape [0].
+  // grad_x is the gradient of x times x_scale. Gradients that are not wanted have shape [0].
   m.def(
       "moe_ffn_quantized_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, "
       "Tensor w_down, Tensor w_down_scale, Tensor topk_weights, Tensor preact, "
@@ -205,8 +206,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool need_topk_weights, bool need_b_gate_up, bool need_b_down) "
       "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights, "
       "Tensor grad_b_gate_up, Tensor grad_b_down)");
-  // The same, with the weight gradients added to main_w_gate_up and main_w_down where given; those
-  // come back with shape [0].
+  // moe_ffn_bwd with the weight gradients added to main_w_gate_up and main_w_down if given; the
+  // corresponding results have shape [0].
   m.def(
       "moe_ffn_bwd_accumulate(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_down, "
       "Tensor topk_weights, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, "
@@ -267,7 +268,7 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor grad_b_up, Tensor grad_b_down)");
   // outputs [T,E,O], weights [T,M,E] -> y [T,M,O]: sum_e weights[t,m,e] act(n[t,e]), times
   // factor [T/r,M,O], a row of which r tokens share, if given; n = outputs or, with norm_weight and
-  // norm_bias [E,O], their normalisation over tokens by mean and var [E,O], or by those of the
+  // norm_bias [E,O], their normalization over tokens by mean and var [E,O], or by those of the
   // tokens, which come back ([0] where not computed).
   m.def(
       "mix_expert_outputs(Tensor outputs, Tensor weights, Tensor? factor=None, "
@@ -284,8 +285,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "(Tensor grad_outputs, Tensor grad_weights, Tensor grad_factor, Tensor grad_norm_weight, "
       "Tensor grad_norm_bias)");
 
-  // --- attention
-  // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.
+  // --- attention t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 are
+  // rotated as a pair.
   m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   // x [B,S,H] -> x + residual_scale * attention of norm(x) over keys and values [B,m,L,d], whose
   // positions from `start` on get those of x. w_q [n d,H], w_k and w_v [m d,H], w_o [H,n d] float,
@@ -299,9 +300,9 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? w_v_scale=None, Tensor? w_o_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
       "float head_eps=1e-06, Tensor? mask=None, Tensor? sinks=None, "
       "float residual_scale=1.0) -> Tensor");
-  // The same of latent attention. latents [B,1,L,r] and rope_keys [B,1,L,d_r] are kept: norm and
-  // rotation of the halves of w_kv_a x, [r + d_r,H]. w_q [n (d_n + d_r),H], or [..,r_q] after
-  // w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v].
+  // attention_decode for MLA. latents [B,1,L,r] and rope_keys [B,1,L,d_r] are the caches: the
+  // normalized and the rotated part of w_kv_a x, [r + d_r,H]. w_q [n (d_n + d_r),H], or [..,r_q]
+  // after w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v].
   m.def(
       "mla_decode(Tensor x, Tensor w_q, Tensor w_kv_a, Tensor kv_norm, Tensor w_kv_b, "
       "Tensor w_o, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) rope_keys, int start, "

@@ -20,7 +20,7 @@ void check_pair(const Op& op, const char* first, const OptTensor& a, const char*
             " must come with ", a.has_value() ? first : second, ", got None.");
 }
 
-// The normalisation's operands, dense, and what keeps them alive.
+// The normalization's operands, dense, and what keeps them alive.
 struct Norm {
   OptTensor weight, bias, mean, var;
   MixNorm norm;

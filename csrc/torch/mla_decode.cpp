@@ -40,7 +40,7 @@ Tensor mla_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_kv_a, cons
   std::optional<Dense> down;
   OptTensor inner_norm;
   if (w_q_a.has_value()) {
-    down = dense_layer(kOp, "w_q_a", *w_q_a, w_q_a_scale, b_q_a, x, p.type, -1, H);
+    down = dense_layer(kOp, {"w_q_a", *w_q_a, w_q_a_scale, b_q_a}, x, p.type, -1, H);
     p.query_down = down->layer;
     p.query_rank = p.query_down.out_features;
     MOE_CHECK(p.query_rank >= 1, kOp, ": w_q_a must have at least one feature, got shape ",
@@ -52,25 +52,33 @@ Tensor mla_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_kv_a, cons
               ": q_norm, b_q_a and w_q_a_scale must be None without w_q_a, got one.");
   }
   const int64_t depth = w_q_a.has_value() ? p.query_rank : H;
-  const Dense q = dense_layer(kOp, "w_q", w_q, w_q_scale, b_q, x, p.type, -1, depth);
+  const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q}, x, p.type, -1, depth);
   const int64_t q_size = q.layer.out_features / n;
   MOE_CHECK(q_size > rope && q_size * n == q.layer.out_features, kOp, ": w_q must have more than ",
             rope, " features for each of num_heads = ", n, " heads, got shape ", shape_string(w_q),
             ".");
   p.nope_size = q_size - rope;
   const Dense kv_a =
-      dense_layer(kOp, "w_kv_a", w_kv_a, w_kv_a_scale, b_kv_a, x, p.type, r + rope, H);
+      dense_layer(kOp, {"w_kv_a", w_kv_a, w_kv_a_scale, b_kv_a}, x, p.type, r + rope, H);
   check_vector(kOp, "kv_norm", kv_norm, x, r, "r");
   check_same_dtype(kOp, "w_kv_b", w_kv_b, "x", x);
-  const Dense kv_b = dense_layer(kOp, "w_kv_b", w_kv_b, {}, {}, x, p.type, -1, r);
+  const Dense kv_b = dense_layer(kOp, {"w_kv_b", w_kv_b, {}, {}}, x, p.type, -1, r);
   p.value_size = kv_b.layer.out_features / n - p.nope_size;
   MOE_CHECK(p.value_size >= 1 && (p.nope_size + p.value_size) * n == kv_b.layer.out_features, kOp,
             ": w_kv_b must have more than ", p.nope_size, " features for each of num_heads = ", n,
             " heads, got shape ", shape_string(w_kv_b), ".");
-  const Dense o = dense_layer(kOp, "w_o", w_o, w_o_scale, b_o, x, p.type, H, n * p.value_size);
+  const Dense o = dense_layer(kOp, {"w_o", w_o, w_o_scale, b_o}, x, p.type, H, n * p.value_size);
   MOE_CHECK(latent_eps >= 0, kOp, ": latent_eps must be at least 0, got ", latent_eps, ".");
-  const BlockOperands own =
-      take_block(kOp, p, x, norm_weight, eps, cos, sin, mask, {}, scale, residual_scale);
+  const BlockOperands own = take_block(kOp, p,
+                                       {.x = x,
+                                        .norm_weight = norm_weight,
+                                        .eps = eps,
+                                        .cos = cos,
+                                        .sin = sin,
+                                        .mask = mask,
+                                        .sinks = {},
+                                        .scale = scale,
+                                        .residual_scale = residual_scale});
   const Tensor latent_norm = dense(kv_norm);
   p.query_norm = data_of(inner_norm);
   p.query = q.layer;

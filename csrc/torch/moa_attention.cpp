@@ -46,7 +46,7 @@ void check_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
   call.p.num_sequences = cu_seqlens.numel() - 1;
 }
 
-// Values, which a device op cannot look at.
+// Reads and checks the values, which a device op cannot read.
 void read_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
   const int64_t S = call.p.num_tokens;
   std::vector<int64_t>& cu = call.cu_seqlens;
@@ -61,10 +61,22 @@ void read_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
   call.p.cu_seqlens = cu.data();
 }
 
-// Fills `call`, which must stay where it is.
-void check_call(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
-                const std::string& kind, bool causal, double scale, int64_t window, double softcap,
-                const OptTensor& cu_seqlens, Call& call) {
+// Arguments that forward and backward share.
+struct Inputs {
+  const Tensor& q;  // [B, S, K, n, d]
+  const Tensor& k;  // [B, S_kv, n, d]
+  const Tensor& v;  // [B, S_kv, n, d]
+  const std::string& kind;
+  bool causal;
+  double scale;
+  int64_t window;               // 0: none
+  double softcap;               // 0: none
+  const OptTensor& cu_seqlens;  // [num_sequences + 1] or none
+};
+
+// Fills `call`, which must not be moved afterwards, as its parameters point into it.
+void check_call(const Op& op, const Inputs& in, Call& call) {
+  const auto& [q, k, v, kind, causal, scale, window, softcap, cu_seqlens] = in;
   MoaAttentionParams& p = call.p;
   p.type = check_float(op, "q", q);
   check_dim(op, "q", q, 5, "[B, S, K, n, d]");
@@ -121,7 +133,17 @@ std::tuple<Tensor, Tensor> moa_attention(const Tensor& q, const Tensor& k, const
                                          const OptTensor& cu_seqlens) {
   constexpr const char* kOp = "moa_attention";
   Call call;
-  check_call(kOp, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  check_call(kOp,
+             {.q = q,
+              .k = k,
+              .v = v,
+              .kind = kind,
+              .causal = causal,
+              .scale = scale,
+              .window = window,
+              .softcap = softcap,
+              .cu_seqlens = cu_seqlens},
+             call);
   if (cu_seqlens.has_value()) read_sequences(kOp, *cu_seqlens, call);
   MoaAttentionParams& p = call.p;
   Tensor out = empty_cpu(kOp, {p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size},
@@ -155,7 +177,17 @@ std::tuple<Tensor, Tensor, Tensor> moa_attention_bwd(
   constexpr const char* kOp = "moa_attention_bwd";
   MoaAttentionBwdParams b;
   Call call;
-  check_call(kOp, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  check_call(kOp,
+             {.q = q,
+              .k = k,
+              .v = v,
+              .kind = kind,
+              .causal = causal,
+              .scale = scale,
+              .window = window,
+              .softcap = softcap,
+              .cu_seqlens = cu_seqlens},
+             call);
   if (cu_seqlens.has_value()) read_sequences(kOp, *cu_seqlens, call);
   const ScalarType acc = accumulate_type(q.scalar_type());
   check_saved(kOp, grad_out, grad_state, q, out, state);
@@ -199,11 +231,9 @@ struct DeviceCall {
   cuda::MoaAttentionParams p;
 };
 
-void check_device_call(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
-                       const std::string& kind, bool causal, double scale, int64_t window,
-                       double softcap, const OptTensor& cu_seqlens, DeviceCall& call) {
+void check_device_call(const Op& op, const Inputs& in, DeviceCall& call) {
   Call& host = call.call;
-  check_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, host);
+  check_call(op, in, host);
   call.p.batch_invariant = batch_invariant();
   if (call.p.batch_invariant) {
     // Slots of one token always lie evenly, those of several only if tokens do too.
@@ -215,8 +245,8 @@ void check_device_call(const Op& op, const Tensor& q, const Tensor& k, const Ten
     host.p.v = operand(host.v);
   }
   static_cast<MoaAttentionParams&>(call.p) = host.p;
-  if (cu_seqlens.has_value()) {
-    call.sequences = device_index(op, "cu_seqlens", *cu_seqlens);
+  if (in.cu_seqlens.has_value()) {
+    call.sequences = device_index(op, "cu_seqlens", *in.cu_seqlens);
     call.p.sequences = {call.sequences->data, call.sequences->is_64};
   }
 }
@@ -229,7 +259,17 @@ static std::tuple<Tensor, Tensor> moa_attention_cuda(const Tensor& q, const Tens
                                                      const OptTensor& cu_seqlens) {
   const Op op("moa_attention", q);
   DeviceCall call;
-  check_device_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  check_device_call(op,
+                    {.q = q,
+                     .k = k,
+                     .v = v,
+                     .kind = kind,
+                     .causal = causal,
+                     .scale = scale,
+                     .window = window,
+                     .softcap = softcap,
+                     .cu_seqlens = cu_seqlens},
+                    call);
   cuda::MoaAttentionParams& p = call.p;
   Tensor out = device_empty(q, {p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size},
                             q.scalar_type());
@@ -250,7 +290,17 @@ static std::tuple<Tensor, Tensor, Tensor> moa_attention_bwd_cuda(
     double scale, int64_t window, double softcap, const OptTensor& cu_seqlens) {
   const Op op("moa_attention_bwd", q);
   DeviceCall call;
-  check_device_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  check_device_call(op,
+                    {.q = q,
+                     .k = k,
+                     .v = v,
+                     .kind = kind,
+                     .causal = causal,
+                     .scale = scale,
+                     .window = window,
+                     .softcap = softcap,
+                     .cu_seqlens = cu_seqlens},
+                    call);
   check_saved(op, grad_out, grad_state, q, out, state);
   const ScalarType dtype = q.scalar_type(), acc = accumulate_type(dtype);
   const Tensor saved_out = dense(out), saved_state = contiguous_as(state, acc);

@@ -10,32 +10,50 @@ namespace {
 
 constexpr const char* kOp = "moe_ffn_quantized";
 
-// What one call has after all checks.
+// Arguments of a call in either direction. P = 2I for gated activations, else I; scales and zero
+// points have the shapes of the weights' format (quantized.h).
+struct Inputs {
+  const Tensor& x;                // [T, H]
+  const Tensor& w_gate_up;        // [E, P, H]
+  const Tensor& w_gate_up_scale;  // of w_gate_up
+  const Tensor& w_down;           // [E, H, I]
+  const Tensor& w_down_scale;     // of w_down
+  const Tensor& topk_weights;     // [T, K]
+  const Tensor& topk_ids;         // [T, K]; backward: slot_to_row, of the same shape
+  const OptTensor& x_scale;       // [H] or none
+  const OptTensor& b_gate_up;     // [E, P] or none
+  const OptTensor& b_down;        // [E, H] or none
+  ActivationParams act;
+  bool on_input;  // apply_router_weight_on_input
+  Formats formats;
+  const OptTensor& w_gate_up_zero;  // zero points of w_gate_up, or none
+  const OptTensor& w_down_zero;     // zero points of w_down, or none
+};
+
+// Validated sizes and weights of one call.
 struct Call {
   Sizes sizes;
   Quantized up, down;
 };
 
-Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
-           const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
-           const Tensor& topk_ids, const OptTensor& x_scale, const OptTensor& b_gate_up,
-           const OptTensor& b_down, const std::string& activation, bool interleaved, double alpha,
-           double limit, Formats formats, const OptTensor& up_zero, const OptTensor& down_zero) {
+Call check(const Op& op, const Inputs& in) {
+  const Tensor &x = in.x, &topk_weights = in.topk_weights;
+  const Tensor &w_gate_up = in.w_gate_up, &w_down = in.w_down;
   Call call;
   Sizes& s = call.sizes;
-  s.act = check_activation(op, activation, interleaved, alpha, limit, false);
+  s.act = in.act;
   const bool gated = is_gated(s.act.kind);
-  check_index(op, "topk_ids", topk_ids);
-  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
+  check_index(op, "topk_ids", in.topk_ids);
+  check_dim(op, "topk_ids", in.topk_ids, 2, "[T, K]");
   s.type = check_float(op, "x", x);
   MOE_CHECK(s.type != DType::kFloat64, op,
             ": x must be float32, bfloat16 or float16, got float64.");
   check_dim(op, "x", x, 2, "[T, H]");
   s.T = x.size(0);
   s.H = x.size(1);
-  s.K = topk_ids.size(1);
-  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale, formats,
-                         up_zero);
+  s.K = in.topk_ids.size(1);
+  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, in.w_gate_up_scale,
+                         in.formats, in.w_gate_up_zero);
   s.E = call.up.experts;
   s.width = call.up.features;
   MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
@@ -46,7 +64,8 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
             ": w_gate_up must have an even number 2I of features, got shape ",
             shape_string(w_gate_up), ".");
   s.I = gated ? s.width / 2 : s.width;
-  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, w_down_scale, formats, down_zero);
+  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, in.w_down_scale, in.formats,
+                           in.w_down_zero);
   check_size(op, "w_down", w_down, 0, s.E, "E");
   check_size(op, "w_down", w_down, 1, s.H, "H");
   MOE_CHECK(call.down.depth == s.I, op, ": w_down must have rows of I = ", s.I, " weights, got ",
@@ -55,15 +74,15 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
   check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
   check_size(op, "topk_weights", topk_weights, 0, s.T, "T");
   check_size(op, "topk_weights", topk_weights, 1, s.K, "K");
-  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  if (x_scale.has_value()) {
-    check_device(op, "x_scale", *x_scale);
-    MOE_CHECK(x_scale->scalar_type() == ScalarType::Float, op, ": x_scale must be float32, got ",
-              dtype_name(x_scale->scalar_type()), ".");
-    check_dim(op, "x_scale", *x_scale, 1, "[H]");
-    check_size(op, "x_scale", *x_scale, 0, s.H, "H");
+  check_size(op, "topk_ids", in.topk_ids, 0, s.T, "T");
+  if (in.x_scale.has_value()) {
+    check_device(op, "x_scale", *in.x_scale);
+    MOE_CHECK(in.x_scale->scalar_type() == ScalarType::Float, op, ": x_scale must be float32, got ",
+              dtype_name(in.x_scale->scalar_type()), ".");
+    check_dim(op, "x_scale", *in.x_scale, 1, "[H]");
+    check_size(op, "x_scale", *in.x_scale, 0, s.H, "H");
   }
-  check_biases(op, b_gate_up, b_down, x, s);
+  check_biases(op, in.b_gate_up, in.b_down, x, s);
   return call;
 }
 
@@ -74,15 +93,13 @@ struct Operands {
   Bias up_bias, down_bias;
   MoeFfnQuantizedParams params;
 
-  Operands(const Call& call, const Routing& routing, const Tensor& x, const Tensor& topk_weights,
-           const OptTensor& x_scale, const OptTensor& b_gate_up, const OptTensor& b_down,
-           bool on_input, Tensor& y)
-      : src(with_dense_rows(x)),
-        weights(contiguous_as(topk_weights, ScalarType::Float)),
-        factors(contiguous_as(x_scale, ScalarType::Float)),
-        up_bias(bias_of(b_gate_up, call.sizes.type)),
-        down_bias(bias_of(b_down, call.sizes.type)) {
-    params.desc = desc_of(call.sizes, routing, weights, on_input);
+  Operands(const Call& call, const Routing& routing, const Inputs& in, Tensor& y)
+      : src(with_dense_rows(in.x)),
+        weights(contiguous_as(in.topk_weights, ScalarType::Float)),
+        factors(contiguous_as(in.x_scale, ScalarType::Float)),
+        up_bias(bias_of(in.b_gate_up, call.sizes.type)),
+        down_bias(bias_of(in.b_down, call.sizes.type)) {
+    params.desc = desc_of(call.sizes, routing, weights, in.on_input);
     params.x = rows_of(src, call.sizes.type);
     params.x_scale =
         factors.has_value() ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
@@ -101,14 +118,26 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
                          const OptTensor& b_down, std::string activation, bool interleaved,
                          bool apply_router_weight_on_input, double alpha, double limit,
                          const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
-  const Call call = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
-                          topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
-                          limit, Formats::kAll, w_gate_up_zero, w_down_zero);
+  const Inputs in = {.x = x,
+                     .w_gate_up = w_gate_up,
+                     .w_gate_up_scale = w_gate_up_scale,
+                     .w_down = w_down,
+                     .w_down_scale = w_down_scale,
+                     .topk_weights = topk_weights,
+                     .topk_ids = topk_ids,
+                     .x_scale = x_scale,
+                     .b_gate_up = b_gate_up,
+                     .b_down = b_down,
+                     .act = check_activation(kOp, activation, interleaved, alpha, limit, false),
+                     .on_input = apply_router_weight_on_input,
+                     .formats = Formats::kAll,
+                     .w_gate_up_zero = w_gate_up_zero,
+                     .w_down_zero = w_down_zero};
+  const Call call = check(kOp, in);
   const Sizes& s = call.sizes;
   const SlotIds slots = slot_ids(kOp, topk_ids, s.E);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
-  const Operands operands(call, slots.routing, x, topk_weights, x_scale, b_gate_up, b_down,
-                          apply_router_weight_on_input, y);
+  const Operands operands(call, slots.routing, in, y);
   cpu::moe_ffn_quantized(operands.params, torch_parallel());
   return y;
 }
@@ -121,21 +150,34 @@ FfnOutputs moe_ffn_quantized_fwd(const Tensor& x, const Tensor& w_gate_up,
                                  std::string activation, bool interleaved,
                                  bool apply_router_weight_on_input, double alpha, double limit,
                                  const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
-  const Call call = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
-                          topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
-                          limit, Formats::kAll, w_gate_up_zero, w_down_zero);
+  const Inputs in = {.x = x,
+                     .w_gate_up = w_gate_up,
+                     .w_gate_up_scale = w_gate_up_scale,
+                     .w_down = w_down,
+                     .w_down_scale = w_down_scale,
+                     .topk_weights = topk_weights,
+                     .topk_ids = topk_ids,
+                     .x_scale = x_scale,
+                     .b_gate_up = b_gate_up,
+                     .b_down = b_down,
+                     .act = check_activation(kOp, activation, interleaved, alpha, limit, false),
+                     .on_input = apply_router_weight_on_input,
+                     .formats = Formats::kAll,
+                     .w_gate_up_zero = w_gate_up_zero,
+                     .w_down_zero = w_down_zero};
+  const Call call = check(kOp, in);
   const Sizes& s = call.sizes;
   const SortedSlots slots = sorted_slots(kOp, topk_ids, s.E);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
   Tensor preact = empty_cpu(kOp, {s.T * s.K, s.width}, x.scalar_type());
-  Operands operands(call, slots.routing, x, topk_weights, x_scale, b_gate_up, b_down,
-                    apply_router_weight_on_input, y);
+  Operands operands(call, slots.routing, in, y);
   operands.params.preact = preact.mutable_data_ptr();
   cpu::moe_ffn_quantized(operands.params, torch_parallel());
   return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
 }
 
-// Of the products with matrices that are transposed, whose weights are dequantised in cache.
+// Computes the gradients of x and of the routing weights, by GEMMs with transposed weights that are
+// dequantized in cache.
 std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
     const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
     const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
@@ -145,9 +187,22 @@ std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
     double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero, bool need_x,
     bool need_topk_weights) {
   constexpr const char* kBwdOp = "moe_ffn_quantized_bwd";
-  const Call call = check(kBwdOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
-                          slot_to_row, {}, b_gate_up, b_down, activation, interleaved, alpha, limit,
-                          Formats::kAll, w_gate_up_zero, w_down_zero);
+  const Inputs in = {.x = x,
+                     .w_gate_up = w_gate_up,
+                     .w_gate_up_scale = w_gate_up_scale,
+                     .w_down = w_down,
+                     .w_down_scale = w_down_scale,
+                     .topk_weights = topk_weights,
+                     .topk_ids = slot_to_row,
+                     .x_scale = {},
+                     .b_gate_up = b_gate_up,
+                     .b_down = b_down,
+                     .act = check_activation(kBwdOp, activation, interleaved, alpha, limit, false),
+                     .on_input = apply_router_weight_on_input,
+                     .formats = Formats::kAll,
+                     .w_gate_up_zero = w_gate_up_zero,
+                     .w_down_zero = w_down_zero};
+  const Call call = check(kBwdOp, in);
   const Sizes& s = call.sizes;
   check_saved(kBwdOp, s, grad_y, x, preact, expert_offsets, row_to_slot, slot_to_row);
   const int64_t N = s.T * s.K;
@@ -190,16 +245,28 @@ static Tensor moe_ffn_quantized_cuda(
     std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
     double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
   const Op op(kOp, x);
-  const Call call = check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
-                          topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
-                          limit, Formats::kWithKernels, w_gate_up_zero, w_down_zero);
+  const Inputs in = {.x = x,
+                     .w_gate_up = w_gate_up,
+                     .w_gate_up_scale = w_gate_up_scale,
+                     .w_down = w_down,
+                     .w_down_scale = w_down_scale,
+                     .topk_weights = topk_weights,
+                     .topk_ids = topk_ids,
+                     .x_scale = x_scale,
+                     .b_gate_up = b_gate_up,
+                     .b_down = b_down,
+                     .act = check_activation(op, activation, interleaved, alpha, limit, false),
+                     .on_input = apply_router_weight_on_input,
+                     .formats = Formats::kWithKernels,
+                     .w_gate_up_zero = w_gate_up_zero,
+                     .w_down_zero = w_down_zero};
+  const Call call = check(op, in);
   MOE_CHECK(!w_gate_up_zero.has_value() && !w_down_zero.has_value(), op,
             ": CUDA kernels have no zero points.");
   const Sizes& s = call.sizes;
   const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());
-  Operands operands(call, slots.routing, x, topk_weights, x_scale, b_gate_up, b_down,
-                    apply_router_weight_on_input, y);
+  Operands operands(call, slots.routing, in, y);
   MoeFfnQuantizedParams& p = operands.params;
   Tensor workspace = device_empty(x, {cuda::moe_ffn_quantized_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();

@@ -7,7 +7,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// K, where it is given or there is a row for each of T * K slots.
+// Returns K if it is given or if there is a row for each of T * K slots.
 int64_t check_top_k(const Op& op, int64_t num_tokens, int64_t num_rows, const OptInt& top_k) {
   if (!top_k.has_value()) {
     MOE_CHECK(num_tokens == 0 ? num_rows == 0 : num_rows % num_tokens == 0, op,

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x) {
 
 constexpr const char* kColumnsOp = "quantize_fp8_columns";
 
-// All but the offsets and the map's values; x's type.
+// Checks all but the offsets and the map's values; returns x's type.
 DType check_columns(const Op& op, const Tensor& x, const OptTensor& row_to_slot,
                     const OptTensor& topk_weights) {
   const DType type = check_float_to_fp8(op, "x", x);

@@ -6,7 +6,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// Whether the dimensions of `t` from `first` on lie as in a contiguous tensor.
+// Returns whether the dimensions of `t` from `first` on have the strides of a contiguous tensor.
 bool dense_from(const Tensor& t, int64_t first) {
   int64_t stride = 1;
   for (int64_t d = t.dim() - 1; d >= first; --d) {

@@ -1,4 +1,4 @@
-// What the three routers check in the same words, and their common gradient.
+// Checks that the three routers share, and their common gradient.
 #pragma once
 
 #include <string>

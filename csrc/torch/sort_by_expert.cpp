@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& topk_ids, int64_
   return {out.expert_offsets, out.row_to_slot, out.slot_to_row};
 }
 
-// Outputs that sort_by_expert fills, as the routing and as the parameters of a call.
+// Sets the outputs that sort_by_expert fills, in the routing and in the returned parameters.
 SortByExpertParams sort_params(const SlotIds& ids, SortedSlots& out) {
   SortByExpertParams p{ids.routing, static_cast<int32_t*>(out.expert_offsets.mutable_data_ptr()),
                        static_cast<int32_t*>(out.row_to_slot.mutable_data_ptr()),

@@ -5,9 +5,9 @@
 #include "cpu/runtime/buffer_cache.h"
 
 // STABLE_ABI_WORKAROUND: from_blob with a deleter is in the stable ABI from torch 2.11 on, one
-// version above our floor. As a weak symbol it is null in 2.10, where large tensors then come from
-// torch's allocator. Nothing names it where there is no buffer cache: linkers of other systems take
-// no such symbol.
+// version above our floor. The weak symbol is null in 2.10, where large tensors then come from
+// torch's allocator. Builds without a buffer cache do not reference it, because linkers of other
+// systems do not accept such a symbol.
 extern "C" AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
     int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout,
@@ -22,7 +22,7 @@ int32_t dtype_code(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
-// nullopt: not available, take torch's allocator.
+// Returns nullopt if the cache is not available; torch's allocator is used then.
 OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides,
                         ScalarType dtype, size_t bytes) {
   OptTensor out;
@@ -45,17 +45,6 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const in
 }
 
 }  // namespace
-
-BoxedArg<std::string>::BoxedArg(StringHandle h)
-    : handle(h, [](StringHandle s) { torch_delete_string(s); }) {}
-
-std::string BoxedArg<std::string>::take() {
-  size_t length = 0;
-  const char* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle.get(), &length));
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle.get(), &data));
-  return {data, length};
-}
 
 Tensor empty_cpu(const Op& op, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   constexpr size_t kMaxDim = 8;

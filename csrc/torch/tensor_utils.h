@@ -1,8 +1,6 @@
-// What the adapters need around the kernels: allocation, layouts, index conversion, torch's
-// threads.
+// Helpers of the adapters: allocation, layouts, index conversion, torch's threads.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,141 +10,24 @@
 #include <exception>
 #include <initializer_list>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
 #include "moe_ops/routing.h"
+#include "torch/boxing.h"
 #include "torch/checks.h"
 
 namespace moe_ops::adapter {
 
-using OptTensor = std::optional<Tensor>;
-using OptInt = std::optional<int64_t>;
-using OptType = std::optional<ScalarType>;
-
-// What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
-// get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
-// every call and never freed, and of tensors the ones that follow a failed allocation would keep
-// their memory for ever (STABLE_ABI_WORKAROUND): what is boxed takes the handles in which they
-// cross the ABI, owns them all before anything can fail, and hands std::string and Tensor on.
-template <class T>
-constexpr bool kBoxable =
-    !std::is_same_v<std::remove_cvref_t<T>, float> &&
-    !std::is_same_v<std::remove_cvref_t<T>, int> &&
-    (std::is_same_v<T, std::string> || !std::is_same_v<std::remove_cvref_t<T>, std::string>);
-
-template <class T>
-struct BoxedArg {
-  using Type = T;
-  T value;
-  explicit BoxedArg(T v) : value(v) {}
-  T take() { return value; }
-};
-
-template <>
-struct BoxedArg<std::string> {
-  using Type = StringHandle;
-  std::unique_ptr<StringOpaque, void (*)(StringHandle)> handle;
-  explicit BoxedArg(StringHandle h);
-  std::string take();
-};
-
-template <>
-struct BoxedArg<Tensor> {
-  using Type = AtenTensorHandle;
-  AtenTensorHandle handle;
-  explicit BoxedArg(AtenTensorHandle h) : handle(h) {}
-  ~BoxedArg() {
-    if (handle != nullptr) aoti_torch_delete_tensor_object(handle);
-  }
-  BoxedArg(const BoxedArg&) = delete;
-  BoxedArg& operator=(const BoxedArg&) = delete;
-  // torch hands None on as a tensor that is not defined.
-  bool missing() const {
-    bool defined = false;
-    aoti_torch_is_defined(handle, &defined);
-    return !defined;
-  }
-  Tensor take() { return Tensor(std::exchange(handle, nullptr)); }
-};
-
-struct MissingTensor {
-  int argument;  // counted from 1
-};
-
-template <>
-struct BoxedArg<OptTensor> {
-  using Type = std::optional<AtenTensorHandle>;
-  BoxedArg<Tensor> tensor;
-  explicit BoxedArg(Type h) : tensor(h.value_or(nullptr)) {}
-  OptTensor take() {
-    OptTensor out;
-    if (tensor.handle != nullptr) out = tensor.take();
-    return out;
-  }
-};
-
-template <auto fn>
-struct Boxable;
-template <class R, class... Args, R (*fn)(Args...)>
-struct Boxable<fn> {
-  static_assert((kBoxable<Args> && ...),
-                "use double, int64_t and std::string by value in registered signatures");
-  static R call(typename BoxedArg<std::remove_cvref_t<Args>>::Type... args) {
-    return with(BoxedArg<std::remove_cvref_t<Args>>(args)...);
-  }
-
- private:
-  static R with(BoxedArg<std::remove_cvref_t<Args>>&&... args) {
-    int argument = 0;
-    (require(++argument, args), ...);
-    return fn(args.take()...);
-  }
-  template <class T>
-  static void require(int argument, const BoxedArg<T>& arg) {
-    if constexpr (std::is_same_v<T, Tensor>) {
-      if (arg.missing()) [[unlikely]]
-        throw MissingTensor{argument};
-    }
-  }
-};
-
-// The name of a registered function, as an argument of a template.
-template <size_t N>
-struct FunctionName {
-  char text[N];
-  consteval FunctionName(const char (&name)[N]) { std::copy_n(name, N, text); }
-};
-
-// What the standard library says of memory that it did not get, and None in place of a tensor,
-// become sentences.
-template <FunctionName name, void (*boxed)(StableIValue*, uint64_t, uint64_t)>
-void with_sentences(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
-  try {
-    boxed(stack, num_args, num_outputs);
-  } catch (const std::bad_alloc&) {
-    throw OutOfMemory();
-  } catch (const MissingTensor& missing) {
-    std::string op = name.text;
-    if (op.ends_with("_cuda")) op.resize(op.size() - 5);
-    fail(op, ": argument ", missing.argument, " must be a tensor, got None.");
-  }
-}
-#define MOE_BOX_AS(name, fn) \
-  (&::moe_ops::adapter::with_sentences<name, TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
-#define MOE_BOX(fn) MOE_BOX_AS(#fn, fn)
-
-// An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp). Expanded
-// operands take no memory, so a call can ask for a result of any size: one whose bytes do not fit
-// int64_t is refused.
+// Returns an uninitialized CPU tensor; large ones come from the buffer cache (tensor_utils.cpp).
+// Expanded operands take no memory, so a call can request a result of any size; a result whose size
+// in bytes does not fit int64_t is refused.
 Tensor empty_cpu(const Op& op, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 inline Tensor empty_cpu(const Op& op, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -158,7 +39,7 @@ inline Tensor empty_cpu(const Op& op, const std::vector<int64_t>& sizes, ScalarT
   return empty_cpu(op, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
 
-// An output that is empty unless it is wanted.
+// Returns an output that is empty unless it is wanted.
 inline Tensor empty_cpu_if(bool wanted, const Op& op, std::initializer_list<int64_t> sizes,
                            ScalarType dtype) {
   return wanted ? empty_cpu(op, sizes, dtype) : empty_cpu(op, {0}, dtype);
@@ -172,13 +53,13 @@ Tensor fresh(Tensor t);
 inline Tensor fresh(Tensor t) { return t; }
 #endif
 
-// fp64 operands accumulate in fp64, everything else in fp32.
+// Returns the accumulate type: fp64 for fp64 operands, fp32 for all others.
 inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Results, and so their gradients, that are in x's type or in the one that sums run in; x has type
-// `type`.
+// Checks the type of a result, or of its gradient, which must be x's type or x's accumulate type; x
+// has type `type`.
 inline DType check_result_type(const Op& op, const char* name, ScalarType dtype, const Tensor& x,
                                DType type) {
   const ScalarType own = x.scalar_type(), sums = accumulate_type(own);
@@ -188,8 +69,8 @@ inline DType check_result_type(const Op& op, const char* name, ScalarType dtype,
   return dtype == own ? type : moe_ops::accumulate_type(type);
 }
 
-// A copy of `t` that `make` makes through torch, whose C interface does not say why it failed: for
-// checked operands on the CPU, for want of memory.
+// Returns a copy of `t` made by `make` through torch. Its C interface does not report why a copy
+// failed; for checked operands on the CPU, the only reason is lack of memory.
 template <class Make>
 Tensor copy_of(const Tensor& t, const Make& make) {
   try {
@@ -204,20 +85,20 @@ inline Tensor contiguous_copy(const Tensor& t) {
   return copy_of(t, [](const Tensor& s) { return torch::stable::contiguous(s); });
 }
 
-// Whether every element lies at a multiple of its size. Memory that came from a file or a buffer
-// may begin anywhere.
+// Returns whether every element is aligned to its size. Memory from a file or a buffer may start
+// anywhere.
 inline bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
 }
 
-// `t`, or a copy that is aligned.
+// Returns `t`, or an aligned copy.
 inline Tensor aligned(const Tensor& t) {
   return is_aligned(t) ? t : copy_of(t, [](const Tensor& s) { return torch::stable::clone(s); });
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? aligned(t) : contiguous_copy(t); }
 
-// Contiguous and of dtype `dtype`.
+// Returns `t` as a contiguous tensor of type `dtype`.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
   if (t.scalar_type() == dtype) return dense(t);
   return copy_of(t, [dtype](const Tensor& s) {
@@ -231,17 +112,18 @@ inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
   return out;
 }
 
-// Rows may lie anywhere; only the last dimension has to be dense. A dimension of size one has no
-// meaningful stride.
+// Returns `t`, or a copy if its last dimension is not dense; rows may be anywhere. A dimension of
+// size one has no meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
   const int64_t d = t.dim() - 1;
   return t.size(d) <= 1 || t.stride(d) == 1 ? aligned(t) : contiguous_copy(t);
 }
 
-// Stride between the rows of a matrix whose last dimension is dense.
+// Returns the stride between the rows of a matrix whose last dimension is dense.
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
-// Rows past the last one that has an expert are zero by contract. t: [rows, features], contiguous.
+// Sets rows from `row` on to zero: the contract for rows without an expert. t: [rows, features],
+// contiguous.
 inline void zero_rows_from(Tensor& t, int64_t row) {
   const int64_t bytes = t.size(1) * static_cast<int64_t>(t.element_size());
   if (row < t.size(0) && bytes > 0) {
@@ -264,7 +146,7 @@ void for_each_index(const Tensor& t, const Fn& fn) {
   }
 }
 
-// Expert ids as contiguous int32 with everything outside [0, num_experts) turned into -1.
+// Converts expert ids to contiguous int32 and replaces values outside [0, num_experts) by -1.
 inline void normalize_ids(const Tensor& ids, int64_t num_experts, int32_t* out) {
   for_each_index(ids, [&](int64_t i, int64_t id) {
     out[i] = id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
@@ -277,7 +159,7 @@ inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_expert
   return out;
 }
 
-// Slots and rows are numbered in int32.
+// Checks a number of slots: slots and rows have int32 indices.
 inline void check_num_slots(const Op& op, const char* name, int64_t n) {
   MOE_CHECK(n <= std::numeric_limits<int32_t>::max(), op, ": ", name,
             " must hold fewer than 2^31 slots, got ", n, ".");
@@ -287,8 +169,8 @@ inline const int32_t* int32_data(const Tensor& t) {
   return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
-// A map between slots and rows as contiguous int32, without a copy where it is that; each entry is
-// checked to lie in [lowest, limit). lowest: 0, or -1 where an entry may lead nowhere.
+// Returns a map between slots and rows as contiguous int32, without a copy if it already is; each
+// entry must be in [lowest, limit). lowest: 0, or -1 if entries may be empty.
 inline Tensor checked_map(const Op& op, const char* name, const Tensor& map, int64_t limit,
                           int64_t lowest = 0) {
   check_index(op, name, map);
@@ -300,8 +182,8 @@ inline Tensor checked_map(const Op& op, const char* name, const Tensor& map, int
   return contiguous_as(map, ScalarType::Int);
 }
 
-// expert_offsets as contiguous int32, without a copy where it is that: starts at 0, never falls,
-// ends at or before num_rows.
+// Returns expert_offsets as contiguous int32, without a copy if it already is; it must start at 0,
+// never decrease, and end at or before num_rows.
 inline Tensor checked_offsets(const Op& op, const Tensor& offsets, int64_t num_rows) {
   check_index(op, "expert_offsets", offsets);
   check_dim(op, "expert_offsets", offsets, 1, "[E+1]");
@@ -322,12 +204,12 @@ inline Tensor checked_offsets(const Op& op, const Tensor& offsets, int64_t num_r
   return contiguous_as(offsets, ScalarType::Int);
 }
 
-// Rows that have an expert, of checked offsets.
+// Returns the number of rows with an expert; offsets are checked.
 inline int64_t num_valid_rows(const Tensor& offsets) {
   return int32_data(offsets)[offsets.numel() - 1];
 }
 
-// Rows of a tensor [n, features] with a dense last dimension.
+// Returns the rows of a tensor [n, features] with a dense last dimension.
 inline Rows rows_of(const Tensor& t, DType type, const int32_t* index = nullptr) {
   return {t.const_data_ptr(), type, row_stride(t), index};
 }
@@ -385,7 +267,7 @@ struct SortedSlots {
 };
 SortedSlots sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
-// A routing whose maps a caller made; slot_to_row is [T, K].
+// Returns a routing with the caller's maps; slot_to_row is [T, K].
 inline Routing routing_of(const Tensor& expert_offsets, const Tensor& row_to_slot,
                           const Tensor& slot_to_row) {
   Routing r;
@@ -398,12 +280,12 @@ inline Routing routing_of(const Tensor& expert_offsets, const Tensor& row_to_slo
   return r;
 }
 
-// Where a kernel writes an output, if it is wanted.
+// Returns the address of an output, or nullptr if it is not wanted.
 inline void* data_if(bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 #if defined(MOE_OPS_CHECK_THREADS)
-// ThreadSanitizer does not see where a region of torch's pool begins and ends, so a build for it
-// starts threads of its own.
+// Returns a pool that starts its own threads: ThreadSanitizer does not see where a region of
+// torch's pool begins and ends.
 inline Parallel torch_parallel() {
   Parallel p;
   p.num_threads = 4;
@@ -427,8 +309,8 @@ inline Parallel torch_parallel() {
   return p;
 }
 #else
-// torch's thread pool as the kernels see it. The first exception of a thread is kept and thrown
-// again here: torch's C interface would print it and return a number in its place.
+// Returns torch's thread pool for kernels. The first exception of a thread is kept and rethrown
+// here, because torch's C interface would print it and return an error code instead.
 inline Parallel torch_parallel() {
   Parallel p;
   p.num_threads = static_cast<int>(torch::stable::get_num_threads());

@@ -26,12 +26,22 @@ void check_groups(const Op& op, const TopkRouterParams& p) {
             " of the groups, got ", p.top_k, ".");
 }
 
-// Everything but the addresses.
-TopkRouterParams topk_params(const Op& op, const Tensor& router_logits, int64_t top_k,
-                             const std::string& score_func, bool topk_first, bool renormalize,
-                             double routed_scaling_factor, const OptTensor& expert_bias,
-                             int64_t num_groups, int64_t num_topk_groups,
-                             const std::string& group_score) {
+// Arguments of a call.
+struct Inputs {
+  const Tensor& router_logits;  // [T, E]
+  int64_t top_k;
+  const std::string& score_func;
+  bool topk_first, renormalize;
+  double routed_scaling_factor;
+  const OptTensor& expert_bias;  // [E] or none
+  int64_t num_groups, num_topk_groups;
+  const std::string& group_score;
+};
+
+// Checks a call and returns its parameters without the addresses.
+TopkRouterParams topk_params(const Op& op, const Inputs& in) {
+  const auto& [router_logits, top_k, score_func, topk_first, renormalize, routed_scaling_factor,
+               expert_bias, num_groups, num_topk_groups, group_score] = in;
   TopkRouterParams p;
   p.type = check_router_logits(op, router_logits);
   const int64_t E = router_logits.size(1);
@@ -74,9 +84,16 @@ std::tuple<Tensor, Tensor> topk_router(const Tensor& router_logits, int64_t top_
                                        int64_t num_groups, int64_t num_topk_groups,
                                        std::string group_score) {
   constexpr const char* kOp = "topk_router";
-  TopkRouterParams p =
-      topk_params(kOp, router_logits, top_k, score_func, topk_first, renormalize,
-                  routed_scaling_factor, expert_bias, num_groups, num_topk_groups, group_score);
+  TopkRouterParams p = topk_params(kOp, {.router_logits = router_logits,
+                                         .top_k = top_k,
+                                         .score_func = score_func,
+                                         .topk_first = topk_first,
+                                         .renormalize = renormalize,
+                                         .routed_scaling_factor = routed_scaling_factor,
+                                         .expert_bias = expert_bias,
+                                         .num_groups = num_groups,
+                                         .num_topk_groups = num_topk_groups,
+                                         .group_score = group_score});
   const ScalarType out_type = accumulate_type(router_logits.scalar_type());
   const Tensor logits = with_dense_rows(router_logits);
   const OptTensor bias = contiguous_as(expert_bias, out_type);
@@ -112,9 +129,16 @@ static std::tuple<Tensor, Tensor> topk_router_cuda(const Tensor& router_logits, 
                                                    int64_t num_topk_groups,
                                                    std::string group_score) {
   const Op op("topk_router", router_logits);
-  TopkRouterParams p =
-      topk_params(op, router_logits, top_k, score_func, topk_first, renormalize,
-                  routed_scaling_factor, expert_bias, num_groups, num_topk_groups, group_score);
+  TopkRouterParams p = topk_params(op, {.router_logits = router_logits,
+                                        .top_k = top_k,
+                                        .score_func = score_func,
+                                        .topk_first = topk_first,
+                                        .renormalize = renormalize,
+                                        .routed_scaling_factor = routed_scaling_factor,
+                                        .expert_bias = expert_bias,
+                                        .num_groups = num_groups,
+                                        .num_topk_groups = num_topk_groups,
+                                        .group_score = group_score});
   const ScalarType out_type = accumulate_type(router_logits.scalar_type());
   const Tensor logits = with_dense_rows(router_logits);
   const OptTensor bias = contiguous_as(expert_bias, out_type);

@@ -8,7 +8,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-// Everything but the addresses.
+// Checks a call and returns its parameters without the addresses.
 ToppRouterParams topp_params(const Op& op, const Tensor& router_logits, double top_p, int64_t max_k,
                              int64_t min_k, bool renormalize, double routed_scaling_factor) {
   ToppRouterParams p;

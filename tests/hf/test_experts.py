@@ -176,7 +176,7 @@ OTHER_MODELS = {
     "openai_privacy_filter": (OpenAIPrivacyFilterExperts, "swiglu_oai"),
     "nemotron_h": (NemotronHExperts, "relu2"),
     "muse_spark": (MuseSparkExperts, "swiglu"),
-    "deepseek_v4": (DeepseekV4Experts, None),
+    "deepseek_v4": (DeepseekV4Experts, "swiglu_clamped"),
 }
 
 

@@ -96,7 +96,10 @@ GATES = {
     "privacy_filter": (OpenAIPrivacyFilterExperts._apply_gate, {**CLAMPED, "interleaved": False}),
     "mixtral": (MixtralExperts._apply_gate, {"activation": "swiglu"}),
     "other_names": (gate_with_other_names, None),
-    "deepseek_v4": (DeepseekV4Experts._apply_gate, None),
+    "deepseek_v4": (
+        DeepseekV4Experts._apply_gate,
+        {"activation": "swiglu_clamped", "limit": 1.5, "interleaved": False},
+    ),
     "clamped": (gate_clamped, None),
     "far_out": (gate_clamped_far_out, None),
     "swapped": (gate_swapped, None),

@@ -655,12 +655,6 @@ FAMILIES: dict[str, Family] = {
                 "(b * D::kRunCount + run) >> shift",
                 "(b * D::kRunCount) >> shift",
             ),
-            (
-                "zero points of 8 for all",
-                "static_cast<float>(8 - zero[how.repeat == 1 ? i : i / how.repeat])",
-                "0.0f",
-            ),
-            ("q4_K: upper bits of scales lost", "_mm_or_si128(low, upper)", "low"),
             ("q6_K: the first quarter for all", "quarter(block, run / 2)", "quarter(block, 0)"),
             (
                 "fp8: NaN is 480",
@@ -682,6 +676,15 @@ FAMILIES: dict[str, Family] = {
                 "n * D::kBytes / D::kBlock",
                 "n * D::kBytes / D::kBlock - 1",
             ),
+        )
+        + of(
+            "kernels/quant_scales-inl.h",
+            (
+                "zero points of 8 for all",
+                "static_cast<float>(8 - zero[how.repeat == 1 ? i : i / how.repeat])",
+                "0.0f",
+            ),
+            ("q4_K: upper bits of scales lost", "_mm_or_si128(low, upper)", "low"),
         )
         + of(
             "kernels/quant_decoded-inl.h",
@@ -847,49 +850,55 @@ FAMILIES: dict[str, Family] = {
                 "",
             ),
             (
-                "backward: weight of the first row for all",
-                "on_input ? nullptr : maps.weight + r",
-                "on_input ? nullptr : maps.weight",
+                "pre-activation kept without its bias of the up half",
+                "r * width + column",
+                "r * width + f",
             ),
-            (
-                "weight gradient without the routing weights on the input",
-                "on_input ? maps.weight : nullptr",
-                "static_cast<T*>(nullptr)",
-            ),
-            (
-                "x of the first range of features for all",
-                "element(row_of(x, r), type, range.begin)",
-                "element(row_of(x, r), type, 0)",
-            ),
-            (
-                "gradients of gate and up swapped",
-                "interleave(grad, grad + I, I, pre);",
-                "interleave(grad + I, grad, I, pre);",
-            ),
-            (
-                "pre-activation of gate and up swapped",
-                "deinterleave(gate, I, halves, halves + I);",
-                "deinterleave(gate, I, halves + I, halves);",
-            ),
+        )
+        + of(
+            "moe_ffn/ranges.h",
             (
                 "rows of a range one short",
                 "std::min(f + width, s.hidden_size)",
                 "std::min(f + width, s.hidden_size) - (f + width < s.hidden_size)",
             ),
+        )
+        + of(
+            "moe_ffn/backward.cpp",
             (
-                "pre-activation kept without its bias of the up half",
-                "r * width + column",
-                "r * width + f",
+                "backward: weight of the first row for all",
+                "on_input_ ? nullptr : maps_.weight + r",
+                "on_input_ ? nullptr : maps_.weight",
+            ),
+            (
+                "weight gradient without the routing weights on the input",
+                "on_input_ ? maps_.weight : nullptr",
+                "static_cast<T*>(nullptr)",
+            ),
+            (
+                "x of the first range of features for all",
+                "element(row_of(x_, r), type_, range.begin)",
+                "element(row_of(x_, r), type_, 0)",
+            ),
+            (
+                "gradients of gate and up swapped",
+                "interleave(grad, grad + I_, I_, pre);",
+                "interleave(grad + I_, grad, I_, pre);",
+            ),
+            (
+                "pre-activation of gate and up swapped",
+                "deinterleave(gate, I_, halves, halves + I_);",
+                "deinterleave(gate, I_, halves + I_, halves);",
             ),
             (
                 "gradient of the routing weight without the bias",
-                "p.b_down.data != nullptr",
+                "p_.b_down.data != nullptr",
                 "false",
-                1,
             ),
             (
                 "gradients of skipped slots not cleared",
-                "std::fill(grad_weights, grad_weights + s.routing.num_tokens * K, T(0));",
+                "std::fill(grad_weights_, grad_weights_ + s_.routing.num_tokens * "
+                "s_.routing.top_k, T(0));",
                 "",
             ),
         )
@@ -1224,7 +1233,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "narrow heads: end of the keys not cleared",
-                "std::fill(data, data + size(kept, p.head_size, part, pitch), T(0));",
+                "std::fill(data, data + layout.size(p.head_size), T(0));",
                 "",
             ),
         )

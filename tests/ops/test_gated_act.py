@@ -80,7 +80,9 @@ def test_far_from_zero(dtype, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize(
+    "activation", ["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "swiglu_clamped"]
+)
 def test_fine_grid(activation, dtype):
     """Every part of the approximation of exp, tanh and erf."""
     gate = torch.linspace(-12, 12, 4001, dtype=torch.float64)
@@ -92,7 +94,8 @@ def test_fine_grid(activation, dtype):
 @pytest.mark.parametrize("limit", [0.75, 7.0])
 def test_oai_parameters(alpha, limit, interleaved):
     gate_up = 4 * torch.randn(19, 2 * 33, dtype=torch.float64)
-    check(gate_up, "swiglu_oai", interleaved, alpha=alpha, limit=limit)
+    for activation in ("swiglu_oai", "swiglu_clamped"):
+        check(gate_up, activation, interleaved, alpha=alpha, limit=limit)
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
@@ -199,7 +202,7 @@ def test_a_value_does_not_depend_on_its_place(dtype, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai", "swiglu_clamped"])
 def test_large_negative_gates_are_shut(activation, dtype):
     """The sigmoid of x is zero where x times the smallest normal number is not small."""
     most = 1e18 if activation == "geglu_tanh" else 1e38  # whose slope has x squared
@@ -213,7 +216,7 @@ def test_large_negative_gates_are_shut(activation, dtype):
     assert grad.reshape(2, 150)[:, shut].abs().max() < 1e-30
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai", "swiglu_clamped"])
 @pytest.mark.parametrize("column", [0, 17, 63, 64, 127, 149])
 def test_a_nan_in_a_long_row_stays_alone(column, activation):
     gate_up = torch.randn(2, 300)

@@ -8,7 +8,7 @@
 
 namespace moe_ops::cpu {
 
-// values [2n] with gate and up in turn -> gate [n], up [n].
+// values [2n] with gate and up interleaved -> gate [n], up [n].
 template <class T>
 void deinterleave(const T* values, int64_t n, T* gate, T* up) {
   for (int64_t i = 0; i < n; ++i) {

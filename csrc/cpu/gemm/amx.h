@@ -13,11 +13,11 @@ namespace moe_ops::cpu {
 // Depth of the blocks of weights that amx_row_major_item packs: 256 x 512 in bfloat16 are 256 KiB
 // of L2, and 256 steps of k amortise loading and storing the sums.
 constexpr int64_t kAmxKc = 256;
-// How far ahead of itself a tile prefetches packed weights.
+// Distance, in bytes, at which a tile prefetches packed weights.
 constexpr int64_t kAmxPrefetch = 2048;
 
-// The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
-// padded_m.
+// Loads the rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows
+// m to padded_m.
 inline void load_bf16_rows(const GemmDesc<float>& d, const GemmItem& it, int64_t depth,
                            int64_t padded_m, uint16_t* dst, int64_t ld) {
   const int64_t K = d.in_features, m = it.row_end - it.row_begin;
@@ -175,8 +175,9 @@ void amx_row_major_item(const GemmDesc<float>& d, const GemmKernels<float>& k, c
   }
 }
 
-// grad^T of m rows from `begin` on and n features from o_begin on, as bfloat16: rows of g are
-// features, lda apart, with zeros from m to the next multiple of 32 and in rows n to that of n.
+// Transposes grad, m rows from `begin` on and n features from o_begin on, to bfloat16: rows of g
+// are features, lda apart, with zeros from m to the next multiple of 32 and in rows n to the next
+// multiple of 32.
 inline void transpose_grad(const GroupedWgradParams& p, const GemmKernels<float>& k, int64_t begin,
                            int64_t m, int64_t o_begin, int64_t n, uint16_t* g, int64_t lda) {
   const int64_t depth = round_up<int64_t>(m, 32), padded_n = round_up<int64_t>(n, 32);
@@ -204,8 +205,8 @@ inline void transpose_grad(const GroupedWgradParams& p, const GemmKernels<float>
   }
 }
 
-// The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
-// panels, so the depth of the tiles is the expert's rows, rounded up to 32.
+// Computes the item with bfloat16 tiles of AMX: grad^T is the row operand and pairs of rows of a
+// are the panels, so the depth of the tiles is the expert's rows, rounded up to 32.
 inline void amx_wgrad_item(const GroupedWgradParams& p, const GemmKernels<float>& k, int64_t e,
                            int64_t o_begin, int64_t o_end) {
   const int64_t O = p.out_features, J = p.in_features;

@@ -20,8 +20,8 @@ constexpr int64_t kFloat = sizeof(float), kDouble = sizeof(double);
 // An entry that is one constant.
 #define MOE_SIZE(family, axis, constant) {family, axis, #constant, constant}
 
-// Those of a target's table of kernels, which are the same for both accumulate types or follow
-// from the number of lanes.
+// Adds the sizes of a target's table of kernels, which are equal for both accumulate types or
+// depend on the number of lanes.
 template <class T>
 void add_level(std::vector<BlockSize>& sizes) {
   const GemmKernels<T>& k = gemm_kernels<T>();

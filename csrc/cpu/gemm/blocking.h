@@ -65,7 +65,8 @@ constexpr int64_t kAttentionReduceKeys = 256;
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// pack_experts: a block of k, so that the lines it touches stay in cache while features take turns.
+// pack_experts: a block of k, so that the lines it touches stay in cache while the features
+// alternate.
 constexpr int64_t kPackDepth = 64;
 
 // One entry: in `family` of kernels, results are computed differently from `value` on (or beyond
@@ -74,7 +75,7 @@ struct BlockSize {
   const char *family, *axis, *name;
   int64_t value;
 };
-// Of active_isa().
+// Returns the block sizes of active_isa().
 MOE_OPS_API std::vector<BlockSize> block_sizes();
 
 }  // namespace moe_ops::cpu

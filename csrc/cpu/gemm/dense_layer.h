@@ -9,7 +9,7 @@
 
 namespace moe_ops::cpu {
 
-// Products of which none reads what another writes, all of one accumulate type, in one loop.
+// Runs independent grouped GEMMs of one accumulate type in one loop.
 void grouped_gemms(std::span<const GroupedGemmParams> all, const Parallel& par);
 
 // A layer and where its product goes: [rows, O], contiguous.
@@ -18,7 +18,7 @@ struct DenseProduct {
   void* out;
 };
 
-// out = the layer of a, of `type`, for each layer of one loop.
+// Computes out = layer(a) of type `type` for all products in one loop.
 template <size_t N>
 void multiply(const DenseProduct (&products)[N], const Rows& a, int64_t rows, DType type,
               const Parallel& par) {
@@ -44,8 +44,8 @@ inline void multiply(const DenseLayer& layer, const Rows& a, int64_t rows, void*
   multiply({{layer, out}}, a, rows, type, par);
 }
 
-// y = residual + factor * row, of n elements of `type`; the row is overwritten. residual ==
-// nullptr: factor * row.
+// Computes y = residual + factor * row for n elements of `type`, or factor * row if residual is
+// nullptr; the row is overwritten.
 template <class T>
 void add_to_residual(T* row, T factor, const void* residual, DType type, void* y, int64_t n) {
   const RowKernels<T>& k = row_kernels<T>();

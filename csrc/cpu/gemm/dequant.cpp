@@ -6,7 +6,7 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// The weights of expert e, k in a row as they are stored.
+// Returns the stored rows of expert e's weights, k per row.
 CodeRows code_rows(const ExpertMatrices& m, int64_t e, int64_t k) {
   const QuantFormat& q = m.quant;
   const int64_t scale = e * q.scale_stride_e, size = scale_size(q.scale_type);
@@ -23,13 +23,13 @@ CodeRows code_rows(const ExpertMatrices& m, int64_t e, int64_t k) {
           .ld_zero = q.scale_stride_o};
 }
 
-// Rows or columns of float32 that fit kDequantBytes.
+// Returns the number of float32 rows or columns that fit kDequantBytes.
 int64_t count_at_once(int64_t length, int64_t n) {
   const int64_t fitting = kDequantBytes / (length * static_cast<int64_t>(sizeof(float))) / 16 * 16;
   return std::clamp<int64_t>(fitting, 16, round_up<int64_t>(n, 16));
 }
 
-// The sum over k runs along rows as they are stored: features by features.
+// Computes an item whose sum over k runs along stored rows: some features at a time.
 void rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                const DequantEpilogue& fn) {
   const int64_t K = d.in_features, n = it.feature_end - it.feature_begin;
@@ -51,7 +51,7 @@ void rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Gemm
     const int64_t count = std::min(part, n - f0), first = it.feature_begin + f0;
     for (int64_t s = 0; s < d.segments; ++s) {
       for (int64_t i = 0; i < count; ++i) {
-        quant_kernels().dequantise({.rows = rows,
+        quant_kernels().dequantize({.rows = rows,
                                     .row = s * d.features + first + i,
                                     .k0 = 0,
                                     .n = K,
@@ -65,7 +65,8 @@ void rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Gemm
   }
 }
 
-// The sum over k runs across rows as they are stored: block by block, each summed by itself.
+// Computes an item whose sum over k runs across stored rows: block by block, each summed
+// separately.
 void columns_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const DequantEpilogue& fn) {
   const int64_t K = d.in_features, m = it.row_end - it.row_begin;
@@ -88,7 +89,7 @@ void columns_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   for (int64_t k0 = 0; k0 < K; k0 += depth) {
     inner.in_features = std::min(depth, K - k0);
     for (int64_t i = 0; i < inner.in_features; ++i) {
-      quant_kernels().dequantise({.rows = rows,
+      quant_kernels().dequantize({.rows = rows,
                                   .row = k0 + i,
                                   .k0 = it.feature_begin,
                                   .n = n,

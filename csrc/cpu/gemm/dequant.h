@@ -9,16 +9,18 @@
 
 namespace moe_ops::cpu {
 
-// As the epilogues of all algorithms (zero_item); one type, so that the algorithms are compiled
-// once more and not once for each epilogue.
+// Type-erased epilogue, with the arguments of all algorithms' epilogues (zero_item). One type
+// suffices, so that the algorithms are compiled once more and not once per epilogue.
 using DequantEpilogue =
     std::function<void(int64_t expert, int64_t row, int64_t feature, int64_t n, float*, float*)>;
 
-// Some weight rows at a time become float32 in cache, where the algorithms of float32 do the rest.
+// Computes an item by dequantizing some weight rows at a time to float32 in cache, and running the
+// float32 algorithms on them.
 void dequant_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const DequantEpilogue& fn);
 
-// One pass of tokens: weights become float32 in registers. Every byte of them is read once.
+// Computes an item in one pass of tokens: weights are dequantized to float32 in registers, and
+// every byte of them is read once.
 void decoded_gemv_item(const GemmDesc<float>& d, const GemmItem& it, const DequantEpilogue& fn);
 
 }  // namespace moe_ops::cpu

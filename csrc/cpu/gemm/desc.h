@@ -1,5 +1,4 @@
-// What a grouped product is: its operands, and where their elements lie. heuristics.h chooses how
-// it runs.
+// Description of a grouped GEMM: its operands and their layouts. heuristics.h chooses how it runs.
 #pragma once
 
 #include <algorithm>
@@ -26,14 +25,14 @@ inline int64_t bits_of(const ExpertMatrices& m) {
   return m.quant.bits != 0 ? m.quant.bits : 8 * dtype_size(m.type);
 }
 
-// Weights of expert e from row o and step k on; the strides are in elements, of which 4-bit ones
-// share bytes.
+// Returns the address of expert e's weight at row o and step k; strides are in elements, and 4-bit
+// elements share bytes.
 inline const char* weights_at(const ExpertMatrices& m, int64_t e, int64_t o, int64_t k) {
   const int64_t offset = e * m.stride_e + o * m.stride_o + k * m.stride_k;
   return static_cast<const char*>(m.data) + offset * bits_of(m) / 8;
 }
 
-// The bias of expert e, or nullptr.
+// Returns the bias of expert e, or nullptr.
 inline const void* vector_of(const ExpertVectors& v, int64_t e) {
   return v.data == nullptr ? nullptr : element(v.data, v.type, e * v.stride_e);
 }
@@ -42,7 +41,7 @@ inline const float* scales_at(const ExpertMatrices& m, int64_t e, int64_t o) {
   return m.quant.scale + e * m.quant.scale_stride_e + o * m.quant.scale_stride_o;
 }
 
-// Length of the parts when n is cut into equal ones of at most `most`, each a multiple of `unit`.
+// Returns the length of equal parts of n, at most `most` and a multiple of `unit`.
 inline int64_t balanced(int64_t n, int64_t most, int64_t unit) {
   const int64_t parts = ceil_div(n, most);
   return std::min(n, round_up(ceil_div(n, parts), unit));
@@ -57,11 +56,11 @@ struct GemmProblem {
   int segments = 1;          // segment s starts at row s * features of b
   int64_t feature_unit = 1;  // cuts between items fall on multiples of this
   int64_t in_features;
-  // Whether the number of an expert's rows must not show in the bits of one.
+  // If true, a row's result must not depend bitwise on its expert's row count.
   bool invariant = batch_invariant();
   bool one_chain = false;  // GroupedGemmParams::one_chain
 
-  // Elementary operations, in units of about a nanosecond.
+  // Returns the number of elementary operations, in units of about a nanosecond.
   double cost() const {
     return static_cast<double>(expert_offsets[num_experts]) *
            static_cast<double>(features * segments) * (static_cast<double>(in_features) / 16 + 1);
@@ -76,7 +75,7 @@ struct GemmDesc : GemmProblem {
   ExpertMatrices b;
 };
 
-// src * scale as bfloat16; `buffer` has room for n floats.
+// Converts src * scale to bfloat16; `buffer` has room for n floats.
 inline void load_bf16_row(DType type, const void* src, int64_t n, float scale, float* buffer,
                           uint16_t* dst) {
   if (type == DType::kBFloat16 && scale == 1.0f) {
@@ -89,9 +88,9 @@ inline void load_bf16_row(DType type, const void* src, int64_t n, float scale, f
   }
 }
 
-// What the microkernels multiply: numbers of T, to which half types are widened, or pairs of
-// bfloat16 of adjacent k, each in the bits of one element. K counts elements. load() copies row r
-// of the tokens, kc elements from k0 on.
+// Operands of the microkernels: elements of T, to which half types are widened, or pairs of
+// bfloat16 of adjacent k, each pair in one element. K counts elements. load() copies row r of the
+// tokens, kc elements from k0 on.
 struct Wide {
   static constexpr bool kBf16 = false;
   static constexpr int64_t kSteps = 1;  // of k in an element
@@ -118,7 +117,7 @@ struct Bf16 {
   static constexpr int64_t kSteps = 2;
   static const auto& row_a(const GemmKernels<float>& k) { return k.bf16_row_a; }
   static const auto& col_a(const GemmKernels<float>& k) { return k.bf16_col_a; }
-  // What the last pair lacks is zero.
+  // Loads a row; the missing half of the last pair is zero.
   static void load(const GemmDesc<float>& d, int64_t r, int64_t k0, int64_t kc, float* dst) {
     auto* halves = reinterpret_cast<uint16_t*>(dst);
     const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);
@@ -128,7 +127,7 @@ struct Bf16 {
   }
 };
 
-// Bytes of an element of weights, and whether they have to be widened to one.
+// Return the bytes of an element of weights, and whether weights have to be widened to T.
 template <class Op, class T>
 int64_t element_bytes(const GemmDesc<T>& d) {
   return Op::kBf16 ? static_cast<int64_t>(sizeof(T)) : dtype_size(d.b.type);

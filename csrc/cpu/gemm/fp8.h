@@ -31,7 +31,7 @@ struct Fp8Desc : GemmProblem {
   const uint8_t* weight(int64_t e, int64_t o) const {
     return b.data + e * b.stride_e + o * b.stride_o;
   }
-  // Between rows of codes: features, or steps of k where they are turned.
+  // Returns the stride between rows of values: features, or steps of k if they are transposed.
   int64_t weight_stride() const { return turned() ? b_stride_k : b.stride_o; }
   const float* weight_scale(int64_t e, int64_t o) const {
     return b.scale + e * b.scale_stride_e + o / kFp8Block * b.scale_stride_o;
@@ -39,7 +39,7 @@ struct Fp8Desc : GemmProblem {
   float weight_scale(int64_t e, int64_t o, int64_t block) const {
     return weight_scale(e, o)[block];
   }
-  // Whether weights are dense along features, as those of a layer are in the gradient of its input.
+  // Returns whether weights are dense along features, as in the gradient of a layer's input.
   bool turned() const { return b_stride_k != 1; }
 };
 
@@ -73,7 +73,7 @@ struct Fp8WgradDesc {
   }
 };
 
-// dst[c][r] = src[r][c] of bytes, for r < rows and c < cols.
+// Transposes bytes: dst[c][r] = src[r][c] for r < rows and c < cols.
 inline void turn_bytes(const uint8_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint8_t* dst,
                        int64_t ld_dst) {
   constexpr int64_t S = 8;
@@ -117,8 +117,9 @@ inline std::vector<GemmItem> gemm_items(const Fp8Desc& d, int num_threads) {
                     [&](int64_t rows) { return choose_config(d, rows); });
 }
 
-// GEMV reads codes as they lie, in four long streams as gemv_item does; its blocked form, for more
-// rows, decodes four rows of weights once. Both have the same sums, to the bit.
+// Computes an item by GEMV, which reads codes in place, in four long streams like gemv_item; its
+// blocked form, for more rows, decodes four rows of weights once. The sums of both are bitwise
+// identical.
 template <class Epilogue>
 void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
                    const Epilogue& fn) {

@@ -62,7 +62,7 @@ void run_amx_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   }
 }
 
-// next: the item that this thread is likely to take after this one, or nullptr.
+// Runs an item. next: the item that this thread is likely to take after this one, or nullptr.
 template <class T, class Epilogue>
 void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
               const GemmItem* next, const Epilogue& fn) {

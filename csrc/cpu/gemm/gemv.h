@@ -65,7 +65,7 @@ void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
                                                     .prefetch_distance = distance});
       }
     };
-    // What half of an L1 holds, or four rows, stays in cache for a second pass.
+    // Four rows, or as much as half of an L1 holds, stay in cache for a second pass.
     const int64_t group_bytes = kGemvFeatures * d.in_features * dtype_size(d.b.type);
     const int64_t kept = std::max<int64_t>(1, kKeptWeightBytes / group_bytes);
     const int64_t at_once = passes == 1 ? quarter : kept;
@@ -79,10 +79,10 @@ void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
   }
 }
 
-// Blocked GEMV. Groups of four weight rows meet all tokens, max_tokens at a time: no token is
-// padded and no weight copied. Blocks of k keep a group's part in L1 while the tokens pass;
-// meanwhile the next group, one run in memory, is prefetched. Half types are widened once a block,
-// by the call with the first tokens.
+// Computes an item by blocked GEMV. Groups of four weight rows meet all tokens, max_tokens at a
+// time: no token is padded and no weight copied. Blocks of k keep a group's part in L1 while the
+// tokens pass; meanwhile the next group, one run in memory, is prefetched. Half types are widened
+// once a block, by the call with the first tokens.
 template <class Op, class T, class Epilogue>
 void gemv_blocked_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
                        const Epilogue& fn) {

@@ -20,19 +20,19 @@ struct Choice {
   Operand operand;
 };
 
-// bfloat16 weights are multiplied as such. Tokens are rounded to bfloat16, which loses nothing
-// unless they were scaled before.
+// Returns whether bfloat16 weights are multiplied without widening. Tokens are rounded to bfloat16,
+// which is exact unless they were scaled before.
 template <class T>
 bool can_multiply_bf16(const GemmShape& s, const GemmKernels<T>& k) {
   return k.has_bf16 && s.type == DType::kBFloat16 && !s.scaled;
 }
 
-// Where the bits of a row must not depend on how many there are (batch_invariant.h). Of algorithms
-// that a count of rows tells apart here, GEMV and its blocked form add in the same order, and so do
-// the outer product and row-major B, which then have blocks of one depth. bfloat16 is multiplied as
-// such by all rows or by none, and AMX, which adds in an order of its own, by none. One chain of
-// sums is an outer product of one block, whatever the number of rows. Tokens become integers of 16
-// bits for weights of 8 bits, which costs less accuracy than 8 bits do, and of 8 for weights of 4.
+// Chooses an algorithm if a row's result must not depend bitwise on the number of rows
+// (batch_invariant.h). GEMV and its blocked form add in the same order, and so do the outer product
+// and row-major B, which then have blocks of one depth. bfloat16 is multiplied as such by all rows
+// or by none, and AMX, which adds in an order of its own, by none. One chain of sums is an outer
+// product of one block, whatever the number of rows. Tokens become integers of 16 bits for weights
+// of 8 bits, which costs less accuracy than 8 bits do, and of 8 for weights of 4.
 template <class T>
 Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t rows) {
   const bool bf16 =
@@ -62,9 +62,9 @@ Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t row
   return {Algorithm::kZero, Operand::kWide};
 }
 
-// Weights of 8 and 4 bits. Tiles multiply integers only where the layer's tokens are of a half
-// type.
-Choice choose_quantised(const GemmShape& s, const QuantKernels& q, int64_t rows) {
+// Chooses for weights of 8 and 4 bits. Tiles multiply integers only if the layer's tokens have a
+// half type.
+Choice choose_quantized(const GemmShape& s, const QuantKernels& q, int64_t rows) {
   const bool four = s.b == B::kBits4, half = s.type != DType::kFloat32;
   const bool int8 = half && q.int8_tile[four][0] != nullptr;
   const bool int16 = half && !four && q.quantize_int16 != nullptr;
@@ -78,7 +78,7 @@ Choice choose_quantised(const GemmShape& s, const QuantKernels& q, int64_t rows)
   return {Algorithm::kRepackB, int8 ? Operand::kInt8 : int16 ? Operand::kInt16 : Operand::kWide};
 }
 
-// Weights dense along k.
+// Chooses for weights that are dense along k.
 template <class T>
 Choice choose_dense_k(const GemmShape& s, const GemmKernels<T>& k, int64_t rows, bool bf16) {
   const bool half = sizeof(T) == 4 && s.type != DType::kFloat32, pairs = bf16 && s.even;
@@ -113,7 +113,7 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
   switch (s.b) {
     case B::kBits8:
     case B::kBits4:
-      return choose_quantised(s, q, rows);
+      return choose_quantized(s, q, rows);
     case B::kFp8:
       if (rows <= kFp8GemvRows) return {Algorithm::kGemv, Operand::kFp8};
       return {Algorithm::kPackTokens,
@@ -140,9 +140,9 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
   return {Algorithm::kZero, Operand::kWide};
 }
 
-// Width of an item of row-major B, and the depth of its blocks, in elements of `steps` k. By the
-// width that an item has with one thread: blocks are summed by themselves, so bits depend on the
-// depth.
+// Return the width of an item of row-major B, and the depth of its blocks in elements of `steps` k.
+// The depth follows from the width of an item with one thread: blocks are summed separately, so
+// results depend on the depth bitwise.
 int64_t row_major_features(const GemmShape& s, int64_t rows) {
   return s.invariant || rows >= kRowMajorNarrowRows ? kRowMajorFeatures / 2 : kRowMajorFeatures;
 }

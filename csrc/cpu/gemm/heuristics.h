@@ -48,17 +48,17 @@ struct GemmConfig {
   int64_t rows = 0, features = 0;
   int64_t row_unit = 1, feature_unit = 1;
   int64_t depth = 0;  // elements of k in a block, where blocks are summed by themselves
-  // Whether weights are read as one run if items are as wide as a row of them (kOuter).
+  // If true, weights are read as one run if items are as wide as a row of them (kOuter).
   bool one_run = false;
 
   bool operator==(const GemmConfig&) const = default;
 };
-// "gemv_blocked bf16, items of 128 x 1024"
+// Returns a description such as "gemv_blocked bf16, items of 128 x 1024".
 std::string to_string(const GemmConfig& c);
 
-// What the choice depends on.
+// Sizes and layout of a GEMM, on which its algorithm depends.
 struct GemmShape {
-  // kCodes: weights of few bits without kernels of integers; kTurnedCodes: any that are transposed.
+  // kCodes: quantized weights without integer kernels; kTurnedCodes: any that are transposed.
   enum class B : int {
     kDenseK,
     kDenseFeatures,
@@ -79,7 +79,8 @@ struct GemmShape {
   bool one_chain = false;  // GroupedGemmParams::one_chain, which only counts with `invariant`
 };
 
-// For an expert with so many rows. T is the accumulate type; kernels are those of the target.
+// Chooses the configuration of an expert with `rows` rows. T is the accumulate type; kernels are
+// those of the target.
 template <class T>
 GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q,
                          int64_t rows);
@@ -114,15 +115,15 @@ GemmConfig choose_config(const GemmDesc<T>& d, int64_t rows) {
   return choose_config<T>(shape_of(d), gemm_kernels<T>(), quant_kernels(), rows);
 }
 
-// The configuration of an expert with `rows` rows, in words, on any target that the build has and
-// any processor; for tests and for who wants to know. accumulate: kFloat32 or kFloat64.
+// Describes the configuration of an expert with `rows` rows, on any target of the build and any
+// processor; for tests and developers. accumulate: kFloat32 or kFloat64.
 MOE_OPS_API std::string gemm_config(const GemmShape& s, DType accumulate, int64_t rows, Isa isa,
                                     bool intel);
 
 // Sizes of work items.
 //
-// Rows. Of an item that copies weights: a 192-deep block of 128 rows is 96 KiB of L2. Where one
-// copy of weights serves one block of rows after the other, more, as long as the copy has at most
+// Rows of an item that copies weights: a 192-deep block of 128 rows is 96 KiB of L2. Where one copy
+// of weights serves one block of rows after the other, more, as long as the copy has at most
 // kKeptElements: what leaves an L2 is written to L3 and read again, which costs more than another
 // copy. Items on packed weights copy tokens only; 128 rows of 2048 features are 1 MiB of fp32.
 constexpr int64_t kRowBlock = 128;
@@ -130,8 +131,8 @@ constexpr int64_t kKeptRows = 1024;
 constexpr int64_t kKeptElements = int64_t{256} << 10;
 constexpr int64_t kPanelRowBlock = 128;
 // Features (of all segments together). 252 is a multiple of every tile height. Panels come whole at
-// every target. What is read in streams gets longer ones from wider items; AMX and packed weights
-// rearrange tokens first, which more features share.
+// every target. Wider items read longer streams; AMX and packed weights rearrange tokens first,
+// which more features share.
 constexpr int64_t kFeatureBlock = 252;
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kStreamFeatureBlock = 1024;
@@ -161,7 +162,7 @@ constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kMinW8Rows = 3;
-// Width of an item whose weights are dequantised, and bytes of them that are at a time: of an L2.
+// Width of an item whose weights are dequantized, and bytes of them that are at a time: of an L2.
 constexpr int64_t kDequantFeatures = 512;
 constexpr int64_t kDequantBytes = int64_t{192} << 10;
 // e4m3: most rows for which every weight is decoded anew for each kFp8DotTokens of them, and the
@@ -179,8 +180,8 @@ struct GemmItem {
   int64_t expert, row_begin, row_end, feature_begin, feature_end;
 };
 
-// Items of features [first, last) of each segment; choose(rows) is the configuration of an expert
-// with so many.
+// Returns the items of features [first, last) of each segment; choose(rows) returns the
+// configuration of an expert with `rows` rows.
 template <class Choose>
 std::vector<GemmItem> gemm_items(const GemmProblem& d, int num_threads, int64_t first, int64_t last,
                                  const Choose& choose) {
@@ -217,7 +218,8 @@ std::vector<GemmItem> gemm_items(const GemmProblem& d, int num_threads, int64_t 
   return items;
 }
 
-// The item that a thread is likely to take after item i: threads claim them in turns.
+// Returns the item that a thread is likely to take after item i, since threads claim items
+// alternately.
 inline const GemmItem* next_item(const std::vector<GemmItem>& items, int64_t i,
                                  const Parallel& par) {
   const size_t next = static_cast<size_t>(i) + static_cast<size_t>(std::max(1, par.num_threads));

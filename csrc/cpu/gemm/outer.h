@@ -8,7 +8,7 @@
 
 namespace moe_ops::cpu {
 
-// How far ahead a run is prefetched, in bytes.
+// Distance, in bytes, at which a run is prefetched.
 constexpr int64_t kOneRunPrefetch = 8192;
 
 template <class Op, class T, class Epilogue>

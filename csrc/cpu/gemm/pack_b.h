@@ -14,8 +14,8 @@ constexpr int64_t kPanelPad = 32;
 constexpr int64_t kLineBytes = 64;    // of a cache
 constexpr int64_t kPageBytes = 4096;  // and of a way of an L1
 
-// Weights dense along k, packed once for all rows of the item. While the first block of rows meets
-// a panel, its tiles prefetch the weights of the next one.
+// Computes an item whose weights are dense along k and packed once for all rows of the item. While
+// the first block of rows meets a panel, its tiles prefetch the weights of the next one.
 template <class Op, class T, class Epilogue>
 void pack_bt_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
                   const Epilogue& fn) {
@@ -113,7 +113,8 @@ void pack_bt_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem&
   }
 }
 
-// Blocks of weight rows are copied into panels, unless they meet few rows.
+// Computes an item with row-major B; blocks of weight rows are copied into panels, unless there are
+// few rows.
 template <class Op, class T, class Epilogue>
 void row_major_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
                     const GemmItem* next_item, const Epilogue& fn) {

@@ -6,8 +6,8 @@
 
 namespace moe_ops::cpu {
 
-// How far ahead of itself a tile prefetches panels at least, from memory into L2: at 40 GB/s, 8 KiB
-// are twice the latency of a DRAM.
+// Least distance, in bytes, at which a tile prefetches panels from memory into L2: at 40 GB/s, 8
+// KiB are twice the latency of DRAM.
 constexpr int64_t kPanelPrefetch = 8192;
 
 template <class Op, class T, class Epilogue>
@@ -49,7 +49,7 @@ void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem
                         f0 / P * d.segments * layout.panel_bytes;
     const int type = static_cast<int>(d.b.type);
     const int64_t count = padded_n / P * d.segments;
-    // Where the sums of panel i begin: panels of the segments take turns.
+    // Returns where the sums of panel i begin; panels of the segments alternate.
     const auto sums = [&](int64_t i) {
       return tile + i % d.segments * padded_n + i / d.segments * P;
     };

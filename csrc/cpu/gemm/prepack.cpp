@@ -12,7 +12,7 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Bit patterns are copied, so one text serves all types of a size.
+// Packs a panel by copying bit patterns, so one function serves all types of a size.
 template <class Bits>
 void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t features, int64_t K,
                 const PanelLayout& layout, int64_t pair, Bits* panel) {
@@ -87,7 +87,7 @@ namespace {
 std::atomic<int64_t> stale{0};
 
 // Elements of the weights of an expert, and where its panels hold them: one of every 20th part of
-// its features and of its depth, others at every call. Neighbours are less than 5/4 of a part
+// its features and of its depth, others at every call. Neighbors are less than 5/4 of a part
 // apart, so a write over a 16th of either is found at once, and one to scattered elements with a
 // probability that grows from call to call. Rows of weights are in pages of their own, and looking
 // those up is what an element costs.

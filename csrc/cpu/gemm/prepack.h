@@ -28,14 +28,14 @@ struct PanelLayout {
   int64_t expert_bytes() const { return panel_bytes * count * segments; }
 };
 
-// For matrices [E, O, K] of `type`; O = segments * the features of one.
+// Returns the layout for matrices [E, O, K] of `type`; O = segments * features per segment.
 PanelLayout panel_layout(DType type, int64_t out_features, int64_t in_features, int64_t segments);
 
 // Packs all experts. panels: num_experts * expert_bytes(), 64-byte aligned.
 void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_features,
                  int64_t in_features, int64_t segments, void* panels, const Parallel& par);
 
-// Bytes of one expert in such panels.
+// Returns the bytes of one expert in such panels.
 int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
                             int64_t segments);
 
@@ -50,7 +50,7 @@ struct PackedWeight {
 // counter sees.
 void drop_stale_panels(const Routing& routing, std::span<const PackedWeight> weights);
 
-// How often drop_stale_panels has found an expert's panels stale in this process.
+// Returns how many stale panels of experts drop_stale_panels has found in this process.
 int64_t stale_panels();
 
 }  // namespace moe_ops::cpu

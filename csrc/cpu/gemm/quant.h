@@ -18,10 +18,10 @@ inline int64_t kept_groups(int64_t bytes) {
   return std::max<int64_t>(4, kKeptWeightBytes / std::max<int64_t>(1, bytes) / 4 * 4);
 }
 
-// GEMV with 8 bits, for any number of rows: groups of w8_features rows of weights meet the
-// tokens, max_tokens at a time. With no more tokens than that, weights are read once, in streams
-// that share the item evenly. With more, a group is a run in memory; it stays in cache while all
-// tokens pass, and they prefetch the next one.
+// Computes an item by GEMV with 8 bits, for any number of rows: groups of w8_features rows of
+// weights meet the tokens, max_tokens at a time. With no more tokens than that, weights are read
+// once, in streams that share the item evenly. With more, a group is a run in memory; it stays in
+// cache while all tokens pass, and they prefetch the next one.
 template <class Epilogue>
 void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const Epilogue& fn) {
@@ -105,7 +105,7 @@ void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   }
 }
 
-// GEMV with 4 bits: every weight is read once.
+// Computes an item by GEMV with 4 bits: every weight is read once.
 template <class Epilogue>
 void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const Epilogue& fn) {
@@ -164,11 +164,12 @@ void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   }
 }
 
-// packed_b_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
-// used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
-// that make a panel are one run in memory, and the tiles prefetch that of the next panel. But for
-// bytes, a panel's sums lie side by side until it is done: runs of k that share a scale may add to
-// them every 32 steps, and rows a power of two apart would all meet in the same few sets of an L1.
+// Like packed_b_item, with tokens in fp32 or as integers of 16 or 8 bits, and with panels made
+// where they are used: a block of one is written, and read by the tiles of all rows, in cache. Rows
+// of weights that make a panel are one run in memory, and the tiles prefetch that of the next
+// panel. But for bytes, a panel's sums lie side by side until it is done: runs of k that share a
+// scale may add to them every 32 steps, and rows a power of two apart would all meet in the same
+// few sets of an L1.
 template <Activations kForm, class Epilogue>
 void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                    const Epilogue& fn) {

@@ -9,10 +9,10 @@
 
 namespace moe_ops::cpu {
 
-// Columns that quantize_fp8_columns turns into rows at once.
+// Columns that quantize_fp8_columns transposes at once.
 constexpr int64_t kFp8Columns = 64;
 
-// n numbers of any type but float64 -> q [n], scale [ceil(n / 128)].
+// Quantizes n values of any type but float64 to q [n] with scale [ceil(n / 128)].
 inline void quantize_fp8_row(DType type, const void* x, int64_t n, uint8_t* q, float* scale) {
   const char* src = static_cast<const char*>(x);
   float wide[kFp8Block];

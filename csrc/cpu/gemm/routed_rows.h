@@ -1,4 +1,4 @@
-// Rows of a routing, for the ops that are made of sort_by_expert, grouped_gemm and unpermute.
+// Routed rows, for the ops that are composed of sort_by_expert, grouped_gemm and unpermute.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace moe_ops::cpu {
 
-// The routing with maps, which lie in scratch of the caller's if they have to be made.
+// Returns the routing with maps; if `given` has none, they are made in the caller's scratch memory.
 inline Routing sorted(ScratchScope& scratch, const Routing& given) {
   if (given.sorted()) return given;
   const int64_t E = given.num_experts, N = given.num_slots();
@@ -26,7 +26,7 @@ inline Routing sorted(ScratchScope& scratch, const Routing& given) {
   return r;
 }
 
-// Of each row with an expert: its token, and its routing weight where there are weights.
+// Token index of each routed row, and its routing weight if weights were given.
 template <class T>
 struct RowMaps {
   int32_t* token;
@@ -47,7 +47,7 @@ RowMaps<T> row_maps(ScratchScope& scratch, const Routing& r, const void* topk_we
   return out;
 }
 
-// out = b a (+ bias), of rows with an expert.
+// Returns the parameters of out = b a (+ bias) for rows with an expert.
 inline GroupedGemmParams routed_product(const Routing& r, const Rows& a, const ExpertMatrices& b,
                                         const ExpertVectors& bias, int64_t out_features,
                                         int64_t in_features, const moe_ops::MutableRows& out) {
@@ -66,15 +66,15 @@ inline GroupedSumParams routed_sum(const Routing& r, const Rows& rows, int64_t f
   return {r.expert_offsets, r.num_experts, features, rows, scale, out, out_type};
 }
 
-// y [T, features]: the sum of each token's rows, which are contiguous, by topk_weights unless
-// nullptr.
+// Returns the parameters of y [T, features] = the sum of each token's rows, weighted by
+// topk_weights unless nullptr; rows are contiguous.
 inline UnpermuteParams combination(const Routing& r, const void* rows, DType type, int64_t features,
                                    const void* topk_weights, void* y, DType y_type) {
   return {rows,          type,    features,     features, r.num_tokens, r.top_k, r.num_valid_rows(),
           r.slot_to_row, nullptr, topk_weights, y,        y_type};
 }
 
-// Slots without an expert, `bytes` each, have no row that writes them.
+// Sets slots without an expert, `bytes` each, to zero, since no row writes them.
 inline void zero_empty_slots(const Routing& r, void* slots, int64_t bytes) {
   if (bytes == 0) return;
   for (int64_t row = r.num_valid_rows(); row < r.num_slots(); ++row) {

@@ -61,7 +61,7 @@ class Products {
   }
 
  private:
-  // run(c) writes rows [0, m) and features [0, n) of the product.
+  // Checks a product; run(c) writes its rows [0, m) and features [0, n).
   template <class Run>
   void check(const char* name, int64_t m, int64_t n, const Run& run, double tolerance = 0) {
     alignas(64) T c[kRows * kFeatures];
@@ -74,7 +74,7 @@ class Products {
     }
   }
 
-  // Through an algorithm, with rows from `first` to `last` in number.
+  // Checks a product with an algorithm, for row counts from `first` to `last`.
   void product(const char* name, const GemmConfig& config, const GemmDesc<T>& d, int64_t first,
                int64_t last, int64_t n, double tolerance = 0) {
     for (int64_t m = first; m <= last; ++m) {
@@ -139,7 +139,8 @@ class Products {
     k_.packed = tuned;
   }
 
-  // Tiles of every size on operands in cache; those of whole lines also past the cache.
+  // Checks tiles of every size on operands in cache; tiles of whole lines also with non-temporal
+  // stores.
   template <class Op>
   void tiles() {
     const int64_t depth = kDepth / Op::kSteps;
@@ -186,7 +187,8 @@ class Products {
     });
   }
 
-  // Weights of 8 and 4 bits. Activations of 8 bits are exact: each 32 have a 127 / 64 among them.
+  // Checks weights of 8 and 4 bits. Activations of 8 bits are exact: each 32 have a 127 / 64 among
+  // them.
   void integers(int bits) {
     constexpr int64_t K = 256, N = 35, kGroup = 32;
     const bool eight = bits == 8;

@@ -33,8 +33,8 @@ struct RowTiles {
   uint32_t rows_, least_, higher_ = 0;
 };
 
-// Columns rounded up to whole vectors, whose lanes are a power of two: the width of B's panels and
-// of rows of C.
+// Returns the columns rounded up to whole vectors, whose lanes are a power of two: the width of B's
+// panels and of rows of C.
 template <class T>
 int64_t padded(const GemmKernels<T>& k, int64_t n) {
   return (n + k.lanes - 1) & -int64_t{k.lanes};
@@ -64,7 +64,7 @@ struct SmallGemm {
   }
 };
 
-// A is row-major: blocks of kKc columns, each [m][kLda].
+// Multiplies with a row-major A: blocks of kKc columns, each [m][kLda].
 template <class T>
 inline void small_gemm_row_major(const SmallGemm<T>& g) {
   const int64_t W = g.k.lanes, n = padded(g.k, g.n);
@@ -86,7 +86,7 @@ inline void small_gemm_row_major(const SmallGemm<T>& g) {
   } while (k0 < g.depth);
 }
 
-// A is column-major: blocks of kLdm rows, each [depth][lda].
+// Multiplies with a column-major A: blocks of kLdm rows, each [depth][lda].
 template <class T>
 void small_gemm_column_major(const SmallGemm<T>& g) {
   const int64_t W = g.k.lanes, n = padded(g.k, g.n);

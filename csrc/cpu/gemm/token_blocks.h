@@ -32,8 +32,8 @@ constexpr int64_t kMinBlockRows = 16;
 // Most weights of all experts: they stay in an L2.
 constexpr int64_t kMostBlockWeights = int64_t{1} << 17;
 
-// What decides whether an operation goes by blocks: sizes alone. That of the tokens counts only
-// where their bits may depend on it.
+// Sizes by which an operation is run in blocks or not. num_tokens counts only if results may depend
+// on it bitwise.
 struct BlockedSizes {
   int64_t num_tokens, top_k, num_experts;
   int64_t narrowest, widest;  // of all rows
@@ -58,13 +58,13 @@ inline int64_t num_chunks(int64_t num_tokens) {
   return ceil_div(num_tokens, chunk_tokens(num_tokens));
 }
 
-// The same of one product of every slot with a matrix [rows, cols] of its expert.
+// Returns whether products of all slots with a matrix [rows, cols] of their experts run in blocks.
 inline bool takes_blocks(const Routing& r, int64_t rows, int64_t cols, DType type) {
   return takes_blocks({r.num_tokens, r.top_k, r.num_experts, std::min(rows, cols),
                        std::max(rows, cols), rows * cols, type});
 }
 
-// About nanoseconds of so many multiplications of every slot.
+// Returns the approximate nanoseconds of so many multiplications per slot.
 inline double slot_product_cost(const Routing& r, int64_t multiplications) {
   return static_cast<double>(r.num_slots()) * (static_cast<double>(multiplications) / 32 + 16);
 }
@@ -83,7 +83,7 @@ struct TokenBlock {
   const int32_t* rows_end;
 };
 
-// Of a routing without maps, by ids.
+// Finds the slots of a block by ids, for a routing without maps.
 template <class Index>
 void find_block_slots(const Routing& r, int64_t first, int64_t n, int32_t* offsets, int32_t* slots,
                       int32_t* rows) {
@@ -104,7 +104,8 @@ void find_block_slots(const Routing& r, int64_t first, int64_t n, int32_t* offse
   }
 }
 
-// Of a sorted routing: rows of an expert are in the order of slots, so those of a block are a run.
+// Finds the rows of a block in a sorted routing: an expert's rows are in the order of slots, so
+// those of a block are contiguous.
 inline void find_block_rows(const Routing& r, int64_t first, int64_t n, int32_t* offsets,
                             int32_t* slots, int32_t* rows, int32_t* sorted_rows) {
   std::fill(rows, rows + n, -1);
@@ -143,7 +144,7 @@ inline TokenBlock token_block(ScratchScope& scratch, const Routing& r, int64_t b
   return {begin, end, first, offsets, slots, tokens, rows, sorted_rows, rows + n};
 }
 
-// run(block) for all tokens.
+// Calls run(block) for the blocks of all tokens.
 template <class Fn>
 void parallel_blocks(const Routing& r, const Parallel& par, double cost, const Fn& run) {
   parallel_items(par, ceil_div(r.num_tokens, kBlockTokens), cost, [&](int64_t item) {
@@ -227,45 +228,62 @@ class PackedExperts {
   T* panels_;
 };
 
-// c[r] = (bias +) the product of row r of a with the panels, for the m rows of a tile, kLda apart;
-// c has rows of padded(outputs).
+// c[r] = (bias +) the product of row r of a with an expert's panels, for the m rows of a tile.
 template <class T>
-void multiply_tile(const GemmKernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
-                   int64_t outputs, DType bias_type, const void* bias, T* c) {
-  const int64_t n = padded(k, outputs);
-  if (bias != nullptr) {
+struct TileProduct {
+  const T* a;  // [m, depth], rows kLda apart
+  int64_t m, depth;
+  const T* panels;  // of a matrix [outputs, depth]
+  int64_t outputs;
+  DType bias_type = DType::kFloat32;
+  const void* bias = nullptr;  // [outputs] of bias_type, or nullptr: zeros
+  T* c;                        // [m, padded(outputs)], out
+};
+
+template <class T>
+void multiply_tile(const GemmKernels<T>& k, const TileProduct<T>& p) {
+  const int64_t n = padded(k, p.outputs);
+  if (p.bias != nullptr) {
     const RowKernels<T>& row_k = row_kernels<T>();
-    for (int64_t r = 0; r < m; ++r) {
-      row_k.load_row(bias_type, bias, c + r * n, outputs, T(1));
-      std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
+    for (int64_t r = 0; r < p.m; ++r) {
+      row_k.load_row(p.bias_type, p.bias, p.c + r * n, p.outputs, T(1));
+      std::fill(p.c + r * n + p.outputs, p.c + (r + 1) * n, T(0));
     }
   }
-  small_gemm_row_major<T>({k, m, outputs, depth, a, panels, c, n, bias != nullptr});
+  small_gemm_row_major<T>({k, p.m, p.outputs, p.depth, p.a, p.panels, p.c, n, p.bias != nullptr});
 }
 
-// The same for rows anywhere, any number of them.
+// Multiplies any number of rows, which may lie anywhere, with an expert's panels; c
+// [rows, padded(outputs)] starts with bias, of the rows' type, unless that is nullptr.
 template <class T>
-void multiply_rows(const GemmKernels<T>& k, DType type, const void* const* rows, int64_t count,
-                   int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
+void multiply_rows(const GemmKernels<T>& k, const RowPointers& rows, const T* panels,
+                   int64_t outputs, const void* bias, T* c) {
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kPackA, kMaxMr * kLda);
-  for (RowTiles t(count, k.mr2); t.next();) {
-    row_kernels<T>().gather_rows({type, rows + t.begin, t.height, depth}, nullptr, a, kLda);
-    multiply_tile(k, a, t.height, depth, panels, outputs, type, bias,
-                  c + t.begin * padded(k, outputs));
+  for (RowTiles t(rows.count, k.mr2); t.next();) {
+    row_kernels<T>().gather_rows({rows.type, rows.rows + t.begin, t.height, rows.n}, nullptr, a,
+                                 kLda);
+    multiply_tile<T>(k, {.a = a,
+                         .m = t.height,
+                         .depth = rows.n,
+                         .panels = panels,
+                         .outputs = outputs,
+                         .bias_type = rows.type,
+                         .bias = bias,
+                         .c = c + t.begin * padded(k, outputs)});
   }
 }
 
-// Leading dimension of rows that are B of outer_product: an odd number of cache lines, so that the
-// lines of one column are not in the same few sets of an L1.
+// Returns the leading dimension of rows that are B of outer_product: an odd number of cache lines,
+// so that the lines of one column are not in the same few sets of an L1.
 template <class T>
 int64_t odd_ld(const GemmKernels<T>& k, int64_t n) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   return (ceil_div(padded(k, n), kLine) | 1) * kLine;
 }
 
-// c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
-// kKc rows r: of grad kLda apart, of x odd_ld of its width.
+// Computes c[i][j] (+)= the sum over r of grad[r][i] * x[r][j] for at most kKc rows r. Rows of c
+// are padded(x_width) apart, those of grad kLda, and those of x odd_ld of x_width.
 template <class T>
 void outer_product(const GemmKernels<T>& k, const T* grad, int64_t grad_width, const T* x,
                    int64_t x_width, int64_t rows, T* c, bool accumulate) {
@@ -273,14 +291,24 @@ void outer_product(const GemmKernels<T>& k, const T* grad, int64_t grad_width, c
                               accumulate, 0, kLda, odd_ld(k, x_width)});
 }
 
-// Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
-// copied once for the two. For the gradient of the matrix, c (+)= that of outer_product with x
-// scaled by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx
-// may be nullptr.
+// Operands of the two products with the gradients of one expert's slots.
 template <class T>
-void multiply_gradients(const GemmKernels<T>& k, DType type, const void* const* grad,
-                        int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
-                        int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
+struct GradientProducts {
+  RowPointers grad;  // [count, O]
+  RowPointers x;     // [count, K], like grad in type and count
+  const T* scales;   // [count], factors of x in c; nullptr: ones
+  T* c;              // [O, padded(K)], out: the gradient of the matrix; nullptr: not wanted
+  bool accumulate;   // add to c
+  const T* panels;   // of the transposed matrix [K, O]
+  T* dx;             // [count, padded(K)], out: the gradient of x; nullptr: not wanted
+};
+
+// Computes c (+)= the outer product of grad and scaled x, and dx = the product of grad with the
+// panels; the rows of grad are copied once for the two.
+template <class T>
+void multiply_gradients(const GemmKernels<T>& k, const GradientProducts<T>& p) {
+  const auto& [grad, x, scales, c, accumulate, panels, dx] = p;
+  const int64_t count = grad.count, grad_width = grad.n, x_width = x.n;
   const int64_t ldx = odd_ld(k, x_width);
   ScratchScope scratch;
   T* g = scratch.take<T>(Scratch::kPackA, kKc * kLda);
@@ -290,23 +318,28 @@ void multiply_gradients(const GemmKernels<T>& k, DType type, const void* const* 
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
     for (RowTiles t(m, k.mr2); t.next();) {
       const int64_t t0 = t.begin, r = r0 + t0;
-      row_kernels<T>().gather_rows({type, grad + r, t.height, grad_width}, nullptr, g + t0 * kLda,
-                                   kLda);
+      row_kernels<T>().gather_rows({grad.type, grad.rows + r, t.height, grad_width}, nullptr,
+                                   g + t0 * kLda, kLda);
       if (c != nullptr) {
-        row_kernels<T>().gather_rows({type, x + r, t.height, x_width},
+        row_kernels<T>().gather_rows({x.type, x.rows + r, t.height, x_width},
                                      scales == nullptr ? nullptr : scales + r, rows + t0 * ldx,
                                      ldx);
       }
       if (dx == nullptr) continue;
-      multiply_tile<T>(k, g + t0 * kLda, t.height, grad_width, panels, x_width, type, nullptr,
-                       dx + r * padded(k, x_width));
+      multiply_tile<T>(k, {.a = g + t0 * kLda,
+                           .m = t.height,
+                           .depth = grad_width,
+                           .panels = panels,
+                           .outputs = x_width,
+                           .c = dx + r * padded(k, x_width)});
     }
     if (c == nullptr) continue;
     outer_product(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);
   }
 }
 
-// run(chunk, block, first): the blocks of each chunk in order, `first` for its first one.
+// Calls run(chunk, block, first) for the blocks of each chunk in order; `first` is true for the
+// first one.
 template <class Fn>
 void run_chunks(const Routing& r, const Parallel& par, double cost, const Fn& run) {
   const int64_t length = chunk_tokens(r.num_tokens);
@@ -366,14 +399,14 @@ class ChunkSums {
     return data_ + (chunk * experts_ + e) * (matrix() + bias()) + matrix();
   }
 
-  // Before the first block of a chunk, of which expert e has `count` rows. A matrix is written by
-  // its first product.
+  // Prepares the sums of expert e before the first block of a chunk, in which it has `count` rows.
+  // A matrix is written by its first product.
   void begin(int64_t chunk, int64_t e, int64_t count) const {
     if (count == 0) std::fill_n(matrix_of(chunk, e), matrix(), T(0));
     std::fill_n(bias_of(chunk, e), bias(), T(0));
   }
 
-  // Into matrices and [E, rows], where they are wanted.
+  // Adds the chunks up into matrices and biases [E, rows], if they are wanted.
   void add_up(const MatrixGrads& w, void* grad_bias, DType bias_type, const Parallel& par) const {
     const int64_t n = padded(k_, cols_);
     const auto run = [&](int64_t e) {

@@ -19,9 +19,9 @@ constexpr int64_t kFewWgradRows = 32;
 // meet in an eighth of the sets of an L1.
 constexpr int64_t kGradLd = kLdm + 16;
 
-// out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
-// both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
-// expert.
+// Computes an item of out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the
+// depth of the tiles; both operands are copied in their layout. One item covers the features
+// [o_begin, o_end) of one expert.
 template <class Op, class T>
 void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e, int64_t o_begin,
                 int64_t o_end) {
@@ -164,8 +164,8 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
           }
         }
       }
-      // What went through the tile: all columns of another type, or those of a partial last panel,
-      // which shares its panel of two vectors with a whole one.
+      // Stores the sums that went through the tile: all columns of another type, or those of a
+      // partial last panel, which shares its panel of two vectors with a whole one.
       const int64_t first = in_place ? j0 + (j_direct - j0) / (2 * W) * (2 * W) : j0;
       const int64_t from = j_direct == j1 ? j1 : first;
       for (int64_t o = 0; from < j1 && o < n; ++o) {

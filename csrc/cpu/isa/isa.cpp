@@ -64,7 +64,7 @@ const Choice& choice() {
 }
 
 #if defined(__x86_64__)
-// Two features that __builtin_cpu_supports of Clang 14 does not know by name. Their registers are
+// Return two features that __builtin_cpu_supports of Clang 14 does not support. Their registers are
 // those of AVX2 and of AVX-512.
 bool has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -76,8 +76,8 @@ bool has_avx512_bf16() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 5) != 0;
 }
 
-// AMX with bfloat16, and the leave to use its 8 KiB of registers, which Linux grants a process on
-// request.
+// Returns whether the processor has AMX with bfloat16, and requests permission to use its 8 KiB of
+// registers from Linux.
 bool has_amx() {
 #if defined(MOE_OPS_HAS_AMX) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;

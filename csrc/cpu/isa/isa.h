@@ -18,20 +18,20 @@ enum class Isa : int {
 };
 
 const char* isa_name(Isa isa);
-// The highest target that both this machine and this build have.
+// Returns the highest target that both this machine and this build support.
 Isa detected_isa();
-// detected_isa(), lowered by MOE_OPS_CPU_ISA if that is set, and to one that passes its
-// self-test. Decided once.
+// Returns detected_isa(), lowered by MOE_OPS_CPU_ISA if that is set, and to a target that passes
+// its self-test; decided once.
 Isa active_isa();
-// Names of all targets up to the detected one.
+// Returns the names of all targets up to the detected one.
 MOE_OPS_API std::vector<std::string> supported_isas();
-// Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed or a target
-// that failed its self-test.
+// Returns an empty string, or a message about a value of MOE_OPS_CPU_ISA that is not supported or a
+// target that failed its self-test.
 std::string isa_warning();
-// nullptr, or the kernel of this target that does not compute what the portable one does.
-// For tests, entry number `broken` of its tables does nothing.
+// Returns nullptr, or the name of a kernel of this target whose results differ from the portable
+// one's. For tests, entry number `broken` of its tables does nothing.
 MOE_OPS_API const char* failing_kernel(Isa isa, int64_t broken = -1);
-// The numbers of the entries that are functions without which numbers would be wrong.
+// Returns the numbers of the table entries that are functions which affect results.
 MOE_OPS_API std::vector<int64_t> kernel_entries(Isa isa);
 
 }  // namespace moe_ops::cpu

@@ -21,7 +21,7 @@ namespace moe_ops::cpu {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// Writes of results that nobody reads: the loops must not be optimised away.
+// Writes of results that nobody reads: the loops must not be optimized away.
 volatile float float_sink;
 volatile uint64_t int_sink;
 // Read at run time: of a constant the compiler would see that the chain that starts at 1 stays
@@ -45,8 +45,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
     return steps * chains * (vec_bytes / 4) * 2;                                               \
   }
 
-// Four streams, a line of each in turn: one stream alone leaves a fifth of the bandwidth unused.
-// `ahead`: prefetch distance, which helps some processors and hinders others.
+// Four interleaved streams, a line of each at a time: one stream alone leaves a fifth of the
+// bandwidth unused. `ahead`: prefetch distance, which helps some processors and hinders others.
 #define MOE_READ_LOOP(name, target, vec_bytes)                                 \
   template <size_t ahead>                                                      \
   target uint64_t name(const char* data, size_t bytes) {                       \
@@ -87,7 +87,7 @@ MOE_READ_LOOP(read, MOE_AVX512, 64)
 }  // namespace avx512
 
 namespace avx512_bf16 {
-// 32 products a vector, each with its addition.
+// Runs instructions of 32 products per vector, each with its addition.
 MOE_AVX512_BF16 int64_t dot(int64_t steps) {
   constexpr int kChains = 24;
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x3a00);
@@ -157,7 +157,7 @@ std::vector<double> flop_rates(int64_t (*loop)(int64_t), double seconds) {
   return rates;
 }
 
-// Of two loops in turns: those of the faster one.
+// Returns the rates of the faster of two loops, which alternate.
 using ReadLoop = uint64_t (*)(const char*, size_t);
 std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, double seconds) {
   const size_t mapped = round_up(bytes, kHugePage);

@@ -1,4 +1,4 @@
-// What one core of this machine can do at most: the rates that moe_ops.bench compares kernels with.
+// Peak rates of one core of this machine, with which moe_ops.bench compares kernels.
 #pragma once
 
 #include <cstddef>
@@ -16,9 +16,9 @@ struct Limits {
   std::vector<double> read_bytes;  // sequential reads of a buffer in four streams
 };
 
-// Of the target `isa`, which this machine must support. `bytes`: size of the buffer, which is read
-// again and again: several times the last cache for the rate of memory. `seconds`: time for each of
-// the three.
+// Measures the rates of the target `isa`, which this machine must support. `bytes`: size of the
+// buffer, which is read repeatedly; several times the last-level cache for the rate of memory.
+// `seconds`: time for each of the three.
 Limits measure_limits(Isa isa, size_t bytes, double seconds);
 
 }  // namespace moe_ops::cpu

@@ -1,12 +1,11 @@
-// Whether the kernels of a target compute what they must. A target that fails here, because of a
-// compiler, an emulator or a processor with a fault, is not used: a build from source must not give
-// wrong numbers in silence. It runs at every import, so it takes a few milliseconds, and calls
-// every entry of the tables that an op can reach: tests/cpu/test_isa.py breaks one after the other
-// and asks whether it is noticed.
+// Self-test of a target's kernels. A target that fails, because of a faulty compiler, emulator or
+// processor, is not used: a build from source must not give wrong results silently. It runs at
+// every import, so it takes a few milliseconds, and calls every entry of the tables that an op can
+// reach: tests/cpu/test_isa.py breaks one after the other and asks whether it is noticed.
 //
-// Most kernels are those of products. Their operands are numbers of which every sum is exact: one
-// plain loop says what each algorithm has to give, to the last bit. All others run in small calls
-// of ops, which are made a second time with the portable kernels.
+// Most kernels belong to GEMMs. Their operands are numbers whose sums are all exact, so one plain
+// loop gives the expected result of every algorithm, bitwise. All other kernels run in small calls
+// of ops, which are repeated with the portable kernels.
 #include "cpu/isa/self_test.h"
 
 #include <algorithm>
@@ -83,7 +82,8 @@ class Calls {
     return results.back().data.data();
   }
   int32_t* out_ids(int64_t n) { return static_cast<int32_t*>(out(DType::kFloat32, n, true)); }
-  // n bytes from a whole line on, and zeros as far as a vector that begins in them reaches.
+  // Returns n bytes aligned to a cache line, followed by zeros as far as a vector that begins in
+  // them reaches.
   void* bytes(int64_t n) {
     char* p = operands_.emplace_back(n + 128).data();
     return p + (64 - reinterpret_cast<uintptr_t>(p) % 64);
@@ -94,7 +94,7 @@ class Calls {
     return ids;
   }
 
-  // What only ops choose: AMX, and weight gradients.
+  // Tests kernels that only ops choose: AMX, and weight gradients.
   void products() {
     constexpr int64_t E = 3, N = 40, O = 35, K = 96;
     static constexpr int32_t kOffsets[E + 1] = {0, 1, 6, N};
@@ -152,8 +152,8 @@ class Calls {
         kAlone);
   }
 
-  // Softmax and stick-breaking, narrow heads and others; a number that is not finite has its own
-  // way, as have sticks of several blocks of keys.
+  // Tests softmax and stick-breaking, narrow heads and others; non-finite values and sticks of
+  // several blocks of keys have code paths of their own.
   void attention() {
     using enum AttentionKind;
     attend(kSoftmax, 6, 21, 0);
@@ -188,7 +188,7 @@ class Calls {
                       kAlone);
   }
 
-  // Experts with 1, 2, 3, ... rows of a whole block of k and of a part.
+  // Tests experts with 1, 2, 3, ... rows, with a whole block of k and a partial one.
   void fp8() {
     constexpr int64_t E = 6, K = 200, O = 35, kBlocks = 2;
     op_ = "grouped_gemm_fp8";
@@ -217,7 +217,8 @@ class Calls {
                                static_cast<float*>(out(DType::kFloat32, 1)), 1, 1});
   }
 
-  // Weights that are decoded to float32, in registers for an expert and in cache for the other.
+  // Tests weights that are decoded to float32, in registers for one expert and in cache for the
+  // other.
   void codes() {
     constexpr int64_t E = 2, N = 14, O = 9, K = 256;
     static constexpr int32_t kOffsets[E + 1] = {0, 1, N};
@@ -307,7 +308,8 @@ class Calls {
     }
   }
 
-  // Few experts, with and without code of their own, and rows with and without maxima of blocks.
+  // Tests few experts, with and without code of their own, and rows with and without maxima of
+  // blocks.
   void routers() {
     constexpr int64_t T = 9, H = 37;
     for (const auto& [E, K] :
@@ -333,7 +335,7 @@ class Calls {
     }
   }
 
-  // Experts so small that a block of tokens goes through all of them.
+  // Tests experts so small that a block of tokens goes through all of them.
   void small_experts() {
     constexpr int64_t T = 40, K = 2, E = 3, R = 24, C = 33;
     op_ = "moe_linear_reduce";
@@ -379,12 +381,12 @@ bool close(const Calls::Result& found, const Calls::Result& right) {
   return true;
 }
 
-// What a broken entry of a table calls.
+// Replaces a broken entry of a table.
 int64_t do_nothing() { return 0; }
 
 intptr_t* words(Tables& tables) { return reinterpret_cast<intptr_t*>(&tables); }
 
-// The kernel of a type that does not compute what it must, or nullptr.
+// Returns the name of a kernel for a type that fails, or nullptr.
 template <class T>
 const char* failing(const Tables& tables, DType type, bool poison) {
   use_tables(&tables);

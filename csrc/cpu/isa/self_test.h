@@ -1,4 +1,4 @@
-// What the two halves of the self-test share: isa/self_test.cpp says what it is.
+// Declarations that the two halves of the self-test share (isa/self_test.cpp describes it).
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@ inline const Tables& portable_tables() {
   return t;
 }
 
-// Numbers of 64ths below 1, which every type holds exactly.
+// Returns multiples of 1/64 below 1, which every type represents exactly.
 inline float number(int64_t i) { return static_cast<float>((i * 37 + i / 11 * 5) % 128 - 64) / 64; }
 
-// [rows][cols] of a type, element (r, c) at(r, c).
+// Returns a matrix [rows][cols] of a type whose element (r, c) is at(r, c).
 template <class At>
 std::vector<char> matrix(DType type, int64_t rows, int64_t cols, const At& at) {
   std::vector<float> wide(rows * cols);
@@ -32,9 +32,9 @@ std::vector<char> matrix(DType type, int64_t rows, int64_t cols, const At& at) {
   return out;
 }
 
-// Products in every algorithm, and tiles of every size (gemm/self_test.cpp): the name of one that
-// is wrong, or nullptr. poison: what an earlier product left in scratch must not pass for the
-// result of the next.
+// Tests products with every algorithm, and tiles of every size (gemm/self_test.cpp); returns the
+// name of one that is wrong, or nullptr. poison: overwrites scratch memory, so that an earlier
+// result cannot pass for the next one.
 template <class T>
 const char* failing_product(const Kernels<T>& kernels, DType type, bool poison);
 

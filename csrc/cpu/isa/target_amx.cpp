@@ -24,7 +24,7 @@ void amx_begin() {
 
 void amx_end() { _tile_release(); }
 
-// Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
+// Multiplies with sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
 template <int kRowTiles>
 void amx_panel_tiles(const AmxPanelParams& p, const TileOut<float>& out, TilePrefetch& prefetch) {
   const uint16_t *a = p.a, *panel = p.panel;
@@ -72,7 +72,7 @@ void amx_panel(const AmxPanelParams& p, const TileOut<float>& out, TilePrefetch&
   p.row_tiles == 2 ? amx_panel_tiles<2>(p, out, prefetch) : amx_panel_tiles<1>(p, out, prefetch);
 }
 
-// Weights in tile 6, one tile of tokens after the other in 7.
+// Multiplies with weights in tile 6 and one tile of tokens after the other in 7.
 template <int kTiles>
 void amx_rows_tiles(const AmxRowsParams& p, float* c, int64_t ldc) {
   const uint16_t *w = p.w, *x = p.x;

@@ -35,7 +35,7 @@ constexpr Tuning kIntel = {
 constexpr Tuning kZen4 = {
     // vdpbf16ps does 32 multiply-adds a cycle, an fp32 FMA 16.
     .bf16_max_rows = Tuning::kNoLimit,
-    // Its prefetchers follow a stream well; only banks beyond the L3 of 32 MiB gain.
+    // Its prefetchers follow a stream well; only weights beyond the L3 of 32 MiB gain.
     .stream_distance = 1024,
     .stream_min_bytes = int64_t{32} << 20,
     .avx2_prefetches_streams = false,
@@ -60,7 +60,7 @@ bool is_intel() {
 #endif
 }
 
-// Below 1.5 MiB.
+// Returns whether the L2 is smaller than 1.5 MiB.
 bool has_small_l2() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -9,7 +9,7 @@ struct ActPair {
   Vec<T> value, slope;
 };
 
-// value = a(x) and slope = a'(x).
+// Returns value = a(x) and slope = a'(x).
 template <class T, Activation A>
 inline ActPair<T> activate(Vec<T> x) {
   if constexpr (A == Activation::kSwiglu || A == Activation::kSilu) {
@@ -34,15 +34,16 @@ inline ActPair<T> activate(Vec<T> x) {
   }
 }
 
-// Whole vectors; the tail goes through padded copies.
+// Processes whole vectors; the tail uses padded copies.
 template <class T, Activation A>
 inline void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
   constexpr int W = kLanes<T>;
   const auto one = [&](Vec<T> g, Vec<T> u) -> Vec<T> {
-    if constexpr (A == Activation::kSwigluOai) {
+    if constexpr (has_limit(A)) {
       g = g > limit ? splat<T>(limit) : g;
       u = u > limit ? splat<T>(limit) : u;
       u = u < -limit ? splat<T>(-limit) : u;
+      if constexpr (A == Activation::kSwigluClamped) return u * g * vsigmoid(g);
       return (u + T(1)) * g * vsigmoid(alpha * g);
     } else if constexpr (is_gated(A)) {
       return activate<T, A>(g).value * u;
@@ -82,18 +83,20 @@ void act_rows_loop(const ActRows<T>& p) {
   }
 }
 
-// Of the gate, the up half and the gradient of h.
+// Computes h and the gradients dg and du from the gate g, the up half u and the gradient d of h.
 template <class T, Activation A>
 inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T>& h, Vec<T>& dg,
                            Vec<T>& du) {
-  if constexpr (A == Activation::kSwigluOai) {
+  if constexpr (has_limit(A)) {
+    constexpr bool kOai = A == Activation::kSwigluOai;
+    const T a = kOai ? alpha : T(1), offset = T(kOai ? 1 : 0);
     const Vec<T> zero = {};
     const Vec<T> gc = g > limit ? splat<T>(limit) : g;
     Vec<T> uc = u > limit ? splat<T>(limit) : u;
-    uc = uc < -limit ? splat<T>(-limit) : uc;
-    const Vec<T> s = vsigmoid(alpha * gc);
-    h = (uc + T(1)) * gc * s;
-    dg = d * (uc + T(1)) * s * (T(1) + alpha * gc * (T(1) - s));
+    uc = (uc < -limit ? splat<T>(-limit) : uc) + offset;
+    const Vec<T> s = vsigmoid(a * gc);
+    h = uc * gc * s;
+    dg = d * uc * s * (T(1) + a * gc * (T(1) - s));
     du = d * gc * s;
     dg = g > limit ? zero : dg;
     du = u > limit ? zero : du;
@@ -112,7 +115,7 @@ inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T
   }
 }
 
-// store(i, count, h, dg, du, d) for each vector of rows of n; the last may hold fewer.
+// Calls store(i, count, h, dg, du, d) for each vector of rows of n; the last may hold fewer.
 template <class T, Activation A, class Store>
 inline void act_bwd_loop(const T* gate, const T* up, const T* dh, int64_t n, T alpha, T limit,
                          const Store& store) {
@@ -194,9 +197,13 @@ void act_bwd_rows_loop(const ActRowsBwd<T>& p) {
 
 template <class Fn>
 inline void with_activation(Activation kind, const Fn& fn) {
-  using enum Activation;
-  with_value<kSwiglu, kGeglu, kGegluTanh, kReglu, kSwigluOai, kSilu, kGelu, kGeluTanh, kRelu,
-             kRelu2>(kind, fn);
+  switch (kind) {
+#define MOE_OPS_CASE(name, kind) \
+  case Activation::kind:         \
+    return fn.template operator()<Activation::kind>();
+    MOE_OPS_ACTIVATIONS(MOE_OPS_CASE)
+#undef MOE_OPS_CASE
+  }
 }
 
 template <class T>

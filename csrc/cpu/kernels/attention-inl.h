@@ -1,5 +1,5 @@
-// What lies between the products of attention: scores to weights, and gradients of weights to
-// gradients of scores. Included by kernels-inl.h, inside its namespace.
+// Steps between the GEMMs of attention: scores to weights, and gradients of weights to gradients of
+// scores. Included by kernels-inl.h, inside its namespace.
 //
 // Lanes are rows of queries and steps are keys, so maxima, sums and running products of a row go
 // down its lane, and nothing ever crosses lanes.
@@ -25,14 +25,14 @@ struct Seen {
       __builtin_memcpy(&last[v], b.last + v * kLanes<T>, sizeof(Int));
     }
   }
-  // a where the key is seen, otherwise b.
+  // Returns a where the key is seen, otherwise b.
   Vec<T> select(int64_t j, int v, Vec<T> a, Vec<T> b) const {
     const Int key = static_cast<Index>(begin + static_cast<Index>(j)) - Int{};
     return ((key >= first[v]) & (key < last[v])) ? a : b;
   }
 };
 
-// Scores to softcap * tanh(score / softcap).
+// Replaces scores by softcap * tanh(score / softcap).
 template <class T>
 void cap_scores(T* s, int64_t n, T cap) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
@@ -169,10 +169,10 @@ T stick_block(const AttentionBlock<T>& b, T* s, T* log_rest) {
   return most;
 }
 
-// With w = z_j P_j and P_j the product of 1 - z over the keys after j, l_j moves w_j by w_j (1 -
-// z_j) and every weight of a key before j, and what remains, by -z_j times itself. `before` is the
-// sum of weight times gradient over those; it grows from the first key on, so nothing is subtracted
-// from a total.
+// Computes gradients of logits. With w = z_j P_j and P_j the product of 1 - z over the keys after
+// j, l_j moves w_j by w_j (1 - z_j) and every weight of a key before j, and what remains, by -z_j
+// times itself. `before` is the sum of weight times gradient over those; it grows from the first
+// key on, so nothing is subtracted from a total.
 template <class T, int NV, bool kMasked>
 void stick_block_bwd(const AttentionBlock<T>& b, const StickBwdParams<T>& params) {
   constexpr int W = kLanes<T>;
@@ -229,8 +229,8 @@ void stick_block_bwd(const AttentionBlock<T>& b, const StickBwdParams<T>& params
   for (int v = 0; v < NV; ++v) store<T>(before + v * W, sum[v]);
 }
 
-// The sums that tiles make, in their order, but each lane's over the keys that it sees alone. Tiles
-// multiply the others by zero, which what is not finite survives.
+// Computes the sums of the tiles in their order, but each lane sums only the keys that it sees.
+// Tiles multiply the others by zero, which is NaN for non-finite values.
 template <class T, int NV>
 void seen_sums(const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s, int64_t features,
                T* c) {

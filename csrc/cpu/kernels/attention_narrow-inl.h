@@ -18,7 +18,7 @@ inline bool any_greater(Vec<double> a, Vec<double> b) {
                             _CMP_GT_OQ) != 0;
 }
 
-// x[n] += <rows of a, b>: a [kNarrowKeys][kNarrowSize], b [D][lanes].
+// Computes x[n] += <rows of a, b>: a [kNarrowKeys][kNarrowSize], b [D][lanes].
 template <class T, int D>
 inline __attribute__((always_inline)) void narrow_products(const T* a, const T* b,
                                                            Vec<T> (&x)[kNarrowKeys]) {
@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) void narrow_sums(const T* a, const Vec<T> 
   }
 }
 
-// The same, each row's over the keys that it sees alone.
+// Like narrow_sums, but each row sums only the keys that it sees.
 template <class T, int D>
 inline void narrow_seen_sums(const Seen<T, 1>& seen, int64_t j, const T* a,
                              const Vec<T> (&x)[kNarrowKeys], Vec<T> (&sums)[D]) {
@@ -68,7 +68,7 @@ struct NarrowTail {
   }
 };
 
-// None sees a key of the next block, which a step may reach.
+// Returns the keys that rows see, limited to the block, since a step may reach into the next one.
 template <class T>
 inline Seen<T, 1> narrow_seen(const AttentionBlock<T>& b) {
   Seen<T, 1> seen(b);
@@ -127,7 +127,7 @@ void narrow(const AttentionBlock<T>& b, const NarrowParams<T>& p) {
     high[0] = high[0] > high[2] ? high[0] : high[2];
     if (__builtin_expect(any_greater(high[0], limit), 0)) {
       const Vec<T> rise = high[0] > limit ? high[0] : Vec<T>{};
-      // Of what has not begun, sums are zero, and the factor only has to be finite.
+      // Sums that have not begun are zero, and their factor only has to be finite.
       const Vec<T> factor = rise > T(0) ? vpower(-rise) : splat<T>(1);
       limit = high[0] > limit ? splat<T>(kRise<T>) : limit;
       minus -= rise;

@@ -2,7 +2,7 @@
 // as much as the row. Included by kernels-inl.h, inside its namespace. Rows of ours may be written
 // up to the next whole vector.
 
-// n < lanes elements from p, zeros after them.
+// Loads n < lanes elements from p, followed by zeros.
 template <class T, class S>
 inline Vec<T> load_part(const S* p, int64_t n) {
   T part[kLanes<T>] = {};
@@ -43,7 +43,7 @@ struct DenseRun {
   }
 };
 
-// Where vector i of row r lies in panels of `rows` rows and n columns.
+// Returns the address of vector i of row r in panels of `rows` rows and n columns.
 template <class T>
 inline T* panel_place(T* panels, int64_t rows, int64_t r, int64_t i, int64_t n) {
   constexpr int64_t W = kLanes<T>;

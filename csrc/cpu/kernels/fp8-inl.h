@@ -6,8 +6,8 @@ struct E4m3 {
   uint8_t bits;
 };
 
-// The bits of the code, seven of them in place of a float's exponent and mantissa, are the number
-// times 2^-120; one multiplication rebiases it, is exact and normalises subnormals.
+// Decodes a code. Its bits, seven of them in place of a float's exponent and mantissa, are the
+// value times 2^-120; one exact multiplication rebiases it and normalizes subnormals.
 inline float to_float(E4m3 v) {
   const uint32_t magnitude = v.bits & 0x7fu;
   float f = __builtin_bit_cast(float, magnitude << 20) * 0x1p120f;
@@ -56,7 +56,7 @@ inline Vec<float> load_as(const E4m3* p) {
 #endif
 }
 
-// The same numbers over 256; what stands for NaN is 480 of them.
+// Returns the values of the codes divided by 256; a NaN becomes 480 / 256.
 inline Vec<float> e4m3_over_256(const E4m3* p) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   return __builtin_bit_cast(Vec<float>, MOE_INT(cvtph_ps)(e4m3_halves(p)));
@@ -65,7 +65,7 @@ inline Vec<float> e4m3_over_256(const E4m3* p) {
 #endif
 }
 
-// Whether one of n codes is NaN.
+// Returns whether one of n codes is NaN.
 inline bool has_e4m3_nan(const uint8_t* codes, int64_t n) {
   typedef uint8_t Bytes8 __attribute__((vector_size(MOE_VEC_BYTES)));
   Bytes8 most = {};
@@ -80,7 +80,7 @@ inline bool has_e4m3_nan(const uint8_t* codes, int64_t n) {
   return largest == 0x7f;
 }
 
-// The code nearest to f, ties to even. |f| is less than 464.
+// Returns the code nearest to f, ties to even. |f| is less than 464.
 inline uint8_t to_e4m3(float f) {
   const uint32_t u = __builtin_bit_cast(uint32_t, f);
   const uint32_t a = u & 0x7fffffffu, sign = u >> 24 & 0x80u;
@@ -102,7 +102,7 @@ inline typename Simd<float>::Uint e4m3_codes(Vec<float> f) {
   return sign | (is_small & small) | (~is_small & normal);
 }
 
-// n <= kFp8Block numbers with one scale (moe_ops/quantize_fp8.h).
+// Quantizes n <= kFp8Block values with one scale (moe_ops/quantize_fp8.h).
 float fp8_quantize(const float* x, int64_t n, uint8_t* q) {
   using F = Simd<float>;
   constexpr int W = kLanes<float>;
@@ -148,7 +148,7 @@ void fp8_decode(const uint8_t* q, float* dst, int64_t n) {
 }
 
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-// bfloat16 holds every number of e4m3.
+// Decodes codes to bfloat16, which represents every e4m3 value.
 void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
   constexpr int W = kLanes<float>;
   const auto* p = reinterpret_cast<const E4m3*>(q);
@@ -160,8 +160,8 @@ void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
 }
 #endif
 
-// F weight rows and M tokens, vectors along k, as gemv_tiles; a block of k is summed by itself,
-// then scaled and added. S: E4m3, or float for codes that are widened already.
+// Multiplies F weight rows with M tokens, vectors along k, like gemv_tiles; a block of k is summed
+// separately, then scaled and added. S: E4m3, or float for codes that are widened already.
 template <class S, int F, int M>
 void fp8_dot_tile(const Fp8DotParams& p, int feature) {
   constexpr int W = kLanes<float>;

@@ -43,7 +43,7 @@ struct Fp8Kernels {
   void (*decode)(const uint8_t* q, float* dst, int64_t n);
   void (*decode_bf16)(const uint8_t* q, uint16_t* dst, int64_t n);
   void (*dot)(const Fp8DotParams& p);
-  // The same, to the bit, of weights that are widened to float already.
+  // Like dot, bitwise, with weights that are already widened to float.
   void (*dot_widened)(const Fp8DotParams& p);
   void (*promote)(const Fp8PromoteParams& p);
 };

@@ -16,8 +16,9 @@ constexpr int64_t kKc = 192;
 // Leading dimension of a row-major block of A. The pad keeps rows out of the same L1 set, and a
 // constant makes every row an address offset.
 constexpr int64_t kLda = kKc + 16;
-// The same for B packed ahead of time. Its panels are read from L2 by every tile, whose latency a
-// core hides, so a block need not fit an L1, and fewer blocks mean fewer passes over C.
+// Depth of a block of B that is packed ahead of time. Its panels are read from L2 by every tile,
+// whose latency a core hides, so a block need not fit an L1, and fewer blocks mean fewer passes
+// over C.
 constexpr int64_t kPanelDepth = 1024;
 constexpr int64_t kPanelLda = kPanelDepth + 16;
 // Leading dimension of a column-major block of A.
@@ -33,7 +34,7 @@ constexpr int kMaxStreamRows = 5;
 // And for which they prefetch: with more, sums in two panels at once leave the hardware prefetcher
 // time.
 constexpr int kStreamPrefetchRows = 3;
-// Of an AMX core's 8 tiles, 6 hold sums of tokens; the others hold one operand each.
+// Tiles that hold sums of tokens, among the 8 of an AMX core; the others hold one operand each.
 constexpr int kAmxTokenTiles = 6;
 
 // Prefetches of the weights that later tiles need, in rows of `bytes`. A row is a short run in a
@@ -64,7 +65,7 @@ struct TilePrefetch {
   }
 };
 
-// What a tile does beside its sums, and leading dimensions other than the usual ones.
+// Optional work of a tile besides its sums, and leading dimensions other than the defaults.
 struct TileOptions : TilePrefetch {
   static constexpr int64_t kPacked = -1;
   // Non-temporal stores (column-major A, not accumulating). Rows of C are whole lines; ignored
@@ -149,7 +150,7 @@ struct PackedGemmKernels {
   // that is faster than each tile widening for itself.
   void (*widen_fp16)(int64_t kc, const void* panel, T* dst);
   int widen_tiles;
-  // The same for m <= stream_rows rows and num_streams[m - 1] panels at once, `stride` bytes apart:
+  // Kernels for m <= stream_rows rows and num_streams[m - 1] panels at once, `stride` bytes apart:
   // sums of panel s go to out.c[s]. Index: [prefetches `distance` bytes ahead][m - 1]; null where m
   // > kStreamPrefetchRows would prefetch.
   struct Panels {

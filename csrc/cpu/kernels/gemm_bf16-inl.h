@@ -3,7 +3,7 @@
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
 typedef uint16_t HalfBits __attribute__((vector_size(64)));
 
-// Elements 0 to 15 of two rows side by side, and 16 to 31.
+// Return elements 0 to 15 of two rows interleaved, and elements 16 to 31.
 inline __m512i first_pairs(__m512i even, __m512i odd) {
   constexpr HalfBits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -16,7 +16,7 @@ inline __m512i last_pairs(__m512i even, __m512i odd) {
   return _mm512_permutex2var_epi16(even, __builtin_bit_cast(__m512i, hi), odd);
 }
 
-// Row pair by row pair over all panels, so that each row is read in one run.
+// Packs row pair by row pair over all panels, so that each row is read contiguously.
 void bf16_pack_b(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
                  uint16_t* dst, int64_t stride) {
   constexpr int64_t kRowsAhead = 8;

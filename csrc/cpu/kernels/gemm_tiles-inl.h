@@ -2,8 +2,8 @@
 // lies or from a panel, just packed (micro) or packed ahead of time (packed_tile, packed_streams).
 // Included by kernels-inl.h, inside its namespace.
 
-// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums
-// as of add_one_of.
+// Returns acc + a * b, where a is one element broadcast to all lanes; a pair adds both of its
+// products. kSums: see add_one_of.
 template <class T, class S, int kSums = 2>
 inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
@@ -113,11 +113,11 @@ void copying_micro(int64_t kc, const T* a, const T* b, const TileOut<T>& out, Ti
   micro_of<T, T, M, NV, false, true>(kc, a, b, out, options, copy);
 }
 
-// What panel_vector keeps of a pair: the high half of bfloat16, the low one of float16.
+// Half of a pair that panel_vector keeps: the high half for bfloat16, the low one for float16.
 template <class S>
 constexpr uint32_t kHalfMask = kIsBf16<S> ? 0xffff0000u : 0xffffu;
 
-// Vector v of row `half` of the pair of k at p. `mask` has kHalfMask in every lane.
+// Returns vector v of row `half` of the pair of k at p. `mask` has kHalfMask in every lane.
 template <class T, class S>
 inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
                            [[maybe_unused]] Simd<float>::Uint mask = Simd<float>::Uint{} +
@@ -203,9 +203,10 @@ void packed_tile(int64_t kc, const T* a, const void* panel_data, const TileOut<T
 // but from 6 on tiles that prefetch are faster.
 constexpr int kStreamRows = MOE_VEC_BYTES == 64 ? 5 : 3;
 
-// Several panels at once for m rows: the hardware prefetcher follows each, and together they reach
-// the memory bandwidth that one stream does not. Where the prefetcher is late, kPrefetch goes ahead
-// of it. No more panels than registers hold sums of: 12 vectors with AVX2, 24 with AVX-512.
+// Returns the number of panels read at once for m rows: the hardware prefetcher follows each, and
+// together they reach the memory bandwidth that one stream does not. Where the prefetcher is late,
+// kPrefetch goes ahead of it. No more panels than registers hold sums of: 12 vectors with AVX2, 24
+// with AVX-512.
 constexpr int num_panel_streams(int m) {
   const int panels = MOE_MR2 / m;
   return panels >= 4 ? 4 : panels >= 2 ? 2 : 1;

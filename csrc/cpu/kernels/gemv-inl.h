@@ -1,7 +1,7 @@
 // Products of few tokens with weights as they lie: GEMV, the blocked GEMV and outer products.
 // Included by kernels-inl.h, inside its namespace.
 
-// put(f, t, sum of the lanes of sum_of(f, t)) for f < F, t < M.
+// Calls put(f, t, sum of the lanes of sum_of(f, t)) for f < F, t < M.
 template <class T, int F, int M, class Sum, class Put>
 inline void lane_sums(const Sum& sum_of, const Put& put) {
 #pragma GCC unroll 8
@@ -19,7 +19,7 @@ inline void lane_sums(const Sum& sum_of, const Put& put) {
   }
 }
 
-// fn<F, M>() for the F, kMost or 1, and the M that `features` and `tokens` are.
+// Calls fn<F, M>() with F, kMost or 1, for `features` and M for `tokens`.
 template <int kMost, class Fn>
 inline void with_counts(int features, int tokens, const Fn& fn) {
   with_count<MOE_DOT_TOKENS>(tokens, [&]<int M>() {
@@ -28,9 +28,9 @@ inline void with_counts(int features, int tokens, const Fn& fn) {
 }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// Sums of the products of `count` times F rows of weights, four or fewer, and M of tokens:
-// products(i, folded) leaves in folded[t] what fold_lanes makes of those of time i; their sums go
-// to out[t * ldo + f * out_step + i].
+// Sums the products of `count` times F rows of weights, four or fewer, with M tokens: products(i,
+// folded) leaves the result of fold_lanes for time i in folded[t]; the sums are stored to out[t *
+// ldo + f * out_step + i].
 template <int F, int M, class Products>
 inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out, int64_t ldo,
                                                        int64_t out_step, const Products& products) {
@@ -59,7 +59,7 @@ inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out
 }
 #endif
 
-// The same of products in lanes: products(i, acc) leaves them in acc[f][t].
+// Sums products in lanes; products(i, acc) leaves them in acc[f][t].
 template <class T, int F, int M, class Products>
 inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, int64_t ldo,
                                                         int64_t out_step,
@@ -86,7 +86,7 @@ inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, i
   }
 }
 
-// acc + a * b; a pair adds both of its products. kSums as of add_one_of.
+// Returns acc + a * b; a pair adds both of its products. kSums: see add_one_of.
 template <class T, class S, int kSums>
 inline Vec<T> add_products(Vec<T> acc, Vec<T> a, Vec<T> b) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
@@ -109,7 +109,8 @@ inline Vec<T> load_operand(const S* p) {
   }
 }
 
-// `count` times F weight rows and M tokens, vectors along k: F streams of weights, each read once.
+// Multiplies `count` times F weight rows with M tokens, vectors along k: F streams of weights, each
+// read once.
 template <class T, class S, int F, int M>
 void gemv_tiles(const GemvParams<T>& p) {
   constexpr int W = kLanes<T>;
@@ -181,15 +182,16 @@ template <class T, class S, int kSums>
 inline Vec<T> add_in_place(Vec<T> acc, Vec<T> a, Vec<T> b) {
 #if defined(__AVX2__) && MOE_VEC_BYTES == 32
   if constexpr (sizeof(T) == 4) {
-    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));  // As in add_product.
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));  // See add_product.
     return acc;
   }
 #endif
   return add_products<T, S, kSums>(acc, a, b);
 }
 
-// D: the type of the weights. Those of a half type are also written to `wide`, of which the other
-// tokens' tiles read them: between multiply-adds widening costs half of what it does alone.
+// Multiplies a tile of a blocked GEMV. D: the type of the weights. Weights of a half type are also
+// written to `wide`, of which the other tokens' tiles read them: between multiply-adds widening
+// costs half of what it does alone.
 template <class T, class S, class D, int F, int M>
 void blocked_gemv_tile(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
   constexpr int W = kLanes<T>;
@@ -246,7 +248,7 @@ void blocked_gemv_tile(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
   }
 }
 
-// D: as above; S: what is multiplied.
+// Runs a blocked GEMV. D: see above; S: the type that is multiplied.
 template <class T, class S, class D = T>
 void blocked_gemv(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
   with_count<kBlockedTokens>(p.tokens, [&]<int M>() {
@@ -270,7 +272,7 @@ void reduce_lanes(int features, int64_t tokens, const T* sums, T* out, int64_t l
       const Four<T> four = sums_of_four<T>(v);
       __builtin_memcpy(out + t * ldo, four.v, sizeof(four));
     } else {
-      // As lane_sums adds up one product.
+      // The order is that of lane_sums for one product.
       for (int f = 0; f < features; ++f) {
         const Vec<T> v[4] = {load<T>(s + f * W), Vec<T>{}, Vec<T>{}, Vec<T>{}};
         out[t * ldo + f] = sums_of_four<T>(v).v[0];
@@ -289,8 +291,8 @@ struct WeightOf<Pair> {
   using Type = Bf16;
 };
 
-// Step r of R weight rows as operands, two vectors of pairs, interleaved on the way; what the last
-// pair lacks is zero.
+// Loads step r of R weight rows as operands, two vectors of pairs, interleaved on the way; the
+// missing half of the last pair is zero.
 template <class T, class S, int R, int NV>
 inline void load_rows_of_operand(const typename WeightOf<S>::Type* rows, int64_t ld, int r,
                                  Vec<T> (&out)[NV]) {
@@ -307,8 +309,8 @@ inline void load_rows_of_operand(const typename WeightOf<S>::Type* rows, int64_t
   }
 }
 
-// R weight rows, dense along the output, and M tokens: the sums pass through registers once in R
-// steps of k, and each weight row is read in one run.
+// Multiplies R weight rows, dense along the output, with M tokens: the sums pass through registers
+// once in R steps of k, and each weight row is read in one run.
 template <class T, class S, int M, int R>
 void outer_tile(const OuterParams<T>& p, int64_t token, int64_t row, bool accumulate) {
   using Weight = typename WeightOf<S>::Type;

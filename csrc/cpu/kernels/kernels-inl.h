@@ -44,6 +44,7 @@ namespace {
 #include "cpu/kernels/quant_w4-inl.h"
 #include "cpu/kernels/quant_w8-inl.h"
 #include "cpu/kernels/quant_int8-inl.h"
+#include "cpu/kernels/quant_scales-inl.h"
 #include "cpu/kernels/quant_codes-inl.h"
 #include "cpu/kernels/quant_decoded-inl.h"
 #include "cpu/kernels/quant_repack-inl.h"

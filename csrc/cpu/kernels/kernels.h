@@ -45,7 +45,8 @@ struct Tables {
 enum class Isa : int;
 struct Tuning;
 Tables tables_for(Isa isa, const Tuning& t);
-// Whose kernels the calls of this thread use, until it is called with nullptr. For the self-test.
+// Sets the kernels that calls of this thread use, until it is called with nullptr. For the
+// self-test.
 void use_tables(const Tables* tables);
 
 // Those of each target, in the file of its name. A target that the build lacks is declared only.

@@ -16,7 +16,7 @@ inline ActPair<T> mix_activate(Vec<T> x) {
   }
 }
 
-// z = act(n) of the normalised n, and its slope if wanted.
+// Computes z = act(n) of the normalized n, and its slope if wanted.
 template <class T, MixActivation A, bool kNorm>
 void mix_act_loop(const MixNormRows<T>& norm, const T* x, int64_t n, T* z, T* slope) {
   constexpr int W = kLanes<T>;
@@ -41,7 +41,7 @@ void mix_act(MixActivation kind, const MixNormRows<T>& norm, const T* x, int64_t
   });
 }
 
-// c[i*ld + j] = sum_k a[i*step_i + k*step_k] * b[k*ld + j] for i < M and NV vectors of j.
+// Computes c[i*ld + j] = sum_k a[i*step_i + k*step_k] * b[k*ld + j] for i < M and NV vectors of j.
 template <class T, int M, int NV>
 inline void mix_tile(int64_t depth, const T* a, int64_t step_i, int64_t step_k, const T* b, T* c,
                      int64_t ld) {
@@ -81,7 +81,7 @@ inline void mix_tile_rows(int64_t depth, const T* a, int64_t step_i, int64_t ste
   for (; j < ld; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c + j, ld);
 }
 
-// The same for any number of rows; ld is a multiple of lanes.
+// Computes the product for any number of rows; ld is a multiple of lanes.
 template <class T>
 void mix_product(const MixProduct<T>& p) {
   const int64_t rows = p.rows, depth = p.depth, step_i = p.step_i, step_k = p.step_k, ld = p.ld;
@@ -99,7 +99,7 @@ void mix_product(const MixProduct<T>& p) {
   }
 }
 
-// out[e] = sum_j g[j] * z[e*ld + j] for e < N.
+// Computes out[e] = sum_j g[j] * z[e*ld + j] for e < N.
 template <class T, int N>
 inline void mix_dots(const T* g, const T* z, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
@@ -125,7 +125,7 @@ inline void mix_dots(const T* g, const T* z, T* out, int64_t ld) {
   }
 }
 
-// out[i*count + e] = sum_j g[i*ld + j] * z[e*ld + j] for i < rows, e < count.
+// Computes out[i*count + e] = sum_j g[i*ld + j] * z[e*ld + j] for i < rows, e < count.
 template <class T>
 void mix_weight_grads(int64_t rows, int64_t count, const T* g, const T* z, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
@@ -145,7 +145,7 @@ void mix_weight_grads(int64_t rows, int64_t count, const T* g, const T* z, T* ou
   }
 }
 
-// d becomes d * slope, and with sums: sum += d, sum_x += d * (x - mean).
+// Replaces d by d * slope, and with sums: sum += d, sum_x += d * (x - mean).
 template <class T>
 void mix_slope(const MixSlope<T>& p) {
   constexpr int W = kLanes<T>;
@@ -162,7 +162,8 @@ void mix_slope(const MixSlope<T>& p) {
   }
 }
 
-// out[i] = scale[i] * (d[i] - at[i] - by[i] * (x[i] - mean[i])), at == nullptr: scale[i] * d[i].
+// Computes out[i] = scale[i] * (d[i] - at[i] - by[i] * (x[i] - mean[i])), at == nullptr: scale[i] *
+// d[i].
 template <class T>
 void mix_norm_grad(const MixNormGrad<T>& params) {
   constexpr int W = kLanes<T>;

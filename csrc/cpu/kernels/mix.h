@@ -8,7 +8,7 @@
 
 namespace moe_ops::cpu {
 
-// Normalisation of one token's outputs, (x - mean) * scale + shift; mean == nullptr: none.
+// Normalization of one token's outputs, (x - mean) * scale + shift; mean == nullptr: none.
 template <class T>
 struct MixNormRows {
   const T *mean = nullptr, *scale = nullptr, *shift = nullptr;
@@ -44,7 +44,7 @@ struct MixNormGrad {
 
 template <class T>
 struct MixKernels {
-  // z = act(normalised x), slope = act' of it where it is not nullptr.
+  // z = act(normalized x), slope = act' of it where it is not nullptr.
   void (*act)(MixActivation kind, const MixNormRows<T>& norm, const T* x, int64_t n, T* z,
               T* slope);
   void (*product)(const MixProduct<T>& p);

@@ -1,10 +1,16 @@
 // Rows over their root mean squares. Included by kernels-inl.h, inside its namespace.
 
-// Type S, n columns; `wide` has room for a row of T.
-template <class T, class S>
-void norm_row(const S* x, const S* residual, const T* weight, const T* bias, T eps, int64_t n,
-              T* wide, S* y, S* sum, T* rstd) {
+// Computes a row of p; S is the C++ type of p.type.
+template <class S, class T>
+void norm_row(const NormRows<T>& p, int64_t row) {
   constexpr int W = kLanes<T>;
+  const int64_t n = p.cols, at = row * n;
+  const S* x = static_cast<const S*>(p.x) + at;
+  const S* residual = p.residual != nullptr ? static_cast<const S*>(p.residual) + at : nullptr;
+  const T *weight = p.weight, *bias = p.bias;
+  T* wide = p.wide;
+  S* y = static_cast<S*>(p.y) + at;
+  S* sum = p.sum != nullptr ? static_cast<S*>(p.sum) + at : nullptr;
   Vec<T> squares = {};
   int64_t i = 0;
   for (; i + W <= n; i += W) {
@@ -13,7 +19,7 @@ void norm_row(const S* x, const S* residual, const T* weight, const T* bias, T e
     if (bias != nullptr) v += load<T>(bias + i);
     if (sum != nullptr) {
       store_as(sum + i, v);
-      // Of the sum as it is stored, since that is what backward reads.
+      // The squares are those of the sum as it is stored, because backward reads the stored one.
       if constexpr (sizeof(S) != sizeof(T)) v = load_as(sum + i);
     }
     squares += v * v;
@@ -31,7 +37,7 @@ void norm_row(const S* x, const S* residual, const T* weight, const T* bias, T e
     total += v * v;
     wide[i] = v;
   }
-  const T mean = total / static_cast<T>(n) + eps;
+  const T mean = total / static_cast<T>(n) + p.eps;
   T root;
   if constexpr (sizeof(T) == 8) {
     root = __builtin_sqrt(mean);
@@ -39,7 +45,7 @@ void norm_row(const S* x, const S* residual, const T* weight, const T* bias, T e
     root = __builtin_sqrtf(mean);
   }
   const T r = T(1) / root;
-  *rstd = r;
+  p.rstd[row] = r;
   for (i = 0; i + W <= n; i += W) {
     store_as(y + i, load<T>(wide + i) * r * load<T>(weight + i));
   }
@@ -48,19 +54,12 @@ void norm_row(const S* x, const S* residual, const T* weight, const T* bias, T e
 
 template <class T>
 void norm_rows(const NormRows<T>& p) {
-  with_type<T>(p.type, p.x, [&]<class S>(const S* x) {
-    const S* residual = static_cast<const S*>(p.residual);
-    S* y = static_cast<S*>(p.y);
-    S* sum = static_cast<S*>(p.sum);
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const int64_t at = r * p.cols;
-      norm_row<T, S>(x + at, residual != nullptr ? residual + at : nullptr, p.weight, p.bias, p.eps,
-                     p.cols, p.wide, y + at, sum != nullptr ? sum + at : nullptr, p.rstd + r);
-    }
+  with_type<T>(p.type, p.x, [&]<class S>(const S*) {
+    for (int64_t row = 0; row < p.rows; ++row) norm_row<S>(p, row);
   });
 }
 
-// With c the sum of grad_y w s: the gradient of s is r grad_y w - s c r^3 / n.
+// Computes gradients. With c the sum of grad_y w s, the gradient of s is r grad_y w - s c r^3 / n.
 template <class T>
 void norm_rows_bwd(const NormRowsBwd<T>& p) {
   constexpr int W = kLanes<T>;

@@ -14,10 +14,10 @@ constexpr int64_t kQuantBlock = 32;  // activations of 8 bits that share a scale
 constexpr int64_t kInt8Depth = 512;
 static_assert(kInt8Depth % 128 == 0);
 static_assert(kInt8Depth / 4 + 2 * kInt8Depth / kQuantBlock <= kLda);
-// What the activations of many rows are multiplied as.
+// Type to which the activations of many rows are converted for the GEMM.
 enum class Activations : int { kFloat, kInt16, kInt8 };
 
-// out[t*ldo + f*out_step + i] as GEMV's (gemm.h), of quantised activations; strides of weights and
+// out[t*ldo + f*out_step + i] as GEMV's (gemm.h), of quantized activations; strides of weights and
 // activations are in bytes, those of scales in floats.
 struct QuantDotParams {
   int features;
@@ -144,7 +144,7 @@ struct QuantKernels {
   int int8_rows;
 
   // All formats, decoded to float32; tokens are not rounded.
-  void (*dequantise)(const DequantParams& p);
+  void (*dequantize)(const DequantParams& p);
   // Floats of a token of k features as decoded_dot reads it, and such a row of the token x, which
   // is readable and zero up to a multiple of 256.
   int64_t (*arranged_floats)(int64_t k);

@@ -6,8 +6,8 @@
 constexpr int64_t kDecodedPrefetch = 4096;
 
 // A token as decoded_dot reads it: its features, in the order of the decoder's vectors, then for
-// each scale of a weight row the sum of the features that meet it. What weights have as an offset
-// is multiplied by these.
+// each scale of a weight row the sum of the features that meet it. Offsets of the weights are
+// multiplied by these sums.
 struct ArrangedToken {
   static constexpr int64_t kWhole = 256;  // a multiple of every block
   int64_t sums;
@@ -43,8 +43,8 @@ void arrange_token(const CodeRows& rows, const float* x, float* row) {
   with_decoder<Fp8Sums>(rows.codes, [&]<class D>() { arrange_token_for<D>(rows, x, row); });
 }
 
-// `count` times F rows of weights and M tokens. A run is summed by itself, then scaled and added;
-// where it has fewer vectors than there are tokens, the vectors are scaled.
+// Multiplies `count` times F rows of weights with M tokens. A run is summed separately, then scaled
+// and added; where it has fewer vectors than there are tokens, the vectors are scaled.
 template <class D, int F, int M>
 void decoded_dot_tile(const DecodedDotParams& p) {
   constexpr int W = kLanes<float>, V = kRunVectors<D>;

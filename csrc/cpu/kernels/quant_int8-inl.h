@@ -2,7 +2,7 @@
 // Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// 32 bits of a vector are 4 neighbouring steps of k of a column. Instructions multiply unsigned by
+// 32 bits of a vector are 4 neighboring steps of k of a column. Instructions multiply unsigned by
 // signed bytes, so weights come with a bias, and sums start from minus that many times the codes of
 // their tokens. Without VNNI there are sums of 16 bits only, two in a lane: those of 4-bit weights
 // are at most 16 * 8 * 127 when complete, and what wraps around before does not matter.
@@ -12,14 +12,14 @@ constexpr bool kVnni = true;
 constexpr bool kVnni = false;
 #endif
 
-// What int8_tile reads beside kQuantBlock activations.
+// Data that int8_tile reads in addition to kQuantBlock activations.
 struct Int8Block {
   int32_t offset;
   float scale;
 };
 
-// 32 codes in the order in which int8_tile takes words apart; what sums of their products start
-// from.
+// Writes 32 codes in the order in which int8_tile unpacks words; returns the initial value of sums
+// of their products.
 template <int kBits>
 inline int32_t int8_codes(const float* x, float inverse, int8_t* dst) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
@@ -73,7 +73,8 @@ void quantize_int8(int bits, int64_t n, const float* x, float* dst) {
   bits == 8 && kVnni ? quantize_int8_of<8>(n, x, dst) : quantize_int8_of<4>(n, x, dst);
 }
 
-// Step `step` of words, as unsigned bytes: with 4 bits the even steps of k, then the odd ones.
+// Returns step `step` of words as unsigned bytes: with 4 bits the even steps of k, then the odd
+// ones.
 template <int kBits>
 inline Bytes word_uint8(const uint32_t* words, int step) {
   const Bytes word = load_weights(words);
@@ -81,7 +82,7 @@ inline Bytes word_uint8(const uint32_t* words, int step) {
   return bits_and(step == 0 ? word : MOE_INT(srli_epi16)(word, 4), MOE_INT(set1_epi8)(15));
 }
 
-// acc + the products of 4 weights with the 4 codes at `a`.
+// Returns acc + the products of 4 weights with the 4 codes at `a`.
 inline Bytes add_int8(Bytes acc, Bytes weights, const float* a) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(load_bytes<int32_t>(a)));
@@ -89,7 +90,7 @@ inline Bytes add_int8(Bytes acc, Bytes weights, const float* a) {
   return _mm512_add_epi16(acc,
                           _mm512_maddubs_epi16(weights, _mm512_set1_epi32(load_bytes<int32_t>(a))));
 #else
-  // As in add_words.
+  // The asm has the reason given in add_words.
   Bytes product;
   asm("vpbroadcastd %3, %1\n\tvpmaddubsw %1, %2, %1\n\tvpaddw %1, %0, %0"
       : "+x"(acc), "=&x"(product)
@@ -146,7 +147,7 @@ void int8_tile(const QuantTileParams& p) {
         }
 #pragma GCC unroll 2
         for (int step = 0; step < kSteps; ++step) {
-          asm volatile("" ::: "memory");  // As in packed_tile: load the words anew.
+          asm volatile("" ::: "memory");  // Reloads the words, see packed_tile.
           const Bytes b0 = word_uint8<kBits>(words, step);
           const Bytes b1 = word_uint8<kBits>(words + W, step);
 #pragma GCC unroll 32

@@ -11,8 +11,9 @@ inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t f
   const Bytes flips = _mm512_set1_epi32(static_cast<int32_t>(flip));
   const auto half = [&](int i) { return load_bytes<__m256i_u>(rows[i] + offset); };
   Bytes v[8];
+  // Takes lanes 0 and 1 of each half: words 0 to 3 and 4 to 7 of a row.
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {  // Of each half, lanes 0 and 1: words 0 to 3 and 4 to 7 of a row.
+  for (int i = 0; i < 8; ++i) {
     v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(8 + i), 1) ^ flips;
   }
   Bytes two[8];  // words of two rows
@@ -45,7 +46,7 @@ inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t f
 }
 #endif
 
-// A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
+// A flip of the upper bit of each weight converts two's complement to q plus a bias, or back.
 void repack(const RepackParams& p, uint32_t* dst) {
   constexpr int W = kLanes<float>, P = 2 * W;
   const uint32_t flip = !p.flip ? 0 : p.bits == 4 ? 0x88888888u : 0x80808080u;
@@ -70,7 +71,7 @@ void repack(const RepackParams& p, uint32_t* dst) {
   }
 }
 
-// Weight i of each word. Shifts need none of the ports that multiply.
+// Returns the weight i of each word. Shifts need none of the ports that multiply.
 template <int kBits>
 inline Vec<float> word_weights(const uint32_t* words, int i) {
   typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
@@ -80,7 +81,7 @@ inline Vec<float> word_weights(const uint32_t* words, int i) {
 }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// The same of 8 bits as integers of 16: weights i and i + 2.
+// Widens weights i and i + 2 of 8 bits to integers of 16 bits.
 inline Bytes word_int16(const uint32_t* words, int i) {
   const Bytes word = load_weights(words);
   return MOE_INT(srai_epi16)(i == 1 ? word : MOE_INT(slli_epi16)(word, 8), 8);
@@ -134,7 +135,7 @@ inline Bytes add_step(Int16Pair, Bytes acc, const float* a, Bytes b) {
 }
 #endif
 
-// packed_tile that unpacks words as it goes. S = float or Int16Pair.
+// Like packed_tile, but unpacks words on the fly. S = float or Int16Pair.
 template <int kBits, class S, int M>
 void word_tile(const QuantTileParams& p) {
   constexpr int W = kLanes<float>;
@@ -166,7 +167,7 @@ void word_tile(const QuantTileParams& p) {
       }
 #pragma GCC unroll 8
       for (int step = 0; step < kSteps; ++step) {
-        asm volatile("" ::: "memory");  // As in packed_tile: load the words anew.
+        asm volatile("" ::: "memory");  // Reloads the words, see packed_tile.
         const Sum b0 = word_step<kBits>(S{}, words, step);
         const Sum b1 = word_step<kBits>(S{}, words + W, step);
 #pragma GCC unroll 32
@@ -202,7 +203,7 @@ QuantKernels quant_table() {
   k.w4_quantize = &w4_quantize;
   k.w4_dot = &w4_dot;
   k.repack = &repack;
-  k.dequantise = &dequantise;
+  k.dequantize = &dequantize;
   k.arranged_floats = &arranged_floats;
   k.arrange_token = &arrange_token;
   k.decoded_dot = &decoded_dot;

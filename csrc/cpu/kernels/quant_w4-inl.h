@@ -28,7 +28,7 @@ struct CodePair {
   __m128i even, odd;
 };
 
-// 32 floats as codes: those of even places and those of odd ones.
+// Rounds 32 floats to codes, separately for even and odd places.
 inline CodePair round_codes(const float* x, float inverse) {
   const auto code = [&](int i) { return nearest(load<float>(x + i * kLanes<float>), inverse); };
 #if MOE_VEC_BYTES == 64
@@ -50,7 +50,7 @@ inline CodePair round_codes(const float* x, float inverse) {
 }
 #endif
 
-// The same, to memory.
+// Stores the rounded codes to memory.
 inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   const CodePair codes = round_codes(x, inverse);
@@ -121,11 +121,11 @@ void w4_quantize(int64_t k, const float* x, void* row) {
 // --- products of integers
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// Sums of 16 bits in neighbouring places, in 32 bits.
+// Adds neighboring 16-bit elements to 32 bits.
 inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi16)(1)); }
 
-// Scales of a unit of four rows of weights, from row[f] on: lane 4 * b + f is that of block b of
-// row f.
+// Returns the scales of a unit of four rows of weights, from row[f] on: lane 4 * b + f is that of
+// block b of row f.
 template <int kGroup>
 inline Floats unit_scales(const float* const (&row)[4]) {
   constexpr int64_t kCount = 2 * kVec / kGroup;  // a row; 0: less than one
@@ -159,7 +159,7 @@ inline Floats unit_scales(const float* const (&row)[4]) {
 #endif
 }
 
-// Products of a block of two rows as four sums of each. 16 bits also hold two of those.
+// Folds the products of a block of two rows to four sums of each. 16 bits also hold two of those.
 inline Bytes fold_two(Bytes a, Bytes b) {
 #if defined(__AVX512VNNI__)
   return MOE_INT(packs_epi32)(a, b);
@@ -197,7 +197,7 @@ struct W4Dot {
     }
   }
 
-  // To lane 4 * b + f of acc those of block b of row f.
+  // Adds the sums of block b of row f to lane 4 * b + f of acc.
   inline __attribute__((always_inline)) void add_to(Floats (&acc)[M], const float* scale,
                                                     int64_t ld_scale, const char* offsets,
                                                     const char* scales, int64_t row_bytes) const {
@@ -216,9 +216,9 @@ struct W4Dot {
   }
 };
 
-// w4_dot of four rows and one token of whole units: while the sums of one unit are folded, the next
-// is multiplied, be it of the next rows. What waits for an operand holds a place in the scheduler,
-// and folding waits for all that went before.
+// Computes w4_dot of four rows and one token of whole units: while the sums of one unit are folded,
+// the next is multiplied, be it of the next rows. An instruction that waits for an operand occupies
+// a scheduler entry, and folding waits for all earlier instructions.
 template <int kGroup>
 void w4_dot_one(const QuantDotParams& p, const W4Row& layout) {
   constexpr int64_t kSteps = 2 * kVec;
@@ -259,7 +259,7 @@ void w4_dot_one(const QuantDotParams& p, const W4Row& layout) {
   }
 }
 
-// `count` times F rows of weights; each next time begins w_step and scale_step further.
+// Multiplies `count` times F rows of weights; each next time begins w_step and scale_step further.
 template <int kGroup, int F, int M>
 void w4_dot_tile(const QuantDotParams& p) {
   constexpr int64_t kSteps = 2 * kVec;
@@ -284,7 +284,7 @@ void w4_dot_tile(const QuantDotParams& p) {
 #pragma GCC unroll 4
       for (int f = 0; f < F; ++f)
         __builtin_prefetch(codes + f * ldw + u * kVec + kW4Prefetch, 0, 2);
-      // Of the scales a row in turn: a line of them lasts for F units or more.
+      // Scales are prefetched for one row at a time: a line of them lasts for F units or more.
       const int64_t next_scale = (u / F * F * kSteps + 2 * kW4Prefetch) / kGroup;
       __builtin_prefetch(factors + u % F * ld_scale + next_scale, 0, 2);
       unit.multiply(codes + u * kVec, ldw, rows + u * kSteps, row_bytes);
@@ -308,7 +308,7 @@ void w4_dot_tile(const QuantDotParams& p) {
   folded_sums<F, M>(p.count, p.out, p.ldo, p.out_step, products);
 }
 #else
-// The same sums one weight at a time; compilers find the vectors in it.
+// Computes the sums one weight at a time; compilers vectorize the loop.
 template <int kGroup, int F, int M>
 void w4_dot_tile(const QuantDotParams& p) {
   const W4Row layout(p.k);

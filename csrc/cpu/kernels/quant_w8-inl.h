@@ -108,7 +108,7 @@ struct W8Dot {
   }
 };
 
-// `count` times F rows of weights; each next time begins w_step further.
+// Multiplies `count` times F rows of weights; each next time begins w_step further.
 template <int F, int M>
 void w8_dot_tile(const QuantDotParams& p) {
   const auto* w = static_cast<const int8_t*>(p.w);

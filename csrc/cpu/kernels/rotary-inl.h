@@ -1,7 +1,7 @@
 // Rotary position embeddings of rows in the type of sums. Included by kernels-inl.h, inside its
 // namespace.
 
-// A head that is one vector: both halves turn at once, each with the other beside it.
+// Rotates heads that fit one vector: both halves at once, each with the other beside it.
 template <class T>
 inline void rotate_whole(const T* in, const T* cos, const T* sin, T sign, int64_t heads, T* out) {
   constexpr int W = kLanes<T>, kHalf = W / 2;
@@ -21,7 +21,7 @@ inline void rotate_whole(const T* in, const T* cos, const T* sin, T sign, int64_
   }
 }
 
-// Features i and i + half of each head as a pair; in and out may be the same.
+// Rotates features i and i + half of each head as a pair; in and out may be the same.
 template <class T>
 inline void rotate_row(const T* in, const T* cos, const T* sin, T sign, int64_t heads, int64_t half,
                        T* out) {

@@ -1,4 +1,4 @@
-// Routers: the linear map to logits, scores of rows of logits, and the choice of experts.
+// Routers: the linear map to logits, scores of rows of logits, and the selection of experts.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ namespace moe_ops::cpu {
 // A row of logits of the others has a whole number of kRowUnit elements and starts on a 64-byte
 // boundary; past E it is padded with -inf (values) or kNoKey (keys).
 constexpr int64_t kRowUnit = 16;
-// Most rows of a call. Each step of a choice waits for the one before, 75 cycles, and exponentials
-// for the largest value; those of several rows run side by side.
+// Most rows of a call. Each step of a selection waits for the one before, 75 cycles, and
+// exponentials for the largest value; those of several rows run side by side.
 constexpr int64_t kRouterRows = 8;
 // Up to this many vectors of keys are searched directly; maxima of blocks only pay beyond.
 constexpr int64_t kFlatVectors = 4;
@@ -104,8 +104,8 @@ struct RouterKernels {
   // The best key of each block of a vector's width. block_max has room for n + kRowUnit keys.
   void (*find_block_max)(const RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n);
   void (*take_best)(const TakeBest<T>& p);
-  // The choice, its ids and weights; and the gradients of logits, given ids and gradients of
-  // weights.
+  // Top-k selection with its ids and weights, and the gradients of logits, given ids and gradients
+  // of weights.
   void (*route_soa)(const RouteSoa<T>& p);
   void (*route_soa_bwd)(const RouteSoa<T>& p);
 };

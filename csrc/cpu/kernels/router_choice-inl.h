@@ -1,4 +1,4 @@
-// One row of router logits: exponentials, keys that order the experts, and the choice of the best.
+// One row of router logits: exponentials, keys that order the experts, and the top-k selection.
 // Included by kernels-inl.h, inside its namespace.
 
 template <class T>

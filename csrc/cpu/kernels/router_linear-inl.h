@@ -7,7 +7,7 @@
 // the latency of a multiply-add times two of them a cycle.
 constexpr int kRouterTokens = MOE_VEC_BYTES == 64 ? 4 : 2;
 
-// The logits of M tokens and kRouterExperts experts.
+// Computes the logits of M tokens and kRouterExperts experts.
 template <class T, int M>
 inline void router_tile(const RouterLinear<T>& p, int64_t token, int64_t expert) {
   constexpr int W = kLanes<T>, N = kRouterExperts, kFolds = (M * N + W - 1) / W;
@@ -48,8 +48,9 @@ void router_linear(const RouterLinear<T>& p) {
   }
 }
 
-// Gradients of M tokens and kRouterExperts: their M x kRouterExperts gradients of logits stay in
-// registers while vectors of x, the weights and the sums of weight gradients pass once.
+// Computes the gradients of M tokens and kRouterExperts experts: their M x kRouterExperts gradients
+// of logits stay in registers while vectors of x, the weights and the sums of weight gradients pass
+// once.
 template <class T, int M, bool kWantX, bool kWantW, bool kFirst>
 inline void router_tile_bwd(const RouterLinearBwd<T>& p, int64_t token, int64_t expert) {
   constexpr int W = kLanes<T>, N = kRouterExperts;
@@ -117,9 +118,9 @@ void router_linear_bwd(const RouterLinearBwd<T>& p) {
   router_rows_bwd<T, true, true>(p);
 }
 
-// An exponential is a chain of 55 cycles, of which wide vectors do twice as many at once. Choices
-// are mostly comparisons of short rows, whose masks cost more with AVX-512: there MOE_CHOICE_TARGET
-// names the target that they are taken from.
+// An exponential is a chain of 55 cycles, of which wide vectors do twice as many at once. Top-k
+// selection is mostly comparisons of short rows, whose masks cost more with AVX-512: there
+// MOE_CHOICE_TARGET names the target that they are taken from.
 template <class T>
 RouterKernels<T> router_table() {
   RouterKernels<T> k = {};

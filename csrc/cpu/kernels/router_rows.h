@@ -10,7 +10,7 @@
 
 namespace moe_ops::cpu {
 
-// exp_sum of one row.
+// Returns exp_sum of one row.
 template <class T>
 T exp_sum_of(const RouterKernels<T>& k, const T* x, T* e, int64_t n) {
   T sum;
@@ -18,7 +18,7 @@ T exp_sum_of(const RouterKernels<T>& k, const T* x, T* e, int64_t n) {
   return sum;
 }
 
-// out[i] = score of x[i] for i < n; x and e have `padded` elements.
+// Computes out[i] = score of x[i] for i < n; x and e have `padded` elements.
 template <class T>
 void scores_of(const RouterKernels<T>& k, ScoreFunc f, const T* x, T* e, int64_t padded, int64_t n,
                T* out) {
@@ -41,7 +41,7 @@ void to_soa_of(const From* rows, int64_t stride, int64_t tokens, int64_t width, 
   }
 }
 
-// Tokens after the last, up to the end of a vector, become `rest`.
+// Transposes rows to arrays; tokens after the last, up to the end of a vector, become `rest`.
 template <class From, class To>
 void to_soa(const From* rows, int64_t stride, int64_t tokens, int64_t width, To* arrays, To rest) {
   const int64_t end = round_up(tokens, kRowUnit);
@@ -69,7 +69,7 @@ void from_soa(const From* arrays, int64_t tokens, int64_t width, To* rows) {
   from_soa_of<0>(arrays, tokens, width, rows);
 }
 
-// What the router's parameters, forward or backward, say of them; arrays are to come.
+// Returns the settings of a router's parameters, forward or backward, without arrays.
 template <class T, class Params>
 RouteSoa<T> soa_of(const Params& p) {
   RouteSoa<T> soa = {};
@@ -82,11 +82,15 @@ RouteSoa<T> soa_of(const Params& p) {
   return soa;
 }
 
-// Logits of tokens t and on; `rows`: scratch, [tokens, experts].
-template <class T>
-void logits_to_soa(const RowKernels<T>& kernel, DType type, const void* logits, int64_t stride,
-                   int64_t t, int64_t tokens, int64_t experts, T* rows, T* arrays) {
-  const char* const from = static_cast<const char*>(logits) + t * stride * dtype_size(type);
+// Loads the logits of `tokens` tokens from t on, of a router's parameters, forward or backward;
+// `rows`: scratch, [tokens, experts].
+template <class T, class Params>
+void logits_to_soa(const RowKernels<T>& kernel, const Params& p, int64_t t, int64_t tokens, T* rows,
+                   T* arrays) {
+  const DType type = p.type;
+  const int64_t stride = p.logits_stride, experts = p.num_experts;
+  const char* const from =
+      static_cast<const char*>(p.router_logits) + t * stride * dtype_size(type);
   if (type == kAccumulate<T>) {
     return to_soa(reinterpret_cast<const T*>(from), stride, tokens, experts, arrays, T(0));
   }

@@ -5,7 +5,7 @@
 // the same instructions.
 #define MOE_ALIGNED __attribute__((aligned(64)))
 
-// To an ulp or two, subnormal results among them.
+// Returns the sigmoid, accurate to an ulp or two, including subnormal results.
 template <class T>
 inline Vec<T> router_sigmoid(Vec<T> v) {
   const Vec<T> z = exponential<T, true>(v > 0 ? -v : v);

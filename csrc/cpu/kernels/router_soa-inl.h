@@ -1,16 +1,16 @@
-// Routing of few experts, vectorised over tokens: operands are structures of arrays, an array an
+// Routing of few experts, vectorized over tokens: operands are structures of arrays, an array an
 // expert or a slot. A loop over E or K is then one over vectors: no row is too short to fill one,
 // and nothing is stored in parts that a vector load would wait for. Included by kernels-inl.h,
 // inside its namespace.
 
-// Tokens i and on of array `which`.
+// Loads tokens i and on of array `which`.
 template <class V, class P>
 inline V tokens_of(const P* p, int64_t which, int64_t i) {
   return load_bytes<V>(p + which * kSoaTokens + i);
 }
 
-// The K best of each lane: their logits to `chosen`, their ids to p.ids. E and K: where they are
-// not 0, they are the numbers of experts and slots, and vectors stay in registers.
+// Selects the K best of each lane: writes their logits to `chosen` and their ids to p.ids. E and K:
+// where they are not 0, they are the numbers of experts and slots, and vectors stay in registers.
 template <class T, int E, int K>
 inline void choose_soa(const RouteSoa<T>& p, int64_t i, Vec<T>* chosen) {
   using Int = typename Simd<T>::Int;
@@ -73,7 +73,7 @@ inline __attribute__((always_inline)) void route_soa_of(const RouteSoa<T>& p) {
   }
 }
 
-// The formulas are in router_bwd.cpp.
+// Computes the gradients by the formulas in router_bwd.cpp.
 template <class T, int E, int K>
 inline __attribute__((always_inline)) void route_soa_bwd_of(const RouteSoa<T>& p) {
   const int64_t experts = E > 0 ? E : p.experts, top_k = K > 0 ? K : p.top_k;

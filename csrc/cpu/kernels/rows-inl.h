@@ -28,7 +28,7 @@ void load_rows(const TypedRows& src, T* dst, int64_t ld_dst, T scale) {
   });
 }
 
-// Row by row over all panels, so that each row is read in one contiguous run.
+// Packs row by row over all panels, so that each row is read contiguously.
 template <class T>
 void pack_b(const RowPointers& rows, int64_t byte_offset, const T* scales, T* dst, int64_t stride) {
   constexpr int W = kLanes<T>;
@@ -83,7 +83,7 @@ void store_rows(const T* src, int64_t ld_src, const MutableTypedRows& dst) {
   });
 }
 
-// Past the cache, where dst and n are whole lines: written in pieces, a line would be read first.
+// Stores past the cache if dst and n are whole lines; a line written in pieces would be read first.
 template <class T>
 void stream_row(DType type, const T* src, void* dst, int64_t n) {
 #if defined(__AVX2__)
@@ -197,7 +197,7 @@ void combine_rows(const CombineRows<T>& p) {
   });
 }
 
-// One lanes x lanes block in registers; row(i) is row i of it, a vector.
+// Transposes one lanes x lanes block in registers; row(i) returns row i as a vector.
 template <class T, class Row>
 inline void transpose_block(const Row& row, T* dst, int64_t ld_dst) {
   constexpr int W = kLanes<T>;
@@ -362,7 +362,7 @@ void fill_rows(RowKernels<T>& k) {
   k.multiply_row = &multiply_row<T>;
   k.rotate_rows = &rotate_rows<T>;
 #endif
-  // What stores bfloat16.
+  // Entries that store bfloat16.
   k.store_row = &store_row<T>;
   k.store_rows = &store_rows<T>;
   k.stream_row = &stream_row<T>;

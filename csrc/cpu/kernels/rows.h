@@ -69,8 +69,8 @@ struct NormRowsBwd {
   T *weight_sum, *bias_sum;  // [cols], added to
 };
 
-// Features i and i + half of each of a row's heads turned by angle i of the row, or by minus that
-// (sign -1). cos and sin are [rows, half]; in and out may be the same.
+// Rotates features i and i + half of each of a row's heads by angle i of the row, or by its
+// negative (sign -1). cos and sin are [rows, half]; in and out may be the same.
 template <class T>
 struct RotateRows {
   int64_t rows;

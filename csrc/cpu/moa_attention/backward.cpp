@@ -70,7 +70,7 @@ class Backward {
     }
   }
 
-  // Gradients of keys and values j0 to j1: the sum over chunks.
+  // Sums the gradients of keys and values j0 to j1 over the chunks.
   void reduce(int64_t b, int64_t head, int64_t j0, int64_t j1) const {
     for (int which = 0; which < 2; ++which) {
       char* to = static_cast<char*>(which == 0 ? q_.grad_k : q_.grad_v);
@@ -86,23 +86,24 @@ class Backward {
   }
 
  private:
-  // Of scores; the narrow kernels write whole steps.
+  // Elements of scores in row form; the narrow kernels write whole steps.
   static constexpr int64_t kRowForm = (kKeys + kNarrowKeys) * kLda;
 
   struct Buffers {
     Buffers(ScratchScope& scratch, const Backward& of, int64_t b, int64_t head,
             const KeyRange& kept)
         : key_blocks(ceil_div(of.p_.num_keys, kKeys)),
-          pitch(of.narrow_ > 0 ? kNarrowSize : kLda),
-          by_rows(KeyCopy<T>::size(kept, of.d_, kKc, pitch)),
-          by_columns(of.narrow_ > 0 ? 0 : KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
+          row_layout{kKc, of.narrow_ > 0 ? kNarrowSize : kLda, kept},
+          column_layout{kLdm, kLdm, kept},
+          by_rows(row_layout.size(of.d_)),
+          by_columns(of.narrow_ > 0 ? 0 : column_layout.size(of.d_)),
           arena(scratch, Scratch::kTile,
                 (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kRowForm +
                  3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
                     static_cast<int64_t>(sizeof(T))),
-          keys(of.k_, of.p_, of.p_.k, b, head, kKc, pitch, kept, arena.take<T>(by_rows)),
-          values(of.k_, of.p_, of.p_.v, b, head, kKc, pitch, kept, arena.take<T>(by_rows)),
-          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, arena.take<T>(by_columns)) {
+          keys(of.k_, of.p_, of.p_.k, b, head, row_layout, arena.take<T>(by_rows)),
+          values(of.k_, of.p_, of.p_.v, b, head, row_layout, arena.take<T>(by_rows)),
+          key_columns(of.k_, of.p_, of.p_.k, b, head, column_layout, arena.take<T>(by_columns)) {
       for (T** part : {&q, &grad_out, &grad_q, &q_columns, &grad_out_columns, &rows}) {
         *part = arena.take<T>(kRows * of.ld_);
       }
@@ -111,7 +112,9 @@ class Backward {
       starts = arena.take<T>((key_blocks + 1) * kRows);
       for (T** part : {&a, &delta}) *part = arena.take<T>(kRows);
     }
-    int64_t key_blocks, pitch, by_rows, by_columns;
+    int64_t key_blocks;
+    KeyLayout row_layout, column_layout;
+    int64_t by_rows, by_columns;
     Arena arena;
     KeyCopy<T> keys, values, key_columns;
     T *q, *grad_out, *grad_q, *q_columns, *grad_out_columns, *rows;
@@ -127,7 +130,7 @@ class Backward {
 
   int64_t panel_width(int64_t c0) const { return std::min<int64_t>(2 * k_.lanes, ld_ - c0); }
 
-  // Rows of x as panels of columns [panel][padded][2 * lanes], and those as panels of rows.
+  // Packs rows of x as panels of columns [panel][padded][2 * lanes], and as panels of rows.
   void both_forms(const RowBlock<T>& block, const AttentionOperand& x, T scale, T* panels,
                   T* columns) const {
     const void* rows[kRows];
@@ -150,7 +153,7 @@ class Backward {
     }
   }
 
-  // Weights and gradients of scores in row form are zero from key `from` on, as far as add_rows
+  // Sets weights and gradients of scores in row form to zero from key `from` on, as far as add_rows
   // reads them: to the end of the tile that `seen_keys` ends in, or of the block for a panel that
   // sees none after panels that see some. Tiles start with a panel's keys, so this may be too many.
   void clear(const RowBlock<T>& block, int64_t panel, const int64_t* seen_keys, int64_t from,
@@ -169,7 +172,7 @@ class Backward {
     }
   }
 
-  // The narrow kernels leave out the keys before the first that a row sees.
+  // Sets keys before the first that a row sees to zero, because the narrow kernels skip them.
   void clear_before(const AttentionBlock<T>& seen, int64_t r0, Buffers& x) const {
     for (int64_t j = 0; j < seen.start; ++j) {
       std::fill(x.p_rows + j * kLda + r0, x.p_rows + j * kLda + r0 + seen.width, T(0));
@@ -205,9 +208,9 @@ class Backward {
                         x.grad_q + panel * panel_rows_ * ld_, x.grad_q_again);
   }
 
-  // grad [n][ld] += rows [n][kLda] of block.count columns, times the columns of queries. A later
-  // panel sees at least as many keys as one before it: a tile of keys starts with the first panel
-  // that sees one of them.
+  // Computes grad [n][ld] += rows [n][kLda] of block.count columns times the columns of queries. A
+  // later panel sees at least as many keys as one before it: a tile of keys starts with the first
+  // panel that sees one of them.
   void add_rows(const RowBlock<T>& block, const int64_t* seen_keys, const T* rows, const T* columns,
                 int64_t n, T* grad) const {
     TileOptions hints;
@@ -226,7 +229,7 @@ class Backward {
     }
   }
 
-  // The same sums of the rows that see a key alone, key by key.
+  // Like add_rows, but sums only the rows that see a key, key by key.
   void add_rows_apart(const RowBlock<T>& block, int64_t j0, const T* rows, const T* columns,
                       int64_t n, T* grad) const {
     TileOptions hints;
@@ -257,7 +260,7 @@ class Backward {
     add_rows(block, seen_keys, x.p_rows, x.grad_out_columns, n, grad_v + j0 * ld_);
   }
 
-  // Each row's log of its sum, and its <out, grad_out> less the gradient of that log.
+  // Computes each row's log of its sum, and <out, grad_out> minus the gradient of that log.
   void row_numbers(const RowBlock<T>& block, Buffers& x) const {
     const int64_t first = row_index(p_, block.b, block.head, block.begin);
     const int64_t step = p_.num_heads * d_, size = dtype_size(p_.type);
@@ -305,8 +308,8 @@ class Backward {
     }
   }
 
-  // First from the last keys on, for what is left of each row's stick where a block starts; then
-  // back, from the first block that still gets some.
+  // Runs over the blocks from the last keys on, to find the remainder of each row's stick at the
+  // start of each block, then forward from the first block with a remainder.
   void stick(const RowBlock<T>& block, Buffers& x, T* grad_k, T* grad_v) const {
     const int64_t width = 2 * k_.lanes;
     T* log_rest = x.starts;  // [block of keys][kRows]

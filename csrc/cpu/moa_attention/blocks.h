@@ -1,4 +1,5 @@
-// What forward and backward share: which keys a token sees, and operands in the order of the tiles.
+// Parts that forward and backward share: which keys a token sees, and operands in the order of the
+// tiles.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +49,7 @@ struct KeyRange {
   int64_t first = 0, last = 0;
 };
 
-// Both ends grow with the token.
+// Returns the keys that a token sees; both ends grow with the token.
 inline KeyRange keys_of(const MoaAttentionParams& p, int64_t token) {
   int64_t begin = 0, end = p.num_keys, at = token + p.num_keys - p.num_tokens;
   if (p.cu_seqlens != nullptr) {
@@ -87,7 +88,7 @@ struct RowBlocks {
     starts.push_back(rows);
   }
   int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
-  // Where the blocks of keys of a row block that starts with `token` start.
+  // Returns where the key blocks of a row block that starts with `token` start.
   int64_t first_key(const MoaAttentionParams& p, int64_t token) const {
     const int64_t first = keys_of(p, token).first;
     if (!anchored) return first;
@@ -106,7 +107,7 @@ inline const char* at(const AttentionOperand& x, DType type, int64_t b, int64_t 
   return static_cast<const char*>(x.data) + offset * dtype_size(type);
 }
 
-// Where row r of a head lies in a contiguous [B, S, K, n, ...], in heads.
+// Returns the index of row r of a head in a contiguous [B, S, K, n, ...], in heads.
 inline int64_t row_index(const MoaAttentionParams& p, int64_t b, int64_t head, int64_t r) {
   return (b * p.num_tokens * p.num_slots + r) * p.num_heads + head;
 }
@@ -150,8 +151,8 @@ struct RowBlock {
   int width(int64_t panel) const {
     return static_cast<int>(std::min(panel_rows, padded - panel * panel_rows));
   }
-  // What a panel sees of the keys from j0 on. Both ends of a row's keys grow with the row, so the
-  // first and the last row say how many, and whether any row misses one.
+  // Returns the keys from j0 on that a panel sees. Both ends of a row's keys grow with the row, so
+  // the first and the last row determine how many there are, and whether any row misses one.
   AttentionBlock<T> sees(int64_t panel, int64_t j0, int64_t num_keys, double softcap) const {
     AttentionBlock<T> out;
     out.width = width(panel);
@@ -172,8 +173,8 @@ struct RowBlock {
   }
 };
 
-// Rows whose stick is empty see no more keys: what those hold must not reach them, and whether they
-// are read depends on the sticks of the rows beside them. `last`: scratch for a panel.
+// Excludes rows whose stick is empty, which see no more keys: those keys must not affect them, and
+// whether keys are read depends on the sticks of the rows beside them. `last`: scratch for a panel.
 template <class T>
 void leave_out_empty_sticks(const RowBlock<T>& block, int64_t panel, const T* log_rest, T log_tiny,
                             AttentionBlock<T>& seen, KeyIndex<T>* last) {
@@ -196,14 +197,14 @@ struct Products {
 
   int max_rows(int nv) const { return nv == 1 ? k.mr1 : k.mr2; }
 
-  // c [m][width] = a b, depth d: a is row-major, a_block elements between blocks of kKc columns; b
-  // [d][width].
+  // Computes c [m][width] = a b with depth d: a is row-major, a_block elements between blocks of
+  // kKc columns; b is [d][width].
   void row_major(const T* a, int64_t a_block, const T* b, int width, int64_t m, T* c) const {
     small_gemm_row_major<T>({k, m, width, d, a, b, c, width, false, a_block});
   }
-  // c [d][width] += a^T b over the keys of a block: a^T is column-major, a_block elements between
-  // blocks of kLdm columns of a. With `apart`, what a row does not see is left out of its sums and
-  // not multiplied by zero.
+  // Computes c [d][width] += a^T b over the keys of a block: a^T is column-major, a_block elements
+  // between blocks of kLdm columns of a. With `apart`, keys that a row does not see are left out of
+  // its sums instead of multiplied by zero.
   void column_major(const AttentionBlock<T>& seen, const T* a, int64_t a_block, const T* b, T* c,
                     bool apart) const {
     const int width = seen.width;
@@ -216,7 +217,7 @@ struct Products {
   }
 };
 
-// Features that the narrow kernels multiply, or 0 where they do not take a call.
+// Returns the features that the narrow kernels multiply, or 0 if they do not support a call.
 template <class T>
 int narrow_size(const MoaAttentionParams& p) {
   const bool taken = p.kind == AttentionKind::kSoftmax && p.softcap == 0 &&
@@ -224,37 +225,42 @@ int narrow_size(const MoaAttentionParams& p) {
   return !taken ? 0 : p.head_size <= 8 ? 8 : 16;
 }
 
-// Keys or values of a head, in parts of `part` columns and `pitch` apart: a block at a time,
-// or, where an item of several row blocks reads them again and again, all that it has read so far.
+// Layout of a copy of keys or values: parts of `part` columns, each with rows `pitch` apart.
+struct KeyLayout {
+  int64_t part, pitch;
+  KeyRange kept;  // the keys of the copy; none: a block at a time
+
+  int64_t rows() const { return std::max(kKeys, kept.last - kept.first); }
+  // Returns the elements of a copy of vectors of d features.
+  int64_t size(int64_t d) const { return ceil_div(d, part) * rows() * pitch; }
+};
+
+// Copy of the keys or values of a head: a block at a time, or, where an item of several row blocks
+// reads them again and again, all that it has read so far.
 template <class T>
 class KeyCopy {
  public:
   KeyCopy(const GemmKernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
-          int64_t b, int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
+          int64_t b, int64_t head, const KeyLayout& layout, T* data)
       : k_(k),
         p_(p),
         x_(x),
         b_(b),
         head_(head),
-        part_(part),
-        pitch_(pitch),
-        rows_(rows(kept)),
-        kept_(kept),
+        part_(layout.part),
+        pitch_(layout.pitch),
+        rows_(layout.rows()),
+        kept_(layout.kept),
         data_(data) {
     // The narrow kernels read whole rows.
-    if (pitch == kNarrowSize && p.head_size < pitch) {
-      std::fill(data, data + size(kept, p.head_size, part, pitch), T(0));
+    if (pitch_ == kNarrowSize && p.head_size < pitch_) {
+      std::fill(data, data + layout.size(p.head_size), T(0));
     }
   }
 
-  // Rows of the copy where `kept` is what is kept; none: one block.
-  static int64_t rows(const KeyRange& kept) { return std::max(kKeys, kept.last - kept.first); }
-  static int64_t size(const KeyRange& kept, int64_t d, int64_t part, int64_t pitch) {
-    return ceil_div(d, part) * rows(kept) * pitch;
-  }
   int64_t part_stride() const { return rows_ * pitch_; }
 
-  // Keys j0 to j0 + n.
+  // Returns keys j0 to j0 + n.
   const T* get(int64_t j0, int64_t n) {
     if (kept_.last == kept_.first) {
       load(j0, j0 + n, data_);
@@ -291,8 +297,8 @@ class KeyCopy {
   T* data_;
 };
 
-// What an item that goes through row blocks `begin` to `end` keeps of its keys: all, if that is at
-// most kKeptKeyBytes and read more than once.
+// Returns the keys that an item of row blocks `begin` to `end` keeps: all, if they take at most
+// kKeptKeyBytes and are read more than once.
 inline KeyRange kept_keys(const MoaAttentionParams& p, const RowBlocks& blocks, int64_t begin,
                           int64_t end, int64_t bytes_a_key) {
   const KeyRange all = {blocks.first_key(p, blocks.starts[begin] / p.num_slots),
@@ -301,7 +307,7 @@ inline KeyRange kept_keys(const MoaAttentionParams& p, const RowBlocks& blocks, 
                                                                                   : KeyRange{};
 }
 
-// Row blocks where `chunks` runs of about the same number of keys start, and their end.
+// Returns the row blocks where `chunks` runs of about the same number of keys start, and their end.
 inline std::vector<int64_t> cut_row_blocks(const MoaAttentionParams& p, const RowBlocks& blocks,
                                            int64_t chunks) {
   std::vector<int64_t> before = {0}, cuts;
@@ -333,7 +339,7 @@ void for_runs(const MoaAttentionParams& p, const AttentionOperand& x, const RowB
   }
 }
 
-// Rows of q (or of its gradient's like) as [padded][ld], zero where there are none.
+// Loads rows of q, or of a tensor of its shape, as [padded][ld], with zeros as padding.
 template <class T>
 void load_rows(const MoaAttentionParams& p, const AttentionOperand& x, const RowBlock<T>& block,
                T scale, T* dst, int64_t ld) {
@@ -345,7 +351,7 @@ void load_rows(const MoaAttentionParams& p, const AttentionOperand& x, const Row
   });
 }
 
-// [padded][ld] to panels [panel][d][width].
+// Converts rows [padded][ld] to panels [panel][d][width].
 template <class T>
 void to_panels(const GemmKernels<T>& k, const RowBlock<T>& block, const T* rows, int64_t ld,
                int64_t d, T* dst) {

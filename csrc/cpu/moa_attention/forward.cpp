@@ -20,16 +20,15 @@ class Forward {
         features_(narrow_ > 0 ? narrow_ : p.head_size),
         ld_(round_up<int64_t>(features_, k_.lanes)) {}
 
-  // Row blocks begin to end of a head.
+  // Computes row blocks begin to end of a head.
   void run(int64_t b, int64_t head, int64_t begin, int64_t end) const {
     const NoSubnormals guard;
     const int64_t d = p_.head_size;
     const KeyRange kept =
         kept_keys(p_, blocks_, begin, end, 2 * ld_ * static_cast<int64_t>(sizeof(T)));
-    const int64_t key_pitch = narrow_ > 0 ? kNarrowSize : kLda;
-    const int64_t value_pitch = narrow_ > 0 ? kNarrowSize : kLdm;
-    const int64_t keys = KeyCopy<T>::size(kept, d, kKc, key_pitch);
-    const int64_t values = KeyCopy<T>::size(kept, d, kLdm, value_pitch);
+    const KeyLayout key_layout = {kKc, narrow_ > 0 ? kNarrowSize : kLda, kept};
+    const KeyLayout value_layout = {kLdm, narrow_ > 0 ? kNarrowSize : kLdm, kept};
+    const int64_t keys = key_layout.size(d), values = value_layout.size(d);
     const int64_t size = 3 * kRows * ld_ + keys + values + kKeys * 2 * k_.lanes + 3 * kRows;
     ScratchScope scratch;
     Arena arena(scratch, Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
@@ -41,8 +40,8 @@ class Forward {
         arena.take<T>(kRows),
         arena.take<T>(kRows),
         arena.take<T>(kRows),
-        {k_, p_, p_.k, b, head, kKc, key_pitch, kept, arena.take<T>(keys)},
-        {k_, p_, p_.v, b, head, kLdm, value_pitch, kept, arena.take<T>(values)},
+        {k_, p_, p_.k, b, head, key_layout, arena.take<T>(keys)},
+        {k_, p_, p_.v, b, head, value_layout, arena.take<T>(values)},
     };
     const T scale = static_cast<T>(p_.scale) * (narrow_ > 0 ? attention_.power_scale : T(1));
     for (int64_t i = begin; i < end; ++i) {

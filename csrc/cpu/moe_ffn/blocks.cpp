@@ -27,14 +27,14 @@ BlockedSizes sizes_of(const MoeFfnDesc& s, DType type) {
           type};
 }
 
-// About nanoseconds of a pass with `products` products as large as those of forward.
+// Returns the approximate nanoseconds of a pass with `products` GEMMs as large as those of forward.
 double blocks_cost(const MoeFfnDesc& s, int products) {
   const int64_t per_slot = (s.width() + s.intermediate_size) * s.hidden_size;
   return static_cast<double>(s.routing.num_tokens * s.routing.top_k) *
          (static_cast<double>(products * per_slot) / 32 + 64);
 }
 
-// Of rows r0 to r0 + m of expert e in the block: where their tokens are in x, and routing weights.
+// Finds the tokens in x, and the routing weights, of rows r0 to r0 + m of expert e in the block.
 template <class T>
 void find_rows(const MoeFfnDesc& s, const TokenBlock& b, int64_t e, int64_t r0, int64_t m,
                const RowStarts x, const void** rows, T* weights) {
@@ -88,8 +88,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
                           kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
-        multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, vector_of(p.b_gate_up, e),
-                      pre);
+        multiply_tile<T>(k, {.a = x,
+                             .m = m,
+                             .depth = H,
+                             .panels = up.of(e),
+                             .outputs = width,
+                             .bias_type = p.b_gate_up.type,
+                             .bias = vector_of(p.b_gate_up, e),
+                             .c = pre});
         if (p.preact != nullptr && !direct) {
           row_k.store_rows(pre, ld_pre, {type, saved, width, m, width});
         }
@@ -102,8 +108,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
         }
         act_k.forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre,
                        h, kLda});
-        multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, vector_of(p.b_down, e),
-                      out + (b.offsets[e] + r0) * ld);
+        multiply_tile<T>(k, {.a = h,
+                             .m = m,
+                             .depth = I,
+                             .panels = down.of(e),
+                             .outputs = H,
+                             .bias_type = p.b_down.type,
+                             .bias = vector_of(p.b_down, e),
+                             .c = out + (b.offsets[e] + r0) * ld});
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
@@ -120,8 +132,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   parallel_blocks(s.routing, par, blocks_cost(s, 1), run_block);
 }
 
-// What a thread has of the rows of an expert in a block, at most kKc at once. kLda apart, rows
-// serve as those of one product and as columns of another.
+// Scratch memory of a thread for the rows of an expert in a block, at most kKc at once. Rows kLda
+// apart are rows of one GEMM and columns of another.
 template <class T>
 struct BwdScratch {
   T* dx;                          // [slots of a block][padded(H)]
@@ -242,8 +254,8 @@ class Backward {
          .out = static_cast<char*>(p_.grad_x) + b.begin * H_ * dtype_size(p_.x.type)});
   }
 
-  // Rows `row` to row + count of expert e: weight * h, the gradients of the pre-activation, of x by
-  // rows, and of the routing weights.
+  // Computes, for rows `row` to row + count of expert e, weight * h and the gradients of the
+  // pre-activation, of x by rows, and of the routing weights.
   void run_tiles(int64_t e, int64_t row, int64_t count, BwdScratch<T>& t, T* dx) const {
     const int64_t ld = padded(k_, H_);
     const DType type = p_.x.type;
@@ -259,8 +271,13 @@ class Backward {
         row_k_.gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
                            t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
       }
-      // u, unweighted: <h, u> is the gradient of the routing weight.
-      multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
+      // u stays unweighted: <h, u> is the gradient of the routing weight.
+      multiply_tile<T>(k_, {.a = t.gy + r0 * kLda,
+                            .m = m,
+                            .depth = H_,
+                            .panels = down_.of(e),
+                            .outputs = I_,
+                            .c = t.u});
       act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * odd_ld(k_, I_),
                dpre, t);
       if (grad_weights != nullptr && !on_input) {
@@ -273,7 +290,12 @@ class Backward {
         }
       }
       if (need_dx_) {
-        multiply_tile<T>(k_, dpre, m, width_, up_.of(e), H_, type, nullptr, dx + r0 * ld);
+        multiply_tile<T>(k_, {.a = dpre,
+                              .m = m,
+                              .depth = width_,
+                              .panels = up_.of(e),
+                              .outputs = H_,
+                              .c = dx + r0 * ld});
       }
     }
     if (!weights_from_x_) return;
@@ -281,7 +303,8 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.routing.row_to_slot[row + r]] = t.dots[r];
   }
 
-  // From u of m rows: h and the gradient of the pre-activation, times weight, and <h, u> as dots.
+  // Computes, from u of m rows, h and the gradient of the pre-activation, times weight, and <h, u>
+  // as dots.
   void act_tile(int64_t row, int64_t m, const T* weights, T* h, T* dpre, BwdScratch<T>& t) const {
     const DType type = p_.x.type;
     const bool gated = is_gated(s_.act.kind), interleaved = gated && s_.act.interleaved;
@@ -346,7 +369,7 @@ class Backward {
   const ChunkSums<T> down_sums_, up_sums_;
 };
 
-// Whether the rows of every expert are in the order of their slots, each slot once.
+// Returns whether the rows of every expert are in the order of their slots, each slot once.
 bool is_sorted(const Routing& s) {
   const int64_t slots = s.num_tokens * s.top_k;
   for (int64_t e = 0; e < s.num_experts; ++e) {

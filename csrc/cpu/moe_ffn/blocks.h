@@ -5,8 +5,9 @@
 
 namespace moe_ops::cpu {
 
-// Whether the functions below take a call, and are faster. By sizes, types and what
-// operands there are; never by routing, unless maps of a backward are not those of a sort.
+// Returns whether the functions below support a call and are faster. The decision depends on sizes,
+// types and which operands are given, not on the routing, unless the maps of a backward do not come
+// from a sort.
 bool takes_blocks(const MoeFfnParams& p);
 bool takes_blocks(const MoeFfnBwdParams& p);
 

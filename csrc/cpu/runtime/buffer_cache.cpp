@@ -23,7 +23,8 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// MOE_OPS_CACHE_MB as bytes. What is no whole number is ignored here: moe_ops.memory warns of it.
+// Returns MOE_OPS_CACHE_MB in bytes. Values that are not whole numbers are ignored here;
+// moe_ops.memory warns of them.
 std::optional<size_t> limit_from_environment() {
   const char* text = std::getenv("MOE_OPS_CACHE_MB");
   if (text == nullptr) return std::nullopt;
@@ -40,14 +41,14 @@ size_t quarter_of_memory() {
   return pages > 0 && size > 0 ? static_cast<size_t>(pages) / 4 * static_cast<size_t>(size) : 0;
 }
 
-// Kept blocks cost no memory, but address space. Where that is limited (ulimit -v), they would make
-// the allocations of others fail.
+// Returns whether the address space is limited (ulimit -v). Kept blocks use address space but no
+// memory; with a limit, they would make other allocations fail.
 bool address_space_is_limited() {
   rlimit limit;
   return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
 }
 
-// 2 MiB aligned: one huge page more is mapped and the ends are cut off.
+// Maps memory aligned to 2 MiB: one more huge page is mapped, and the ends are unmapped.
 void* map_aligned(size_t size) {
   void* raw =
       mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -142,7 +143,7 @@ class Cache {
   size_t kept_bytes_ = 0;
 };
 
-// Never destroyed: tensors may outlive every static object.
+// Returns the cache, which is never destroyed: tensors may outlive every static object.
 Cache& cache() {
   static Cache& c = *new Cache;
   return c;

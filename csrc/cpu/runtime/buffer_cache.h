@@ -23,22 +23,23 @@ constexpr bool kHasBufferCache = false;
 // Outputs from this size on go through the cache.
 constexpr size_t kLargeBuffer = size_t{8} << 20;
 
-// A block of at least `bytes`, aligned to 2 MiB, contents undefined; nullptr when the cache is off
-// (MOE_OPS_CACHE_MB=0, or a system without madvise) or no memory is left, not even after all kept
-// blocks were returned.
+// Returns an uninitialized block of at least `bytes`, aligned to 2 MiB; nullptr if the cache is off
+// (MOE_OPS_CACHE_MB=0, or a system without madvise) or no memory is left even after all kept blocks
+// were released.
 void* acquire_buffer(size_t bytes);
 // Gives a block of acquire_buffer back. Any thread may call it, also while the process ends.
 void release_buffer(void* block);
 
-// Bytes of kept blocks that no tensor uses.
+// Returns the bytes of kept blocks that no tensor uses.
 size_t cached_bytes();
-// The most that is kept: MOE_OPS_CACHE_MB, or else a quarter of the machine's memory, or nothing
-// while the address space of the process is limited (RLIMIT_AS).
+// Returns the largest number of bytes that is kept: MOE_OPS_CACHE_MB, or else a quarter of the
+// machine's memory, or zero while the address space of the process is limited (RLIMIT_AS).
 size_t cache_limit();
 // Returns all kept blocks to the system.
 void release_cached();
 
-// Around a fork: no other thread is inside the cache meanwhile, so the child's copy is whole.
+// Lock and unlock the cache around a fork: no other thread is inside the cache meanwhile, so the
+// child's copy is consistent.
 void lock_cache();
 void unlock_cache();
 

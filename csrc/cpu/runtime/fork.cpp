@@ -1,6 +1,6 @@
-// What fork(2) must find: it copies the memory of all threads but only the one that calls it. A
-// lock that another thread holds, or a static variable that it is about to initialise, would stay
-// so in the child for ever.
+// Prepares the process for fork(2), which copies the memory of all threads but only the calling
+// thread. A lock held by another thread, or a static variable that it is initializing, would stay
+// in that state in the child forever.
 #if defined(__linux__)
 
 #include <pthread.h>

@@ -17,7 +17,7 @@ namespace moe_ops::cpu {
 namespace {
 
 constexpr int kMadvCollapse = 25;  // Linux 6.1; older headers lack MADV_COLLAPSE.
-// Of one request, so that one that fails is noticed soon.
+// Bytes per request; requests are short, so that a failing one is noticed soon.
 constexpr size_t kPart = 16 * kHugePage;
 
 }  // namespace

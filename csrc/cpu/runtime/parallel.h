@@ -65,7 +65,8 @@ class Latch {
  public:
   void add(int64_t n = 1) { left_.fetch_add(n, std::memory_order_relaxed); }
   void done() { left_.fetch_sub(1, std::memory_order_release); }
-  // False: another item failed, and this count may never end.
+  // Waits until all items are done. Returns false if another item failed, as this count may then
+  // never reach zero.
   bool wait(const std::atomic<bool>& failed) const {
     for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
       if (failed.load(std::memory_order_relaxed)) return false;
@@ -82,7 +83,7 @@ class Latch {
 // item waits for was claimed before it, by a thread that is at work on it.
 class TaskGraph {
  public:
-  // fn(item) for each item in [0, n); `cost` is that of all of them.
+  // Adds a stage that calls fn(item) for each item in [0, n); `cost` is the cost of all of them.
   template <class Fn>
   void add(int64_t n, double cost, Fn fn) {
     if (n <= 0) return;
@@ -90,7 +91,8 @@ class TaskGraph {
     total_ += n;
     cost_ += cost;
   }
-  // For an item, before it reads what others wrote. False: it has to return, another one failed.
+  // Waits for the items whose results an item reads. Returns false if another item failed; the item
+  // has to return then.
   bool wait(const Latch& left) const { return left.wait(failed_); }
 
   void run(const Parallel& par) {
@@ -117,7 +119,7 @@ class TaskGraph {
   std::atomic<bool> failed_{false};
 };
 
-// Items per chunk of [0, n), by the cost of one.
+// Returns the items per chunk of [0, n), from the cost of one.
 inline int64_t chunk_length(int64_t n, double cost_per_item) {
   const int64_t by_cost = static_cast<int64_t>(kChunkCost / std::max(cost_per_item, 1.0)) + 1;
   return std::min(n, by_cost);

@@ -1,6 +1,6 @@
 // Several loops in one parallel region: for an op made of short ones, each of which would cost a
 // region of its own. One thread runs the op; the others wait for its loops by spinning, and only
-// while it runs. What a loop computes does not depend on who takes part.
+// while it runs. The result of a loop does not depend on which threads take part.
 #pragma once
 
 #include <atomic>
@@ -13,9 +13,8 @@ namespace moe_ops::cpu {
 
 class Team {
  public:
-  // Calls fn(par) with a Parallel whose loops share one region of `pool`. cost: as of
-  // parallel_items, of all loops together; where it is too little for a region, `par` has one
-  // thread.
+  // Calls fn(par) with a Parallel whose loops share one region of `pool`. cost: see parallel_items,
+  // for all loops together; if it is too low for a region, `par` has one thread.
   template <class Fn>
   static void run(const Parallel& pool, double cost, const Fn& fn) {
     if (pool.num_threads <= 1 || pool.run == nullptr || cost < kMinCostPerThread) {
@@ -40,7 +39,7 @@ class Team {
 
  private:
   static constexpr uint64_t kEnd = ~uint64_t{0};
-  static constexpr size_t kLine = 64;  // bytes of a line of a cache
+  static constexpr size_t kLine = 64;  // bytes of a cache line
 
   template <class Fn>
   void lead(const Fn& fn, int num_threads) {
@@ -87,8 +86,8 @@ class Team {
         pause(spins);
         continue;
       }
-      // The leader closes a loop before it looks whether anybody is active: who finds it open after
-      // having said so is waited for.
+      // The leader closes a loop before it checks for active threads; it waits for every thread
+      // that registered before it found the loop open.
       ++active_;
       if (state_ == state) take();
       --active_;
@@ -118,8 +117,8 @@ class Team {
     return team;
   }
 
-  // Threads that wait read the line of state_ all the time; the leader writes the rest of a loop
-  // without it.
+  // Waiting threads poll the cache line of state_; the other fields are on other lines, so that the
+  // leader can write them without contention.
   alignas(kLine) std::atomic<uint64_t> state_{0};
   alignas(kLine) std::atomic<int64_t> next_{0};
   int64_t n_ = 0;

@@ -72,7 +72,7 @@ void reserve(Block& block, size_t bytes) {
   if (alignment == kHugePage) advise_huge_pages(block.data, size);
 }
 
-// Of a block, at most, when a scope ends.
+// Returns the largest block, in bytes, kept when a scope ends; larger ones are freed.
 constexpr size_t kept_bytes(ScratchScope::Keep keep) {
   return keep == ScratchScope::Keep::kAll ? SIZE_MAX : size_t{256} << 20;
 }

@@ -43,7 +43,7 @@ class ScratchScope {
   ScratchScope(const ScratchScope&) = delete;
   ScratchScope& operator=(const ScratchScope&) = delete;
 
-  // At least `bytes`, from a 64-byte boundary on. Throws std::bad_alloc.
+  // Returns at least `bytes` bytes, aligned to 64; throws std::bad_alloc.
   void* take_bytes(Scratch block, size_t bytes);
 
   template <class T>
@@ -57,9 +57,9 @@ class ScratchScope {
   Keep keep_;
 };
 
-// For tests: the first `bytes` of each block that the calling thread keeps become 0xff, NaN in
-// every type, so that an op which reads what it did not write gives NaN and not what an earlier
-// call left.
+// Fills the first `bytes` of each block that the calling thread keeps with 0xff, which is NaN in
+// every type, so that an op which reads uninitialized scratch memory returns NaN and not results of
+// an earlier call. For tests.
 void poison_scratch(size_t bytes);
 
 // Hands out parts of one block of scratch, each on a 64-byte boundary.

@@ -22,7 +22,7 @@ inline Vec<float> as_floats(Bytes v) {
 }
 #endif
 
-// acc + the products of pairs of 16 bits.
+// Returns acc + the products of pairs of 16 bits.
 inline Bytes add_words(Bytes acc, Bytes a, Bytes b) {
 #if defined(__AVX512VNNI__) && MOE_VEC_BYTES == 64
   return _mm512_dpwssd_epi32(acc, a, b);
@@ -54,13 +54,13 @@ inline Int16 int16_of(Simd<float>::Int v) {
   return __builtin_bit_cast(Int16, low_halves(__builtin_bit_cast(Simd<float>::Uint, v) & 0xffffu));
 }
 
-// |v|, in one operation.
+// Returns |v| in one operation.
 inline Vec<float> magnitude(Vec<float> v) {
   return __builtin_bit_cast(Vec<float>, __builtin_bit_cast(Simd<float>::Uint, v) & 0x7fffffffu);
 }
 
-// The largest of n absolute values; `probe` becomes NaN in a lane if one is not finite. x is
-// readable and zero up to a multiple of the lanes.
+// Returns the largest of n absolute values; `probe` becomes NaN in a lane if one is not finite. x
+// is readable and zero up to a multiple of the lanes.
 inline float largest(const float* x, int64_t n, Vec<float>& probe) {
   Vec<float> most = {};
   for (int64_t i = 0; i < n; i += kLanes<float>) {

@@ -24,7 +24,7 @@ struct ExpTraits<double> {
   static constexpr int kBias = 1023, kMantissa = 52, kDegree = 13;
 };
 
-// Correctly rounded.
+// Returns 1 / n!, correctly rounded.
 template <class T>
 constexpr T inverse_factorial(int n) {
   double product = 1;
@@ -32,8 +32,8 @@ constexpr T inverse_factorial(int n) {
   return static_cast<T>(1 / product);
 }
 
-// The larger and the smaller one; NaN if x is. The compiler makes two operations of the
-// conditional.
+// Return the larger and the smaller operand, or NaN if x is NaN. For a conditional, the compiler
+// emits two operations.
 inline Vec<float> at_least(Vec<float> x, float least) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   return __builtin_bit_cast(
@@ -52,9 +52,9 @@ inline Vec<float> at_most(Vec<float> x, float most) {
 #endif
 }
 
-// e^x = 2^n e^r with |r| <= ln(2)/2, where the Taylor sum of kDegree leaves less than half an ulp.
-// kNonPositive: of x <= 0, and small results are subnormal; otherwise x is clamped to where results
-// are normal.
+// Returns e^x = 2^n e^r with |r| <= ln(2)/2, where the Taylor sum of kDegree leaves less than half
+// an ulp. kNonPositive: x <= 0, and small results are subnormal; otherwise x is clamped to the
+// range of normal results.
 template <class T, bool kNonPositive = false>
 inline Vec<T> exponential(Vec<T> x) {
   using Tr = ExpTraits<T>;
@@ -94,8 +94,8 @@ inline Vec<float> power_of_whole(Vec<float> shifted) {
                                             << ExpTraits<float>::kMantissa);
 }
 
-// Of the polynomials of their degree that are one at zero, the one with the least relative error of
-// 2^r, 9e-8.
+// Coefficients of the polynomial with the least relative error of 2^r, 9e-8, among those of its
+// degree that are one at zero.
 constexpr float kPowers[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f,
                              0.240222424f,   0.693147004f,   1.0f};
 
@@ -112,7 +112,7 @@ constexpr T kPowerScale = 1;
 template <>
 constexpr float kPowerScale<float> = 1.44269504f;
 
-// e^(x / kPowerScale) for x up to 127; below -126 the result is some normal number.
+// Returns e^(x / kPowerScale) for x up to 127; below -126 the result is some normal number.
 inline Vec<double> vpower(Vec<double> x) { return exponential<double>(x); }
 
 inline Vec<float> vpower(Vec<float> x) {
@@ -121,8 +121,8 @@ inline Vec<float> vpower(Vec<float> x) {
   return power_of_rest(x - (shifted - kPowerMagic)) * power_of_whole(shifted);
 }
 
-// 1 / d for normal d up to 2^126. A division of 16 floats takes 16 cycles; an estimate of 14 bits
-// and a step of Newton's method, which squares its error, 2 and 2.
+// Returns 1 / d for normal d up to 2^126. A division of 16 floats takes 16 cycles; an estimate of
+// 14 bits and a step of Newton's method, which squares its error, 2 and 2.
 inline Vec<float> reciprocal(Vec<float> d) {
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
   const Vec<float> r =
@@ -133,7 +133,7 @@ inline Vec<float> reciprocal(Vec<float> d) {
 #endif
 }
 
-// 1 / (1 + e^-x), to an ulp or two.
+// Returns 1 / (1 + e^-x), accurate to an ulp or two.
 template <class T>
 inline Vec<T> exact_sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exponential<T>(-x));
@@ -144,8 +144,8 @@ inline Vec<double> vsigmoid(Vec<double> x) { return exact_sigmoid<double>(x); }
 // Below it a sigmoid is zero: another small number, times x, might be a large one.
 constexpr float kSigmoidLeast = -87.0f;
 
-// 1 / (1 + 2^y), y = -x log2(e), of N vectors step by step, in the range where 2^y and its
-// reciprocal are normal. y is never rounded where multiplications are fused with additions. One
+// Computes 1 / (1 + 2^y), y = -x log2(e), for N vectors step by step, in the range where 2^y and
+// its reciprocal are normal. y is never rounded where multiplications are fused with additions. One
 // vector is a chain of some 16 operations, and of chains that follow each other, 60 cycles each, a
 // scheduler holds too few to keep two units busy.
 template <int N>
@@ -191,7 +191,7 @@ inline Vec<double> vsqrt(Vec<double> x) {
 }
 #endif
 
-// The standard normal distribution function, Phi(x) = erfc(-x / sqrt 2) / 2.
+// Returns the standard normal distribution function, Phi(x) = erfc(-x / sqrt 2) / 2.
 inline Vec<double> vnormal_cdf(Vec<double> x) {
   Vec<double> y;
   for (int i = 0; i < kLanes<double>; ++i) {
@@ -214,8 +214,8 @@ inline Vec<float> vnormal_cdf(Vec<float> x) {
   return x < 0.0f ? half_erfc : 1.0f - half_erfc;
 }
 
-// tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the Taylor
-// sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp at kDegree terms.
+// Returns tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the
+// Taylor sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp at kDegree terms.
 template <class T>
 inline Vec<T> vtanh(Vec<T> x) {
   const Vec<T> y = T(-2) * (x < T(0) ? -x : x);
@@ -234,7 +234,7 @@ struct LogSigmoid {
   Vec<T> z, rest;  // sigmoid(x) and log(1 - sigmoid(x))
 };
 
-// atanh(s) / s of s^2 <= 1/9, where the series ends below half an ulp.
+// Returns atanh(s) / s for s^2 <= 1/9, where the remainder of the series is below half an ulp.
 template <class T>
 inline Vec<T> atanh_ratio(Vec<T> s2) {
   constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
@@ -244,8 +244,8 @@ inline Vec<T> atanh_ratio(Vec<T> s2) {
   return p;
 }
 
-// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3.
-// One division serves both.
+// Computes, with u = e^-|x|, sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u)
+// <= 1/3. One division serves both.
 template <class T>
 inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
   const Vec<T> u = exponential<T>(x < T(0) ? x : -x);
@@ -261,8 +261,8 @@ inline Vec<double> vlog(Vec<double> x) {
   return x;
 }
 
-// x is normal and positive. x = 2^n y with y from sqrt(1/2) to sqrt(2), log(y) = 2 atanh(t),
-// t = (y - 1) / (y + 1): |t| < 0.172, and the sixth term is below half an ulp of t.
+// Returns log(x) for normal positive x = 2^n y with y from sqrt(1/2) to sqrt(2), log(y) = 2
+// atanh(t), t = (y - 1) / (y + 1): |t| < 0.172, and the sixth term is below half an ulp of t.
 inline Vec<float> vlog(Vec<float> x) {
   using Int = Simd<float>::Int;
   constexpr int32_t kRoot = 0x3f3504f3;  // sqrt(1/2)

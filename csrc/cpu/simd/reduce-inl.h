@@ -22,8 +22,8 @@ struct CountLanes<0, I...> {
   using Type = LaneList<I...>;
 };
 
-// Lanes in groups of 2 * width: a group of the result is the two halves of a's group added, then
-// those of b's.
+// Folds lanes in groups of 2 * width: a group of the result is the sum of the two halves of a's
+// group, then that of b's.
 template <class T, int width, int... I>
 inline Vec<T> fold_pairs(Vec<T> a, Vec<T> b, LaneList<I...>) {
   constexpr int W = sizeof...(I);
@@ -40,7 +40,7 @@ inline Vec<T> fold_pairs(Vec<T> a, Vec<T> b, LaneList<I...>) {
 #undef MOE_FOLD_LANE
 }
 
-// One vector whose lane i is the sum of the lanes of s[i]: three instructions a sum.
+// Returns a vector whose lane i is the sum of the lanes of s[i], with three instructions per sum.
 template <class T, int width = kLanes<T> / 2>
 inline Vec<T> sums_of_lanes(Vec<T>* s) {
   if constexpr (width >= 1) {
@@ -54,7 +54,7 @@ inline Vec<T> sums_of_lanes(Vec<T>* s) {
   }
 }
 
-// The largest lane, in every lane.
+// Returns the largest lane, in every lane.
 template <class T, class V, int width = kLanes<T> / 2>
 inline V max_of_lanes(V v) {
   if constexpr (width > 0) {
@@ -68,7 +68,7 @@ inline V max_of_lanes(V v) {
   }
 }
 
-// The lowest lane that is set in a comparison; kLanes when none is.
+// Returns the lowest lane that is set in a comparison; kLanes when none is.
 template <class T>
 inline int first_lane(typename Simd<T>::Int comparison) {
 #if defined(__SSE2__) && MOE_VEC_BYTES <= 32
@@ -88,7 +88,7 @@ inline int first_lane(typename Simd<T>::Int comparison) {
 }
 
 // Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
-// one product does not depend on its neighbours: first lanes l, l + 1, l + 2, l + 3 with l a
+// one product does not depend on its neighbors: first lanes l, l + 1, l + 2, l + 3 with l a
 // multiple of 4 (fold_lanes), then these sums.
 template <class T>
 struct Four {
@@ -97,7 +97,7 @@ struct Four {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
 
-// Lane 4 * q + i: the sum of the lanes of v[i] that are quadruple q.
+// Returns, in lane 4 * q + i, the sum of quadruple q of the lanes of v[i].
 inline Floats fold_lanes(const Vec<float> (&v)[4]) {
   const auto at = [&](int i) { return __builtin_bit_cast(Floats, v[i]); };
   const auto doubles = [](Floats f) { return __builtin_bit_cast(Doubles, f); };
@@ -120,15 +120,15 @@ inline Four<float> add_quadruples(Floats folded) {
 }
 
 #if MOE_VEC_BYTES == 64
-// Lane 4 * i + j to lane 4 * j + i.
+// Moves lane 4 * i + j to lane 4 * j + i.
 inline Floats transpose_quadruples(Floats v) {
   return _mm512_permutexvar_ps(
       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
 }
 #endif
 
-// The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
-// of folded[j]. A sum costs a third of what it does four at a time.
+// Sums kFolded times four vectors at once: out[i * step + j] is the sum of vector i of folded[j]. A
+// sum costs a third of what it does four at a time.
 inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step) {
 #if MOE_VEC_BYTES == 64
   const auto add_halves = [&](int i) {

@@ -77,7 +77,7 @@ inline void store_bytes(void* p, const T& v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once,
+// Returns acc + a * b, one of kSums sums of a loop. A compiler emits one instruction, rounded once,
 // or two where that shortens the chain of a sum that is alone in its loop (GCC's avoid-fma-chains).
 // A row would then have other bits alone than it has among others.
 template <class T, int kSums>
@@ -97,8 +97,8 @@ inline Vec<T> add_one_of(Vec<T> acc, Vec<T> a, Vec<T> b) {
   return acc + a * b;
 }
 
-// Lane i is lane order[i] of a, or of a and then b. The order is a constant, of which Clang, which
-// has no __builtin_shuffle, makes one shuffle too.
+// Returns a vector whose lane i is lane order[i] of a, or of a followed by b. The order is a
+// constant, for which Clang, which has no __builtin_shuffle, also emits one shuffle.
 template <class V, class Order>
 inline V shuffle(V a, Order order) {
 #if defined(__clang__)
@@ -146,7 +146,7 @@ inline float to_float(Bf16 v) { return __builtin_bit_cast(float, uint32_t{v.bits
 
 inline float to_float(Fp16 v) {
   // Shift exponent and mantissa into place, then let one multiplication by 2^112 rebias the
-  // exponent: it is exact and also normalises subnormals.
+  // exponent: it is exact and also normalizes subnormals.
   const uint32_t magnitude = v.bits & 0x7fffu;
   float f = __builtin_bit_cast(float, magnitude << 13) * __builtin_bit_cast(float, 0x77800000u);
   uint32_t u = __builtin_bit_cast(uint32_t, f);
@@ -179,8 +179,8 @@ inline Fp16 to_fp16(float f) {
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
-// 16 bits to 32 and back. As __builtin_convertvector GCC 12 splits a vector in two, converts those
-// and puts them together: five instructions on the port of shuffles instead of one.
+// 16 bits to 32 and back. For __builtin_convertvector, GCC 12 splits a vector in two, converts the
+// halves and joins them: five instructions on the port of shuffles instead of one.
 inline Simd<float>::Uint widen(Simd<float>::Half half) {
   using F = Simd<float>;
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
@@ -242,7 +242,7 @@ inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
   return __builtin_bit_cast(F::Half, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v)));
 #else
-  // Of a NaN the upper half, made quiet, so that no carry turns it into something else.
+  // A NaN keeps its upper half, made quiet, so that no carry changes it to another value.
   const F::Uint u = __builtin_bit_cast(F::Uint, v);
   const F::Uint rounded = u + 0x7fffu + (u >> 16 & 1u);
   return low_halves((v != v ? u | 0x400000u : rounded) >> 16);
@@ -250,7 +250,7 @@ inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
 }
 
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-// Two vectors as one of 32 elements of bfloat16.
+// Returns the two vectors as one of 32 elements of bfloat16.
 inline __m512i narrow_two(Vec<float> low, Vec<float> high) {
   return __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, high),
                                                          __builtin_bit_cast(__m512, low)));
@@ -302,13 +302,13 @@ inline void store_one(double* p, double v) { *p = v; }
 inline void store_one(Bf16* p, float v) { *p = to_bf16(v); }
 inline void store_one(Fp16* p, float v) { *p = to_fp16(v); }
 
-// fn.template operator()<value>() for the one of `values` that v is.
+// Calls fn.template operator()<value>() with the one of `values` that equals v.
 template <auto... values, class V, class Fn>
 inline void with_value(V v, const Fn& fn) {
   (void)((v == values && (fn.template operator()<values>(), true)) || ...);
 }
 
-// fn.template operator()<count>(), for a count from 1 to kMost.
+// Calls fn.template operator()<count>() for a count from 1 to kMost.
 template <int kMost, class Fn>
 inline void with_count(int count, const Fn& fn) {
   if constexpr (kMost > 1) {
@@ -317,7 +317,7 @@ inline void with_count(int count, const Fn& fn) {
   fn.template operator()<kMost>();
 }
 
-// fn.template operator()<count>() for all counts from 1 to kMost.
+// Calls fn.template operator()<count>() for all counts from 1 to kMost.
 template <int kMost, class Fn>
 inline void for_each_count(const Fn& fn) {
   if constexpr (kMost > 1) for_each_count<kMost - 1>(fn);

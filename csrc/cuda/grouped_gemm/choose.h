@@ -60,8 +60,8 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   return std::max(tiles, (operands + result) * kElement / (kDramBytes * d.num_sms) + kFill);
 }
 
-// The tile for many rows, whatever there are: what the batch-invariant mode takes, since wgmmas of
-// different shapes may add up in different orders. Few rows wait for DRAM about as long.
+// Returns the tile for many rows, whatever their number, for batch-invariant mode, since wgmmas of
+// different shapes may sum in different orders. Few rows wait for DRAM about as long.
 inline GemmConfig invariant_config(const GemmDesc& d) {
   for (const GemmConfig& tile : kGemmConfigs) {
     const GemmConfig c = config_of(d.product, tile.shape);
@@ -70,8 +70,8 @@ inline GemmConfig invariant_config(const GemmDesc& d) {
   return kGemmConfigs.back();
 }
 
-// The tile that the model finds fastest; on equal terms the smaller one, which wastes less on
-// experts with fewer rows than the mean.
+// Returns the tile that the model finds fastest; on equal terms the smaller one, which wastes less
+// on experts with fewer rows than the mean.
 inline GemmConfig choose_config(const GemmDesc& d) {
   // A gradient of weights sums over the batch in any case.
   if (d.invariant && !is_wgrad(d.product)) return invariant_config(d);

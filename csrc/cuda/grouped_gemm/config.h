@@ -52,7 +52,8 @@ constexpr bool has_kernel(Product p, TileShape s) {
   return s == TileShape::k128x128 || !is_wgrad(p);
 }
 
-// The tile as the kernel of a product has it: what is gathered cannot be multicast.
+// Returns the configuration of a product's kernel with a tile; gathered operands cannot be
+// multicast.
 constexpr GemmConfig config_of(Product p, TileShape s) {
   GemmConfig c = kGemmConfigs[static_cast<int>(s)];
   if (c.cluster > 1 && gathers_b(p)) {

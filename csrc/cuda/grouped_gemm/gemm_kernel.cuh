@@ -1,6 +1,6 @@
 // out[r] = scale(r) * b[e(r)] a[r] + bias[e(r)] for any strides and alignments.
 //
-// Blocks stay resident and take tiles in turn (schedule.cuh). For each tile:
+// Blocks are persistent and take tiles one after the other (schedule.cuh). For each tile:
 //   1. resolve the source rows of A through the index, once;
 //   2. keep kStages - 1 steps of k in flight (cp.async; plain loads where rows are not aligned),
 //      the first ones since before the results of the tile before were stored;
@@ -20,7 +20,7 @@ struct GemmLaunch {
   GroupedGemmParams p;
   int column_tiles;
   bool a_aligned, b_aligned;  // rows of A, lines of B start on 16 bytes
-  bool out_pairs;             // two neighbours of a row of out can be stored at once
+  bool out_pairs;             // two neighbors of a row of out can be stored at once
   bool out_vectors;           // rows of out are whole accesses of 16 bytes
 };
 
@@ -55,7 +55,7 @@ __device__ void store_pairs(Out* out, int col0, int cols, bool pairs, bool befor
   }
 }
 
-// Whether a quad holds whole 16-byte accesses of a row of 16-bit results in each four column pairs.
+// True if a quad holds whole 16-byte accesses of a row of 16-bit results in each four column pairs.
 template <class Config, class Out>
 constexpr bool kQuadsOfVectors = sizeof(Out) == 2 && Product<Config>::kPairs % 4 == 0;
 

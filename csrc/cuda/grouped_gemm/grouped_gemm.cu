@@ -10,7 +10,8 @@ namespace moe_ops::cuda {
 
 namespace {
 
-// Kernels count rows and features in 32 bits, and go up to a tile past the last one.
+// Returns whether n fits the kernels, which count rows and features in 32 bits, up to a tile past
+// the last one.
 bool countable(int64_t n) { return n <= std::numeric_limits<int32_t>::max() - 1024; }
 
 }  // namespace

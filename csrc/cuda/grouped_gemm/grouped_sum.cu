@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kSlices = 8;      // warps
 constexpr int kRowsAtOnce = 4;  // loads under way together; divides kWarp
-// What 64 registers a thread leave room for. Left to itself, ptxas takes 40 on sm_80 and spills a
-// pair; told 5 blocks, it spills on sm_90.
+// Blocks per SM that 64 registers per thread allow. By default, ptxas takes 40 on sm_80 and spills
+// a pair; with 5 blocks, it spills on sm_90.
 constexpr int kBlocksPerSm = 4;
 
 // V: elements an access.

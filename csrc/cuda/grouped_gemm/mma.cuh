@@ -38,8 +38,8 @@ __device__ inline void load_matrices(const void* address, uint32_t (&r)[4], bool
   }
 }
 
-// What the two tensor-core products share: a warp's place, and ldmatrix of 16 x 32 bytes of A and
-// of 16 x 32 bytes of B (two n-tiles). In lane terms: g = lane / 4, t = lane % 4.
+// Parts that the two tensor-core GEMMs share: a warp's place, and ldmatrix of 16 x 32 bytes of A
+// and of 16 x 32 bytes of B (two n-tiles). In lane terms: g = lane / 4, t = lane % 4.
 template <class Config>
 struct WarpTile {
   static constexpr int kMTiles = Config::kTileM / Config::kWarpsM / 16;
@@ -56,7 +56,8 @@ struct WarpTile {
   __device__ int row(int i) const { return warp_m + i / 2 * 16 + i % 2 * 8 + lane / 4; }
   __device__ int col(int j) const { return warp_n + j * 8 + lane % 4 * 2; }
 
-  // The four matrices are (m 0-7, 8-15) x (first, second half of k). step: in chunks of 32 bytes.
+  // Loads four matrices of A, (m 0-7, 8-15) x (first, second half of k). step: in chunks of 32
+  // bytes.
   __device__ void load_a(const S* tile, int mt, int step, uint32_t (&r)[4]) const {
     using TileA = typename Config::TileA;
     const int m = warp_m + mt * 16;
@@ -65,7 +66,7 @@ struct WarpTile {
                                                         m / 8 + lane / 8 % 2);
     load_matrices(p, r, !Config::kAKMajor);
   }
-  // (n 0-7: first, second half of k; n 8-15: the same).
+  // Loads four matrices of B: (n 0-7, 8-15) x (first, second half of k).
   __device__ void load_b(const S* tile, int pair, int step, uint32_t (&r)[4]) const {
     using TileB = typename Config::TileB;
     const int n = warp_n + pair * 16;
@@ -97,8 +98,8 @@ struct HalfProduct : WarpTile<Config> {
     uint32_t a[kMTiles][4], b[kNTiles / 2][4];
   };
 
-  // scale: one factor for each k of the tile, or nullptr; factor * b is rounded to the element
-  // type.
+  // Reads the fragments of a step. scale: one factor for each k of the tile, or nullptr; factor * b
+  // is rounded to the element type.
   __device__ void read(Fragments& f, const S* a, const S* b, int step, const float* scale) const {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) this->load_a(a, i, step, f.a[i]);

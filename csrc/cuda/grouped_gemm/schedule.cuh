@@ -24,7 +24,7 @@ struct TileWork {
 template <int kTileM>
 class Schedule {
  public:
-  // Every lane of a warp asks for the same tile; false: there is none any more.
+  // Finds a tile; all lanes of a warp pass the same number. Returns false past the last tile.
   __device__ bool find(int64_t tile, const int32_t* offsets, int num_experts, int num_rows,
                        bool with_tail, int column_tiles, TileWork& work) {
     constexpr unsigned kAll = 0xffffffffu;

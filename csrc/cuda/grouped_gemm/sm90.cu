@@ -16,8 +16,8 @@ namespace {
 
 bool half_type(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
 
-// MOE_OPS_GEMM_TILE=128x256|128x128|64x128|64x64 takes that tile where the product has it,
-// MOE_OPS_GEMM_TILE=generic none of these kernels. For tests and measurements.
+// Returns MOE_OPS_GEMM_TILE: 128x256, 128x128, 64x128 or 64x64 selects that tile if the product has
+// it, generic disables these kernels. For tests and benchmarks.
 std::string_view forced_tile() {
   const char* s = std::getenv("MOE_OPS_GEMM_TILE");
   return s != nullptr ? s : "";
@@ -32,7 +32,7 @@ TileShape shape_of(const GemmDesc& d) {
 
 bool usable() { return device_info().capability == 90 && forced_tile() != "generic"; }
 
-// Rows are stored 16 bytes at a time, fp32 ones 8.
+// Returns whether results can be stored: 16 bytes at a time, fp32 rows 8.
 bool storable(const void* data, DType type, int64_t stride) {
   return type == DType::kFloat32 ? aligned_to(data, 8) && stride % 2 == 0
                                  : aligned_to(data, 16) && stride % 8 == 0;

@@ -1,4 +1,4 @@
-// Choices that make one grouped GEMM kernel for sm_90a, and what follows from them.
+// Configuration of one grouped GEMM kernel for sm_90a, and the traits derived from it.
 //
 // A config is a struct that inherits GemmDefaults and overrides what differs. Letters as in BLAS:
 // every tile is M x N with a sum over K.
@@ -85,7 +85,7 @@ struct Traits {
   static constexpr int kStageBytesA = kM * kK * sizeof(Element);
   static constexpr int kStageBytesB = kN * kK * sizeof(Element);
   static constexpr int kStageBytes = kStageBytesA + kStageBytesB;
-  // Of the consumers' warps, two boxes each.
+  // Two boxes for each of the consumers' warps.
   static constexpr int kBoxBytes =
       Config::kStoreBoxes ? kConsumers * (kWarpgroup / kWarp) * 2 * kStoreBoxBytes : 0;
   // 227 KiB a block, less room for barriers.
@@ -97,7 +97,7 @@ struct Traits {
   static_assert(kN % 32 == 0 && kN <= 256, "columns of a wgmma, and four octets a quad");
   static_assert(kM % Config::kBoxM == 0 && Config::kBoxM % 8 == 0, "boxes keep the swizzle");
   static_assert(kK % kSpan == 0, "a stage is whole lines");
-  static_assert(!kPingpong || kConsumers == 2, "ping-pong has two players");
+  static_assert(!kPingpong || kConsumers == 2, "ping-pong has two consumers");
   static_assert(kStages >= 2 && kStages <= kMaxStages);
   static_assert(kCluster == 1 || kCluster == 2);
   static_assert(!kGatherA || (Config::kMajorA == Major::kMN) == Config::kRaggedK,
@@ -132,7 +132,7 @@ struct Traits {
           kGmma<b>>(),
       cute::Layout<cute::Shape<cute::Int<kTileGroups>, cute::_1, cute::_1>>{}));
 
-  // As the config has them; the accumulators do not depend on how the operands lie.
+  // Layouts of the config; the accumulators do not depend on the layout of the operands.
   using LayoutA = Layout<Config::kMajorA, kM>;
   using LayoutB = Layout<Config::kMajorB, kN>;
   using TiledMma = Mma<Config::kMajorA, Config::kMajorB>;
@@ -150,7 +150,8 @@ struct Traits {
     alignas(16) unsigned char boxes[kBoxBytes > 0 ? kBoxBytes : 1];  // 1024-byte aligned, as b is
     alignas(8) cutlass::arch::ClusterTransactionBarrier full[kStages];
     cutlass::arch::ClusterBarrier empty[kStages];
-    cutlass::arch::ClusterBarrier turn[2];                   // ping-pong: whose mainloop it is
+    cutlass::arch::ClusterBarrier
+        mma_order[2];  // order of the consumers' mainloops in ping-pong kernels
     uint16_t order[Config::kRaggedK ? kOrderedExperts : 1];  // experts, most rows first
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);

@@ -38,7 +38,8 @@ __device__ inline float2 unpack(uint32_t v) {
   return make_float2(out[0], out[1]);
 }
 
-// Row of the tile of accumulator row (m, i = 0) of `thread`, one of those that share the tile.
+// Returns the row of the tile of accumulator row (m, i = 0) of `thread`, one of those that share
+// the tile.
 template <class Config>
 __device__ inline int output_row(int thread, int m) {
   using T = Traits<Config>;
@@ -46,7 +47,7 @@ __device__ inline int output_row(int thread, int m) {
          thread % kWarp / 4;
 }
 
-// Row of the tile that is the first of the warp's 16.
+// Returns the row of the tile that is the first of the warp's 16.
 template <class Config>
 __device__ inline int box_row(int thread, int m) {
   return output_row<Config>(thread / kWarp * kWarp, m);
@@ -62,7 +63,7 @@ struct OutRows {
   int divisor;
   int64_t limit;
 
-  // The row's place, or -1.
+  // Returns the row's place, or -1.
   __device__ int64_t place(int row) const {
     int64_t at = row;
     if (index != nullptr) {
@@ -126,7 +127,7 @@ __device__ inline void store_rows(const OutRows& out, const Tile& tile, int cols
   }
 }
 
-// All columns of the tile from `col0` on, of a warp's 16 rows, through its boxes.
+// Stores all columns of the tile from `col0` on, for a warp's 16 rows, through its boxes.
 template <class Config, class Acc>
 __device__ inline void store_columns(StoreBoxes& box, const CUtensorMap& map, int col0, int cols,
                                      const Acc& acc, int m) {
@@ -156,7 +157,7 @@ __device__ inline void store_rows(const CUtensorMap& map, const Tile& tile, int 
   }
 }
 
-// acc *= scale[row]
+// Computes acc *= scale[row].
 template <class Config, class Acc>
 __device__ inline void scale_rows(const ScaleRows& scale, const Tile& tile, Acc& acc, int thread) {
   using T = Traits<Config>;
@@ -175,7 +176,7 @@ __device__ inline void scale_rows(const ScaleRows& scale, const Tile& tile, Acc&
   }
 }
 
-// acc += bias[col]; bias is the vector of the tile's expert.
+// Computes acc += bias[col]; bias is the vector of the tile's expert.
 template <class Config, class Acc>
 __device__ inline void add_bias(const typename Config::Output* bias, const Tile& tile, int cols,
                                 Acc& acc, int thread) {
@@ -225,7 +226,7 @@ struct StoreRows {
   }
 };
 
-// acc += what store_rows would overwrite.
+// Adds the values that store_rows would overwrite to acc.
 template <class Config, class Acc>
 __device__ inline void add_rows(const OutRows& out, const Tile& tile, int cols, Acc& acc,
                                 int thread) {

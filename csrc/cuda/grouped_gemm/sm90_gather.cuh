@@ -20,7 +20,7 @@ struct GatherRows {
   cutlass::FastDivmod divisor;  // at least 1
 };
 
-// Row of the source that an entry of the index means, or -1.
+// Returns the source row of an entry of the index, or -1.
 __device__ inline int source_row(const GatherRows& g, int entry) {
   const int source = g.divisor.divide(entry);
   return entry >= 0 && source < g.limit ? source : -1;
@@ -34,7 +34,7 @@ static_assert(kCopyLines % 8 == 0);
 // Waits for the thread's own copies, without which it must not exit.
 __device__ __forceinline__ void finish_copies() { cutlass::arch::cp_async_wait<0>(); }
 
-// Ragged M: a thread's rows stay the same over the sum. Thread 0 also loads B.
+// Gathers A for ragged M: a thread's rows do not change over the sum. Thread 0 also loads B.
 template <class Config, class Params>
 __device__ inline void produce_gather(const Params& p, typename Traits<Config>::SharedStorage& smem,
                                       int first, int step, int cluster_rank) {
@@ -104,15 +104,15 @@ struct LineGather {
   const GatherRows& rows;
   int entry[kLines];
 
-  // The index of the stage that begins with row k of the product; `end` is the end of the expert's
-  // rows.
+  // Reads the index of the stage that begins with row k of the product; `end` is the end of the
+  // expert's rows.
   __device__ void read(int k, int end) {
 #pragma unroll
     for (int i = 0; i < kLines; ++i) entry[i] = entry_of_line(i, k, end);
   }
 
-  // Columns from `col` on, `width` of them; the source has `cols`. Reads the index of the stage
-  // that begins with row `next`.
+  // Copies `width` columns from `col` on; the source has `cols`. Reads the index of the stage that
+  // begins with row `next`.
   template <int width>
   __device__ void copy(Element* smem, int col, int cols, int next, int end) {
     const int piece = threadIdx.x % kPieces, line = threadIdx.x / kPieces;

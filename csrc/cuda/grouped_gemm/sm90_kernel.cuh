@@ -80,28 +80,28 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
 
   if constexpr (T::kConsumers > 1)
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters - kMoved>();
-  const int player = group - 1;
+  const int consumer = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step, ++count) {
-    if (T::kPingpong && count % 2 != player) {
+    if (T::kPingpong && count % 2 != consumer) {
       read.advance(tile.k_tiles);
       continue;
     }
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
-    if constexpr (T::kPingpong) await_turn<Config>(smem, player, count);
+    if constexpr (T::kPingpong) await_mma_order<Config>(smem, consumer, count);
     const auto issued = [&] {
-      if constexpr (T::kPingpong) pass_turn<Config>(smem, player);
+      if constexpr (T::kPingpong) pass_mma_order<Config>(smem, consumer);
     };
-    if (index == first) begin_later<Config>(smem, tile, player);
+    if (index == first) begin_later<Config>(smem, tile, consumer);
     if (tile.k_tiles > 0) {
       with_major_b<Config>(p, [&](auto major) {
         multiply<Config, Config::kMajorA, major.value>(smem, tile, read, acc, thread,
-                                                       T::kPingpong ? player : 0, issued);
+                                                       T::kPingpong ? consumer : 0, issued);
       });
     } else {
       cute::clear(acc);
@@ -123,7 +123,7 @@ struct Boxes {
   static constexpr int kB[3] = {T::kSpan, T::lines_b(major_b), 1};
 };
 
-// Blocks: at most one for each of num_sms, and no more than there can be tiles.
+// Returns the number of blocks: at most one per SM, and no more than there can be tiles.
 template <class Config>
 unsigned grid_blocks(const Problem& p, int num_sms) {
   using T = Traits<Config>;

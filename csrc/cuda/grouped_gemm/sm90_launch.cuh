@@ -51,7 +51,7 @@ Status encode_maps(Params& params, TensorMapDesc a, TensorMapDesc b) {
   return cudaSuccess;
 }
 
-// The map of a result of 16 bits that boxes are stored through, where TMA can write it.
+// Encodes the map through which boxes of a 16-bit result are stored, if TMA can write it.
 template <class Config>
 Status encode_store_map(bool& boxed, CUtensorMap& map, const TensorMapDesc& matrix) {
   const TensorMapDesc d = rows_to_store(matrix);

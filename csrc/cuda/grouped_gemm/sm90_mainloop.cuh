@@ -3,7 +3,7 @@
 //
 // Stage s is full when full[s] has counted its bytes (and, with gathered rows, 128 threads), empty
 // when every consumer warp that used it has arrived at empty[s] of every block of the cluster: with
-// multicast the neighbour's producer writes here, too.
+// multicast the neighbor's producer writes here, too.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -25,27 +25,28 @@ __device__ inline void init_barriers(typename Traits<Config>::SharedStorage& sme
     smem.full[s].init(1 + (T::kGather ? kWarpgroup : 0));
     smem.empty[s].init(T::kTileGroups * (kWarpgroup / kWarp) * T::kCluster);
   }
-  for (int g = 0; g < 2; ++g) smem.turn[g].init(kWarpgroup / kWarp);
+  for (int g = 0; g < 2; ++g) smem.mma_order[g].init(kWarpgroup / kWarp);
   cutlass::arch::fence_barrier_init();
 }
 
-// ---- Turns of a ping-pong kernel ----
+// ---- Order of the consumers of a ping-pong kernel ----
 
-// Waits until player `player`, 0 or 1, may start the products of its tile, number `tile` of the
-// block's list; players have every other one. A full barrier tells only one phase from the next. A
-// player may look at it only when the other one has seen all earlier phases. A wait passes at once
-// on a new barrier if the parity is 1: player 0 begins. The parity is computed, as a variable for
-// it would be kept on the stack.
+// Waits until consumer warpgroup `consumer`, 0 or 1, may issue the MMAs of tile `tile` of the
+// block's list; the two warpgroups alternate tiles. A full barrier distinguishes only a phase from
+// the next one, so a warpgroup may test it only after the other one has seen all earlier phases. A
+// wait on a new barrier passes at once if the parity is 1: warpgroup 0 begins. The parity is
+// computed, as a variable for it would be kept on the stack.
 template <class Config>
-__device__ inline void await_turn(typename Traits<Config>::SharedStorage& smem, int player,
-                                  int tile) {
-  smem.turn[player].wait((tile / 2 + 1 + player) % 2);
+__device__ inline void await_mma_order(typename Traits<Config>::SharedStorage& smem, int consumer,
+                                       int tile) {
+  smem.mma_order[consumer].wait((tile / 2 + 1 + consumer) % 2);
 }
 
-// Each warp of a player, when it has issued the products of its tile.
+// Lets the other warpgroup issue its MMAs. Each warp calls it after it has issued the MMAs of its
+// tile.
 template <class Config>
-__device__ inline void pass_turn(typename Traits<Config>::SharedStorage& smem, int player) {
-  if (threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
+__device__ inline void pass_mma_order(typename Traits<Config>::SharedStorage& smem, int consumer) {
+  if (threadIdx.x % kWarp == 0) smem.mma_order[1 - consumer].arrive();
 }
 
 // ---- Producer ----
@@ -59,7 +60,8 @@ __device__ inline int boxes_a(const Tile& tile) {
   return max(0, (rows + T::kLinesA - 1) / T::kLinesA);
 }
 
-// One thread loads A for this block, and half of B for both blocks of a cluster that share it.
+// Loads A for this block, and half of B for both blocks of a cluster that share it; one thread
+// calls.
 template <class Config>
 __device__ inline void load_a(const CUtensorMap* map, uint64_t* full,
                               typename Config::Element* smem, const Tile& tile, int k_tile,
@@ -144,7 +146,7 @@ __device__ __forceinline__ void with_major_b(const Params& p, const Fn& fn) {
   }
 }
 
-// One warp; lane 0 waits and issues.
+// Runs the TMA producer in one warp; lane 0 waits and issues.
 template <class Config, class Params>
 __device__ inline void produce_tma(const Params& p, typename Traits<Config>::SharedStorage& smem,
                                    int first, int step, int cluster_rank) {
@@ -173,7 +175,7 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
     }
     __syncwarp();
   }
-  // A block must not leave while its neighbour may still arrive at its barriers.
+  // A block must not leave while its neighbor may still arrive at its barriers.
   if (T::kCluster > 1 && leader) {
     for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
   }
@@ -181,7 +183,7 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
 
 // ---- Consumer ----
 
-// The boxes of the consumer's warp (sm90_store_boxes.cuh).
+// Returns the boxes of the consumer's warp (sm90_store_boxes.cuh).
 template <class Config>
 __device__ inline unsigned char* warp_boxes(typename Traits<Config>::SharedStorage& smem) {
   constexpr int kWarpBytes = 2 * kStoreBoxBytes;
@@ -190,16 +192,16 @@ __device__ inline unsigned char* warp_boxes(typename Traits<Config>::SharedStora
              : nullptr;
 }
 
-// Before the block's first tile. Warpgroups that share tiles go through the ring independently: the
-// second one begins a stage late, so that from then on each has products while the other is in its
-// epilogue.
+// Delays the second warpgroup before the block's first tile. Warpgroups that share tiles go through
+// the ring independently: the second one begins a stage late, so that from then on each has
+// products while the other is in its epilogue.
 template <class Config>
 __device__ inline void begin_later(typename Traits<Config>::SharedStorage& smem, const Tile& tile,
-                                   int player) {
-  if (Traits<Config>::kTileGroups > 1 && player > 0 && tile.k_tiles > 1) smem.full[1].wait(0);
+                                   int consumer) {
+  if (Traits<Config>::kTileGroups > 1 && consumer > 0 && tile.k_tiles > 1) smem.full[1].wait(0);
 }
 
-// One lane a warp, for all blocks of the cluster.
+// Releases a stage to the producers of all blocks of the cluster; one lane per warp arrives.
 template <class Config>
 __device__ inline void release(typename Traits<Config>::SharedStorage& smem, int stage) {
   using T = Traits<Config>;
@@ -211,9 +213,9 @@ __device__ inline void release(typename Traits<Config>::SharedStorage& smem, int
   }
 }
 
-// Ragged K: the last stage of an expert holds rows of the next one. They are overwritten by zeros,
-// in A and in B, since 0 * NaN is NaN; gathered operands have zeros there already. All threads that
-// share the tile take part.
+// Clears rows of the next expert in an expert's last stage (ragged K). They are overwritten by
+// zeros, in A and in B, since 0 * NaN is NaN; gathered operands have zeros there already. All
+// threads that share the tile take part.
 template <class Config>
 __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, int stage,
                                   int valid, int thread, int barrier) {
@@ -234,9 +236,9 @@ __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, 
   cutlass::arch::NamedBarrier::sync(kThreads, barrier);
 }
 
-// acc = sum over the stages of `tile`; `read` moves on by tile.k_tiles (> 0). `thread` counts the
-// threads that share the tile. One product stays in flight while the next stage is awaited.
-// issued() is called when the last product has been started.
+// Computes acc = sum over the stages of `tile`; `read` advances by tile.k_tiles (> 0). `thread`
+// counts the threads that share the tile. One product stays in flight while the next stage is
+// awaited. issued() is called when the last product has been started.
 template <class Config, Major major_a = Config::kMajorA, Major major_b = Config::kMajorB,
           class Accumulators, class Issued>
 __device__ inline void multiply(typename Traits<Config>::SharedStorage& smem, const Tile& tile,

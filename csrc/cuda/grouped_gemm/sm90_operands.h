@@ -1,4 +1,4 @@
-// The operands of the ops as tensors that TMA reads; boxes are the kernel's choice.
+// The operands of the ops as tensors that TMA reads; the kernel chooses the boxes.
 #pragma once
 
 #include "cuda/grouped_gemm/tensor_map.h"
@@ -20,7 +20,8 @@ inline TensorMapDesc matrix(const void* data, DType type, int64_t cols, int64_t 
   return d;
 }
 
-// B is always of rank 3; the rows of a weight gradient are one matrix.
+// Returns the map of `count` matrices: B is always of rank 3; the rows of a weight gradient are one
+// matrix.
 inline TensorMapDesc matrices(TensorMapDesc d, int64_t count, int64_t stride) {
   d.rank = 3;
   d.size[2] = count;

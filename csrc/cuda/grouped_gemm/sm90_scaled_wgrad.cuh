@@ -36,7 +36,7 @@ class LineFactors {
     next(0);
   }
 
-  // After the products of stage kt - 1 of the tile have been issued.
+  // Prepares the next stage, after the products of stage kt - 1 of the tile have been issued.
   __device__ void next(int kt) {
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
@@ -46,8 +46,8 @@ class LineFactors {
     look_up(kt + 1);
   }
 
-  // B of the stage times the factors. All threads that share the tile take part. Lines past the
-  // end of the expert hold zeros.
+  // Multiplies B of the stage by the factors. All threads that share the tile take part. Lines past
+  // the end of the expert hold zeros.
   __device__ void multiply(Element* b, int barrier) const {
 #pragma unroll
     for (int block = 0; block < T::kN / T::kSpan; ++block) {
@@ -84,7 +84,8 @@ class LineFactors {
   float factor_[kLines];
 };
 
-// acc = sum over the stages of `tile` (at least one), as multiply() of sm90_mainloop.cuh.
+// Computes acc = sum over the stages of `tile` (at least one), like multiply() of
+// sm90_mainloop.cuh.
 template <class Config, class Accumulators, class Issued>
 __device__ inline void multiply_scaled_lines(typename Traits<Config>::SharedStorage& smem,
                                              const ScaleRows& scale, const Tile& tile,
@@ -150,25 +151,25 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     return;
   }
 
-  // As in sm90_grouped_gemm_kernel.
+  // The registers are those of sm90_grouped_gemm_kernel.
   cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-  const int player = group - 1;
+  const int consumer = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * group;
   PipelineState<Config> read;
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = blockIdx.x; scheduler.get(index, 0, tile); index += gridDim.x, ++count) {
-    if (count % 2 != player) {
+    if (count % 2 != consumer) {
       read.advance(tile.k_tiles);
       continue;
     }
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
-    await_turn<Config>(smem, player, count);
-    const auto issued = [&] { pass_turn<Config>(smem, player); };
+    await_mma_order<Config>(smem, consumer, count);
+    const auto issued = [&] { pass_mma_order<Config>(smem, consumer); };
     if (tile.k_tiles > 0) {
-      multiply_scaled_lines<Config>(smem, p.scale, tile, read, acc, thread, player, issued);
+      multiply_scaled_lines<Config>(smem, p.scale, tile, read, acc, thread, consumer, issued);
     } else {
       cute::clear(acc);
       issued();

@@ -5,7 +5,7 @@
 
 namespace moe_ops::cuda::sm90 {
 
-// Both operands through an index, one of grad_scale and a_scale.
+// Runs a weight gradient with both operands gathered and one of grad_scale and a_scale.
 template <DType type>
 Status run_scaled_wgrad(const GroupedWgradParams& p, Stream stream);
 

@@ -29,7 +29,7 @@ __device__ inline RasterPosition raster_position(int index, int mt, int nt) {
   return {first + rest % height, rest / height};
 }
 
-// How the clusters take the row tiles of a group, in this order: as many side by side as a cluster
+// Order in which clusters take the row tiles of a group: first as many side by side as a cluster
 // has blocks, which share B, column by column; then a last one without a partner, by as many
 // columns at once as there are blocks, each with its own B. So no block multiplies rows that are
 // not there, however few an expert has.
@@ -46,7 +46,7 @@ class GroupTiles {
     single_ = static_cast<int>(row_tiles % T::kCluster);
   }
 
-  // Of a cluster.
+  // Returns the number of tiles of a cluster.
   __device__ int count() const {
     const unsigned together = (static_cast<unsigned>(nt_) + T::kCluster - 1) / T::kCluster;
     return mt_ * nt_ + single_ * static_cast<int>(together);
@@ -65,7 +65,7 @@ class GroupTiles {
     const int column = (index - mt_ * nt_) * T::kCluster + cluster_rank;
     tile.row0 = begin + mt_ * T::kCluster * T::kM;
     tile.col0 = min(column, nt_ - 1) * columns;
-    // A block without a column goes along, as the ring of its neighbour waits for it.
+    // A block without a column goes along, as the ring of its neighbor waits for it.
     if (column >= nt_) tile.row_end = tile.row0;
   }
 
@@ -89,7 +89,8 @@ class RowsScheduler {
     load_chunk();
   }
 
-  // The tile number `index` of the list; indices of successive calls must rise. False: no more.
+  // Finds tile number `index` of the list; indices of successive calls must increase. Returns false
+  // past the last tile.
   __device__ bool get(int index, int cluster_rank, Tile& tile) {
     int total = __shfl_sync(~0u, sum_, kWarp - 1);
     while (index - first_tile_ >= total) {
@@ -151,8 +152,8 @@ class RowsScheduler {
   int sum_;             // tiles of the chunk up to and with this lane
 };
 
-// Ragged K: the experts by their number of rows, the most first; each thread counts those before
-// its own. All threads of a block take part, and a barrier has to follow.
+// Orders the experts of a ragged-K product by their number of rows, the most first; each thread
+// counts those before its own. All threads of a block take part, and a barrier has to follow.
 template <class Config>
 __device__ inline void order_experts(const Problem& p,
                                      typename Traits<Config>::SharedStorage& smem) {

@@ -22,17 +22,17 @@ enum class Halves { kPairs, kApart };
 
 class StoreBoxes {
  public:
-  // `boxes`: the warp's own, at a multiple of 1024 bytes. Stores rows `row` to `row` + 15 of the
-  // tensor, as far as they are below `end`.
+  // `boxes`: the warp's own boxes, at a multiple of 1024 bytes. Stores rows `row` to `row` + 15 of
+  // the tensor, as far as they are below `end`.
   __device__ StoreBoxes(unsigned char* boxes, int row, int end)
-      // Known to be the same in all lanes, without which ptxas keeps the loop over tiles out of
+      // The shuffle makes the row uniform, without which ptxas keeps the loop over tiles out of
       // uniform registers.
       : boxes_(boxes), row_(__shfl_sync(~0u, row, 0)), rows_(min(kStoreRows, end - row_)) {
-    // What the last tile left behind was read long ago.
+    // The boxes of the last tile have been read by now.
     wait<0>();
   }
 
-  // Of all lanes.
+  // Returns whether there are no rows to store; uniform over all lanes.
   __device__ bool empty() const { return rows_ <= 0; }
 
   // Stores columns of 16 bits from `col` on, 64 or the `columns` that there are. word(i, j): this
@@ -59,13 +59,13 @@ class StoreBoxes {
     next_ ^= kStoreBoxBytes;
   }
 
-  // Before the block ends: its shared memory is read until then.
+  // Waits before the block ends, since its shared memory is read until then.
   __device__ static void finish() { wait<0>(); }
 
  private:
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-  // Until no more than `count` of the warp's boxes are still to be read.
+  // Waits until at most `count` of the warp's boxes are still to be read.
   template <int count>
   __device__ static void wait() {
     if (lane() == 0) cute::tma_store_wait<count>();

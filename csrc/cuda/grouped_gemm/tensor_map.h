@@ -31,10 +31,10 @@ Status encode_tensor_map(CUtensorMap* map, const TensorMapDesc& d);
 // Boxes that a warp stores (sm90_store_boxes.cuh).
 constexpr int kStoreRows = 16, kStoreBoxBytes = kStoreRows * 128;
 
-// The matrix `d` with two coordinates for rows, (x, y) with x < 16: row x + y - 16. Rows r to
-// r + v - 1 of a box of 16 are x = 16 - v and the next, with y = r + v; its other rows have x >= 16
-// and are not stored. The map begins 16 rows before the matrix, but no row there has coordinates in
-// use.
+// Returns the matrix `d` with two coordinates for rows, (x, y) with x < 16: row x + y - 16. Rows r
+// to r + v - 1 of a box of 16 are x = 16 - v and the next, with y = r + v; its other rows have x >=
+// 16 and are not stored. The map begins 16 rows before the matrix, but no row there has coordinates
+// in use.
 inline TensorMapDesc rows_to_store(TensorMapDesc d) {
   d.data = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(d.data) -
                                          kStoreRows * d.stride[0] * d.element_size);

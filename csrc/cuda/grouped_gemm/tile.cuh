@@ -31,7 +31,8 @@ __device__ inline uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Sixteen bytes, the first `bytes` of them from src, the rest zero. With 0 bytes src is not read.
+// Copies sixteen bytes, the first `bytes` of them from src, the rest zero. With 0 bytes src is not
+// read.
 __device__ inline void copy_async(void* dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src),
                "r"(bytes)
@@ -54,9 +55,9 @@ struct TileCopy {
     return static_cast<int>(threadIdx.x) / Layout::kChunks + pass * kRowsPerPass;
   }
 
-  // source(pass): first element of the row that this thread copies in that pass, or nullptr for a
-  // row of zeros. Columns [col, col + tile) of `cols`, zero past the end. aligned: rows start on
-  // 16 bytes. base: any address that is valid.
+  // Copies a tile. source(pass) returns the first element of the row that this thread copies in
+  // that pass, or nullptr for a row of zeros. Columns [col, col + tile) of `cols`, zero past the
+  // end. aligned: rows start on 16 bytes. base: any address that is valid.
   template <bool kAlwaysAligned, class Source>
   static __device__ void run(T* tile, const Source& source, int col, int cols, bool aligned,
                              const T* base) {

@@ -1,9 +1,9 @@
 // out[e] = sum over the rows r of e of scale(r) * grad[r]^T a[r] for any strides and alignments.
 //
 // A product whose k runs over rows: a tile of out [kTileM of O, kTileN of K] adds kTileK rows at a
-// step, in order. Both operands lie [row][feature] in shared memory; ldmatrix turns them. A thread
-// a row finds out where the rows of a step lie, one step before their copies start, and loads their
-// indices a step earlier still.
+// step, in order. Both operands are [row][feature] in shared memory; ldmatrix transposes them. A
+// thread a row finds out where the rows of a step lie, one step before their copies start, and
+// loads their indices a step earlier still.
 #pragma once
 
 #include "cuda/grouped_gemm/gemm_kernel.cuh"
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
   static_assert(!Config::kAKMajor && !Config::kBKMajor && 2 * kRows <= Config::kThreads);
   extern __shared__ __align__(128) unsigned char shared[];
   auto* stages = reinterpret_cast<S*>(shared);
-  // Of a step: the rows of grad, then those of a. [kStages][2 * kRows]
+  // Sources of a step: the rows of grad, then those of a. [kStages][2 * kRows]
   auto* sources = reinterpret_cast<const S**>(stages + kStages * kStageSize);
   auto* factors = reinterpret_cast<Acc*>(sources + kStages * 2 * kRows);  // [kStages][kRows]
 

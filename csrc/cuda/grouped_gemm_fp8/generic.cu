@@ -1,5 +1,6 @@
-// The product of rows with the matrices of experts for any card. Blocks take tiles in turn, as in
-// grouped_gemm/gemm_kernel.cuh, whose parts serve here too; generic_product.cuh has the arithmetic.
+// The product of rows with the matrices of experts for any card. Blocks take tiles one after the
+// other, as in grouped_gemm/gemm_kernel.cuh, whose parts are reused here; generic_product.cuh has
+// the arithmetic.
 #include "cuda/grouped_gemm_fp8/generic.h"
 #include "cuda/grouped_gemm_fp8/generic_product.cuh"
 
@@ -13,7 +14,7 @@ struct Fp8Launch {
   GroupedGemmFp8Params p;
   int column_tiles;
   bool a_aligned, b_aligned;  // rows start on 16 bytes
-  bool out_pairs;             // two neighbours of a row of out can be stored at once
+  bool out_pairs;             // two neighbors of a row of out can be stored at once
 };
 
 __device__ float bias_at(const ExpertVectors& bias, int64_t i) {

@@ -31,7 +31,7 @@ struct Fp8Product : WarpTile<Fp8TileConfig> {
     for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&sum[0][0][0])[i] = 0;
   }
 
-  // sum += (a b^T of the step) * factor(i, j, h), where these are as for value().
+  // Computes sum += (a b^T of the step) * factor(i, j, h); for the indices see value().
   template <class Factor>
   __device__ void multiply(const uint8_t* a, const uint8_t* b, const Factor& factor) {
     float acc[kMTiles][kNTiles][4];
@@ -39,7 +39,7 @@ struct Fp8Product : WarpTile<Fp8TileConfig> {
     for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&acc[0][0][0])[i] = 0;
 #pragma unroll
     for (int step = 0; step < Config::kTileK / 32; ++step) {
-      // Of each 32 k: [half of k][rows 0-7, 8-15: first pair, then second].
+      // Fragments of each 32 k: [half of k][rows 0-7, 8-15: first pair, then second].
       uint32_t fa[kMTiles][2][4];
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i) {

@@ -13,7 +13,7 @@ struct Fp8WgradLaunch {
   GroupedGemmFp8WgradParams p;
   int tiles_o, tiles_k;
   bool grad_aligned, a_aligned;  // rows of codes start on 16 bytes
-  bool out_pairs;                // two neighbours of a row of out can be stored at once
+  bool out_pairs;                // two neighbors of a row of out can be stored at once
 };
 
 template <class Out>

@@ -4,9 +4,9 @@
 // A stage is 128 of k, one block of scales. A tile has 128 or 256 columns, parts of 128 with a
 // scale of b each. The products of a part (four wgmma m64n128k32 a warpgroup) go to an accumulator
 // that starts from zero; scaled, they are added to the part's sums, as the tensor cores keep about
-// 14 bits of the largest product inside a sum. One accumulator serves the parts in turn: 64
-// registers beside the 128 of the sums. While a warpgroup scales, the other one's products run; a
-// product in flight within a warpgroup would need a second accumulator.
+// 14 bits of the largest product inside a sum. One accumulator serves the parts one after the
+// other: 64 registers beside the 128 of the sums. While a warpgroup scales, the other one's
+// products run; a product in flight within a warpgroup would need a second accumulator.
 //
 // Scales of a are two for a thread, those of its rows; all are fetched a stage ahead.
 #pragma once
@@ -57,8 +57,8 @@ struct BlockScales {
   int64_t b_stride_e, b_stride_o;
 };
 
-// Where the scales of row `row` of the product begin in `a`, or -1 where there is no such row.
-// Places of scales have 32 bits: registers are scarce.
+// Returns where the scales of row `row` of the product begin in `a`, or -1 if there is no such row.
+// Offsets of scales have 32 bits to save registers.
 __device__ inline int row_scales(const BlockScales& s, const Tile& tile, int row) {
   if (row >= tile.row_end) return -1;
   int source = row;
@@ -69,8 +69,8 @@ __device__ inline int row_scales(const BlockScales& s, const Tile& tile, int row
   return source >= 0 && source < s.limit ? source * static_cast<int>(s.a_stride) : -1;
 }
 
-// sums = products of the stages of `tile`, each times its scales; the rest as multiply() of
-// grouped_gemm.
+// Computes sums = products of the stages of `tile`, each times its scales; otherwise like
+// multiply() of grouped_gemm.
 template <class Config, class Issued>
 __device__ inline void multiply_scaled(typename Traits<Config>::SharedStorage& smem,
                                        const BlockScales& scales, const Problem& problem,
@@ -85,8 +85,8 @@ __device__ inline void multiply_scaled(typename Traits<Config>::SharedStorage& s
   using LayoutPart = decltype(tile_to_shape(typename Part::template Atom<Major::kK>{},
                                             Shape<Int<Part::kN>, Int<Part::kK>>{}, Step<_1, _2>{}));
   constexpr int kBlock = static_cast<int>(kFp8Block);
-  // What follows from the thread's number is computed for each tile: kept, it would not leave the
-  // sums enough registers.
+  // Values that depend on the thread index are recomputed for each tile: kept, they would leave the
+  // sums too few registers.
   asm volatile("" : "+r"(thread));
   Tensor sA = make_tensor(make_smem_ptr(smem.a), typename T::LayoutA{});  // (M, K, stage)
   typename Part::TiledMma mma;
@@ -174,8 +174,8 @@ struct Finish {
   DType bias_type;
   ScaleRows factor;
 
-  // sum = factor[row] * sum + bias[expert, column + `first`]; `part`: a tile of Config::kTileN
-  // columns.
+  // Computes sum = factor[row] * sum + bias[expert, column + `first`]; `part`: a tile of
+  // Config::kTileN columns.
   template <class Config, class Acc>
   __device__ void apply(const Problem& problem, const Tile& part, int first, Acc& sum,
                         int thread) const {
@@ -257,8 +257,8 @@ struct Fp8KernelParams {
   typename Epilogue::Params epilogue;
 };
 
-// Of the 64512 that a block is launched with: two consumer warpgroups at 224 and a producer at 56.
-// A gathering producer needs more than the 40 that bfloat16 kernels leave it.
+// Registers per thread, from the 64512 of a block: two consumer warpgroups at 224 and a producer at
+// 56. A gathering producer needs more than the 40 that bfloat16 kernels leave it.
 constexpr int kFp8ProducerRegisters = 56;
 constexpr int kFp8ConsumerRegisters = 224;
 
@@ -294,23 +294,23 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   }
 
   cutlass::arch::warpgroup_reg_alloc<kFp8ConsumerRegisters>();
-  const int player = group - 1;
+  const int consumer = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step, ++count) {
-    if (T::kPingpong && count % 2 != player) {
+    if (T::kPingpong && count % 2 != consumer) {
       read.advance(tile.k_tiles);
       continue;
     }
     PartSums<Config> sums[kParts<Config>];
-    if constexpr (T::kPingpong) await_turn<Config>(smem, player, count);
+    if constexpr (T::kPingpong) await_mma_order<Config>(smem, consumer, count);
     const auto issued = [&] {
-      if constexpr (T::kPingpong) pass_turn<Config>(smem, player);
+      if constexpr (T::kPingpong) pass_mma_order<Config>(smem, consumer);
     };
-    if (index == first) begin_later<Config>(smem, tile, player);
+    if (index == first) begin_later<Config>(smem, tile, consumer);
     multiply_scaled<Config>(smem, p.scales, p.problem, p.split_offset, tile, read, sums, thread,
                             issued);
     Epilogue::template store<Config>(p.epilogue, p.problem, tile, sums, thread,
@@ -354,7 +354,7 @@ inline Finish finish_of(const GroupedGemmFp8Params& p) {
           {static_cast<const float*>(p.factor.data), p.factor.index, p.factor.limit}};
 }
 
-// All but the epilogue's parameters, which the caller has filled in.
+// Sets all parameters but the epilogue's, which the caller has set, and launches the kernel.
 template <class Config, class Epilogue>
 Status launch(Fp8KernelParams<Epilogue>& params, const GroupedGemmFp8Params& p, Stream stream) {
   using T = Traits<Config>;

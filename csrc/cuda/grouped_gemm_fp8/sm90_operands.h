@@ -1,4 +1,4 @@
-// The operands as tensors of bytes that TMA reads; boxes are the kernel's choice.
+// The operands as tensors of bytes that TMA reads; the kernel chooses the boxes.
 #pragma once
 
 #include "cuda/grouped_gemm/tensor_map.h"

@@ -1,11 +1,11 @@
-// The weight gradient of e4m3 columns for sm_90a: scheduler, TMA producer and ring of grouped_gemm,
+// Weight gradient of e4m3 columns for sm_90a: scheduler, TMA producer and ring of grouped_gemm,
 // with a mainloop of its own.
 //
-// Both operands are matrices [features, columns] whose groups of 128 columns are stages: quantised
+// Both operands are matrices [features, columns] whose groups of 128 columns are stages: quantized
 // columns start on a stage, whatever row an expert starts with, and are zero past its last one. So
-// nothing that belongs to another expert is ever loaded. As in sm90_kernel.cuh, a stage's products
-// go to an accumulator that starts from zero and are scaled and added to a second one; while a
-// warpgroup does that, the other one's products run.
+// nothing that belongs to another expert is ever loaded. A stage's products go, see
+// sm90_kernel.cuh, to an accumulator that starts from zero and are scaled and added to a second
+// one; while a warpgroup does that, the other one's products run.
 //
 // A stage has a scale for each row and each column of the tile: two of grad for a thread, and 32 of
 // a, those of its columns. They come from L1 while the products run. Two blocks of a cluster, row
@@ -44,7 +44,7 @@ struct WgradKernelParams {
   bool add;
 };
 
-// sum = products of the stages of `tile` (at least one), each times its scales.
+// Computes sum = products of the stages of `tile` (at least one), each times its scales.
 template <class Accumulators>
 __device__ inline void multiply_groups(T::SharedStorage& smem, const WgradKernelParams& p,
                                        const Tile& tile, PipelineState<WgradConfig>& read,
@@ -181,7 +181,7 @@ TensorMapDesc map_of_grad(const GroupedGemmFp8WgradParams& p) {
   return matrix_of(p, p.grad, p.out_features);
 }
 
-// B is always of rank 3; the codes of all experts are one matrix.
+// Returns the map of a: B is always of rank 3; the values of all experts are one matrix.
 TensorMapDesc map_of_a(const GroupedGemmFp8WgradParams& p) {
   TensorMapDesc d = matrix_of(p, p.a, p.in_features);
   d.rank = 3;

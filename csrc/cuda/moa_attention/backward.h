@@ -1,4 +1,4 @@
-// What backward kernels are launched with, and the workspace they share.
+// Launch parameters of backward kernels, and the workspace they share.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct BackwardLaunch {
   void *sum_k, *sum_v;  // [B, S_kv, n, d] sums of bands so far
 };
 
-// How the blocks of the sm_90a kernels that add to the same tile of 64 rows follow each other.
+// State that orders the blocks of the sm_90a kernels that add to the same tile of 64 rows.
 struct Chain {
   static constexpr int kWarps = 8;  // that have a part of grad_q each
   int* next_item;                   // of the blocks
@@ -33,7 +33,7 @@ struct Chain {
   float* parts;                     // [B n][tiles of a band][8][64 d / 8] sums so far
 };
 
-// What the workspace holds, in order; parts start on 256 bytes.
+// Parts of the workspace, in order; each starts on 256 bytes.
 struct BackwardSpace {
   int64_t delta = 0, log_rest = 0, before = 0, first_tile = 0, sum_k = 0, sum_v = 0, bytes = 0;
   int64_t row_tiles = 0, key_tiles = 0, band_tiles = 0;
@@ -68,7 +68,7 @@ struct BackwardSpace {
   }
 };
 
-// The same for the sm_90a kernels.
+// Workspace of the sm_90a kernels.
 struct Sm90BackwardSpace : BackwardSpace {
   int64_t next_item = 0, ranges = 0, parts_done = 0, sums_done = 0, sums = 0, parts = 0;
 
@@ -90,7 +90,7 @@ struct Sm90BackwardSpace : BackwardSpace {
   }
 };
 
-// The launch of a call; a band is chosen by take_band.
+// Returns the launch of a call; a band is chosen by take_band.
 inline BackwardLaunch backward_launch(const MoaAttentionBwdParams& b, const BackwardSpace& space) {
   const auto part = [&](int64_t at) { return static_cast<char*>(b.fwd.workspace) + at; };
   BackwardLaunch launch{};

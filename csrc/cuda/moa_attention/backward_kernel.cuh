@@ -26,7 +26,7 @@ struct Backward {
   static constexpr int kOctets = kColumns / 8, kKeyOctets = kKeys / 8;
   static constexpr int kPitchScores = pitch_of<S>(kKeys);
 
-  // Columns that chunks of the results may touch.
+  // Returns the number of columns that chunks of the results may touch.
   static __host__ __device__ int padded(int d) { return (d + kColumns - 1) / kColumns * kColumns; }
   static int64_t tile_bytes(int64_t d, int tiles) {
     return static_cast<int64_t>(sizeof(S)) * tiles * kRows *
@@ -37,7 +37,7 @@ struct Backward {
   }
 };
 
-// <grad_out, out> - grad_state, a warp a row.
+// Computes <grad_out, out> - grad_state with one warp per row.
 template <class S>
 __global__ void __launch_bounds__(128)
     moa_attention_delta_kernel(const __grid_constant__ BackwardLaunch launch) {
@@ -89,7 +89,8 @@ struct RowBlock {
     return {{seen[0].first - shift, seen[1].first - shift},
             {seen[0].last - shift, seen[1].last - shift}};
   }
-  // Of [B n][key_tiles][rows of a band]; rows past the last one have a place too.
+  // Returns an index into [B n][key_tiles][rows of a band], which has room for rows past the last
+  // one.
   __device__ int64_t checkpoint(const BackwardLaunch& launch, int key_tile, int i) const {
     return (head_item * launch.key_tiles + key_tile) * launch.band_tiles * kRows + in_band * kRows +
            (mine + 8 * i - row0);
@@ -105,7 +106,7 @@ struct RowBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) static_cast<T*>(kept)[checkpoint(launch, key_tile, i)] = v[i];
   }
-  // Numbers [B, S, K, n] of the two rows; 0 where there is none.
+  // Loads the elements of the two rows from [B, S, K, n]; 0 for a missing row.
   __device__ void load_rows(const MoaAttentionParams& p, const void* x, T (&v)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -115,7 +116,7 @@ struct RowBlock {
   }
 };
 
-// Rows of q or of the gradient of out to a tile, and keys or values.
+// Load rows of q or of the gradient of out, and keys or values, to a tile.
 template <class B, class S, class Block>
 __device__ void load_query_tile(const MoaAttentionParams& p, const AttentionOperand& x,
                                 const Block& block, bool aligned, S* tile) {
@@ -138,7 +139,7 @@ __device__ void load_key_tile(const MoaAttentionParams& p, const AttentionOperan
       static_cast<const S*>(p.q.data));
 }
 
-// Log lengths of sticks at the right edge of each tile of keys.
+// Computes the log lengths of sticks at the right edge of each tile of keys.
 template <class S, int kTileRows>
 __global__ void __launch_bounds__(2 * kTileRows)
     moa_attention_sticks_kernel(const __grid_constant__ BackwardLaunch launch) {
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(2 * kTileRows)
   }
 }
 
-// A fragment of a warp's rows to a tile in shared memory.
+// Stores a fragment of a warp's rows to a tile in shared memory.
 template <class S, class T, int kTiles>
 __device__ void store_fragment(S* rows, int pitch, const Fragment<T, kTiles>& f) {
   S* to = rows + lane_id() / 4 * pitch + lane_id() % 4 * 2;

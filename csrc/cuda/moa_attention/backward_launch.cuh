@@ -5,7 +5,7 @@
 
 namespace moe_ops::cuda::attention {
 
-// <grad_out, out> - grad_state of all rows.
+// Computes <grad_out, out> - grad_state of all rows.
 template <class S>
 Status launch_delta(const BackwardLaunch& launch, Stream stream) {
   const MoaAttentionParams& p = launch.b.fwd;

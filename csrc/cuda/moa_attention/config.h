@@ -1,5 +1,5 @@
-// Choices of the attention kernels that depend on sizes alone: plain C++, so that a test can ask
-// for them. Bits do not depend on the card.
+// Configuration of the attention kernels by sizes: plain C++, so that a test can read it. Bits do
+// not depend on the card.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,9 @@ constexpr TileSizes forward_tile(DType type, int64_t head_size, bool few_rows) {
   return head_size <= 64 ? TileSizes{64, 64, 64} : TileSizes{64, 64, 128};
 }
 
-// Four tiles of the head size lie in shared memory. With these they stay below the 99 KiB of a
-// block on compute capability 8.6, but for fp64 and more than 176 columns.
+// Returns the tile sizes of backward, which keeps four tiles of the head size in shared memory.
+// These sizes stay below the 99 KiB of a block on compute capability 8.6, but for fp64 and more
+// than 176 columns.
 constexpr TileSizes backward_tile(DType type, int64_t head_size) {
   if (type == DType::kFloat64) return {16, 16, 32};
   if (type == DType::kFloat32) {
@@ -32,7 +33,7 @@ constexpr TileSizes backward_tile(DType type, int64_t head_size) {
   return head_size <= 128 ? TileSizes{64, 64, 64} : TileSizes{32, 32, 64};
 }
 
-// Blocks of 16 rows where a head has no more: one token against a cache.
+// Returns whether blocks have 16 rows because a head has no more: one token against a cache.
 constexpr bool has_few_rows(int64_t rows) { return rows <= 16; }
 
 // Parts that the keys of a block of rows are split into, so that few heads with few rows are work

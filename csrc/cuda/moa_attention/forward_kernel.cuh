@@ -17,7 +17,7 @@ struct ForwardLaunch {
   bool q_aligned, k_aligned, v_aligned;
 };
 
-// What a split of the keys leaves, [split][row]: out [d] not yet divided, then [2]: the maximum and
+// Result of a split of the keys, [split][row]: out [d] not yet divided, then [2]: the maximum and
 // the sum of exponentials, or the log of what remains of the stick.
 template <class T>
 struct Partials {
@@ -34,14 +34,14 @@ struct Partials {
   __device__ T* state_of(int split, int64_t row) const { return state + (split * rows + row) * 2; }
 };
 
-// The mask of a tile of keys from j0 on.
+// Returns the mask of a tile of keys from j0 on.
 __device__ inline Mask mask_of(const Range (&seen)[2], int j0) {
   const int shift = j0 + lane_id() % 4 * 2;
   return {{seen[0].first - shift, seen[1].first - shift},
           {seen[0].last - shift, seen[1].last - shift}};
 }
 
-// Tiles of keys that rows row0 to row_end - 1 see.
+// Returns the tiles of keys that rows row0 to row_end - 1 see.
 template <int kKeys>
 __device__ Range key_tiles_of(const MoaAttentionParams& p, int row0, int row_end) {
   const int first = keys_of_row(p, row0).first, last = keys_of_row(p, row_end - 1).last;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   S* k_tile = q_tile + kRows * pitch;
   S* v_tile = k_tile + kKeys * pitch;
 
-  // Of the rows, the last ones see the most keys and go first.
+  // The last rows see the most keys and go first.
   int64_t item = blockIdx.x;
   const int chunk = static_cast<int>(item % launch.chunks);
   item /= launch.chunks;

@@ -20,16 +20,16 @@ using generic::wait_copies;
 // Depth of an mma: head sizes are padded to it with zeros.
 constexpr int kStep = 16;
 
-// A tile is rows of `pitch` elements: 16 bytes more than a multiple of 32, so that eight rows at
-// one column lie in different banks.
+// Returns the pitch of a tile's rows, in elements: 16 bytes more than a multiple of 32, so that
+// eight rows at one column lie in different banks.
 template <class S>
 __host__ __device__ constexpr int pitch_of(int columns) {
   return (columns + kStep - 1) / kStep * kStep + kVector<S>;
 }
 
-// Rows 0 to kRows - 1 of a tile; source(r): first element of row r, or nullptr for zeros. `columns`
-// (of `valid`, zero from there on) are padded to kStep. Aligned rows come by cp.async, which the
-// caller commits and waits for.
+// Loads rows 0 to kRows - 1 of a tile; source(r) returns the first element of row r, or nullptr for
+// zeros. `columns` (of `valid`, zero from there on) are padded to kStep. Aligned rows come by
+// cp.async, which the caller commits and waits for.
 template <class S, int kRows, int kThreads, class Source>
 __device__ void load_tile(S* tile, int pitch, int columns, int valid, bool aligned,
                           const Source& source, const S* base) {
@@ -89,7 +89,8 @@ __device__ __forceinline__ uint32_t pack_pair(float lo, float hi) {
   return out;
 }
 
-// c += a b with 16 columns of b in tiles j and j + 1 for each pair, b [k][n] from `row` on.
+// Computes c += a b with 16 columns of b in tiles j and j + 1 for each pair, b [k][n] from `row`
+// on.
 template <class S, int kTiles>
 __device__ __forceinline__ void multiply_columns(Fragment<float, kTiles>& c, const uint32_t (&a)[4],
                                                  const S* b, int pitch) {
@@ -109,7 +110,7 @@ struct Products {
   static constexpr bool kHalf = sizeof(S) == 2;
   using T = Accumulate<S>;
 
-  // c = a b^T: a [16][depth], b [8 kTiles][depth].
+  // Computes c = a b^T: a [16][depth], b [8 kTiles][depth].
   static __device__ void rows_by_rows(Fragment<T, kTiles>& c, const S* a, int pitch_a, const S* b,
                                       int pitch_b, int depth) {
     c.clear();
@@ -152,7 +153,7 @@ struct Products {
     }
   }
 
-  // c += a b with `a` a fragment of kDepth octets, b [8 kDepth][8 kTiles].
+  // Computes c += a b with `a` a fragment of kDepth octets, b [8 kDepth][8 kTiles].
   template <int kDepth>
   static __device__ void fragment_by_columns(Fragment<T, kTiles>& c, const Fragment<T, kDepth>& a,
                                              const S* b, int pitch) {
@@ -175,7 +176,7 @@ struct Products {
     }
   }
 
-  // c += a^T b: a [depth][16], b [depth][8 kTiles].
+  // Computes c += a^T b: a [depth][16], b [depth][8 kTiles].
   static __device__ void columns_by_columns(Fragment<T, kTiles>& c, const S* a, int pitch_a,
                                             const S* b, int pitch_b, int depth) {
     const int lane = lane_id();
@@ -211,7 +212,8 @@ struct Products {
   }
 };
 
-// Whether this thread's part of a tile, rows of kColumns elements, has a number that is not finite.
+// Returns whether this thread's part of a tile, rows of kColumns elements, has a non-finite
+// element.
 template <class S, int kRows, int kColumns, int kThreads>
 __device__ bool has_not_finite(const S* tile, int pitch) {
   constexpr int kVec = kVector<S>, kChunks = kColumns / kVec;
@@ -242,7 +244,7 @@ __device__ void set_apart(S* tile, int pitch, const Note& note) {
   }
 }
 
-// Columns `column` + 2 q and the next of a row of `columns` elements.
+// Stores columns `column` + 2 q and the next of a row of `columns` elements.
 template <class S, class T>
 __device__ __forceinline__ void store_two(S* row, int column, int columns, T v0, T v1) {
   if (columns % 2 == 0 && column + 1 < columns) {

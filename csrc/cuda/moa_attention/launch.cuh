@@ -30,7 +30,7 @@ inline int64_t row_tiles_of(const MoaAttentionParams& p, int64_t rows) {
   return ceil_div(rows_of(p), rows);
 }
 
-// One block an item.
+// Launches one block per item.
 template <auto kernel, class Params>
 Status launch_items(const Params& params, int64_t items, int threads, int64_t shared_bytes,
                     Stream stream) {

@@ -17,7 +17,8 @@ __device__ __forceinline__ bool not_finite(T x) {
   return x * T(0) != T(0);
 }
 
-// The same of 16 bytes; kExponents: the bits that are ones there, of two elements of 16 bits.
+// Returns whether any element of 16 bytes is not finite; kExponents: the exponent bits of two
+// elements of 16 bits, all ones if not finite.
 template <uint32_t kExponents>
 __device__ __forceinline__ bool any_not_finite(const uint4& v) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -35,7 +36,7 @@ struct NotFinite {
   uint32_t high[kLines * kWords], low[kLines * kWords];
   uint32_t any;
 
-  // Before a barrier.
+  // Clears the notes; a barrier has to follow.
   __device__ void clear(int thread, int threads) {
     for (int i = thread; i < kLines * kWords; i += threads) high[i] = low[i] = 0;
     if (thread == 0) any = 0;
@@ -48,7 +49,8 @@ struct NotFinite {
     if (!(x > T(0))) atomicOr(&low[word], bit);
     atomicOr(&any, 1u);
   }
-  // `line`: of the thread's first row; the other is eight lines on.
+  // Adds the notes to a fragment. `line`: the thread's first row; the other one is eight lines
+  // further.
   template <class T, int kTiles>
   __device__ void add_to(Fragment<T, kTiles>& f, int line) const {
     if (any == 0) return;
@@ -70,7 +72,7 @@ template <int kRows>
 struct Sight {
   int first[kRows], last[kRows];
 
-  // Rows of this thread's fragment, the first at `row`. Before a barrier.
+  // Stores the ranges of this thread's rows, the first at `row`; a barrier has to follow.
   __device__ void keep(const Mask& mask, int row) {
     if (threadIdx.x % 4 != 0) return;  // the lane whose columns are those of the tile
 #pragma unroll
@@ -79,7 +81,7 @@ struct Sight {
       last[row + 8 * i] = mask.last[i];
     }
   }
-  // A number of a key goes to all rows that see it.
+  // Notes an element of a key for all rows that see the key.
   template <class Notes, class T>
   __device__ void note_key(Notes& notes, int key, int column, T x) const {
 #pragma unroll 1
@@ -87,7 +89,7 @@ struct Sight {
       if (key >= first[r] && key < last[r]) notes.note(r, column, x);
     }
   }
-  // A number of a row goes to all of kKeys keys that it sees.
+  // Notes an element of a row for all of kKeys keys that the row sees.
   template <int kKeys, class Notes, class T>
   __device__ void note_row(Notes& notes, int row, int column, T x) const {
 #pragma unroll 1

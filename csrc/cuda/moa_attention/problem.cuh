@@ -20,7 +20,7 @@ __device__ inline int sequence_bound(const MoaAttentionParams& p, int64_t i) {
   return static_cast<int>(min(max(value, int64_t{0}), p.num_tokens));
 }
 
-// The sequence that holds `token`; without sequences all keys, or all tokens.
+// Returns the sequence that holds `token`; without sequences, all keys or all tokens.
 __device__ inline Range sequence_of(const MoaAttentionParams& p, int token, int64_t everything) {
   if (p.sequences.data == nullptr) return {0, static_cast<int>(everything)};
   int64_t low = 0, high = p.num_sequences + 1;  // the first bound after the token
@@ -36,7 +36,7 @@ __device__ inline Range sequence_of(const MoaAttentionParams& p, int token, int6
           low <= p.num_sequences ? sequence_bound(p, low) : static_cast<int>(everything)};
 }
 
-// Keys that a token sees. Both ends grow with the token.
+// Returns the keys that a token sees; both ends grow with the token.
 __device__ inline Range keys_of(const MoaAttentionParams& p, int token) {
   const Range sequence = sequence_of(p, token, p.num_keys);
   const int64_t at = token + p.num_keys - p.num_tokens;
@@ -49,7 +49,7 @@ __device__ inline Range keys_of(const MoaAttentionParams& p, int token) {
   return {static_cast<int>(first), static_cast<int>(max(first, last))};
 }
 
-// Tokens that may see keys first to last - 1.
+// Returns the tokens that may see keys first to last - 1.
 __device__ inline Range tokens_of(const MoaAttentionParams& p, int first_key, int last_key) {
   const int64_t shift = p.num_keys - p.num_tokens;
   int64_t first = sequence_of(p, first_key, p.num_tokens).first;
@@ -66,13 +66,13 @@ __device__ inline int num_rows(const MoaAttentionParams& p) {
   return static_cast<int>(p.num_tokens * p.num_slots);
 }
 
-// Keys that all rows row0 to row_end - 1 see.
+// Returns the keys that all rows row0 to row_end - 1 see.
 __device__ inline Range keys_of_all(const MoaAttentionParams& p, int row0, int row_end) {
   const int slots = static_cast<int>(p.num_slots);
   return {keys_of(p, (row_end - 1) / slots).first, keys_of(p, row0 / slots).last};
 }
 
-// Keys of row r; none past the last row.
+// Returns the keys of row r; none past the last row.
 __device__ inline Range keys_of_row(const MoaAttentionParams& p, int r) {
   return r < num_rows(p) ? keys_of(p, r / static_cast<int>(p.num_slots)) : Range{};
 }
@@ -86,7 +86,7 @@ struct Head {
         head(static_cast<int>(static_cast<uint32_t>(item) % static_cast<uint32_t>(p.num_heads))) {}
 };
 
-// Where row r lies in a contiguous [B, S, K, n, ...], in heads.
+// Returns the index of row r in a contiguous [B, S, K, n, ...], in heads.
 __device__ inline int64_t row_index(const MoaAttentionParams& p, Head h, int r) {
   return (h.batch * p.num_tokens * p.num_slots + r) * p.num_heads + h.head;
 }

@@ -1,9 +1,9 @@
-// What lies between the products of attention: scores to weights, and gradients of weights to
-// gradients of scores, on fragments in registers.
+// Steps between the GEMMs of attention: scores to weights, and gradients of weights to gradients of
+// scores, on fragments in registers.
 //
-// A fragment is what mma and wgmma leave with a thread: of a warp's 16 rows, rows g and g + 8
-// (g = lane / 4), and of each octet j of columns, columns 8 j + 2 q and 8 j + 2 q + 1
-// (q = lane % 4). A row lies in a quad of lanes; its columns are keys in order.
+// A fragment is a thread's part of an mma or wgmma result: among a warp's 16 rows, rows g and g + 8
+// (g = lane / 4), and in each octet j of columns, columns 8 j + 2 q and 8 j + 2 q + 1 (q = lane %
+// 4). A row is held by a quad of lanes; its columns are keys in order.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Fragment {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) (&v[0][0])[i] = 0;
   }
-  // Rows times factors.
+  // Multiplies rows by factors.
   __device__ void scale_rows(const T (&factor)[2]) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -33,7 +33,7 @@ struct Fragment {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// What is no normal number becomes zero.
+// Results that are not normal numbers become zero.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -50,8 +50,8 @@ constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);
 template <class T>
 constexpr T kLogTiny = sizeof(T) == 8 ? T(-708.0) : T(-87.33);
 
-// log(1 + u) for u from 0 to 1. The polynomial times u has the least relative error, 3e-8; ours
-// with rounding has 2e-7. It costs no second special function, whose unit is the bound of
+// Returns log(1 + u) for u from 0 to 1. The polynomial times u has the least relative error, 3e-8;
+// ours with rounding has 2e-7. It costs no second special function, whose unit is the bound of
 // stick-breaking, and unlike a logarithm of 1 + u it keeps the digits of small u.
 __device__ __forceinline__ float log_one_plus(float u) {
   constexpr float kTerms[] = {0.005232692696f, -0.02950523235f, 0.07822594047f,
@@ -82,8 +82,8 @@ __device__ __forceinline__ T sigmoid_of(T x) {
   return x >= T(0) ? larger : u * larger;
 }
 
-// (1 - u) / (1 + u) with u = e^-2|x|. Near zero 1 - u would cancel: there it is the Taylor sum of
-// -expm1, whose remainder at |2x| < 0.35 is below half an ulp.
+// Returns tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the
+// Taylor sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp.
 template <class T>
 __device__ __forceinline__ T tanh_of(T x) {
   constexpr int kDegree = sizeof(T) == 8 ? 13 : 7;
@@ -117,14 +117,14 @@ struct Logits {
       }
     }
   }
-  // By how much a logit moves with its product, but for the scale.
+  // Returns the derivative of a logit by its product, without the scale.
   __device__ T slope(T logit) const {
     const T t = logit * inverse;  // 0 without a cap
     return T(1) - t * t;
   }
 };
 
-// The same without a cap.
+// Logits without a cap.
 struct PlainLogits {
   float scale;
   template <int kTiles>
@@ -142,8 +142,9 @@ struct Mask {
     const int column = 8 * j + c;
     return column >= first[i] && column < last[i];
   }
-  // Rows whose stick is empty see nothing: what the keys hold must not reach them, and whether keys
-  // are read depends on the sticks of the rows beside them. Whether there is such a row.
+  // Excludes rows whose stick is empty, which see nothing: the keys must not affect them, and
+  // whether keys are read depends on the sticks of the rows beside them. Returns whether there is
+  // such a row.
   template <class T>
   __device__ bool leave_out_empty_sticks(const T (&log_rest)[2]) {
     bool any = false;
@@ -178,7 +179,7 @@ template <class T>
 struct QuadScan {
   T others, total;
 };
-// The sum of the lanes after this one, and of all four. Nothing is subtracted.
+// Returns the sums of the lanes after this one and of all four, without subtraction.
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_after(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
@@ -186,7 +187,7 @@ __device__ __forceinline__ QuadScan<T> quad_after(T v) {
   const T pair = v + neighbor, others = __shfl_xor_sync(kAllLanes, pair, 2);
   return {(q % 2 == 0 ? neighbor : T(0)) + (q < 2 ? others : T(0)), pair + others};
 }
-// The same of those before.
+// Like quad_after, but `others` sums the lanes before this one.
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_before(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
@@ -202,7 +203,7 @@ struct SoftmaxRows {
   T max[2] = {kLowest<T>, kLowest<T>};
   T sum[2] = {0, 0};  // of this thread's columns
 
-  // Logits become e^(logit - max); returns by how much what was summed before shrinks.
+  // Replaces logits by e^(logit - max); sets the factors by which earlier sums shrink.
   template <int kTiles, class Mask>
   __device__ void step(Fragment<T, kTiles>& s, const Mask& mask, T (&factor)[2]) {
 #pragma unroll
@@ -233,7 +234,8 @@ struct SoftmaxRows {
   }
 };
 
-// Logits become gradients of logits (but for the slope of the cap), `w` weights.
+// Replaces logits by gradients of logits (without the slope of the cap), and sets `w` to the
+// weights.
 template <class T, int kTiles, class Mask, class Logits>
 __device__ void softmax_gradient(Fragment<T, kTiles>& s, Fragment<T, kTiles>& w,
                                  const Fragment<T, kTiles>& dp, const Mask& mask,
@@ -280,10 +282,10 @@ __device__ void break_sticks(Fragment<T, kTiles>& s, const Mask& mask, T (&log_r
   }
 }
 
-// With w = z_j P_j and P_j the product of 1 - z over the keys after j, logit j moves w_j by
-// w_j (1 - z_j) and every weight of a key before j, and what remains, by -z_j times itself.
-// `before` is the sum of weight times gradient over those; it grows from the first key on, so
-// nothing is subtracted from a total. Logits become their gradients, `w` weights.
+// Computes gradients of logits. With w = z_j P_j and P_j the product of 1 - z over the keys after
+// j, logit j moves w_j by w_j (1 - z_j) and every weight of a key before j, and what remains, by
+// -z_j times itself. `before` is the sum of weight times gradient over those; it grows from the
+// first key on, so nothing is subtracted from a total. Logits become their gradients, `w` weights.
 template <class T, int kTiles, class Mask, class Logits>
 __device__ void stick_gradient(Fragment<T, kTiles>& s, Fragment<T, kTiles>& w,
                                const Fragment<T, kTiles>& dp, const Mask& mask,

@@ -12,13 +12,14 @@ namespace moe_ops::cuda::attention::sm90 {
 
 namespace {
 
-// MOE_OPS_ATTENTION=generic keeps a test or a measurement on the kernels for any card.
+// Returns whether the sm_90a kernels may run; MOE_OPS_ATTENTION=generic disables them for tests and
+// benchmarks.
 bool usable() {
   const char* s = std::getenv("MOE_OPS_ATTENTION");
   return device_info().capability == 90 && (s == nullptr || std::string_view(s) != "generic");
 }
 
-// Not in the batch-invariant mode, where few rows are a block of many.
+// Returns whether the call has few rows; batch-invariant mode treats few rows like many.
 bool few_rows(const MoaAttentionParams& p) {
   return !p.batch_invariant && has_few_rows(p.num_tokens * p.num_slots);
 }

@@ -7,13 +7,13 @@
 
 namespace moe_ops::cuda::attention::sm90 {
 
-// bfloat16 or float16, d 64 or 128, more than 16 rows a head, 16-byte strides, rows of q evenly
-// apart, forward a softcap up to 1024, backward none, and with softmax a positive scale.
-// MOE_OPS_ATTENTION=generic: nothing.
+// Returns whether the kernels support a call: bfloat16 or float16, d 64 or 128, more than 16 rows
+// per head, 16-byte strides, rows of q evenly spaced, a softcap of at most 1024 in forward and none
+// in backward, and with softmax a positive scale. With MOE_OPS_ATTENTION=generic they support none.
 bool supports(const MoaAttentionParams& p);
 Status forward(const MoaAttentionParams& p, Stream stream);
 bool supports(const MoaAttentionBwdParams& b);
-// Bytes of workspace; 0 if no call of these sizes is served.
+// Returns the bytes of workspace; 0 if no call of these sizes is served.
 int64_t backward_workspace(const MoaAttentionParams& p);
 Status backward(const MoaAttentionBwdParams& b, Stream stream);
 
@@ -54,7 +54,7 @@ Status softmax_bf16(const MoaAttentionParams& p, Stream stream);
 Status softmax_fp16(const MoaAttentionParams& p, Stream stream);
 Status stick_bf16(const MoaAttentionParams& p, Stream stream);
 Status stick_fp16(const MoaAttentionParams& p, Stream stream);
-// The rows of a band.
+// Compute the gradients for the rows of a band.
 Status softmax_bwd_bf16(const BackwardLaunch& launch, const Chain& chain, Stream stream);
 Status softmax_bwd_fp16(const BackwardLaunch& launch, const Chain& chain, Stream stream);
 Status stick_bwd_bf16(const BackwardLaunch& launch, const Chain& chain, Stream stream);

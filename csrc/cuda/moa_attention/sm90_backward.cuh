@@ -210,8 +210,8 @@ __device__ void consume(const BackwardParams& params, typename Config::Shared& s
     if constexpr (!kSoftmax) empty = a[0] < kLogTiny<float> || a[1] < kLogTiny<float>;
     const bool unmasked =
         __all_sync(~0u, !empty && (step.whole || see_all(seen(), 64 * key_tile())));
-    // What rows see is read again where it is wanted rather than kept, and so are the lengths of
-    // sticks where that is rare.
+    // The keys that rows see are read again where they are needed rather than kept, and so are the
+    // lengths of sticks where that is rare.
     const auto mask_of_step = [&](const float (&log_rest)[2]) {
       Mask mask = step.whole ? Mask{{-8, -8}, {64, 64}} : mask_of_rows(seen(), 64 * key_tile());
       if constexpr (!kSoftmax) mask.leave_out_empty_sticks(log_rest);

@@ -1,7 +1,8 @@
-// How the blocks of a head add to the same tile of rows, in the order of keys.
+// Ordered accumulation: the blocks of a head add to the same tile of rows in the order of keys.
 //
-// A warp of a block takes what the same warp of the block before has left, and leaves it to the
-// next: nobody else touches these numbers, so that a flag a warp is all that they wait for.
+// A warp of a block reads the sums that the same warp of the previous block wrote, and writes them
+// for the next block. No other warp accesses these sums, so one flag per warp suffices for
+// synchronization.
 #pragma once
 
 #include "cuda/moa_attention/backward.h"
@@ -17,7 +18,7 @@ struct Step {
   int whole;        // there are 64 rows, and they see all keys of the block
 };
 
-// What a block works on.
+// Key block that a block of threads processes.
 struct KeyBlock {
   int item;          // batch and head
   int block;         // of 128 keys
@@ -45,7 +46,7 @@ struct Consumer {
   }
   __device__ int lane() const { return index % kWarp; }
   __device__ int warp() const { return index / kWarp; }
-  // First row of its fragment, of 64; the other is eight on.
+  // Returns the first row of the thread's fragment, of 64; the other one is eight further.
   __device__ int line() const { return warp() % 4 * 16 + lane() / 4; }
 };
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ void wait_for(const int* flag, int value) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
   } while (found < value);
 }
-// What the warp has written is there for who waits for the flag.
+// Raises a flag: a waiter that sees it also sees what the warp has written.
 __device__ __forceinline__ void raise(int* flag, int value) {
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
@@ -113,7 +114,8 @@ __device__ void leave_part(const Chain& chain, const Link& link, int warp,
 
 // ---- Stick-breaking: sums of weight times gradient over the keys before, a number a row ----
 
-// `line`: of the thread's first row in the tile; the other is eight lines on.
+// Reads the sums of the block before. `line`: the thread's first row in the tile; the other one is
+// eight lines further.
 __device__ inline void take_sums(const BackwardLaunch& launch, const Chain& chain, const Link& link,
                                  const KeyBlock& at, const Step& step, int line,
                                  float (&before)[2]) {
@@ -125,7 +127,7 @@ __device__ inline void take_sums(const BackwardLaunch& launch, const Chain& chai
       before[i] = __ldcg(chain.sums + int64_t{link.tile} * 64 + line + 8 * i);
       continue;
     }
-    // What remains of a stick lies before all keys.
+    // The remainder of a stick is before all keys.
     const int r = (launch.band + step.tile) * 64 + line + 8 * i;
     before[i] = 0;
     if (r >= num_rows(p)) continue;
@@ -145,8 +147,8 @@ __device__ inline void leave_sums(const Chain& chain, const Link& link, int line
   raise(chain.sums_done + int64_t{link.tile} * 4 + line / 16, link.before + 1);
 }
 
-// Before the blocks of a band: nothing is done yet, and which keys matter to which rows. Rows that
-// see no key get a gradient of zero here, as no block comes by.
+// Prepares a band: resets its flags and finds the keys that its rows see. Rows that see no key get
+// a gradient of zero here, as no block processes them.
 template <bool kSoftmax>
 __global__ void __launch_bounds__(128)
     moa_attention_sm90_chain_kernel(const __grid_constant__ BackwardLaunch launch,

@@ -1,5 +1,5 @@
-// What lies between the five products of backward: scores and products <grad_out, v> to weights and
-// gradients of scores, and what is not finite.
+// Steps between the five GEMMs of backward: scores and products <grad_out, v> to weights and
+// gradients of scores, and the handling of non-finite values.
 #pragma once
 
 #include "cuda/moa_attention/sm90_backward_chain.cuh"
@@ -7,15 +7,15 @@
 
 namespace moe_ops::cuda::attention::sm90 {
 
-// A tile of scores lies in shared memory as TMA would have written it: 64 rows by 64 keys. stmatrix
-// takes a row's address from each lane: of octet 0 or 1 of rows 0 to 15 of the warp. Octets 2 m
-// and 2 m + 1 lie at that address with m in its fifth bit.
+// Returns this lane's address in a tile of scores, which has the layout that TMA writes: 64 rows by
+// 64 keys. stmatrix takes a row's address from each lane: of octet 0 or 1 of rows 0 to 15 of the
+// warp. Octets 2 m and 2 m + 1 lie at that address with m in its fifth bit.
 __device__ inline uint32_t score_address(const void* tile) {
   const Consumer me;
   const int lane = me.lane(), line = me.warp() % 4 * 16 + lane % 16;
   return cute::cast_smem_ptr_to_uint(tile) + line * 2 * kSpan + (lane / 16 ^ line % 8) * 16;
 }
-// v[h][i]: two numbers of row i of octet 2 m + h.
+// Stores two octets. v[h][i]: two elements of row i of octet 2 m + h.
 __device__ __forceinline__ void store_octets(uint32_t address, int m, const uint32_t (&v)[2][2]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                :
@@ -40,7 +40,7 @@ __device__ void store_scores(uint32_t address, const Fragment<float, 8>& f) {
 
 // ---- Softmax ----
 
-// Scores to weights; log_sum: base 2.
+// Converts scores to weights; log_sum: base 2.
 template <class Mask>
 __device__ void weigh(Fragment<float, 8>& s, const Mask& mask, float times,
                       const float (&log_sum)[2]) {
@@ -53,7 +53,8 @@ __device__ void weigh(Fragment<float, 8>& s, const Mask& mask, float times,
     }
   }
 }
-// Products to gradients of scores. Zero times what is not finite would be no zero.
+// Converts products to gradients of scores. Masked elements are set to zero, as zero times a
+// non-finite value is NaN.
 template <class Mask>
 __device__ void softmax_gradient(const Fragment<float, 8>& w, Fragment<float, 8>& dp,
                                  const Mask& mask, const float (&delta)[2]) {
@@ -70,9 +71,9 @@ __device__ void softmax_gradient(const Fragment<float, 8>& w, Fragment<float, 8>
 // ---- Stick-breaking: stick_gradient of scores.cuh, in an order that keeps two numbers a score
 // ----
 
-// From the last key to the first: logits to shares, products to weight times product, weights to
-// the tile at `address`. Logits of keys that a row does not see are kNoShare: their share is zero,
-// and so is what comes of them, whatever the row's sums are.
+// Converts, from the last key to the first, logits to shares, products to weight times product,
+// weights to the tile at `address`. Logits of keys that a row does not see are kNoShare: their
+// share is zero, and so is what comes of them, whatever the row's sums are.
 template <class Element>
 __device__ void break_for_gradient(Fragment<float, 8>& s, Fragment<float, 8>& dp,
                                    const float (&log_rest)[2], uint32_t address) {
@@ -102,8 +103,8 @@ __device__ void break_for_gradient(Fragment<float, 8>& s, Fragment<float, 8>& dp
     store_octets(address, m, w);
   }
 }
-// From the first key to the last: weight times product to what it is of the gradient without the
-// keys before the tile. `total`: the sum over the tile, of each row.
+// Converts, from the first key to the last, weight times product to the gradient without the keys
+// before the tile. `total`: the sum over the tile, of each row.
 template <class Shares>
 __device__ void gradient_within(const Shares& z, Fragment<float, 8>& g, float (&total)[2]) {
 #pragma unroll
@@ -121,7 +122,7 @@ __device__ void gradient_within(const Shares& z, Fragment<float, 8>& g, float (&
     total[i] = sum;
   }
 }
-// And with them.
+// Adds the keys before the tile to the gradient.
 __device__ inline void add_before(const Fragment<float, 8>& z, Fragment<float, 8>& g,
                                   const float (&before)[2]) {
 #pragma unroll
@@ -136,7 +137,8 @@ __device__ inline void add_before(const Fragment<float, 8>& z, Fragment<float, 8
 
 // ---- Rows ----
 
-// Which of the 64 keys from j0 on the thread's two rows see; `seen`: of the first.
+// Returns which of the 64 keys from j0 on the thread's two rows see; `seen`: the range of the first
+// row.
 __device__ inline Mask mask_of_rows(const Range* seen, int j0) {
   const int shift = j0 + static_cast<int>(threadIdx.x) % 4 * 2;
   return {{seen[0].first - shift, seen[8].first - shift},
@@ -147,8 +149,8 @@ __device__ inline bool see_all(const Range* seen, int j0) {
          seen[8].last >= j0 + 64;
 }
 
-// Softmax: log-sum-exp with base 2, and delta. Stick-breaking: the log length at the right edge of
-// the tile of keys, which is kept for those that matter to the rows.
+// Loads a step's row data. Softmax: log-sum-exp with base 2, and delta. Stick-breaking: the log
+// length at the right edge of the tile of keys, which is kept for those that matter to the rows.
 template <bool kSoftmax>
 __device__ void load_step(const BackwardLaunch& launch, const KeyBlock& at, const Step& step,
                           int key_tile, int line, float (&a)[2], float (&b)[2]) {
@@ -192,7 +194,7 @@ __device__ void set_keys_apart(typename Config::Shared& smem, int thread, int th
   cutlass::arch::fence_view_async_shared();
   any_consumer(false, threads);
 }
-// Which numbers of grad_q are NaN by these keys, of rows whose masks are in smem.sight.
+// Notes the elements of grad_q that these keys make NaN, for rows whose masks are in smem.sight.
 template <class Config>
 __device__ void note_bad_keys(typename Config::Shared& smem, int thread, int threads) {
   constexpr int kWords = Config::kD / 32;
@@ -257,7 +259,7 @@ __device__ void set_rows_apart(typename Config::Shared& smem, Element* q, Elemen
 
 // ---- Results ----
 
-// Gradients of keys j and j + 8, added to those of the bands before.
+// Adds the gradients of keys j and j + 8 to those of earlier bands.
 template <int kD, class Element>
 __device__ void store_keys(const BackwardLaunch& launch, const KeyBlock& at,
                            Fragment<float, kD / 8>& f, int j, Element* result, float* kept,

@@ -1,5 +1,5 @@
-// What the TMA and wgmma kernels share: tiles in shared memory, tensor maps, products, softmax with
-// base 2.
+// Parts that the TMA and wgmma kernels share: tiles in shared memory, tensor maps, products,
+// softmax with base 2.
 //
 // A tile is rows of q, k, v or of a gradient as TMA boxes of 64 columns write them, with the
 // 128-byte swizzle. wgmma reads the same bytes as rows (dense along the head) or as columns.
@@ -38,7 +38,7 @@ template <class E, int kLines, int kColumns>
 using RowsLayout = decltype(cute::tile_to_shape(
     cute::GMMA::Layout_K_SW128_Atom<E>{}, cute::Shape<cute::Int<kLines>, cute::Int<kColumns>>{},
     cute::Step<cute::_1, cute::_2>{}));
-// The same tile as [kColumns][kLines]; one of 32 columns has the 64-byte swizzle.
+// Layout of a tile as [kColumns][kLines]; one of 32 columns has the 64-byte swizzle.
 template <class E, int kLines, int kColumns>
 using ColumnsLayout = decltype(cute::tile_to_shape(
     cute::conditional_t<kColumns == 32, cute::GMMA::Layout_MN_SW64_Atom<E>,
@@ -84,7 +84,7 @@ __device__ void start_product(const A& a, const B& b, Acc& acc, cute::GMMA::Scal
     mma.accumulate_ = cute::GMMA::ScaleOut::One;
   }
 }
-// The same with `a` in registers.
+// Starts a product with `a` in registers.
 template <class Mma, class A, class B, class Acc>
 __device__ void start_product_of_registers(const A& a, const B& b, Acc& acc) {
   Mma mma;
@@ -105,8 +105,9 @@ __device__ auto& fragment(Acc& acc) {
       Fragment<float, static_cast<int>(decltype(cute::size(acc))::value) / 4>*>(acc.data());
 }
 
-// Scores as the A operand of the next product: k step kk of 16 takes octets 2 kk and 2 kk + 1, and
-// its element c + 2 i + 4 h is column c of octet h in row i, which is the order of accumulators.
+// Returns scores as the A operand of the next product: k step kk of 16 takes octets 2 kk and 2 kk +
+// 1, and its element c + 2 i + 4 h is column c of octet h in row i, which is the order of
+// accumulators.
 template <class Mma, class E, int kKeys, class Acc>
 __device__ auto as_operand(const Acc& acc) {
   auto out = cute::make_tensor<E>(
@@ -135,7 +136,8 @@ __device__ inline uint32_t pack_two(float lo, float hi) {
   return reinterpret_cast<uint32_t&>(out);
 }
 
-// Row i of a fragment times a factor to `row` [8 kTiles], 16 bytes a thread; nothing without `row`.
+// Stores row i of a fragment times a factor to `row` [8 kTiles], 16 bytes per thread; does nothing
+// if `row` is nullptr.
 template <class E, int kTiles>
 __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float factor) {
   const int q = static_cast<int>(threadIdx.x) % 4;
@@ -154,8 +156,8 @@ __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float
   }
 }
 
-// Scores of keys that rows do not see become `value`. Kept apart from what uses the scores: a
-// predicate for each of them would not fit into registers.
+// Sets scores of keys that rows do not see to `value`. It is separate from the use of the scores,
+// since a predicate for each of them would not fit into registers.
 template <int kTiles>
 __device__ void mask_scores(Fragment<float, kTiles>& s, const Mask& mask, float value) {
 #pragma unroll
@@ -166,7 +168,7 @@ __device__ void mask_scores(Fragment<float, kTiles>& s, const Mask& mask, float 
     }
   }
 }
-// Scores become their tanh, 1 - 2 / (1 + 2^(2 log2(e) x)), off by up to 2^-22; `times` is what
+// Replaces scores by their tanh, 1 - 2 / (1 + 2^(2 log2(e) x)), off by up to 2^-22; `times` is what
 // scores are multiplied by before, with 2 log2(e) in it. No branch, and every step is in the
 // score's own register: ptxas works on many at once.
 template <int kTiles>
@@ -220,8 +222,8 @@ struct SoftmaxBase2 {
   }
 };
 
-// Any of the consumers' threads, asked of all of them. `barrier`: a number of those above 0 that
-// nothing else uses.
+// Returns whether `value` is true in any of the consumers' threads, all of which call. `barrier`:
+// the number of an otherwise unused barrier above 0.
 __device__ inline bool any_consumer(bool value, int threads, int barrier = 1) {
   uint32_t out;
   asm volatile(
@@ -246,10 +248,10 @@ struct Place {
   }
 };
 
-// Two warpgroups of consumers start their products in turn, so that one works on its scores while
-// the other's are multiplied. Each takes as many turns as the other.
+// Order in which the two consumer warpgroups issue MMAs: they alternate, so that one processes its
+// scores while the other's MMAs run. Both issue equally often.
 template <bool kOn>
-struct Turns {
+struct MmaOrder {
   int group;
   __device__ void begin() const {
     if (group == 1) pass();
@@ -269,7 +271,8 @@ struct Turns {
   static constexpr uint32_t kFirst = 1;  // of the barriers that CUTLASS leaves to kernels
 };
 
-// What `thread` of `threads` finds in kCount elements of shared memory, as fragments.cuh has it.
+// Returns whether `thread` of `threads` finds a non-finite value in its share of kCount elements of
+// shared memory.
 template <int kCount, class E>
 __device__ bool has_not_finite(const E* tile, int thread, int threads) {
   constexpr uint32_t kExponents =
@@ -281,7 +284,7 @@ __device__ bool has_not_finite(const E* tile, int thread, int threads) {
   }
   return any;
 }
-// Of a tile of kLines lines in spans of 64 columns.
+// Variant for a tile of kLines lines in spans of 64 columns; see fragments.cuh.
 template <int kLines, int kColumns, class E, class Note>
 __device__ void set_apart(E* tile, int thread, int threads, const Note& note) {
 #pragma unroll 1

@@ -1,10 +1,10 @@
 // Forward by TMA and wgmma.
 //
-// An item is 128 rows of a head, all slots of its tokens among them: one load of a tile of keys
-// and values serves every slot. There are as many blocks as SMs, and each walks its list of items.
-// A producer warp fills a ring of tiles in the order in which the two consumer warpgroups (64 rows
-// each) take them: keys first, then the next keys and the values in turn, so that the scores of a
-// tile are made while the values of the one before are added; it goes on with the next item while
+// An item is 128 rows of a head, all slots of its tokens among them: one load of a tile of keys and
+// values serves every slot. There are as many blocks as SMs, and each walks its list of items. A
+// producer warp fills a ring of tiles in the order in which the two consumer warpgroups (64 rows
+// each) take them: keys first, then the next keys and the values alternately, so that the scores of
+// a tile are made while the values of the one before are added; it goes on with the next item while
 // the consumers finish this one. Tiles of keys go from the last to the first.
 #pragma once
 
@@ -25,9 +25,9 @@ struct ForwardConfig {
   static constexpr int kTile = kKeys * kD;
   static constexpr int kStages = kTile * 2 > 16384 ? 5 : 6;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-  // Consumers take turns with their products. Weights of broken sticks take longer than products
-  // whatever the order, and the consumers meet once a tile as it is.
-  static constexpr bool kTurns = kSoftmax;
+  // Consumer warpgroups alternate with their MMAs. Weights of broken sticks take longer than
+  // products whatever the order, and the consumers meet once a tile as it is.
+  static constexpr bool kOrderedMma = kSoftmax;
 
   using ScoreMma = SharedMma<Element, kKeys, kD, cute::GMMA::Major::K, cute::GMMA::Major::K>;
   using OutMma = RegisterMma<Element, kD, kKeys, cute::GMMA::Major::MN>;
@@ -148,8 +148,8 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
   const PlainLogits logits{params.scale};
   const float times = logits.scale * kLog2E;
   const auto sQ = as_rows<Element, 64, kD>(smem.q + group * 64 * kD);
-  const Turns<Config::kTurns> turns{group};
-  turns.begin();
+  const MmaOrder<Config::kOrderedMma> mma_order{group};
+  mma_order.begin();
 
   Place<Config::kStages> place;
   const auto await = [&](const Place<Config::kStages>& at) { smem.full[at.stage].wait(at.phase); };
@@ -220,9 +220,9 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
     smem.q_full[group].wait(round % 2);
     if (last > first) {
       await(place);
-      turns.wait();
+      mma_order.wait();
       start_scores();
-      turns.pass();
+      mma_order.pass();
       warpgroup_wait<0>();
       warpgroup_fence_operand(scores);
       release(place);
@@ -280,11 +280,11 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
       const Place<Config::kStages> keys = place;
       await(keys);
       await(values);
-      turns.wait();
+      mma_order.wait();
       start_scores();
       place.next();
       start_values(weights);
-      turns.pass();
+      mma_order.pass();
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
       release(keys);
@@ -347,7 +347,7 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
       }
     }
   }
-  turns.end();
+  mma_order.end();
 }
 
 template <class Config>

@@ -6,8 +6,8 @@
 
 namespace moe_ops::cuda {
 
-// The tile that the model finds fastest; on equal terms the smaller one. In the batch-invariant
-// mode the one for many rows.
+// Returns the tile that the model finds fastest; on equal terms the smaller one. In the
+// batch-invariant mode the one for many rows.
 template <size_t n>
 FfnTile choose_ffn_tile(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
   size_t best = 0;

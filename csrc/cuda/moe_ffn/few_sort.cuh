@@ -20,7 +20,7 @@ struct FewSortShared {
   ExpertRows found;
 };
 
-// The number `ordinal` of the experts that have rows. All lanes of a warp ask together.
+// Finds expert number `ordinal` of those that have rows. All lanes of a warp take part.
 __device__ inline ExpertRows find_expert(const int32_t* counts, int num_experts, int ordinal) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   int first_row = 0;  // of the first expert of a round
@@ -41,7 +41,8 @@ __device__ inline ExpertRows find_expert(const int32_t* counts, int num_experts,
   return {-1, 0, 0};
 }
 
-// All threads of the block call. Afterwards slots[i] is the slot of the expert's row i.
+// Sorts the slots; all threads of the block call. Afterwards slots[i] is the slot of the expert's
+// row i.
 __device__ inline ExpertRows sort_few(const FewSort& p, int num_experts, int ordinal,
                                       FewSortShared& shared) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -72,8 +73,8 @@ __device__ inline ExpertRows sort_few(const FewSort& p, int num_experts, int ord
   return shared.found;
 }
 
-// What later kernels read: of the expert, by one of its blocks, where its slots lie; with `rest`
-// the offsets, and the slots that have no expert. One warp calls.
+// Writes the maps that later kernels read. One block of each expert writes where its slots are;
+// with `rest`, it also writes the offsets and the slots that have no expert. One warp calls.
 __device__ inline void write_maps(const FewSort& p, int num_experts, const ExpertRows& found,
                                   const FewSortShared& shared, bool rest) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

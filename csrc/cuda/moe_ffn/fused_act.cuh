@@ -1,7 +1,7 @@
-// The activations as epilogues compute them: four families instead of ten kinds, the rest are
+// The activations as epilogues compute them: four families instead of eleven kinds, the rest are
 // numbers. A kernel unrolls its epilogue once a family.
 //   kSwiglu   x s(x) u                     swiglu
-//   kSigmoid  x s(x (a + b x^2)) u         swiglu_oai, geglu_tanh, silu, gelu_tanh
+//   kSigmoid  x s(x (a + b x^2)) u         swiglu_oai, swiglu_clamped, geglu_tanh, silu, gelu_tanh
 //   kNormal   x cdf(x) u                   geglu, gelu
 //   kRelu     max(x, 0) u                  reglu, relu; relu2 with u = max(x, 0)
 // x is the gate, at most `limit`; u is up, within +-limit, plus `offset`: 1 for activations without
@@ -19,7 +19,7 @@ struct FusedAct {
   bool gated;
   bool square;  // relu2
   float a, b;
-  float limit;  // infinite except for swiglu_oai
+  float limit;  // infinite unless has_limit
   float offset;
 };
 
@@ -39,6 +39,10 @@ inline FusedAct fused_act(const ActivationParams& act) {
       f.a = static_cast<float>(act.alpha);
       f.limit = static_cast<float>(act.limit);
       f.offset = 1.f;
+      break;
+    case Activation::kSwigluClamped:
+      f.family = ActFamily::kSigmoid;
+      f.limit = static_cast<float>(act.limit);
       break;
     case Activation::kSilu:
       f.family = ActFamily::kSigmoid;
@@ -63,12 +67,12 @@ inline FusedAct fused_act(const ActivationParams& act) {
 // Comparisons are written so that NaN stays.
 __device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
 
-// x^2 for the polynomial of kSigmoid: where it is cut off, s has long been 0 or 1, and 0 * infinity
-// cannot arise when b is 0.
+// Returns x^2 for the polynomial of kSigmoid, limited where s is 0 or 1 anyway, so that 0 *
+// infinity cannot arise when b is 0.
 __device__ __forceinline__ float cut_square(float x) { return fminf(x * x, 1e6f); }
 
-// s(x) for results of 16 bits, in four instructions; sigmoid() takes some 13. Its relative error is
-// 1e-7 (1 + |x|), and it is 0 from about -87 on.
+// Returns s(x) for results of 16 bits in four instructions; sigmoid() takes about 13. Its relative
+// error is 1e-7 (1 + |x|), and it is 0 from about -87 on.
 __device__ __forceinline__ float short_sigmoid(float x) {
   float z, s;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(z) : "f"(x * -1.4426950409f));
@@ -76,7 +80,7 @@ __device__ __forceinline__ float short_sigmoid(float x) {
   return s;
 }
 
-// kShort: with short_sigmoid.
+// Returns h; kShort: with short_sigmoid.
 template <ActFamily F, bool kShort = false>
 __device__ __forceinline__ float fused_forward(const FusedAct& p, float gate, float up) {
   const auto s = [](float x) { return kShort ? short_sigmoid(x) : sigmoid(x).value; };
@@ -95,7 +99,7 @@ __device__ __forceinline__ float fused_forward(const FusedAct& p, float gate, fl
   }
 }
 
-// h, and dh times its derivatives.
+// Returns h, and dh times its derivatives.
 template <ActFamily F>
 __device__ __forceinline__ ActGrads<float> fused_backward(const FusedAct& p, float gate, float up,
                                                           float dh) {

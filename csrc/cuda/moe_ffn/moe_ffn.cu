@@ -27,7 +27,7 @@ int64_t num_partials(const MoeFfnDesc& s) {
   return ceil_div(s.intermediate_size, kFfnPartialColumns);
 }
 
-// Forward (1) and (2) as one stage, without the place for h.
+// Returns the parameters of forward (1) and (2) as one stage, without the address of h.
 FfnUpParams up_stage(const MoeFfnParams& p) {
   const MoeFfnDesc& s = p.desc;
   const Routing& r = s.routing;
@@ -46,7 +46,7 @@ FfnUpParams up_stage(const MoeFfnParams& p) {
   return u;
 }
 
-// Backward (1) and (2) as one stage, without its outputs.
+// Returns the parameters of backward (1) and (2) as one stage, without its outputs.
 FfnDownBwdParams down_bwd_stage(const MoeFfnBwdParams& p) {
   const MoeFfnDesc& s = p.desc;
   const Routing& r = s.routing;
@@ -103,7 +103,7 @@ BackwardBuffers backward_buffers(const MoeFfnBwdParams& p, Workspace& w) {
   return b;
 }
 
-// out [N, out_features] = b a.
+// Returns the parameters of out [N, out_features] = b a.
 GroupedGemmParams product_by_row(const Routing& r, const DeviceRows& a, const ExpertMatrices& b,
                                  int64_t out_features, int64_t in_features, void* out) {
   GroupedGemmParams g =
@@ -199,7 +199,7 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
   const DeviceRows grad_y = by_token(r, p.grad_y), x = by_token(r, p.x);
   const RowScale routing = routing_scale(r, s.topk_weights);
 
-  // What each gradient is made of.
+  // Determines the operands that the requested gradients need.
   const bool weights_by_x = on_input && p.grad_topk_weights != nullptr;
   const bool weights_by_h = !on_input && p.grad_topk_weights != nullptr;
   const bool need_rows = p.grad_x != nullptr || weights_by_x;

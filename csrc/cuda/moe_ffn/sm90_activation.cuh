@@ -2,7 +2,7 @@
 //
 // Gate and up of a column of h must meet in one thread. Halves: a tile is kTileN / 2 columns of
 // each (kSplitB), so octet j and octet j + kTileN / 16 of the accumulators belong together.
-// Interleaved: a thread's two neighbouring columns do. The second kernel serves activations without
+// Interleaved: a thread's two neighboring columns do. The second kernel serves activations without
 // a gate, too.
 #pragma once
 
@@ -27,8 +27,8 @@ struct ActivateRows {
                                                const Tile& tile, Acc& acc, int thread,
                                                unsigned char* boxes) {
     using Element = typename Config::Element;
-    // What follows from the thread's number is computed for each tile: kept through the mainloop,
-    // it would not leave it enough registers.
+    // Values that depend on the thread index are recomputed for each tile: kept through the
+    // mainloop, they would leave it too few registers.
     asm volatile("" : "+r"(thread));
     if (tile.k_tiles > 0) {
       if (p.scale.data != nullptr) scale_rows<Config>(p.scale, tile, acc, thread);
@@ -46,7 +46,7 @@ struct ActivateRows {
   }
 
  private:
-  // acc += bias. Of halves, column col is feature col and cols + col.
+  // Computes acc += bias. With gate and up in halves, column col is features col and cols + col.
   template <class Config, class Acc>
   __device__ __forceinline__ static void add_features(const typename Config::Element* bias,
                                                       const Tile& tile, int cols, Acc& acc,
@@ -71,8 +71,9 @@ struct ActivateRows {
     }
   }
 
-  // The warp's 16 rows of the pre-activation, as the accumulators are, and of h; cols: problem.n, I
-  // for halves, else P. 64 columns of h are 64 of gate and of up, or 128 interleaved ones.
+  // Stores the warp's 16 rows of the pre-activation, from the accumulators, and of h; cols:
+  // problem.n, I for halves, else P. 64 columns of h are 64 of gate and of up, or 128 interleaved
+  // ones.
   template <class Config, ActFamily family, bool gated, class Acc>
   __device__ __forceinline__ static void store_rows(const Params& p, int cols, const Tile& tile,
                                                     const Acc& acc, int thread,
@@ -118,8 +119,8 @@ struct ActivateRows {
     });
   }
 
-  // Two columns of h in one word. Halves, or no gate: of octet j and, with a gate, its up.
-  // Interleaved: of octets j and j + 1, a column of h from each.
+  // Returns two columns of h in one word. With halves, or without a gate, they come from octet j
+  // and, with a gate, its up; interleaved, one column each from octets j and j + 1.
   template <class Config, ActFamily family, bool gated, class Acc>
   __device__ __forceinline__ static uint32_t activate(const FusedAct& act, const Acc& acc, int m,
                                                       int i, int j) {

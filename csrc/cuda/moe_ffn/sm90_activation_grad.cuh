@@ -46,7 +46,7 @@ __device__ __forceinline__ GateUpOctets unpack_joint(const RawGateUp& raw) {
   return o;
 }
 
-// Their inverses.
+// Convert octets back; inverses of the functions above.
 __device__ __forceinline__ RawGateUp pack_halves(GateUpOctets o) {
   quad_transpose(o.gate.word);
   quad_transpose(o.up.word);
@@ -77,7 +77,8 @@ __device__ __forceinline__ uint4 scaled(const uint4& v, float factor) {
   return make_uint4(scale(v.x), scale(v.y), scale(v.z), scale(v.w));
 }
 
-// 16 bytes of four octets: columns 8 q to 8 q + 7 of `to`, which points to the first of 32 columns.
+// Stores 16 bytes of four octets: columns 8 q to 8 q + 7 of `to`, which points to the first of 32
+// columns.
 __device__ __forceinline__ void store_quad(void* to, uint32_t (&r)[4], bool inside) {
   quad_transpose(r);
   if (inside) *static_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
@@ -100,8 +101,8 @@ struct ActivationGrad {
   __device__ __forceinline__ static void store(const Params& p, const Problem& problem,
                                                const Tile& tile, const Acc& acc, int thread,
                                                unsigned char*) {
-    // What follows from the thread's number is computed for each tile: kept through the mainloop,
-    // it would not leave it enough registers.
+    // Values that depend on the thread index are recomputed for each tile: kept through the
+    // mainloop, they would leave it too few registers.
     asm volatile("" : "+r"(thread));
     with_family(p.act.family, [&](auto family) {
       store_as<Config, family.value>(p, problem.n, tile, acc, thread);
@@ -129,8 +130,8 @@ struct ActivationGrad {
     return at;
   }
 
-  // Ordinary loads: they stay behind the stores of earlier steps, so that one step's are under way
-  // at a time. Those of all would not fit the registers.
+  // Loads with ordinary loads, which stay behind the stores of earlier steps, so that the loads of
+  // one step are in flight at a time; those of all steps would not fit the registers.
   template <class Element>
   __device__ __forceinline__ static RawGateUp load(const Element* pre, const Place& at, int up_at,
                                                    bool gated) {

@@ -4,8 +4,9 @@
 //   that a wgmma is no larger than the rows there are.
 // - A block is one tile over the whole sum, two blocks an SM: all are at work at once, and the ones
 //   beyond that share the memory bandwidth, not waves of SMs.
-// - The M of a tile are two blocks of 64 features from two tensor maps. Of halves they are gate and
-//   up of the same columns, both in one thread; interleaved they are neighbours: lanes exchange.
+// - The M of a tile are two blocks of 64 features from two tensor maps. In halves they are gate and
+//   up of the same columns, both in one thread; interleaved they are neighbors, and lanes exchange
+//   them.
 // - The weights are dense along k or along their features: a box is 64 x 64 either way.
 #pragma once
 
@@ -110,9 +111,9 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
   finish_copies();
 }
 
-// Lanes whose features are neighbours exchange, so that each stores both features of one row. v0
-// and v1 are feature `feature` of rows `row` and row + 1; interleaved, they are features `feature`
-// and feature + 4 of row `row`.
+// Stores two elements. Lanes whose features are neighbors exchange, so that each stores both
+// features of one row. v0 and v1 are feature `feature` of rows `row` and row + 1; interleaved, they
+// are features `feature` and feature + 4 of row `row`.
 template <class Element>
 __device__ __forceinline__ void store_few(const FewParams& p, int feature, int row, int end,
                                           float v0, float v1) {
@@ -127,8 +128,8 @@ __device__ __forceinline__ void store_few(const FewParams& p, int feature, int r
   }
 }
 
-// Rows from row0 on. acc(make_coord(c, i, j), m, 0) is row 8 j + 2 q + c of feature
-// 16 warp + lane / 4 + 8 i of block m.
+// Finishes rows from row0 on. acc(make_coord(c, i, j), m, 0) is row 8 j + 2 q + c of feature 16
+// warp + lane / 4 + 8 i of block m.
 template <class Config, class Acc>
 __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& tile, int row0,
                                            Acc& acc, int thread) {
@@ -151,7 +152,8 @@ __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& ti
                     : 0.f;
     }
   }
-  // Of out. Interleaved, block m holds 32 columns from 32 m on, a lane half of those that it has.
+  // Feature of out. Interleaved, block m holds 32 columns from 32 m on, and a lane stores half of
+  // those that it has.
   const int feature = tile.feature + (p.interleaved ? place / 16 * 8 + place % 8 / 2 : place);
   const int step = p.interleaved ? 32 : 8;
   const auto each = [&](const auto& gate_and_up, const auto& one) {
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
   tile.feature = column_tile * p.tile_features;
   tile.map_feature = p.interleaved ? 2 * tile.feature : tile.feature;
   __shared__ FewSortShared sorted;
-  // Of an SM's 228 KiB, and 1 KiB a block that the system takes.
+  // Two blocks must fit in an SM's 228 KiB; the system reserves 1 KiB per block.
   static_assert(2 * (T::kSharedBytes + round_up<int>(sizeof(sorted), 1024) + 1024) <= 228 * 1024);
   if (p.sort.ids.data != nullptr) {
     const ExpertRows found = sort_few(p.sort, p.problem.num_experts, ordinal, sorted);

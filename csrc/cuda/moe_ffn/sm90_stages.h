@@ -7,14 +7,14 @@
 
 namespace moe_ops::cuda::sm90 {
 
-// How gate and up of a column lie in w_gate_up: in two halves, or side by side. Activations without
-// a gate are served by kJoint.
+// Layout of gate and up of a column in w_gate_up: in two halves, or side by side. Activations
+// without a gate use kJoint.
 enum class GateUp { kHalves, kJoint };
 
 // Matrices [E, O, K] lie along K, or along O.
 inline bool dense_along_k(const ExpertMatrices& w) { return w.stride_k == 1; }
 
-// The weights as TMA reads them: the dense side first.
+// Returns the weights as a tensor that TMA reads, the dense dimension first.
 inline TensorMapDesc ffn_matrices(const ExpertMatrices& w, int64_t num_experts,
                                   int64_t out_features, int64_t in_features) {
   const bool along_k = dense_along_k(w);
@@ -57,7 +57,7 @@ struct FewProduct {
 FewProduct few_product(const FfnUpParams& p);
 FewProduct few_product(const FfnDownParams& p);
 
-// `rows`: of an expert at a time, 32 or 64.
+// Runs a product. `rows`: rows of an expert at a time, 32 or 64.
 template <DType type, int rows>
 Status run_few(const FewProduct& f, Stream stream);
 

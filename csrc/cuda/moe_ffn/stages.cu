@@ -13,8 +13,8 @@ namespace moe_ops::cuda {
 
 namespace {
 
-// MOE_OPS_FFN_TILE=low|high|pair takes that tile where the stage has it, MOE_OPS_FFN_TILE=composed
-// none of these kernels. For tests and measurements.
+// Returns MOE_OPS_FFN_TILE: low, high or pair selects that tile if the stage has it, composed
+// disables these kernels. For tests and benchmarks.
 std::string_view forced_tile() {
   const char* s = std::getenv("MOE_OPS_FFN_TILE");
   return s != nullptr ? s : "";
@@ -29,8 +29,8 @@ FfnTile tile_of(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// What all stages ask of the rows that the producer gathers, and of sizes: rows of 16-byte pieces,
-// counted in 32 bits with room for a tile past the last one.
+// Returns whether sizes and gathered rows meet the requirements of all stages: rows of 16-byte
+// pieces, counted in 32 bits with room for a tile past the last one.
 template <class Params>
 bool usable(const Params& p, const DeviceRows& rows) {
   constexpr int64_t kMost = INT32_MAX - 1024;
@@ -67,13 +67,13 @@ GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
   return d;
 }
 
-// Whether a call of so many tokens may take the kernels for few: not where bits must be those of a
-// larger one.
+// Returns whether a call with so many tokens may use the kernels for few tokens; batch-invariant
+// mode excludes them.
 bool takes_few(int64_t num_tokens) {
   return num_tokens <= kFfnFewTokens && forced_tile() == "" && !batch_invariant();
 }
 
-// Few tokens: inference only, as training wants the pre-activation.
+// Returns whether a call has few tokens; for inference only, as training needs the pre-activation.
 bool few_tokens(const FfnUpParams& p) {
   return takes_few(p.x.limit) && p.preact == nullptr &&
          tensor_map_possible(sm90::few_product(p).block[0]);

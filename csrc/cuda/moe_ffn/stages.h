@@ -9,8 +9,8 @@
 
 namespace moe_ops::cuda {
 
-// What a stage sorts for itself: the maps of sort_by_expert.h but row_to_slot, which no later stage
-// of inference reads. In slot_to_row, -1 is a slot without an expert.
+// Maps that a stage computes itself: those of sort_by_expert.h except row_to_slot, which no later
+// stage of inference reads. In slot_to_row, -1 is a slot without an expert.
 struct FewSort {
   IndexMap ids;  // [T, K]; data is nullptr: rows are sorted
   int num_slots = 0, top_k = 0;
@@ -38,7 +38,7 @@ struct FfnUpParams {
 };
 
 bool supports(const FfnUpParams& p);
-// Whether a supported stage can sort for itself: few tokens, no scale.
+// Returns whether a supported stage can sort the slots itself: few tokens, no scale.
 bool sorts_few(const FfnUpParams& p);
 Status ffn_up(const FfnUpParams& p, Stream stream);
 

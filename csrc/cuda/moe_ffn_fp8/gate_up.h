@@ -1,4 +1,4 @@
-// The up product with gate, activation and quantisation in its epilogue: h goes to memory as e4m3,
+// The up product with gate, activation and quantization in its epilogue: h goes to memory as e4m3,
 // and the pre-activation does not. For sm_90a and SwiGLU with gate half first; other blocks take
 // grouped_gemm_fp8 and a launch for the activation.
 #pragma once
@@ -13,8 +13,8 @@ struct GateUpParams {
   float* scale = nullptr;        // [N, I / 128] contiguous
 };
 
-// Whether the kernel takes it, and is the better choice: I a multiple of 128, so that a block of
-// scales has rows of one half; more than 64 rows an expert.
+// Returns whether the kernel supports a call and is faster: I is a multiple of 128, so that a block
+// of scales has rows of one half, and experts have more than 64 rows on average.
 bool supports(const GateUpParams& p);
 
 Status gate_up_swiglu(const GateUpParams& p, Stream stream);

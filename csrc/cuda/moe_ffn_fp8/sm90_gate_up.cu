@@ -20,8 +20,8 @@ struct GateUpConfig : Fp8Config<shape, true> {
   static constexpr bool kSplitB = true;
 };
 
-// Two codes of a block, that of `low` in the low byte: the bits of fp8_code, by the card's own
-// cast.
+// Returns two codes of a block, that of `low` in the low byte, bitwise identical to fp8_code but by
+// the GPU's conversion instruction.
 __device__ __forceinline__ uint32_t fp8_codes(float low, float high, const Fp8Scale& s) {
   uint16_t codes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"

@@ -21,24 +21,24 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
   return a;
 }
 
-// The lowest four bits of both halves, and `bits`: in one instruction, of which the compiler makes
-// two.
+// Returns the lowest four bits of both halves, or'ed with `bits`, in one instruction; the compiler
+// would emit two.
 __device__ __forceinline__ uint32_t low_nibbles(uint32_t v, uint32_t bits) {
   uint32_t r;
   asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(r) : "r"(v), "r"(bits));
   return r;
 }
 
-// Two bytes, each below the magic byte, as two signed numbers. Of a byte, the lower seven bits
-// count up and the highest one takes 128 away: (base + low) - (base + high).
+// Returns two bytes, each below the magic byte, as two signed numbers. In a byte, the lower seven
+// bits count up and the highest one subtracts 128: (base + low) - (base + high).
 template <class S>
 __device__ __forceinline__ uint32_t signed_pair(uint32_t v) {
   return subtract<S>(v & 0xff7fff7fu, v & 0xff80ff80u);
 }
 
-// Eight codes in 16-bit pairs. 8 bits: two words in their order, (0, 1), (2, 3), (4, 5), (6, 7).
-// 4 bits: one word as (0, 4), (1, 5), (2, 6), (3, 7), the order that takes one step a pair; code
-// and what it multiplies may be in any order as long as it is the same.
+// Expands eight codes to 16-bit pairs. 8 bits: two words in their order, (0, 1), (2, 3), (4, 5),
+// (6, 7). 4 bits: one word as (0, 4), (1, 5), (2, 6), (3, 7), the order that takes one step a pair;
+// code and what it multiplies may be in any order as long as it is the same.
 template <class S>
 __device__ __forceinline__ void expand8(uint32_t first, uint32_t second, uint32_t (&r)[4]) {
   r[0] = signed_pair<S>(__byte_perm(first, kMagic<S>, 0x4140));
@@ -56,7 +56,7 @@ __device__ __forceinline__ void expand4(uint32_t word, uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i] = subtract<S>(low_nibbles(word >> (4 * i), kHigh), kZero);
 }
 
-// The same as floats, in their order.
+// Expands the eight bytes to floats, in their order.
 __device__ __forceinline__ void expand8(uint32_t first, uint32_t second, float (&v)[8]) {
   // 2^23 + c + 128 for a signed byte c.
   first ^= 0x80808080u;

@@ -2,9 +2,9 @@
 // accesses of 16 bytes that go straight to registers.
 //
 // A block makes 32 features of an expert's rows, with a gate the gate and the up of 16 columns. Its
-// warps split the sum: they take turns at steps of 64 bytes of all 32 lines, and the partial sums
-// are added up in the order of the warps. Lines are the M of mma.sync, 16 at a time, and rows
-// the N, 8 at a time: nothing is multiplied more often than 8 rows need.
+// warps split the sum: they alternate in steps of 64 bytes of all 32 lines, and the partial sums
+// are added up in the order of the warps. Lines are the M of mma.sync, 16 at a time, and rows the
+// N, 8 at a time: nothing is multiplied more often than 8 rows need.
 //
 // Lane l has line l / 4 of a tile and the 16 bytes l % 4 of the step. The k of a fragment may be
 // any k as long as both operands agree, so what a lane has loaded is what it multiplies: with 8
@@ -42,7 +42,7 @@ struct FewLaunch {
   int tile_lines;  // features of one: 16 with a gate, else 32
 };
 
-// Eight neighbouring numbers of a row of x, as `first` and `rest` of the products with codes: rest
+// Eight neighboring numbers of a row of x, as `first` and `rest` of the products with codes: rest
 // is what float32 needs beside tf32. In the order of expand8 or expand4.
 template <class S, int kBits>
 struct Operand {
@@ -147,7 +147,8 @@ struct FewStep {
   uint32_t words[2][2][4];
   float scale[2][2];
 
-  // The lane's bytes lie `ahead` from those of `lines`, at `byte` of a line of line_bytes.
+  // Loads a step. The lane's bytes are `ahead` from those of `lines`, at `byte` of a line of
+  // line_bytes.
   template <bool kAligned>
   __device__ __forceinline__ void load(const FewLines& lines, const float* scales, int ahead,
                                        int byte, int line_bytes) {
@@ -221,7 +222,7 @@ struct FewRows {
     }
   }
 
-  // byte: as loaded.
+  // Adds a loaded step to the sums. byte: see load.
   __device__ __forceinline__ void add(FewStep<kGroup>& step, int byte, int line_bytes) {
     if constexpr (kGroup == 0) {
       // Codes past the end are zeros.
@@ -264,7 +265,7 @@ struct FewRows {
   }
 };
 
-// Line i of tile `tile` from feature f0 on, as a row of w.
+// Returns the line i of tile `tile` from feature f0 on, as a row of w.
 __device__ __forceinline__ int64_t line_of(const QuantStage& s, int64_t f0, int tile, int i) {
   if (!s.gated) return f0 + 16 * tile + i;
   return s.act.interleaved ? 2 * (f0 + i) + tile : f0 + i + tile * s.features;
@@ -318,7 +319,7 @@ __device__ void few_finish(const FewLaunch& p, const float (*partial)[2][kRowTil
   }
 }
 
-// kGroup: codes of 4 bits that share a scale; 0: codes of 8 bits, of which a line has one.
+// kGroup: 4-bit codes that share a scale; 0: 8-bit codes with one scale per line.
 template <class S, int kGroup, bool kAligned, int kRowTiles>
 __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
                                   FewConfig<kRowTiles>::kBlocksPerSm)

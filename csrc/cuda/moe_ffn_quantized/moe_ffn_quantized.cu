@@ -63,7 +63,7 @@ Status copy_rows(const CopyParams& p, Stream stream) {
 
 // --- the block
 
-// Elements between rows that kernels read 16 at a time.
+// Returns the stride, in elements, of rows that kernels read 16 at a time.
 int64_t padded(int64_t size) { return round_up<int64_t>(size, 16); }
 
 bool needs_copy(const MoeFfnQuantizedParams& p) {
@@ -87,8 +87,8 @@ Buffers buffers_of(const MoeFfnQuantizedParams& p, Workspace& w) {
   return b;
 }
 
-// MOE_OPS_QUANT_KERNEL=few|tiles takes that kernel whatever the number of tokens. For tests and
-// measurements.
+// Returns whether the kernel for few tokens runs; MOE_OPS_QUANT_KERNEL=few or tiles selects a
+// kernel independently of the number of tokens, for tests and benchmarks.
 bool takes_few(const QuantStage& s) {
   const char* const forced = std::getenv("MOE_OPS_QUANT_KERNEL");
   if (forced != nullptr && std::string_view(forced) == "few") return true;

@@ -7,8 +7,8 @@
 // that of the line. float32 products take three tf32 ones each, beside which it costs nothing to
 // multiply a code by its scale first.
 //
-// With a gate, the columns of a tile are gate and up of a feature in turns, whatever their places
-// in w: both are in one thread, which writes act of the two.
+// With a gate, the columns of a tile are gate and up of a feature interleaved, whatever their
+// places in w: both are in one thread, which writes act of the two.
 #pragma once
 
 #include "cuda/grouped_gemm/gemm_kernel.cuh"
@@ -30,10 +30,10 @@ struct TileLaunch {
   int columns;  // lines of w
   int column_tiles;
   bool aligned;    // lines of w start on 16 bytes
-  bool out_pairs;  // two neighbours of a row of out can be stored at once
+  bool out_pairs;  // two neighbors of a row of out can be stored at once
 };
 
-// Line of w that is column c of the product.
+// Returns the line of w that is column c of the product.
 __device__ __forceinline__ int64_t line_of_column(const QuantStage& s, int c) {
   return s.gated && !s.act.interleaved ? c / 2 + c % 2 * s.features : c;
 }
@@ -52,7 +52,8 @@ struct GroupProduct : generic::WarpTile<Config> {
     for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&sum[0][0][0])[i] = 0;
   }
 
-  // scale: of each column, for 32 of k after another; kSpan: the k that share one.
+  // Multiplies a step. scale: of each column, for consecutive spans of 32 k; kSpan: the k that
+  // share a scale.
   template <int kSpan>
   __device__ void multiply(const S* a, const S* b, const float* scale) {
 #pragma unroll 1
@@ -111,7 +112,7 @@ struct CodeTile {
   static_assert(Config::kTileK % kEach == 0 && kScales <= Config::kThreads);
   static constexpr bool kEven = kAll % Config::kThreads == 0;
 
-  // Of this thread: lines of w, from its piece on, and their scales; nullptr: there is none.
+  // This thread's lines of w, from its piece on, and their scales; nullptr: there is none.
   const uint8_t* lines[kPasses];
   const float* line_scales[kPasses];  // float32 with 4 bits
   const float* column_scale;
@@ -124,7 +125,7 @@ struct CodeTile {
   }
   static __device__ int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
 
-  // The tile of columns from n0 on.
+  // Starts the tile of columns from n0 on.
   __device__ __forceinline__ void start(const TileLaunch& launch, int expert, int n0) {
     const QuantStage& s = launch.s;
     const auto* const w = static_cast<const uint8_t*>(s.w.data) + expert * s.w.stride_e;

@@ -15,7 +15,7 @@ constexpr int64_t dtype_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 
-// The type that sums of such operands run in.
+// Returns the type in which operands of type t are summed.
 constexpr DType accumulate_type(DType t) {
   return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
@@ -29,8 +29,8 @@ constexpr uint8_t kFp8Nan = 0x7f;
 // normal float, and the inverse is finite. A block of zeros gets the smallest scale, 2^-126.
 constexpr float kFp8MinAmax = 448.0f * 0x1p-126f;
 
-// What the bits of a weight stand for, before scales. Two codes of 4 bits share a byte, the even k
-// in the low nibble, but in kQ4K.
+// Encoding of quantized weights, before scales. Two 4-bit values share a byte, the even k in the
+// low nibble, except in kQ4K.
 enum class Codes : int {
   kInt8,   // int8
   kInt4,   // 4 bits, without sign; 8, or the zero point of the group, is taken off
@@ -55,8 +55,8 @@ constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
-// How a kernel gets its threads: run(n, fn, ctx) calls fn(begin, end, ctx) for a partition of
-// [0, n), possibly at once. The torch adapter passes torch's own pool, so no second one exists.
+// Thread pool of a kernel: run(n, fn, ctx) calls fn(begin, end, ctx) for a partition of [0, n),
+// possibly concurrently. The torch adapter passes torch's own pool, so no second one exists.
 struct Parallel {
   int num_threads = 1;
   double start_cost = 1;  // of a loop, as a share of what a region of the pool costs
@@ -69,7 +69,7 @@ struct IndexMap {
   bool is_64 = false;  // int64, otherwise int32
 };
 
-// What device launchers are called with and answer. No CUDA header is needed to call one.
+// Argument and result types of device launchers; callers need no CUDA header.
 namespace cuda {
 using Stream = ::CUstream_st*;
 using Status = int;  // a cudaError_t; 0: success

@@ -5,7 +5,7 @@
 
 namespace moe_ops {
 
-// One matrix [O, K] and its bias, as a bank of one expert.
+// One matrix [O, K] and its bias, stored as the weights of a single expert.
 struct DenseLayer {
   ExpertMatrices weight;
   ExpertVectors bias;

@@ -26,7 +26,7 @@ namespace cpu {
 void expert_choice_router(const ExpertChoiceRouterParams& p, const Parallel& par);
 }  // namespace cpu
 
-// The same params, with every pointer on the device.
+// CUDA launchers take these params with device pointers.
 namespace cuda {
 int64_t expert_choice_router_workspace(const ExpertChoiceRouterParams& p);  // bytes
 Status expert_choice_router(const ExpertChoiceRouterParams& p, void* workspace, Stream stream);

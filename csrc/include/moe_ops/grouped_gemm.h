@@ -56,7 +56,7 @@ struct ExpertMatrices {
   QuantFormat quant = {};
 };
 
-// The same matrices as [E, K, O]: only strides change.
+// Returns the matrices as [E, K, O]; only the strides change.
 inline ExpertMatrices transposed(ExpertMatrices m) {
   std::swap(m.stride_o, m.stride_k);
   m.panels = nullptr;
@@ -132,7 +132,7 @@ struct DeviceRows {
   int64_t limit = 0;  // rows of `data`
 };
 
-// The same as a destination; a row outside [0, limit) is not written.
+// Destination rows, indexed like DeviceRows; a row outside [0, limit) is not written.
 struct MutableDeviceRows {
   void* data = nullptr;
   DType type = DType::kFloat32;

@@ -57,7 +57,7 @@ struct GroupedGemmFp8WgradParams {
   DType out_type = DType::kFloat32;         // float32, bfloat16 or float16
   bool accumulate = false;                  // add to out; experts without rows are left alone
 
-  // The most rows that fit the groups.
+  // Returns the largest number of rows that fits the groups.
   constexpr int64_t max_rows() const {
     return kFp8Block * (num_groups - num_experts) + kFp8Block - 1;
   }
@@ -82,7 +82,8 @@ struct DeviceFp8Rows {
   int64_t limit = 0;
 };
 
-// The same with every sum multiplied by factor(r) before the bias is added.
+// Device counterpart of moe_ops::GroupedGemmFp8Params; every sum is multiplied by factor(r) before
+// the bias is added.
 struct GroupedGemmFp8Params {
   const int32_t* expert_offsets = nullptr;  // [E+1]
   int64_t num_experts = 0;                  // E

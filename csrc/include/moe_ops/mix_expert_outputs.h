@@ -1,5 +1,5 @@
 // mix_expert_outputs: y[t, m] = sum_e weights[t, m, e] * act(n[t, e]) with n = outputs, or outputs
-// normalised over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E
+// normalized over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E
 // experts, O outputs of one, M mixtures.
 #pragma once
 
@@ -11,9 +11,9 @@ namespace moe_ops {
 
 enum class MixActivation : int { kNone, kRelu, kSilu, kSigmoid };
 
-// What stands between outputs and mixture. [E, O] in the accumulate type; norm_weight == nullptr:
-// no normalisation, n = outputs. Otherwise n = (outputs - mean) * norm_weight / sqrt(var + eps) +
-// norm_bias.
+// Normalization n of the outputs before they are mixed; operands are [E, O] in the accumulate type.
+// If norm_weight is nullptr, n = outputs; otherwise n = (outputs - mean) * norm_weight / sqrt(var +
+// eps) + norm_bias.
 struct MixNorm {
   const void* norm_weight;
   const void* norm_bias;

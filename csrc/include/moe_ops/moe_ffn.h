@@ -1,8 +1,8 @@
 // moe_ffn: the whole expert FFN block, forward and backward. P = 2I for gated activations, else I.
 //
-// On CUDA all pointers are to device memory. What lies between the products (the pre-activation,
-// the activation, an expert's output, and their gradients) is rounded to x's type there; sums are
-// not.
+// On CUDA all pointers are device pointers, and intermediate tensors between the GEMMs (the
+// pre-activation, the activation, an expert's output, and their gradients) are rounded to x's type;
+// sums are not.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace moe_ops {
 
-// What all kinds of weights and both directions have in common.
+// Description shared by all kinds of weights and by forward and backward.
 struct MoeFfnDesc {
   Routing routing;
   const void* topk_weights = nullptr;  // [T, K] in the accumulate type
@@ -73,7 +73,7 @@ void moe_ffn_bwd(const MoeFfnBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
 namespace cuda {
-// Bytes.
+// Return the size of the workspace in bytes.
 int64_t moe_ffn_workspace(const MoeFfnParams& p);
 int64_t moe_ffn_bwd_workspace(const MoeFfnBwdParams& p);
 

@@ -1,5 +1,5 @@
-// moe_ffn_fp8: moe_ffn of e4m3 weights with a scale for 128 x 128, forward only. P = 2I for gated
-// activations, else I.
+// moe_ffn_fp8: moe_ffn with e4m3 weights that have a scale per 128 x 128 block, forward only. P =
+// 2I for gated activations, else I.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace moe_ops {
 
-// x is quantised by token, 1 x 128 at a time, unless it comes so, and rows are gathered from there;
-// the activated features are quantised by row. A routing weight on the input multiplies the sums of
-// the up product, which is the same as scaling the token's scales.
+// x is quantized per token in blocks of 1 x 128, unless it is passed quantized, and rows are
+// gathered from the result; the activated features are quantized per row. A routing weight on the
+// input multiplies the sums of the up projection, which equals scaling the token's scales.
 struct MoeFfnFp8Params {
   MoeFfnDesc desc;  // topk_weights in fp32; on the CPU, the routing may be
                     // without maps

@@ -1,4 +1,4 @@
-// moe_ffn_quantized: moe_ffn of weights of few bits, which have no gradient. P = 2I for gated
+// moe_ffn_quantized: moe_ffn with quantized weights, which have no gradient. P = 2I for gated
 // activations, else I.
 #pragma once
 
@@ -8,14 +8,14 @@
 
 namespace moe_ops {
 
-// [E, O, D] of `format.bits` bits each; see QuantFormat. Every row is dense.
+// Matrices [E, O, D] of `format.bits` bits per weight; see QuantFormat. Every row is dense.
 struct QuantizedMatrices {
   const void* data = nullptr;
   int64_t stride_e = 0, stride_o = 0;  // bytes
   QuantFormat format;
 };
 
-// The same as an operand of grouped products on the CPU; x_type is that of the tokens.
+// Returns the matrices as an operand of grouped GEMM on the CPU; x_type is the type of the tokens.
 inline ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
   ExpertMatrices m;
   m.data = q.data;
@@ -36,7 +36,7 @@ struct MoeFfnQuantizedParams {
   ExpertVectors b_gate_up;      // [E, P] or none
   ExpertVectors b_down;         // [E, H] or none
   void* y;                      // [T, H] contiguous, out, x's type
-  void* preact = nullptr;       // CPU: as of MoeFfnParams
+  void* preact = nullptr;       // CPU: see MoeFfnParams
   void* workspace = nullptr;    // CUDA: moe_ffn_quantized_workspace bytes, aligned to 256
 };
 

@@ -18,7 +18,7 @@ struct NeuronTable {
   int64_t stride_e = 0, stride_g = 0;  // elements
 };
 
-// What both directions have.
+// Description shared by forward and backward.
 struct PeerFfnDesc {
   DType type;                // of x, the tables and y
   Activation act;            // with its usual alpha and limit

@@ -51,7 +51,7 @@ struct PermuteParams {
   void* rows;                     // [N, H] contiguous, out
 };
 
-// As the CPU's.
+// Device counterpart of moe_ops::PermuteBwdParams.
 struct PermuteBwdParams {
   const void* grad_rows;  // [N, H] rows grad_stride elements apart
   DType type;

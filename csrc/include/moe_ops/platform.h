@@ -1,5 +1,5 @@
-// What operating systems and compilers do in different ways. Calls that only one system has are in
-// cpu/runtime/, beside what the others do instead.
+// Differences between operating systems and compilers. Calls that exist on one system only are in
+// cpu/runtime/, beside their replacements for the others.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 #include <malloc.h>
 #endif
 
-// What the library shows: the functions of python/library.cpp, and what moe_ops_dev calls.
+// Marks exported symbols: the functions of python/library.cpp and those that moe_ops_dev calls.
 #if defined(_WIN32)
 #define MOE_OPS_API __declspec(dllexport)
 #else
@@ -18,7 +18,7 @@
 
 namespace moe_ops {
 
-// Memory that free_aligned gives back, or null. `alignment` is a power of two from 8 on.
+// Returns memory that free_aligned releases, or null. `alignment` is a power of two, at least 8.
 inline void* allocate_aligned(size_t alignment, size_t bytes) {
 #if defined(_WIN32)
   return _aligned_malloc(bytes, alignment);

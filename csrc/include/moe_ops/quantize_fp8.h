@@ -30,8 +30,8 @@ struct QuantizeFp8Params {
   float* scale = nullptr;  // [num_rows, ceil(row_length / 128)] contiguous
 };
 
-// Where the rows of experts lie once they are columns in groups of 128, each expert's first group
-// starting with its first row: expert e, whose rows start at `offset`, has its groups from
+// Returns an expert's first group when rows are columns in groups of 128 and each expert's first
+// group starts with its first row: expert e, whose rows start at `offset`, has its groups from
 // fp8_first_group(offset, e) on. No two experts share a group, the place of one needs no sum over
 // the others, and N rows of E experts take at most fp8_groups(N, E).
 constexpr int64_t fp8_first_group(int64_t offset, int64_t expert) {
@@ -40,7 +40,7 @@ constexpr int64_t fp8_first_group(int64_t offset, int64_t expert) {
 constexpr int64_t fp8_groups(int64_t rows, int64_t experts) { return rows / kFp8Block + experts; }
 
 // Row r is row row_to_slot[r] / top_k of x, times topk_weights[row_to_slot[r]], in fp32; r itself
-// and 1 where these are nullptr. Column d of a group is quantised as 128 numbers of a row are;
+// and 1 where these are nullptr. Column d of a group is quantized as 128 numbers of a row are;
 // what has no row counts as zeros.
 struct QuantizeFp8ColumnsParams {
   const int32_t* expert_offsets = nullptr;  // [E+1]

@@ -1,4 +1,4 @@
-// rotary: pairs of features turned by the angle of their token.
+// rotary: rotates pairs of features by the angle of their token.
 #pragma once
 
 #include <cstdint>

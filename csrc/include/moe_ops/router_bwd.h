@@ -31,7 +31,8 @@ void router_bwd(const RouterBwdParams& p, const Parallel& par);
 
 namespace cuda {
 
-// As the CPU's, with ids as they come: a value outside [0, E) is no expert.
+// Device counterpart of moe_ops::RouterBwdParams; ids are not validated, and a value outside [0, E)
+// is no expert.
 struct RouterBwdParams {
   const void* grad_weights;
   const void* router_logits;

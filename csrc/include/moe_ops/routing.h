@@ -8,9 +8,9 @@
 
 namespace moe_ops {
 
-// N = T * K slots; slot t * K + k is the k-th choice of token t. Rows are slots sorted by expert,
-// in the order of slots within an expert. Rows expert_offsets[e] to expert_offsets[e + 1] are those
-// of expert e; rows from expert_offsets[E] on are of slots without an expert.
+// N = T * K slots; slot t * K + k is the k-th expert selected for token t. Rows are slots sorted by
+// expert, in the order of slots within an expert. Rows expert_offsets[e] to expert_offsets[e + 1]
+// are those of expert e; rows from expert_offsets[E] on are of slots without an expert.
 //
 // An op that sorts for itself gets topk_ids, one whose caller has sorted gets the maps. On CUDA all
 // pointers are to device memory, and kernels clamp or skip values that are out of range.
@@ -25,7 +25,8 @@ struct Routing {
 
   constexpr int64_t num_slots() const { return num_tokens * top_k; }
   bool sorted() const { return expert_offsets != nullptr; }
-  // Rows that have an expert. Reads expert_offsets: on the CPU only.
+  // Returns the number of rows that have an expert. It reads expert_offsets, so it is for the CPU
+  // only.
   int64_t num_valid_rows() const { return expert_offsets[num_experts]; }
 };
 

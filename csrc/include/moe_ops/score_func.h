@@ -13,8 +13,8 @@ enum class ScoreFunc : int { kSoftmax, kSigmoid, kSqrtSoftplus };
 constexpr const char* kScoreFuncNames[] = {"softmax", "sigmoid", "sqrtsoftplus"};
 constexpr int kScoreFuncs = sizeof(kScoreFuncNames) / sizeof(kScoreFuncNames[0]);
 
-// The softmax is over all experts. Every other score is a function of one logit, so that kernels
-// treat them alike, and only the experts chosen get a gradient.
+// Returns whether the score is a softmax, which is over all experts. Every other score is a
+// function of one logit, so kernels treat them alike, and only the selected experts get a gradient.
 constexpr bool is_softmax(ScoreFunc f) { return f == ScoreFunc::kSoftmax; }
 
 }  // namespace moe_ops

@@ -34,7 +34,7 @@ namespace cpu {
 void topk_router(const TopkRouterParams& p, const Parallel& par);
 }  // namespace cpu
 
-// The same params, with every pointer on the device.
+// CUDA launchers take these params with device pointers.
 namespace cuda {
 int64_t topk_router_workspace(const TopkRouterParams& p);  // bytes; mostly 0
 Status topk_router(const TopkRouterParams& p, void* workspace, Stream stream);

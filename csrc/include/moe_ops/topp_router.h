@@ -27,7 +27,7 @@ namespace cpu {
 void topp_router(const ToppRouterParams& p, const Parallel& par);
 }  // namespace cpu
 
-// The same params, with every pointer on the device.
+// CUDA launchers take these params with device pointers.
 namespace cuda {
 int64_t topp_router_workspace(const ToppRouterParams& p);  // bytes; mostly 0
 Status topp_router(const ToppRouterParams& p, void* workspace, Stream stream);

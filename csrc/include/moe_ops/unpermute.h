@@ -41,7 +41,8 @@ struct UnpermuteBwdParams {
 
 namespace cpu {
 void unpermute(const UnpermuteParams& p, const Parallel& par);
-// Its tokens [begin, end) alone, and what one costs in elementary operations.
+// unpermute_tokens computes tokens [begin, end) only; unpermute_cost returns the elementary
+// operations per token.
 void unpermute_tokens(const UnpermuteParams& p, int64_t begin, int64_t end);
 double unpermute_cost(const UnpermuteParams& p);
 void unpermute_bwd(const UnpermuteBwdParams& p, const Parallel& par);
@@ -69,7 +70,7 @@ struct UnpermuteParams {
   DType y_type;              // type; or one of the two is the accumulate type of the other
 };
 
-// As the CPU's.
+// Device counterpart of moe_ops::UnpermuteBwdParams.
 struct UnpermuteBwdParams {
   const void* grad_y;  // [T, H] rows grad_y_stride elements apart
   const void* rows;    // [N, H] rows row_stride elements apart; not read without grad_weights
@@ -85,9 +86,9 @@ struct UnpermuteBwdParams {
   void* grad_weights;        // [T, K] in the accumulate type, out; nullptr: not wanted
 };
 
-// Of a map of `places` entries to n targets: named [2, n] becomes, for target i, `places` less the
-// first place that holds i and, at n + i, one more than the last; 0 where none does. Values out of
-// range count as none.
+// Finds the first and last occurrence of each target in a map of `places` entries to n targets.
+// named [2, n]: element i is `places` minus the first place that holds i, element n + i is the last
+// such place plus one; both are 0 if no place holds i. Values out of range are ignored.
 Status name_targets(const IndexMap& map, int64_t places, int64_t n, int32_t* named, Stream stream);
 
 Status unpermute(const UnpermuteParams& p, Stream stream);

@@ -1,4 +1,5 @@
-// Checks that the adapters of moe_ffn share, on the CPU and on CUDA, of all kinds of weights.
+// Checks and arguments that the adapters of moe_ffn share, on the CPU and on CUDA, for all kinds of
+// weights.
 #pragma once
 
 #include "moe_ops/moe_ffn.h"
@@ -13,17 +14,66 @@ struct Sizes {
   ActivationParams act;
 };
 
+// Operands that forward and backward have for every kind of weights. P = 2I for gated activations,
+// else I.
+struct FfnOperands {
+  const Tensor& x;             // [T, H]
+  const Tensor& w_gate_up;     // [E, P, H]
+  const Tensor& w_down;        // [E, H, I]
+  const Tensor& topk_weights;  // [T, K]
+};
+
+// Arguments of a forward call.
+struct FfnInputs {
+  const Tensor& x;             // [T, H]
+  const Tensor& w_gate_up;     // [E, P, H]
+  const Tensor& w_down;        // [E, H, I]
+  const Tensor& topk_weights;  // [T, K]
+  const Tensor& topk_ids;      // [T, K]
+  const OptTensor& b_gate_up;  // [E, P] or none
+  const OptTensor& b_down;     // [E, H] or none
+  ActivationParams act;
+  bool on_input;             // apply_router_weight_on_input
+  const OptType& out_dtype;  // type of the result; none: x's
+};
+
+// Gradients that a backward call has to compute.
+struct FfnNeeds {
+  bool x, w_gate_up, w_down, topk_weights, b_gate_up, b_down;
+};
+
+// Arguments of a backward call; N = T K.
+struct FfnBwdInputs {
+  const Tensor& grad_y;          // [T, H]
+  const Tensor& x;               // [T, H]
+  const Tensor& w_gate_up;       // [E, P, H]
+  const Tensor& w_down;          // [E, H, I]
+  const Tensor& topk_weights;    // [T, K]
+  const Tensor& preact;          // [N, P]
+  const Tensor& expert_offsets;  // [E+1]
+  const Tensor& row_to_slot;     // [N]
+  const Tensor& slot_to_row;     // [T, K]
+  const OptTensor& b_down;       // [E, H] or none
+  ActivationParams act;
+  bool on_input;  // apply_router_weight_on_input
+  FfnNeeds need;
+  // Buffers of the weights' shapes that their gradients are added to; none: new tensors.
+  const OptTensor& main_w_gate_up;
+  const OptTensor& main_w_down;
+};
+
 // weights: [T, K] in the accumulate type.
 inline MoeFfnDesc desc_of(const Sizes& s, const Routing& routing, const Tensor& weights,
                           bool apply_router_weight_on_input) {
   return {routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
 }
 
-// check_weight(name, w, shape) is what a kind of weights asks of one, its dimensions among that.
+// check_weight(name, w, shape) checks what is particular to a kind of weights, and the number of
+// dimensions.
 template <class CheckWeight>
-Sizes check_ffn(const Op& op, DType type, const Tensor& x, const Tensor& w_gate_up,
-                const Tensor& w_down, const Tensor& topk_weights, int64_t top_k,
+Sizes check_ffn(const Op& op, DType type, const FfnOperands& operands, int64_t top_k,
                 const ActivationParams& act, const CheckWeight& check_weight) {
+  const auto& [x, w_gate_up, w_down, topk_weights] = operands;
   const bool gated = is_gated(act.kind);
   Sizes s;
   s.act = act;
@@ -53,17 +103,17 @@ Sizes check_ffn(const Op& op, DType type, const Tensor& x, const Tensor& w_gate_
   return s;
 }
 
-inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                       const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
-  const DType type = check_float(op, "x", x);
-  return check_ffn(op, type, x, w_gate_up, w_down, topk_weights, top_k, act,
+inline Sizes check_ffn(const Op& op, const FfnOperands& operands, int64_t top_k,
+                       const ActivationParams& act) {
+  const DType type = check_float(op, "x", operands.x);
+  return check_ffn(op, type, operands, top_k, act,
                    [&](const char* name, const Tensor& w, const char* shape) {
-                     check_same_dtype(op, name, w, "x", x);
+                     check_same_dtype(op, name, w, "x", operands.x);
                      check_dim(op, name, w, 3, shape);
                    });
 }
 
-// All but the type.
+// Checks all but the type.
 inline void check_bias_shape(const Op& op, const char* name, const OptTensor& bias, int64_t E,
                              int64_t features, const char* shape) {
   if (!bias.has_value()) return;
@@ -91,19 +141,18 @@ inline void check_biases(const Op& op, const OptTensor& b_gate_up, const OptTens
   check_bias_shapes(op, b_gate_up, b_down, s);
 }
 
-inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                       const Tensor& topk_weights, const Tensor& topk_ids,
-                       const OptTensor& b_gate_up, const OptTensor& b_down,
-                       const ActivationParams& act) {
-  check_index(op, "topk_ids", topk_ids);
-  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
-  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
-  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  check_biases(op, b_gate_up, b_down, x, s);
+inline Sizes check_fwd(const Op& op, const FfnInputs& in) {
+  check_index(op, "topk_ids", in.topk_ids);
+  check_dim(op, "topk_ids", in.topk_ids, 2, "[T, K]");
+  const Sizes s =
+      check_ffn(op, {in.x, in.w_gate_up, in.w_down, in.topk_weights}, in.topk_ids.size(1), in.act);
+  check_size(op, "topk_ids", in.topk_ids, 0, s.T, "T");
+  check_biases(op, in.b_gate_up, in.b_down, in.x, s);
   return s;
 }
 
-// What expert_offsets, row_to_slot and slot_to_row hold is left to the caller.
+// Checks the tensors that forward saved; the caller checks the values of expert_offsets,
+// row_to_slot and slot_to_row.
 inline void check_saved(const Op& op, const Sizes& s, const Tensor& grad_y, const Tensor& x,
                         const Tensor& preact, const Tensor& expert_offsets,
                         const Tensor& row_to_slot, const Tensor& slot_to_row) {
@@ -127,26 +176,23 @@ inline void check_saved(const Op& op, const Sizes& s, const Tensor& grad_y, cons
   check_size(op, "row_to_slot", row_to_slot, 0, N, "N");
 }
 
-inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
-                       const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
-                       const Tensor& expert_offsets, const Tensor& row_to_slot,
-                       const Tensor& slot_to_row, const OptTensor& b_down,
-                       const ActivationParams& act) {
-  check_index(op, "slot_to_row", slot_to_row);
-  check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
-  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
-  check_bias_type(op, "b_down", b_down, x);
-  check_bias_shape(op, "b_down", b_down, s.E, s.H, "[E, H]");
-  check_saved(op, s, grad_y, x, preact, expert_offsets, row_to_slot, slot_to_row);
+inline Sizes check_bwd(const Op& op, const FfnBwdInputs& in) {
+  check_index(op, "slot_to_row", in.slot_to_row);
+  check_dim(op, "slot_to_row", in.slot_to_row, 2, "[T, K]");
+  const Sizes s = check_ffn(op, {in.x, in.w_gate_up, in.w_down, in.topk_weights},
+                            in.slot_to_row.size(1), in.act);
+  check_bias_type(op, "b_down", in.b_down, in.x);
+  check_bias_shape(op, "b_down", in.b_down, s.E, s.H, "[E, H]");
+  check_saved(op, s, in.grad_y, in.x, in.preact, in.expert_offsets, in.row_to_slot, in.slot_to_row);
   return s;
 }
 
-// As gpt-oss, Llama 4 and DBRX store weights [E, O, K]: contiguous as [E, K, O].
+// Returns whether w [E, O, K] is contiguous as [E, K, O], the layout of gpt-oss, Llama 4 and DBRX.
 inline bool is_transposed(const Tensor& w) {
   return !w.is_contiguous() && torch::stable::transpose(w, 1, 2).is_contiguous();
 }
 
-// A buffer that the gradient of weight w is added to; x has w's type.
+// Checks a buffer that the gradient of weight w is added to, and returns its type; x has w's type.
 inline DType check_main_grad(const Op& op, const char* name, const Tensor& main, const Tensor& x,
                              const Tensor& w, bool may_be_transposed = false) {
   const DType main_type = check_float(op, name, main);

@@ -77,10 +77,12 @@ def _activated(
         gate, up = (columns(preact, first, _END, 2) for first in (0, 1))
     else:
         gate, up = halves(preact)
-    if activation == "swiglu_oai":
+    if activation in ("swiglu_oai", "swiglu_clamped"):
         gate = op.Min(gate, number(limit))
-        up = op.Add(op.Clip(up, number(-limit), number(limit)), number(1))
-        return op.Mul(up, op.Mul(gate, op.Sigmoid(op.Mul(gate, number(alpha)))))
+        up = op.Clip(up, number(-limit), number(limit))
+        if activation == "swiglu_clamped":
+            return op.Mul(up, _PLAIN["silu"](gate))
+        return op.Mul(op.Add(up, number(1)), op.Mul(gate, op.Sigmoid(op.Mul(gate, number(alpha)))))
     return op.Mul(_PLAIN[_GATES[activation]](gate), up)
 
 

@@ -22,7 +22,7 @@ from moe_ops.ops._library import register_fake
 
 _gated_act = direct_call("gated_act")
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai", "swiglu_clamped")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
@@ -43,13 +43,15 @@ def gated_act(
     - ``"reglu"``: ``max(g, 0) * u``
     - ``"swiglu_oai"`` (gpt-oss): ``(clamp(u, -limit, limit) + 1) * g' * sigmoid(alpha * g')`` with
       ``g' = min(g, limit)``
+    - ``"swiglu_clamped"`` (DeepSeek-V4): ``clamp(u, -limit, limit) * g' * sigmoid(g')``
 
     Args:
         gate_up: [..., 2I]; float64, float32, bfloat16 or float16, any strides. Gate half first, or
             gate in the even and up in the odd columns when ``interleaved``.
         activation: one of the names above.
         interleaved: layout of the last dimension.
-        alpha, limit: parameters of ``"swiglu_oai"`` only; limit is positive.
+        alpha: parameter of ``"swiglu_oai"``.
+        limit: parameter of ``"swiglu_oai"`` and ``"swiglu_clamped"``; positive.
 
     Returns:
         [..., I] in the dtype of gate_up, computed in fp32 (fp64 for fp64).

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ._common import acc_dtype
 
-GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
+GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai", "swiglu_clamped")
 NON_GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
@@ -20,8 +20,9 @@ def gated_act(
 ) -> Tensor:
     """Computes act(gate) * up over the last dimension, [..., 2I] to [..., I].
 
-    The gate is the first half, or the even columns if `interleaved`. "swiglu_oai" is the clamped
-    form of gpt-oss: (up + 1) * gate * sigmoid(alpha * gate).
+    The gate is the first half, or the even columns if `interleaved`. Two activations clamp gate to
+    at most `limit` and up to between -limit and limit: "swiglu_oai" (gpt-oss), which is
+    (up + 1) * gate * sigmoid(alpha * gate), and "swiglu_clamped", which is silu(gate) * up.
     """
     wide = gate_up.to(acc_dtype(gate_up.dtype))
     if interleaved:
@@ -36,11 +37,14 @@ def gated_act(
         h = F.gelu(gate, approximate="tanh") * up
     elif activation == "reglu":
         h = F.relu(gate) * up
-    elif activation == "swiglu_oai":
+    elif activation in ("swiglu_oai", "swiglu_clamped"):
         # The gradient of torch's clamp at its bounds is 1 before torch 2.14 and 0 from then on.
         gate = torch.where(gate > limit, limit, gate)
         up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
-        h = (up + 1) * gate * torch.sigmoid(alpha * gate)
+        if activation == "swiglu_oai":
+            h = (up + 1) * gate * torch.sigmoid(alpha * gate)
+        else:
+            h = F.silu(gate) * up
     else:
         raise ValueError(f"gated_act: activation must be one of {GATED}, got {activation!r}")
     return h.to(gate_up.dtype)

@@ -63,16 +63,19 @@ def fused_gate(act_fn: Any) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class ClampedGate:
-    """Gate (up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up between -limit
-    and limit.
+    """Activation of a gated FFN with gate at most `limit` and up between -limit and limit.
 
-    alpha, limit: names of attributes of the experts.
-    interleaved: True if gate and up alternate instead of being two halves.
+    alpha: name of the experts' attribute for (up + 1) * gate * sigmoid(alpha * gate), or None for
+        silu(gate) * up.
+    limit: name of the experts' attribute.
+    interleaved: True if gate and up alternate; otherwise the gate half comes first.
+    has_act_fn: True if silu is the experts' `act_fn`, which may be another activation.
     """
 
-    alpha: str
+    alpha: str | None
     limit: str
     interleaved: bool = False
+    has_act_fn: bool = False
 
 
 # Digest of `_apply_gate` -> the clamped gate, or None for act_fn(gate) * up on halves.
@@ -84,6 +87,10 @@ _GATES: dict[str, ClampedGate | None] = {
     "57ba2beb63a2": ClampedGate("alpha", "limit"),
     # MiniMax-M3
     "008f63846b03": ClampedGate("swiglu_alpha", "swiglu_limit"),
+    # DeepSeek-V4
+    "058bc636ec12": ClampedGate(None, "limit", has_act_fn=True),
+    # GLM-5-Next
+    "1b23ea1561fe": ClampedGate(None, "swiglu_limit"),
 }
 _UNKNOWN = object()
 _known: dict[Callable[..., Any], Any] = {}
@@ -111,9 +118,14 @@ def fused_activation(experts: Any) -> dict[str, Any] | None:
         return fused_gate(experts.act_fn)
     if gate is _UNKNOWN:
         return None
+    limit = float(getattr(experts, gate.limit))
+    if gate.alpha is None:
+        if gate.has_act_fn and activation_name(experts.act_fn) != "silu":
+            return None
+        return {"activation": "swiglu_clamped", "interleaved": gate.interleaved, "limit": limit}
     return {
         "activation": "swiglu_oai",
         "interleaved": gate.interleaved,
         "alpha": float(getattr(experts, gate.alpha)),
-        "limit": float(getattr(experts, gate.limit)),
+        "limit": limit,
     }
