@@ -64,8 +64,7 @@ _TEMPORARY_BYTES = 1 << 20
 
 
 class Packable(NamedTuple):
-    """Weights to pack: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former is a concatenated
-    gate and up."""
+    """Weights to pack: [E, 2I, H] (`halves`: gate, then up) or [E, I, H], and [E, H, I]."""
 
     w_gate_up: Tensor
     w_down: Tensor
@@ -92,8 +91,7 @@ class _State:
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Drops copies and count. Each is a single assignment, which is safe with concurrent
-        readers."""
+        """Drops copies and count, by single assignments: safe with concurrent readers."""
         self.copies = self.begun = None
         if not self.packing:
             self.reserved = 0
@@ -137,8 +135,7 @@ def expert_ffn(
     interleaved: bool = False,
     **rest: Any,
 ) -> Tensor:
-    """Computes moe_ffn with the weights of `bank`, from packed copies if it has them or packs them
-    now.
+    """Computes moe_ffn with the weights of `bank`, from packed copies if it has or now makes them.
 
     Compiled and exported graphs contain moe_ffn: they outlive checks made during tracing.
     """
@@ -162,9 +159,8 @@ def expert_ffn(
     y = moe_ffn_packed(
         x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
     )
-    if (
-        _library.stale_panels() != stale
-    ):  # The stale copy may belong to a concurrent call of other experts, which is harmless.
+    # The stale copy may belong to a concurrent call of other experts, which is harmless.
+    if _library.stale_panels() != stale:
         invalidate(bank)
     return y
 
