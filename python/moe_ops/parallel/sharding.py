@@ -215,8 +215,8 @@ def fully_shard_moe(
         )
         sharded.set_gradient_divide_factor(float(dp_mesh.size()))
         if shards > 1:
-            # gloo has no reduction with factors other than the number of shards, and NCCL's is
-            # wrong in bfloat16. With one shard, FSDP2 divides the sum again if it is forced.
+            # Other factors than the number of shards are not supported by gloo, and are wrong in
+            # bfloat16 in NCCL. With one shard, FSDP2 divides the sum again if it is forced.
             sharded.set_force_sum_reduction_for_comms(True)
     if not isinstance(block, Experts):
         fully_shard(block, mesh=dp_mesh, **options)
