@@ -1,8 +1,8 @@
 """Mixture-of-experts operators for PyTorch.
 
-``import moe_ops`` registers the ops under ``torch.ops.moe_ops`` and offers the same functions, with
-their documentation, as ``moe_ops.<op>``. Layers are in :mod:`moe_ops.layers`, the Hugging Face
-integration in :mod:`moe_ops.hf`, the same functions in plain torch in :mod:`moe_ops.reference`.
+``import moe_ops`` registers the ops under ``torch.ops.moe_ops`` and provides documented functions
+for them as ``moe_ops.<op>``. Layers are in :mod:`moe_ops.layers`, the Hugging Face integration is
+in :mod:`moe_ops.hf`, and reference implementations in plain torch are in :mod:`moe_ops.reference`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Imports the reference where it is first read: no op needs it."""
+        """Imports the reference on first use: no op needs it."""
         if name == "reference":
             import moe_ops.reference
 

@@ -1,7 +1,7 @@
-"""What numbers the commands take: ranges in one place, without a library for command lines.
+"""Ranges of the commands' numeric arguments, without a command-line library.
 
-Numbers beyond them would only fail later and worse: OpenMP dies of too many threads, and a history
-of too many steps does not fit into memory.
+Larger values would fail later with less clear errors: OpenMP crashes with too many threads, and a
+history of too many steps does not fit into memory.
 """
 
 from __future__ import annotations

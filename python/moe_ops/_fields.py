@@ -1,4 +1,4 @@
-"""Values from strangers' files and of configs, checked before anything is made of them."""
+"""Validation of values from untrusted files and of configs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from moe_ops._files import shown
 
-# No dimension of a tensor is larger; larger numbers only overflow products of sizes.
+# No dimension of a tensor is larger; larger values only overflow products of sizes.
 MAX_SIZE = 2**31 - 1
 _NEEDED: Any = object()
 
 
 class Fields:
-    """Reads the entries of a config.json by their types.
+    """Reads the entries of a config.json by type.
 
-    An entry that is null counts as missing. Each method takes names of which the first that is
-    there counts, and raises ValueError with a sentence that starts with `reader`.
+    A null entry counts as missing. Each method takes several names, uses the first that exists, and
+    raises ValueError with a sentence that starts with `reader`.
 
     Args:
-        values: what the file holds.
-        reader: who reads it: "JetMoEConfig".
-        where: what is read.
+        values: contents of the file.
+        reader: name of the reader: "JetMoEConfig".
+        where: name of the source.
     """
 
     def __init__(self, values: Mapping[str, Any], reader: str, where: str = "config.json") -> None:
@@ -39,7 +39,7 @@ class Fields:
         return self.values.get(name) is not None
 
     def size(self, *names: str, default: Any = _NEEDED, least: int = 1) -> Any:
-        """A whole number of at least `least`."""
+        """Returns an integer of at least `least`."""
         name, value = self._find(names, default)
         if name is None:
             return value
@@ -54,7 +54,7 @@ class Fields:
         above: float = -math.inf,
         least: float = -math.inf,
     ) -> Any:
-        """A finite number more than `above` and not less than `least`."""
+        """Returns a finite number greater than `above` and not less than `least`."""
         name, value = self._find(names, default)
         if name is None:
             return value
@@ -65,14 +65,14 @@ class Fields:
         return float(value)
 
     def flag(self, *names: str, default: Any = _NEEDED) -> Any:
-        """true or false."""
+        """Returns true or false."""
         name, value = self._find(names, default)
         if name is not None and not isinstance(value, bool):
             self._refuse(name, "true or false", value)
         return value
 
     def choice(self, *names: str, of: typing.Iterable[str], default: Any = _NEEDED) -> Any:
-        """One of some words."""
+        """Returns one of the given words."""
         name, value = self._find(names, default)
         words = tuple(of)
         if name is not None and not (isinstance(value, str) and value in words):
@@ -80,12 +80,12 @@ class Fields:
         return value
 
     def section(self, name: str) -> Fields:
-        """An object within, empty where it is missing."""
+        """Returns a nested object, empty if it is missing."""
         value = self.values.get(name)
         return Fields({} if value is None else value, self.reader, name)
 
     def must_be(self, name: str, wanted: Any) -> None:
-        """Nothing but this value works; missing is fine."""
+        """Raises ValueError if the entry exists with another value."""
         value = self.values.get(name, wanted)
         if type(value) is not type(wanted) or value != wanted:
             self._refuse(name, repr(wanted), value)
@@ -103,7 +103,7 @@ class Fields:
 
 
 def check_names(kind: type, names: typing.Iterable[str], reader: str) -> None:
-    """ValueError where a dataclass has no fields of these names."""
+    """Raises ValueError if a dataclass has no fields of these names."""
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(names) - known)
     if unknown:
@@ -114,7 +114,7 @@ def check_names(kind: type, names: typing.Iterable[str], reader: str) -> None:
 
 
 def check_choice(reader: str, name: str, value: Any, of: typing.Iterable[str]) -> None:
-    """ValueError where an argument or a field is none of some words."""
+    """Raises ValueError if an argument or a field is not one of the given words."""
     words = tuple(of)
     if value not in words:
         raise ValueError(f"{reader}: {name} must be one of {', '.join(words)}, got {value!r}.")
@@ -133,10 +133,10 @@ def check_divides(reader: str, name: str, value: int, of: str, whole: float) -> 
 
 
 def check_types(values: Any, reader: str) -> None:
-    """ValueError where a field of a dataclass is of another type than declared.
+    """Raises ValueError if a field of a dataclass has another type than declared.
 
-    A whole number passes for a float; numbers must be finite, and whole ones neither negative nor
-    larger than any size can be.
+    Integers are accepted as floats; numbers must be finite, and integers neither negative nor
+    larger than the maximum size.
     """
     hints = typing.get_type_hints(type(values))
     for field in dataclasses.fields(values):
@@ -150,7 +150,7 @@ Config = typing.TypeVar("Config")
 
 
 def overridden(config: Config, overrides: dict[str, Any]) -> Config:
-    """A dataclass with other values for some fields, checked as `check_names` and `check_types` do
+    """Returns a dataclass with some fields replaced, checked with `check_names` and `check_types`
     under the name of its class."""
     reader = type(config).__name__
     check_names(type(config), overrides, reader)
@@ -193,5 +193,5 @@ def _is_finite(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # A whole number beyond all floats.
+    except OverflowError:  # An integer beyond the range of floats.
         return False

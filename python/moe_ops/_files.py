@@ -1,10 +1,10 @@
-"""Files that are written whole or not at all, and files of strangers that are read with care.
+"""Atomic writes of files, and safe reads of untrusted files.
 
-Every writer of the package goes through `write_file` or `Replacement`: the bytes go to a new file
-in the same folder, are flushed to the disk, and the new file then takes the name in one step.
-Whatever happens, be it an error, a kill or a power cut, a reader finds the old file or the new one,
-and one that has the old one open or mapped keeps it. An error removes the new file. What a killed
-process leaves is removed by the next write into that folder; a lock tells the two apart.
+Every writer of the package uses `write_file` or `Replacement`: the bytes are written to a new file
+in the same folder and flushed to disk, and the new file then takes the name in one step. After an
+error, a kill or a power cut, a reader finds the old file or the new one, and processes that have
+the old one open or mapped keep it. An error removes the new file. The next write into the folder
+removes leftovers of killed processes; a lock distinguishes them from files in use.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moe_ops import _reading
 
 try:
     import fcntl
-except ImportError:  # This is no POSIX system; leftovers of killed processes stay.
+except ImportError:  # Not a POSIX system; leftovers of killed processes are not removed.
     fcntl = None  # type: ignore[assignment]
 
-# Far above any config.json or index, far below what would fill a machine's memory.
+# Far larger than any config.json or index, far smaller than a machine's memory.
 MAX_JSON_BYTES = 256 * 2**20
 _PREFIX, _SUFFIX = ".moe_ops-", ".tmp"
 _MAX_WRITE = 2**30
-# A file system that cannot do something, as opposed to one that failed.
+# The file system does not support an operation, as opposed to a failure.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 Buffer = bytes | bytearray | memoryview
@@ -50,7 +50,7 @@ class WriteError(OSError):
 
 
 def describe(error: OSError) -> str:
-    """What went wrong, without the number that Python puts in front."""
+    """Returns the message of an error, without the number that Python prepends."""
     if error.errno is None or isinstance(error, WriteError):
         return str(error)
     where = "a write or read failed" if error.filename is None else error.filename
@@ -61,11 +61,11 @@ def describe(error: OSError) -> str:
 
 
 def write_file(path: Path | str, *parts: Buffer) -> None:
-    """Write a file in one step, replacing what has its name; a symbolic link is followed.
+    """Writes a file in one step, replacing an existing file; follows symbolic links.
 
     Raises:
-        WriteError: it could not be; the file of before is then still there, or, where only the
-            last flush of the folder failed, the new one, whole.
+        WriteError: it could not be written. The old file is then unchanged, or, if only the last
+            flush of the folder failed, the new one is complete.
     """
     path = Path(path)
     with sentence(path):
@@ -88,20 +88,20 @@ def write_file(path: Path | str, *parts: Buffer) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """`write_file` of UTF-8."""
+    """Calls `write_file` with UTF-8 text."""
     write_file(path, text.encode())
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """`write_file` of indented JSON with a line end."""
+    """Calls `write_file` with indented JSON and a newline."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def make_folder(path: Path | str) -> Path:
-    """Make a folder and those above it where they are missing.
+    """Creates a folder and its missing parents.
 
     Raises:
-        WriteError: a file is in the way, or the file system refuses.
+        WriteError: a file has this name, or the file system reports an error.
     """
     path = Path(path)
     try:
@@ -117,16 +117,16 @@ def make_folder(path: Path | str) -> Path:
 class Replacement:
     """Files of one folder that are replaced together.
 
-    As a context manager it commits at the end, or leaves everything as it was after an exception.
-    Files are written when they are added, next to those that they replace, so that only renames
-    are left for the commit. An error in one of these brings the old files back.
+    As a context manager it commits at the end, or leaves everything unchanged after an exception.
+    `add` writes files next to those that they replace, so that a commit consists only of renames.
+    An error in one of these restores the old files.
 
-    A process that is killed between two renames would leave old and new files mixed. Therefore
-    `last` is taken away first and put back last: readers that need it find the folder incomplete.
+    A process killed between two renames would leave a mixture of old and new files. Therefore
+    `last` is removed first and added last: readers that need it find the folder incomplete.
 
     Args:
         folder: must exist.
-        last: the file without which the others are of no use to a reader.
+        last: a file without which readers cannot use the others.
     """
 
     def __init__(self, folder: Path | str, *, last: str | None = None) -> None:
@@ -138,13 +138,13 @@ class Replacement:
         self._handles: list[int] = []
 
     def add(self, name: str, *parts: Buffer) -> None:
-        """Write what is to be called `name`."""
+        """Writes the new contents of `name`."""
         path = self.folder / name
         with sentence(path):
             with _locked(self.folder):
                 _remove_leftovers(self.folder)
                 temporary, handle = _create(self.folder)
-                # Kept open until the end: its lock says that the file is in use.
+                # Kept open until the end: its lock marks the file as in use.
                 self._handles.append(handle)
                 self._new[name] = temporary
             try:
@@ -155,7 +155,7 @@ class Replacement:
             os.fsync(handle)
 
     def adopt(self, name: str, path: Path) -> None:
-        """Take a file that another library has written in the same file system."""
+        """Takes a file that another library has written in the same file system."""
         with sentence(path):
             handle = os.open(path, os.O_RDONLY)
             try:
@@ -165,7 +165,8 @@ class Replacement:
         self._new[name] = path
 
     def staging(self) -> Path:
-        """A folder for another library to write into, on the same file system; then `adopt`."""
+        """Returns a folder for another library to write into, on the same file system; then call
+        `adopt`."""
         with sentence(self.folder), _locked(self.folder):
             _remove_leftovers(self.folder)
             path = _temporary(self.folder)
@@ -175,12 +176,13 @@ class Replacement:
         return path
 
     def remove(self, *patterns: str) -> None:
-        """Remove old files of these names, shell patterns, unless new ones take their places."""
+        """Removes old files that match these shell patterns on commit, unless new ones replace
+        them."""
         self._removed += patterns
 
     def commit(self) -> None:
         with sentence(self.folder), _locked(self.folder) as handle:
-            # What is there is looked at here, since others may have written until now.
+            # Files are listed here because others may have written until now.
             removed = [
                 path.name
                 for pattern in self._removed
@@ -192,7 +194,7 @@ class Replacement:
                 del self._new[str(self.last)]
                 os.unlink(last)
             if len(self._new) == 1 and not removed:
-                # A rename replaces one file in one step; nothing is to be brought back.
+                # A rename replaces one file in one step; there is nothing to restore.
                 ((name, temporary),) = self._new.items()
                 os.replace(temporary, self.folder / name)
                 self._new.clear()
@@ -201,7 +203,7 @@ class Replacement:
             _fsync_folder(handle)
 
     def _is_there(self, last: Path) -> bool:
-        """Whether the old `last` says the same as the new one."""
+        """Returns whether the old `last` has the contents of the new one."""
         try:
             return filecmp.cmp(last, self.folder / str(self.last), shallow=False)
         except OSError:
@@ -225,7 +227,7 @@ class Replacement:
                 if name not in old:
                     with contextlib.suppress(OSError):
                         os.unlink(self.folder / name)
-            for name, backup in reversed(old.items()):  # `last` comes back last here too.
+            for name, backup in reversed(old.items()):  # `last` is restored last here too.
                 with contextlib.suppress(OSError):
                     os.replace(backup, self.folder / name)
             raise
@@ -235,7 +237,7 @@ class Replacement:
                 os.unlink(backup)
 
     def close(self) -> None:
-        """Remove what was written and not committed."""
+        """Removes files that were written and not committed."""
         for temporary in self._new.values():
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -259,10 +261,10 @@ class Replacement:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file for what is written piece by piece; it takes the place of `path` when it is whole.
+    """Opens a new file for incremental writing; it replaces `path` when it is complete.
 
     Raises:
-        WriteError: it could not be written; what was at `path` is still there.
+        WriteError: it could not be written; the old file is unchanged.
     """
     with Replacement(make_folder(path.parent)) as files:
         new = files.staging() / path.name
@@ -273,7 +275,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def sentence(path: Path) -> Iterator[None]:
-    """Turns an OSError into a WriteError."""
+    """Converts an OSError to a WriteError."""
     try:
         yield
     except WriteError:
@@ -287,14 +289,14 @@ def _temporary(folder: Path) -> Path:
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """A new file under a name of its own, locked."""
+    """Creates a new locked file with a unique name."""
     path = _temporary(folder)
     return path, _lock(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
 
 def _lock(handle: int) -> int:
     if fcntl is not None:
-        with contextlib.suppress(OSError):  # No locks in this file system.
+        with contextlib.suppress(OSError):  # The file system has no locks.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
 
@@ -307,7 +309,7 @@ def _write_all(handle: int, parts: tuple[Buffer, ...]) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left: files with our kind of name that nobody locks."""
+    """Removes leftovers of killed processes: files with this module's names and no lock."""
     if fcntl is None:
         return
     for entry in os.scandir(folder):
@@ -327,11 +329,12 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Only one process of this package changes names in the folder at a time; its handle."""
+    """Locks the folder, so that only one process of this package changes names in it; yields its
+    handle."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # No locks in this file system.
+            with contextlib.suppress(OSError):  # The file system has no locks.
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
     finally:
@@ -350,14 +353,14 @@ def _fsync_folder(handle: int) -> None:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The path of the regular file `name` in `folder`.
+    """Returns the path of the regular file `name` in `folder`.
 
-    A symbolic link may lead to a file in the folder, or to the blobs of a Hugging Face cache, whose
-    snapshots are folders of such links.
+    A symbolic link may point to a file in the folder, or to the blobs of a Hugging Face cache,
+    whose snapshots are folders of such links.
 
     Raises:
-        ValueError: a name that leads out of the folder, or something that is not a regular file.
-        FileNotFoundError: there is no such file.
+        ValueError: a name outside of the folder, or something that is not a regular file.
+        FileNotFoundError: no such file.
     """
     said = f"{folder} must hold what it names inside itself, got {name!r}"
     if not isinstance(name, str) or not name or "\0" in name:
@@ -375,7 +378,7 @@ def inside(folder: Path, name: object) -> Path:
         mode = os.stat(target).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{folder} must hold {name}, got no such file") from None
-    except OSError as error:  # A link to itself, say.
+    except OSError as error:  # For example, a link to itself.
         raise ValueError(f"{folder / name} must be a file, got: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{folder / name} must be a file, got something else")
@@ -383,20 +386,20 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def check_folder(folder: Path, index: str) -> None:
-    """Checks that what a folder names lies in it, before another library reads it.
+    """Checks that all references of a folder stay inside it, before another library reads it.
 
     Args:
-        index: of the safetensors files, where there is one.
+        index: name of the index of the safetensors files, if there is one.
 
     Raises:
-        ValueError: a link or an entry of the index leads out of the folder, or a pipe or the like
-            is in it.
-        FileNotFoundError: an entry of the index or a link leads to nothing.
+        ValueError: a link or an entry of the index points outside of the folder, or it contains a
+            special file such as a pipe.
+        FileNotFoundError: an entry of the index or a link points to a missing file.
     """
     for path in folder.iterdir():
         if path.is_symlink():
             inside(folder, path.name)
-        elif not path.is_file() and not path.is_dir():  # Reading a pipe would wait.
+        elif not path.is_file() and not path.is_dir():  # Reading a pipe would block.
             raise ValueError(f"{path} must be a file, got something else")
     if (folder / index).exists():
         names = read_json(inside(folder, index)).get("weight_map")
@@ -409,12 +412,11 @@ def check_folder(folder: Path, index: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no regular file, holds something else, or is too large to be what is
-            wanted.
+        ValueError: it is not a regular file, contains something else, or is too large.
     """
     content = _reading.read_bytes(path, "", MAX_JSON_BYTES)
     try:
@@ -427,7 +429,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when the file is replaced; None where there is none."""
+    """Returns a value that changes when the file is replaced; None if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -436,7 +438,7 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def shown(value: object) -> str:
-    """A value from a file in a few words, for a sentence."""
+    """Returns a short description of a value from a file, for messages."""
     if isinstance(value, (dict, list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, str) and len(value) > 60:

@@ -1,9 +1,9 @@
-"""The functions of the native library that the package calls at run time: build facts, instruction
-sets, settings and memory of the process.
+"""Functions of the native library called at run time: build facts, instruction sets, settings and
+memory of the process.
 
-Importing this loads the library, which registers ``torch.ops.moe_ops``. The functions are plain C
-functions (csrc/python/library.cpp), called through ctypes, so that one library serves every Python.
-Those that return at once hold the GIL; during the others, other Python threads run.
+Importing this module loads the library, which registers ``torch.ops.moe_ops``. The functions are
+plain C functions (csrc/python/library.cpp), called through ctypes, so that one library serves every
+Python version. Fast functions hold the GIL; during the others, other Python threads run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _build_info = _plain_text("build_info")
 
 
 def build_info() -> dict[str, str]:
-    """Returns the facts by their names, such as ``cuda``: ``"off"``, or the toolkit and runtime."""
+    """Returns the build facts by name, such as ``cuda``: ``"off"``, or the toolkit and runtime."""
     return dict(line.split("\t", 1) for line in _build_info().split("\n"))
 
 
@@ -62,13 +62,13 @@ def build_info() -> dict[str, str]:
 
 cpu_isa = _plain_text("cpu_isa")
 detected_isa = _plain_text("detected_isa")
-isa_warning = _plain_text("isa_warning")  # "": there is none
+isa_warning = _plain_text("isa_warning")  # "" if there is none
 _supported_isas = _plain_text("supported_isas")
 _failing_kernel = _text(_slow, "failing_kernel", ctypes.c_int)
 
 
 def supported_isas() -> list[str]:
-    """Returns the instruction sets that this machine and this build have, lowest first."""
+    """Returns the instruction sets that this machine and this build support, lowest first."""
     return _supported_isas().split()
 
 
@@ -86,7 +86,7 @@ _measure_limits = _function(
 
 
 def measure_limits(num_bytes: int, seconds: float) -> dict[str, list[float]]:
-    """Returns the rates of one core in each pass: ``fp32_flops``, ``bf16_flops``, ``read_bytes``.
+    """Measures the rates of one core in each pass: ``fp32_flops``, ``bf16_flops``, ``read_bytes``.
 
     Args:
         num_bytes: size of the buffer that is read.
@@ -112,7 +112,7 @@ cached_bytes: Callable[[], int] = _function(_quick, "cached_bytes", ctypes.c_siz
 cache_limit: Callable[[], int] = _function(_quick, "cache_limit", ctypes.c_size_t)
 release_cached: Callable[[], None] = _function(_slow, "release_cached", None)
 poison_scratch: Callable[[int], None] = _function(_quick, "poison_scratch", None, ctypes.c_size_t)
-use_huge_pages: Callable[[int, int], int] = _function(  # of an address and a number of bytes
+use_huge_pages: Callable[[int, int], int] = _function(  # arguments: address, number of bytes
     _slow, "use_huge_pages", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t
 )
 _packed_expert_bytes: Callable[[bytes, int, int, bool], int] = _function(
@@ -124,18 +124,19 @@ _packed_expert_bytes: Callable[[bytes, int, int, bool], int] = _function(
 
 
 def packed_expert_bytes(dtype: str, out_features: int, in_features: int, halves: bool) -> int:
-    """Returns the size of one expert as ``pack_experts`` stores it on the CPU."""
+    """Returns the bytes of one expert in the CPU format of ``pack_experts``."""
     size = _packed_expert_bytes(dtype.encode(), out_features, in_features, halves)
     if size < 0:
         raise ValueError(f"packed_expert_bytes: dtype must be a float type, got {dtype}.")
     return size
 
 
-# ---- CUDA: a build without its kernels has no margin, no stream, no device and no kernels
+# ---- CUDA: a build without its kernels has no margin, stream, device or kernels
 
 sm_margin: Callable[[], int] = _function(_quick, "sm_margin", ctypes.c_int)
 set_sm_margin: Callable[[int], None] = _function(_quick, "set_sm_margin", None, ctypes.c_int)
-bind_device = _text(_slow, "bind_device", ctypes.c_int)  # None, or why it cannot be made current
+# None, or the reason for which it cannot be made current
+bind_device = _text(_slow, "bind_device", ctypes.c_int)
 _stream_source = _text(_slow, "stream_source", ctypes.POINTER(ctypes.c_bool))
 _EachKernel = ctypes.CFUNCTYPE(
     None,
@@ -145,16 +146,16 @@ _cuda_kernels = _function(_slow, "cuda_kernels", None, _EachKernel)
 
 
 def stream_source() -> tuple[str, bool] | None:
-    """Returns the library that torch's current stream is asked of, and whether it answers; None if
-    torch has loaded no such library."""
+    """Returns the library queried for torch's current stream, and whether it answers; None if torch
+    has not loaded such a library."""
     answers = ctypes.c_bool()
     library = _stream_source(answers)
     return None if library is None else (library, answers.value)
 
 
 def cuda_kernels() -> list[tuple[str, str | None, int, int, int, int]]:
-    """Returns of every kernel on the current device: name, error or None, compute capability of its
-    machine code and of the PTX, registers, bytes that a thread spills."""
+    """Returns, for every kernel on the current device: name, error or None, compute capability of
+    its machine code and of the PTX, registers, spilled bytes per thread."""
     kernels: list[tuple[str, str | None, int, int, int, int]] = []
 
     def each(name: bytes, error: bytes | None, *numbers: int) -> None:

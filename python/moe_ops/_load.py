@@ -1,4 +1,4 @@
-"""Loads the native library and turns a failure into one sentence that says what to do."""
+"""Loading of the native library, with errors that state a remedy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def _interpreters() -> ModuleType | None:
 
 
 def _check_interpreter() -> None:
-    """Importing torch into an interpreter beside the main one ends the process (torch 2.13), so
-    this comes before it."""
+    """Rejects subinterpreters: importing torch there ends the process (torch 2.13), so this check
+    comes first."""
     interpreters = _interpreters()
     if interpreters is not None and interpreters.get_current() != interpreters.get_main():
         raise ImportError(
@@ -32,7 +32,7 @@ import torch  # noqa: E402
 
 
 def torch_version() -> tuple[int, int]:
-    """Major and minor."""
+    """Returns the major and minor version of torch."""
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
@@ -41,10 +41,10 @@ def load(version: str) -> None:
     """Loads the native library, which registers ``torch.ops.moe_ops``.
 
     Args:
-        version: of the Python files, which the library must have too.
+        version: version of the Python files, which the library must have too.
 
     Raises:
-        ImportError: torch is older than 2.10, the library is missing, or it does not fit.
+        ImportError: torch is older than 2.10, or the library is missing or incompatible.
     """
     if torch_version() < (2, 10):
         raise ImportError(

@@ -1,8 +1,9 @@
-"""Every private name of torch that this package uses, and what is done in a torch without it.
+"""All private names of torch that this package uses, with substitutes for versions of torch without
+them.
 
-Public torch has no other way to register a rule below autograd or to ask whether a call needs the
-dispatcher's detours. tests/test_private_torch.py finds private names elsewhere in the package, and
-runs it in a torch that has none of those with a substitute here.
+Public torch has no other way to register a rule below autograd or to check whether a call needs the
+full dispatcher. tests/test_private_torch.py finds private names elsewhere in the package, and runs
+it with a torch that lacks all names with substitutes.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ import torch.utils._python_dispatch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# torch.library.register_autograd is made of these two; nothing can take their place.
+# torch.library.register_autograd uses these two; there is no substitute.
 AutoDispatchBelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
 after_autograd_keyset: Any = torch._C._after_autograd_keyset
 
 
 def arguments_of(op: str) -> list[Any]:
-    """The arguments of an op of this package in the order of its schema: `name`, `default_value`,
-    `kwarg_only`."""
+    """Returns the arguments of an op of this package in the order of its schema: `name`,
+    `default_value`, `kwarg_only`."""
     return list(getattr(torch.ops.moe_ops, op).default._schema.arguments)
 
 
 def entry_of(packet: Any) -> Callable[..., Any]:
-    """What calling an op comes to. The compiler knows only the packet."""
+    """Returns the function behind an op's packet. The compiler supports only the packet."""
     run: Callable[..., Any] = getattr(packet, "_op", packet)
     return run
 
 
 def redispatch_of(op: str) -> Callable[..., Any]:
-    """(keys, *arguments) -> the op, called by the dispatcher at the first of these keys."""
+    """Returns a function (keys, *arguments) that calls the op through the dispatcher at the first
+    of these keys."""
     overload = getattr(torch.ops.moe_ops, op).default
     redispatch: Callable[..., Any] = overload._handle.redispatch_boxed
     return redispatch
@@ -45,20 +47,20 @@ def _any_requires_grad(*args: Any) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-# What a subclass of Tensor has as __torch_function__ so that functions return plain tensors;
-# without it they return the subclass.
+# The __torch_function__ of Tensor subclasses whose functions return plain tensors; the substitute
+# returns the subclass.
 disabled_torch_function: Any = getattr(
     torch._C, "_disabled_torch_function_impl", Tensor.__torch_function__
 )
 any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _any_requires_grad)
-# A torch that cannot tell is taken to have a transform of torch.func, or a mode, active.
+# If torch cannot tell, a transform of torch.func, or a mode, is assumed to be active.
 are_functorch_transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
 len_torch_dispatch_stack: Callable[[], int] = getattr(
     torch._C, "_len_torch_dispatch_stack", lambda: 1
 )
-# -1 outside of a backward pass, which is all that can be assumed.
+# -1 outside of a backward pass, which is the default assumption.
 current_graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 try:
@@ -74,15 +76,14 @@ try:
     forward_ad._current_level  # noqa: B018
 
     def in_forward_mode() -> bool:
-        """Whether tensors may have tangents: inside of ``forward_ad.dual_level`` or
-        ``torch.func.jvp``. Only torch itself can tell whether one has, which takes a call of an
-        operation."""
+        """Returns whether tensors may have tangents: inside ``forward_ad.dual_level`` or
+        ``torch.func.jvp``. Checking an individual tensor takes a call of a torch operation."""
         return forward_ad._current_level >= 0
 
     def is_plain_eager() -> bool:
-        """Whether the dispatcher would go straight to the autograd rule: no autocast, functorch,
-        tracer or mode, no tangents, and not below autograd already. A read of all its keys would
-        take longer than these."""
+        """Returns whether the dispatcher would go directly to the autograd rule: no autocast,
+        functorch, tracer or mode, no tangents, and not below autograd. Reading all dispatch keys
+        would take longer than these checks."""
         return not (
             forward_ad._current_level >= 0
             or _is_any_autocast_enabled()
@@ -103,7 +104,7 @@ except (AttributeError, ImportError):  # All calls pass through the dispatcher.
 
 
 def any_tangent(values: Iterable[Any]) -> bool:
-    """Whether a tensor among the values has a tangent of forward mode."""
+    """Returns whether a tensor among the values has a forward-mode tangent."""
     return in_forward_mode() and any(
         isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values
     )
@@ -112,28 +113,29 @@ def any_tangent(values: Iterable[Any]) -> bool:
 enable_single_level_autograd_function: Callable[[], AbstractContextManager[Any]]
 try:
     from torch._functorch.utils import enable_single_level_autograd_function
-except ImportError:  # torch.func then refuses the ops in its own words.
+except ImportError:  # torch.func then rejects the ops with its own error.
     enable_single_level_autograd_function = nullcontext
-# The base class of a Function that is made for one level of torch.func's transforms.
+# Base class of a Function for one level of torch.func's transforms.
 SingleLevelFunction: Any = getattr(
     torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function
 )
 
 
-# Where torch lacks it, modes see what is asked of real tensors.
+# If torch lacks it, modes see operations on real tensors.
 disable_modes: Callable[[], AbstractContextManager[Any]] = getattr(
     torch.utils._python_dispatch, "_disable_current_modes", nullcontext
 )
 
 
 def allow_forward_gradients() -> AbstractContextManager[Any]:
-    """Turns forward mode on, which torch turns off inside of an autograd Function."""
+    """Enables forward mode, which torch disables inside an autograd Function."""
     allow = getattr(forward_ad, "_set_fwd_grad_enabled", None)
     return nullcontext() if allow is None else allow(True)
 
 
 def without_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """What makes a context in which the dispatcher passes by the autocast rules of cpu or cuda."""
+    """Returns a factory of contexts in which the dispatcher skips the autocast rules of cpu or
+    cuda."""
     try:
         key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
         keyset, guard = torch._C.DispatchKeySet(key[device_type]), torch._C._ExcludeDispatchKeyGuard
@@ -143,36 +145,37 @@ def without_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
 
 
 def has_kernel(op: str, device_type: str) -> bool:
-    """Whether a kernel of the op "namespace::name" is registered for cpu or cuda."""
+    """Returns whether a kernel of the op "namespace::name" is registered for cpu or cuda."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()))
 
 
-# Whether hooks wait for calls of all modules. A torch that cannot tell is taken to have some.
+# Returns whether there are global module hooks; True if torch cannot tell.
 has_global_hooks: Callable[[], bool] = getattr(
     torch.nn.modules.module, "_has_any_global_hook", lambda: True
 )
 
 
-# A fact about sizes, for the compiler; an error where it is not so.
+# States a condition on sizes for the compiler; raises if it is false.
 check_size: Callable[[bool], None] = torch._check
 
 
 def collective_ops() -> Any:
-    """The collectives that return before they are done, whose results `wait_tensor` waits for: what
-    torch compiles, traces and lets policies of checkpointing see."""
+    """Returns the asynchronous collectives, whose results `wait_tensor` waits for, and which
+    torch's compiler, tracers and checkpointing policies support."""
     return torch.ops._c10d_functional
 
 
 def collectives_with_gradients() -> Any:
-    """The module of the same collectives for compiled code; slow to import, and useless without
-    torch.distributed."""
+    """Returns the module of these collectives for compiled code; it is slow to import, and useless
+    without torch.distributed."""
     from torch.distributed import _functional_collectives
 
     return _functional_collectives
 
 
 def fake_process_group() -> tuple[str, Any]:
-    """The backend of a group that sends nothing and returns at once, and a store for it."""
+    """Returns the backend of a process group that sends nothing and returns immediately, and a
+    store for it."""
     try:
         from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as error:
@@ -181,38 +184,39 @@ def fake_process_group() -> tuple[str, Any]:
 
 
 def fake_tensors() -> Any:
-    """A context in which tensors have everything but data."""
+    """Returns a context in which tensors have no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def dispatch_mode_class() -> Any:
-    """The base class of what sees every operation."""
+    """Returns the base class of modes that see every operation."""
     return torch.utils._python_dispatch.TorchDispatchMode
 
 
 def registered_ops(namespace: str) -> list[str]:
-    """The names of all ops of a namespace."""
+    """Returns the names of all ops of a namespace."""
     names = (schema.name for schema in torch._C._jit_get_all_schemas())
     prefix = f"{namespace}::"
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def cuda_driver_version() -> int | None:
-    """Of the driver, 1000 * major + 10 * minor; None in a torch without CUDA."""
+    """Returns the CUDA version of the driver, 1000 * major + 10 * minor; None in a torch without
+    CUDA."""
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     return None if ask is None else int(ask())
 
 
 def ragged_dim(x: Tensor) -> int:
-    """Which dimension of a jagged tensor has sizes of its own; the second where torch does not
-    say."""
+    """Returns the ragged dimension of a jagged tensor; the second if torch does not state it."""
     return int(getattr(x, "_ragged_idx", 1))
 
 
 def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from."""
+    """Excludes parameters and buffers from DistributedDataParallel, in addition to those already
+    excluded."""
     before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, [*before, *names]

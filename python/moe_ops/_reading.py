@@ -1,9 +1,8 @@
-"""Files of strangers, opened without waiting and answered in sentences.
+"""Non-blocking opening of untrusted files, with errors as sentences.
 
-A reader opens what it reads by `open_regular`, so that a named pipe, a folder or a device in the
-place of a file is refused at once. It compares sizes that a file claims with the size that the file
-has before it takes memory for them. `damage` turns whatever a library raises on the rest into one
-sentence.
+Readers use `open_regular`, which immediately rejects a named pipe, a folder or a device in place of
+a file. They compare sizes claimed by a file with its real size before they allocate memory.
+`damage` converts errors of libraries to one sentence.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_LONGEST = 200  # Characters of somebody else's message that a sentence repeats.
+_LONGEST = 200  # Maximum number of characters of another library's message in a sentence.
 
 
 def open_regular(path: Path | str, reader: str) -> BinaryIO:
-    """Opens a regular file for reading, unbuffered; anything else is refused without waiting.
+    """Opens a regular file for reading, unbuffered; rejects anything else without blocking.
 
-    The file is opened first and looked at afterwards, so that nothing can take its place between
-    the two.
+    The file is checked after it was opened, so that nothing can replace it in between.
 
     Args:
-        reader: starts the sentences: "ExpertTrace.load". With "" they have neither a start nor a
-            full stop, for a caller that puts them into one of its own.
+        path: of the file.
+        reader: start of the messages: "ExpertTrace.load". With "" they have neither a start nor a
+            full stop, for callers that embed them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -56,7 +55,7 @@ def open_regular(path: Path | str, reader: str) -> BinaryIO:
     except FileNotFoundError:
         raise FileNotFoundError(_said(reader, f"{text} must be a file, got no such file")) from None
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP):  # A socket; links in a circle.
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP):  # A socket; a cycle of links.
             raise ValueError(
                 _said(
                     reader,
@@ -77,7 +76,7 @@ def open_regular(path: Path | str, reader: str) -> BinaryIO:
 
 
 def check_regular(path: Path | str, reader: str) -> int:
-    """Checks a file before another library opens it by its name; returns its size in bytes.
+    """Checks a file before another library opens it by name; returns its size in bytes.
 
     Raises:
         FileNotFoundError, ValueError, OSError: see `open_regular`.
@@ -87,14 +86,14 @@ def check_regular(path: Path | str, reader: str) -> int:
 
 
 def read_bytes(path: Path | str, reader: str, most: int | None = None) -> bytes:
-    """Reads a regular file as a whole.
+    """Reads a complete regular file.
 
     Args:
-        most: bytes that such a file can have; None is no limit.
+        most: maximum number of bytes; None is no limit.
 
     Raises:
         FileNotFoundError, OSError: see `open_regular`.
-        ValueError: it is no regular file, or larger than `most`.
+        ValueError: it is not a regular file, or is larger than `most`.
     """
     with open_regular(path, reader) as file:
         size = os.fstat(file.fileno()).st_size
@@ -108,12 +107,12 @@ def read_bytes(path: Path | str, reader: str, most: int | None = None) -> bytes:
 
 
 def check_safetensors(path: Path | str, reader: str) -> None:
-    """Checks that a safetensors file is regular and has room for the header that it claims, before
-    the library of that name opens it.
+    """Checks that a safetensors file is regular and large enough for its header, before safetensors
+    opens it.
 
     Raises:
         FileNotFoundError, OSError: see `open_regular`.
-        ValueError: it is no such file.
+        ValueError: it is not such a file.
     """
     with open_regular(path, reader) as file:
         size = os.fstat(file.fileno()).st_size
@@ -133,7 +132,8 @@ def _said(reader: str, text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of somebody else's message, cut where it is long, without its full stop."""
+    """Returns the first line of another library's message, shortened if long, without its full
+    stop."""
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else ""
     if isinstance(error, KeyError):
@@ -145,14 +145,15 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def damage(reader: str, path: Path | str, wanted: str) -> Iterator[None]:
-    """Turns whatever is raised inside into a ValueError of one sentence.
+    """Converts exceptions inside the context to a ValueError with one sentence.
 
-    Sentences of `reader`, missing files, missing packages, failing disks and an exhausted memory
-    pass as they are.
+    Messages of `reader`, missing files, missing packages, failing disks and out-of-memory errors
+    pass unchanged.
 
     Args:
-        reader: starts the sentence.
-        wanted: ends "must be ...": "a whole safetensors file".
+        reader: start of the sentence.
+        path: of the file.
+        wanted: end of "must be ...": "a whole safetensors file".
     """
     try:
         yield
@@ -160,7 +161,7 @@ def damage(reader: str, path: Path | str, wanted: str) -> Iterator[None]:
         raise
     except Exception as error:
         ours = isinstance(error, ValueError) and str(error).startswith(f"{reader}: ")
-        # A place before the file's first byte, which a damaged file can name, is EINVAL.
+        # A negative file position, which a damaged file can contain, is EINVAL.
         failing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
         if ours or failing:
             raise

@@ -1,10 +1,10 @@
-"""The oldest transformers that moe_ops.hf works with, for all who have to know."""
+"""The oldest transformers version that moe_ops.hf supports."""
 
 from __future__ import annotations
 
 import re
 
-# The first one that takes experts implementations which it does not bring itself.
+# The first version with custom experts implementations.
 TRANSFORMERS_FLOOR = "5.7"
 
 

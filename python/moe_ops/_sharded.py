@@ -1,8 +1,8 @@
-"""Weights that are spread over processes, and how messages name a weight.
+"""Sharded weights, and names of weights in messages.
 
-FSDP2, tensor and expert parallelism of torch make DTensors of parameters. Of those, banks read the
-experts that a process has itself (`moe_ops.parallel.shard_experts` says which are whose). What
-reads or rewrites whole weights refuses all others: each process has a part.
+FSDP2, tensor and expert parallelism of torch turn parameters into DTensors. Experts support those
+for which a process reads its own experts (`moe_ops.parallel.shard_experts` defines which).
+Functions that read or rewrite whole weights reject all others, of which each process has a part.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local_part(tensor: Any) -> Any:
-    """What this process has of a DTensor, with gradients; anything else as it is."""
+    """Returns this process's part of a DTensor, with gradients; returns other values unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def has_own_experts(bank: nn.Module, weight: Any) -> bool:
-    """Whether calls of the bank run the part that this process has of a weight as it lies here:
-    banks of `moe_ops.parallel.shard_experts` and of transformers' expert parallelism. With FSDP2 on
-    top, which adds a dimension to the mesh, they run what is gathered for the call."""
+    """Returns whether calls run this process's part of a weight directly: experts of
+    `moe_ops.parallel.shard_experts` and of transformers' expert parallelism. With FSDP2 in
+    addition, which adds a mesh dimension, calls run gathered weights."""
     parallel = getattr(bank, "dispatcher", None) or getattr(bank, "_is_expert_parallel", False)
     return bool(parallel) and is_sharded(weight) and weight.device_mesh.ndim == 1
 
@@ -48,7 +48,7 @@ def check_whole(op: str, name: str, tensor: Any, advice: str) -> None:
 
 
 def name_of(module: nn.Module, tensor: Tensor, prefix: str = "") -> str | None:
-    """The name of the parameter or buffer that `tensor` is, or is a view of."""
+    """Returns the name of the parameter or buffer that `tensor` is, or is a view of."""
     base = tensor._base
     for name, own in (*module.named_parameters(), *module.named_buffers()):
         if own is tensor or own is base:

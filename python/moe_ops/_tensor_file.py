@@ -1,5 +1,5 @@
-"""Small files of tensors with a checksum over every byte: the layout of safetensors, and behind it
-the SHA-256 of all that comes before. Nothing in such a file is run, and no package is needed."""
+"""Small files of tensors with a checksum over every byte: the safetensors layout, followed by the
+SHA-256 of all preceding bytes. They contain no code, and reading them needs no package."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 def write_tensors(
     path: Path | str, kind: str, tensors: Mapping[str, Tensor], about: dict[str, Any]
 ) -> None:
-    """Writes a file that `read_tensors` of the same kind reads.
+    """Writes a file for `read_tensors` of the same kind.
 
     Args:
-        kind: says what the file is: "moe_ops.ExpertPredictor/2".
-        tensors: by name, of the types of `DTYPES`.
-        about: what else the file holds, as JSON can.
+        path: of the file.
+        kind: identifies the kind of file: "moe_ops.ExpertPredictor/2".
+        tensors: by name, with dtypes of `DTYPES`.
+        about: other contents of the file, JSON-serializable.
 
     Raises:
         OSError: it could not be written.
@@ -53,13 +54,13 @@ def write_tensors(
 
 
 def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes]:
-    """Returns the bytes of a safetensors file, header and tensors apart.
+    """Returns the bytes of a safetensors file, header and tensors separately.
 
-    The library of that name writes metadata in an order of chance; these bytes depend on the
-    arguments alone.
+    The safetensors library writes metadata in random order; these bytes depend only on the
+    arguments.
 
     Args:
-        tensors: by name, of the types of `DTYPES`; the widest come first, so that all are aligned.
+        tensors: by name, with dtypes of `DTYPES`; the widest come first, so that all are aligned.
         metadata: of the header.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -92,11 +93,11 @@ def read_tensors(
     """Reads the tensors and `about` of a file of `write_tensors`.
 
     Args:
-        reader: starts the sentences.
+        reader: start of the messages.
 
     Raises:
         FileNotFoundError, OSError: see `moe_ops._reading.open_regular`.
-        ValueError: it is no regular file, a bit in it has changed, or it is of another kind.
+        ValueError: it is not a regular file, is corrupted, or is of another kind.
     """
     content = _reading.read_bytes(path, reader)
     view = memoryview(content)
@@ -133,8 +134,8 @@ def _tensor(data: bytearray, name: str, entry: Mapping[str, Any]) -> Tensor:
 
 
 def fits(shape: Any, first: Any, last: Any, itemsize: int, size: int) -> bool:
-    """Returns whether a header's shape and offsets are whole numbers, belong together, and are
-    within `size` bytes of data."""
+    """Returns whether a header's shape and offsets are nonnegative integers, consistent, and within
+    `size` bytes of data."""
     numbers = [*shape, first, last]
     if not all(type(number) is int and 0 <= number <= _MAX_SIZE for number in numbers):
         return False
@@ -142,14 +143,14 @@ def fits(shape: Any, first: Any, last: Any, itemsize: int, size: int) -> bool:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """Returns the elements of a tensor as they are in memory, row by row."""
+    """Returns the elements of a tensor as bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of tensors with their names, types and shapes, and of what JSON can hold
-    beside them, in hexadecimal digits."""
+    """Returns the SHA-256, in hexadecimal digits, of tensors with their names, dtypes and shapes,
+    and of JSON-serializable values."""
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

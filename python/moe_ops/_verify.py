@@ -1,7 +1,7 @@
 """Comparisons of fused modules with their own forward while a model is in use.
 
-One call in n of each fused module is computed twice. `optimize(verify=n)` and the environment
-variable MOE_OPS_VERIFY choose n.
+One in n calls of each fused module is computed twice. `optimize(verify=n)` or the environment
+variable MOE_OPS_VERIFY sets n.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 _ATTRIBUTE = "_moe_ops_verify"
-# Relative differences (norms) that rounding makes at most. Weights of 8 and 4 bits are compared
-# with what they stand for, while the kernels round tokens to 8 bits.
+# Maximum relative differences (norms) from rounding. 8-bit and 4-bit weights are compared with
+# their dequantized values, while the kernels round tokens to 8 bits.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _QUANTIZED = 8e-2
 
 
 class _State(threading.local):
-    """The number of open blocks of `own_forwards` in a thread."""
+    """The number of open `own_forwards` blocks in a thread."""
 
     depth = 0
 
@@ -33,16 +33,16 @@ _active = False
 
 
 class VerificationError(RuntimeError):
-    """A fused module computed something else than its own forward."""
+    """Raised if a fused module and its own forward differ."""
 
 
 class Check:
-    """The calls of one module.
+    """Calls of one module.
 
     Args:
         name: the module's name in messages.
-        every: how many calls there are to one comparison.
-        warn: whether a difference is a warning instead of an error.
+        every: number of calls per comparison.
+        warn: warn of a difference instead of raising.
     """
 
     def __init__(self, name: str, every: int, warn: bool) -> None:
@@ -50,7 +50,7 @@ class Check:
 
 
 def parse(verify: int | str | None) -> tuple[int, bool]:
-    """Returns how many calls there are to one comparison, 0 for none, and whether to warn only.
+    """Returns the number of calls per comparison, 0 for none, and whether to only warn.
 
     Args:
         verify: a number; "n" or "warn:n"; None is the environment variable MOE_OPS_VERIFY.
@@ -86,7 +86,7 @@ def is_active() -> bool:
 
 
 def is_due(module: nn.Module) -> bool:
-    """Counts a call of a module and return whether it is one to compare."""
+    """Counts a call of a module and returns whether to compare it."""
     if not _active or torch.compiler.is_compiling():
         return False
     check = module.__dict__.get(_ATTRIBUTE)
@@ -97,13 +97,13 @@ def is_due(module: nn.Module) -> bool:
 
 
 def takes_own_forward() -> bool:
-    """Returns whether fused modules of this thread take their own forward now."""
+    """Returns whether fused modules of this thread must use their own forward now."""
     return _active and _state.depth > 0
 
 
 @contextlib.contextmanager
 def own_forwards() -> Iterator[None]:
-    """Makes fused modules of this thread take their own forward inside the block."""
+    """Makes fused modules of this thread use their own forward inside the block."""
     _state.depth += 1
     try:
         yield
@@ -119,7 +119,7 @@ def compare(
     *,
     quantized: bool = False,
 ) -> None:
-    """Compares an output with what the module's own forward gives.
+    """Compares an output with that of the module's own forward.
 
     Raises:
         VerificationError: they differ by more than rounding, unless the check only warns.
@@ -133,8 +133,8 @@ def compare(
 def compare_choice(
     router: nn.Module, ours: tuple[Tensor, ...], own: Callable[[], tuple[Tensor, ...]]
 ) -> None:
-    """Compares logits of a router, and the weights of all experts for tokens whose choice no
-    rounding of logits can turn.
+    """Compares a router's logits, and the weights of all experts for tokens whose top-k selection
+    cannot change by rounding of logits.
 
     Raises:
         VerificationError: they differ by more than rounding, unless the check only warns.
@@ -148,7 +148,7 @@ def compare_choice(
     other = torch.zeros_like(mine).scatter(1, theirs[2].long(), theirs[1].float())
     same = ((mine > 0) == (other > 0)).all(1)
     if bool(same.float().mean() < 0.5):
-        same[:] = True  # So many tokens with other experts are no ties.
+        same[:] = True  # More tokens with other experts than ties explain.
     _judge(router, "routing weights", mine[same], other[same], max(tolerance, 2e-2))
 
 

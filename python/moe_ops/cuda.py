@@ -6,22 +6,22 @@ from moe_ops import _library
 
 
 def set_sm_margin(sms: int) -> None:
-    """Leaves SMs to kernels of others that run at the same time as those of this package.
+    """Leaves SMs free for other kernels that run concurrently with those of this package.
 
-    The matrix products start as many blocks as the card has SMs, and each block works through its
-    share of the tiles. Where another kernel holds SMs, a collective of NCCL for example, the blocks
-    that find no SM start when the first ones are done, and the product takes twice as long. With a
-    margin it starts that many blocks fewer. Results keep their bits.
+    GEMMs start as many blocks as the GPU has SMs, and each block processes its share of the tiles.
+    If another kernel, for example an NCCL collective, occupies SMs, the blocks without an SM start
+    after the first ones finish, and the GEMM takes twice as long. The margin reduces the number of
+    blocks. Results are bitwise unchanged.
 
     It is one setting of the process, for all threads, which an op reads when it is launched: a
-    captured graph keeps the value of its capture. Its value at the start is that of the environment
+    captured graph keeps the value of its capture. The initial value is that of the environment
     variable ``MOE_OPS_SM_MARGIN``, otherwise 0. A build without CUDA kernels ignores it.
 
     Args:
-        sms: how many SMs to leave, at least 0. One is used in any case.
+        sms: number of SMs to leave free, at least 0. At least one SM is always used.
 
     Raises:
-        ValueError: ``sms`` is negative or no int.
+        ValueError: ``sms`` is negative or not an int.
     """
     if not isinstance(sms, int) or isinstance(sms, bool) or sms < 0:
         raise ValueError(f"set_sm_margin: sms must be an int of at least 0, got {sms!r}")
@@ -29,5 +29,5 @@ def set_sm_margin(sms: int) -> None:
 
 
 def sm_margin() -> int:
-    """How many SMs the CUDA kernels leave to others (:func:`set_sm_margin`)."""
+    """Returns the number of SMs that the CUDA kernels leave free (:func:`set_sm_margin`)."""
     return _library.sm_margin()

@@ -1,6 +1,6 @@
-"""What is installed, whether it works, and what to do about what does not.
+"""Checks of an installation, with advice for problems.
 
-``moe-ops doctor`` prints it; ``python -m moe_ops.doctor`` does too and needs nothing but torch.
+``moe-ops doctor`` prints them; ``python -m moe_ops.doctor`` also does and needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
 from moe_ops.self_test import SelfTest, cases, has_kernel, self_test
 
 _DISTRIBUTION = "torch-moe-ops"
-# An unrelated distribution that installs a package of our name over ours.
+# An unrelated distribution whose package overwrites this one.
 _CLASHING_DISTRIBUTION = "moe-ops"
 _REINSTALL = f"pip install --force-reinstall --no-deps {_DISTRIBUTION}"
 _UPGRADE_BOTH = "pip install --upgrade transformers torch-moe-ops"
@@ -31,7 +31,7 @@ _UPGRADE_BOTH = "pip install --upgrade transformers torch-moe-ops"
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact; level is ok, info, warning or fail, advice is what to do about it."""
+    """One fact; level is ok, info, warning or fail, advice is a remedy."""
 
     name: str
     level: str
@@ -70,7 +70,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything; takes a few seconds."""
+    """Runs all checks; takes a few seconds."""
     cuda = list(_cuda())
     findings = [
         *_versions(),
@@ -89,7 +89,7 @@ def examine() -> Report:
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "moe_ops": moe_ops.__version__,
-        "torch": torch.__version__,  # Its metadata may lack the variant, as +cu130.
+        "torch": torch.__version__,  # Its metadata may lack the variant, such as +cu130.
         **{name: _version(name) for name in names},
     }
     return Report(findings, tests, versions)
@@ -190,7 +190,7 @@ def _cpu() -> Iterator[Finding]:
     yield _wait_policy()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > cores:
-        # A thread that spins for another one keeps the core that the other one waits for.
+        # A spinning thread occupies the core that the thread it waits for needs.
         yield Finding(
             "load",
             "info",
@@ -233,9 +233,9 @@ def _packed_weights() -> Finding:
     return Finding("packed weights", "ok", text)
 
 
-# Below, no kernel runs; SIMT kernels and products on mma.sync need it.
+# Below, no kernel runs; SIMT kernels and mma.sync GEMMs need it.
 _LEAST_CAPABILITY = (8, 0)
-# The products on TMA and wgmma exist for this one only.
+# TMA and wgmma GEMMs support only this one.
 _HOPPER = (9, 0)
 
 
@@ -283,7 +283,7 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _cuda_stream() -> Finding:
-    """Where the kernels get torch's current stream."""
+    """Checks the source of torch's current stream for the kernels."""
     found = _library.stream_source()
     if found is not None and found[1]:
         text = f"the current one of torch, asked of {found[0]}"
@@ -301,7 +301,7 @@ def _cuda_stream() -> Finding:
 
 
 def _cuda_device() -> Finding:
-    """Whether the runtime of the kernels shares torch's devices."""
+    """Checks that the runtime of the kernels shares torch's devices."""
     device, count = torch.cuda.current_device(), torch.cuda.device_count()
     error = _library.bind_device(device)
     if error is None:
@@ -316,7 +316,7 @@ def _cuda_device() -> Finding:
 
 
 def _cuda_kernels() -> Iterator[Finding]:
-    """Which code each family of kernels has on this card; loads all of them."""
+    """Checks the code of each family of kernels for this GPU; loads all of them."""
     families: dict[str, list[tuple[str | None, int, int, int]]] = {}
     for name, error, compiled_for, from_ptx, _, spilled in _library.cuda_kernels():
         family = name.removesuffix("_kernel")
@@ -337,7 +337,7 @@ def _cuda_kernels() -> Iterator[Finding]:
         groups.setdefault(code, []).append(family + note)
     for code, names in groups.items():
         yield Finding("cuda kernels", "ok", f"{code}: {', '.join(names)}")
-    # The products on TMA and wgmma have code for one card only, and others do without.
+    # TMA and wgmma GEMMs have code for one GPU only; others do not need them.
     hopper = [family for family in missing if "sm90" in family]
     others = {family: error for family, error in missing.items() if family not in hopper}
     if hopper:
@@ -426,13 +426,13 @@ def _version(package: str) -> str | None:
 
 
 def _cuda_build() -> str:
-    """What the CUDA kernels were built with, "13.0 (static runtime)"; empty without them."""
+    """Returns the toolkit of the CUDA kernels, "13.0 (static runtime)"; empty without them."""
     build = dict(_library.build_info()).get("cuda", "off")
     return "" if build.lower() in ("", "off", "0") else build
 
 
 def _driver_version() -> tuple[int, int] | None:
-    """The newest CUDA that the driver supports."""
+    """Returns the newest CUDA version that the driver supports."""
     version = _private_torch.cuda_driver_version()
     return None if version is None else (version // 1000, version % 1000 // 10)
 
@@ -452,7 +452,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def main() -> int:
-    """Print the report as plain text; the exit status is 1 when something failed."""
+    """Prints the report as plain text; returns exit status 1 if a check failed."""
     report = examine()
     for finding in report.findings:
         print(f"{finding.level:8}{finding.name}: {finding.text}")

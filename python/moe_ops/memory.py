@@ -1,21 +1,21 @@
-"""Memory on the CPU: that which outputs leave behind, and that of weights.
+"""CPU memory: reuse of freed outputs, and huge pages for weights.
 
-When a large output of an op is freed (8 MiB and more: weight gradients, above all), its memory is
-kept for the next one, because fresh memory has to be zeroed by the system first, which takes as
-long as a third of a layer's backward. The system may take the kept pages back whenever it needs
-them. ``MOE_OPS_CACHE_MB`` in the environment sets how much is kept at most (0: nothing); otherwise
-it is a quarter of the machine's memory, or nothing while the address space of the process is
-limited (``ulimit -v``), because kept memory takes addresses that other allocations may want. With
-torch 2.10, which lacks what this needs, nothing is kept.
+When a large output of an op is freed (8 MiB and more; mostly weight gradients), its memory is kept
+for the next one, because the system must zero fresh memory first, which takes as long as a third of
+a layer's backward. The system may reclaim the kept pages at any time. ``MOE_OPS_CACHE_MB`` in the
+environment sets the maximum (0: nothing); the default is a quarter of the machine's memory, or
+nothing while the address space of the process is limited (``ulimit -v``), because kept memory uses
+addresses that other allocations may need. With torch 2.10, which lacks the required interface,
+nothing is kept.
 
-Weights are read faster from pages of 2 MiB than from those of 4 KiB that torch's allocator gets:
-:func:`use_huge_pages`. On Linux, banks of float experts do it by themselves once unchanged weights
-have been read so often that it would have paid by then, a part at a time; quantised ones ask for
-such pages before they are filled, which costs nothing. ``MOE_OPS_HUGE_PAGES=0`` in the environment
-turns that off; a process that was forked does not do it either, because it would get a copy of its
-own of weights that it shares with its parent.
+Reading weights is faster from pages of 2 MiB than from the 4 KiB pages of torch's allocator:
+:func:`use_huge_pages`. On Linux, float experts move there automatically, in parts, once unchanged
+weights have been read so often that moving would have paid off; quantized experts request such
+pages before they are filled, which costs nothing. ``MOE_OPS_HUGE_PAGES=0`` in the environment
+disables this; forked processes do not do it either, because each would get a separate copy of
+weights that it shares with its parent.
 
-:func:`memory_stats` lists all memory that this package keeps for itself.
+:func:`memory_stats` lists all memory that this package keeps.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ __all__ = [
     "use_huge_pages",
 ]
 
-# What is smaller may not hold a whole page of 2 MiB, and lies in a cache anyway.
+# Smaller tensors may not contain a whole page of 2 MiB, and stay in a cache anyway.
 _HUGE_FROM = 4 << 20
 _HUGE_PAGE = 2 << 20
 
-# What one call may pack or move of weights that nobody asked to pack or move. Where a virtual
-# machine has to be given the memory first, each MiB takes milliseconds.
+# Maximum bytes that one call may pack or move automatically. In a virtual machine that must be
+# given the memory first, each MiB takes milliseconds.
 BYTES_A_CALL = 32 << 20
-# Of one call, the rows an expert that count as use: the weights are read once for all of them, and
-# more rows gain nothing more.
+# Maximum rows per expert and call that count as use: the weights are read once for all of them, and
+# more rows do not increase the benefit.
 ROWS_THAT_COUNT = 16
-# Moving weights takes as long as some 250 calls with enough rows save by it.
+# Moving weights costs as much as about 250 calls with enough rows save.
 HUGE_PAGES_AFTER_ROWS = 256 * ROWS_THAT_COUNT
 
 
@@ -80,50 +80,50 @@ def register_holder(name: str, num_bytes: Callable[[], int]) -> None:
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes that this package holds beside the tensors of its callers, by what they are for.
+    """Returns the bytes that this package keeps in addition to its callers' tensors, by purpose.
 
     Returns:
-        ``"outputs"``: :func:`cached_bytes`. ``"packed weights"``: copies of expert weights, those
-        that are being made included (`moe_ops.packed_weight_bytes`). ``"original weights"``: what
-        `moe_ops.hf.optimize` keeps of models that it can restore exactly.
+        ``"outputs"``: :func:`cached_bytes`. ``"packed weights"``: copies of expert weights,
+        including those in progress (`moe_ops.packed_weight_bytes`). ``"original weights"``: weights
+        that `moe_ops.hf.optimize` keeps to restore models exactly.
     """
     return {"outputs": cached_bytes(), **{name: count() for name, count in _holders.items()}}
 
 
 def cached_bytes() -> int:
-    """Bytes that are kept and that no tensor uses."""
+    """Returns the bytes that are kept and not used by a tensor."""
     return _library.cached_bytes()
 
 
 def get_cache_limit() -> int:
-    """The most bytes that are kept."""
+    """Returns the maximum bytes that are kept."""
     return _library.cache_limit()
 
 
 def empty_cache() -> None:
-    """Returns everything that is kept to the system. Tensors in use are not touched."""
+    """Returns all kept memory to the system. Tensors in use are not affected."""
     _library.release_cached()
 
 
 def use_huge_pages(*owners: Tensor | nn.Module) -> int:
-    """Moves the memory of tensors to pages of 2 MiB. Their values and addresses stay.
+    """Moves the memory of tensors to pages of 2 MiB. Their values and addresses do not change.
 
-    For weights that something reads over and over: a bank in a compiled model, buffers of
-    ``main_grads``, any large layer. It takes 0.2 to 1.2 seconds a GiB, and 2.5 in a virtual machine
-    that has to be given the memory first.
+    It is meant for weights that are read repeatedly: experts in a compiled model, ``main_grads``
+    buffers, any large layer. It takes 0.2 to 1.2 seconds per GiB, and 2.5 in a virtual machine that
+    must be given the memory first.
 
     Args:
-        owners: tensors, and modules, of which all parameters and buffers are meant. Only plain
-            strided CPU tensors whose storage takes 4 MiB or more are moved, and of these what is
-            whole pages of 2 MiB.
+        owners: tensors, and modules with all their parameters and buffers. Only plain strided CPU
+            tensors with a storage of at least 4 MiB are moved, and of these only whole pages of 2
+            MiB.
 
     Returns:
-        Bytes that were moved, or lay there before. Less than asked for where memory is short; 0
-        without Linux 6.1, and for tensors in a mapped file. (Where the system can move them later
-        by itself, it is asked to.)
+        Bytes that were moved, or already were in such pages. It is less than requested if memory is
+        short, and 0 without Linux 6.1 and for tensors in a mapped file. (If the system can move
+        them later automatically, it is asked to.)
 
     Raises:
-        ValueError: a DTensor; what its `to_local()` returns is a plain tensor.
+        ValueError: a DTensor; the result of its `to_local()` is a plain tensor.
     """
     named: list[tuple[str, Tensor]] = []
     for owner in owners:
@@ -141,7 +141,7 @@ def use_huge_pages(*owners: Tensor | nn.Module) -> int:
 
 
 class _Move:
-    """What is left to move of a module's weights, as they lie at `addresses`, part by part."""
+    """Remaining parts of a module's weights at `addresses` to move."""
 
     def __init__(self, addresses: tuple[int, ...], weights: tuple[Tensor, ...]) -> None:
         self.addresses = addresses
@@ -160,9 +160,10 @@ _waited = 0
 
 
 def take_turn(waiting: int) -> bool:
-    """Whether a module may spend BYTES_A_CALL now, one of so many that are, or will be, due.
+    """Returns whether a module may spend BYTES_A_CALL now, given the number of modules that are or
+    will be due.
 
-    One of them may in a round of calls, so that a pass through a whole model has one pause.
+    One of them may per round of calls, so that a pass through a whole model has one pause.
     """
     global _waited
     _waited += 1
@@ -173,17 +174,18 @@ def take_turn(waiting: int) -> bool:
 
 
 def counted_rows(num_slots: int, num_experts: int) -> int:
-    """The rows of one call that count as use of its weights, of all experts together."""
+    """Returns the rows of one call, over all experts, that count as use of its weights."""
     return min(num_slots, ROWS_THAT_COUNT * num_experts)
 
 
 def move_when_paid(module: nn.Module, num_slots: int, *weights: Tensor) -> int:
-    """use_huge_pages by itself, a part a call, once calls would have saved what it takes.
+    """Moves weights to huge pages automatically, one part per call, once calls would have saved the
+    cost.
 
     Args:
-        module: that the weights belong to.
+        module: owner of the weights.
         num_slots: of this call.
-        weights: [E, ...] each. A new address starts the count again.
+        weights: [E, ...] each. A new address restarts the count.
 
     Returns:
         Bytes that this call has moved.
@@ -210,7 +212,7 @@ def move_when_paid(module: nn.Module, num_slots: int, *weights: Tensor) -> int:
 
 
 def advise_huge_pages(*tensors: Tensor) -> None:
-    """Asks for pages of 2 MiB, which costs nothing where the memory has not been written yet."""
+    """Requests pages of 2 MiB, which costs nothing if the memory has not been written yet."""
     for t in tensors:
         if _by_themselves and is_plain(t) and t.nbytes >= _HUGE_FROM and not t.is_shared():
             storage = t.untyped_storage()
@@ -219,7 +221,7 @@ def advise_huge_pages(*tensors: Tensor) -> None:
 
 
 def new_zeros(*shape: int, dtype: torch.dtype, device: Any = None) -> Tensor:
-    """torch.zeros in pages of 2 MiB, if large."""
+    """Returns torch.zeros in pages of 2 MiB, if large."""
     t = torch.empty(shape, dtype=dtype, device=device)
     advise_huge_pages(t)
     return t.zero_()
@@ -230,8 +232,8 @@ _MADV_PAGEOUT = 21  # Linux 5.4
 
 
 def madvise(address: int, num_bytes: int, advice: int) -> bool:
-    """The system call of this name on pages from `address` on; False where it is not done. Other
-    Python threads run meanwhile."""
+    """Makes the system call of this name for pages from `address` on; returns False if it was not
+    done. Other Python threads run meanwhile."""
     if sys.platform != "linux":
         return False
     return _system_call()(address, num_bytes, advice) == 0
@@ -245,16 +247,16 @@ def _system_call() -> Any:
 
 
 def release_file_pages(pattern: str = r"\.safetensors$") -> int:
-    """Takes the pages of mapped files out of this process's memory; they are read again if needed.
+    """Releases the pages of mapped files from this process's memory; they are read again if needed.
 
-    A checkpoint that was read through a mapping stays in memory, as far as it was touched, while
-    any tensor lies in it. Nothing is lost: pages that were written stay.
+    The touched pages of a memory-mapped checkpoint stay in memory while any tensor uses the
+    mapping. Nothing is lost: written pages are kept.
 
     Args:
-        pattern: regular expression that is searched for in the paths of mapped files.
+        pattern: regular expression, searched in the paths of mapped files.
 
     Returns:
-        Bytes of the mappings that the system was asked to release; 0 elsewhere than on Linux.
+        Bytes of the mappings that the system was asked to release; 0 on other systems than Linux.
     """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -271,7 +273,7 @@ def release_file_pages(pattern: str = r"\.safetensors$") -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take without swapping; 0 where the system does not say."""
+    """Returns the bytes that this process can still allocate without swapping; 0 if unknown."""
     available = _first_number("/proc/meminfo", "MemAvailable:") * 1024
     for limit, used, statistics in (
         ("memory.max", "memory.current", "memory.stat"),
@@ -280,7 +282,7 @@ def available_memory() -> int:
         group = Path("/sys/fs/cgroup")  # The group of a container, as seen from inside.
         most = _first_number(group / limit)
         if most:
-            # Files in the page cache count as used, but go when memory is asked for.
+            # Files in the page cache count as used, but are evicted on demand.
             files = _first_number(group / statistics, "inactive_file")
             left = most - _first_number(group / used) + files
             available = min(available, max(left, 0))
@@ -298,7 +300,7 @@ def _first_number(path: str | Path, line_start: str = "") -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor has memory of its own; fake and sharded ones are subclasses."""
+    """Returns whether the tensor has its own memory; fake and sharded tensors are subclasses."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"

@@ -1,13 +1,13 @@
-"""Which bits the kernels promise: whether a token's output may depend on its batch.
+"""Batch-invariant mode: whether a token's output may depend on its batch.
 
-Every op gives the same bits in every run, with any number of threads. The kernels choose an
-algorithm by the number of rows of each expert, though, and algorithms round differently, so that a
-token's output can differ in its last bits (with quantised experts on the CPU, by about 1 %) between
-a call for it alone and a call for it among others. With the batch-invariant mode on it does not: a
-token's output then depends on that token, the weights and the instruction set, or on CUDA the card,
-alone.
+Every op is bitwise reproducible in every run, with any number of threads. However, the kernels
+select an algorithm by the number of rows of each expert, and algorithms round differently, so that
+a token's output can differ in its last bits (with quantized experts on the CPU, by about 1 %)
+between a call for it alone and a call with other tokens. In batch-invariant mode it does not: a
+token's output then depends only on that token, the weights, and the instruction set (on CUDA, the
+GPU).
 
-docs/numerics.md has the guarantees by op, and what the mode costs.
+docs/numerics.md states the guarantees by op, and the cost of the mode.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from contextlib import contextmanager, suppress
 
 from moe_ops import _library
 
-# What the kernels read, as Python reads it: layers that choose between torch's product and an op of
-# this package ask for it, and a graph of torch.compile that depends on it is compiled anew when it
-# changes.
+# Python copy of the kernels' setting: layers use it to select between torch's GEMM and an op of
+# this package, and a torch.compile graph that depends on it is recompiled when it changes.
 _mode: bool = _library.batch_invariant()
 
 
@@ -33,17 +32,18 @@ class _Block:
         self.mode = mode
 
 
-# The mode outside of all blocks, the open blocks of each thread or asyncio task in the order in
-# which they were entered, and how many threads and tasks have an innermost block for either mode.
+# The mode outside of all blocks; the open blocks of each thread or asyncio task in the order in
+# which they were entered; and the number of threads and tasks whose innermost block has either
+# mode.
 _base: bool = _mode
 _open: dict[Hashable, list[_Block]] = {}
 _wishes: dict[bool, int] = {True: 0, False: 0}
-# Reentrant: a collector that runs inside may close a block.
+# Reentrant: garbage collection inside may close a block.
 _lock = threading.RLock()
 
 
 def _owner() -> Hashable:
-    """Returns the asyncio task that runs here, or the thread if none does."""
+    """Returns the current asyncio task, or the thread if there is none."""
     asyncio = sys.modules.get("asyncio")  # Without the module there are no tasks.
     if asyncio is not None:
         with suppress(RuntimeError):  # No event loop runs in this thread.
@@ -54,7 +54,7 @@ def _owner() -> Hashable:
 
 
 def _apply() -> None:
-    """Sets the mode that the open blocks, or without any the base setting, call for."""
+    """Sets the mode required by the open blocks, or the base setting without blocks."""
     global _mode
     mode = _wishes[True] > 0 or (_base and _wishes[False] == 0)
     if mode != _mode or mode != _library.batch_invariant():
@@ -88,7 +88,7 @@ def _leave(owner: Hashable, block: _Block) -> None:
 def _after_fork() -> None:
     """Closes the blocks of threads that do not exist in a forked process."""
     global _lock
-    _lock = threading.RLock()  # One of those threads may hold the old one.
+    _lock = threading.RLock()  # One of those threads may hold the old lock.
     here = (_owner(), threading.get_ident())
     for owner in [owner for owner in _open if owner not in here]:
         _wishes[_open.pop(owner)[-1].mode] -= 1
@@ -102,15 +102,14 @@ if hasattr(os, "register_at_fork"):
 def set_batch_invariant(mode: bool) -> None:
     """Turns the batch-invariant mode of the CPU and CUDA kernels on or off.
 
-    With it on, the bits of a token's output do not depend on how many other tokens are in the call,
-    on where among them it is, or on how they are routed. Gradients are not covered.
+    In this mode, a token's output does not depend bitwise on the number of other tokens in the
+    call, its position among them, or their routing. Gradients are not covered.
 
     It is one setting of the process, for all threads, which each op reads when it is called: a
-    compiled graph follows the setting at the time it runs, a CUDA graph keeps the kernels that it
-    captured. Its value at the start is on if the
-    environment variable ``MOE_OPS_BATCH_INVARIANT`` is ``1``, otherwise off. While a
-    :func:`batch_invariant` block is open anywhere in the process, the blocks decide, and this
-    setting holds from the end of the last of them on.
+    compiled graph follows the setting at run time, a CUDA graph keeps the kernels that it captured.
+    It is initially on if the environment variable ``MOE_OPS_BATCH_INVARIANT`` is ``1``, otherwise
+    off. While a :func:`batch_invariant` block is open anywhere in the process, the blocks determine
+    the mode, and this setting applies after the last of them ends.
 
     Args:
         mode: ``True`` for on.
@@ -136,12 +135,12 @@ def batch_invariant(mode: bool = True) -> Iterator[None]:
     """Turns the batch-invariant mode on, or off, for a block.
 
     The mode is one setting of the process, and blocks of several threads and asyncio tasks may be
-    open at once, in any order of entering and leaving. In each thread or task the innermost open
-    block counts. The mode is on while it is ``batch_invariant(True)`` in any of them; otherwise it
-    is off while one of them has a ``batch_invariant(False)`` block; and without open blocks it is
-    what :func:`set_batch_invariant` set. So a block that turns it on has it on throughout, and
-    other threads see it as well; one that turns it off is for measurements in a process that does
-    nothing else.
+    open concurrently, entered and left in any order. In each thread or task, the innermost open
+    block counts. The mode is on while it is ``batch_invariant(True)`` in any of them; otherwise off
+    while one of them has a ``batch_invariant(False)`` block; and without open blocks it is the
+    setting of :func:`set_batch_invariant`. So a block that turns it on has it on throughout, and
+    other threads are affected too; a block that turns it off is for measurements in a process that
+    does nothing else.
 
     Args:
         mode: ``True`` for on.

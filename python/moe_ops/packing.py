@@ -1,6 +1,6 @@
-"""Packed copies of expert weights for inference, as users make and drop them.
+"""User interface for packed copies of expert weights for inference.
 
-:mod:`moe_ops.expert_weights.packing` says when a copy is used and when it goes.
+:mod:`moe_ops.expert_weights.packing` documents when copies are used and dropped.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ __all__ = [
 
 
 class set_packing_policy:
-    """Sets when banks of experts pack their weights by themselves, for the whole process.
+    """Sets when experts pack their weights automatically, for the whole process.
 
-    A bank can pack itself in `eval()`, in calls that want no gradient, on the CPU. Banks that were
+    Experts can be packed automatically in `eval()`, in calls without gradients, on the CPU. Experts
     packed by `pack_weights` keep their copies under every policy.
 
     Args:
-        policy: "auto", a bank whose weights take 1 MiB or more packs itself once they have served
-            so many rows unchanged that it would have paid by then (1024 an expert; of one call at
-            most 16 an expert count), if the copy fits into the budget: 32 MiB a call, one bank at a
-            time. Never while `torch.use_deterministic_algorithms` is on, since results change by
-            rounding at the call that ends it. "off", none does, and copies that banks made by
-            themselves go. "always", each does at its first such call, without a budget unless
-            `max_bytes` is given. None leaves the policy as it is.
-        max_bytes: budget of all copies together; None is a quarter of the memory that would be
-            available without them, at the moment of packing.
+        policy: "auto": experts with at least 1 MiB of weights are packed once their unchanged
+            weights have processed enough rows that packing would have paid off (1024 per expert,
+            counting at most 16 per expert and call), if the copy fits into the budget: 32 MiB per
+            call, one module at a time. Never while `torch.use_deterministic_algorithms` is on,
+            because results change by rounding at the call that completes the copy. "off": no
+            automatic packing; automatic copies are dropped. "always": experts are packed at their
+            first such call, without a budget unless `max_bytes` is given. None keeps the policy.
+        max_bytes: budget of all copies together; None is a quarter of the memory that is available
+            without them, at the time of packing.
 
-    As a context manager it puts the old settings back at the end. At the start they come from
-    ``MOE_OPS_PACKING`` (a policy, "auto" if not set) and ``MOE_OPS_PACKING_MB`` (a budget in MiB).
+    As a context manager it restores the old settings at the end. Initial settings come from
+    ``MOE_OPS_PACKING`` (a policy, default "auto") and ``MOE_OPS_PACKING_MB`` (a budget in MiB).
 
     Raises:
         ValueError: an unknown policy or a negative budget.
@@ -79,24 +79,23 @@ class set_packing_policy:
 def pack_weights(model: nn.Module) -> int:
     """Packs the expert weights of `model` now, whatever the policy and the budget.
 
-    The copies take about the memory of the weights once more. They are used in calls that want no
-    gradient, and go when the weights change, at `train()`, or with :func:`unpack_weights`.
+    The copies take about the memory of the weights once more. They are used in calls without
+    gradients, and dropped when the weights change, at `train()`, or by :func:`unpack_weights`.
 
     Args:
-        model: a module that holds `moe_ops.layers.Experts`, or blocks of transformers that run on
+        model: a module with `moe_ops.layers.Experts`, or blocks of transformers that run on
             moe_ops.
 
-    Banks with quantised experts are skipped with a warning: their kernels read the weights as they
-    lie. So do all CUDA kernels: banks on CUDA are passed over. A model that moves there leaves its
-    copies behind.
+    Quantized experts are skipped with a warning: their kernels read the stored weights directly. So
+    do all CUDA kernels: experts on CUDA are skipped. A model that moves to CUDA loses its copies.
 
     Returns:
         Bytes of the copies of `model`; 0 on CUDA.
 
     Raises:
-        ValueError: no such bank, or weights that cannot be packed: on another device, of a tensor
-            subclass (sharded ones are), or made in inference mode (such tensors do not count their
-            versions).
+        ValueError: no experts, or weights that cannot be packed: on another device, of a tensor
+            subclass (such as sharded ones), or made in inference mode (such tensors have no version
+            counter).
     """
     found = ((name, m, packable_weights(m)) for name, m in model.named_modules())
     banks = [(name, m, weights) for name, m, weights in found if weights is not None]
@@ -124,7 +123,8 @@ def pack_weights(model: nn.Module) -> int:
 
 
 def unpack_weights(model: nn.Module) -> int:
-    """Drops the packed copies of `model`; returns their bytes. Banks may pack themselves again."""
+    """Drops the packed copies of `model`; returns their bytes. Automatic packing may pack them
+    again."""
     freed = packed_weight_bytes(model)
     for module in model.modules():
         invalidate(module)
@@ -132,12 +132,13 @@ def unpack_weights(model: nn.Module) -> int:
 
 
 def packed_weight_bytes(model: nn.Module | None = None) -> int:
-    """Bytes of the packed copies of `model`'s banks, those begun included; of all without one."""
+    """Returns the bytes of packed copies, including those in progress, of `model` or of all modules
+    if it is None."""
     return sum(state.num_bytes for state in states(model))
 
 
 def packing_settings() -> tuple[str, int]:
-    """The policy, and the budget in bytes at this moment."""
+    """Returns the policy, and the current budget in bytes."""
     policy, max_bytes = current_settings()
     if max_bytes is None:
         max_bytes = budget(packed_weight_bytes())

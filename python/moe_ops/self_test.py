@@ -1,4 +1,4 @@
-"""Every op on small random input against the reference, forward and backward."""
+"""Self-test of every op on small random inputs against the reference, forward and backward."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from moe_ops import _private_torch, ops, reference
 from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.quant import quantize_fp8_blocks
 
-# Relative error (Frobenius norm) against the reference in fp64. Both are several times what
-# rounding costs at the sizes of the self-test and far below what a wrong formula costs.
+# Relative error (Frobenius norm) against the reference in fp64. Both are several times the rounding
+# error at the sizes of the self-test and far below the error of a wrong formula.
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """One op on small random input against the reference; errors are relative, None if n/a."""
+    """Result of one op on small random inputs against the reference; errors are relative, None if
+    not applicable."""
 
     op: str
     device: str
@@ -39,9 +40,9 @@ class Case:
     """A call of an op.
 
     call: (module, *tensors) -> outputs, where the module is `moe_ops.ops` or `moe_ops.reference`.
-    tensors: the floating ones are converted to the type of the test, and get gradients if the op is
-        differentiable.
-    tolerance: the least; for ops that round more than their dtype.
+    tensors: floating-point ones are converted to the dtype of the test, and get gradients if the op
+    is differentiable.
+    tolerance: minimum tolerance, for ops that round more than their dtype.
     """
 
     op: str
@@ -52,8 +53,8 @@ class Case:
 
 
 def self_test(device: str = "cpu") -> list[SelfTest]:
-    """Every op that has a kernel for the device against the reference on the CPU, forward and
-    backward, in fp32; moe_ffn also in bf16, on CUDA the products too."""
+    """Tests every op with a kernel for the device against the reference on the CPU, forward and
+    backward, in fp32; moe_ffn also in bf16, on CUDA also the GEMMs."""
     here = [case for case in cases() if device == "cpu" or has_kernel(case.op, device)]
     in_bf16 = ("moe_ffn",) if device == "cpu" else ("moe_ffn", "grouped_gemm", "grouped_gemm_wgrad")
     return [_run_case(case, device, torch.float32) for case in here] + [
@@ -62,21 +63,21 @@ def self_test(device: str = "cpu") -> list[SelfTest]:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether this build registers a kernel of the op for cpu or cuda."""
+    """Returns whether this build registers a kernel of the op for cpu or cuda."""
     if not hasattr(torch.ops.moe_ops, op):
         return False
     return _private_torch.has_kernel(f"moe_ops::{op}", torch.device(device).type)
 
 
 def cases() -> list[Case]:
-    """Small inputs with an idle expert and slots without an expert."""
+    """Returns small inputs with an idle expert and empty slots."""
     T, H, I, E, K = 33, 64, 40, 5, 2
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    # Distinct and evenly spaced, so that rounding cannot change which expert is chosen.
+    # Distinct and evenly spaced, so that rounding cannot change the selected experts.
     logits = torch.randperm(T * E, generator=generator).view(T, E) * (8.0 / (T * E)) - 4.0
     ids = torch.randint(0, E - 1, (T, K), generator=generator, dtype=torch.int32)
     ids[3, 1] = -1
@@ -112,8 +113,8 @@ def cases() -> list[Case]:
         Case("grouped_sum", lambda m, *t: m.grouped_sum(*t), (rows, offsets)),
         Case("moe_ffn", lambda m, *t: m.moe_ffn(*t[:5], b_gate_up=t[5], b_down=t[6]), layer),
         Case("moe_ffn_packed", _packed_ffn, layer, False),
-        # The weights of experts with many tokens are widened. Those of experts with few tokens are
-        # multiplied as integers, for which tokens are rounded to 8 bits.
+        # The weights of experts with many tokens are dequantized. Experts with few tokens use
+        # integer GEMMs, for which tokens are rounded to 8 bits.
         Case("moe_ffn_quantized", _quantized_ffn, _with_int8(layer), False),
         Case(
             "moe_ffn_quantized",
@@ -127,7 +128,7 @@ def cases() -> list[Case]:
         Case("quantize_fp8_columns", _fp8_columns, (x, offsets, row_to_slot, weights), False),
         Case("grouped_gemm_fp8", _grouped_gemm_fp8, (rows, w_gate_up, offsets), False),
         Case("grouped_gemm_fp8_wgrad", _fp8_wgrad, (normal(T * K, I), rows, offsets), False),
-        # An activated feature in the middle between two codes may become either.
+        # An activated feature halfway between two quantized values may be rounded to either.
         Case("moe_ffn_fp8", _fp8_ffn, layer, False, tolerance=5e-3),
         Case("moe_linear_map", lambda m, *t: m.moe_linear_map(*t), (x, w_gate_up, ids)),
         Case(
@@ -173,7 +174,7 @@ def cases() -> list[Case]:
     ]
 
 
-# --- ops whose operands are made from those of a case, which are leaves
+# --- ops with operands derived from those of a case, which are leaves
 
 
 def _packed_ffn(m: Any, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> Tensor:
@@ -330,7 +331,8 @@ def _gradients(
 
 
 def _worst_error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Largest relative error of the pairs; infinite where integers, shapes or NaNs differ."""
+    """Returns the largest relative error of the pairs; infinite if integers, shapes or NaNs
+    differ."""
     worst = 0.0
     for a, b in zip(values, exact, strict=True):
         a, b = a.detach().cpu(), b.detach()

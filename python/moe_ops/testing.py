@@ -1,8 +1,9 @@
-"""Comparing an op with its reference: odd views of tensors, poisoned memory, bounds of rounding.
+"""Comparison of an op with its reference: unusual views of tensors, poisoned memory, rounding
+bounds.
 
-Bounds come from the operands: an op is compared with its fp64 reference, and the allowed error of
-each element is a small multiple of eps times the same computation on absolute values. No absolute
-tolerance is ever chosen by hand.
+Bounds are derived from the operands: an op is compared with its fp64 reference, and the allowed
+error of each element is a small multiple of eps times the same computation on absolute values. No
+absolute tolerance is chosen by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VIEWS = ("contiguous", "transposed", "offset", "step2", "expanded")
 
 
 def short(dtype: torch.dtype) -> str:
-    """The dtype as test ids spell it: fp64, fp32, bf16, fp16, int32, int64."""
+    """Returns the dtype's name in test ids: fp64, fp32, bf16, fp16, int32, int64."""
     name = str(dtype).removeprefix("torch.")
     return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(
         name, name
@@ -32,7 +33,8 @@ def short(dtype: torch.dtype) -> str:
 
 
 def seed_from(node_id: str) -> int:
-    """A seed from the test's own name, so that a test run alone sees what it saw in the crowd."""
+    """Returns a seed derived from the test's name, so that a test has the same data when it runs
+    alone."""
     return zlib.crc32(node_id.encode())
 
 
@@ -40,12 +42,13 @@ def seed_from(node_id: str) -> int:
 
 
 def as_strided_copy(t: Tensor, kind: str) -> Tensor:
-    """A tensor equal to `t` with another layout in memory. What lies between its elements is NaN.
+    """Returns a tensor equal to `t` with another layout in memory; gaps between its elements
+    contain NaN.
 
     contiguous; transposed (the last two dimensions swapped in memory); offset (starts one element
-    into its storage, so vector loads are misaligned); step2 (every second line of the first
-    dimension); step2_last (every second element of the last dimension); expanded (the first line
-    repeated with stride 0: equal to `t` only in its first line, so callers use the result's
+    into its storage, so vector loads are misaligned); step2 (every second row of the first
+    dimension); step2_last (every second element of the last dimension); expanded (the first row
+    repeated with stride 0: equal to `t` only in its first row, so callers must use the result's
     values).
     """
     hole = torch.nan if t.is_floating_point() else -7
@@ -75,11 +78,11 @@ _POISONED_SCRATCH = 256 << 10  # bytes of each block; small calls reach no furth
 
 @contextlib.contextmanager
 def poisoned(*like: Tensor) -> Iterator[None]:
-    """Memory that torch.empty hands out inside the block holds NaN (or 0xff bytes) where it can,
-    and so does what this thread's CPU kernels keep between calls.
+    """Fills memory from torch.empty inside the block with NaN (or 0xff bytes) where possible, and
+    also the scratch memory of this thread's CPU kernels.
 
-    Two ways at once: torch's own fill of uninitialised memory, and freed NaN blocks of the sizes of
-    `like` for allocations that bypass it.
+    It uses two methods: torch's own fill of uninitialized memory, and freed NaN blocks with the
+    sizes of `like` for allocations that bypass it.
     """
     _library.poison_scratch(_POISONED_SCRATCH)
     sizes = {256, 4096, 65536} | {max(1, t.numel() * t.element_size()) for t in like}
@@ -114,14 +117,17 @@ def assert_close_by_norm(
     step_dtype: torch.dtype | None = None,
     what: str = "output",
 ) -> None:
-    """`actual` is the fp64 `expected` up to the rounding that its dtype and the op's sums justify.
+    """Asserts that `actual` equals the fp64 `expected` up to the rounding of its dtype and the op's
+    sums.
 
     magnitude: fp64, elementwise: the same computation on absolute values, e.g. |a| @ |b|.
-    sum_length: how many products a sum has; its rounding grows like the square root.
-    steps: how many intermediate results the op may round to `step_dtype` (that of `actual`).
+    sum_length: number of products in a sum; its rounding grows with the square root.
+    steps: number of intermediate results that the op may round to `step_dtype` (default: that of
+    `actual`).
 
-    NaN and infinities must be at exactly the same places. Beside each element, the norm of the
-    whole error is checked: rounding errors are independent, so it is far below the sum of bounds.
+    NaN and infinities must be at exactly the same positions. In addition to each element, the norm
+    of the whole error is checked: rounding errors are independent, so it is far below the sum of
+    bounds.
     """
     assert actual.shape == expected.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -187,7 +193,7 @@ def assert_same_places(
 
 
 def assert_identical(actual: Tensor, expected: Tensor, what: str = "output") -> None:
-    """Same dtype, shape and bits (NaN equals NaN)."""
+    """Asserts equal dtypes and shapes, and bitwise identical values (NaN equals NaN)."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
     same = actual == expected
@@ -207,12 +213,13 @@ Kwargs = dict[str, Any]
 
 
 def widened(kwargs: Kwargs) -> Kwargs:
-    """The same call in fp64."""
+    """Returns the arguments in fp64."""
     return {k: v.double() if _is_float(v) else v for k, v in kwargs.items()}
 
 
 def absolute(kwargs: Kwargs) -> Kwargs:
-    """The same call in fp64 on absolute values: run on it, a multilinear op gives its magnitude."""
+    """Returns the absolute values of the arguments in fp64, on which a multilinear op computes its
+    magnitude."""
     return {k: v.double().abs() if _is_float(v) else v for k, v in kwargs.items()}
 
 
@@ -223,7 +230,7 @@ def _is_float(v: Any) -> bool:
 def run_with_grads(
     fn: Callable[..., Tensor], kwargs: Kwargs, wrt: Sequence[str], grad: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """fn(**kwargs) and the gradients of <output, grad> by name."""
+    """Returns fn(**kwargs) and the gradients of <output, grad> by name."""
     leaves = {name: kwargs[name].detach().requires_grad_() for name in wrt}
     out = fn(**{**kwargs, **leaves})
     if not wrt or grad is None:
@@ -249,13 +256,13 @@ def check_against_reference(
     grad_view: str = "contiguous",
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    """Output and gradients of `op` against the fp64 reference, in poisoned memory.
+    """Checks output and gradients of `op` against the fp64 reference, in poisoned memory.
 
-    magnitude: a function of absolute operands whose value and gradients bound the op's; the
-    reference itself unless given, which is right for every multilinear op.
-    steps, grad_steps: roundings of intermediate results (see assert_close_by_norm) allowed to the
-    output and to the gradients, the same unless given.
-    out_dtype: what the op gives, and what its gradient is in; None: that of the first operand.
+    magnitude: a function of absolute operands whose value and gradients bound the op's; default:
+    the reference, which is correct for every multilinear op.
+    steps, grad_steps: allowed roundings of intermediate results (see assert_close_by_norm) of the
+    output and of the gradients; grad_steps defaults to steps.
+    out_dtype: dtype of the output and of its gradient; None: that of the first operand.
     """
     magnitude = magnitude or ref
     with torch.no_grad():
@@ -282,7 +289,7 @@ def check_against_reference(
             bound_grads[name],
             sum_length=sum_length,
             steps=steps if grad_steps is None else grad_steps,
-            # A weight's fp32 gradient made of half rows still carries the rounding of those rows.
+            # A weight's fp32 gradient from half-precision rows has the rounding of those rows.
             step_dtype=lead.dtype,
             what=f"gradient of {name}",
         )

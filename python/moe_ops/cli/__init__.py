@@ -9,7 +9,8 @@ MISSING_EXTRA = 'moe-ops needs its command-line extra: pip install "torch-moe-op
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; without the `cli` extra it prints one sentence and exits with status 1."""
+    """Runs the command line; without the `cli` extra it prints one sentence and exits with status
+    1."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
@@ -20,6 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from moe_ops.cli.app import app
 
         app(args=None if arguments is None else list(arguments), prog_name="moe-ops")
-    except KeyboardInterrupt:  # While modules were loaded; commands end with a line of their own.
+    except KeyboardInterrupt:  # While modules were loading; commands print their own message.
         print("Stopped.", file=sys.stderr)
         sys.exit(130)

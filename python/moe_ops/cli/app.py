@@ -1,4 +1,4 @@
-"""Commands of ``moe-ops``: what they take and how they print; the work is done elsewhere."""
+"""Commands of ``moe-ops``: their arguments and output; other modules do the work."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _root(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look at this installation, test every op, and say what to do about what is wrong."""
+    """Check this installation, test every op, and suggest fixes for problems."""
     from moe_ops import doctor as checks
 
     report = checks.examine()
@@ -82,7 +82,7 @@ def demo(
 ) -> None:
     """Train a mixture-of-experts language model and draw which expert takes which byte.
 
-    A stopped or killed run continues with --resume and ends with the same bits.
+    A stopped or killed run continues with --resume and ends with a bitwise identical result.
     """
     from moe_ops.demo.run import DemoOptions, run_demo
 
@@ -164,7 +164,7 @@ def quantize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantise the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
+    """Quantize the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
     console = _console(quiet=as_json)
     try:
         from moe_ops.cli.quantize import QuantizeOptions, run
@@ -305,7 +305,8 @@ def prune(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Keep, or merge into, fewer experts a layer; transformers loads the result without moe_ops."""
+    """Keep, or merge into, fewer experts per layer; transformers loads the result without
+    moe_ops."""
     console = _console(quiet=as_json)
     try:
         number = float(keep) if "." in keep else int(keep)
@@ -345,7 +346,7 @@ def inspect(
     context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Draw what the experts of a model do on a text: load, tokens, pairs, on an HTML page."""
+    """Draw what the experts of a model do on a text as an HTML page: load, tokens, pairs."""
     try:
         from moe_ops.cli.inspect import run
     except ImportError as error:
@@ -428,7 +429,7 @@ app.add_typer(zoo_app, name="zoo")
 def zoo_list(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
-    """Name, summary and presets of every system."""
+    """List name, summary and presets of every system."""
     from moe_ops.cli.zoo import listing, print_listing
 
     if as_json:

@@ -1,4 +1,4 @@
-"""Types of arguments, with their ranges, and how a command ends when something goes wrong."""
+"""Types of arguments, with their ranges, and the handling of errors in commands."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moe_ops._files import describe
 P = ParamSpec("P")
 T = TypeVar("T")
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
+INTERRUPTED = 130  # 128 + SIGINT, the convention of shells.
 
 
 def _finite(value: float | None) -> float | None:
-    # A NaN is in every range: all comparisons with it are false.
+    # NaN passes every range check: all comparisons with it are false.
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -48,35 +48,36 @@ def share(help: str) -> Any:
 
 
 def fail(message: object) -> typer.Exit:
-    """Prints one sentence to stderr; the result is to be raised and ends with status 1."""
+    """Prints one sentence to stderr, and returns an exit with status 1 to be raised."""
     console = Console(stderr=True, highlight=False)
     console.print(f"error: {message}", style="bold red", soft_wrap=True, markup=False)
     return typer.Exit(1)
 
 
 def command(function: Callable[P, T]) -> Callable[P, T]:
-    """A command that ends in one sentence and a status, not in a traceback.
+    """Decorates a command to end errors with one sentence and a status instead of a traceback.
 
-    What the package raises for bad input or a failed file is a sentence already; Ctrl-C ends with
-    one line and the status 130.
+    Errors of the package for invalid input or failed file access are already sentences; Ctrl-C ends
+    with one line and status 130.
     """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        # A path or a text may hold what the terminal cannot show.
+        # A path or a text may contain characters that the terminal cannot show.
         for stream in (sys.stdout, sys.stderr):
             reconfigure = getattr(stream, "reconfigure", None)
             if reconfigure is not None:
                 reconfigure(errors="backslashreplace")
         try:
             result = function(*args, **kwargs)
-            sys.stdout.flush()  # A full disk is noticed here or, without a sentence, at exit.
+            sys.stdout.flush()  # A full disk raises here, instead of at exit without a message.
             return result
         except KeyboardInterrupt:
             Console(stderr=True, highlight=False).print("Stopped.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            raise  # The reader of a pipe has gone, as in `moe-ops ... | head`; click ends quietly.
+            # The reader of a pipe has exited, as in `moe-ops ... | head`; click ends quietly.
+            raise
         except OSError as error:
             raise fail(describe(error)) from None
         except (ValueError, ArithmeticError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Commands that read a checkpoint of transformers, change the model, and write another one."""
+"""Commands that read a checkpoint of transformers, change the model, and write a new checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from moe_ops import _files, quant
 
-# What save_pretrained writes itself.
+# save_pretrained writes these.
 _NOT_COPIED = ("config.json", "generation_config.json")
-# The most that is read of a text, far more than calibration and perplexity need.
+# Maximum number of characters read from a text, far more than calibration and perplexity need.
 _MAX_CHARACTERS = 2**28
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
@@ -26,8 +26,8 @@ _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 def check_folders(
     command: str, source: Path, target: Path, *, overwrite: bool, target_name: str = "TARGET"
 ) -> None:
-    """Raises ValueError where there is nothing to read, or something in the way. `target_name` is
-    what the command line calls the target."""
+    """Raises ValueError if the source is missing or the target would be overwritten. `target_name`
+    is the name of the target on the command line."""
     if not (source / "config.json").is_file():
         raise ValueError(f"{command}: SOURCE must be a folder with a config.json, got {source}.")
     if target.exists() and target.samefile(source):
@@ -43,12 +43,13 @@ def check_folders(
 
 
 def read_text(command: str, source: Path, text: Path, tokens: int) -> tuple[Tensor, Tensor]:
-    """The first `tokens` tokens, to calibrate, and the last ones, to judge by; none is in both."""
+    """Returns the first `tokens` tokens, for calibration, and the last ones, for evaluation,
+    without overlap."""
     return read_tokens(command, source, text, tokens)[:2]
 
 
 def read_tokens(command: str, source: Path, text: Path, tokens: int) -> tuple[Tensor, Tensor, Any]:
-    """As `read_text`, and the tokenizer."""
+    """Returns the result of `read_text`, and the tokenizer."""
     from transformers import AutoTokenizer
 
     if not text.is_file():
@@ -70,7 +71,8 @@ def read_tokens(command: str, source: Path, text: Path, tokens: int) -> tuple[Te
 
 
 def batches(tokens: Tensor, context: int) -> list[dict[str, Any]]:
-    """Sequences of `context` tokens (the last may be shorter) as arguments of a model."""
+    """Splits tokens into sequences of `context` tokens (the last may be shorter), as arguments of a
+    model."""
     pieces = tokens.split(context)
     return [{"input_ids": piece[None], "use_cache": False} for piece in pieces if piece.numel()]
 
@@ -80,17 +82,17 @@ def forward(model: Any, ids: Tensor) -> Any:
 
 
 def perplexity(model: Any, tokens: Tensor, context: int) -> float:
-    """Of a text in sequences of `context` tokens."""
+    """Computes the perplexity of a text in sequences of `context` tokens."""
     return quant.perplexity(model, tokens, context=context, forward=forward)
 
 
 def size_of(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
+    """Returns the bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def load_model(command: str, source: Path) -> Any:
-    """The causal language model in a folder, in eval mode."""
+    """Loads the causal language model in a folder, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     with _reading(command, source):
@@ -100,7 +102,7 @@ def load_model(command: str, source: Path) -> Any:
 
 @contextlib.contextmanager
 def _reading(command: str, source: Path) -> Iterator[None]:
-    """Whatever transformers says about a checkpoint that it cannot read, in one sentence."""
+    """Converts errors of transformers about an unreadable checkpoint to one sentence."""
     try:
         _files.check_folder(source, SAFE_WEIGHTS_INDEX_NAME)
         yield
@@ -122,13 +124,18 @@ def write_model(
     *,
     target_name: str = "TARGET",
 ) -> None:
-    """All files of the target at once, or none: those of an earlier checkpoint stay until then.
+    """Replaces all files of the target together, or none: files of an earlier checkpoint are kept
+    until then.
 
-    Tokenizer, chat template and the like, which save_pretrained does not write, are copied.
+    Copies the tokenizer, chat template and other files that save_pretrained does not write.
 
     Args:
-        report_name, report: a further file, of JSON.
-        target_name: what the command line calls the target.
+        command: name of the command, for errors.
+        model: the model to save.
+        source: folder of the original checkpoint.
+        target: folder to write.
+        report_name, report: name and JSON contents of an additional file.
+        target_name: name of the target on the command line.
     """
     folder = _files.make_folder(target)
     with _files.Replacement(folder, last="config.json") as files:

@@ -1,20 +1,20 @@
-"""Checkpoints on the Hugging Face hub, by their ids."""
+"""Checkpoints on the Hugging Face hub, by id."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# Weights in safetensors, and what is beside them. Nothing that would be run.
+# Weights in safetensors and accompanying files, but no code.
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 _ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 
 
 def local_folder(command: str, source: Path) -> Path:
-    """`source`, or the folder into which the repository of that id has been downloaded.
+    """Returns `source`, or the folder with the downloaded repository of that id.
 
     Raises:
-        ValueError: an id that cannot be downloaded, with a sentence.
+        ValueError: an id that cannot be downloaded.
     """
     name = source.as_posix()
     if source.exists() or not _ID.match(name):
@@ -31,17 +31,17 @@ def local_folder(command: str, source: Path) -> Path:
 
 
 def check_id(command: str, repository: str | None) -> None:
-    """Raises ValueError for what cannot be the id of a repository, before anything is done."""
+    """Raises ValueError for an invalid repository id, before any work."""
     if repository is not None and not _ID.match(repository):
         raise ValueError(f"{command}: --push-to must be an id like owner/name, got {repository!r}.")
 
 
 def upload(command: str, folder: Path, repository: str) -> str:
-    """Puts the files of a folder into a repository, which is made where there is none; returns its
+    """Uploads the files of a folder to a repository, which is created if needed; returns its
     address.
 
     Raises:
-        ValueError: it cannot be written, with a sentence; the folder stays.
+        ValueError: it cannot be written; the folder is kept.
     """
     from huggingface_hub import HfApi
 

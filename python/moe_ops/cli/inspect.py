@@ -1,4 +1,4 @@
-"""`moe-ops inspect`: a checkpoint and a text in, a page of what its experts do out."""
+"""`moe-ops inspect`: writes a page about the experts of a checkpoint on a text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def run(
     context: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Writes the page of `source`, or of `against` and then `source`; the measures of each layer.
+    """Writes the page of `source`, or of `against` and `source`; returns the measures of each
+    layer.
 
     Raises:
-        ValueError: a checkpoint, a text or a pair of models that cannot work, with a sentence.
+        ValueError: an invalid checkpoint, text or pair of models.
     """
     ids, _, tokenizer = checkpoints.read_tokens("inspect", source, text, tokens)
     models: dict[str, Any] = {}
@@ -36,7 +37,7 @@ def run(
         name = folder.name if folder.name not in models else str(folder)
         models[name] = routing_data(model, checkpoints.batches(ids, context))
         del model
-    # What each token stands for in the text; parts of a character are shown as such.
+    # The text of each token; parts of a character are shown as such.
     texts = [str(tokenizer.decode([i])) for i in ids[:MAX_TOKENS].tolist()]
     routing_page(models, texts, out, title=f"Experts of {source.name}")
     console.print(f"Written: {out}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`moe-ops plan`: what a model needs on a cluster, as tables, JSON and a picture."""
+"""`moe-ops plan`: requirements of a model on a cluster, as tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ PICTURES = (".svg", ".png", ".pdf", ".html")
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """ep: None takes the best size. changes: attributes of `Cluster` that differ from the preset;
-    None is no difference."""
+    """Options of `moe-ops plan`.
+
+    ep: None selects the best size.
+    changes: attributes of `Cluster` that replace those of the preset; None is ignored.
+    """
 
     model: str
     ranks: int
@@ -39,7 +42,7 @@ def run(options: PlanOptions, console: Console) -> dict[str, Any]:
     """Prints the plan; returns it as plain values.
 
     Raises:
-        ValueError: options that make no plan, in one sentence.
+        ValueError: invalid options.
         OSError: the picture could not be written.
     """
     if options.out is not None and options.out.suffix not in PICTURES:
@@ -87,7 +90,7 @@ def print_plan(
     sizes: list[plans.Plan],
     advice: list[plans.Advice],
 ) -> None:
-    """All of it, for people."""
+    """Prints all tables."""
     for line in _head(plan):
         console.print(line, markup=False, soft_wrap=True)
     console.print(_memory_table(plan))
@@ -134,7 +137,7 @@ def _memory_table(plan: plans.Plan) -> Table:
 
 
 def memory_parts(plan: plans.Plan) -> list[tuple[str, int]]:
-    """Names and bytes of what is not empty."""
+    """Returns names and bytes of nonempty parts."""
     m = plan.memory
     kind = "float32 weights" if plan.job.training else "weights"
     parts = [
@@ -247,7 +250,7 @@ def _table(title: str, columns: tuple[str, ...], left: int = 1) -> Table:
 def _trace(plan: plans.Plan, console: Console) -> dict[str, Any]:
     console.print("Tracing a step of rank 0 …", markup=False)
     cluster, job = plan.cluster, plan.job
-    # The traced model has an output of its own.
+    # The traced model has a separate output projection.
     shape = dataclasses.replace(plan.shape, tied=False)
     traced = plans.trace_step(shape, cluster, job)
     formula = plans.traffic.model_messages(shape, plan.layout, job)
@@ -282,7 +285,7 @@ def _trace(plan: plans.Plan, console: Console) -> dict[str, Any]:
 def write_picture(
     path: Path, plan: plans.Plan, sizes: list[plans.Plan], advice: list[plans.Advice]
 ) -> None:
-    """An image, or a page with the image and all tables."""
+    """Writes an image, or a page with the image and all tables."""
     from moe_ops.viz import plot_plan
 
     passes = {

@@ -1,4 +1,4 @@
-"""`moe-ops prune`: a checkpoint in, one with fewer experts a layer out, and the cost."""
+"""`moe-ops prune`: writes a checkpoint with fewer experts per layer, and measures the cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_ops import surgery
 from moe_ops.cli import checkpoints
 
 REPORT_NAME = "moe_ops_pruning.json"
-# Merging, as opposed to the criteria by which experts are dropped.
+# Merging methods; other names are criteria for dropping experts.
 MERGES = ("uncurl", "hc_smoe")
 _TUNE_BATCH = 4
 
@@ -35,11 +35,11 @@ class PruneOptions:
 
 
 def run(options: PruneOptions, console: Console) -> dict[str, Any]:
-    """Prunes `source` into `target`; returns what it also writes there as a report.
+    """Prunes `source` into `target`; returns the report that it also writes there.
 
     Raises:
-        ValueError: options or a checkpoint that cannot work, with a sentence.
-        OSError: the target could not be written; what was in it is still there.
+        ValueError: invalid options or checkpoint.
+        OSError: the target could not be written; its contents are unchanged.
     """
     if options.by not in (*surgery.criteria.CRITERIA, *MERGES):
         known = ", ".join((*surgery.criteria.CRITERIA, *MERGES))
@@ -93,7 +93,7 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
 
 
 def _change(model: Any, found: surgery.ExpertProfile, options: PruneOptions) -> dict[str, Any]:
-    """Drops or merges; the ids, or groups of ids, that are left of each layer."""
+    """Drops or merges experts; returns the remaining ids, or groups of ids, of each layer."""
     if options.by in MERGES:
         if options.groups != "drop":
             raise ValueError(

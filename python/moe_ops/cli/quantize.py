@@ -1,4 +1,4 @@
-"""`moe-ops quantize`: a checkpoint in, a checkpoint with quantised experts out, and the cost."""
+"""`moe-ops quantize`: writes a checkpoint with quantized experts, and measures the cost."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class QuantizeOptions:
 
 
 def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
-    """Quantises `source` into `target`; returns what it also writes there as a report.
+    """Quantizes `source` into `target`; returns the report that it also writes there.
 
     Raises:
-        ValueError: options or a checkpoint that cannot work, with a sentence.
-        OSError: the target could not be written; what was in it is still there.
+        ValueError: invalid options or checkpoint.
+        OSError: the target could not be written; its contents are unchanged.
     """
     hub.check_id("quantize", options.push_to)
     source, context = hub.local_folder("quantize", options.source), options.context

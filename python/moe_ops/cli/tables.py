@@ -1,4 +1,4 @@
-"""Tables that the commands print."""
+"""Tables printed by the commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MARKS = {"ok": "[green]✓[/]", "info": "[blue]·[/]", "warning": "[yellow]![/]
 
 
 def print_report(console: Console, report: Report) -> None:
-    """The doctor's findings, then the self-test, then one line to remember."""
+    """Prints the doctor's findings, the self-test, and the conclusion."""
     for finding in report.findings:
         console.print(
             f"{_MARKS[finding.level]} [bold]{escape(finding.name)}[/] {escape(finding.text)}",

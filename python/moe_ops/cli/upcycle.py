@@ -1,4 +1,4 @@
-"""`moe-ops upcycle`: dense checkpoints in, a mixture-of-experts checkpoint out."""
+"""`moe-ops upcycle`: converts dense checkpoints to a mixture-of-experts checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moe_ops import upcycle
 from moe_ops.cli import checkpoints
 
 REPORT_NAME = "moe_ops_upcycling.json"
-# Tokens on which the model is compared with the dense one.
+# Number of tokens on which the model is compared with the dense one.
 _COMPARED = 32
-# Difference of logits, as of `_difference`, that rounding explains; in half precision the other.
+# Maximum difference of logits, see `_difference`, from rounding; the second is for half precision.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3}
 _HALF_ROUNDING = 0.1
 
@@ -39,12 +39,12 @@ class UpcycleOptions:
 
 
 def run(options: UpcycleOptions, console: Console) -> dict[str, Any]:
-    """Upcycles `sources` into `target`; returns what it also writes there as a report.
+    """Upcycles `sources` into `target`; returns the report that it also writes there.
 
     Raises:
-        ValueError: options or a checkpoint that cannot work, or a result that differs from the
-            dense model where it must not, with a sentence.
-        OSError: the target could not be written; what was in it is still there.
+        ValueError: invalid options or checkpoint, or a result that differs from the dense model
+            although it must not.
+        OSError: the target could not be written; its contents are unchanged.
     """
     sources, first = options.sources, options.sources[0]
     for source in sources:
@@ -77,8 +77,8 @@ def run(options: UpcycleOptions, console: Console) -> dict[str, Any]:
         ratio=options.drop,
     )
     difference = _difference(models[0], model, options.seed)
-    # Logits of half-precision routers tie now and then between two copies, of which torch's top-k
-    # then takes some slices each.
+    # Logits of half-precision routers sometimes tie between two copies, of which torch's top-k then
+    # selects some slices each.
     may_tie = options.slices > 1 and model.dtype not in _ROUNDING
     bound = _ROUNDING.get(model.dtype, _HALF_ROUNDING)
     if exact and not may_tie and not difference <= bound:
@@ -135,8 +135,8 @@ def _summary(result: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def _difference(dense: Any, model: Any, seed: int) -> float:
-    """Root mean square of the difference of logits on random tokens, in standard deviations of the
-    logits."""
+    """Computes the root mean square of the difference of logits on random tokens, in standard
+    deviations of the logits."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(dense.config.vocab_size, (1, _COMPARED), generator=generator)
     expected = checkpoints.forward(dense, ids).logits.double()

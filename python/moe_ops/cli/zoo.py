@@ -1,4 +1,4 @@
-"""`moe-ops zoo`: what the zoo holds."""
+"""`moe-ops zoo`: contents of the zoo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPERIMENTS = (
 
 
 def listing() -> list[dict[str, Any]]:
-    """Name, summary and presets of each system; presets are None where an extra is missing."""
+    """Returns name, summary and presets of each system; presets are None if an extra is missing."""
     entries = []
     for name in zoo.list_models():
         system = zoo.get(name)

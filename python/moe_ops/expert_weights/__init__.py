@@ -1,5 +1,5 @@
-"""The weights of a module's experts, whatever module holds them: one view and one registry of the
-kinds of modules, which packing and quantisation share.
+"""Views of a module's expert weights, and a registry of module types, shared by packing and
+quantization.
 
 Layers and integrations import from here; nothing here imports a layer.
 """

@@ -1,20 +1,19 @@
-"""Packed copies of expert weights for inference: when they are made and when they are dropped.
+"""Packed copies of expert weights for inference: when they are made and dropped.
 
-The kernels read weights faster from a copy in their own order (`moe_ops.pack_experts`). Layers and
-switched Hugging Face blocks make such copies by themselves and never read one of other weights:
+Kernels read weights faster from a copy in their own order (`moe_ops.pack_experts`). Layers and
+switched Hugging Face blocks make such copies automatically, and never read an outdated one:
 
-- A copy belongs to the storage, version, shape, strides and dtype that its weights had. These are
-  compared at every call, so in-place updates, `load_state_dict`, `.to()` and new parameters end it.
-- A call that wants gradients of the weights ends it, and so does a step of an optimizer that holds
-  them: fused optimizers change weights without counting a version.
-- A write through `.data` or a NumPy view leaves storage and version as they were. Nothing exact
-  finds it for less than reading all weights, which is what a copy saves. So `moe_ffn_packed`
-  compares some elements of each expert it uses, others at every call; what that finds, and what it
-  may miss for a while, is said in its docstring. `unpack_weights` after such a write, or `train()`,
-  is certain.
+- A copy is valid for the storage, version, shape, strides and dtype of its weights. Every call
+  compares them, so in-place updates, `load_state_dict`, `.to()` and new parameters invalidate it.
+- A call that needs gradients of the weights invalidates it, and so does a step of an optimizer with
+  the weights: fused optimizers change weights without a new version.
+- A write through `.data` or a NumPy view leaves storage and version unchanged. An exact check would
+  read all weights, which a copy is meant to avoid. So `moe_ffn_packed` compares some elements of
+  each expert that it uses, different ones at each call; its docstring states what this may miss
+  temporarily. Call `unpack_weights` or `train()` after such a write.
 
-Copies are kept beside the modules, keyed weakly by them: parameters, state dict, pickles and deep
-copies know nothing of them, and they die with their module.
+Copies are stored outside the modules, in a dictionary with weak keys: they are not part of
+parameters, state dicts, pickles and deep copies, and are freed with their module.
 """
 
 from __future__ import annotations
@@ -52,21 +51,20 @@ from .registry import hooks
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# A bank packs itself once its unchanged weights have served so many rows an expert, of each call
-# those that count (`memory.counted_rows`). That is when calls would have saved about as much as
-# packing takes where memory is slow to come: a bank that stops right after packing has lost what it
-# could have won, and one that goes on wins.
+# Experts are packed automatically once their unchanged weights have processed this number of rows
+# per expert, of the rows per call that count (`memory.counted_rows`). At that point calls would
+# have saved about as much as packing costs on slow memory: experts that stop right after packing
+# lose at most what they could have saved, and others gain.
 ROWS_PER_EXPERT = 64 * ROWS_THAT_COUNT
-# Smaller weights stay in a cache, and a copy would not pay.
+# Smaller weights stay in a cache, and a copy would not pay off.
 MIN_BYTES = 1 << 20
-# Copies may take this fraction, 1 / 4, of the memory that would be available without any.
+# Copies may take this fraction, 1 / 4, of the memory that is available without them.
 MEMORY_SHARE = 4
 _TEMPORARY_BYTES = 1 << 20
 
 
 class Packable(NamedTuple):
-    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former
-    is a concatenated gate and up."""
+    """Weights to pack: [E, 2I, H] (`halves`: gate, then up) or [E, I, H], and [E, H, I]."""
 
     w_gate_up: Tensor
     w_down: Tensor
@@ -77,23 +75,23 @@ class _Copies(NamedTuple):
     key: tuple[Any, ...]
     gate_up: Tensor
     down: Tensor
-    asked_for: bool  # Whether `pack_weights` made them.
+    asked_for: bool  # True if `pack_weights` made them.
 
 
 class _State:
-    """Of one bank. `copies` is replaced as a whole, so readers need no lock."""
+    """Packing state of a module. `copies` is replaced as a whole, so readers need no lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.copies: _Copies | None = None
-        self.begun: _Copies | None = None  # Their first `packed` experts are there.
+        self.begun: _Copies | None = None  # The first `packed` experts of these are complete.
         self.packed = 0
-        self.reserved = 0  # Bytes of copies that are there or being made.
+        self.reserved = 0  # Bytes of complete copies or copies in progress.
         self.packing = False
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Drops copies and count. An assignment each: safe beside a reader."""
+        """Drops copies and count, by single assignments: safe with concurrent readers."""
         self.copies = self.begun = None
         if not self.packing:
             self.reserved = 0
@@ -103,7 +101,7 @@ class _State:
 
     @property
     def waits(self) -> bool:
-        """Whether the bank may pack itself one day."""
+        """True if the module may be packed automatically later."""
         return self.rows > 0 and self.copies is None
 
     @property
@@ -114,7 +112,7 @@ class _State:
     def begin(self, key: tuple[Any, ...], weights: Packable) -> None:
         """Starts counting for weights with this key."""
         self.invalidate()
-        # A weak reference keeps a storage's address from being given to another one.
+        # A weak reference prevents reuse of a storage's address.
         self.storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights[:2])
         self.key = key
 
@@ -137,9 +135,9 @@ def expert_ffn(
     interleaved: bool = False,
     **rest: Any,
 ) -> Tensor:
-    """moe_ffn with the weights of `bank`, from packed copies where it has them or makes them now.
+    """Computes moe_ffn with the weights of `bank`, from packed copies if it has or now makes them.
 
-    Compiled and exported graphs hold moe_ffn: they outlive a check made while they are traced.
+    Compiled and exported graphs contain moe_ffn: they outlive checks made during tracing.
     """
     kwargs: dict[str, Any] = {
         "b_gate_up": b_gate_up,
@@ -161,9 +159,8 @@ def expert_ffn(
     y = moe_ffn_packed(
         x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
     )
-    if (
-        _library.stale_panels() != stale
-    ):  # It may be another bank that is called meanwhile: no harm.
+    # The stale copy may belong to a concurrent call of other experts, which is harmless.
+    if _library.stale_panels() != stale:
         invalidate(bank)
     return y
 
@@ -176,7 +173,7 @@ def invalidate(module: nn.Module) -> None:
 
 
 def invalidate_if_changed(module: nn.Module) -> None:
-    """Drops the copies of one module if its weights are not those that were packed."""
+    """Drops the copies of one module if its weights are not the packed ones."""
     state = _banks.get(module)
     if state is not None and state.copies is not None:
         weights = packable_weights(module)
@@ -209,8 +206,8 @@ def _copies_for(
             state.invalidate()
         return None
     if state is not None and (copies := state.copies) is not None and copies.key == key:
-        # Products round otherwise with packed weights. Copies that a bank made by itself, after
-        # some use, would let a token's bits depend on what was called before.
+        # GEMMs round differently with packed weights. With automatic copies, made after some use, a
+        # token's result would depend bitwise on earlier calls.
         if copies.asked_for or settings.policy == "always" or not is_batch_invariant_enabled():
             return copies
         return None
@@ -257,10 +254,11 @@ def _pack(
     asked_for: bool,
     most: int | None = None,
 ) -> _Copies | None:
-    """Packs without a lock held: others go on with the weights meanwhile.
+    """Packs without holding the lock: other threads use the weights meanwhile.
 
     Args:
-        most: bytes to pack in this call. The rest is left to later ones, and None returned.
+        most: maximum bytes to pack in this call. The rest is left to later calls, and None is
+            returned.
     """
     begun, first = state.begun, state.packed
     num_experts = weights.w_down.shape[0]
@@ -280,7 +278,7 @@ def _pack(
                 end = min(num_experts, first + max(1, most // an_expert))
             _pack_experts(begun.gate_up, weights.w_gate_up, weights.halves, first, end)
             _pack_experts(begun.down, weights.w_down, False, first, end)
-    except (MemoryError, RuntimeError):  # No memory. An automatic copy is a convenience.
+    except (MemoryError, RuntimeError):  # Out of memory. Automatic copies are optional.
         begun = None
         if asked_for:
             raise
@@ -306,7 +304,7 @@ def _new_copy(w: Tensor, halves: bool) -> Tensor:
 
 
 def _pack_experts(copy: Tensor, w: Tensor, halves: bool, first: int, end: int) -> None:
-    """Writes the experts first .. end - 1 into a copy of all; a few at a time, through a cache."""
+    """Writes the experts first .. end - 1 into a copy of all, a few at a time to stay in cache."""
     size = copy.numel() // w.shape[0]
     step = max(1, _TEMPORARY_BYTES // max(size, 1))
     for e in range(first, end, step):
@@ -345,14 +343,14 @@ def _reserve(state: _State, weights: Packable, settings: Settings) -> bool:
         if limit is None and settings.policy != "always":
             limit = budget(others)
         if limit is not None and others + needed > limit:
-            state.rows = 0  # Asked again after as much use.
+            state.rows = 0  # Tried again after as much use.
             return False
         state.reserved = needed
         return True
 
 
 def _plain(weights: Packable) -> bool:
-    """Dense CPU tensors of a type that moe_ffn takes."""
+    """Returns whether the weights are dense CPU tensors in a dtype that moe_ffn supports."""
     w_gate_up, w_down, _ = weights
     return (
         is_plain(w_gate_up)
@@ -364,9 +362,9 @@ def _plain(weights: Packable) -> bool:
 
 
 def _key(weights: Packable) -> tuple[Any, ...] | None:
-    """What tells these weights from others and from themselves after a change."""
+    """Returns a key that identifies these weights and changes when they do."""
     if weights.w_gate_up.is_inference() or weights.w_down.is_inference():
-        return None  # They do not count their versions.
+        return None  # They have no version counter.
     return weights.halves, _identity(weights.w_gate_up), _identity(weights.w_down)
 
 
@@ -382,7 +380,7 @@ def _identity(w: Tensor) -> tuple[Any, ...]:
 
 
 def _is_traced() -> bool:
-    """Whether the call is recorded or interpreted by something: a copy would become a constant."""
+    """Returns whether the call is being recorded or interpreted: a copy would become a constant."""
     return torch.jit.is_tracing() or len_torch_dispatch_stack() > 0
 
 
@@ -413,13 +411,14 @@ def check_can_pack(prefix: str, bank: nn.Module, weights: Packable) -> None:
 
 
 def packable_weights(module: nn.Module) -> Packable | None:
-    """What `expert_ffn` is given by a call of `module`; None for a module that does not call it."""
+    """Returns the weights that a call of `module` passes to `expert_ffn`; None if it does not call
+    it."""
     for hook in hooks():
         if not hook.reads_packed(module):
             continue
         try:
             weights = hook.weights(module)
-        except ValueError:  # What moe_ffn cannot run.
+        except ValueError:  # moe_ffn cannot run them.
             continue
         if weights is None or len(weights.gate_up) > 1:
             continue
@@ -447,7 +446,7 @@ def _state_of(bank: nn.Module) -> _State:
 
 
 def states(model: nn.Module | None = None) -> list[_State]:
-    """Of the modules of `model`; of all that are alive without one."""
+    """Returns the states of the modules of `model`, or of all modules if it is None."""
     with _lock:
         if model is None:
             return list(_banks.values())
@@ -482,7 +481,7 @@ def current_settings() -> Settings:
 
 
 def apply_settings(settings: Settings) -> None:
-    """Sets the policy of the process; with "off", copies go that nobody asked for."""
+    """Sets the policy of the process; "off" drops automatic copies."""
     global _settings
     _settings = settings
     if settings.policy == "off":
@@ -493,7 +492,7 @@ def apply_settings(settings: Settings) -> None:
 
 
 def budget(copies: int) -> int:
-    """The bytes that copies may take where nobody has set a number and there are so many."""
+    """Returns the default byte limit of copies, for the current bytes of copies."""
     return (available_memory() + copies) // MEMORY_SHARE
 
 

@@ -1,4 +1,4 @@
-"""When banks of experts may pack themselves, as the environment says it."""
+"""Policies of automatic packing, and their environment variables."""
 
 from __future__ import annotations
 

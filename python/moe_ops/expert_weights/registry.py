@@ -1,4 +1,4 @@
-"""The kinds of modules that hold expert weights. Each kind registers one hook."""
+"""Registry of module types with expert weights; each type registers one hook."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from .view import ExpertInputs, ExpertWeights
 
 
 class ExpertsHook:
-    """Knows a kind of module that holds float expert weights.
+    """Hook for a type of module with float expert weights.
 
-    quantized: class of the layer that can take the place of these, as `QuantizedExperts`.
+    quantized: class of the layer that can replace these experts, like `QuantizedExperts`.
     """
 
     quantized: Any = None
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
-        """The weights of `module`; None for a module of another kind.
+        """Returns the weights of `module`, or None for another type of module.
 
-        Raises ValueError, with the reason, for one of this kind whose experts moe_ffn cannot run.
+        Raises ValueError, with the reason, for a module of this type whose experts moe_ffn cannot
+        run.
         """
         raise NotImplementedError
 
     def reads_packed(self, module: nn.Module) -> bool:
-        """Whether a call of `module` passes its weights to `packing.expert_ffn`."""
+        """Returns whether a call of `module` passes its weights to `packing.expert_ffn`."""
         raise NotImplementedError
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ExpertInputs:
-        """What a call of `module` with these arguments gives its experts."""
+        """Returns the experts' inputs in a call of `module` with these arguments."""
         raise NotImplementedError
 
     def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
-        """The layer that can take the place of `weights`, its buffers not filled."""
+        """Returns a layer that can replace `weights`, with uninitialized buffers."""
         return self.quantized.for_weights(weights, **config)
 
     def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
-        """Puts `experts` where `module` has its weights; returns the root, which may be new."""
+        """Replaces the weights of `module` by `experts`; returns the root, which may be new."""
         return replace_module(root, module, experts)
 
     def check_root(self, root: nn.Module) -> None:
-        """Raises ValueError for a model that must not be quantised, before anything is done."""
+        """Raises ValueError for a model that must not be quantized, before any change."""
 
     def mark_quantized(
         self,
@@ -55,11 +56,11 @@ class ExpertsHook:
         x_scale: bool,
         skip: Sequence[str],
     ) -> None:
-        """Tells a model what its experts have become."""
+        """Marks a model as quantized with these options."""
 
 
 _hooks: list[ExpertsHook] = []
-# Top-level package of a module's class -> what registers the hook of its modules.
+# Top-level package of a module's class -> package that registers the hook of its modules.
 _INTEGRATIONS = {"transformers": "moe_ops.hf"}
 
 
@@ -68,15 +69,15 @@ def register_hook(hook: ExpertsHook) -> None:
 
 
 def hooks() -> Sequence[ExpertsHook]:
-    """In the order in which they are asked: the first one that knows a module has it."""
+    """Returns the hooks in order of precedence: the first one that supports a module is used."""
     return _hooks
 
 
 def hooks_for(root: nn.Module) -> Sequence[ExpertsHook]:
-    """The same once the integrations are imported that the modules of `root` need.
+    """Returns the hooks, after importing the integrations that the modules of `root` need.
 
     Raises:
-        ImportError: an integration does not work with the version of its package.
+        ImportError: an integration does not support the version of its package.
     """
     classes = {cls for module in root.modules() for cls in type(module).__mro__}
     packages = {cls.__module__.partition(".")[0] for cls in classes}
@@ -86,12 +87,13 @@ def hooks_for(root: nn.Module) -> Sequence[ExpertsHook]:
 
 
 def is_quantized(module: Any) -> bool:
-    """Whether this is a layer of quantised experts."""
+    """Returns whether this is a layer of quantized experts."""
     return getattr(module, "quantized_bank", False)
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts `new` wherever `old` is in `root`: layers may share experts. Returns the root."""
+    """Replaces all occurrences of `old` in `root` by `new` (layers may share experts), and returns
+    the root."""
     if root is old:
         return new
     for parent in list(root.modules()):

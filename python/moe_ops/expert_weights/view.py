@@ -1,6 +1,6 @@
-"""What a module's expert weights are, wherever and however it stores them.
+"""Views of a module's expert weights, independent of their storage.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_ops.ops.moe_ffn import moe_ffn
 
 
 class ExpertInputs(NamedTuple):
-    """One call of experts: x [T, H], topk_weights and topk_ids [T, K]."""
+    """Inputs of one call of experts: x [T, H], topk_weights and topk_ids [T, K]."""
 
     x: Tensor
     topk_weights: Tensor
@@ -25,7 +25,7 @@ class ExpertInputs(NamedTuple):
     apply_router_weight_on_input: bool = False
 
     def take(self, tokens: Tensor) -> ExpertInputs:
-        """The call for some of its tokens."""
+        """Returns the inputs of some of its tokens."""
         return ExpertInputs(
             self.x[tokens],
             self.topk_weights[tokens],
@@ -34,7 +34,7 @@ class ExpertInputs(NamedTuple):
         )
 
     def tokens_by_expert(self, num_experts: int) -> Iterator[tuple[int, Tensor]]:
-        """Each expert in use with the indices of its tokens."""
+        """Yields each used expert with the indices of its tokens."""
         for expert in range(num_experts):
             tokens = (self.topk_ids == expert).any(-1).nonzero().flatten()
             if tokens.numel():
@@ -43,11 +43,12 @@ class ExpertInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Expert weights as views of where they are; nothing is copied to make one.
+    """Expert weights as views, without copies.
 
-    gate_up: the rows of w_gate_up [E, 2I, H], or parts of them in order, each [E, rows, H].
-    down: [E, H, I]. b_gate_up, b_down: [E, 2I] and [E, H] or None.
-    activation: the arguments of moe_ffn that say what is between the products.
+    gate_up: w_gate_up [E, 2I, H], or consecutive parts of its rows, each [E, rows, H].
+    down: [E, H, I].
+    b_gate_up, b_down: [E, 2I] and [E, H] or None.
+    activation: the arguments of moe_ffn that define the activation.
     """
 
     gate_up: tuple[Tensor, ...]
@@ -57,7 +58,7 @@ class ExpertWeights:
     activation: Mapping[str, Any] = field(default_factory=lambda: {"activation": "swiglu"})
 
     def local(self) -> ExpertWeights:
-        """Those that this process has of sharded weights, without gradients."""
+        """Returns this process's part of sharded weights, without gradients."""
         with torch.no_grad():
             gate_up, down = tuple(map(local_part, self.gate_up)), local_part(self.down)
             biases = local_part(self.b_gate_up), local_part(self.b_down)
@@ -80,18 +81,18 @@ class ExpertWeights:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each with the name of what it is, or is a part of, in moe_ffn."""
+        """Yields each tensor with its name in moe_ffn (also for parts)."""
         yield from (("w_gate_up", w) for w in self.gate_up)
         yield "w_down", self.down
         biases = ("b_gate_up", self.b_gate_up), ("b_down", self.b_down)
         yield from ((name, b) for name, b in biases if b is not None)
 
     def gate_up_of(self, expert: int) -> Tensor:
-        """[2I, H] fp32, a copy of its own."""
+        """Returns [2I, H] fp32, a separate copy."""
         return torch.cat([w[expert].detach().float() for w in self.gate_up])
 
     def down_of(self, expert: int) -> Tensor:
-        """[H, I] fp32."""
+        """Returns [H, I] fp32."""
         return self.down[expert].detach().float().contiguous()
 
     def biases_of(self, expert: int) -> dict[str, Any]:
@@ -101,7 +102,8 @@ class ExpertWeights:
     def run_expert(
         self, expert: int, inputs: ExpertInputs, w_gate_up: Tensor | None = None
     ) -> Tensor:
-        """What one expert adds to the tokens of `inputs`, [T, H] fp32; the weights by choice."""
+        """Computes the contribution of one expert to the tokens of `inputs`, [T, H] fp32,
+        optionally with another w_gate_up."""
         w_gate_up = self.gate_up_of(expert) if w_gate_up is None else w_gate_up
         return moe_ffn(
             inputs.x.float(),
@@ -115,7 +117,8 @@ class ExpertWeights:
         )
 
     def run(self, inputs: ExpertInputs) -> Tensor:
-        """The output [T, H] in fp32, an expert at a time so that one is copied at most."""
+        """Computes the output [T, H] in fp32, one expert at a time so that at most one is
+        copied."""
         y = inputs.x.new_zeros(inputs.x.shape[0], self.hidden_size, dtype=torch.float32)
         for expert, tokens in inputs.tokens_by_expert(self.num_experts):
             y[tokens] += self.run_expert(expert, inputs.take(tokens))

@@ -26,7 +26,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": _relu2,
 }
-# Functions of the gate, by gated activation; the result is multiplied by the up half.
+# Functions of the gate by gated activation; the result is multiplied by the up half.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
@@ -47,7 +47,7 @@ def plain_act(preact: Tensor, activation: str) -> Tensor:
 
 
 def plain_act_gradient(grad: Tensor, preact: Tensor, activation: str) -> Tensor:
-    """Returns the gradient of `preact`; any name that is not in `PLAIN` is the identity."""
+    """Returns the gradient of `preact`; names that are not in `PLAIN` are the identity."""
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, preact)
     if activation == "gelu":

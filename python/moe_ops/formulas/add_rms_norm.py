@@ -1,4 +1,4 @@
-"""add_rms_norm: a residual connection and the norm after it."""
+"""add_rms_norm: residual addition followed by RMSNorm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_rms_norm(
 def forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, the sum, and the reciprocal root mean square of each row that `backward` takes."""
+    """Returns y, the sum, and the reciprocal root mean square of each row, for `backward`."""
     total = _total(x, residual, bias)
     acc, size = accumulate_dtype(x.dtype), x.shape[-1]
     rows = total.to(acc).reshape(x.shape[:-1].numel() if size else 0, size)
@@ -56,7 +56,8 @@ def backward(
     size, acc = sum.shape[-1], accumulate_dtype(sum.dtype)
     g, s = (t.to(acc).reshape(rstd.shape[0], size) for t in (grad_y, sum))
     normed = s * rstd[:, None]
-    # y = normed w, and normed turns with s: its own direction drops out.
+    # y = normed w, and normed does not depend on the norm of s: the gradient along normed is
+    # removed.
     u = g * weight.to(acc)
     grad = (u - normed * (u * normed).mean(-1, keepdim=True)) * rstd[:, None]
     if grad_sum is not None:
@@ -69,7 +70,7 @@ def backward(
 
 
 def _total(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Returns x + residual + bias, rounded to x's dtype once; x itself without either."""
+    """Returns x + residual + bias, rounded to x's dtype once; returns x itself without either."""
     terms = [t for t in (residual, bias) if t is not None]
     total = x
     if terms:

@@ -1,4 +1,4 @@
-"""all_experts_ffn: small networks of one hidden layer, all of them on all tokens."""
+"""all_experts_ffn: every expert's small two-layer MLP on every token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def forward(
     b_down: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y [T, E, O] and the pre-activation [E, T, I] that `backward` takes."""
+    """Returns y [T, E, O] and the pre-activation [E, T, I], for `backward`."""
     preact = _products(_inputs(x, input_ids)[0], w_up, b_up).to(accumulate_dtype(x.dtype))
     y = _products(_act(preact, activation, x.dtype), w_down, b_down)
     return y.transpose(0, 1).contiguous(), preact
@@ -57,7 +57,7 @@ def backward(
         if need_b_up:
             grads[3] = u.sum(1).to(dtype)
         if need_x:
-            # Experts of one input are added up in their order, which index_add does not promise.
+            # Experts with one input are summed in order, which index_add does not guarantee.
             by_input = torch.zeros((x.shape[1], x.shape[0], x.shape[2]), dtype=acc, device=x.device)
             by_input.index_put_((ids,), torch.bmm(narrow, w_up).to(acc), accumulate=True)
             grads[0] = by_input.to(dtype).transpose(0, 1).contiguous()
@@ -65,7 +65,7 @@ def backward(
 
 
 def _inputs(x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the input of each expert [E, T, H], and its number."""
+    """Returns the input of each expert [E, T, H], and its index."""
     ids = input_ids.long().clamp(0, max(x.shape[1] - 1, 0))
     return x.transpose(0, 1).index_select(0, ids), ids
 

@@ -1,4 +1,5 @@
-"""Attention of a few new tokens over the positions of a cache, isolated position by position.
+"""Attention of a few new tokens over the positions of a cache, in which masked positions have no
+effect.
 
 Letters: B sequences, S new tokens, m groups of g heads, d features, L positions up to the last new
 token.
@@ -13,7 +14,8 @@ from torch import Tensor
 def seen_positions(
     mask: Tensor | None, start: int, length: int, device: torch.device
 ) -> Tensor | None:
-    """Returns True where a query may see a position, [B or 1, 1, S, L]; None if all see all."""
+    """Returns True where a query attends to a position, [B or 1, 1, S, L]; None if all attend to
+    all."""
     if mask is not None:
         return mask if mask.dtype == torch.bool else mask != -torch.inf
     if length == 1:
@@ -31,8 +33,8 @@ def attend(
 ) -> Tensor:
     """Mixes values [B, m, L, d] by the softmax of scores [B, m, g, S, L], to [B, m, g, S, d].
 
-    The result of a query depends on no score or value that it may not see, be they NaN. One that
-    sees nothing gets zeros. sinks [m, g] are scores without a value.
+    A query's result does not depend on masked scores or values, even if they are NaN. A query whose
+    keys are all masked gets zeros. sinks [m, g] are scores without a value.
     """
     sees = seen_positions(mask, start, scores.shape[-2], scores.device)
     if mask is not None and mask.dtype != torch.bool:
@@ -42,22 +44,22 @@ def attend(
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.softmax(-1)
     if sinks is not None:
-        # What a sink leaves to the keys: sum / (sum + exp(sink)).
+        # A sink reduces the weights of keys by the factor sum / (sum + exp(sink)).
         share = torch.logsumexp(scores, -1) - sinks.to(scores.dtype)[..., None]
         weights = weights * torch.sigmoid(share).unsqueeze(-1)
     return _mixed(weights.masked_fill(nothing, 0.0), values, sees)
 
 
 def _mixed(weights: Tensor, values: Tensor, sees: Tensor | None) -> Tensor:
-    """Returns weights @ values without the products of unseen positions, which may be 0 * NaN."""
+    """Returns weights @ values without the products of masked positions, which may be 0 * NaN."""
     heads = weights.shape[2:4]
     weights, wide = weights.flatten(2, 3), values.to(weights.dtype)
     if sees is None:
         return (weights @ wide).unflatten(2, heads)
-    if heads[1] == 1:  # A position that the one query does not see, nobody sees.
+    if heads[1] == 1:  # A position masked for the only query can be zeroed.
         return (weights @ wide.where(sees.mT, 0.0)).unflatten(2, heads)
-    # Otherwise finite numbers are mixed, and to a query that sees another one it is added: NaN as
-    # both infinities.
+    # Otherwise only finite values are multiplied, and others are added to the queries that attend
+    # to them: NaN as both infinities.
     mixed = (weights @ wide.where(wide.isfinite(), 0.0)).unflatten(2, heads)
     found = torch.cat((~(values < torch.inf), ~(values > -torch.inf)), -1).to(values.dtype)
     above, below = (sees.to(values.dtype) @ found > 0).unsqueeze(2).chunk(2, -1)

@@ -1,4 +1,4 @@
-"""attention_decode: the attention block of a decoder layer on a few new tokens."""
+"""attention_decode: the attention block of a decoder layer for a few new tokens."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def attention_decode(
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> Tensor:
-    """Computes :func:`moe_ops.attention_decode`; writes the new keys and values into theirs.
+    """Computes :func:`moe_ops.attention_decode`; writes the new keys and values into the cache.
 
-    Products of weights take and give x's dtype. Norms of heads, angles, scores, softmax and
-    mixtures are in float32 (float64 for float64). Heads of a group read one copy of their keys.
+    Projections have inputs and outputs in x's dtype. Head norms, angles, scores, softmax and
+    weighted sums are computed in float32 (float64 for float64). Heads of a group share one copy of
+    their keys.
     """
     acc = accumulate_dtype(x.dtype)
     groups, size = keys.shape[1], keys.shape[3]
@@ -53,7 +54,7 @@ def attention_decode(
     angles = [f[:, :, None, :half].to(acc) for f in (cos, sin)]
 
     def heads(t: Tensor, weight: Tensor | None) -> Tensor:
-        """[B, S, heads * d] to normalised and rotated [B, S, heads, d]."""
+        """Converts [B, S, heads * d] to normalized and rotated [B, S, heads, d]."""
         t = t.to(acc)
         if weight is not None:
             t = rms_norm(t.unflatten(2, (-1, weight.shape[0])), weight, head_eps).flatten(2)
@@ -70,7 +71,7 @@ def attention_decode(
     keys[:, :, start:end] = k.transpose(1, 2).to(keys.dtype)
     values[:, :, start:end] = v.transpose(1, 2)
 
-    # [B, S, m g, d] to [B, m, g S, d]: a group is one product.
+    # [B, S, m g, d] to [B, m, g S, d]: one GEMM per group.
     q = (q * scale).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     scores = q.flatten(2, 3) @ keys[:, :, :end].to(acc).mT
     if sinks is not None:

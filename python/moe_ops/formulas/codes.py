@@ -1,4 +1,4 @@
-"""Values of quantized weights, in every format of `moe_ffn_quantized`.
+"""Dequantization of weights in every format of `moe_ffn_quantized`.
 
 Letters: E experts, O output and D input features of a weight, G group size.
 """
@@ -23,7 +23,7 @@ def format_of(w: Tensor, scale: Tensor) -> str:
     if scale.dtype == torch.uint8:
         if scale.dim() == w.dim():
             return "mxfp4"
-        # Bytes of a record of scales.
+        # Bytes per record of scales.
         return "q4_k" if scale.shape[-1] == 16 else "q6_k"
     return "int4"
 
@@ -31,10 +31,10 @@ def format_of(w: Tensor, scale: Tensor) -> str:
 def dequantized(
     w: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Returns the weight [..., O, D] that codes, scales and zero points stand for.
+    """Returns the dequantized weight [..., O, D] of quantized values, scales and zero points.
 
     It is computed in float32 (float64 for float64) and rounded to `dtype` once; None is the dtype
-    of floating scales, or float32.
+    of floating-point scales, or float32.
     """
     if dtype is None:
         dtype = scale.dtype if scale.is_floating_point() else torch.float32
@@ -46,7 +46,8 @@ def dequantized(
 
 
 def dequantized_rows(codes: Tensor, scale: Tensor) -> Tensor:
-    """Returns rows [N, D] of fp8 codes times a scale per 128 columns, in the dtype of `scale`."""
+    """Returns rows [N, D] of fp8 values times one scale per 128 columns, in the dtype of
+    `scale`."""
     return codes.to(scale.dtype) * _spread(scale, -1, codes.shape[-1])
 
 
@@ -70,7 +71,7 @@ def _int8_groups(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
 
 
 def _int4(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Codes are offset by 8, or by the zero point of their group."""
+    """Dequantizes int4, whose values are offset by 8, or by the zero point of their group."""
     numbers = _nibbles(w).to(scale.dtype)
     if zero is None:
         return _scaled(numbers.sub_(8), scale)
@@ -79,47 +80,49 @@ def _int4(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
-    """E2M1 numbers with a power of two per group.
+    """Dequantizes E2M1 values with a power of two per group.
 
-    A code is a sign, two bits of exponent and one of mantissa. Twice its magnitude is an integer:
+    A value has a sign, two exponent bits and one mantissa bit. Twice its magnitude is an integer:
     the mantissa with its leading bit (exponent zero has none), shifted by the exponent.
     """
     codes = _nibbles(w)
     exponent = codes >> 1 & 3
     doubled = (codes & 1 | exponent.clamp(max=1) << 1) << (exponent.clamp(min=1) - 1)
     numbers = torch.where(codes < 8, doubled.view(torch.int8), -doubled.view(torch.int8))
-    # Scales are the exponents of float32 as they are stored. The lowest is 2^-127, which float32
-    # has as a subnormal number, and the highest is NaN, as which float32 reads it with a mantissa.
+    # Scales are stored as exponents of float32. The lowest is 2^-127, a subnormal float32 number,
+    # and the highest is NaN, which float32 represents with a nonzero mantissa.
     bits = scale.to(torch.int32) << 23
     bits = bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000)
-    # Halves last: half of 2^-127 would be rounded in hardware that flushes subnormal numbers.
+    # The division by 2 comes first: half of 2^-127 would be rounded by hardware that flushes
+    # subnormal numbers.
     return _scaled(numbers.to(acc).mul_(0.5), bits.view(torch.float32).to(acc))
 
 
 def _q4_k(w: Tensor, record: Tensor, acc: torch.dtype) -> Tensor:
-    """Blocks of 256 weights, in eight runs of 32: `code * step - low`.
+    """Dequantizes blocks of 256 weights, in eight runs of 32: `code * step - low`.
 
-    A record has the float16 factors of steps and lows, then twelve bytes: four with the low six
-    bits of the first steps, four with those of the first lows, four with the low four bits of the
-    other steps (below) and lows (above). Those have their upper two bits on top of the first eight
-    bytes.
+    A record contains the float16 factors of steps and lows, then twelve bytes: four with the low
+    six bits of the first steps, four with those of the first lows, four with the low four bits of
+    the other steps (lower half) and lows (upper half), whose upper two bits are the top bits of the
+    first eight bytes.
     """
     first_steps, first_lows, others = record[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     steps = torch.cat((first_steps & 63, first_steps >> 6 << 4 | others & 15), -1)
     lows = torch.cat((first_lows & 63, first_lows >> 6 << 4 | others >> 4), -1)
     factors = record[..., :4].contiguous().view(torch.float16).to(acc)
     steps, lows = steps.to(acc).mul_(factors[..., :1]), lows.to(acc).mul_(factors[..., 1:])
-    # 32 bytes hold the codes of two runs, the first in their lower halves.
+    # 32 bytes contain the codes of two runs, the first in their lower halves.
     pairs = w.unflatten(-1, (record.shape[-2], 4, 32))
     codes = torch.stack((pairs & 15, pairs >> 4), -2).flatten(-3, -2)
     return codes.to(acc).mul_(steps.unsqueeze(-1)).sub_(lows.unsqueeze(-1)).flatten(-3)
 
 
 def _q6_k(w: Tensor, record: Tensor, acc: torch.dtype) -> Tensor:
-    """Blocks of 256 weights, in sixteen runs of 16: `(code - 32) * factor * step`.
+    """Dequantizes blocks of 256 weights, in sixteen runs of 16: `(code - 32) * factor * step`.
 
-    A record has sixteen int8 steps and a float16 factor. In each half of a block, 64 bytes have the
-    low four bits of 128 codes and 32 other bytes the upper two, of four weights 32 apart each.
+    A record contains sixteen int8 steps and a float16 factor. In each half of a block, 64 bytes
+    contain the low four bits of 128 codes and 32 other bytes the upper two bits, of four weights
+    each, 32 apart.
     """
     blocks = w.unflatten(-1, (record.shape[-2], 192))
     low = _halves_of(blocks[..., :128].unflatten(-1, (2, 1, 64))).unflatten(-1, (2, 32))
@@ -142,12 +145,12 @@ _DECODERS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
 
 
 def _nibbles(w: Tensor) -> Tensor:
-    """Returns the two codes of each byte side by side, the lower half first."""
+    """Returns the two codes of each byte next to each other, the lower half first."""
     return torch.stack((w & 15, w >> 4), -1).flatten(-2)
 
 
 def _halves_of(w: Tensor) -> Tensor:
-    """Returns [..., 2, D] of bytes [..., 1, D]: all lower halves, then all upper ones."""
+    """Returns [..., 2, D] from bytes [..., 1, D]: all lower halves, then all upper halves."""
     return torch.cat((w & 15, w >> 4), -2)
 
 

@@ -1,4 +1,4 @@
-"""Products and norms of the blocks that run a decoding step: inputs and results in x's dtype."""
+"""GEMMs and norms of the decode blocks, with inputs and results in x's dtype."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from moe_ops.formulas.dtypes import accumulate_dtype
 
 
 def linear(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """Returns `x w^T + bias`; w is in x's dtype, or codes with scales."""
+    """Returns `x w^T + bias`; w is in x's dtype, or quantized with scales."""
     if scale is not None:
         w = dequantized(w, scale, None, accumulate_dtype(x.dtype)).to(x.dtype)
     return F.linear(x, w, bias)
 
 
 def rms_norm(t: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalises the last dimension, in float32 (float64 for float64) inside; None: returns t."""
+    """Normalizes the last dimension, with float32 (float64 for float64) arithmetic; returns t if
+    weight is None."""
     if weight is None or t.numel() == 0:
         return t
     return F.rms_norm(t, weight.shape, weight.to(t.dtype), eps)

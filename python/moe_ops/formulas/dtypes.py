@@ -1,4 +1,4 @@
-"""Types that ops compute in."""
+"""Dtypes of computations in ops."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the type that sums over values of `dtype` run in."""
+    """Returns the dtype of sums over values of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""gated_mlp_decode: a dense network with a gate, the norm before it and the sum after."""
+"""gated_mlp_decode: a dense gated MLP, with the norm before and the residual after it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def gated_mlp_decode(
     residual_scale: float = 1.0,
     activation: str = "swiglu",
 ) -> Tensor:
-    """Computes :func:`moe_ops.gated_mlp_decode`; what enters or leaves a product is in x's
-    dtype."""
+    """Computes :func:`moe_ops.gated_mlp_decode`, with GEMM inputs and outputs in x's dtype."""
     acc = accumulate_dtype(x.dtype)
     h = rms_norm(x, norm_weight, eps)
     gate, up = linear(h, w_gate, w_gate_scale).to(acc), linear(h, w_up, w_up_scale)

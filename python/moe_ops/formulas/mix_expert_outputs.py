@@ -1,4 +1,5 @@
-"""mix_expert_outputs: mixtures of all experts' outputs, through normalisation and activation."""
+"""mix_expert_outputs: mixtures of all experts' outputs, with optional normalization and
+activation."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns the gradients of outputs, weights, factor, norm_weight and norm_bias.
 
-    `batch` is True if mean and var are those of the tokens, which gradients flow through.
+    `batch` is True if mean and var are those of the tokens, which have gradients.
     """
     dtype, acc = outputs.dtype, accumulate_dtype(outputs.dtype)
     g, w, n = (t.to(acc) for t in (grad_y, weights, outputs))
@@ -91,14 +92,14 @@ def backward(
         if need_norm_bias:
             grad_norm_bias = grad.sum(0)
         if batch and len(grad) > 0:
-            # The mean of the tokens, and their direction, move with each of them.
+            # The mean and variance of the tokens depend on each of them.
             grad = grad - grad.mean(0) - normed * (grad * normed).mean(0)
         grad = grad * norm_weight * rstd
     return grad.to(dtype), grad_weights, grad_factor, grad_norm_weight, grad_norm_bias
 
 
 def _statistics(n: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and variance over tokens, not corrected; zeros of no tokens."""
+    """Returns mean and variance over tokens, without Bessel's correction; zeros without tokens."""
     if n.numel() == 0:
         return n.new_zeros(n.shape[1:]), n.new_zeros(n.shape[1:])
     var, mean = torch.var_mean(n, 0, correction=0)
@@ -121,7 +122,7 @@ def _act_and_slope(n: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(w: Tensor, a: Tensor) -> Tensor:
-    """Computes w @ a one expert after the other. A product's order depends on its sizes."""
+    """Computes w @ a one expert after another, because a GEMM's order depends on its sizes."""
     y = a.new_zeros((w.shape[0], w.shape[1], a.shape[2]))
     for e in range(a.shape[1]):
         y = y + w[:, :, e, None] * a[:, e, None]

@@ -1,4 +1,4 @@
-"""mla_decode: the block of multi-head latent attention on a few new tokens."""
+"""mla_decode: the block of multi-head latent attention (MLA) for a few new tokens."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def mla_decode(
 ) -> Tensor:
     """Computes :func:`moe_ops.mla_decode`; writes the new latents and rotated keys.
 
-    All heads are one group that attends to the latents. Products of weights take and give x's
-    dtype. Angles, scores, softmax and mixtures are in float32 (float64 for float64).
+    All heads form one group that attends to the latents. Projections have inputs and outputs in x's
+    dtype. Angles, scores, softmax and weighted sums are computed in float32 (float64 for float64).
     """
     acc = accumulate_dtype(x.dtype)
     end, rank, rope = start + x.shape[1], latents.shape[3], rope_keys.shape[3]
     angles = [f[:, :, None, : rope // 2].to(acc) for f in (cos, sin)]
 
     def rotated(t: Tensor) -> Tensor:
-        """[B, S, heads, d_r], in the order of the cache."""
+        """Returns rotated [B, S, heads, d_r], in the order of the cache."""
         t = t.to(acc)
         if interleaved:
             pairs = t.unflatten(-1, (rope // 2, 2)).mT
@@ -73,7 +73,7 @@ def mla_decode(
     nope = q.shape[3] - rope
 
     # q . (w_k c) = (w_k^T q) . c, and a sum of w_v c is w_v times the sum of c. Heads are the batch
-    # of these two products.
+    # of these two GEMMs.
     w_k, w_v = w_kv_b.unflatten(0, (num_heads, -1)).tensor_split((nope,), 1)
     taken = q[..., :nope].permute(2, 0, 1, 3).flatten(1, 2) @ w_k  # [n, B S, r]
     taken = taken.unflatten(1, q.shape[:2]).transpose(0, 1).to(acc)  # [B, n, S, r]

@@ -18,6 +18,6 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
 
 
 def turned(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns pairs [..., 2, r], one in each column, by angles [..., r]; all of one dtype."""
+    """Rotates pairs [..., 2, r], one in each column, by angles [..., r]; all of one dtype."""
     signed = torch.stack((-sin, sin), -2)
     return torch.addcmul(pairs * cos.unsqueeze(-2), pairs.flip(-2), signed)

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from moe_ops.formulas.dtypes import accumulate_dtype
 
-# Below it, softplus(x) is exp(x) to the last bit of a float64.
+# Below it, softplus(x) equals exp(x) in float64.
 _FAR_BELOW = -40.0
 
 
 def _sqrtsoftplus(logits: Tensor) -> Tensor:
     """Computes sqrt(log(1 + exp(x))), with a finite gradient at any finite x."""
     far = logits < _FAR_BELOW
-    # Each branch gets logits at which its gradient is finite: where() multiplies that of the
-    # branch not taken by zero.
+    # Each branch gets logits at which its gradient is finite: where() multiplies the gradient of
+    # the other branch by zero.
     root = (-F.logsigmoid(-torch.where(far, 0.0, logits))).sqrt()
     return torch.where(far, torch.where(far, 0.5 * logits, 0.0).exp(), root)
 
 
-# Functions of logits [..., E] that increase with each expert's own logit. All but softmax treat
+# Functions of logits [..., E] that increase with each expert's own logit. All except softmax treat
 # experts independently.
 SCORE_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": partial(torch.softmax, dim=-1),

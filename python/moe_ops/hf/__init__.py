@@ -1,19 +1,21 @@
-"""Hugging Face transformers on the ops of moe_ops.
+"""Integration of Hugging Face transformers.
 
 Importing this module registers ``"moe_ops"`` as an experts implementation, so that
 
-    import moe_ops.hf
-    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
+    import moe_ops.hf model = AutoModelForCausalLM.from_pretrained(name,
+    experts_implementation="moe_ops")
 
-and ``model.set_experts_implementation("moe_ops")`` work for every model whose experts go through
-transformers' experts interface. :func:`enable` switches a live model instead, and also JetMoE, DBRX
-and Llama 4, whose blocks are outside that interface and ignore the argument silently. It also
-registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
-`moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
-attention without the masks that would keep JetMoE's attention experts from compiled code. Where
-transformers has a registry of expert-parallel implementations (5.23), ``"moe_ops"`` is one.
-:func:`load_offloaded` loads models whose experts are larger than the memory.
-:func:`optimize` puts a whole model on kernels for inference, dense layers and head included.
+and ``model.set_experts_implementation("moe_ops")`` work for every model that uses transformers'
+experts interface. :func:`enable` switches a live model instead, including JetMoE, DBRX and Llama 4,
+whose blocks do not use that interface and silently ignore the argument.
+
+The module also registers a quantization method, so that ``from_pretrained`` reads checkpoints with
+experts quantized by `moe_ops.quantize_experts`; an attention implementation ``"moe_ops"``, which is
+torch's attention without the masks that prevent compilation of JetMoE's attention experts; and,
+with transformers 5.23 or later, an expert-parallel implementation ``"moe_ops"``.
+
+:func:`load_offloaded` loads models whose experts are larger than the memory. :func:`optimize` runs
+a whole model on inference kernels, including dense layers and the head.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ ExpertsInterface.register("moe_ops", experts_forward)
 PLAIN_FUNCTIONS.add(attention.attention_forward)
 attention.register()
 published.install()
-if Interface is not None and "moe_ops" not in Interface():  # It is, where this is reloaded.
+# It is already registered after a reload.
+if Interface is not None and "moe_ops" not in Interface():
     register_ep_implementation("moe_ops")
 register_hook(TransformersHook())
 

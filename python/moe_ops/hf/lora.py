@@ -1,4 +1,4 @@
-"""LoRA of the package peft on experts, float or quantised, by the same `LoraConfig`:
+"""peft's LoRA on experts, float or quantized, with the usual `LoraConfig`:
 
     import moe_ops.hf.lora
 
@@ -7,10 +7,10 @@
     model = get_peft_model(model, config)  # or PeftModel.from_pretrained
     moe_ops.hf.lora.fuse_adapters(model)
 
-Modules, parameters and checkpoints are peft's, so that what is trained on one kind of experts loads
-on the other. The experts of a block and their adapters are computed together, and no weight with
-its adapter added is made: for float experts once `fuse_adapters` is called, for quantised ones
-(QLoRA) always. peft finds the weights of quantised experts where this module is imported.
+Modules, parameters and checkpoints are peft's, so adapters trained on one kind of experts load on
+the other. Experts and their adapters are computed together, without storing weights with added
+adapters: for float experts after `fuse_adapters`, for quantized ones (QLoRA) always. Importing this
+module lets peft find the weights of quantized experts.
 
 E experts, H hidden size, I intermediate size, r rank.
 """
@@ -61,14 +61,14 @@ _PARTS = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
 
 def on_quantized_experts(config: Any) -> Any:
-    """Turns "experts" among the `target_modules` of a `LoraConfig` into `target_parameters`;
-    returns it.
+    """Replaces "experts" in the `target_modules` of a `LoraConfig` by `target_parameters`; returns
+    it.
 
-    A short way to write the latter, and how adapters are read that had names of their own: their
-    config names the module.
+    It is a shorthand, and supports the configs of adapters with earlier names, which contain the
+    module.
 
     Raises:
-        ValueError: `target_modules` that are a pattern which names experts.
+        ValueError: `target_modules` is a pattern with experts.
     """
     modules = config.target_modules
     if isinstance(modules, str):
@@ -89,21 +89,21 @@ def on_quantized_experts(config: Any) -> Any:
 def fuse_adapters(model: nn.Module) -> list[str]:
     """Runs experts with adapters of peft's `target_parameters` on moe_ops, in place.
 
-    Training and inference, several active adapters (their sum), `disable_adapter`, merging, and
-    beyond peft a batch of several adapters in `eval()`, `model(ids, adapter_names=[...])` with one
-    name a sequence or "__base__". Parameters, their names and what `save_pretrained` writes do not
-    change, and adapters may be loaded later. Products of rank r run in the dtype of the experts.
+    It supports training and inference, several active adapters (their sum), `disable_adapter`,
+    merging, and, beyond peft, a batch with several adapters in `eval()`: `model(ids,
+    adapter_names=[...])` with one name or "__base__" per sequence. Parameters, their names and the
+    files of `save_pretrained` do not change, and adapters may be loaded later. Rank-r GEMMs run in
+    the dtype of the experts.
 
-    Left to peft: biases as targets, norms of expert outputs, one expert, sharded experts; and a
-    call in which the experts are not frozen, have hooks, or hold a merged adapter. Quantised
-    experts are computed so without this function.
+    peft runs the rest: biases as targets, norms of expert outputs, single experts, sharded experts,
+    and calls in which the experts are not frozen, have hooks, or contain a merged adapter.
+    Quantized experts do not need this function.
 
     Args:
-        model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or any module with
-            such blocks.
+        model: from `get_peft_model` or `PeftModel.from_pretrained`, or any module with such blocks.
 
     Returns:
-        Names of the experts that are computed so now.
+        Names of the experts that now run on moe_ops.
 
     Raises:
         ValueError: there are none.
@@ -137,7 +137,7 @@ _STACKED = "_moe_ops_stacked"
 
 
 def _chain(wrapper: Any) -> list[Any]:
-    """A wrapper and those that it wraps: one for each parameter."""
+    """Returns a wrapper and the wrappers inside it, one per parameter."""
     found = []
     while isinstance(wrapper, ParamWrapper):
         found.append(wrapper)
@@ -173,7 +173,8 @@ def _fused_forward(cls: Any) -> Any:
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of experts, and adapter_names of a batch of several adapters, by name."""
+    """Returns the arguments of experts, and adapter_names for a batch with several adapters, by
+    name."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -223,8 +224,8 @@ def _bank_of(experts: Any) -> FrozenBank:
 
 
 def _ids_of(layer: Any, names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
-    """The adapters in a batch with a name for each sequence, and the one of each of the T tokens;
-    -1 for those of "__base__" and of adapters that this layer has not."""
+    """Returns the adapters in a batch with one name per sequence, and the adapter of each of the T
+    tokens; -1 for "__base__" and adapters that this layer does not have."""
     tokens = x.numel() // x.shape[-1]
     if tokens % len(names):
         raise ValueError(
@@ -238,13 +239,14 @@ def _ids_of(layer: Any, names: list[str], x: Tensor) -> tuple[list[str], Tensor]
 
 
 def _adapter_of(chain: list[Any], name: str) -> ExpertAdapter:
-    """peft's adapter of a block."""
+    """Returns peft's adapter of a block."""
     factors: dict[str, Any] = {}
     for wrapper in chain:
         if name in wrapper.lora_A:
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
             a, b = factors_of_peft(a, b, wrapper.num_experts)
-            if wrapper.scaling[name] != chain[0].scaling[name]:  # The patterns of a LoraConfig.
+            # They differ with the patterns of a LoraConfig.
+            if wrapper.scaling[name] != chain[0].scaling[name]:
                 b = b * (wrapper.scaling[name] / chain[0].scaling[name])
             factors[_PARTS[wrapper.parameter_name]] = a, b
     none = None, None
@@ -253,8 +255,8 @@ def _adapter_of(chain: list[Any], name: str) -> ExpertAdapter:
 
 
 def _cached(wrapper: Any, chain: list[Any], names: list[str], mixed: bool) -> ExpertAdapter:
-    """The sum of adapters, or of a mixed batch all of them; without gradients it is kept for the
-    next call."""
+    """Returns the sum of adapters, or all adapters of a mixed batch; without gradients it is cached
+    for the next call."""
 
     def make() -> ExpertAdapter:
         adapters = [_adapter_of(chain, name) for name in names]
@@ -274,15 +276,15 @@ def _cached(wrapper: Any, chain: list[Any], names: list[str], mixed: bool) -> Ex
 
 class QuantizedExpertsLora(ParamWrapper):
     """peft's layer around one weight of a `QuantizedHfExperts`, or around such a layer of another
-    weight. Parameters, their names and shapes are those of float experts; in float32."""
+    weight. Names and shapes of parameters are those for float experts; their dtype is float32."""
 
     def get_param(self) -> Tensor:
-        """Returns a tensor from which peft takes sizes, dtype and device."""
+        """Returns a tensor from which peft reads sizes, dtype and device."""
         return _stand_in(self.get_base_layer(), self.parameter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the experts, like `experts_forward`; hidden_states may be [..., H]. adapter_names
-        is peft's, for a batch of several adapters."""
+        """Runs the experts, like `experts_forward`; hidden_states may be [..., H]. adapter_names is
+        peft's argument for a batch with several adapters."""
         call = _call(args, kwargs)
         names = call.pop("adapter_names", None)
         experts, chain = self.get_base_layer(), _chain(self)
@@ -293,11 +295,11 @@ class QuantizedExpertsLora(ParamWrapper):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the weight, which is rounded anew to its format: to scales of its own,
-        so the result is not the same to the last bit, and cannot be undone.
+        """Adds adapters to the weight, which is quantized again with new scales: the result is not
+        bitwise identical, and merging cannot be undone.
 
         Raises:
-            ValueError: a format that is read and not made; merge into the float model instead.
+            ValueError: a read-only format; merge into the float model instead.
         """
         experts: Any = self.get_base_layer()
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -335,19 +337,19 @@ class QuantizedExpertsLora(ParamWrapper):
         getattr(experts, f"{name}_scale")[expert].copy_(scale)
 
     def unmerge(self) -> None:
-        """Not for quantised weights, which merging has rounded."""
+        """Raises NotImplementedError: merging has rounded the quantized weights."""
         raise NotImplementedError(
             "unmerge: quantised experts do not keep what they were before merge; load the model "
             "and the adapter again."
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        # Names of before: lora_A.gate_up [E, r, H], lora_A.down [E, r, I], lora_B [E, out, r].
+        # Earlier names: lora_A.gate_up [E, r, H], lora_A.down [E, r, I], lora_B [E, out, r].
         for depth, wrapper in enumerate(_chain(self)):
             part = _PARTS[wrapper.parameter_name]
             pattern = re.compile(rf"{re.escape(prefix)}lora_A\.((.+)\.)?{part}$")
             for match in [m for m in map(pattern.match, list(state_dict)) if m]:
-                # peft puts the adapter's name into keys that it knows; it has just added this one.
+                # peft inserts the adapter's name into known keys; it has just added this adapter.
                 name = match[2] or list(self.lora_A)[-1]
                 old = [match[0], f"{prefix}lora_B.{match[1] or ''}{part}"]
                 if old[1] not in state_dict:
@@ -360,8 +362,8 @@ class QuantizedExpertsLora(ParamWrapper):
 
 
 def _stand_in(experts: Any, name: str) -> Tensor:
-    """A tensor of the shape [E, out, in], type and place that a weight of quantised experts would
-    have as peft's target. It takes no memory and means nothing."""
+    """Returns a tensor with the shape [E, out, in], dtype and device that a weight of quantized
+    experts has as peft's target. It takes no memory, and its values are meaningless."""
     width, size = experts.w_gate_up.shape[1], experts.hidden_size
     shape = (size, experts.intermediate_size) if name == "down_proj" else (width, size)
     empty = torch.zeros((), dtype=torch.float32, device=experts.w_down.device)
@@ -370,7 +372,7 @@ def _stand_in(experts: Any, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _with_parameters(banks: list[Any]) -> Iterator[None]:
-    """Gives quantised experts the parameters that peft looks for, as long as it looks."""
+    """Gives quantized experts, temporarily, the parameters that peft looks for."""
     names = {bank: ("gate_up_proj" if bank.gated else "up_proj", "down_proj") for bank in banks}
     try:
         for bank in banks:
@@ -406,7 +408,8 @@ def _set_classes(model: nn.Module, before: type, after: type) -> None:
 
 
 def _find_quantized_experts(original: Any) -> Any:
-    """peft's function that puts layers around `target_parameters`, for quantised experts too."""
+    """Wraps peft's function that puts layers around `target_parameters`, to support quantized
+    experts."""
 
     @functools.wraps(original)
     def inject_parameters(
@@ -415,7 +418,7 @@ def _find_quantized_experts(original: Any) -> Any:
         banks = [m for m in model.modules() if isinstance(m, QuantizedHfExperts)]
         for bank in banks:
             _check(peft_config, bank)
-        # peft knows the layers of an adapter before by the name of their class.
+        # peft recognizes the layers of earlier adapters by their class name.
         _set_classes(model, QuantizedExpertsLora, ParamWrapper)
         try:
             with _with_parameters(banks):
@@ -427,7 +430,8 @@ def _find_quantized_experts(original: Any) -> Any:
     return inject_parameters
 
 
-# peft looks for targets among parameters and has no hook there; quantised experts have none.
+# peft looks for targets among parameters and has no hook there; quantized experts have no
+# parameters.
 if not hasattr(BaseTuner._inject_parameters, "__wrapped__"):
     inject = _find_quantized_experts(BaseTuner._inject_parameters)
     BaseTuner._inject_parameters = inject  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
-"""Layers built from the ops: routers, expert banks, the mixture-of-experts layer, its losses.
+"""Layers built from the ops: routers, experts, the mixture-of-experts layer and its losses.
 
-Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations

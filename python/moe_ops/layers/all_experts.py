@@ -1,4 +1,4 @@
-"""Every expert of a bank on every token, and mixtures of what they make: no routing, no slots.
+"""Computation of all experts on all tokens, and mixtures of their outputs, without routing.
 
 Letters: T tokens, G inputs, E experts, H input size, I intermediate size, O output size, M
 mixtures.
@@ -25,7 +25,8 @@ from .inputs import takes_dense
 
 
 class Segment(NamedTuple):
-    """Inputs start .. start + num - 1, each read by `size` experts in a row, from `expert` on."""
+    """Inputs start .. start + num - 1, each read by `size` consecutive experts, beginning with
+    `expert`."""
 
     start: int
     num: int
@@ -34,7 +35,7 @@ class Segment(NamedTuple):
 
 
 def segments(input_ids: Sequence[int]) -> tuple[Segment, ...]:
-    """Splits experts into as few segments as there can be: each is one batched product."""
+    """Splits experts into a minimal number of segments; each segment is one batched GEMM."""
     runs: list[list[int]] = []  # input, first expert, number of experts
     for e, i in enumerate(input_ids):
         if runs and runs[-1][0] == i:
@@ -54,7 +55,7 @@ def segments(input_ids: Sequence[int]) -> tuple[Segment, ...]:
 def expert_inputs(
     x: Tensor, input_ids: Sequence[int] | None, num_experts: int, hidden_size: int
 ) -> tuple[Tensor, list[int]]:
-    """The inputs of `Experts.outputs` as [T, G, H], and which one each expert reads."""
+    """Returns the inputs of `Experts.outputs` as [T, G, H], and the input index of each expert."""
     name, e, h = "Experts.outputs", num_experts, hidden_size
     if x.dim() not in (2, 3) or x.shape[-1] != h:
         raise ValueError(f"{name}: x must be [T, {h}] or [T, G, {h}], got shape {list(x.shape)}.")
@@ -79,19 +80,20 @@ def expert_inputs(
     return x, ids
 
 
-# Elements of the weights of a bank, beyond which all_experts_ffn would wait for them at every
-# block.
+# Maximum number of weight elements for all_experts_ffn; larger weights do not stay in cache between
+# its blocks.
 ALL_EXPERTS_FFN_WEIGHTS = 1 << 22
 
 
 def fits_all_experts_ffn(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
-    """Whether all_experts_ffn takes these operands and is the faster way."""
+    """Returns whether all_experts_ffn supports these operands and is faster."""
     small = w_up.numel() + w_down.numel() <= ALL_EXPERTS_FFN_WEIGHTS
     return x.device.type == "cpu" and small
 
 
 def low_rank_maps(x: Tensor, down: Tensor, up: Tensor, input_ids: Sequence[int]) -> Tensor:
-    """y[:, e] = x[:, input_ids[e]] down[e]^T up[e]^T: x [T, G, H], down [E, R, H], up [E, O, R]."""
+    """Computes y[:, e] = x[:, input_ids[e]] down[e]^T up[e]^T: x [T, G, H], down [E, R, H], up [E,
+    O, R]."""
     if fits_all_experts_ffn(x, down, up):
         ids = torch.tensor(input_ids, dtype=torch.int32, device=x.device)
         return all_experts_ffn(x, down, up, ids, activation="none")
@@ -102,9 +104,10 @@ def low_rank_maps(x: Tensor, down: Tensor, up: Tensor, input_ids: Sequence[int])
 def grouped_linear(
     x: Tensor, w: Tensor, bias: Tensor | None, plan: Sequence[Segment] | None = None
 ) -> Tensor:
-    """y[:, e] = x[:, input of e] w[e]^T + bias[e]: [T, G, H] and [E, O, H] to a dense [T, E, O].
+    """Computes y[:, e] = x[:, input of e] w[e]^T + bias[e]: [T, G, H] and [E, O, H] to a dense [T,
+    E, O].
 
-    `plan` says which input each expert reads; None: expert e reads input e.
+    `plan` assigns an input to each expert; None: expert e reads input e.
     """
     plan = segments(range(w.shape[0])) if plan is None else plan
     if multiplies_by_ops(x):
@@ -114,7 +117,7 @@ def grouped_linear(
         y = grouped_gemm(rows, w, offsets, bias=bias)
         return y.unflatten(0, (len(ids), x.shape[0])).transpose(0, 1)
     if _own_backward(x, w):
-        # Each product writes its columns of the result in place, which autograd's bmm cannot.
+        # Each GEMM writes its columns of the result in place, which autograd's bmm cannot.
         return _GroupedLinear.apply(x, w, bias, tuple(plan))
     parts = []
     for start, count, expert, size in plan:
@@ -129,7 +132,8 @@ def grouped_linear(
 
 
 def _own_backward(a: Tensor, b: Tensor) -> bool:
-    """Whether the layouts chosen below pay: elsewhere torch loops over them or casts operands."""
+    """Returns whether the layouts below are faster: in other cases torch loops over them or casts
+    operands."""
     return (
         a.device.type == "cpu"
         and a.dtype == b.dtype
@@ -191,25 +195,25 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _inputs(x: Tensor, segment: Segment) -> Tensor:
-    """[count, T, H]."""
+    """Returns a view [count, T, H]."""
     return x[:, segment.start : segment.start + segment.num].transpose(0, 1)
 
 
 def _weights(w: Tensor, segment: Segment) -> Tensor:
-    """[count, size * O, H]."""
+    """Returns a view [count, size * O, H]."""
     span = w[segment.expert : segment.expert + segment.num * segment.size]
     return span.view(segment.num, -1, w.shape[2])
 
 
 def _columns(y: Tensor, segment: Segment) -> Tensor:
-    """[count, T, size * O] of a dense [T, E, O]."""
+    """Returns a view [count, T, size * O] of a dense [T, E, O]."""
     span = y[:, segment.expert : segment.expert + segment.num * segment.size]
     shape = (span.shape[0], segment.num, segment.size * y.shape[2])
     return span.as_strided(shape, (y.stride(0), shape[2], 1)).transpose(0, 1)
 
 
 def _leaves_gaps(x: Tensor, plan: Sequence[Segment]) -> bool:
-    """Whether some input is read by nobody, or by two segments that overlap in part."""
+    """Returns whether the segments fail to cover every input exactly once."""
     seen = [i for start, count, *_ in plan for i in range(start, start + count)]
     return sorted(seen) != list(range(x.shape[1]))
 
@@ -217,7 +221,7 @@ def _leaves_gaps(x: Tensor, plan: Sequence[Segment]) -> bool:
 def mix_outputs(
     outputs: Tensor, weights: Tensor, *, activation: str = "none", factor: Tensor | None = None
 ) -> Tensor:
-    """Mixtures of what all experts made: y[t, m] = sum_e weights[t, m, e] * act(outputs[t, e]).
+    """Mixes the outputs of all experts: y[t, m] = sum_e weights[t, m, e] * act(outputs[t, e]).
 
     Args:
         outputs: [T, E, O].
@@ -268,10 +272,10 @@ def _check_mixture(name: str, outputs: Tensor, weights: Tensor) -> None:
 
 
 class ExpertBatchNorm(nn.Module):
-    """Batch normalisation of each expert's output by itself, as one call for all experts.
+    """Batch normalization of each expert's output, in one call for all experts.
 
-    Each of the E * O features has its own scale, shift and running statistics, as one
-    `nn.BatchNorm1d(O)` an expert would have.
+    Each of the E * O features has its own scale, shift and running statistics, like one
+    `nn.BatchNorm1d(O)` per expert.
 
     Parameters and buffers: weight, bias, running_mean, running_var, all [E, O];
     num_batches_tracked.
@@ -281,7 +285,7 @@ class ExpertBatchNorm(nn.Module):
         eps, momentum: as in `nn.BatchNorm1d`.
         device, dtype: of the parameters.
 
-    In training at least two tokens are needed; in `eval()` the running statistics are used.
+    Training needs at least two tokens; `eval()` uses the running statistics.
     """
 
     running_mean: Tensor
@@ -310,7 +314,7 @@ class ExpertBatchNorm(nn.Module):
 
     @takes_dense
     def forward(self, outputs: Tensor) -> Tensor:
-        """[T, E, O] to [T, E, O]."""
+        """Normalizes [T, E, O] to [T, E, O]."""
         num_tokens = outputs.shape[0]
         self._start(outputs)
         if num_tokens == 0:
@@ -328,10 +332,12 @@ class ExpertBatchNorm(nn.Module):
         return y.view_as(outputs)
 
     def mix(self, outputs: Tensor, weights: Tensor, activation: str = "silu") -> Tensor:
-        """`mix_outputs` of the normalised outputs, which are then never in memory.
+        """Computes `mix_outputs` of the normalized outputs without storing them.
 
         Args:
-            outputs: [T, E, O]. weights: [T, M, E]. activation: as of `mix_outputs`.
+            outputs: [T, E, O].
+            weights: [T, M, E].
+            activation: see `mix_outputs`.
 
         Returns:
             [T, M, O].
@@ -360,7 +366,7 @@ class ExpertBatchNorm(nn.Module):
         return y
 
     def _start(self, outputs: Tensor) -> None:
-        """Checks, and counts a batch of training."""
+        """Checks the shape, and counts a training batch."""
         if outputs.shape[1:] != (self.num_experts, self.size):
             raise ValueError(
                 f"ExpertBatchNorm: outputs must be [T, {self.num_experts}, {self.size}], got shape "

@@ -1,7 +1,7 @@
-"""Mixture-of-attention experts: queries and outputs of experts, keys and values of the layer.
+"""Mixture-of-attention experts: per-expert queries and outputs, shared keys and values.
 
-Letters: B batch, S tokens of a sequence, T = B * S, H hidden size, E experts, K experts a token,
-n key-value heads, d head size, D = n * d.
+Letters: B batch, S tokens per sequence, T = B * S, H hidden size, E experts, K experts per token, n
+key-value heads, d head size, D = n * d.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .routing import Routing, check_given, drop_masked, given_routing, valid_ids
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for :class:`AttentionExperts`; for inference.
+    """Keys and values of past tokens, for :class:`AttentionExperts`; for inference.
 
-    Memory doubles when it is full, so that a step mostly copies nothing but its own tokens.
+    Memory doubles when it is full, so most decode steps copy only their own tokens.
 
     Attributes:
-        length: tokens held.
+        length: number of stored tokens.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class KVCache:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k and v [B, S, n, d]; returns all of them [B, length, n, d], as views.
 
-        n and d of v may differ from those of k (multi-head latent attention holds a latent vector
-        and a rotated key, each of its own size).
+        v may have another n and d than k (multi-head latent attention stores a latent vector and a
+        rotated key of different sizes).
 
         Raises:
-            ValueError: a batch, number of heads or head size other than those held, or v with
-                another batch or number of tokens than k.
+            ValueError: a batch, number of heads or head size that differs from the stored ones, or
+                v with another batch or number of tokens than k.
         """
         start, end = self.length, self.length + k.shape[1]
         if v.shape[:2] != k.shape[:2]:
@@ -69,19 +69,19 @@ class KVCache:
         return k, v
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        """Of `length` tokens that come next, fp32."""
+        """Returns the positions of the next `length` tokens, fp32."""
         start = self.length
         return torch.arange(start, start + length, dtype=torch.float32, device=device)
 
     def shown(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens held, [B, n, length, d], as views."""
+        """Returns the stored keys and values, [B, n, length, d], as views."""
         assert self._buffers is not None, "an empty cache"
         k, v = self._buffers
         return k[:, :, : self.length], v[:, :, : self.length]
 
     def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory [B, n, L, d] of keys and of values, with room for tokens of the shapes of k
-        and v after the first `length`. Whoever writes them there moves `length`."""
+        """Returns the memory [B, n, L, d] of keys and of values, with room for k and v after the
+        first `length` tokens. The caller writes them there and increases `length`."""
         start, end = self.length, self.length + k.shape[1]
         if self._buffers is None or end > self._buffers[0].shape[2]:
             capacity = max(end, 2 * start, 64)
@@ -93,19 +93,21 @@ class KVCache:
         return self._buffers
 
     def select(self, rows: Tensor) -> None:
-        """Goes on with these sequences, int64 in [0, B), in this order; some may repeat or go."""
+        """Keeps these sequences, int64 in [0, B), in this order; sequences may be repeated or
+        dropped."""
         if self._buffers is not None:
             k, v = (buffer.index_select(0, rows) for buffer in self._buffers)
             self._buffers = k, v
 
 
 class AttentionExpertsOutput(NamedTuple):
-    """What `AttentionExperts` returns with `return_routing=True`.
+    """Output of `AttentionExperts` with `return_routing=True`.
 
     y: [B, S, H] in the dtype of x.
-    router_logits: [T, E]; None when both ids and weights were given.
-    topk_weights: [T, K] float. topk_ids: [T, K] int; -1 marks a slot without an expert.
-    aux_losses: name -> scalar, unscaled, for the names given to the layer; differentiable.
+    router_logits: [T, E]; None if both ids and weights were given.
+    topk_weights: [T, K] float.
+    topk_ids: [T, K] int; -1 marks an empty slot.
+    aux_losses: name -> scalar, unscaled and differentiable, for the losses of the layer.
     remainder: [B, S, K, n] with kind="stick_breaking" ([B, S, E, n] with `expert_kv`), else None.
     """
 
@@ -122,12 +124,12 @@ class AttentionExpertsOutput(NamedTuple):
 
 
 class AttentionExperts(nn.Module):
-    """y = sum_k weight_k * W_output[e_k] attention(W_query[e_k] x, K, V) + bias.
+    """Attention layer y = sum_k weight_k * W_output[e_k] attention(W_query[e_k] x, K, V) + bias.
 
-    An expert is the query and the output projection of n heads. Keys and values belong to the
-    layer, so a token's K experts read the same ones (Mixture of Attention Heads, arXiv 2210.05144;
+    An expert consists of the query and output projections of n heads. Keys and values belong to the
+    layer and are shared by a token's K experts (Mixture of Attention Heads, arXiv 2210.05144;
     JetMoE, arXiv 2404.07413; ModuleFormer, arXiv 2306.04640, with kind="stick_breaking" and no
-    RoPE). The router is run once and its choice serves queries and outputs.
+    RoPE). The router runs once, for both queries and outputs.
 
     Parameters:
         w_query: [E, D, H]. w_output: [E, H, D].
@@ -135,28 +137,28 @@ class AttentionExperts(nn.Module):
         bias: [H], with `bias=True`.
 
     Args:
-        router: chooses experts; its hidden_size and num_experts are those of the layer.
+        router: selects experts; defines hidden_size and num_experts of the layer.
         num_kv_heads: n.
         head_size: d, from 1 to 256; even with `rope_theta`.
         kind: "softmax" or "stick_breaking", see `moe_ops.moa_attention`.
-        causal, scale, window, softcap: of `moe_ops.moa_attention`.
-        rope_theta: base of rotary position embeddings of queries and keys (halves rotated, as in
-            Llama and JetMoE); None: no position embedding.
+        causal, scale, window, softcap: see `moe_ops.moa_attention`.
+        rope_theta: base of the rotary position embeddings of queries and keys (rotated halves, as
+            in Llama and JetMoE); None: no position embedding.
         soft_routing: every token uses all experts with weights softmax(router logits) (BAM, arXiv
-            2408.08274). The router's own way of choosing is not used.
-        expert_kv: every expert has keys and values of its own (BAM). All tokens are projected for
-            all experts, and the attention of all experts is computed: meant for soft routing.
-        bias: a bias of the output. kv_bias: a bias of keys and values.
-        aux_losses: which losses to compute when routing is returned, see `MoE`.
-        device, dtype: of all parameters but the router's.
+            2408.08274). The router's selection method is not used.
+        expert_kv: every expert has its own keys and values (BAM). All tokens are projected for all
+            experts, and attention runs for all experts: intended for soft routing.
+        bias: adds an output bias. kv_bias: adds a bias of keys and values.
+        aux_losses: losses to compute when routing is returned, see `MoE`.
+        device, dtype: of all parameters except the router's.
 
-    Initialisation: weights uniform in +-1/sqrt(inputs) as nn.Linear, biases 0.
+    Initialization: weights uniform in +-1/sqrt(inputs) like nn.Linear, biases 0.
 
     Raises:
-        ValueError: a size, kind or loss that makes no sense, in one sentence.
+        ValueError: an invalid size, kind or loss.
     """
 
-    loss_group: Any = None  # Process group whose tokens `aux_losses` are of; may be set any time.
+    loss_group: Any = None  # Process group of the tokens in `aux_losses`; may be set at any time.
 
     def __init__(
         self,
@@ -240,26 +242,29 @@ class AttentionExperts(nn.Module):
         add_bias: bool = True,
         return_routing: bool = False,
     ) -> Tensor | AttentionExpertsOutput:
-        """The layer's output: a tensor, or an AttentionExpertsOutput with `return_routing=True`.
+        """Computes the layer's output: a tensor, or an AttentionExpertsOutput with
+        `return_routing=True`.
 
         Args:
             x: [B, S, H] in the dtype of the parameters (any under autocast). Jagged [B, j*, H]
-                (torch.nested) stands for sequences one after the other and their `cu_seqlens`; y
-                and remainder are jagged then, and other arguments of the tokens may be.
+                (torch.nested) represents concatenated sequences and their `cu_seqlens`; y and
+                remainder are then jagged, and other per-token arguments may be.
             cache: keys and values before x; those of x are appended.
-            positions: [S] or [B, S], where the tokens are, for RoPE; None: after the cache from 0,
-                and from 0 in each sequence of `cu_seqlens`.
-            angles: cos and sin of the angles at these positions, [S, d / 2] or [B, S, d / 2] each,
-                which layers of one model can share; None: computed here. Nothing without RoPE.
-            cu_seqlens: [num_sequences + 1], sequences one after the other in a batch of 1, see
+            positions: [S] or [B, S], token positions for RoPE; None: after the cache from 0, and
+                from 0 in each sequence of `cu_seqlens`.
+            angles: cosines and sines of the angles at these positions, [S, d / 2] or [B, S, d / 2]
+                each, which the layers of a model can share; None: computed here. Unused without
+                RoPE.
+            cu_seqlens: [num_sequences + 1], offsets of concatenated sequences in a batch of 1, see
                 `moe_ops.moa_attention`; not with a cache.
-            topk_ids: [B, S, K'] or [T, K'] int32 or int64, a choice to use instead of the router's;
-                ids outside [0, E) contribute nothing. Alone, its weights are what the router gives
-                these experts (softmax over all with `soft_routing`).
-            topk_weights: [B, S, K'] or [T, K'] float, only with `topk_ids`; the router is not run.
-            expert_mask: [E] bool, True where the expert may be used.
-            token_mask: bool, one element a token, True where it counts in `aux_losses`.
-            add_bias: False leaves adding `bias` to the caller, who has something else to add.
+            topk_ids: [B, S, K'] or [T, K'] int32 or int64, a selection that replaces the router's;
+                ids outside [0, E) contribute nothing. Without `topk_weights`, the router computes
+                the weights of these experts (softmax over all with `soft_routing`).
+            topk_weights: [B, S, K'] or [T, K'] float, only with `topk_ids`; the router does not
+                run.
+            expert_mask: [E] bool, True for allowed experts.
+            token_mask: bool, one element per token, True if it counts in `aux_losses`.
+            add_bias: False lets the caller add `bias`, together with other terms.
             return_routing: return AttentionExpertsOutput and compute `aux_losses`.
 
         Raises:
@@ -382,9 +387,10 @@ class AttentionExperts(nn.Module):
     # ------------------------------------------------------------------- operations on the experts
 
     def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> AttentionExperts:
-        """A new layer of the experts `ids`, in that order, with the same keys and values.
+        """Returns a new layer with the experts `ids`, in that order, and the keys and values of
+        this one.
 
-        Computes what this layer computes with an `expert_mask` of these experts.
+        It computes the function of this layer with an `expert_mask` of these experts.
 
         Args:
             ids: experts to keep, in [0, E), repeats allowed.
@@ -398,15 +404,15 @@ class AttentionExperts(nn.Module):
     def append(
         self, num: int, *, init: str = "random", router_init: str | None = None, **changes: Any
     ) -> AttentionExperts:
-        """A new layer with `num` experts added at the end.
+        """Returns a new layer with `num` experts appended.
 
         Args:
             num: at least 1.
-            init: of the experts: "random" (as in a fresh layer), "zero_output" (random, with
-                w_output 0: they contribute nothing until trained), "copy" (experts 0, 1, ... again)
-                or "mean" (the mean of all experts).
-            router_init: of the rows: "random", "copy" or "mean"; None is `init`, or "random" where
-                that is no choice for rows.
+            init: initial values of the experts: "random" (like a new layer), "zero_output" (random,
+                with w_output 0: they contribute nothing until trained), "copy" (experts 0, 1, ...
+                again) or "mean" (the mean of all experts).
+            router_init: initial values of the router's rows: "random", "copy" or "mean"; None is
+                `init`, or "random" for "zero_output".
             changes: top_k, num_groups, num_topk_groups of the new router.
 
         Raises:
@@ -415,7 +421,7 @@ class AttentionExperts(nn.Module):
         return expert_ops.append_attention(self, num, init, router_init, changes)
 
     def config(self) -> dict[str, Any]:
-        """The keyword arguments that make a layer like this one: all but device and dtype."""
+        """Returns the keyword arguments for a layer like this one, without device and dtype."""
         names = ("kind", "causal", "scale", "window", "softcap", "rope_theta", "soft_routing")
         return {
             **{name: getattr(self, name) for name in (*names, "expert_kv", "aux_losses")},
@@ -424,7 +430,7 @@ class AttentionExperts(nn.Module):
         }
 
     def blank(self, router: Router, **changes: Any) -> AttentionExperts:
-        """A fresh layer like this one with another router."""
+        """Returns a new layer like this one with another router."""
         config = {**self.config(), **changes}
         return AttentionExperts(router, self.num_kv_heads, self.head_size, **config)
 
@@ -442,7 +448,8 @@ class AttentionExperts(nn.Module):
 
 
 def _by_expert(weights: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The same routing with E slots a token: slot e holds e or -1, a repeated expert its sum."""
+    """Converts the routing to E slots per token: slot e contains e or -1; weights of repeated
+    experts are added."""
     valid, index = valid_ids(ids, num_experts)
     zeros = weights.new_zeros(ids.shape[0], num_experts)
     summed = zeros.scatter_add(1, index, weights.masked_fill(~valid, 0.0))

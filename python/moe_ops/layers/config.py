@@ -1,4 +1,4 @@
-"""Configurations from which `MoE.from_config` builds a layer. They hold plain values.
+"""Configurations from which `MoE.from_config` builds a layer. They contain plain values.
 
 Letters: H hidden size, I intermediate size, E experts, K experts per token.
 """
@@ -18,17 +18,17 @@ from .router.presets import PRESETS
 
 @dataclass(frozen=True, init=False)
 class RouterConfig:
-    """The class of a router and its options.
+    """Class of a router and its options.
 
     Attributes:
         kind: name of the class: "topk" (`TopKRouter`), "topp" (`TopPRouter`), "expert_choice"
             (`ExpertChoiceRouter`), "sparsemixer" (`SparseMixerRouter`), "relu" (`ReLURouter`),
-            "hash" (`HashRouter`), "capacity" (`CapacityRouter`), or the name that a class of yours
-            has: `class MyRouter(Router, kind="mine")`.
+            "hash" (`HashRouter`), "capacity" (`CapacityRouter`), or the name of a custom class:
+            `class MyRouter(Router, kind="mine")`.
         options: keyword arguments of that class, except device and dtype.
 
     Raises:
-        ValueError: an unknown kind, or an option that its class does not have.
+        ValueError: an unknown kind, or an option that the class does not have.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class RouterConfig:
 
     @classmethod
     def from_model_type(cls, model_type: str, **overrides: Any) -> RouterConfig:
-        """Returns the configuration with which a published model routes.
+        """Returns the router configuration of a published model.
 
         Args:
             model_type: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, deepseek_v4,
@@ -58,9 +58,9 @@ class RouterConfig:
                 transformers).
             overrides: options that replace the model's.
 
-        Departures from the models: weights are never rounded to half types, jitter never touches
-        the experts' input, experts of losing groups are excluded instead of scored 0, and
-        deepseek_v2 starts without groups and scaling, which differ between its sizes.
+        Differences from the models: weights are never rounded to half precision, jitter never
+        changes the experts' input, experts of unselected groups are excluded instead of scored 0,
+        and deepseek_v2 has no groups and scaling, which depend on the model size.
 
         Raises:
             ValueError: an unknown model type.
@@ -88,7 +88,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """What `Experts` are made of, except their sizes. See `Experts` for each attribute."""
+    """Options of `Experts` except their sizes. See `Experts` for each attribute."""
 
     activation: str = "swiglu"
     bias: bool = False
@@ -100,17 +100,18 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Sizes and parts of a `MoE` layer.
+    """Sizes and components of a `MoE` layer.
 
     Attributes:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E and K.
-        router: how tokens choose experts.
-        experts: what the experts are made of. Shared experts have the same activation, no biases
-            and full precision.
-        shared_intermediate_size: total width of the shared experts; 0 is none. Two shared experts
-            of width I are one network of width 2 I.
+        router: configuration of the router.
+        experts: options of the experts. Shared experts use their activation, without biases and in
+            full precision.
+        shared_intermediate_size: total width of the shared experts; 0 disables them. Two shared
+            experts of width I are one network of width 2 I.
         shared_expert_gate: multiplies the shared output by a sigmoid of a linear map of x.
-        latent_size: width in which the routed experts work, see `LatentProjection`; None is H.
+        latent_size: width of the routed experts' inputs and outputs, see `LatentProjection`; None
+            is H.
         latent_norm: normalizes the experts' sum before it is projected back to H.
         router_gradient, aux_losses, freeze_routing_in_recompute: see `MoE`.
     """

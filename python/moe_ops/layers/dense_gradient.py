@@ -1,11 +1,11 @@
-"""DenseMixer: the router learns from all experts, though only K of them make the output.
+"""DenseMixer: the router learns from all experts, although only K of them produce the output.
 
-The scores that are not among the top K count as 0, and top-k has no derivative there. With the
-straight-through estimate its derivative is the identity: the output stays what it was, and a score
-that was dropped gets the gradient that it would have if its expert came in with weight 0. That
-needs what every expert makes of every token, which is computed in the backward pass and not kept.
+Scores outside the top K count as 0, and top-k selection has no derivative. The straight-through
+estimate uses the identity as its derivative: the output is unchanged, and a dropped score gets the
+gradient that it has if its expert enters with weight 0. This needs the outputs of all experts for
+all tokens, which the backward pass computes and does not store.
 
-Letters: T tokens, H input size, E experts, K experts a token.
+Letters: T tokens, H input size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from moe_ops.formulas.scores import router_scores
 from .router import Router
 from .routing import Routing, mask_logits, valid_ids
 
-# Slots (a token and an expert) that the backward pass computes at a time.
+# Slots ((token, expert) pairs) that the backward pass computes at a time.
 SLOTS_AT_A_TIME = 1 << 16
 
 
 def check_dense_gradient(router: Router, experts: nn.Module) -> None:
-    """Raises ValueError for routers and banks that the estimate does not know."""
+    """Raises ValueError for routers and experts that the estimate does not support."""
     if type(router).weights_of is not Router.weights_of or router.apply_router_weight_on_input:
         raise ValueError(
             "MoE: router_gradient='dense' must come with a router whose weights are scores of "
@@ -43,12 +43,13 @@ def check_dense_gradient(router: Router, experts: nn.Module) -> None:
 def dense_gradient_weights(
     router: Router, routing: Routing, expert_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights whose gradients are those of a top-k with the identity as its derivative.
+    """Returns weights whose gradients are those of top-k selection with the identity as its
+    derivative.
 
     Returns:
         topk_weights [T, K]: the values of the routing.
-        other_weights [T, E]: for the experts not chosen; only their gradient has a meaning.
-        other_ids [T, E] int32: the expert of each, -1 for those chosen and those masked.
+        other_weights [T, E]: weights of unselected experts; only their gradient is meaningful.
+        other_ids [T, E] int32: the expert of each, -1 for selected and masked experts.
     """
     num_experts = router.num_experts
     scores = router_scores(mask_logits(routing.router_logits, expert_mask), router.score_func)
@@ -58,13 +59,13 @@ def dense_gradient_weights(
     ids = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
     other_ids = ids.expand(scores.shape).masked_fill(left_out, -1)
     weights, others = routing.topk_weights, scores.masked_fill(left_out, 0.0)
-    # Which norm of the scores chosen the weights were divided by.
+    # The norm of the selected scores by which the weights were divided.
     p = router.renormalize_p if router.renormalize else 1.0
     if router.renormalize or (router.topk_first and router.score_func == "softmax"):
         kept = scores.detach().gather(1, index).masked_fill(~valid, 0.0)
         norm = torch.linalg.vector_norm(kept, p, dim=1, keepdim=True).clamp(min=1e-20)
         if p == 1:
-            # A score that is 0 adds to the sum as it grows; other norms do not move with it.
+            # A score at 0 adds to the sum as it grows; the derivative of other norms there is 0.
             grown = (others - others.detach()).sum(1, keepdim=True)
             weights = weights * (norm / (norm + grown)).to(weights.dtype)
         others = others / norm
@@ -74,23 +75,23 @@ def dense_gradient_weights(
 def with_dense_gradient(
     y: Tensor, x: Tensor, other_weights: Tensor, other_ids: Tensor, experts: nn.Module
 ) -> Tensor:
-    """y itself, through which `other_weights` get the gradient <grad y[t], expert e of x[t]>.
+    """Returns y, with <grad y[t], output of expert e for x[t]> as the gradient of `other_weights`.
 
     Args:
         y: [T, O], the experts' output. x: [T, H], their input.
         other_weights, other_ids: from `dense_gradient_weights`.
-        experts: the bank.
+        experts: the experts' module.
 
-    The gradient has no gradient itself.
+    The gradient is not differentiable.
     """
     result: Tensor = _DenseGradient.apply(y, other_weights, x.detach(), other_ids, experts)
     return result
 
 
 def _frozen(module: nn.Module) -> nn.Module:
-    """The module, sharing memory, with parameters that want no gradient. The op would compute
-    gradients of the others even where nobody asks for them, and add them to those that are
-    accumulated in place."""
+    """Returns a copy of the module that shares memory but whose parameters need no gradient.
+    Otherwise the op would compute their gradients too, and add them to those accumulated in
+    place."""
     result = copy.copy(module)
     vars(result)["_parameters"] = {
         name: None if p is None else p.detach() for name, p in module._parameters.items()
@@ -128,7 +129,7 @@ class _DenseGradient(torch.autograd.Function):
         for rows, ids, g in zip(
             x.split(size), other_ids.split(size), grad.split(size), strict=True
         ):
-            # The gradient of an output for a slot's weight is what its expert made of the token.
+            # The gradient with respect to a slot's weight is the expert's output for the token.
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 weights = torch.ones(ids.shape, dtype=ctx.dtype, device=x.device)
                 y = experts(rows, weights.requires_grad_(), ids)

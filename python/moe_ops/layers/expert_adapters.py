@@ -1,10 +1,10 @@
-"""Low-rank adapters in the products of a frozen bank: W + scaling * B A for each expert.
+"""Low-rank adapters in the GEMMs of frozen experts: W + scaling * B A for each expert.
 
-The rank-r products run on the rows that the products of the bank run on, sorted by expert, so no
-W + B A exists, forward or backward; the bank may be float or quantised.
+The rank-r GEMMs run on the rows, sorted by expert, that the GEMMs of the experts use, so W + B A is
+never stored, forward or backward. Expert weights may be float or quantized.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, N = T * K rows,
-r rank, M adapters.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, N = T * K
+rows, r rank, M adapters.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _quantized_exact = direct_call("grouped_gemm_quantized_exact")
 
 
 class ExpertAdapter(NamedTuple):
-    """The factors of one adapter and what multiplies their product.
+    """Factors of one adapter and the scaling of their product.
 
-    a_gate_up [E, r, H] and b_gate_up [E, 2I, r] of w_gate_up ([E, I, r] without a gate), a_down
-    [E, r, I] and b_down [E, H, r] of w_down. A factor with 1 in place of E is shared by all
-    experts. Both factors of a weight are None where it has no adapter. With M adapters of which
-    each token uses one, factors are [E, M, ...].
+    a_gate_up [E, r, H] and b_gate_up [E, 2I, r] of w_gate_up ([E, I, r] without a gate), a_down [E,
+    r, I] and b_down [E, H, r] of w_down. A factor with 1 in place of E is shared by all experts.
+    Both factors of a weight without an adapter are None. With M adapters, one per token, factors
+    are [E, M, ...].
     """
 
     a_gate_up: Tensor | None
@@ -45,7 +45,8 @@ class ExpertAdapter(NamedTuple):
 
 
 class FrozenWeight(NamedTuple):
-    """One of the two weights of a bank, as `grouped_gemm` or `grouped_gemm_quantized` takes it."""
+    """One of the two expert weights, in the format of `grouped_gemm` or
+    `grouped_gemm_quantized`."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -53,7 +54,8 @@ class FrozenWeight(NamedTuple):
     zero: Tensor | None = None
 
     def product(self, rows: Tensor, expert_offsets: Tensor, exact: bool) -> Tensor:
-        """[N, out]. exact: quantised weights meet rows that are not rounded, as in training."""
+        """Computes [N, out]. With `exact`, quantized weights are multiplied by unrounded rows, as
+        in training."""
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         if self.scale is None:
             return grouped_gemm(rows, self.weight.to(rows.dtype), expert_offsets, bias=bias)
@@ -63,7 +65,7 @@ class FrozenWeight(NamedTuple):
         return _quantized(*args)
 
     def gradient(self, grad: Tensor, expert_offsets: Tensor) -> Tensor:
-        """The gradient of the rows of `product`."""
+        """Computes the gradient of `rows` in `product`."""
         if self.scale is None:
             weight = self.weight.to(grad.dtype).transpose(1, 2)
             return _ops.grouped_gemm(grad, weight, expert_offsets, None)
@@ -72,17 +74,17 @@ class FrozenWeight(NamedTuple):
 
 
 class FrozenBank(NamedTuple):
-    """A bank without gradients of its own. x_scale [H] multiplies what meets w_gate_up."""
+    """Experts whose weights have no gradients. x_scale [H] multiplies the input of w_gate_up."""
 
     num_experts: int
     gate_up: FrozenWeight
     down: FrozenWeight
     x_scale: Tensor | None
-    # The arguments of gated_act, the name of an activation without a gate, or any function.
+    # Arguments of gated_act, the name of an activation without a gate, or any function.
     activation: dict[str, Any] | str | Callable[[Tensor], Tensor]
 
     def activate(self, preact: Tensor) -> Tensor:
-        """[N, 2I] (or [N, I]) to [N, I]."""
+        """Computes [N, I] from [N, 2I] (or [N, I])."""
         if isinstance(self.activation, dict):
             return gated_act(preact, **self.activation)
         if isinstance(self.activation, str):
@@ -90,7 +92,7 @@ class FrozenBank(NamedTuple):
         return self.activation(preact)
 
     def activate_gradient(self, grad_h: Tensor, preact: Tensor) -> Tensor:
-        """The gradient of preact."""
+        """Computes the gradient of preact."""
         if isinstance(self.activation, dict):
             how = {"interleaved": False, "alpha": 1.702, "limit": 7.0, **self.activation}
             return _ops.gated_act_bwd(grad_h, preact, **how)
@@ -102,14 +104,15 @@ class FrozenBank(NamedTuple):
 def activation_of_name(
     activation: str, interleaved: bool = False, alpha: float = 1.702, limit: float = 7.0
 ) -> dict[str, Any] | str:
-    """What `FrozenBank.activation` is for the activation of a bank."""
+    """Returns the value of `FrozenBank.activation` for an activation by name."""
     if activation not in GATED_ACTIVATIONS:
         return activation
     return {"activation": activation, "interleaved": interleaved, "alpha": alpha, "limit": limit}
 
 
 def frozen_bank(experts: Any) -> FrozenBank:
-    """Of an `Experts` or a `QuantizedExperts`, all of whose weights are here."""
+    """Returns the weights of an `Experts` or a `QuantizedExperts`, all of which must be in this
+    process."""
 
     def weight(part: str) -> FrozenWeight:
         stored = [getattr(experts, f"w_{part}_{name}", None) for name in ("scale", "zero")]
@@ -126,19 +129,19 @@ def frozen_bank(experts: Any) -> FrozenBank:
 
 
 def factors_of_peft(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """[E, r, in] and [E, out, r] from peft's lora_A.weight [E * r, in] and lora_B.weight
-    [out, r * E]."""
+    """Converts peft's lora_A.weight [E * r, in] and lora_B.weight [out, r * E] to [E, r, in] and
+    [E, out, r]."""
     b = b.view(b.shape[0], -1, num_experts).permute(2, 0, 1).contiguous()
     return a.view(num_experts, -1, a.shape[1]), b
 
 
 def factors_to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back."""
+    """Inverts `factors_of_peft`."""
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 def sum_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
-    """One adapter that is the sum of several, by putting their ranks side by side."""
+    """Returns one adapter equal to the sum of several, by concatenating their ranks."""
     if len(adapters) == 1:
         return adapters[0]
     factors: dict[str, Any] = dict.fromkeys(ExpertAdapter._fields[:4])
@@ -155,8 +158,8 @@ def sum_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
 
 
 def stack_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
-    """M adapters of the same weights as one of which each token uses one; smaller ranks are filled
-    up with zeros."""
+    """Stacks M adapters of the same weights, of which each token uses one; smaller ranks are padded
+    with zeros."""
     factors: dict[str, Any] = dict.fromkeys(ExpertAdapter._fields[:4])
     for part in ("gate_up", "down"):
         pairs = [(getattr(each, f"a_{part}"), getattr(each, f"b_{part}")) for each in adapters]
@@ -184,23 +187,25 @@ def adapted_experts(
     adapter_ids: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
-    """`experts(x, topk_weights, topk_ids)` with adapters; the bank has no gradients.
+    """Computes `experts(x, topk_weights, topk_ids)` with adapters; expert weights have no
+    gradients.
 
     Args:
-        experts: an `Experts`, a `QuantizedExperts` or a `FrozenBank`; all of its weights are here.
-        x: [T, H]; float32, bfloat16 or float16 (float64 beside float weights too).
+        experts: an `Experts`, a `QuantizedExperts` or a `FrozenBank` with all weights in this
+            process.
+        x: [T, H]; float32, bfloat16 or float16 (also float64 with float weights).
         topk_weights, topk_ids: [T, K].
-        adapters: are added up. Their products run in the dtype of x, or of autocast.
-        adapter_ids: [T], integer, for factors of M adapters: which of them a token uses; none for
-            ids outside [0, M).
-        apply_router_weight_on_input: as of `Experts`.
+        adapters: the sum of these is used. Their GEMMs run in the dtype of x, or of autocast.
+        adapter_ids: [T], integer, for factors of M adapters: the adapter of each token; ids outside
+            [0, M) use none.
+        apply_router_weight_on_input: see `Experts`.
 
     Returns:
         [T, H] in the dtype of x. Gradients: x, topk_weights and all factors, once differentiable.
         An expert without tokens gets zeros for its factors.
 
     Raises:
-        ValueError: weights of the bank that require a gradient.
+        ValueError: expert weights that require a gradient.
         NotImplementedError: in forward mode and under torch.func's transforms.
     """
     if in_transform():
@@ -246,7 +251,7 @@ def adapted_experts(
 
 
 class _Call(NamedTuple):
-    """What a call has besides tensors."""
+    """Arguments of a call other than tensors."""
 
     num_experts: int
     activation: Any
@@ -261,7 +266,7 @@ class _Call(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Where rows lie. groups are the rows that have one pair of factors."""
+    """Maps between slots and rows. groups are the rows that share one pair of factors."""
 
     expert_offsets: Tensor  # [E + 1]
     groups: Tensor  # [E + 1], or [E * M + 1]
@@ -270,18 +275,18 @@ class _Rows(NamedTuple):
     plain: Tensor | None  # [N, 1], rows without an adapter
 
     def of(self, factor: Tensor) -> Tensor:
-        """The offsets of the rows for each matrix of a factor."""
+        """Returns the row offsets for each matrix of a factor."""
         if factor.shape[0] == self.groups.shape[0] - 1:
             return self.groups
         return self.groups[:: self.groups.shape[0] - 1].contiguous()  # One for all rows.
 
     def low(self, rows: Tensor, factor: Tensor, scaling: float) -> Tensor:
-        """The rank-r side of an adapter, [N, r]."""
+        """Computes the rank-r activations of an adapter, [N, r]."""
         found = grouped_gemm(rows, factor, self.of(factor)) * scaling
         return found if self.plain is None else found.masked_fill_(self.plain, 0.0)
 
     def wgrad(self, grad: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
-        """The gradient of a factor."""
+        """Computes the gradient of a factor."""
         return _ops.grouped_gemm_wgrad(grad, rows, self.of(factor))
 
 
@@ -302,16 +307,16 @@ def _sort(
 
 
 def _row_weights(topk_weights: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
-    """[N, 1] in fp32 (fp64 for rows of fp64); 0 for slots without an expert, whatever their weight
-    holds."""
+    """Returns routing weights by row, [N, 1] in fp32 (fp64 for fp64 rows); 0 for empty slots,
+    whatever their weight."""
     weights = topk_weights.flatten()[rows.row_to_slot.long()].to(accumulate_dtype(dtype))
     count = torch.arange(len(weights), device=weights.device)
     return weights.masked_fill(count >= rows.expert_offsets[-1], 0.0)[:, None]
 
 
 class _AdaptedExperts(torch.autograd.Function):
-    """Keeps x, the pre-activation and the rank-r side of w_gate_up for backward; what else it
-    needs there is cheap to make again."""
+    """Saves x, the pre-activation and the rank-r activations of w_gate_up for backward, which
+    recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
@@ -350,7 +355,7 @@ class _AdaptedExperts(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     call: _Call = ctx.call
-    saved = ctx.saved_tensors  # Read once: checkpointing runs the forward again for it.
+    saved = ctx.saved_tensors  # Read once: under checkpointing, each read runs the forward again.
     x, topk_weights, a_gate_up, b_gate_up, a_down, b_down, low, preact = saved[:8]
     rows, bank = _Rows(*saved[8:13]), call.bank_of(saved[13:])
     offsets = rows.expert_offsets
@@ -359,8 +364,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     weights = _row_weights(topk_weights, rows, x.dtype)
     dtype = x.dtype
 
-    # The weight of a row multiplies what its expert gives, so the gradient passes w_down without
-    # it, and its product with h is the gradient of the weight.
+    # A row's weight multiplies its expert's output, so the gradient passes through w_down without
+    # it, and its dot product with h is the gradient of the weight.
     grad = permute(grad_y, offsets, rows.row_to_slot)
     h = bank.activate(preact)
     grad_h = bank.down.gradient(grad, offsets)
@@ -394,7 +399,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
             grads[2] = rows.wgrad(scaled, permute(x, offsets, rows.row_to_slot), a_gate_up)
     if need_x or (need_weights and call.on_input):
         grad_inputs = bank.gate_up.gradient(grad, offsets)
-        del grad  # As large as all that is left; sums of an adapter are next.
+        del grad  # Frees a large tensor before the adapter's sums are allocated.
         if bank.x_scale is not None:
             grad_inputs = (grad_inputs * bank.x_scale).to(dtype)
         if low_grad is not None:
@@ -417,13 +422,14 @@ def _times(rows: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """[N] in fp32 (fp64 for fp64)."""
+    """Computes row-wise dot products, [N] in fp32 (fp64 for fp64)."""
     wide = accumulate_dtype(a.dtype)
     return torch.linalg.vecdot(a.to(wide), b.to(wide))
 
 
 def _of_rows(values: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
-    """[N, O] from the values [E, O] of experts; of the last expert for rows without one."""
+    """Gathers [N, O] from per-expert values [E, O]; rows without an expert get the last expert's
+    values."""
     row = torch.arange(num_rows, device=values.device, dtype=expert_offsets.dtype)
     expert = torch.bucketize(row, expert_offsets[1:].contiguous(), right=True)
     return values[expert.clamp_(max=values.shape[0] - 1)]

@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias that only the choice of experts sees."""
+"""Auxiliary-loss-free load balancing: a bias used only in expert selection."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ def update_expert_bias(
     rate: float | None = None,
     group: Any = None,
 ) -> None:
-    """Balance without a loss: moves the bias that only the choice of experts sees, in place.
+    """Updates the bias that balances expert selection without a loss, in place.
 
-    Call it once an optimiser step, after `optimizer.step()`. A module is searched for `Router`s
-    with an `expert_bias`; each has counted the slots of its training forwards since the last call
-    (so over gradient accumulation, and without counting recomputation twice), and starts again from
-    zero. Counts are summed over the ranks of `group` first when torch.distributed is initialised,
-    in one all-reduce for all routers, so that every rank makes the same step. A layer that saw no
-    slot keeps its bias.
+    Call it once per optimizer step, after `optimizer.step()`. For a module, it updates all
+    `Router`s with an `expert_bias`. Each has counted the slots of its training forwards since the
+    last call (including gradient accumulation, and without counting recomputation twice) and
+    restarts from zero. If torch.distributed is initialized, counts are first summed over the ranks
+    of `group`, in one all-reduce for all routers, so that all ranks make the same update. A layer
+    without slots keeps its bias.
 
-    - "sign": expert_bias[e] += rate * sign(mean load - load of e). Balance comes step by step.
-    - "quantile": the bias with which each expert would have had the same share of the tokens
-      counted, had the thresholds of the tokens stayed: the K / E quantile, over the tokens, of the
-      (K + 1)-th largest biased score less the expert's score; then less the mean over experts. A
-      few steps balance a layer. Routers must be made with `bias_bins`, and take the quantile
-      from a histogram, whose width of a bin is the error. The bias must not be changed otherwise
-      between the forwards and the call.
+    - "sign": expert_bias[e] += rate * sign(mean load - load of e). Balance is reached gradually.
+    - "quantile": the bias with which each expert would have received an equal share of the counted
+      tokens, at unchanged token thresholds: the K / E quantile, over the tokens, of the (K + 1)-th
+      largest biased score minus the expert's score; then minus the mean over experts. A few steps
+      balance a layer. Routers must be made with `bias_bins`; the quantile comes from a histogram,
+      and its error is the bin width. The bias must not change otherwise between the forwards and
+      the call.
 
     Args:
         target: a module, or the bias itself, [E] float, then with `tokens_per_expert`.
         tokens_per_expert: [E] counts since the last update; only with a bias, and rule "sign".
         rule: see above.
-        rate: of "sign" the size of the step, 1e-3 unless given (for long runs, DeepSeek-V3; short
-            runs need about 1e-2); of "quantile" how much of the way to the new bias is gone, in
-            (0, 1], 1 unless given. Less averages over steps of few tokens.
-        group: process group to sum over; None is the default group. With pipeline parallelism it
-            is the ranks of the stage, since the others have other routers.
+        rate: for "sign", the step size, default 1e-3 (for long runs, DeepSeek-V3; short runs need
+            about 1e-2). For "quantile", the step toward the new bias as a fraction in (0, 1],
+            default 1; smaller values average over steps with few tokens.
+        group: process group to sum over; None is the default group. With pipeline parallelism, use
+            the ranks of the stage, because other stages have other routers.
 
     Raises:
-        ValueError: a module that holds no router with expert_bias, a tensor without counts or with
+        ValueError: a module without a router with expert_bias, a tensor without counts or with
             another rule than "sign", a module with counts, counts of another shape than the bias,
             an unknown rule, a rate out of range, or "quantile" with a router without histogram.
 
@@ -116,5 +116,5 @@ def update_expert_bias(
 
 
 def _step(bias: Tensor, counts: Tensor, rate: float) -> None:
-    # sum - E * load has the sign of mean - load and is exact in integers.
+    # sum - E * load has the sign of mean - load, and is exact in integers.
     bias.add_((counts.sum() - counts.numel() * counts).sign().to(bias), alpha=rate)

@@ -1,7 +1,7 @@
-"""A frozen bank of experts with low-rank adapters that are trained.
+"""Frozen experts with trainable low-rank adapters.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, r rank,
-M adapters.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, r rank, M
+adapters.
 """
 
 from __future__ import annotations
@@ -21,38 +21,39 @@ from .inputs import takes_dense
 from .quantized import QuantizedExperts
 
 FACTORS = ("a_gate_up", "b_gate_up", "a_down", "b_down")
-# Where peft keeps the factors of a weight: around experts is its layer for w_gate_up, around that
-# the one for w_down.
+# Prefixes of a weight's factors in peft, which wraps experts in a layer for w_gate_up, and that in
+# one for w_down.
 _PEFT_LAYERS = {"gate_up": "base_layer.", "down": ""}
 
 
 class ExpertLoRA(nn.Module):
-    """LoRA on every expert of a bank: W + alpha / r * B A, float or quantised W.
+    """LoRA on every expert: W + alpha / r * B A, with float or quantized W.
 
         layer.experts = ExpertLoRA(layer.experts, rank=16)
 
-    The bank is frozen and called no more: its products and those of rank r run side by side on rows
-    sorted by expert, forward and backward, and no W + B A is made. Of the rows, backward keeps the
-    pre-activation.
+    The original experts are frozen and no longer called: their GEMMs and the rank-r GEMMs run on
+    the same rows, sorted by expert, forward and backward, without storing W + B A. Backward keeps
+    the pre-activation of the rows.
 
-    Parameters: a_gate_up [E, r, H], b_gate_up [E, 2I, r] ([E, I, r] without a gate), a_down
-    [E, r, I], b_down [E, H, r]; 1 instead of E for a factor that is shared by all experts; with
-    num_adapters, M as a second dimension.
+    Parameters: a_gate_up [E, r, H], b_gate_up [E, 2I, r] ([E, I, r] without a gate), a_down [E, r,
+    I], b_down [E, H, r]; 1 instead of E for factors shared by all experts; with num_adapters, M as
+    a second dimension.
 
     Args:
-        experts: an `Experts` (O = H, no fp8_training) or a `QuantizedExperts`, all of whose
-            experts are in this process. Its requires_grad is set to False.
+        experts: an `Experts` (O = H, no fp8_training) or a `QuantizedExperts` with all experts in
+            this process. Its requires_grad is set to False.
         rank: r, at least 1.
         alpha: B A is multiplied by alpha / r; None is r.
-        shared: the names of factors that all experts share, any of `FACTORS`.
-        num_adapters: M adapters, of which each token uses one, for serving; None is one adapter.
-        device, dtype: of the parameters; None is where the bank lies, and float32. Products run in
-            the dtype of x.
+        shared: names of factors shared by all experts, any of `FACTORS`.
+        num_adapters: M, for serving several adapters, one per token; None is one adapter.
+        device, dtype: of the parameters; None is the experts' device, and float32. GEMMs run in the
+            dtype of x.
 
-    Initialisation: A uniform in +-1/sqrt(fan_in), B zeros, so that a new layer is the bank.
+    Initialization: A uniform in +-1/sqrt(fan_in), B zeros, so that a new layer equals the original
+    experts.
 
     Raises:
-        ValueError: another bank, a size below 1, a name that is no factor.
+        ValueError: unsupported experts, a size below 1, or an unknown factor name.
 
     Source: Hu et al. 2021, LoRA (arXiv 2106.09685); Dettmers et al. 2023, QLoRA (arXiv 2305.14314).
     """
@@ -95,7 +96,7 @@ class ExpertLoRA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
+        """Draws the initial values described in the class docstring."""
         for name in FACTORS:
             factor = getattr(self, name)
             if name.startswith("a_"):
@@ -106,7 +107,7 @@ class ExpertLoRA(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """alpha / r."""
+        """Returns alpha / r."""
         return self.alpha / self.rank
 
     @takes_dense
@@ -120,16 +121,15 @@ class ExpertLoRA(nn.Module):
         apply_router_weight_on_input: bool = False,
         overlap: Callable[[], object] | None = None,
     ) -> Tensor:
-        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], with adapters.
+        """Computes y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], with adapters.
 
         Args:
-            x, topk_weights, topk_ids, apply_router_weight_on_input, overlap: as of
-                `Experts.forward`.
-            adapter_ids: [T], integer, with num_adapters: which adapter a token uses, none for ids
-                outside [0, M). None: those of `use`.
+            x, topk_weights, topk_ids, apply_router_weight_on_input, overlap: see `Experts.forward`.
+            adapter_ids: [T], integer, with num_adapters: the adapter of each token; ids outside [0,
+                M) use none. None: the ids of `use`.
 
         Returns:
-            y: [T, H] in the dtype of x. x, topk_weights and the factors have gradients, and no
+            y: [T, H] in the dtype of x. x, topk_weights and the factors have gradients, but no
             second derivatives.
 
         Raises:
@@ -160,7 +160,7 @@ class ExpertLoRA(nn.Module):
 
     @contextlib.contextmanager
     def use(self, adapter_ids: Tensor) -> Iterator[None]:
-        """Gives `adapter_ids` [T] to the calls inside the context, as those of a layer or model."""
+        """Sets `adapter_ids` [T] for calls inside the context, for example of a layer or model."""
         before, self._adapter_ids = self._adapter_ids, adapter_ids
         try:
             yield
@@ -169,10 +169,10 @@ class ExpertLoRA(nn.Module):
 
     @torch.no_grad()
     def merged(self, adapter: int = 0) -> Experts:
-        """A float bank with W + alpha / r * B A, of one adapter; trainable as the bank's were not.
+        """Returns trainable float experts with W + alpha / r * B A of one adapter.
 
-        Its dtype is that of a float bank, torch's default for a quantised one. x_scale of a
-        quantised bank is in the weights.
+        The dtype is that of the float experts, and torch's default dtype for quantized ones.
+        x_scale of quantized experts is folded into the weights.
         """
         if isinstance(self.experts, QuantizedExperts):
             bank = self.experts.dequantize()
@@ -187,17 +187,17 @@ class ExpertLoRA(nn.Module):
 
     @torch.no_grad()
     def peft_state_dict(self, adapter: int = 0, prefix: str = "") -> dict[str, Tensor]:
-        """The factors of one adapter as peft saves those of an experts module whose gate_up_proj
-        and down_proj are `target_parameters`, with alpha as its lora_alpha and rank as its r.
+        """Returns the factors of one adapter in peft's format, for an experts module whose
+        gate_up_proj and down_proj are `target_parameters`, with alpha as lora_alpha and rank as r.
 
         Args:
-            adapter: which of num_adapters.
+            adapter: index in num_adapters.
             prefix: of the names, for instance "base_model.model.model.layers.0.mlp.experts.".
 
         Returns:
-            Of w_gate_up base_layer.lora_A.weight [E * r, H] and base_layer.lora_B.weight
-            [2I, r * E], of w_down lora_A.weight [E * r, I] and lora_B.weight [H, r * E]. A factor
-            that all experts share is repeated.
+            base_layer.lora_A.weight [E * r, H] and base_layer.lora_B.weight [2I, r * E] for
+            w_gate_up, lora_A.weight [E * r, I] and lora_B.weight [H, r * E] for w_down. Factors
+            shared by all experts are repeated.
         """
         found = {}
         for part, layer in _PEFT_LAYERS.items():
@@ -210,14 +210,14 @@ class ExpertLoRA(nn.Module):
     def load_peft_state_dict(
         self, tensors: Mapping[str, Tensor], adapter: int = 0, prefix: str = ""
     ) -> None:
-        """Takes what `peft_state_dict` gives, or peft has saved.
+        """Loads the result of `peft_state_dict`, or an adapter saved by peft.
 
         Args:
-            tensors: more than these may be in it.
-            adapter, prefix: as of `peft_state_dict`.
+            tensors: may contain other tensors.
+            adapter, prefix: see `peft_state_dict`.
 
         Raises:
-            ValueError: a tensor that is missing or of another shape, factors that experts share.
+            ValueError: a tensor that is missing or has another shape, or factors shared by experts.
         """
         wanted = self.peft_state_dict(adapter, prefix)
         shared = [name for name in FACTORS if getattr(self, name).shape[0] != self.num_experts]
@@ -238,18 +238,18 @@ class ExpertLoRA(nn.Module):
                 self._one(f"{side}_{part}", adapter).copy_(factor)
 
     def _one(self, name: str, adapter: int) -> Tensor:
-        """A factor of one adapter, [E, ...]; a view."""
+        """Returns a factor of one adapter, [E, ...], as a view."""
         factor: Tensor = getattr(self, name)
         if self.num_adapters is not None:
             factor = factor[:, adapter]
         return factor.expand(self.num_experts, -1, -1)
 
     def pack_weights(self) -> int:
-        """Returns 0: the products of training read weights as they lie."""
+        """Returns 0: the training GEMMs read unpacked weights."""
         return 0
 
     def unpack_weights(self) -> int:
-        """Nothing to drop; returns 0."""
+        """Returns 0: there are no packed copies."""
         return 0
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
-"""A bank of expert feed-forward networks.
+"""Expert feed-forward networks.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .fp8 import fp8_ffn
 from .functional import plain_activation
 from .inputs import takes_dense
 
-# Attributes of a bank that are arguments of moe_ffn.
+# Attributes of the experts that are arguments of moe_ffn.
 ACTIVATION_OPTIONS = ("activation", "interleaved", "alpha", "limit")
 
 
@@ -34,13 +34,13 @@ _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_gate_up, w_d
 
 
 def _local(weights: _Weights) -> _Weights:
-    """Of a bank's weights and biases, the experts that this process has."""
+    """Returns the weights and biases of the experts in this process."""
     w_gate_up, w_down, b_gate_up, b_down = weights
     return local_part(w_gate_up), local_part(w_down), local_part(b_gate_up), local_part(b_down)
 
 
 def _whole(weights: _Weights) -> _Weights:
-    """The same of a bank whose experts are all here; ValueError where some are not."""
+    """Returns all weights and biases; raises ValueError if some experts are in other processes."""
     local = _local(weights)
     if local[0].shape != weights[0].shape or local[1].shape != weights[1].shape:
         advice = "moe_ops.parallel.shard_experts shares it out"
@@ -50,7 +50,7 @@ def _whole(weights: _Weights) -> _Weights:
 
 
 class Experts(nn.Module):
-    """E feed-forward networks of one shape. Stateless: call it as often as you like.
+    """E feed-forward networks of one shape. Calls have no side effects.
 
     Parameters:
         w_gate_up: [E, 2I, H], gate half first (with `interleaved`, gate rows even and up rows odd);
@@ -60,30 +60,30 @@ class Experts(nn.Module):
 
     Args:
         num_experts, hidden_size, intermediate_size: E, H and I, at least 1.
-        output_size: O, at least 1; None is H. Another size than H runs as two products with the
-            pre-activation in memory between them, is not packed, and cannot be quantised.
+        output_size: O, at least 1; None is H. With O different from H, two GEMMs run with the
+            pre-activation in memory between them; weights are not packed and cannot be quantized.
         activation: gated: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai"; not gated:
             "silu", "gelu", "gelu_tanh", "relu", "relu2". `moe_ops.moe_ffn` defines them.
-        bias: biases on both products.
+        bias: adds biases to both GEMMs.
         interleaved: layout of the gate and up rows.
-        alpha, limit: of "swiglu_oai".
-        fp8_training: the products multiply float8_e4m3fn, forward and backward, with these
-            parameters as master weights (`fp8_ffn`; O must be H). An attribute that may be changed
-            at any time.
+        alpha, limit: parameters of "swiglu_oai".
+        fp8_training: the GEMMs multiply float8_e4m3fn, forward and backward, with these parameters
+            as master weights (`fp8_ffn`; O must be H). This attribute may be changed at any time.
         device, dtype: of the parameters.
 
-    Initialisation: each expert as `nn.Linear` would, uniform in +-1/sqrt(fan_in) (H for w_gate_up,
-    I for w_down); biases 0.
+    Initialization: each expert like `nn.Linear`, uniform in +-1/sqrt(fan_in) (H for w_gate_up, I
+    for w_down); biases 0.
 
-    Bank operations (`select`, `append`, `split`, `merge`) return a new bank with its own
-    parameters, which keep dtype, device and requires_grad; the old bank is left alone, and so are
-    optimiser states. Routers have the same operations and `MoE` applies both. Of a bank that
-    `moe_ops.parallel.shard_experts` has sharded, all ranks make the new one together, sharded
-    alike; each holds all experts of the bank meanwhile.
+    The operations `select`, `append`, `split` and `merge` return new experts with their own
+    parameters, which keep dtype, device and requires_grad. The old experts and optimizer states are
+    unchanged. Routers have these operations too, and `MoE` applies both. For experts sharded by
+    `moe_ops.parallel.shard_experts`, all ranks must call them together; the result is sharded in
+    the same way, and each rank temporarily holds all experts.
 
-    In `eval()`, calls without gradients on the CPU may read a packed copy of the weights, which
-    `pack_weights` makes at once and long use makes by itself; see `moe_ops.set_packing_policy`. It
-    goes when the weights change and at `train()`, and no state dict, pickle or deep copy holds it.
+    In `eval()`, calls without gradients on the CPU may read a packed copy of the weights.
+    `pack_weights` makes it immediately, repeated calls make it automatically; see
+    `moe_ops.set_packing_policy`. It is dropped when the weights change and at `train()`, and is not
+    part of state dicts, pickles or deep copies.
 
     Raises:
         ValueError: a size below 1, an unknown activation, `interleaved` without a gate, or
@@ -91,10 +91,11 @@ class Experts(nn.Module):
     """
 
     fp8_training: bool = False
-    # Of expert parallelism: what brings tokens to the processes of their experts and back. Called
-    # as `forward` is, with the bank first; it runs `forward_local`. See `moe_ops.parallel`.
+    # Expert parallelism: sends tokens to the processes of their experts and back. Called like
+    # `forward`, with the experts as first argument; it runs `forward_local`. See
+    # `moe_ops.parallel`.
     dispatcher: Callable[..., Tensor] | None = None
-    sharding: Any = None  # How `moe_ops.parallel.shard_experts` shared the experts out.
+    sharding: Any = None  # How `moe_ops.parallel.shard_experts` sharded the experts.
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
+        """Draws the initial values described in the class docstring."""
         for weight in (self.w_gate_up, self.w_down):
             bound = weight.shape[-1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
@@ -162,20 +163,19 @@ class Experts(nn.Module):
         apply_router_weight_on_input: bool = False,
         overlap: Callable[[], None] | None = None,
     ) -> Tensor:
-        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t].
+        """Computes y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t].
 
         Args:
-            x: [T, H], in the dtype of the parameters (any under autocast, and with fp8_training
-                "fp8").
+            x: [T, H], in the dtype of the parameters (any under autocast and with fp8_training).
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
-            overlap: called once, before y is made: work that needs no expert, for the time that a
-                `dispatcher` has tokens on their way to other processes.
+            overlap: called once before y is computed, for work that needs no expert. A `dispatcher`
+                runs it while tokens are sent to other processes.
 
         Returns:
-            y: [T, O] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
-            zero gradients.
+            y: [T, O] in the dtype of x. T = 0 is supported. Experts without tokens get zero
+            gradients.
         """
         on_input = apply_router_weight_on_input
         if self.dispatcher is not None:
@@ -199,15 +199,15 @@ class Experts(nn.Module):
         x_scale: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """`forward` by the experts that this process has of a sharded bank, and by no others.
+        """Computes `forward` with only those sharded experts that are in this process.
 
         Args:
-            topk_ids: [T, K], 0 being the first of these experts; ids outside [0, number of them)
-                contribute nothing, as everywhere.
-            x_scale: of x in float8_e4m3fn, with `takes_fp8` and without gradients; then with an
-                out_dtype. Both as of `moe_ops.moe_ffn_fp8`.
-            out_dtype: None, the dtype of x, or float32: a token's sum before it is rounded. Where
-                gradients are asked for with fp8_training or another O than H, the rounded sum.
+            topk_ids: [T, K], relative to the first of these experts; ids outside [0, number of
+                local experts) contribute nothing.
+            x_scale: scales of x in float8_e4m3fn, with `takes_fp8` and without gradients; requires
+                out_dtype. See `moe_ops.moe_ffn_fp8` for both.
+            out_dtype: None for the dtype of x, or float32 for a token's sum before rounding. With
+                gradients and fp8_training, or with O different from H, the rounded sum.
         """
         weights = _local(self._weights())
         if self.sharding is not None:
@@ -217,11 +217,12 @@ class Experts(nn.Module):
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether `forward_local` without gradients takes x as `moe_ops.quantize_fp8` makes it."""
+        """True if `forward_local` accepts inputs quantized by `moe_ops.quantize_fp8` (no
+        gradients)."""
         return self.fp8_training
 
     def _weights(self) -> _Weights:
-        # A module finds a parameter by __getattr__, which for four takes a fifth of a small call.
+        # Module.__getattr__ for four parameters takes a fifth of a small call.
         p: dict[str, Any] = self._parameters
         try:
             return p["w_gate_up"], p["w_down"], p["b_gate_up"], p["b_down"]
@@ -283,7 +284,7 @@ class Experts(nn.Module):
         w_gate_up, w_down, b_gate_up, b_down = bank
         weights = topk_weights
         if on_input:
-            # A slot's input is its token times its weight: each slot becomes a token of its own.
+            # A slot's input is its token times its weight: each slot becomes a separate token.
             num_slots = topk_ids.shape[1]
             x = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
             topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
@@ -292,13 +293,14 @@ class Experts(nn.Module):
         return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
 
     def outputs(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
-        """What every expert makes of every token: no routing, as products over all experts at once.
+        """Computes the outputs of all experts for all tokens, without routing, in GEMMs over all
+        experts.
 
         Args:
-            x: [T, H], read by all experts; or [T, G, H], one input per group of experts.
-            input_ids: which of the G inputs each expert reads, E numbers; None: the first E / G
-                experts read input 0, the next E / G input 1, and so on. Each run of experts of one
-                input is one product, and runs of one length on inputs in order are one batch.
+            x: [T, H], the input of all experts; or [T, G, H], one input per group of experts.
+            input_ids: E indices, the input in [0, G) of each expert; None: the first E / G experts
+                read input 0, the next E / G input 1, and so on. Each run of experts with one input
+                is one GEMM; runs of equal length on consecutive inputs form a batched GEMM.
 
         Returns:
             [T, E, O] in the dtype of x.
@@ -337,10 +339,11 @@ class Experts(nn.Module):
         return plain_activation(h, self.activation)
 
     def mix(self, x: Tensor, weights: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
-        """y[t, m] = sum_e weights[t, m, e] * expert e of its input: M mixtures of all experts.
+        """Computes M mixtures of all experts: y[t, m] = sum_e weights[t, m, e] * expert e of its
+        input.
 
         Args:
-            x, input_ids: as of `outputs`.
+            x, input_ids: see `outputs`.
             weights: [T, E] for one mixture, or [T, M, E].
 
         Returns:
@@ -349,57 +352,58 @@ class Experts(nn.Module):
         return mix_outputs(self.outputs(x, input_ids), weights)
 
     def pack_weights(self) -> int:
-        """Packs the weights now, see `moe_ops.pack_weights`; returns the bytes of the copies."""
+        """Packs the weights now and returns the bytes of the copies; see `moe_ops.pack_weights`."""
         return packing.pack_weights(self)
 
     def unpack_weights(self) -> int:
-        """Drops the packed copies, if there are any; returns their bytes."""
+        """Drops the packed copies, if any, and returns their bytes."""
         return packing.unpack_weights(self)
 
     def train(self, mode: bool = True) -> Experts:
-        """As `nn.Module.train`. Training drops the packed copies."""
+        """Sets the mode like `nn.Module.train`. Training drops the packed copies."""
         if mode:
             invalidate(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
-        # .to() and its kin, which leave nobody to call this bank with the old weights.
+        # After .to() and similar methods, no call uses the old weights.
         super()._apply(fn, recurse)
         invalidate_if_changed(self)
         return self
 
     def config(self) -> dict[str, Any]:
-        """The arguments that make a bank like this one: all but num_experts, device and dtype."""
+        """Returns the arguments for experts like these: all except num_experts, device and
+        dtype."""
         names = ("hidden_size", "intermediate_size", "output_size", *ACTIVATION_OPTIONS)
         config = {name: getattr(self, name) for name in names}
         return {**config, "fp8_training": self.fp8_training, "bias": self.b_down is not None}
 
     def blank(self, num_experts: int, **changes: Any) -> Experts:
-        """A fresh bank like this one; `changes` are arguments of the class."""
+        """Returns new experts like these; `changes` are arguments of the class."""
         return Experts(num_experts, **{**self.config(), **changes})
 
     # ------------------------------------------------------------------- operations on the experts
 
     def select(self, ids: Sequence[int] | Tensor) -> Experts:
-        """A new bank of the experts `ids`, in that order (repeats allowed).
+        """Returns new experts: those with `ids`, in that order (repeats allowed).
 
         Raises:
-            ValueError: no id, or one outside [0, E).
+            ValueError: no id, or an id outside [0, E).
         """
         return expert_ops.select(self, ids)
 
     def append(self, other: int | Experts, *, init: str = "random") -> Experts:
-        """A new bank with experts added at the end.
+        """Returns new experts: these, followed by additional ones.
 
         Args:
-            other: the number of experts to add (at least 1), or a bank whose experts to add; its
-                sizes and activation must be the same.
-            init: of a number of experts: "random" (as in a fresh bank), "zero_output" (random, with
-                w_down and b_down 0: they contribute nothing until trained), "copy" (experts 0, 1,
-                ... again), "mean" (the mean of all experts).
+            other: the number of experts to add (at least 1), or `Experts` of equal sizes and
+                activation to add.
+            init: initial values if `other` is a number: "random" (like new experts), "zero_output"
+                (random, with w_down and b_down 0: they contribute nothing until trained), "copy"
+                (experts 0, 1, ... again), "mean" (the mean of all experts).
 
         Raises:
-            ValueError: an unknown `init`, a number below 1, or banks that do not fit together.
+            ValueError: an unknown `init`, a number below 1, or incompatible experts.
         """
         return expert_ops.append(self, other, init)
 
@@ -411,22 +415,22 @@ class Experts(nn.Module):
         mode: str = "slice",
         noise: float = 0.0,
     ) -> Experts:
-        """A new bank in which each expert of `ids` becomes `factor` experts, in its place.
+        """Returns new experts in which each expert of `ids` is replaced by `factor` experts.
 
-        mode="slice": each takes a run of I / factor hidden neurons and 1 / factor of b_down, so
-        that the slices of an expert add up to it. When all experts are split, the new bank's
-        intermediate size is I / factor (fine-grained experts); when only some are, it stays I and
-        the slices are filled up with zeros. mode="copy": each is the expert itself; with `noise`,
-        every weight of the copies is multiplied by 1 + noise * (a normal number).
+        mode="slice": each takes I / factor consecutive hidden neurons and 1 / factor of b_down, so
+        that the slices of an expert add up to it. If all experts are split, the new intermediate
+        size is I / factor (fine-grained experts). If only some are, it stays I and the slices are
+        padded with zeros. mode="copy": each is a copy of the expert; with `noise`, every weight of
+        the copies is multiplied by 1 + noise * (a standard normal number).
 
         Args:
             ids: experts to split, without repeats; None is all.
-            factor: number of parts, at least 1.
+            factor: number of parts per expert, at least 1.
             mode: "slice" or "copy".
-            noise: of mode="copy".
+            noise: relative noise of mode="copy".
 
         Raises:
-            ValueError: bad ids, factor or mode, noise with slices, or a factor that does not
+            ValueError: invalid ids, factor or mode, noise with slices, or a factor that does not
                 divide I.
 
         Source: Dai et al. 2024 (fine-grained experts, arXiv 2401.06066); Zhao et al. 2024
@@ -442,24 +446,24 @@ class Experts(nn.Module):
         mode: str = "mean",
         neuron_order: Tensor | None = None,
     ) -> Experts:
-        """A new bank with one expert for each group of old ones; experts in no group are dropped.
+        """Returns new experts, one per group of old ones; experts in no group are dropped.
 
         mode="mean": the weighted mean of their parameters. Hidden neurons have no natural order, so
-        experts that were trained apart should be aligned first: `neuron_order` reorders the neurons
-        of each before the mean (which by itself changes no expert's function).
-        mode="concat": their neurons side by side, b_down added up: an expert that computes the sum
-        of its members, with intermediate size I * (group size). It undoes `split` by slices.
+        separately trained experts should be aligned first: `neuron_order` permutes each expert's
+        neurons before the mean (which does not change the expert's function). mode="concat":
+        concatenates their neurons and adds their b_down. The new expert computes the sum of its
+        members, with intermediate size I * (group size). This inverts `split` with mode="slice".
 
         Args:
-            groups: lists of ids, each id at most once over all lists, none empty.
-            weights: [E] weights of the mean, at least 0, made to sum to 1 in each group; None is
-                equal weights. Only with mode="mean".
-            mode: "mean" or "concat" (groups of one size).
-            neuron_order: [E, I] integers, each row a permutation of 0..I-1: neuron j of expert e
-                is taken from its neuron neuron_order[e, j].
+            groups: lists of ids, each id at most once over all lists, no list empty.
+            weights: [E] nonnegative weights of the mean, normalized in each group; None is equal
+                weights. Only with mode="mean".
+            mode: "mean" or "concat" (groups of equal size).
+            neuron_order: [E, I] integers, each row a permutation of 0..I-1: neuron j of expert e is
+                its old neuron neuron_order[e, j].
 
         Raises:
-            ValueError: bad groups, weights, mode or neuron_order.
+            ValueError: invalid groups, weights, mode or neuron_order.
 
         Source of the alignment before merging: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483).
         """
@@ -480,7 +484,8 @@ class Experts(nn.Module):
 
 
 def check_activation(name: str, activation: str, interleaved: bool) -> bool:
-    """Whether the activation is gated; raises ValueError when unknown or laid out wrongly."""
+    """Returns whether the activation is gated; raises ValueError if it is unknown or cannot be
+    interleaved."""
     if activation not in GATED_ACTIVATIONS + PLAIN_ACTIVATIONS:
         known = ", ".join(GATED_ACTIVATIONS + PLAIN_ACTIVATIONS)
         raise ValueError(f"{name}: activation must be one of {known}, got {activation!r}.")

@@ -1,4 +1,4 @@
-"""What packing and quantisation need to know of `Experts`."""
+"""Registration of `Experts` for weight packing and quantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .quantized import QuantizedExperts, activation_of
 
 
 class _ExpertsHook(ExpertsHook):
-    """`Experts`, whose output must have the size of the input."""
+    """Hook for `Experts` with equal input and output sizes."""
 
     quantized = QuantizedExperts
 

@@ -1,7 +1,7 @@
-"""Experts that train in fp8, as DeepSeek-V3 does: float8_e4m3fn products forward and backward, with
-master weights in a type of their own.
+"""fp8 training of experts as in DeepSeek-V3: float8_e4m3fn GEMMs forward and backward, with master
+weights in a separate dtype.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, N = T * K.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, N = T * K.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .functional import plain_activation
 
 
 class Fp8Weight(NamedTuple):
-    """A weight [E, O, D] in e4m3, in the two orders in which its products read it."""
+    """A weight [E, O, D] in e4m3, in the layouts of the forward and backward GEMMs."""
 
     q: Tensor  # [E, O, D], for the forward pass
     scale: Tensor  # [E, ceil(O / 128), ceil(D / 128)]
@@ -76,42 +76,41 @@ def fp8_ffn(
     x_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`moe_ops.moe_ffn` whose products multiply float8_e4m3fn, forward and backward.
+    """Computes :func:`moe_ops.moe_ffn` with float8_e4m3fn GEMMs, forward and backward.
 
-    The weights are rounded with a scale for each 128 x 128, once for each of their versions; the
-    rows that meet them, which are x and the activated features, and in the gradients of both the
-    gradients of the results, with a scale for each 128 of a row. Gradients of the weights are sums
-    over an expert's rows, so both of their operands are rounded with a scale for each 128 rows of a
-    column. Sums run in fp32, and so do activation and biases and their derivatives, between values
-    that are rounded to x's dtype. Saved for backward are x, the pre-activation, the routing and the
-    codes of the weights.
+    Weights are quantized with one scale per 128 x 128 block, once per version. Their other operands
+    (x, the activated features, and in backward the output gradients) have one scale per 128
+    elements of a row. Weight gradients are sums over an expert's rows, so both operands have one
+    scale per 128 rows of a column. Sums, activation, biases and their derivatives are computed in
+    fp32; values between them are rounded to x's dtype. x, the pre-activation, the routing and the
+    quantized weights are saved for backward.
 
-    Where no gradient is wanted this is :func:`moe_ops.moe_ffn_fp8`, which does not round the
+    Without gradients, it calls :func:`moe_ops.moe_ffn_fp8`, which does not round the
     pre-activation.
 
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.
         w_gate_up: [E, 2I, H], gate half first ([E, I, H] for activations without a gate); float32,
-            bfloat16 or float16, whatever x is. Any strides.
-        w_down: [E, H, I], likewise.
+            bfloat16 or float16, independent of x. Any strides.
+        w_down: [E, H, I], with the dtypes and strides of w_gate_up.
         topk_weights: [T, K] in any float dtype, used in fp32. Differentiable.
-        topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
+        topk_ids: [T, K], int32 or int64. Ids outside [0, E) are empty slots.
         b_gate_up, b_down: [E, 2I] ([E, I]) and [E, H] in x's dtype, or None.
-        activation, interleaved, apply_router_weight_on_input, alpha, limit: as for moe_ffn.
-        main_grads: as for moe_ffn: buffers to which backward adds the gradients of w_gate_up and
+        activation, interleaved, apply_router_weight_on_input, alpha, limit: see moe_ffn.
+        main_grads: see moe_ffn. Buffers to which backward adds the gradients of w_gate_up and
             w_down, each shaped like its weight, contiguous, in float32, bfloat16 or float16, or
             None. Eager mode only.
-        x_scale: of x in float8_e4m3fn, as for moe_ffn_fp8; where no gradient is wanted.
-        out_dtype: of the result, as for moe_ffn_fp8; with gradients it is rounded to x's dtype
-            before.
+        x_scale: scales of x in float8_e4m3fn, see moe_ffn_fp8; only without gradients.
+        out_dtype: dtype of the result, see moe_ffn_fp8; with gradients, the result is first rounded
+            to x's dtype.
 
     Returns:
         [T, H] in x's dtype, or out_dtype. T = 0 gives [0, H]. A token with an infinity or a NaN
-        gets NaN, and its experts NaN in those features of their gradients that it reaches; others
-        do not notice.
+        gives NaN in its result and in the affected features of its experts' gradients; other tokens
+        are unaffected.
 
-    Under autocast x and the biases are cast, and the weights are not. A write to a weight through
-    ``.data`` counts no version: call :func:`clear_fp8_cache` after one.
+    Autocast casts x and the biases, not the weights. A write through ``.data`` does not change a
+    weight's version: call :func:`clear_fp8_cache` afterwards.
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
@@ -231,8 +230,8 @@ class _Fp8Ffn(torch.autograd.Function):
         rows = _Rows(topk_ids, topk_weights, row_to_slot)
         grad_x = grad_up = grad_down = grad_weights = grad_b_up = grad_b_down = None
 
-        # The rows of grad_y go in as tokens, which are rounded once for all of their experts. The
-        # routing weights enter last, in the scales of grad_preact: no pass over memory multiplies.
+        # Rows of grad_y are tokens, quantized once for all of their experts. The routing weights
+        # enter last, in the scales of grad_preact, which needs no extra pass over memory.
         h = _activate(preact, options)
         q, scale = rows.gather(*quantize_fp8(grad_y))
         grad_h = grouped_gemm_fp8(q, scale, down_t, down_scale_t, offsets, out_dtype=x.dtype)
@@ -277,13 +276,13 @@ class _Fp8Ffn(torch.autograd.Function):
 
 
 class _EagerFp8Ffn(_Fp8Ffn):
-    """The compiler traces no Function that has a jvp, even one that raises."""
+    """Subclass with a jvp that raises; the compiler traces no Function that has a jvp."""
 
     jvp = staticmethod(refuse_tangents("fp8_ffn", "use moe_ffn under it"))
 
 
 class _Rows:
-    """Where the rows of experts come from: `token` [N] int64."""
+    """Source of the experts' rows: `token` [N] int64, and their routing weights."""
 
     def __init__(self, topk_ids: Tensor, topk_weights: Tensor, row_to_slot: Tensor) -> None:
         slot = row_to_slot.long()
@@ -291,16 +290,17 @@ class _Rows:
         self._slot, self._weights = slot, topk_weights
 
     def gather(self, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes and scales of tokens, by rows."""
+        """Gathers quantized values and scales of tokens, by rows."""
         return q.view(torch.uint8)[self.token].view(q.dtype), scale[self.token]
 
     @property
     def weights(self) -> Tensor:
-        """The routing weight of each row, [N, 1] fp32."""
+        """Returns the routing weight of each row, [N, 1] fp32."""
         return self._weights.float().reshape(-1)[self._slot, None]
 
     def as_slots(self) -> tuple[Tensor, Tensor]:
-        """The weights of rows that are there already, for quantize_fp8_columns."""
+        """Returns the arguments of quantize_fp8_columns for tensors that are already in row
+        order."""
         return torch.arange(self._slot.shape[0], device=self._slot.device), self.weights
 
     def weigh(self, t: Tensor, options: _Options) -> Tensor:
@@ -308,7 +308,7 @@ class _Rows:
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """<a[r], b[r]> in fp32; the products of float16 could overflow."""
+    """Computes <a[r], b[r]> in fp32; products in float16 could overflow."""
     if a.dtype == torch.float16:
         a, b = a.float(), b.float()
     return (a * b).sum(1, dtype=torch.float32)
@@ -325,7 +325,7 @@ def _weight_gradient(
 
 
 def _bias_dots(grad_y: Tensor, b_down: Tensor, topk_ids: Tensor) -> Tensor:
-    """<b_down[e], grad_y[t]> of each slot, [T, K] fp32."""
+    """Computes <b_down[e], grad_y[t]> for each slot, [T, K] fp32."""
     num_experts = b_down.shape[0]
     dots = grad_y.float() @ b_down.float().T
     ids = topk_ids.long()
@@ -354,20 +354,20 @@ def _activate_bwd(grad_h: Tensor, preact: Tensor, o: _Options) -> Tensor:
     return aten.gelu_backward(grad_h, preact, approximate=approximate)
 
 
-# ---------------------------------------------------------------------------- the weights' codes
+# ----------------------------------------------------------------------------- quantized weights
 
-_kept: Any = WeakTensorKeyDictionary()  # weight -> (its identity, its codes)
+_kept: Any = WeakTensorKeyDictionary()  # weight -> (its identity, its Fp8Weight)
 _watching = False
 
 
 def fp8_weight(w: Tensor) -> Fp8Weight:
-    """The codes of a weight [E, O, D], kept until it changes.
+    """Returns the quantized weight [E, O, D], cached until the weight changes.
 
-    They belong to its storage, version, shape, strides and dtype, which are compared at every call,
-    and go with it, and at a step of an optimizer that holds it: fused optimizers change weights
-    without counting a version. Under a compiler or a capture of a CUDA graph they are made
-    anew, as a part of the graph. Two bytes a weight on CUDA, one on the CPU, whose kernels read one
-    copy in both orders.
+    The cache entry depends on the weight's storage, version, shape, strides and dtype, which every
+    call compares. It is also dropped with the weight, and at a step of an optimizer with the
+    weight, because fused optimizers change weights without a new version. Under a compiler or CUDA
+    graph capture, quantization is part of the graph. It takes two bytes per weight on CUDA, one on
+    the CPU, whose kernels read one copy in both orders.
     """
     if _is_recorded(w):
         return _make(w)
@@ -383,9 +383,9 @@ def fp8_weight(w: Tensor) -> Fp8Weight:
 
 
 def clear_fp8_cache(module: torch.nn.Module | None = None) -> None:
-    """Drops the kept codes of a module's weights; of all that are alive without one.
+    """Drops cached quantized weights of a module, or of all modules if it is None.
 
-    For writes that count no version, through ``.data`` or a NumPy view.
+    It is needed after writes that do not change a version, through ``.data`` or a NumPy view.
     """
     if module is None:
         _kept.clear()
@@ -395,7 +395,8 @@ def clear_fp8_cache(module: torch.nn.Module | None = None) -> None:
 
 
 def _is_recorded(w: Tensor) -> bool:
-    """Whether kept codes would become a constant of something, or w counts no versions."""
+    """Returns whether a cached copy would become a constant in a graph, or w has no version
+    counter."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -1,8 +1,8 @@
-"""What layers compute beside experts: torch's functions, or ops in their place.
+"""Linear maps, activations and router logits of layers, computed by torch or by ops.
 
-In the batch-invariant mode these are ops, because torch's products choose by the number of rows,
-and on the CPU its activations treat the last elements of a thread's share otherwise than the rest.
-Small routers have an op that is faster than torch's product.
+Batch-invariant mode uses ops, because torch selects GEMMs by the number of rows, and its CPU
+activations treat the last elements of a thread's share differently. For small routers, an op is
+faster than torch's GEMM.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
 def multiplies_by_ops(x: Tensor) -> bool:
-    """Whether ops take the place of torch's products on x."""
+    """Returns whether ops replace torch's GEMMs on x."""
     return is_batch_invariant_enabled() and x.device.type in ("cpu", "cuda")
 
 
 def _acts_by_ops(x: Tensor) -> bool:
-    """Whether ops take the place of torch's activations on x. On CUDA an element's is the same
-    wherever it stands."""
+    """Returns whether ops replace torch's activations on x. On CUDA, an element's result does not
+    depend on its position."""
     return is_batch_invariant_enabled() and x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`."""
+    """Computes `F.linear`."""
     if not multiplies_by_ops(x):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), where module is an `nn.Linear` or what its owner put in its place."""
+    """Returns module(x), where module is an `nn.Linear` or a replacement."""
     if multiplies_by_ops(x) and type(module) is nn.Linear:
         return linear(x, module.weight, module.bias)
     y: Tensor = module(x)
@@ -47,7 +47,7 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def plain_activation(x: Tensor, activation: str) -> Tensor:
-    """relu, relu2, silu, gelu or gelu_tanh."""
+    """Computes relu, relu2, silu, gelu or gelu_tanh."""
     if activation in ("relu", "relu2"):
         h = F.relu(x)
         return h * h if activation == "relu2" else h
@@ -59,7 +59,7 @@ def plain_activation(x: Tensor, activation: str) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """`torch.sigmoid` of [T, 1]."""
+    """Computes `torch.sigmoid` of [T, 1]."""
     if not _acts_by_ops(x):
         return x.sigmoid()
     return mix_expert_outputs(x[:, None], torch.ones_like(x)[:, None], activation="sigmoid")[0][
@@ -70,8 +70,8 @@ def sigmoid(x: Tensor) -> Tensor:
 def router_logits(
     x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
 ) -> Tensor:
-    """A router's x W^T + b, [T, E], of x [T, H] and weight [E, H], computed in `logits_dtype` also
-    under autocast; None: in the type of the operands, or that of autocast."""
+    """Computes a router's logits x W^T + b, [T, E], from x [T, H] and weight [E, H], in
+    `logits_dtype` also under autocast; None: in the dtype of the operands, or of autocast."""
     if use_router_linear(x, weight, logits_dtype):
         x, weight, bias = router_linear_operands(x, weight, bias, logits_dtype)
         return router_linear(x, weight, bias, logits_dtype=logits_dtype)
@@ -88,7 +88,8 @@ def router_logits(
 
 
 def use_router_linear(x: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> bool:
-    """Whether the op `router_linear` is faster than `linear`; compiled code keeps the latter."""
+    """Returns whether the op `router_linear` is faster than `linear`; compiled code uses
+    `linear`."""
     e, h = weight.shape
     return (
         e <= 8
@@ -96,7 +97,7 @@ def use_router_linear(x: Tensor, weight: Tensor, logits_dtype: torch.dtype | Non
         and not torch.compiler.is_compiling()
         and x.device.type == weight.device.type == "cpu"
         and x.dim() == 2
-        # A smaller F.linear is done before Python has called the op.
+        # A smaller F.linear takes less time than the op's Python call.
         and x.numel() >= 2**15
         and logits_dtype in (None, torch.float32, weight.dtype)
         and not torch.is_autocast_enabled("cpu")
@@ -107,8 +108,8 @@ def use_router_linear(x: Tensor, weight: Tensor, logits_dtype: torch.dtype | Non
 def router_linear_operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias in types that `router_linear` takes. Half x and weights stay as they are:
-    the op makes float32 logits of them."""
+    """Converts x, weight and bias to dtypes that `router_linear` supports. Half-precision x and
+    weights are unchanged; the op computes float32 logits from them."""
     if logits_dtype is not None and (x.dtype != weight.dtype or weight.dtype == torch.float64):
         weight = weight.to(logits_dtype)
         bias = None if bias is None else bias.to(logits_dtype)

@@ -1,8 +1,8 @@
-"""What layers are called with beside plain tensors: jagged tensors, and the proxies of torch.fx.
+"""Layer inputs other than plain tensors: jagged tensors, and proxies of torch.fx.
 
-A jagged tensor [B, j*, H] (torch.nested, layout=torch.jagged) holds B sequences of their own
-lengths as one tensor of all their tokens [T, H] and offsets [B + 1]: as a layer of tokens wants
-them, so that nothing is padded.
+A jagged tensor [B, j*, H] (torch.nested, layout=torch.jagged) stores B sequences of different
+lengths as one tensor of all tokens [T, H] and offsets [B + 1]. Layers of tokens use this format
+without padding.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class Jagged(NamedTuple):
-    """The parts of a jagged tensor: values [T, ...], the tokens of all sequences, and offsets
-    [B + 1] int64, where each begins."""
+    """Parts of a jagged tensor: values [T, ...], the tokens of all sequences, and offsets [B + 1]
+    int64, the start of each."""
 
     values: Tensor
     offsets: Tensor
 
     def like(self, values: Tensor, *, dim: int = 1) -> Tensor:
-        """The jagged tensor of the same sequences with these values; `dim` is theirs in it."""
+        """Returns a jagged tensor with these sequence lengths and the given values; `dim` is the
+        ragged dimension."""
         return torch.nested.nested_tensor_from_jagged(values, self.offsets, jagged_dim=dim)
 
 
 def jagged_parts(name: str, x: Any) -> Jagged:
-    """The parts of x [B, j*, ..., H], a nested tensor.
+    """Returns the parts of x [B, j*, ..., H], a nested tensor.
 
     Raises:
-        ValueError: the strided layout, another ragged dimension than the second, or holes.
+        ValueError: the strided layout, a ragged dimension other than the second, or holes.
     """
     wanted = f"{name}: x must be a jagged tensor [B, j*, ..., H]"
     if x.layout is not torch.jagged:
@@ -54,10 +55,10 @@ def jagged_parts(name: str, x: Any) -> Jagged:
 
 
 def values_of(name: str, what: str, t: Any, x: Tensor) -> Any:
-    """The values of t, an argument beside the jagged x, where it is jagged too.
+    """Returns the values of t, an argument passed with the jagged x, if t is jagged, else t.
 
     Raises:
-        ValueError: it has other sequences.
+        ValueError: t has other sequence lengths than x.
     """
     if not isinstance(t, Tensor) or not t.is_nested:
         return t
@@ -70,8 +71,8 @@ def values_of(name: str, what: str, t: Any, x: Tensor) -> Any:
 
 
 def as_leaf(layer: Any, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
-    """What a layer returns to torch.fx.symbolic_trace, which makes one node of it, as of the
-    modules of torch.nn: which ops a layer calls depends on what x is."""
+    """Returns a proxy for the layer's output to torch.fx.symbolic_trace, which makes the layer one
+    node, like the modules of torch.nn: the ops that a layer calls depend on x."""
     tracer: Any = x.tracer
     node: Proxy = tracer.create_proxy(
         "call_module", tracer.path_of_module(layer), (x, *args), kwargs
@@ -80,10 +81,9 @@ def as_leaf(layer: Any, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
 
 
 def takes_jagged(forward: Forward) -> Forward:
-    """Decorates `forward` of a layer of single tokens: x [..., H] to a tensor like x, or to a named
-    tuple with the field y. It then takes a jagged x, too, and y has its offsets; other arguments
-    of the tokens may be jagged. torch.fx sees a leaf.
-    """
+    """Decorates `forward` of a per-token layer, which maps x [..., H] to a tensor like x or to a
+    named tuple with the field y. The decorated forward also accepts a jagged x, and y then has its
+    offsets; other per-token arguments may be jagged. torch.fx sees a leaf."""
 
     def run_values(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         name = type(self).__name__
@@ -99,7 +99,7 @@ def takes_jagged(forward: Forward) -> Forward:
 
 
 def takes_dense(forward: Forward) -> Forward:
-    """Decorates `forward` of a layer that refuses nested tensors. torch.fx sees a leaf."""
+    """Decorates `forward` of a layer that rejects nested tensors. torch.fx sees a leaf."""
 
     def refuse(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -111,7 +111,7 @@ def takes_dense(forward: Forward) -> Forward:
 
 
 def leaf_of_fx(forward: Forward) -> Forward:
-    """Decorates `forward` of a layer that knows nested tensors. torch.fx sees a leaf."""
+    """Decorates `forward` of a layer that handles nested tensors itself. torch.fx sees a leaf."""
     return _with_nested(forward, forward)
 
 

@@ -1,4 +1,4 @@
-"""The latent width that routed experts may work in.
+"""Latent projection: routed experts with a smaller width than the model.
 
 Letters: T tokens, H hidden size, L latent size.
 """
@@ -17,14 +17,14 @@ from .norm import AddRMSNorm
 
 
 class LatentProjection(nn.Module):
-    """Takes tokens to the width of the routed experts of a `MoE` and brings their sum back.
+    """Projections from the model's width to that of a `MoE`'s routed experts, and back.
 
         MoE(TopKRouter(H, E, K), Experts(E, L, I), SharedExperts(H, I), latent=LatentProjection(H,
         L))
 
     computes up(norm(sum_k weight_k * expert_k(down(x)))) + shared(x). The router and shared experts
-    read x itself. A routed expert has L / H of the parameters and the traffic of one of width H, so
-    that there can be more of them, and more a token, at the same cost.
+    read x itself. A routed expert has L / H of the parameters and memory traffic of one of width H,
+    so that more experts, and more per token, have equal cost.
 
     Parameters:
         down.weight: [L, H]. up.weight: [H, L]. With `bias=True` down.bias [L] and up.bias [H].
@@ -32,12 +32,12 @@ class LatentProjection(nn.Module):
 
     Args:
         hidden_size, latent_size: H and L, at least 1.
-        norm: an RMS norm of the experts' sum before it goes up (Kimi K3).
+        norm: adds an RMS norm of the experts' sum before the up projection (Kimi K3).
         norm_eps: added to the mean of squares.
-        bias: biases of both maps.
+        bias: adds biases to both maps.
         device, dtype: of the parameters.
 
-    Initialisation: maps as `nn.Linear`, the norm's weight 1.
+    Initialization: maps like `nn.Linear`, the norm's weight 1.
 
     Raises:
         ValueError: a size below 1.
@@ -67,11 +67,11 @@ class LatentProjection(nn.Module):
         self.up = nn.Linear(latent_size, hidden_size, bias=bias, **where)
 
     def enter(self, x: Tensor) -> Tensor:
-        """[T, H] to [T, L]."""
+        """Projects x [T, H] to [T, L]."""
         return apply_linear(self.down, x)
 
     def leave(self, y: Tensor) -> Tensor:
-        """[T, L], the weighted sum of the experts, to [T, H]."""
+        """Projects the weighted sum of the experts [T, L] to [T, H]."""
         if self.norm is not None:
             y = self.norm(y)[0].to(y.dtype)
         return apply_linear(self.up, y)

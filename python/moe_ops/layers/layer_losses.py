@@ -1,8 +1,9 @@
-"""Auxiliary losses of layers that route alike, summed over them: each equals the sum of what the
-function of `losses` gives for each layer, in a few operations on all of them instead of as many a
-layer.
+"""Auxiliary losses summed over layers with equal routing options.
 
-Letters: L layers, T tokens, E experts, K experts a token.
+Each equals the sum of the corresponding function of `losses` over the layers, in a few operations
+on all layers together.
+
+Letters: L layers, T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def total_load_balancing_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """The sum of `load_balancing_loss` over layers.
+    """Computes the sum of `load_balancing_loss` over layers.
 
     Args:
-        router_logits: of each layer [T, E].
-        topk_ids: of each layer [T, K]; ids outside [0, E) do not count.
-        score_func: of the router; scores that are no softmax are divided by their sum.
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks whose tokens are balanced together, by one all-reduce for all layers.
+        router_logits: one [T, E] tensor per layer.
+        topk_ids: one [T, K] tensor per layer; ids outside [0, E) do not count.
+        score_func: score function of the router; scores other than softmax are divided by their
+            sum.
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks whose tokens are balanced together, with one all-reduce for all layers.
     """
     logits, mask = _stack(router_logits, token_mask)
     num_layers, _, num_experts = logits.shape
@@ -39,7 +41,7 @@ def total_load_balancing_loss(
     valid = (ids >= 0) & (ids < num_experts)
     if mask is not None:
         valid = valid & mask[:, None]
-    # A bin for each layer and expert, and a spare one for what does not count.
+    # One bin per layer and expert, and a spare one for slots that do not count.
     first = torch.arange(0, num_layers * num_experts, num_experts, device=ids.device)
     bins = torch.where(valid, ids + first[:, None, None], num_layers * num_experts).flatten()
     counts = torch.zeros(num_layers * num_experts + 1, dtype=torch.int64, device=ids.device)
@@ -59,8 +61,8 @@ def total_router_z_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """The sum of `router_z_loss` over layers, of router_logits [T, E] each; the choice and the
-    score function do not matter."""
+    """Computes the sum of `router_z_loss` over layers, from one router_logits [T, E] per layer;
+    topk_ids and score_func are ignored."""
     logits, mask = _stack(router_logits, token_mask)
     return _mean(logits.logsumexp(-1).square(), mask, dim=1, group=group).sum()
 
@@ -68,7 +70,8 @@ def total_router_z_loss(
 def _stack(
     router_logits: Sequence[Tensor], token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits as [L, T, E] in fp32 or fp64, masked tokens zeroed, and the mask as [T] bool."""
+    """Returns logits as [L, T, E] in fp32 or fp64, with masked tokens zeroed, and the mask as [T]
+    bool."""
     logits = torch.stack(list(router_logits))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if token_mask is None:
@@ -77,7 +80,7 @@ def _stack(
     return logits.masked_fill(~mask[:, None], 0.0), mask
 
 
-# The keys are names of `AUX_LOSSES`; losses that are missing here are summed layer by layer.
+# Keys are names of `AUX_LOSSES`; losses missing here are summed layer by layer.
 TOTAL_LOSSES: dict[str, Callable[..., Tensor]] = {
     "load_balancing": total_load_balancing_loss,
     "router_z": total_router_z_loss,

@@ -1,21 +1,20 @@
-"""Auxiliary losses of routing, as plain functions: the caller scales them and adds them up.
+"""Auxiliary routing losses as plain functions; the caller scales and adds them.
 
-Letters: T tokens, E experts, K experts a token. p[t, e] are the routing probabilities of a token:
-softmax of its logits, or, with another `score_func`, scores divided by their sum. P[e] is the
-mean of p[t, e] over tokens, and f[e] the share of the chosen slots that fall on expert e.
+Letters: T tokens, E experts, K experts per token. p[t, e] are a token's routing probabilities:
+softmax of its logits, or, with another `score_func`, scores divided by their sum. P[e] is the mean
+of p[t, e] over tokens, and f[e] the fraction of the selected slots that belong to expert e.
 
-Common to all: `router_logits` is [..., E] of any float type and is one layer's (stack nothing: a
-mean over layers is the caller's, since pooling layers hides collapse); arithmetic runs in fp32
-(fp64 for fp64); gradients reach the logits through p only, f is a constant; `token_mask` is bool
-with one element a token, True where the token counts, and what masked tokens hold (NaN included) is
-never used. Without a token to count, losses are 0. Each returns a scalar and none scales itself by
-a coefficient.
+Common to all: `router_logits` is [..., E] of one layer, in any float type. (Do not stack layers:
+pooling hides collapse; average the losses instead.) Arithmetic runs in fp32 (fp64 for fp64).
+Gradients reach the logits through p only; f is a constant. `token_mask` is bool with one element
+per token, True if the token counts; values of masked tokens (including NaN) are never used. Without
+a counted token, losses are 0. Each function returns an unscaled scalar.
 
-With `group`, a process group (`torch.distributed.group.WORLD` is all ranks), f and the means are
-over the tokens of all its ranks, which may have different numbers of them: the loss is that of the
-whole batch, the same on every rank, and so are its gradients once they are averaged over the ranks,
-as DDP and FSDP2 do. A loss sends one all-reduce of about 2 E numbers (mutual_information_loss two).
-Without it, each rank balances its own tokens.
+With `group`, a process group (`torch.distributed.group.WORLD` is all ranks), f and the means cover
+the tokens of all its ranks, which may have different numbers of tokens. The loss is that of the
+whole batch on every rank, and so are its gradients after averaging over the ranks, as in DDP and
+FSDP2. A loss sends one all-reduce of about 2 E values (mutual_information_loss two). Without
+`group`, each rank balances its own tokens.
 """
 
 from __future__ import annotations
@@ -46,24 +45,26 @@ def load_balancing_loss(
     hf_compat: bool = False,
     group: Any = None,
 ) -> Tensor:
-    """Switch-style balance loss of one layer: L = E * sum_e f[e] * P[e].
+    """Computes the Switch-style balance loss of one layer: L = E * sum_e f[e] * P[e].
 
-    f[e] = (slots on e) / (slots with an expert), so L is 1 at perfect balance whatever K is, and E
-    when everything goes to one expert with certainty. Uniform P gives exactly 1 for any f.
+    f[e] = (slots of e) / (nonempty slots), so L is 1 at perfect balance for every K, and E if one
+    expert gets everything with certainty. Uniform P gives exactly 1 for any f.
 
     Args:
-        router_logits: [..., E] of one layer (with `hf_compat`, also a sequence of such).
-        topk_ids: [..., K] the choice that was made; ids outside [0, E) are not counted.
-        tokens_per_expert: [E] counts to use instead of those of `topk_ids`, as they are: of a
-            whole batch, say, where that has been summed over micro-batches and ranks.
-        score_func: of the router; scores that are no softmax are divided by their sum.
-        token_mask: bool, one element a token, True where the token counts.
-        top_k: K of `hf_compat`; unused otherwise.
-        hf_compat: reproduce transformers' `load_balancing_loss_func`: the choice is taken as the
-            top `top_k` of the softmax, f[e] is divided by tokens instead of slots (so the value at
-            balance is K), and a sequence of layers is pooled into one f and one P before the
-            product. For parity only: pooling scores layers that each collapse onto a different
-            expert as balanced. The mask is one layer's and applies to all.
+        router_logits: [..., E] of one layer (with `hf_compat`, also a sequence of layers).
+        topk_ids: [..., K], the selected experts; ids outside [0, E) are not counted.
+        tokens_per_expert: [E] counts that replace those of `topk_ids`, for example of a whole
+            batch, summed over micro-batches and ranks.
+        score_func: score function of the router; scores other than softmax are divided by their
+            sum.
+        token_mask: bool, one element per token, True if the token counts.
+        top_k: K of `hf_compat`; otherwise unused.
+        hf_compat: reproduces transformers' `load_balancing_loss_func`: it selects the top `top_k`
+            of the softmax, divides f[e] by tokens instead of slots (so the value at balance is K),
+            and pools a sequence of layers into one f and one P before multiplying them. For parity
+            only: pooling considers layers balanced that each collapse onto a different expert. The
+            mask is that of one layer and applies to all.
+        group: ranks whose tokens the loss covers.
 
     Returns:
         The loss, a scalar.
@@ -122,15 +123,16 @@ def _load_balancing_loss_hf(
 def router_z_loss(
     router_logits: Tensor, *, token_mask: Tensor | None = None, group: Any = None
 ) -> Tensor:
-    """Keeps logits small: L = mean over tokens of logsumexp(logits)^2, at least 0.
+    """Computes the router z-loss, which keeps logits small: L = mean over tokens of
+    logsumexp(logits)^2.
 
     Args:
         router_logits: [..., E].
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks whose tokens the loss is of.
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks whose tokens the loss covers.
 
     Returns:
-        The loss, a scalar.
+        The loss, a scalar >= 0.
 
     Source: Zoph et al. 2022 (ST-MoE, arXiv 2202.08906).
     """
@@ -145,16 +147,17 @@ def router_entropy_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """Mean entropy of the routing of a token: L = -mean_t sum_e p[t, e] log p[t, e].
+    """Computes the mean entropy of a token's routing: L = -mean_t sum_e p[t, e] log p[t, e].
 
-    Between 0 (every token certain of one expert) and log E. Minimising it sharpens routing, which
-    is what keeps top-p routing from spreading over many experts.
+    It is between 0 (every token certain of one expert) and log E. Minimizing it sharpens routing,
+    which keeps top-p routing from spreading over many experts.
 
     Args:
         router_logits: [..., E].
-        score_func: of the router; scores that are no softmax are divided by their sum.
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks whose tokens the loss is of.
+        score_func: score function of the router; scores other than softmax are divided by their
+            sum.
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks whose tokens the loss covers.
 
     Returns:
         The loss, a scalar, in nats.
@@ -172,17 +175,18 @@ def mutual_information_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """Minus the mutual information of token and expert: L = H(e | t) - H(e).
+    """Computes minus the mutual information of token and expert: L = H(e | t) - H(e).
 
-    H(e | t) = -mean_t sum_e p[t, e] log p[t, e] and H(e) = -sum_e P[e] log P[e]. Between -log E
-    (every token certain, all experts used equally) and 0 (routing does not depend on the token).
-    Unlike the Switch loss it does not ask a single token to spread.
+    H(e | t) = -mean_t sum_e p[t, e] log p[t, e] and H(e) = -sum_e P[e] log P[e]. It is between -log
+    E (every token certain, all experts used equally) and 0 (routing does not depend on the token).
+    Unlike the Switch loss, it does not push single tokens to spread.
 
     Args:
         router_logits: [..., E].
-        score_func: of the router; scores that are no softmax are divided by their sum.
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks whose tokens the loss is of.
+        score_func: score function of the router; scores other than softmax are divided by their
+            sum.
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks whose tokens the loss covers.
 
     Returns:
         The loss, a scalar, in nats.
@@ -201,16 +205,17 @@ def concentration_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """Entropy of the mean routing: L = H(e) = -sum_e P[e] log P[e].
+    """Computes the entropy of the mean routing: L = H(e) = -sum_e P[e] log P[e].
 
-    Between 0 (one expert takes everything) and log E. For fine-tuning on one domain: minimising it
-    gathers the domain on few experts, so that the others can be pruned.
+    It is between 0 (one expert gets everything) and log E. In fine-tuning on one domain, minimizing
+    it concentrates the domain on few experts, so that the others can be pruned.
 
     Args:
         router_logits: [..., E].
-        score_func: of the router; scores that are no softmax are divided by their sum.
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks whose tokens the loss is of.
+        score_func: score function of the router; scores other than softmax are divided by their
+            sum.
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks whose tokens the loss covers.
 
     Returns:
         The loss, a scalar, in nats.
@@ -230,20 +235,21 @@ def sequence_balance_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """Balance inside each sequence: the mean over sequences of E * sum_e f_s[e] * P_s[e].
+    """Computes the balance loss within sequences: the mean over sequences of E * sum_e f_s[e] *
+    P_s[e].
 
-    f_s and P_s are the f and P of one sequence alone; 1 when every sequence is balanced. Sequences
-    without a token that counts are left out of the mean.
+    f_s and P_s are f and P of one sequence; the loss is 1 if every sequence is balanced. Sequences
+    without a counted token are excluded from the mean.
 
     Args:
         router_logits: [B, S, E], or [B*S, E] together with `num_sequences`.
-        topk_ids: [B, S, K] or [B*S, K], the choice that was made; ids outside [0, E) do not count.
-        num_sequences: B; may be left out when `router_logits` has three dimensions.
-        score_func: "softmax" (DeepSeek-V2), or another one of the router, whose scores are divided
-            by their sum ("sigmoid": DeepSeek-V3).
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks among which sequences are cut, as context parallelism does: each has a part of
-            all B of them, and parts may differ in length. Not ranks with other sequences.
+        topk_ids: [B, S, K] or [B*S, K], the selected experts; ids outside [0, E) do not count.
+        num_sequences: B; optional if `router_logits` has three dimensions.
+        score_func: "softmax" (DeepSeek-V2), or another function of the router, whose scores are
+            divided by their sum ("sigmoid": DeepSeek-V3).
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks that share sequences, as in context parallelism: each has a part of all B of
+            them, and parts may differ in length. Not ranks with other sequences.
 
     Returns:
         The loss, a scalar.
@@ -252,7 +258,7 @@ def sequence_balance_loss(
         ValueError: no number of sequences, or one that does not divide the tokens.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V3, arXiv 2412.19437), eq. 17-20, with f counted over the
-    choice given, which under expert_bias is the biased one.
+    given selection, which includes expert_bias.
     """
     name = "sequence_balance_loss"
     if num_sequences is None:
@@ -273,7 +279,7 @@ def sequence_balance_loss(
     ids = _check_ids(name, topk_ids, num_tokens)
     valid = (ids >= 0) & (ids < num_experts) & mask[:, None]
 
-    # One bin for each pair of sequence and expert, and a spare one for slots that do not count.
+    # One bin per pair of sequence and expert, and a spare one for slots that do not count.
     sequence = torch.arange(num_tokens, device=ids.device) // (num_tokens // num_sequences)
     bins = torch.where(valid, sequence[:, None] * num_experts + ids, num_sequences * num_experts)
     counts = torch.zeros(num_sequences * num_experts + 1, dtype=torch.int64, device=ids.device)
@@ -281,7 +287,7 @@ def sequence_balance_loss(
     counts = counts[:-1].view(num_sequences, num_experts)
 
     p = _probabilities(logits, score_func) * mask[:, None]
-    # Sequences may have no tokens here: -1 would not be known.
+    # -1 would be ambiguous for sequences without tokens on this rank.
     by_sequence = num_sequences, num_tokens // num_sequences
     probs = p.view(*by_sequence, num_experts).sum(1)
     length = mask.view(by_sequence).sum(1, keepdim=True)
@@ -305,19 +311,21 @@ def device_balance_loss(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """Balance between groups of experts (one group a device): L = sum_d f'[d] * P'[d].
+    """Computes the balance loss between groups of experts (one group per device): L = sum_d f'[d] *
+    P'[d].
 
     The E experts form `num_groups` groups of E / num_groups consecutive experts. f'[d] is the mean
-    over the group of E * f[e] and P'[d] the sum over it of P[e]; 1 at balance, num_groups when one
-    group takes everything. Inside a group experts are free to differ.
+    over the group of E * f[e], and P'[d] the sum over it of P[e]. The loss is 1 at balance and
+    num_groups if one group gets everything. Experts within a group may be unbalanced.
 
     Args:
         router_logits: [..., E].
-        topk_ids: [..., K], the choice that was made; ids outside [0, E) do not count.
+        topk_ids: [..., K], the selected experts; ids outside [0, E) do not count.
         num_groups: number of groups; must divide E.
-        score_func: of the router; scores that are no softmax are divided by their sum.
-        token_mask: bool, one element a token, True where the token counts.
-        group: ranks whose tokens the loss is of.
+        score_func: score function of the router; scores other than softmax are divided by their
+            sum.
+        token_mask: bool, one element per token, True if the token counts.
+        group: ranks whose tokens the loss covers.
 
     Returns:
         The loss, a scalar.
@@ -351,7 +359,7 @@ def _of_logits(loss: Callable[..., Tensor]) -> AuxLoss:
     )
 
 
-# What the argument `aux_losses` of layers may name; each takes the router, its routing, a token
+# Names for the argument `aux_losses` of layers; each loss takes the router, its routing, a token
 # mask and a process group.
 AUX_LOSSES: dict[str, AuxLoss] = {
     "load_balancing": lambda router, r, mask, group=None: load_balancing_loss(
@@ -367,7 +375,7 @@ AUX_LOSSES: dict[str, AuxLoss] = {
 
 
 def check_aux_losses(layer: str, names: Sequence[str]) -> None:
-    """Raises ValueError unless `AUX_LOSSES` has all the names."""
+    """Raises ValueError unless `AUX_LOSSES` contains all the names."""
     unknown = [name for name in names if name not in AUX_LOSSES]
     if unknown:
         raise ValueError(
@@ -382,7 +390,7 @@ def aux_losses_of(
     token_mask: Tensor | None,
     group: Any = None,
 ) -> dict[str, Tensor]:
-    """The losses of these names; none where the routing has no logits."""
+    """Computes the losses of these names; returns none if the routing has no logits."""
     if routing.router_logits is None:
         return {}
     return {name: AUX_LOSSES[name](router, routing, token_mask, group) for name in names}
@@ -391,7 +399,8 @@ def aux_losses_of(
 def _flatten(
     name: str, router_logits: Tensor, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits as [T, E] in fp32 or fp64, masked tokens zeroed, and the mask as [T] bool."""
+    """Returns logits as [T, E] in fp32 or fp64, with masked tokens zeroed, and the mask as [T]
+    bool."""
     if router_logits.dim() < 1 or not router_logits.is_floating_point():
         raise ValueError(
             f"{name}: router_logits must be a float tensor [..., E], got "
@@ -421,27 +430,27 @@ def _probabilities(logits: Tensor, score_func: str) -> Tensor:
 
 def _token_entropy(logits: Tensor, score_func: str) -> Tensor:
     if score_func == "softmax":
-        # log_softmax keeps the gradient finite where a probability underflows.
+        # log_softmax keeps the gradient finite if a probability underflows.
         log_p = logits.log_softmax(-1)
         return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
     return _entropy(_probabilities(logits, score_func))
 
 
 def _entropy(p: Tensor) -> Tensor:
-    # The smallest normal number stands in for 0: p log p is 0 there, and the gradient finite.
+    # p log p is 0 at 0; clamping p to the smallest normal number keeps the gradient finite.
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def _mean(values: Tensor, mask: Tensor | None, dim: int = 0, *, group: Any = None) -> Tensor:
-    """Mean over dimension `dim` of the rows that count, of all ranks of a group where there is one;
-    0 when there are none."""
+    """Computes the mean of the counted rows over dimension `dim`, over all ranks of `group` if
+    given; 0 without rows."""
     return _mean_and_counts(values, mask, None, dim, group=group)[0]
 
 
 def _mean_and_counts(
     values: Tensor, mask: Tensor | None, counts: Any, dim: int = 0, *, group: Any = None
 ) -> tuple[Tensor, Any]:
-    """`_mean`, and counts summed over the ranks."""
+    """Computes `_mean`, and sums counts over the ranks."""
     num: Any = values.shape[dim]
     if mask is not None:
         values = values.masked_fill(~mask.view(-1, *[1] * (values.dim() - 1 - dim)), 0.0)
@@ -477,5 +486,5 @@ def _given_counts(name: str, tokens_per_expert: Tensor, logits: Tensor) -> Tenso
 
 
 def _share(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Counts [..., E] as shares of their sum; zeros where there are none."""
+    """Converts counts [..., E] to fractions of their sum; zeros if the sum is 0."""
     return counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1).to(dtype)

@@ -1,6 +1,6 @@
-"""Mixture-of-Depths: a block of a model computes some tokens of a sequence, the rest pass it by.
+"""Mixture-of-Depths: a block of a model computes some tokens of a sequence; the others skip it.
 
-Letters: B sequences, S tokens of a sequence, C tokens computed, H hidden size.
+Letters: B sequences, S tokens per sequence, C computed tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .inputs import takes_dense
 
 
 class MixtureOfDepthsOutput(NamedTuple):
-    """What `MixtureOfDepths` returns with `return_routing=True`.
+    """Output of `MixtureOfDepths` with `return_routing=True`.
 
     Attributes:
         y: [..., S, H].
         kept: [..., S] bool, the tokens computed.
         router_logits: [..., S].
-        predictor_loss: scalar, cross-entropy of the predictor for `kept`; its gradient reaches the
-            predictor alone. None without one, and 0 without tokens.
+        predictor_loss: scalar, cross-entropy of the predictor for `kept`; its gradient reaches only
+            the predictor. None without a predictor, 0 without tokens.
     """
 
     y: Tensor
@@ -37,34 +37,35 @@ class MixtureOfDepthsOutput(NamedTuple):
 
 
 class MixtureOfDepths(nn.Module):
-    """A block that computes the C tokens of a sequence with the largest r[s] = w . x[s].
+    """Block that computes only the C tokens of a sequence with the largest r[s] = w . x[s].
 
     y[s] = x[s] + r[s] * block(kept tokens)[s] for these, y[s] = x[s] for the others. The block,
-    attention and all, sees a shorter sequence: the kept tokens in their order. Which tokens these
-    are depends on the whole sequence. A predictor, trained to tell them from the token alone,
-    chooses in their place when the future is not there (`causal=True`).
+    including its attention, sees a shorter sequence: the kept tokens in their order. The selection
+    depends on the whole sequence. If future tokens are not available (`causal=True`), a predictor,
+    trained to predict the selection from the token alone, makes it instead.
 
     Parameters:
         weight: [1, H], w.
         predictor_in.weight, .bias: [G, H], [G]. predictor_out.weight, .bias: [1, G], [1].
 
     Args:
-        block: called as block(tokens [B, C, H], positions=[B, C] int64) -> what it adds to them, of
-            the same shape: attention and feed-forward without the residual around both. Positions
-            are those in the whole sequence, for rotary embeddings. With `causal=True` the rows of a
-            shorter sequence are filled up at its end: a token must not see later rows.
+        block: called as block(tokens [B, C, H], positions=[B, C] int64); returns the residual of
+            the tokens, of the same shape: attention and feed-forward without the outer residual
+            connection. Positions refer to the whole sequence, for rotary embeddings. With
+            `causal=True`, shorter sequences are padded at their end: a token must not see later
+            rows.
         hidden_size: H.
-        capacity: C / S, in (0, 1]; C is rounded up. 0.125 in the paper, in every other block.
-        predictor_size: G; 0 for none.
+        capacity: C / S, in (0, 1]; C is rounded up. The paper uses 0.125 in every other block.
+        predictor_size: G; 0 disables the predictor.
         device, dtype: of the parameters.
 
-    Initialisation: as `nn.Linear`.
+    Initialization: like `nn.Linear`.
 
     Raises:
         ValueError: a size or capacity out of range.
 
-    Source: Raposo et al. 2024 (Mixture-of-Depths, arXiv 2404.02258); of its two ways to sample, the
-    predictor.
+    Source: Raposo et al. 2024 (Mixture-of-Depths, arXiv 2404.02258), with the predictor, one of its
+    two sampling methods.
     """
 
     def __init__(
@@ -115,15 +116,16 @@ class MixtureOfDepths(nn.Module):
         causal: bool = False,
         return_routing: bool = False,
     ) -> Tensor | MixtureOfDepthsOutput:
-        """The layer's output: a tensor, or a MixtureOfDepthsOutput with `return_routing=True`.
+        """Computes the layer's output: a tensor, or a MixtureOfDepthsOutput with
+        `return_routing=True`.
 
         Args:
             x: [..., S, H].
             positions: [..., S] int64; None: 0 to S - 1.
-            causal: the predictor chooses, any number of tokens, and one token's choice depends on
-                no other; the host waits for that number. Otherwise the C of the largest r, ties to
-                the earlier token.
-            return_routing: return the choice and the predictor's loss too.
+            causal: if True, the predictor selects any number of tokens, each independently of all
+                others, with one device sync for their number. Otherwise the C tokens with the
+                largest r are selected; ties go to the earlier token.
+            return_routing: also return the selection and the predictor's loss.
 
         Raises:
             ValueError: shapes that do not match, or `causal` without a predictor.
@@ -170,15 +172,15 @@ class MixtureOfDepths(nn.Module):
         return MixtureOfDepthsOutput(y, kept.view(shape), r.view(shape), loss)
 
     def _predict(self, tokens: Tensor) -> Tensor | None:
-        """[B, S], positive where a token is expected to be kept."""
+        """Computes [B, S], positive for tokens that are expected to be kept."""
         if self.predictor_in is None or self.predictor_out is None:
             return None
         h = plain_activation(apply_linear(self.predictor_in, tokens), "silu")
         return apply_linear(self.predictor_out, h)[..., 0]
 
     def _choose(self, r: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens to compute, in their order, as [B, C] int64, and which of these are really meant
-        (others fill up the rows of a shorter sequence)."""
+        """Returns the indices of the tokens to compute, ascending, [B, C] int64, and a mask that is
+        False for padding rows of a shorter sequence."""
         if predicted is None:
             count = math.ceil(self.capacity * r.shape[1])
             best = r.argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -192,7 +194,7 @@ class MixtureOfDepths(nn.Module):
     def _compute(
         self, tokens: Tensor, r: Tensor, index: Tensor, valid: Tensor, positions: Tensor
     ) -> Tensor:
-        """What is added to the tokens, [B, S, H]."""
+        """Computes the residual of the tokens, [B, S, H]."""
         num_tokens, num_rows = r.numel(), index.numel()
         starts = torch.arange(r.shape[0], device=r.device)[:, None] * r.shape[1]
         slots = (index + starts).view(-1)

@@ -1,6 +1,6 @@
-"""The mixture-of-experts layer: a router, a bank of experts, and shared experts.
+"""The mixture-of-experts layer: a router, experts and shared experts.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .shared_experts import SharedExperts
 
 
 class MoEOutput(NamedTuple):
-    """What `MoE` returns with `return_routing=True`.
+    """Output of `MoE` with `return_routing=True`.
 
     Attributes:
         y: [..., H] in the dtype of x.
-        router_logits: [T, E], T the product of the leading dimensions of x; None when both ids and
-            weights were given, since the router is then not run.
+        router_logits: [T, E], T the product of the leading dimensions of x; None if both ids and
+            weights were given, because the router does not run.
         topk_weights: [T, K] float.
-        topk_ids: [T, K] int; -1 marks a slot without an expert.
-        aux_losses: name -> scalar, unscaled, for the names given to the layer; differentiable.
+        topk_ids: [T, K] int; -1 marks an empty slot.
+        aux_losses: name -> scalar, unscaled and differentiable, for the losses of the layer.
     """
 
     y: Tensor
@@ -51,39 +51,38 @@ class MoEOutput(NamedTuple):
 
 
 class MoE(nn.Module):
-    """y = sum_k weight_k * expert_k(x) + shared(x).
+    """Mixture-of-experts layer y = sum_k weight_k * expert_k(x) + shared(x).
 
     Args:
-        router: chooses experts; its num_experts and hidden_size must be those of `experts` (with
+        router: selects experts; its num_experts and hidden_size must equal those of `experts` (with
             `latent`, its hidden_size that of `latent`).
-        experts: the bank.
-        shared_experts: a module [T, H] -> [T, H] that every token passes, such as `SharedExperts`.
+        experts: the routed experts.
+        shared_experts: a module [T, H] -> [T, H] applied to every token, such as `SharedExperts`.
         shared_expert_gate: a module [T, H] -> [T, 1]; the sigmoid of its output multiplies the
             shared output (Qwen2-MoE).
-        latent: the routed experts work in another width, see `LatentProjection`.
-        router_gradient: "topk": the router learns from the experts chosen. "dense" (DenseMixer):
-            from all, by a straight-through estimate of the gradient of top-k. Outputs and the
-            gradients of experts stay the same; a backward pass also costs a forward pass, and the
-            down projection once more, of the E - K other experts on every token. For routers whose
-            weights are scores (not kind "sparsemixer" or "relu"), and banks of one process. An
-            attribute that may be changed at any time. Source: Yao et al. 2025 (DenseMixer:
-            Improving MoE Post-Training with Precise Router Gradient).
-        aux_losses: which losses to compute when routing is returned: "load_balancing", "router_z",
+        latent: projects to and from another width of the routed experts, see `LatentProjection`.
+        router_gradient: "topk": the router learns from the selected experts. "dense" (DenseMixer):
+            from all experts, by a straight-through estimate of the gradient of top-k selection.
+            Outputs and the gradients of experts are unchanged. Backward additionally costs a
+            forward pass, and the down projection once more, of the E - K other experts on every
+            token. Requires routers whose weights are scores (not kind "sparsemixer" or "relu"), and
+            experts in one process. This attribute may be changed at any time. Source: Yao et al.
+            2025 (DenseMixer: Improving MoE Post-Training with Precise Router Gradient).
+        aux_losses: losses to compute when routing is returned: "load_balancing", "router_z",
             "entropy", "mutual_information", "concentration" (see `moe_ops.layers.losses`).
-        freeze_routing_in_recompute: under torch.utils.checkpoint, recomputation repeats the choice
-            of the first pass even where logits come out slightly different (see
-            `moe_ops.layers.recompute`, which also says how it draws one random number a call). Not
-            needed when everything before the router is bitwise repeatable. Ignored in compiled
-            code.
+        freeze_routing_in_recompute: under torch.utils.checkpoint, recomputation repeats the top-k
+            selection of the first pass even if logits differ slightly. It draws one random number
+            per call, see `moe_ops.layers.recompute`. Not needed if everything before the router is
+            bitwise repeatable. Ignored in compiled code.
 
     Raises:
         ValueError: sizes that do not match, an unknown loss or router_gradient, a router that does
-            not go with "dense", a gate without shared experts.
+            not support "dense", a gate without shared experts.
     """
 
     routing_log: RoutingLog | None
     router_gradient: str = "topk"
-    loss_group: Any = None  # Process group whose tokens `aux_losses` are of; may be set any time.
+    loss_group: Any = None  # Process group of the tokens in `aux_losses`; may be set at any time.
 
     def __init__(
         self,
@@ -152,7 +151,7 @@ class MoE(nn.Module):
             device, dtype: of all parameters.
 
         Raises:
-            ValueError: a size or a combination that no part accepts.
+            ValueError: an invalid size or combination.
         """
         c = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -199,22 +198,21 @@ class MoE(nn.Module):
         token_mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> Tensor | MoEOutput:
-        """The layer's output: a tensor, or a MoEOutput with `return_routing=True`.
+        """Computes the layer's output: a tensor, or a MoEOutput with `return_routing=True`.
 
         Args:
-            x: [..., H] in the dtype of the experts (any under autocast). No tokens is fine. Jagged
-                [B, j*, H] (torch.nested) is, too: y then has its offsets, and the other arguments
-                of the tokens may be jagged.
-            topk_ids: [..., K'] or [T, K'] int32 or int64, a choice to use instead of the router's;
-                ids outside [0, E) contribute nothing. K' is free. Alone, its weights are what the
-                router gives these experts (`Router.weights_at`).
-            topk_weights: [..., K'] or [T, K'] float, only with `topk_ids`; the router is not run.
-            expert_mask: [E] bool, True where the expert may be used. The router chooses as if the
-                others did not exist, which is what `select` makes permanent; given ids of masked
-                experts are dropped to -1.
-            token_mask: bool, one element a token, True where the token counts in `aux_losses`. All
+            x: [..., H] in the dtype of the experts (any under autocast); may have no tokens. x may
+                be jagged [B, j*, H] (torch.nested): y then has its offsets, and other per-token
+                arguments may be jagged.
+            topk_ids: [..., K'] or [T, K'] int32 or int64, a selection that replaces the router's;
+                ids outside [0, E) contribute nothing. K' is free. Without `topk_weights`, the
+                router computes the weights of these experts (`Router.weights_at`).
+            topk_weights: [..., K'] or [T, K'] float, only with `topk_ids`; the router does not run.
+            expert_mask: [E] bool, True for allowed experts. The router ignores all others; `select`
+                makes this permanent. Given ids of masked experts become -1.
+            token_mask: bool, one element per token, True if the token counts in `aux_losses`. All
                 tokens are computed.
-            return_routing: return MoEOutput and compute `aux_losses`, which see the logits of all
+            return_routing: return MoEOutput and compute `aux_losses`, which use the logits of all
                 experts, masked or not.
 
         Raises:
@@ -233,8 +231,8 @@ class MoE(nn.Module):
         return MoEOutput(y, *routing, aux)
 
     def _run_experts(self, flat: Tensor, routing: Routing, expert_mask: Tensor | None) -> Tensor:
-        """What the experts and the shared experts make of the tokens [T, H]. Shared experts run
-        while a dispatcher has tokens on their way, and after the others where there is none."""
+        """Runs routed and shared experts on tokens [T, H]. With a dispatcher, shared experts
+        overlap communication; otherwise they run last."""
         logits, weights, ids = routing
         how: dict[str, Any] = {
             "apply_router_weight_on_input": self.router.apply_router_weight_on_input
@@ -274,7 +272,7 @@ class MoE(nn.Module):
         topk_weights: Tensor | None,
         expert_mask: Tensor | None,
     ) -> Routing:
-        # Compiled graphs are traced once, and decide on recomputation by themselves.
+        # Compiled graphs are traced once, and the compiler controls recomputation.
         log = None if torch.compiler.is_compiling() else self.routing_log
         if log is not None and not log.applies(self.training):
             log = None
@@ -292,8 +290,8 @@ class MoE(nn.Module):
     def _repeat_or_choose(
         self, flat: Tensor, call: LoggedCall, expert_mask: Tensor | None
     ) -> Routing:
-        """Routing in two steps, ids and then their weights, so that a forward which repeats ids
-        saves the same tensors for backward as the one that chose them: checkpointing checks it."""
+        """Routes in two steps, ids and then weights, so that a forward with repeated ids saves the
+        same tensors for backward as the original one, which checkpointing verifies."""
         router = self.router
         logits = router.logits(flat)
         if call.choice is None or router.draws_random_numbers or router.override is not None:
@@ -314,26 +312,27 @@ class MoE(nn.Module):
         return Routing(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
 
     def pack_weights(self) -> int:
-        """Packs the experts' weights now, see `moe_ops.pack_weights`; returns the copies' bytes."""
+        """Packs the experts' weights now and returns the bytes of the copies; see
+        `moe_ops.pack_weights`."""
         return self.experts.pack_weights()
 
     def unpack_weights(self) -> int:
-        """Drops the experts' packed copies, if there are any; returns their bytes."""
+        """Drops the experts' packed copies, if any, and returns their bytes."""
         return self.experts.unpack_weights()
 
     # ------------------------------------------------------------------- operations on the experts
 
     def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> MoE:
-        """A new layer of the experts `ids`: `Experts.select` and `Router.select` together.
+        """Returns a new layer with the experts `ids`, by `Experts.select` and `Router.select`.
 
-        Computes what this layer computes with an `expert_mask` of these experts.
+        It computes the function of this layer with an `expert_mask` of these experts.
 
         Args:
-            ids: experts to keep, in the order wanted.
+            ids: experts to keep, in their new order.
             changes: top_k, num_groups, num_topk_groups of the new router.
 
-        All such operations copy the shared experts and their gate, so that the new layer shares no
-        parameter with this one.
+        Operations on experts copy the shared experts and their gate, so that the new layer shares
+        no parameters with this one.
         """
         return expert_ops.select(self, ids, changes)
 
@@ -345,14 +344,14 @@ class MoE(nn.Module):
         router_init: str | None = None,
         **changes: Any,
     ) -> MoE:
-        """A new layer with experts added at the end: `Experts.append` and `Router.append`.
+        """Returns a new layer with experts appended, by `Experts.append` and `Router.append`.
 
         Args:
             other: the number of experts to add, or a layer whose routed experts and router rows to
-                add (its shared experts are not).
-            init: of the experts: "random", "zero_output", "copy" or "mean".
-            router_init: of the rows: "random", "copy" or "mean"; None is `init`, or "random" where
-                that is no choice for rows.
+                add (not its shared experts).
+            init: initial values of the experts: "random", "zero_output", "copy" or "mean".
+            router_init: initial values of the router's rows: "random", "copy" or "mean"; None is
+                `init`, or "random" for "zero_output".
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
         return expert_ops.append(self, other, init, router_init, changes)
@@ -365,10 +364,10 @@ class MoE(nn.Module):
         mode: str = "slice",
         noise: float = 0.0,
     ) -> MoE:
-        """A new layer with experts split: `Experts.split` and `Router.split`.
+        """Returns a new layer with split experts, by `Experts.split` and `Router.split`.
 
-        mode="slice" over all experts computes the same function with E * factor experts of
-        intermediate size I / factor, K * factor of them a token.
+        With mode="slice" and all experts, it computes the same function with E * factor experts of
+        intermediate size I / factor, K * factor of them per token.
         """
         return expert_ops.split(self, ids, factor, mode, noise)
 
@@ -381,9 +380,9 @@ class MoE(nn.Module):
         neuron_order: Tensor | None = None,
         **changes: Any,
     ) -> MoE:
-        """A new layer with one expert for each group: `Experts.merge` and `Router.merge`.
+        """Returns a new layer with one expert per group, by `Experts.merge` and `Router.merge`.
 
-        mode="concat" of the slices of `split` restores the layer that was split.
+        mode="concat" on the slices from `split` restores the original layer.
 
         Args:
             changes: top_k, num_groups, num_topk_groups of the new router.
@@ -391,7 +390,8 @@ class MoE(nn.Module):
         return expert_ops.merge(self, groups, weights, mode, neuron_order, changes)
 
     def rebuild(self, router: Router, experts: Experts) -> MoE:
-        """A layer like this one with another router and other experts, and copies of the rest."""
+        """Returns a layer like this one with another router and other experts, and copies of the
+        rest."""
         result = MoE(
             router,
             experts,

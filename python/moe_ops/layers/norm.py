@@ -1,4 +1,4 @@
-"""The norm of a residual stream, together with the addition before it."""
+"""RMSNorm of a residual stream, fused with the preceding addition."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .inputs import jagged_parts, leaf_of_fx, values_of
 
 
 class AddRMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` of [..., H] that first adds what the layer before it made of the stream.
+    """`nn.RMSNorm` of [..., H] that first adds the previous layer's output to the residual stream.
 
-    Parameters: weight [H], as in `nn.RMSNorm`, whose results it has.
+    Parameters: weight [H]. Results are those of `nn.RMSNorm`.
 
     Args:
         hidden_size: H.
@@ -37,11 +37,11 @@ class AddRMSNorm(nn.RMSNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, delta: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The norm of the sum x + delta + bias, and the sum.
+        """Computes the norm of the sum x + delta + bias, and the sum.
 
         Args:
-            x: [..., H], the stream; it may be jagged.
-            delta: like x, what is added to it, or None.
+            x: [..., H], the residual stream; may be jagged.
+            delta: like x, added to it, or None.
             bias: [H] or None.
 
         Returns:

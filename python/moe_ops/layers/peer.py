@@ -1,7 +1,7 @@
-"""PEER: a million tiny experts, found by product keys.
+"""PEER: a million tiny experts, retrieved by product keys.
 
-Letters: T tokens, H hidden size, D query size, N sub-keys of a half, E = N * N experts, R heads, K
-experts a head.
+Letters: T tokens, H hidden size, D query size, N sub-keys per half, E = N * N experts, R heads, K
+experts per head.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .inputs import takes_jagged
 
 
 class PEEROutput(NamedTuple):
-    """What `PEER` returns with `return_routing=True`.
+    """Output of `PEER` with `return_routing=True`.
 
     Attributes:
         y: [..., H] in the dtype of x.
         topk_weights: [T, R K] float, which sum to 1 in each head.
-        topk_ids: [T, R K] int32, the experts of head 0, then of head 1, ...; two heads may choose
-            the same one.
+        topk_ids: [T, R K] int32, the experts of head 0, then of head 1, ...; two heads may select
+            the same expert.
     """
 
     y: Tensor
@@ -38,13 +38,13 @@ class PEEROutput(NamedTuple):
 
 
 class PEER(nn.Module):
-    """Parameter-efficient expert retrieval: a head finds K of E experts of one neuron each.
+    """Parameter-efficient expert retrieval: each head selects K of E single-neuron experts.
 
-    A head's query is two halves. Expert e = i * N + j has the key (row i of the first sub-keys, row
-    j of the second), so that its score is a sum of two, and the best K experts are among the K x K
-    pairs of the best K rows of either half: N comparisons instead of N^2. The weights are the
-    softmax over the K scores, and the output is the weighted sum of act(u_e . x) v_e over the
-    experts of all heads.
+    A head's query has two halves. Expert e = i * N + j has the key (row i of the first sub-keys,
+    row j of the second), so its score is a sum of two scores, and the best K experts are among the
+    K x K pairs of the best K rows of each half: N comparisons per half instead of N^2. The weights
+    are the softmax over the K scores, and the output is the weighted sum of act(u_e . x) v_e over
+    the experts of all heads.
 
     Parameters:
         query.weight: [R D, H]. sub_keys: [2, N, D / 2], shared by the heads.
@@ -56,20 +56,21 @@ class PEER(nn.Module):
         num_experts: E, a square.
         top_k: K in [1, N].
         num_heads: R.
-        query_size: D, even; None: H, or H + 1 where that is odd.
-        query_norm: batch normalisation of the queries, which spreads use over more experts.
-        activation: "gelu", or another of `Experts`; with a gated one an expert has two input
-            vectors.
-        sparse_grad: gradients of the experts are sparse tensors of those that were chosen, for
-            `torch.optim.SparseAdam` and its like; in eager mode only. An attribute that may be
+        query_size: D, even; None: H, or H + 1 if H is odd.
+        query_norm: batch normalization of the queries, which uses more experts.
+        activation: "gelu", or another activation of `Experts`; with a gated one, an expert has two
+            input vectors.
+        sparse_grad: gradients of the experts are sparse tensors with the selected experts, for
+            optimizers such as `torch.optim.SparseAdam`; eager mode only. This attribute may be
             changed at any time. See `moe_ops.peer_ffn`.
         device, dtype: of the parameters.
 
-    Initialisation: query as `nn.Linear`, sub-keys uniform in +-1/sqrt(D / 2). Experts as `Experts`:
-    u uniform in +-1/sqrt(H); v, whose fan-in is the neurons that are summed, in +-1/sqrt(R K).
+    Initialization: query like `nn.Linear`, sub-keys uniform in +-1/sqrt(D / 2). Experts like
+    `Experts`: u uniform in +-1/sqrt(H); v, whose fan-in is the number of summed neurons, in
+    +-1/sqrt(R K).
 
     Raises:
-        ValueError: a size out of range, E no square, D odd.
+        ValueError: a size out of range, E not a square, or an odd D.
 
     Source: He 2024 (Mixture of A Million Experts, arXiv 2407.04153); product keys are Lample et al.
     2019 (arXiv 1907.05242).
@@ -114,7 +115,7 @@ class PEER(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
+        """Draws the initial values described in the class docstring."""
         self.query.reset_parameters()
         if self.query_norm is not None:
             self.query_norm.reset_parameters()
@@ -125,10 +126,10 @@ class PEER(nn.Module):
         nn.init.uniform_(self.experts.w_down, -bound, bound)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """topk_weights [T, R K] float and topk_ids [T, R K] int32 of x [T, H].
+        """Returns topk_weights [T, R K] float and topk_ids [T, R K] int32 for x [T, H].
 
-        A head's experts come best first; ties go to the pair of better rows, the first half's
-        before the second's, and rows tie to the smaller number.
+        A head's experts are sorted best first; ties go to the pair of better rows, the first half's
+        before the second's, and equal rows to the smaller index.
         """
         num_tokens, k = x.shape[0], self.top_k
         queries = apply_linear(self.query, x)
@@ -152,11 +153,11 @@ class PEER(nn.Module):
 
     @takes_jagged
     def forward(self, x: Tensor, *, return_routing: bool = False) -> Tensor | PEEROutput:
-        """x [..., H], which may be jagged, to [..., H]; a PEEROutput with `return_routing=True`. No
-        tokens is fine; with `query_norm`, training needs at least two.
+        """Maps x [..., H], which may be jagged, to [..., H]; returns a PEEROutput with
+        `return_routing=True`. x may have no tokens; with `query_norm`, training needs at least two.
 
         Raises:
-            ValueError: another last dimension than H.
+            ValueError: the last dimension is not H.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -168,8 +169,8 @@ class PEER(nn.Module):
         return PEEROutput(y, weights, ids) if return_routing else y
 
     def _run_experts(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """`self.experts(x, weights, ids)`, by the op for experts of one neuron where the bank has
-        nothing that only its own ops know."""
+        """Computes `self.experts(x, weights, ids)`, with the op for single-neuron experts if the
+        experts have only options that it supports."""
         bank = self.experts
         gathers = (
             type(bank) is Experts

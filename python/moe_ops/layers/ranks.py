@@ -1,4 +1,4 @@
-"""Sums over ranks that losses, balancing and statistics of routing take, one all-reduce each."""
+"""Sums over ranks for losses, balancing and routing statistics, with one all-reduce each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def sum_counts(counts: Iterable[Tensor], group: Any) -> None:
-    """Adds up counts over the ranks of a group (None: all), in place: those of one device together.
+    """Sums counts over the ranks of a group (None: all), in place, with one all-reduce per device.
 
-    Nothing happens without torch.distributed. All ranks give the same number of counts of the same
-    sizes, in the same order.
+    Does nothing without torch.distributed. All ranks must pass the same number of counts, with
+    equal sizes, in the same order.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -32,13 +32,13 @@ def sum_counts(counts: Iterable[Tensor], group: Any) -> None:
 def mean_over_ranks(
     total: Tensor, num_tokens: int | Tensor, group: Any, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The mean over the tokens of all ranks of a group, and counts summed over them.
+    """Computes the mean over the tokens of all ranks of a group, and sums counts over the ranks.
 
     Args:
         total: the sum over this rank's tokens, any shape.
-        num_tokens: how many these are; ranks may differ. A tensor that broadcasts to `total` where
-            its elements are of different tokens.
-        counts: integers to add up on the way.
+        num_tokens: number of these tokens; ranks may differ. A tensor that broadcasts to `total` if
+            its elements have different token counts.
+        counts: integers to sum in the same all-reduce.
 
     Returns:
         The mean, and the sums of the counts. The mean has the value of the whole batch on every

@@ -1,16 +1,16 @@
-"""Keeps the recomputation of a layer to the routing of its first pass.
+"""Repeats the routing of a layer's first pass in recomputation.
 
-Activation checkpointing runs a forward again during backward. Where two experts nearly tie, the
-second run may choose the other one (attention before the router need not be bitwise repeatable),
-and gradients then belong to a forward that never happened. A `RoutingLog` on a `MoE` prevents it:
+Activation checkpointing runs a forward again during backward. If two experts nearly tie, the second
+run may select the other one (attention before the router need not be bitwise repeatable), and
+gradients then belong to a forward that never happened. A `RoutingLog` on a `MoE` prevents this:
 
-- A recomputation is a forward that runs inside an autograd graph task, whichever kind of
-  checkpointing started it.
-- Which first pass it repeats is told by a number that each logged forward draws from torch's CPU
+- A recomputation is a forward inside an autograd graph task, whichever kind of checkpointing
+  started it.
+- It is matched with its first pass by a number that each logged forward draws from torch's CPU
   generator in training mode. `torch.utils.checkpoint` rewinds that generator before recomputing
   (preserve_rng_state=True, its default), so the second run draws the number of the first, in
-  whatever order micro-batches come back. When the number is unknown (preserve_rng_state=False) and
-  the layer has a single call outstanding, it can only be that one; otherwise an error is raised.
+  whatever order micro-batches return. If the number is unknown (preserve_rng_state=False) and the
+  layer has one outstanding call, that call is used; otherwise an error is raised.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from moe_ops._private_torch import current_graph_task_id
 
 from .routing import Routing
 
-# First passes without a graph to live in (reentrant checkpointing) are kept up to this number a
-# layer: more than any schedule has in flight, few enough to bound memory.
+# Maximum number of first passes per layer kept without a graph (reentrant checkpointing): more than
+# any schedule has in flight, few enough to bound memory.
 _MAX_OUTSTANDING = 256
 
 
 def in_backward() -> bool:
-    """Whether this code runs inside a backward pass, as recomputed forwards do. False while
-    compiling: a compiled graph is traced once and decides on recomputation by itself."""
+    """Returns whether this code runs inside a backward pass, as recomputed forwards do. It is False
+    while compiling: a compiled graph is traced once, and the compiler controls recomputation."""
     return not torch.compiler.is_compiling() and current_graph_task_id() != -1
 
 
 class LoggedCall:
-    """A first pass and, after `RoutingLog.finish` or from a record, the choice to repeat."""
+    """A first pass and, after `RoutingLog.finish` or from a record, the selection to repeat."""
 
     __slots__ = ("__weakref__", "ambiguous", "choice", "use_weights", "used")
 
@@ -49,11 +49,11 @@ class LoggedCall:
 
 
 class RoutingLog:
-    """What one MoE layer keeps about its calls. Made by the layer, and by the contexts of
-    `record`.
+    """Log of the calls of one MoE layer, made by the layer or by the contexts of `record`.
 
-    record: list to add choices to, or None. replay: choices to repeat, or None.
-    use_weights: replayed calls take the recorded weights too, as constants.
+    record: list to add selections to, or None.
+    replay: selections to repeat, or None.
+    use_weights: replayed calls also use the recorded weights, as constants.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class RoutingLog:
         self.replay = replay
         self.use_weights = use_weights
         self.num_replayed = 0
-        # Calls live as long as their graph does; those run without one are held in `_held`.
+        # Calls live as long as their graph; calls without a graph are kept in `_held`.
         self._calls: weakref.WeakValueDictionary[object, LoggedCall] = weakref.WeakValueDictionary()
         self._held: OrderedDict[object, LoggedCall] = OrderedDict()
 
     def applies(self, training: bool) -> bool:
-        """Whether a call needs the log; plain inference does not."""
+        """Returns whether a call needs the log; plain inference does not."""
         recording = self.record is not None or self.replay is not None
         return recording or training or torch.is_grad_enabled()
 
     def begin(self, training: bool) -> tuple[object, LoggedCall]:
-        """Called before routing: a key, and the call that is to be repeated or an empty one."""
+        """Returns a key, and the call to repeat or an empty one. It is called before routing."""
         key: object = int(torch.randint(2**62, (), device="cpu")) if training else object()
         if in_backward():
             call = self._calls.get(key)
@@ -87,7 +87,7 @@ class RoutingLog:
             call.used = True
             return key, call
 
-        # Recomputed calls are done with once the next forward starts.
+        # Recomputed calls are no longer needed once the next forward starts.
         for old in [k for k, c in self._held.items() if c.used]:
             del self._held[old]
         call = LoggedCall()
@@ -103,18 +103,19 @@ class RoutingLog:
         return key, call
 
     def finish(self, key: object, call: LoggedCall, routing: Routing, training: bool) -> None:
-        """Called after routing with its result."""
+        """Stores the result of routing."""
         if in_backward():
             return
         topk_weights = routing.topk_weights
-        # The very tensor of ids, which a recomputation passes on again: what a dispatcher of
-        # `moe_ops.parallel` has learnt about it holds for both.
+        # The original ids tensor, which a recomputation passes on again, so that data cached about
+        # it by a dispatcher of `moe_ops.parallel` is valid for both.
         call.choice = Routing(None, topk_weights.detach(), routing.topk_ids)
         if self.record is not None:
             self.record.append(call.choice)
         twin = self._calls.get(key)
         if twin is not None and not twin.used:
-            # The generator was set back between two calls: their recomputations look the same.
+            # The generator was reset between two calls: their recomputations cannot be
+            # distinguished.
             call.ambiguous = twin.ambiguous = True
             key = object()
         self._calls[key] = call

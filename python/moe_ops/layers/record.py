@@ -1,4 +1,4 @@
-"""Records which experts were chosen, and plays choices back."""
+"""Recording and replay of top-k selections."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .routing import Routing
 
 @dataclass
 class RoutingRecord:
-    """The choices of a model's MoE layers, in the order of their calls.
+    """Top-k selections of a model's MoE layers, in the order of their calls.
 
-    layers: name of the layer (as in `named_modules`) -> a `Routing` for each of its calls, detached
-        and without logits.
+    layers: layer name (as in `named_modules`) -> one `Routing` per call, detached and without
+    logits.
     """
 
     layers: dict[str, list[Routing]] = field(default_factory=dict)
@@ -28,11 +28,11 @@ class RoutingRecord:
         return self.layers[layer]
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """Returns the number of layers."""
         return len(self.layers)
 
     def to(self, device: torch.device | str) -> RoutingRecord:
-        """A copy with all tensors on `device`."""
+        """Returns a copy with all tensors on `device`."""
         return RoutingRecord(
             {
                 name: [
@@ -43,7 +43,7 @@ class RoutingRecord:
         )
 
     def state_dict(self) -> dict[str, list[dict[str, Tensor]]]:
-        """Plain containers of tensors, for torch.save and torch.load(weights_only=True)."""
+        """Returns plain containers of tensors, for torch.save and torch.load(weights_only=True)."""
         return {
             name: [{"topk_ids": c.topk_ids, "topk_weights": c.topk_weights} for c in calls]
             for name, calls in self.layers.items()
@@ -51,27 +51,27 @@ class RoutingRecord:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, list[dict[str, Tensor]]]) -> RoutingRecord:
-        """The inverse of `state_dict`."""
+        """Returns the record of a `state_dict`."""
         return cls({n: [Routing(None, **call) for call in calls] for n, calls in state.items()})
 
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Records the choices of every MoE layer of `model` while the context is open.
+    """Records the top-k selections of every MoE layer of `model` while the context is open.
 
     Example:
         with record_routing(model) as record:
             loss = model(tokens).sum()
-            loss.backward()          # recomputation inside adds nothing, and repeats the choice
+            loss.backward()          # recomputation adds no record, and repeats the selection
         record["blocks.0.moe"][0].topk_ids
 
-    Tensors are recorded detached and stay on their device; nothing waits for it. In training mode
-    each call draws one number from torch's CPU generator (see `moe_ops.layers.recompute`), which
-    shifts the random numbers that follow. Backward with recomputation belongs inside the context.
-    Eager code only: compiled layers are not recorded.
+    Tensors are recorded detached on their device, without a device sync. In training mode, each
+    call draws one number from torch's CPU generator (see `moe_ops.layers.recompute`), which shifts
+    later random numbers. Run backward with recomputation inside the context. Eager mode only:
+    compiled layers are not recorded.
 
     Args:
-        model: any module; its `MoE` layers are found by type, itself included.
+        model: any module, which may be a `MoE` itself; `MoE` layers are found by type.
 
     Raises:
         ValueError: the model has no MoE layer.
@@ -90,23 +90,24 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
 def replay_routing(
     model: nn.Module, record: RoutingRecord, *, use_recorded_weights: bool = False
 ) -> Iterator[None]:
-    """Makes every MoE layer of `model` choose as recorded, call by call, while the context is open.
+    """Makes every MoE layer of `model` repeat recorded selections, call by call, while the context
+    is open.
 
-    Weights are computed from the present logits at the recorded ids and are differentiable, unless
-    `use_recorded_weights` asks for the recorded ones, as constants. `topk_ids` given to a layer's
-    forward still win and use up a recorded call. Recomputation under torch.utils.checkpoint
-    repeats the call it belongs to, so keep backward inside the context. Eager code only.
+    Weights are computed from the current logits at the recorded ids and are differentiable, unless
+    `use_recorded_weights` selects the recorded ones, as constants. `topk_ids` passed to a layer's
+    forward take precedence and consume a recorded call. Recomputation under torch.utils.checkpoint
+    repeats its original call, so run backward inside the context. Eager mode only.
 
     Args:
         model: a model with the layer names of the record.
         record: from `record_routing`, on the device of the model.
-        use_recorded_weights: take the recorded weights as well.
+        use_recorded_weights: also use the recorded weights.
 
     Raises:
-        ValueError: the model has no MoE layer, or its layers are not those of the record, or (in
-            the layer) a call has another number of tokens than was recorded.
-        RuntimeError: a layer is already being recorded or replayed, or (in the layer) is called
-            more often than was recorded.
+        ValueError: the model has no MoE layer, its layers differ from those of the record, or (in
+            the layer) a call has another number of tokens than the recorded one.
+        RuntimeError: a layer is already being recorded or replayed, or (in the layer) has more
+            calls than recorded.
     """
     layers = _moe_layers("replay_routing", model)
     if layers.keys() != record.layers.keys():

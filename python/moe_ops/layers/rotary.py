@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Yarn:
-    """How RoPE was stretched to a longer context (YaRN, Peng et al. 2023, arXiv 2309.00071).
+    """Extension of RoPE to a longer context (YaRN, Peng et al. 2023, arXiv 2309.00071).
 
     Attributes:
-        factor: new context over old.
+        factor: ratio of the new context to the old.
         original_context: tokens of the old context.
-        beta_fast, beta_slow: turns within the old context above which a frequency is kept, and
+        beta_fast, beta_slow: rotations within the old context above which a frequency is kept, and
             below which it is divided by `factor`; between them the two are blended.
-        mscale, mscale_all_dim: `magnitude` of the first over that of the second multiplies cos and
-            sin; that of the second, squared, the softmax scale (DeepSeek-V2). Both 0: the one of 1
-            multiplies cos and sin.
+        mscale, mscale_all_dim: cos and sin are multiplied by magnitude(mscale) /
+            magnitude(mscale_all_dim), and the softmax scale by magnitude(mscale_all_dim)^2
+            (DeepSeek-V2). If either is 0, cos and sin are multiplied by magnitude(1).
     """
 
     factor: float
@@ -44,7 +44,7 @@ class Yarn:
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the angles of positions [...], each [..., d / 2] fp32."""
+    """Cosines and sines of the angles of positions [...], each [..., d / 2] fp32."""
 
     cos: Tensor
     sin: Tensor
@@ -55,11 +55,11 @@ class Rope:
     """Rotary position embeddings of d features (Su et al. 2021, arXiv 2104.09864).
 
     Attributes:
-        size: d, even: features that are rotated.
+        size: d, the even number of rotated features.
         theta: base of the frequencies theta ** (-2 i / d).
-        interleaved: which features form a pair: (2 i, 2 i + 1), as DeepSeek-V2 and V3 do, instead
+        interleaved: if True, pairs are features (2 i, 2 i + 1), as in DeepSeek-V2 and V3, instead
             of (i, i + d / 2).
-        yarn: stretching, or None.
+        yarn: context extension, or None.
     """
 
     size: int
@@ -68,14 +68,14 @@ class Rope:
     yarn: Yarn | None = None
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """[d / 2] fp32, radians a position."""
+        """Returns the frequencies, [d / 2] fp32, in radians per position."""
         steps = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
         plain = 1.0 / self.theta**steps
         if self.yarn is None:
             return plain
 
         def feature_with(turns: float) -> float:
-            # Feature whose wave makes this number of turns within the old context.
+            # Feature with this number of rotations within the old context.
             yarn = self.yarn
             assert yarn is not None
             span = yarn.original_context / (turns * 2 * math.pi)
@@ -84,12 +84,12 @@ class Rope:
         low = max(math.floor(feature_with(self.yarn.beta_fast)), 0)
         high = min(math.ceil(feature_with(self.yarn.beta_slow)), self.size - 1)
         index = torch.arange(self.size // 2, dtype=torch.float32, device=device)
-        # Where both ends meet the ramp is a step; the width only keeps 0 / 0 away.
+        # If both ends are equal, the ramp is a step; 0.001 only avoids 0 / 0.
         stretched = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
         return plain * (1 - stretched) + plain / self.yarn.factor * stretched
 
     def at(self, positions: Tensor) -> Rotation:
-        """Of positions [...], in any type."""
+        """Returns the rotation of positions [...], in any dtype."""
         angles = positions[..., None].float() * self.frequencies(positions.device)
         if self.yarn is None:
             return Rotation(angles.cos(), angles.sin())
@@ -97,13 +97,13 @@ class Rope:
         return Rotation(angles.cos() * scale, angles.sin() * scale)
 
     def rotation(self, start: int, length: int, device: torch.device | None = None) -> Rotation:
-        """Of the positions start .. start + length - 1."""
+        """Returns the rotation of the positions start .. start + length - 1."""
         return self.at(torch.arange(start, start + length, dtype=torch.float32, device=device))
 
     def rotate(self, t: Tensor, rotation: Rotation) -> Tensor:
-        """t [B, S, n, d] rotated, in its own type as the published models do (`moe_ops.rotary`
-        computes in fp32). With `interleaved` the first features of all pairs come out before the
-        second ones, in queries as in keys, which no product of the two notices."""
+        """Rotates t [B, S, n, d] in its own dtype, like the published models (`moe_ops.rotary`
+        computes in fp32). With `interleaved`, the result contains the first features of all pairs
+        before the second ones, in queries and keys, which does not change their dot products."""
         cos, sin = (f[:, None].to(t.dtype) for f in rotation)
         if self.interleaved:
             a, b = t[..., 0::2], t[..., 1::2]

@@ -1,6 +1,6 @@
-"""The routing of a call: which experts the tokens go to, and with which weights.
+"""Routing of a call: the experts of each token and their weights.
 
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """How T tokens are routed. Routers return it, layers carry it, records keep it.
+    """Routing of T tokens, returned by routers, used by layers and stored in records.
 
     Attributes:
-        router_logits: [T, E] as computed, before any bias or mask; differentiable. None where no
-            router was run (ids and weights were given) and in a record.
+        router_logits: [T, E] as computed, before any bias or mask; differentiable. None if no
+            router ran (ids and weights were given) and in a record.
         topk_weights: [T, K] fp32 (fp64 for fp64 logits); differentiable.
-        topk_ids: [T, K] int32; -1 marks a slot without an expert, whose weight is 0.
+        topk_ids: [T, K] int32; -1 marks an empty slot, whose weight is 0.
 
-    K is the router's `top_k`; `max_k` with kind="topp" and E with kind="expert_choice".
+    K is the router's `top_k`, `max_k` with kind="topp", or E with kind="expert_choice".
     """
 
-    router_logits: Any  # Tensor or None; whoever called a router need not ask which.
+    router_logits: Any  # Tensor or None; Any, so that callers of a router need no check.
     topk_weights: Tensor
     topk_ids: Tensor
 
 
 class RoutingOverride(NamedTuple):
-    """Another way of choosing, set on a router for a while (`moe_ops.surgery.override_routing`).
+    """Replacement of a router's selection, set temporarily by `moe_ops.surgery.override_routing`.
 
     choose: (router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'] int, without a
-        gradient; ids outside [0, E) are slots without an expert. Logits of masked experts are the
-        lowest finite number.
-    renormalize: a token's weights are divided by their sum, whatever the router does otherwise.
+    gradient; ids outside [0, E) are empty slots. Logits of masked experts are the lowest finite
+    value.
+    renormalize: divide a token's weights by their sum, regardless of the router's options.
     """
 
     choose: Callable[[Tensor, Tensor | None], Tensor]
@@ -44,15 +44,15 @@ class RoutingOverride(NamedTuple):
     def route(
         self, router: Any, router_logits: Tensor, expert_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """In the place of `Router.route`."""
+        """Replaces `Router.route`."""
         with torch.no_grad():
             logits = mask_logits(router_logits.detach(), expert_mask)
             ids = drop_masked(self.choose(logits, expert_mask), expert_mask)
         return router.weights_at(router_logits, ids, expert_mask=expert_mask), ids
 
     def weigh(self, router: Any, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """What becomes of the router's weights [T, K'] for the choice; equal ones where it gives
-        the experts chosen none."""
+        """Returns the final weights for the router's weights [T, K']; equal ones if the router
+        gives the selected experts weight 0."""
         if not self.renormalize:
             return topk_weights
         valid = valid_ids(topk_ids, router.num_experts)[0].to(topk_weights.dtype)
@@ -65,11 +65,11 @@ class RoutingOverride(NamedTuple):
 def check_given(
     name: str, topk_ids: Tensor | None, topk_weights: Tensor | None, num_tokens: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The ids and weights that a caller gives to a layer, as [T, K] each.
+    """Checks the ids and weights that a caller passes to a layer, and returns them as [T, K] each.
 
     Args:
-        name: of the layer, for errors.
-        topk_ids, topk_weights: [..., K] of T = `num_tokens` tokens, or None.
+        name: name of the layer, for errors.
+        topk_ids, topk_weights: [..., K] for T = `num_tokens` tokens, or None.
 
     Raises:
         ValueError: weights without ids, or shapes that do not match.
@@ -98,7 +98,7 @@ def _flatten(name: str, what: str, t: Tensor | None, num_tokens: int) -> Tensor 
 
 
 def given_routing(topk_ids: Tensor, topk_weights: Tensor, expert_mask: Tensor | None) -> Routing:
-    """The routing that a caller asks for: without logits, masked experts dropped."""
+    """Returns the routing given by a caller, without logits and with masked experts dropped."""
     ids = drop_masked(topk_ids, expert_mask)
     if expert_mask is not None:
         topk_weights = topk_weights.masked_fill(ids < 0, 0.0)
@@ -106,7 +106,7 @@ def given_routing(topk_ids: Tensor, topk_weights: Tensor, expert_mask: Tensor | 
 
 
 def drop_masked(topk_ids: Tensor, expert_mask: Tensor | None) -> Tensor:
-    """The ids, with -1 for experts that the mask [E] does not allow and for ids outside [0, E)."""
+    """Returns the ids, with -1 for experts masked by expert_mask [E] and for ids outside [0, E)."""
     if expert_mask is None:
         return topk_ids
     num_experts = expert_mask.shape[0]
@@ -116,7 +116,7 @@ def drop_masked(topk_ids: Tensor, expert_mask: Tensor | None) -> Tensor:
 
 
 def mask_logits(router_logits: Tensor, expert_mask: Tensor | None) -> Tensor:
-    """Logits [T, E] as if the experts that the mask [E] does not allow did not exist."""
+    """Masks the logits [T, E] of experts that expert_mask [E] does not allow."""
     if expert_mask is None:
         return router_logits
     num_experts = router_logits.shape[-1]
@@ -125,13 +125,14 @@ def mask_logits(router_logits: Tensor, expert_mask: Tensor | None) -> Tensor:
             f"Router: expert_mask must be bool [{num_experts}], got "
             f"{str(expert_mask.dtype).removeprefix('torch.')} of shape {list(expert_mask.shape)}."
         )
-    # The lowest finite number, not -inf: with every expert masked, softmax and its gradient stay
+    # The lowest finite number, not -inf: if every expert is masked, softmax and its gradient stay
     # finite, and the weights are zeroed afterwards.
     return router_logits.masked_fill(~expert_mask, torch.finfo(router_logits.dtype).min)
 
 
 def valid_ids(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Which slots hold an expert, as bool, and ids to index with: int64, 0 in the other slots."""
+    """Returns a bool mask of the nonempty slots, and int64 ids for indexing, 0 in the empty
+    slots."""
     ids = topk_ids.long()
     valid = (ids >= 0) & (ids < num_experts)
     return valid, torch.where(valid, ids, 0)

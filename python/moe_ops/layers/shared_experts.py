@@ -1,4 +1,4 @@
-"""The dense network that shared experts are. Letters: H hidden size, I intermediate size."""
+"""The dense network of shared experts. Letters: H hidden size, I intermediate size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .inputs import takes_jagged
 
 
 class SharedExperts(nn.Module):
-    """The dense feed-forward network that every token passes: y = W_down act(W_gate_up x).
+    """Dense feed-forward network applied to every token: y = W_down act(W_gate_up x).
 
-    Several shared experts of one size are one network of the summed width.
+    Several shared experts are represented by one network of their total width.
 
     Parameters:
         w_gate_up: [2I, H], gate half first; [I, H] when the activation is not gated.
@@ -24,11 +24,11 @@ class SharedExperts(nn.Module):
 
     Args:
         hidden_size, intermediate_size: H and I (the total width), at least 1.
-        activation: as in `Experts`.
-        alpha, limit: of "swiglu_oai".
+        activation: see `Experts`.
+        alpha, limit: parameters of "swiglu_oai".
         device, dtype: of the parameters.
 
-    Initialisation: uniform in +-1/sqrt(fan_in), as `nn.Linear`.
+    Initialization: uniform in +-1/sqrt(fan_in), like `nn.Linear`.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class SharedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
+        """Draws the initial values described in the class docstring."""
         for weight in (self.w_gate_up, self.w_down):
             bound = weight.shape[-1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
 
     @takes_jagged
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H], which may be jagged, to [..., H], same dtype."""
+        """Maps x [..., H], which may be jagged, to [..., H] in the dtype of x."""
         preact = linear(x, self.w_gate_up)
         if self.gated:
             h = gated_act(preact, self.activation, alpha=self.alpha, limit=self.limit)

@@ -1,6 +1,6 @@
-"""Soft MoE: experts get mixtures of tokens, tokens get mixtures of what experts made.
+"""Soft MoE: experts process weighted means of tokens, tokens get weighted means of their outputs.
 
-Letters: B sequences, S tokens of a sequence, H hidden size, E experts, P slots an expert.
+Letters: B sequences, S tokens per sequence, H hidden size, E experts, P slots per expert.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .inputs import jagged_parts, leaf_of_fx
 
 
 class SoftMoEOutput(NamedTuple):
-    """What `SoftMoE` returns with `return_routing=True`.
+    """Output of `SoftMoE` with `return_routing=True`.
 
-    y: [..., S, O]. dispatch: [..., E, P, S] float, each slot's weights of the tokens, which sum to
-        1 over S. combine: [..., S, E, P] float, each token's weights of the slots, which sum to 1.
+    y: [..., S, O].
+    dispatch: [..., E, P, S] float, each slot's weights of the tokens, which sum to 1 over S.
+    combine: [..., S, E, P] float, each token's weights of the slots, which sum to 1.
     """
 
     y: Tensor
@@ -32,28 +33,28 @@ class SoftMoEOutput(NamedTuple):
 
 
 class SoftMoE(nn.Module):
-    """A mixture of experts without a choice: everything is a weighted mean.
+    """Mixture of experts with weighted means instead of top-k selection.
 
     With logits[s, j] = x[s] . phi[j] for the E P slots j, slot j gets the mean of the tokens under
-    softmax over s, the slots of an expert go through it, and a token gets the mean of the slots'
-    outputs under softmax over j. Balanced by construction, differentiable everywhere, at the cost
-    of E P expert rows a sequence however long it is. A token's output depends on all tokens of its
-    sequence: not for causal models.
+    softmax over s, each expert processes its slots, and a token gets the mean of the slots' outputs
+    under softmax over j. The layer is balanced by construction and differentiable everywhere, and
+    processes E P expert rows per sequence of any length. A token's output depends on all tokens of
+    its sequence, so it does not suit causal models.
 
         SoftMoE(Experts(16, 64, 128, activation="gelu", bias=True), slots_per_expert=4)
 
     Parameters:
         phi: [E, P, H]. scale: [1], with `normalize=True`.
-        experts: the bank's.
+        experts: those of `experts`.
 
     Args:
-        experts: `Experts` or what is called like it.
-        slots_per_expert: P, at least 1. The paper chooses E P near S.
-        normalize: tokens and phi have length 1 in the logits, which are multiplied by `scale`
-            (section 2.3 of the paper: without it, softmax saturates in wide models).
+        experts: `Experts` or a module with its interface.
+        slots_per_expert: P, at least 1. The paper uses E P near S.
+        normalize: normalizes tokens and phi to length 1 in the logits, which are multiplied by
+            `scale` (section 2.3 of the paper: otherwise softmax saturates in wide models).
         device, dtype: of phi and scale.
 
-    Initialisation: phi N(0, 1 / H), scale 1.
+    Initialization: phi N(0, 1 / H), scale 1.
 
     Raises:
         ValueError: P below 1.
@@ -93,18 +94,18 @@ class SoftMoE(nn.Module):
     def forward(
         self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: bool = False
     ) -> Tensor | SoftMoEOutput:
-        """The layer's output: a tensor, or a SoftMoEOutput with `return_routing=True`.
+        """Computes the layer's output: a tensor, or a SoftMoEOutput with `return_routing=True`.
 
         Args:
-            x: [..., S, H] in the dtype of the experts (any under autocast); sequences do not see
-                each other. No tokens is fine. Jagged [B, j*, H] (torch.nested) is, too; what is
-                returned then has the sequences of x, without a token_mask.
-            token_mask: [..., S] bool, False where a token is padding: no slot reads it, and its
-                output is 0.
-            return_routing: return the weights too.
+            x: [..., S, H] in the dtype of the experts (any under autocast); sequences are
+                independent. x may have no tokens. x may be jagged [B, j*, H] (torch.nested),
+                without a token_mask; results then have the sequence lengths of x.
+            token_mask: [..., S] bool, False for padding tokens: no slot reads them, and their
+                outputs are 0.
+            return_routing: also return the weights.
 
         Returns:
-            [..., S, O], O the bank's output size.
+            [..., S, O], O the experts' output size.
 
         Raises:
             ValueError: shapes that do not match.
@@ -141,8 +142,8 @@ class SoftMoE(nn.Module):
     def _forward_jagged(
         self, x: Tensor, token_mask: Tensor | None, return_routing: bool
     ) -> Tensor | SoftMoEOutput:
-        """`forward` of sequences of their own lengths: both means as grouped products, in which a
-        sequence is what an expert is elsewhere."""
+        """Computes `forward` for sequences of different lengths, with both means as grouped GEMMs
+        in which sequences take the role of experts."""
         jagged = jagged_parts("SoftMoE", x)
         tokens, offsets = jagged
         if x.dim() != 3 or tokens.shape[-1] != self.hidden_size:
@@ -172,7 +173,7 @@ class SoftMoE(nn.Module):
         )
 
     def _run_experts(self, rows: Tensor, weight_dtype: torch.dtype) -> Tensor:
-        """[B, E P, H], the slots of B sequences, to [B, E P, O]."""
+        """Maps [B, E P, H], the slots of B sequences, to [B, E P, O]."""
         ids = torch.arange(self.num_experts, dtype=torch.int32, device=rows.device)
         ids = ids.repeat_interleave(self.slots_per_expert).repeat(rows.shape[0])[:, None]
         weights = torch.ones_like(ids, dtype=weight_dtype)
@@ -180,7 +181,7 @@ class SoftMoE(nn.Module):
         return made.view(*rows.shape[:2], made.shape[-1])
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        """[B, S, H] to [B, S, E P], in fp32 (fp64 of fp64)."""
+        """Computes logits [B, S, E P] from [B, S, H], in fp32 (fp64 for fp64)."""
         phi = self.phi.flatten(0, 1)
         if self.scale is not None:
             tokens = F.normalize(tokens, dim=-1)
@@ -193,7 +194,8 @@ class SoftMoE(nn.Module):
 
 
 def _softmax_of_sequences(logits: Tensor, offsets: Tensor) -> Tensor:
-    """softmax over the tokens [T, N] of each sequence; `offsets` [B + 1] say where one begins."""
+    """Computes softmax over the tokens of each sequence, for logits [T, N]; `offsets` [B + 1] are
+    the starts of the sequences."""
     token = torch.arange(logits.shape[0], device=logits.device)
     sequence = torch.bucketize(token, offsets[1:], right=True)
     largest = logits.detach().new_full((offsets.shape[0] - 1, logits.shape[1]), -torch.inf)
@@ -205,7 +207,7 @@ def _softmax_of_sequences(logits: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _mix(weights: Tensor, x: Tensor) -> Tensor:
-    """`torch.bmm` of [B, M, N] and [B, N, O]."""
+    """Computes `torch.bmm` of [B, M, N] and [B, N, O]."""
     if multiplies_by_ops(x):
         return mix_outputs(x.contiguous(), weights.contiguous())
     return torch.bmm(weights, x)

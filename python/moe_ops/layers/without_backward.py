@@ -1,4 +1,4 @@
-"""Experts for inference alone, called while gradients are enabled."""
+"""Calls of inference-only experts while gradients are enabled."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class WithoutBackward(torch.autograd.Function):
-    """Lets a forward with gradients enabled run, as inference code often leaves them.
+    """Autograd function that runs inference-only experts with gradients enabled.
 
-    apply(x, topk_weights, topk_ids, experts, on_input): `experts._run` of the others. A backward
-    raises NotImplementedError with the sentence `experts.no_gradient`.
+    apply(x, topk_weights, topk_ids, experts, on_input) calls `experts._run` with the other
+    arguments. Backward raises NotImplementedError with the message `experts.no_gradient`.
     """
 
     @staticmethod

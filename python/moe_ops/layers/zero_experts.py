@@ -1,6 +1,6 @@
-"""Experts that compute next to nothing, beside a bank of real ones.
+"""Zero-computation experts, added to regular experts.
 
-Letters: T tokens, H hidden size, E experts, K experts a token, C constant experts.
+Letters: T tokens, H hidden size, E experts, K experts per token, C constant experts.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ KINDS = ("zero", "identity", "constant")
 
 
 class ZeroComputationExperts(nn.Module):
-    """A bank with experts added that cost nothing, to which a router can send easy tokens.
+    """Experts with additional, almost free experts, to which a router can send easy tokens.
 
-    Ids of the real experts come first, then those of zero experts, whose output is 0, of identity
-    experts, whose output is x, and of constant experts, whose output is a x + b v with a trained
-    vector v and (a, b) = softmax(W x). All are weighted like other experts, so a token of K slots
-    runs through K real experts or fewer.
+    Ids are those of the real experts, then of zero experts (output 0), identity experts (output x),
+    and constant experts (output a x + b v with a trained vector v and (a, b) = softmax(W x)). All
+    are weighted like other experts, so a token with K slots uses at most K real experts.
 
         MoE(TopKRouter(64, 12, 2), ZeroComputationExperts(Experts(8, 64, 32), num_identity=4))
 
-    Parameters: constant [C, H], N(0, 1) at first; constant_gate [C, 2, H], as nn.Linear.
+    Parameters: constant [C, H], initialized as N(0, 1); constant_gate [C, 2, H], initialized like
+    nn.Linear.
 
     Args:
-        experts: the bank, `Experts` or what is called like it.
-        num_zero, num_identity, num_constant: experts of each kind.
+        experts: real experts: `Experts` or a module with its interface.
+        num_zero, num_identity, num_constant: number of experts of each kind.
         device, dtype: of the parameters of constant experts.
 
-    Balancing losses count all experts alike; for a target share of real ones use
-    `update_expert_bias` or weigh the loss. `select` and its kin raise NotImplementedError; apply
-    them to `experts`.
+    Balancing losses treat all experts equally; for a target fraction of real experts, use
+    `update_expert_bias` or weight the loss. `select`, `append`, `split` and `merge` raise
+    NotImplementedError; apply them to `experts`.
 
     Raises:
         ValueError: a negative number.
@@ -95,7 +95,8 @@ class ZeroComputationExperts(nn.Module):
         *,
         apply_router_weight_on_input: bool = False,
     ) -> Tensor:
-        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t]; see `Experts.forward`.
+        """Computes y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t]; see
+        `Experts.forward`.
 
         Raises:
             ValueError: `apply_router_weight_on_input` with constant experts.
@@ -105,7 +106,7 @@ class ZeroComputationExperts(nn.Module):
                 "ZeroComputationExperts: apply_router_weight_on_input must be False with constant "
                 "experts, got True."
             )
-        # The bank leaves out ids that are none of its own.
+        # The real experts ignore ids out of their range.
         y: Tensor = self.experts(
             x, topk_weights, topk_ids, apply_router_weight_on_input=apply_router_weight_on_input
         )
@@ -127,14 +128,14 @@ class ZeroComputationExperts(nn.Module):
         return (y + scale * x + constants).to(y.dtype)
 
     def tokens_per_kind(self, topk_ids: Tensor) -> dict[str, Tensor]:
-        """Slots that fall on the experts of each kind, without waiting for the device.
+        """Counts slots per kind of expert, without a device sync.
 
         Args:
             topk_ids: [..., K]; ids outside [0, E) are not counted.
 
         Returns:
-            {"real": int64 scalar, "zero": ..., "identity": ..., "constant": ...}. Divided by the
-            number of tokens, "real" is how many experts a token costs.
+            {"real": int64 scalar, "zero": ..., "identity": ..., "constant": ...}. "real" divided by
+            the number of tokens is the mean number of real experts per token.
         """
         counts = count_tokens_per_expert(topk_ids, self.num_experts)
         sizes = [self.num_real, self.num_zero, self.num_identity, self.num_constant]
@@ -142,17 +143,17 @@ class ZeroComputationExperts(nn.Module):
         return {kind: part.sum() for kind, part in zip(("real", *KINDS), parts, strict=True)}
 
     def pack_weights(self) -> int:
-        """See `Experts.pack_weights`."""
+        """Packs the weights of the real experts; see `Experts.pack_weights`."""
         packed: int = self.experts.pack_weights()
         return packed
 
     def unpack_weights(self) -> int:
-        """See `Experts.unpack_weights`."""
+        """Drops the packed weights of the real experts; see `Experts.unpack_weights`."""
         dropped: int = self.experts.unpack_weights()
         return dropped
 
     def select(self, *_: Any, **__: Any) -> nn.Module:
-        """Raises NotImplementedError, as `append`, `split` and `merge` do."""
+        """Raises NotImplementedError, like `append`, `split` and `merge`."""
         raise NotImplementedError(
             "ZeroComputationExperts: bank operations apply to the real experts alone; change "
             "`experts` and build the layer anew."

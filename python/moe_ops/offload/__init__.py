@@ -1,4 +1,4 @@
-"""Experts off the device: on disk or in CPU memory, with slots for a few of them on it.
+"""Offloading of experts to disk or CPU memory, with a cache for a few of them on the device.
 
     from moe_ops.offload import offload_experts
 
@@ -6,10 +6,10 @@
     model.generate(tokens, 32)
 
 `offload_experts` works for the layers of `moe_ops.layers`, the language models of the zoo and the
-models of transformers that `moe_ops.hf` supports, float or quantised. Policies say which experts
-stay in the slots and which are fetched ahead; `record_expert_trace` records routes, from which
-`BeladyPolicy` knows the future and `train_predictor` makes a predictor for `PredictivePolicy`;
-`split_batch_by_experts` groups sequences that use the same experts.
+models of transformers that `moe_ops.hf` supports, float or quantized. Policies determine which
+experts stay in the cache and which are prefetched; `record_expert_trace` records routes, which
+`BeladyPolicy` uses as the known future, and from which `train_predictor` trains a predictor for
+`PredictivePolicy`; `split_batch_by_experts` groups sequences that use similar experts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Slots for experts on the device, and the thread that fills them ahead."""
+"""Cache of experts on the device, and the thread that prefetches them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torch import Tensor
 from .policy import POLICIES, CachePolicy
 from .store import ExpertStore, Key
 
-# How many wanted experts the thread looks at before it gives up, for each slot.
+# Number of wanted experts, per slot, that the thread considers before it gives up.
 _LOOK_AHEAD = 2
 
 
 @dataclass
 class CacheStats:
-    """What a cache did since it was made, or since `reset_stats`.
+    """Counters of a cache since its creation or `reset_stats`.
 
     Attributes:
         uses: experts that calls needed; the sum of the next three.
-        hits: those that were there.
-        late: those that were on their way.
-        misses: those that the call had to load.
-        fetched: experts that the thread loaded ahead of their use.
+        hits: experts that were in the cache.
+        late: experts that were being loaded.
+        misses: experts that the call had to load.
+        fetched: experts that the thread loaded before their use.
         wait_seconds: time that calls waited for experts.
         load_seconds: time of all loads, in calls and in the thread.
         predict_seconds: time of the policy's predictions.
-        loaded_bytes: of all loads.
+        loaded_bytes: bytes of all loads.
     """
 
     uses: int = 0
@@ -49,23 +49,23 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the uses that did not have to start a load."""
+        """Returns the fraction of uses that did not have to start a load."""
         return (self.hits + self.late) / self.uses if self.uses else 0.0
 
 
 class ExpertCache:
-    """N slots of one expert each, for the banks of a model, and what is in them.
+    """Cache with N slots, one expert each, for all experts of a model.
 
-    Whatever the policy does, a call gets the experts that it needs: what is not there is loaded
-    while it waits. With a policy that prefetches, one thread fills slots ahead. Calls of several
-    threads take turns.
+    Whatever the policy, a call gets the experts that it needs: missing ones are loaded while it
+    waits. With a prefetching policy, one thread fills slots ahead. Calls of several threads run one
+    at a time.
 
     Args:
-        store: where the experts are.
-        num_slots: N, at least 1, of all banks together.
+        store: source of the experts.
+        num_slots: N, at least 1, for all layers together.
         policy: "lru", "lfu", "fifo", or a `CachePolicy`.
-        device: of the slots. On CUDA, copies run on a stream of their own, and the stream of a call
-            waits for those that it needs.
+        device: of the slots. On CUDA, copies run on a separate stream, and the stream of a call
+            waits for the copies that it needs.
 
     Raises:
         ValueError: no slots, or an unknown policy.
@@ -98,19 +98,21 @@ class ExpertCache:
             name: torch.empty((self.num_slots, *stored.shape), dtype=stored.dtype, device=device)
             for name, stored in store.tensors.items()
         }
-        self.turn = threading.RLock()  # One call at a time has its experts held.
+        self.turn = threading.RLock()  # Only one call at a time may hold experts.
         self._lock = threading.RLock()  # Guards everything below.
         self._loaded = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)  # For the thread: something may be wanted.
-        self._pulse = [0]  # Counts news; a list, for the thread to hold without the cache.
-        self._starved = False  # The thread found no slot for something that is wanted.
+        # Counts notifications; a list, so that the thread can hold it without the cache.
+        self._pulse = [0]
+        self._starved = False  # The thread found no slot for a wanted expert.
         self._free = list(reversed(range(self.num_slots)))
         self._slot_of: dict[Key, int] = {}
         self._loading: set[int] = set()
         self._failed: dict[int, BaseException] = {}
         self._held = [0] * self.num_slots
-        self._missing: list[tuple[Key, int]] = []  # What a call waits for, and nobody loads yet.
-        self._ahead: list[Key] = []  # What the call that runs needs in its next round.
+        # Experts that a call waits for and no thread loads yet.
+        self._missing: list[tuple[Key, int]] = []
+        self._ahead: list[Key] = []  # Experts that the current call needs in its next round.
         self._copies = _Copies(self) if self.device.type == "cuda" else None
         self._fetcher: _Fetcher | None = None
         self.closed = False
@@ -118,25 +120,25 @@ class ExpertCache:
 
     @property
     def num_bytes(self) -> int:
-        """What the slots take."""
+        """Returns the bytes of the slots."""
         return sum(t.numel() * t.element_size() for t in self.slots.values())
 
     def reset_stats(self) -> CacheStats:
-        """Begins counting anew; returns the counts so far."""
+        """Resets the counters and returns their previous values."""
         with self._lock:
             old = CacheStats(**{f.name: getattr(self.stats, f.name) for f in fields(CacheStats)})
             self.stats = CacheStats()
         return old
 
     def residents(self) -> list[Key]:
-        """The experts in slots now."""
+        """Returns the experts that are in slots now."""
         with self._lock:
             return [key for key, slot in self._slot_of.items() if slot not in self._loading]
 
     # ----------------------------------------------------------------------------------- calls
 
     def begin(self, tokens: Tensor | None) -> None:
-        """A step of the model begins, with tokens [B, S] where they are known."""
+        """Notifies the policy of a step of the model, with tokens [B, S] if known."""
         start = perf_counter()
         self.policy.begin(tokens)
         with self._lock:
@@ -144,14 +146,14 @@ class ExpertCache:
         self._wake()
 
     def rounds(self, bank: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """The experts that a call needs, in as few rounds as the slots allow.
+        """Loads the experts that a call needs, in as few rounds as the slots allow.
 
         Yields:
-            Pairs of an expert and the slot that holds it until the next round; every expert is in
-            one round. The caller must hold `turn`.
+            Pairs of an expert and its slot, valid until the next round; every expert is in one
+            round. The caller must hold `turn`.
 
         Raises:
-            RuntimeError: the cache was closed.
+            RuntimeError: the cache is closed.
         """
         if self.closed:
             raise RuntimeError("ExpertCache: the cache must be open, got one that was closed.")
@@ -174,7 +176,7 @@ class ExpertCache:
                 self._release(pairs)
 
     def _hold(self, keys: list[Key]) -> list[int]:
-        """Slots that hold the experts, and will until `_release`."""
+        """Returns slots with the experts, which keep them until `_release`."""
         start = perf_counter()
         held: list[int] = []
         try:
@@ -195,7 +197,7 @@ class ExpertCache:
                         self.stats.late += not mine
                         if mine:
                             self._missing.append((key, slot))
-            self._wake()  # The thread takes a part of them.
+            self._wake()  # The thread loads some of them.
             while (found := self._next_missing()) is not None:
                 self._load(*found)
             with self._lock:
@@ -240,7 +242,7 @@ class ExpertCache:
             self._free.append(slot)
 
     def _idle(self) -> list[Key]:
-        """Experts that may lose their slots."""
+        """Returns the experts that may be evicted."""
         return [
             key
             for key, slot in self._slot_of.items()
@@ -248,13 +250,13 @@ class ExpertCache:
         ]
 
     def _claim(self, key: Key) -> tuple[int, bool]:
-        """A slot for `key`, waited for, and whether the caller is to load it."""
+        """Waits for a slot for `key`; returns it, and whether the caller must load it."""
         while key not in self._slot_of:
             if self._free:
                 return self._take(key), True
             if idle := self._idle():
                 self._free.append(self._slot_of.pop(self.policy.victim(idle)))
-            else:  # The thread has one.
+            else:  # The thread uses one.
                 self._loaded.wait()
         return self._slot_of[key], False  # It was loaded meanwhile.
 
@@ -266,7 +268,7 @@ class ExpertCache:
         return slot
 
     def _load(self, key: Key, slot: int) -> None:
-        """Fills a slot that was taken for `key`."""
+        """Loads `key` into its slot."""
         start, failure = perf_counter(), None
         try:
             into = {name: t[slot] for name, t in self.slots.items()}
@@ -289,7 +291,7 @@ class ExpertCache:
     # -------------------------------------------------------------------------------- fetching
 
     def _wake(self) -> None:
-        """Lets the thread look what is wanted now, and starts it where there is none."""
+        """Notifies the thread that experts may be wanted, and starts it if needed."""
         if not self.policy.prefetches or self.closed:
             return
         if self._fetcher is None or not self._fetcher.is_alive():
@@ -303,7 +305,7 @@ class ExpertCache:
         self._news.notify_all()
 
     def _next_fetch(self) -> tuple[Key, int] | None:
-        """An expert to load ahead and its slot; None if there is nothing to do now."""
+        """Returns an expert to prefetch and its slot; None if there is none now."""
         victim, self._starved = None, False
         wanted = chain(self._ahead, self.policy.wanted())
         for key in islice(wanted, _LOOK_AHEAD * self.num_slots):
@@ -324,10 +326,10 @@ class ExpertCache:
         return None
 
     def fetch_one(self) -> int | None:
-        """Loads an expert in this thread: what a call waits for, or else what is wanted first.
+        """Loads an expert in this thread: one that a call waits for, or else the first wanted one.
 
         Returns:
-            None after a load; where nothing is to be loaded now, the count of news up to now.
+            None after a load; the current count of notifications if there is nothing to load.
         """
         with self._lock:
             if self.closed:
@@ -342,7 +344,8 @@ class ExpertCache:
         return None
 
     def _after_fork(self) -> None:
-        """In a child process, which has one thread: nobody fills what was being filled."""
+        """Resets the state in a child process, whose only thread does not continue the loads in
+        progress."""
         for key, slot in list(self._slot_of.items()):
             if slot in self._loading:
                 self._loading.discard(slot)
@@ -376,7 +379,7 @@ class ExpertCache:
 
 
 class _Fetcher(threading.Thread):
-    """Loads what is wanted as long as its cache lives."""
+    """Thread that loads wanted experts while its cache is alive."""
 
     def __init__(self, cache: ExpertCache) -> None:
         super().__init__(name="moe_ops expert fetcher", daemon=True)
@@ -390,10 +393,11 @@ class _Fetcher(threading.Thread):
             if seen is not None:
                 with self._news:
                     if self._pulse[0] == seen:
-                        self._news.wait(timeout=1.0)  # The cache may die without a word.
+                        # The cache may be freed without a notification.
+                        self._news.wait(timeout=1.0)
 
 
-# A process forks when no cache is in the middle of a change.
+# A process forks only when no cache is being changed.
 _caches: weakref.WeakSet[ExpertCache] = weakref.WeakSet()
 _locked: list[ExpertCache] = []
 
@@ -421,7 +425,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Copies:
-    """Copies to CUDA on a stream of their own."""
+    """Copies to CUDA on a separate stream."""
 
     def __init__(self, cache: ExpertCache) -> None:
         self._store = cache.store
@@ -430,7 +434,7 @@ class _Copies:
         self._used: list[Any] = [None] * cache.num_slots
         self._device = cache.device
         self._pinned_store = cache.store.pinned
-        self._staging = threading.local()  # Pinned memory of each thread that loads.
+        self._staging = threading.local()  # Pinned memory of each loading thread
 
     def load(self, key: Key, slot: int, into: Mapping[str, Tensor]) -> None:
         store = self._store
@@ -442,7 +446,7 @@ class _Copies:
             else:
                 staging = self._pinned()
                 if (last := getattr(self._staging, "last", None)) is not None:
-                    last.synchronize()  # What it holds may not have been copied yet.
+                    last.synchronize()  # Its contents may not have been copied yet.
                 store.read(key, staging)
                 for name, tensor in into.items():
                     tensor.copy_(staging[name], non_blocking=True)
@@ -458,13 +462,13 @@ class _Copies:
         return self._staging.tensors
 
     def wait_for(self, slots: Sequence[int]) -> None:
-        """The stream of the caller goes on when these slots are filled."""
+        """Makes the caller's stream wait until these slots are filled."""
         stream = torch.cuda.current_stream(self._device)
         for slot in slots:
             stream.wait_event(self._ready[slot])
 
     def used(self, slots: Sequence[int]) -> None:
-        """What the stream of the caller has been given so far reads these slots."""
+        """Records that the work submitted so far to the caller's stream reads these slots."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         for slot in slots:

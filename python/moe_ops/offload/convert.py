@@ -1,4 +1,4 @@
-"""offload_experts: the banks of a model out of memory, slots for a few of their experts in."""
+"""offload_experts: moves a model's experts off the device and gives it a cache for some of them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _BIASES = ("b_gate_up", "b_down")
 
 
 class _Bank(NamedTuple):
-    """A bank of a model, float or quantised."""
+    """Experts of a model, float or quantized."""
 
     name: str
     module: nn.Module
     tensors: Parts
     activation: Mapping[str, Any]
     x_scale: Tensor | None
-    hook: Any  # What installs another one in its place; None of quantised banks.
+    hook: Any  # Hook that installs replacement experts; None for quantized experts.
 
 
 def offload_experts(
@@ -47,38 +47,38 @@ def offload_experts(
     keep_cached: bool = True,
     skip: Sequence[str] = (),
 ) -> ExpertCache:
-    """Takes the experts of a model off the device and gives it slots for some of them, in place.
+    """Moves the experts of a model off the device and gives it a cache for some of them, in place.
 
         cache = offload_experts(model, max_bytes=2**30, path="experts.safetensors")
-        model.generate(tokens, 32)
-        print(cache.stats.hit_rate)
+        model.generate(tokens, 32) print(cache.stats.hit_rate)
 
-    Known are the banks that `moe_ops.quantize_experts` knows, and those that it has made. The model
-    computes what it did, up to rounding: bits are the same where the kernels are batch-invariant
-    (`moe_ops.batch_invariant`) and a call's experts fit into the slots. It is for inference.
+    It supports the experts that `moe_ops.quantize_experts` supports, and those that it has made.
+    The model's results are unchanged up to rounding, and bitwise identical if the kernels are
+    batch-invariant (`moe_ops.set_batch_invariant`) and a call's experts fit into the slots. For
+    inference only.
 
     Args:
-        model: on the CPU; move the rest of it to `device` afterwards. Banks may be on the meta
-            device where `store` is given.
-        num_slots: N, experts in slots, of all layers together; at least 1.
-        max_bytes: instead, what the slots may take.
+        model: on the CPU; move the rest of it to `device` afterwards. With `store`, experts may be
+            on the meta device.
+        num_slots: N, the number of experts in the cache, for all layers together; at least 1.
+        max_bytes: alternatively, the maximum size of the cache.
         path: a safetensors file to write the experts to and read them from. None: they stay in CPU
             memory, pinned if `device` is CUDA.
-        store: instead, where the experts are already, the banks in the order of the model's:
+        store: alternatively, an existing store, with experts in the order of the model's layers:
             ``FileStore.open(path)``.
         policy: "lru", "lfu", "fifo", or a `moe_ops.offload.CachePolicy`.
         device: of the slots; None is that of the weights.
-        keep_cached: as of `FileStore`.
-        skip: shell patterns of the names of banks to leave as they are.
+        keep_cached: see `FileStore`.
+        skip: shell patterns of the names of experts' modules to leave unchanged.
 
     Returns:
-        The cache, with its `stats`. Its `close()` ends the thread of a policy that prefetches, and
+        The cache, with its `stats`. Its `close()` ends the thread of a prefetching policy, and
         closes the file.
 
     Raises:
-        ValueError: no bank, banks of several forms (`skip` leaves some as they are), a bank that is
-            sharded or computes in fp8, one that moe_ffn cannot run, or slots for less than an
-            expert. The model is unchanged.
+        ValueError: no experts, experts in several formats (use `skip`), sharded experts, experts
+            that compute in fp8 or that moe_ffn cannot run, or a cache smaller than one expert. The
+            model is unchanged.
         OSError: the file could not be written; the model is unchanged.
     """
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -124,7 +124,7 @@ def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[
         found[id(bank.module)] = _Bank(
             bank.name, bank.module, parts_of(weights), weights.activation, None, bank.hook
         )
-    # The order of the model, in which it most likely calls them.
+    # In the model's order, which is most likely the order of calls.
     for module in root.modules():
         if id(module) in found:
             yield found[id(module)]
@@ -138,7 +138,7 @@ def _quantized(name: str, module: Any) -> _Bank:
 
 
 def parts_of(weights: ExpertWeights) -> Parts:
-    """What stores and `save_experts` take, of float experts."""
+    """Returns float experts in the format of stores and `save_experts`."""
     parts: dict[str, tuple[Tensor, ...]] = {
         "w_gate_up": weights.gate_up,
         "w_down": (weights.down,),

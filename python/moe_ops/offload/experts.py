@@ -1,6 +1,6 @@
-"""A bank of experts whose weights are elsewhere, a few of them in slots of the device.
+"""Experts whose weights are offloaded, with some of them in cache slots on the device.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class OffloadedExperts(nn.Module):
-    """Takes the place of an `Experts` or `QuantizedExperts`: the same call, for inference.
+    """Replaces an `Experts` or `QuantizedExperts`, with the same interface, for inference.
 
-    A call puts the experts that its tokens use into slots of the cache, waiting for what is not
-    there, and runs them with ids of slots. Where they are more than the slots, it runs in rounds
-    and adds up what these make, in fp32. The module has no parameters: a state dict of the model
-    cannot be made, and `.to()` moves the rest of the model alone. Eager code only: the host has to
-    know the ids.
+    A call loads the experts that its tokens use into cache slots and runs them with slots as ids.
+    If they are more than the slots, it runs in rounds and adds the results in fp32. The module has
+    no parameters: a state dict of the model cannot be made, and `.to()` moves only the rest of the
+    model. Eager mode only: the host must know the ids.
 
     Args:
-        cache: where the slots are.
-        bank_number: which of its store's banks this is.
-        activation: the arguments of moe_ffn that say what is between the products.
-        x_scale: [H] fp32, of quantised banks that have one.
+        cache: the cache.
+        bank_number: index of these experts in its store.
+        activation: the arguments of moe_ffn that define the activation.
+        x_scale: [H] fp32, for quantized experts that have one.
     """
 
-    # Of expert parallelism, which offloaded experts do not know.
+    # Expert parallelism is not supported.
     dispatcher: None = None
-    format_name = "offloaded"  # In place of what a quantised bank says.
+    format_name = "offloaded"  # The format name in place of a quantized one
     no_gradient = (
         "OffloadedExperts: there is no gradient through offloaded experts; train the model "
         "before offload_experts, or call it under torch.no_grad()."
@@ -67,17 +66,17 @@ class OffloadedExperts(nn.Module):
         apply_router_weight_on_input: bool = False,
         overlap: Callable[[], object] | None = None,
     ) -> Tensor:
-        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], as `Experts`.
+        """Computes y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], like `Experts`.
 
         Args:
             x: [T, H] float; computed in the type of float experts.
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
-            overlap: as of `Experts.forward`.
+            overlap: see `Experts.forward`.
 
         Returns:
-            y: [T, H] in the dtype of x. A backward through it raises NotImplementedError.
+            y: [T, H] in the dtype of x. Backward raises NotImplementedError.
         """
         if overlap is not None:
             overlap()
@@ -151,11 +150,11 @@ class OffloadedExperts(nn.Module):
         )
 
     def pack_weights(self) -> int:
-        """Does nothing: what is in slots changes."""
+        """Returns 0: the contents of slots change, so they are not packed."""
         return 0
 
     def unpack_weights(self) -> int:
-        """Nothing to drop; returns 0."""
+        """Returns 0: there are no packed copies."""
         return 0
 
     def extra_repr(self) -> str:

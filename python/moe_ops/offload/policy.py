@@ -1,7 +1,7 @@
-"""Which experts stay in the slots, and which are fetched before they are asked for.
+"""Cache policies: which experts stay in the cache, and which are prefetched.
 
-A policy sees the calls of a model's banks in their order. A step is one forward of the model; the
-calls of a step are numbered from 0.
+A policy sees the calls of a model's layers of experts in order. A step is one forward of the model;
+the calls of a step are numbered from 0.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from .trace import ExpertTrace
 
 
 class CachePolicy:
-    """The base: subclasses override `victim`, and what they need of the rest.
+    """Base class: subclasses override `victim`, and other methods as needed.
 
-    All methods but `begin` are called with the cache locked, and should be quick; `begin` should
-    only assign what it has finished.
+    All methods except `begin` are called with the cache locked and should be fast; `begin` should
+    only assign finished results.
     """
 
-    # Whether a thread should fetch what `wanted` lists.
+    # True if a thread should fetch the experts that `wanted` lists.
     prefetches: bool = False
 
     def attach(self, num_banks: int, num_experts: int) -> None:
-        """Called once, with the sizes of the cache's store."""
+        """Stores the sizes of the cache's store. It is called once."""
 
     def begin(self, tokens: Tensor | None) -> None:
-        """A step begins with these tokens [B, S], where they are known."""
+        """Handles the start of a step with these tokens [B, S], if known."""
 
     def use(self, bank: int, experts: Sequence[int]) -> None:
-        """A call of a bank needs these experts now."""
+        """Handles a call of a layer that needs these experts now."""
 
     def loaded(self, key: Key) -> None:
-        """An expert got a slot."""
+        """Handles an expert that got a slot."""
 
     def victim(self, keys: Collection[Key]) -> Key:
-        """Which of these, at least one, gives its slot to another expert."""
+        """Returns the expert to evict; `keys` is never empty."""
         raise NotImplementedError
 
     def wanted(self) -> Iterable[Key]:
-        """Experts that will be needed, the first one first; of policies that prefetch."""
+        """Returns the experts that will be needed, in order, for prefetching policies."""
         return ()
 
     def outweighs(self, key: Key, victim: Key) -> bool:
-        """Whether to fetch `key`, which is wanted, at the loss of `victim`. This must be a strict
-        order, or the thread never rests. Without it free slots are filled."""
+        """Returns whether to fetch the wanted expert `key` and evict `victim`. This must be a
+        strict order, or the thread never rests. By default only free slots are filled."""
         return False
 
 
 class LRUPolicy(CachePolicy):
-    """The least recently used expert goes."""
+    """Evicts the least recently used expert."""
 
     def __init__(self) -> None:
         self._clock = count(1)
@@ -71,7 +71,7 @@ class LRUPolicy(CachePolicy):
 
 
 class FIFOPolicy(CachePolicy):
-    """The expert goes that came first."""
+    """Evicts the expert that was loaded first."""
 
     def __init__(self) -> None:
         self._clock = count(1)
@@ -85,7 +85,7 @@ class FIFOPolicy(CachePolicy):
 
 
 class LFUPolicy(LRUPolicy):
-    """The expert goes that was used in the fewest calls; of several, the least recently used."""
+    """Evicts the expert that was used in the fewest calls; of several, the least recently used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,12 +100,12 @@ class LFUPolicy(LRUPolicy):
 
 
 class BeladyPolicy(CachePolicy):
-    """The expert goes whose next use is farthest away: the optimum, of a routing that is known.
+    """Evicts the expert whose next use is farthest away, which is optimal for a known routing.
 
     Args:
-        trace: of the same model on the same tokens. Where the calls turn out otherwise, choices are
-            worse, and results the same.
-        prefetch: fetch ahead in the order of the trace.
+        trace: of the same model on the same tokens. If calls differ, evictions are worse, but
+            results are unchanged.
+        prefetch: prefetch in the order of the trace.
 
     Source: Belady 1966, "A study of replacement algorithms for a virtual-storage computer".
     """
@@ -113,7 +113,7 @@ class BeladyPolicy(CachePolicy):
     def __init__(self, trace: ExpertTrace, *, prefetch: bool = True) -> None:
         self.prefetches = prefetch
         self._calls = trace.calls()
-        self._now = -1  # The call that runs.
+        self._now = -1  # The current call
         self._uses: dict[Key, list[int]] = {}
         for number, (bank, experts) in enumerate(self._calls):
             for expert in experts:
@@ -123,7 +123,7 @@ class BeladyPolicy(CachePolicy):
         self._now += 1
 
     def next_use(self, key: Key) -> float:
-        """Number of the next call after this one that needs the expert."""
+        """Returns the number of the next call after this one that needs the expert."""
         uses = self._uses.get(key, [])
         index = bisect.bisect_right(uses, self._now)
         return uses[index] if index < len(uses) else float("inf")
@@ -141,21 +141,21 @@ class BeladyPolicy(CachePolicy):
 
 
 class PredictivePolicy(LRUPolicy):
-    """Slots go where a predictor sees demand: ExpertFlow's predictive expert cache.
+    """Keeps experts by predicted demand: ExpertFlow's predictive expert cache.
 
-    When a step begins, the predictor says with which chance each call of it will need each expert.
-    Experts of calls to come are worth that chance; those of calls that are over are worth how often
-    steps have needed them lately, because they wait for the next step. What is worth the least goes
-    first, whatever bank it belongs to, and what is worth more than something in a slot is fetched,
-    the next call's experts first. Once a call has routed, its true choice has replaced the
-    predicted one.
+    At the start of a step, the predictor returns the probability that each call of the step needs
+    each expert. Experts of later calls are worth that probability; experts of completed calls are
+    worth the frequency with which recent steps needed them, because they wait for the next step.
+    The expert worth the least is evicted first, whatever its layer, and experts worth more than one
+    in a slot are fetched, those of the next call first. Once a call has routed, its real selection
+    replaces the predicted one.
 
     Args:
-        predict: tokens [B, S] of a step -> chances [L, E] that the step needs each expert, one row
-            a call; as `ExpertPredictor.stream()`.
-        banks: which bank each of the L calls is of; None: call i is of bank i.
-        threshold: chances below are not fetched for.
-        decay: of the memory of earlier steps.
+        predict: tokens [B, S] of a step -> probabilities [L, E] that the step needs each expert,
+            one row per call; like `ExpertPredictor.stream()`.
+        banks: index of the layer of each of the L calls; None: call i belongs to layer i.
+        threshold: experts with smaller probabilities are not fetched.
+        decay: decay of the frequencies of earlier steps.
 
     Source: He et al. 2024 (ExpertFlow, arXiv 2410.17954).
     """
@@ -179,7 +179,7 @@ class PredictivePolicy(LRUPolicy):
         self.threshold = threshold
         self.decay = decay
         self._banks = None if banks is None else list(banks)
-        self._next = 0  # Calls of this step that have begun.
+        self._next = 0  # Number of calls of this step that have begun
         self._chances: list[list[float]] = []
         self._habit: list[list[float]] = []
         self._order: list[tuple[int, Key]] = []

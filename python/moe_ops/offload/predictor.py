@@ -1,6 +1,6 @@
-"""Predicting routes from tokens, before the model runs.
+"""Prediction of routes from tokens, before the model runs.
 
-Letters: B sequences, S tokens of each, V vocabulary, L calls of banks in a step, E experts.
+Letters: B sequences, S tokens per sequence, V vocabulary, L calls of experts per step, E experts.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SIZES = ("vocab_size", "num_calls", "num_experts", "window", "width", "num_laye
 
 
 class ExpertPredictor(nn.Module):
-    """A small causal transformer encoder: tokens to logits that each call uses each expert.
+    """Small causal transformer encoder that maps tokens to logits that each call uses each expert.
 
     Args:
         vocab_size: V.
         num_calls, num_experts: L, E.
-        window: tokens that it looks at.
+        window: maximum number of tokens of its context.
         width, num_layers, num_heads: of the encoder.
 
-    Source: He et al. 2024 (ExpertFlow, arXiv 2410.17954), whose predictor is an encoder and a
-    decoder in the form of T5; this one has an encoder alone.
+    Source: He et al. 2024 (ExpertFlow, arXiv 2410.17954), whose predictor is a T5 encoder-decoder;
+    this one has only an encoder.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class ExpertPredictor(nn.Module):
         self.head = nn.Linear(width, num_calls * num_experts)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, S, L, E] for tokens [B, S], S at most `window`; ids outside [0, V) are 0."""
+        """Computes logits [B, S, L, E] for tokens [B, S], S at most `window`; ids outside [0, V)
+        are treated as 0."""
         length = tokens.shape[1]
         if length > self.window:
             raise ValueError(
@@ -85,14 +86,14 @@ class ExpertPredictor(nn.Module):
 
     @torch.no_grad()
     def chances(self, tokens: Tensor) -> Tensor:
-        """[B, S, L, E], the chance that each token uses each expert; S of any length, each run of
-        `window` tokens on its own."""
+        """Computes [B, S, L, E], the probability that each token uses each expert; S is any length,
+        each run of `window` tokens is processed separately."""
         return torch.cat([self(run).sigmoid() for run in tokens.split(self.window, 1)], 1)
 
     def stream(self) -> Callable[[Tensor], Tensor]:
-        """What `PredictivePolicy` calls once a step: tokens [B, S] -> [L, E], the chance that any
-        of them uses an expert. A step of one token goes on with the tokens of the steps before, if
-        it has as many sequences."""
+        """Returns a function for `PredictivePolicy`, called once per step: tokens [B, S] -> [L, E],
+        the probability that any of them uses an expert. A step with one token per sequence
+        continues the sequences of earlier steps if their number is equal."""
         context: Tensor | None = None
 
         def predict(tokens: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class ExpertPredictor(nn.Module):
         return predict
 
     def save(self, path: Path | str) -> None:
-        """Writes weights and sizes, with a checksum of all of it.
+        """Writes weights and sizes, with a checksum of both.
 
         Raises:
             OSError: it could not be written.
@@ -119,13 +120,13 @@ class ExpertPredictor(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> ExpertPredictor:
-        """Reads what `save` has written; the file cannot run code.
+        """Reads a file of `save`; the file cannot run code.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is no regular file, a bit in it has changed, an earlier version wrote it,
-                or its weights are not those of its sizes. All of it is noticed before memory for
-                the model is taken.
+            ValueError: it is not a regular file, it was corrupted or written by an earlier version,
+                or its weights do not match its sizes. All checks precede the allocation of the
+                model.
         """
         reader = f"{cls.__name__}.load"
         tensors, about = _tensor_file.read_tensors(path, reader, _KIND)
@@ -164,19 +165,21 @@ def train_predictor(
     width: int = 64,
     num_layers: int = 2,
 ) -> ExpertPredictor:
-    """A predictor of the routes of a trace: binary cross-entropy on the sets of experts.
+    """Trains a predictor of the routes of a trace, with binary cross-entropy on the sets of
+    experts.
 
     Args:
-        trace: with known tokens, its sequences of two tokens and more.
+        trace: with known tokens; sequences with at least two tokens are used.
         vocab_size: V of the model.
-        steps, batch, learning_rate: of AdamW, on `batch` random windows a step.
-        window, width, num_layers: as of `ExpertPredictor`.
+        steps, batch, learning_rate: of AdamW, on `batch` random windows per step.
+        seed: of the weights and the windows.
+        window, width, num_layers: see `ExpertPredictor`.
 
     Returns:
         The predictor, in eval mode.
 
     Raises:
-        ValueError: no sequence, or one of unknown tokens.
+        ValueError: no sequence, or a sequence of unknown tokens.
     """
     sequences = [rows for rows in trace.sequences() if len(rows) > 1]
     if not sequences or any(bool((trace.tokens[rows] < 0).any()) for rows in sequences):

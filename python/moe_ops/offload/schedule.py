@@ -1,6 +1,6 @@
-"""ExpertFlow's token scheduler: sequences that use the same experts run in one batch.
+"""ExpertFlow's token scheduler, which batches sequences that use similar experts.
 
-Letters: B sequences, S tokens of each, L calls of banks in a step, E experts.
+Letters: B sequences, S tokens per sequence, L calls of experts per step, E experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .predictor import ExpertPredictor
 
 
 def num_active(routes: Tensor) -> int:
-    """Experts that a batch uses, summed over calls: of routes [B, L, E] bool."""
+    """Returns the number of experts that a batch uses, summed over calls, for routes [B, L, E]
+    bool."""
     return int(routes.any(0).sum())
 
 
@@ -24,13 +25,13 @@ def split_batch_by_experts(
 ) -> tuple[Tensor, Tensor]:
     """Splits sequences into two halves that use few experts each.
 
-    Balanced 2-means on the rows of `routes`, then exchanges of two sequences as long as one lowers
-    the number of experts that the halves use together.
+    It runs balanced 2-means on the rows of `routes`, then exchanges pairs of sequences as long as
+    this lowers the total number of experts that both halves use.
 
     Args:
-        routes: [B, L, E] bool, the experts that each sequence uses, or is predicted to.
-        rounds: of 2-means, and passes of exchanges, at most.
-        generator: for the first centre; None takes the first sequence.
+        routes: [B, L, E] bool, the experts that each sequence uses or is predicted to use.
+        rounds: maximum number of 2-means iterations, and of exchange passes.
+        generator: for the first center; None takes the first sequence.
 
     Returns:
         Indices of both halves, in order, (B + 1) // 2 and B // 2 of them.
@@ -52,7 +53,7 @@ def split_batch_by_experts(
     centres = torch.stack((rows[first], rows[(rows - rows[first]).abs().sum(1).argmax()]))
     order = torch.arange(num, device=rows.device)
     for _ in range(rounds):
-        # How much closer each is to the first centre: the closest half goes there.
+        # Distance difference to both centers: the closest half goes to the first.
         distance = (rows[:, None] - centres[None]).abs().sum(-1)
         new = (distance[:, 0] - distance[:, 1]).argsort(stable=True)
         if torch.equal(new, order):
@@ -88,19 +89,19 @@ def _in_use(counts: list[Tensor]) -> int:
 def generate_in_halves(
     model: Any, tokens: Tensor, num_tokens: int, predictor: ExpertPredictor, **options: Any
 ) -> Tensor:
-    """`generate` of two batches in one: split anew by their predicted experts, run one by one.
+    """Generates from a batch split into two by predicted experts, one after the other.
 
     Args:
         model: a zoo `CausalLM`, or a model of transformers.
-        tokens: [B, S] prompts of one length, those of both batches together.
-        num_tokens: to add, as of `CausalLM.generate`; of transformers `max_new_tokens`.
-        predictor: of the model's routes; experts of a chance over one half count as used.
-        options: of the model's `generate`, the same for both halves: none that has a row for each
-            sequence. Drawing uses the generator in another order than a call with all prompts.
+        tokens: [B, S] prompts of one length.
+        num_tokens: number of new tokens, see `CausalLM.generate`; `max_new_tokens` of transformers.
+        predictor: of the model's routes; experts with a probability over one half count as used.
+        options: of the model's `generate`, used for both halves: none with a row per sequence.
+            Sampling uses the generator in another order than a single call with all prompts.
 
     Returns:
-        [B, S + n], rows in the order of `tokens`; a half that ended earlier is filled up with the
-        last token of each of its rows.
+        [B, S + n], rows in the order of `tokens`; a half that ended earlier is padded with the last
+        token of each of its rows.
     """
     routes = (predictor.chances(tokens) > 0.5).any(1)
     halves = split_batch_by_experts(routes.cpu())

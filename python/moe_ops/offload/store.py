@@ -1,6 +1,6 @@
-"""Where the weights of experts lie while they are not on the device: in memory, or in files.
+"""Storage of expert weights that are not on the device: in memory, or in files.
 
-Letters: E experts of a bank, H hidden size, I intermediate size.
+Letters: E experts per layer, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from moe_ops import _files, _reading
 from moe_ops._tensor_file import fits
 
-Key = tuple[int, int]  # Number of a bank, and of an expert in it.
-# One expert: name of a tensor -> its parts, one below the other along dimension 0.
+Key = tuple[int, int]  # Index of a module of experts, and of an expert in it
+# One expert: name of a tensor -> its parts, concatenated along dimension 0.
 Parts = Mapping[str, Sequence[Tensor]]
 
 _DTYPES = {
@@ -35,12 +35,12 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ALIGNMENT = 64  # Of the first tensor of a file; what follows is as aligned as sizes are.
-_READ_BYTES = 256 << 10  # What is read at a time of numbers that are converted or transposed.
+_ALIGNMENT = 64  # Of the first tensor of a file; others are aligned by their sizes.
+_READ_BYTES = 256 << 10  # Bytes read at a time of values that are converted or transposed
 
 
 class Stored(NamedTuple):
-    """Shape and type of one tensor of an expert, as slots hold it."""
+    """Shape and dtype of one tensor of an expert, as in slots."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,11 +51,11 @@ class Stored(NamedTuple):
 
 
 class ExpertStore:
-    """Experts of several banks of one form, each read when it is asked for.
+    """Experts of several modules in one format, each read on demand.
 
     Attributes:
-        tensors: name -> Stored, of one expert; the same for all.
-        num_banks, num_experts: banks, and E of each.
+        tensors: name -> Stored, for one expert; equal for all.
+        num_banks, num_experts: number of modules, and E of each.
     """
 
     def __init__(self, tensors: Mapping[str, Stored], num_banks: int, num_experts: int) -> None:
@@ -65,25 +65,25 @@ class ExpertStore:
 
     @property
     def expert_bytes(self) -> int:
-        """What one expert takes in a slot."""
+        """Returns the bytes of one expert in a slot."""
         return sum(stored.num_bytes for stored in self.tensors.values())
 
     @property
     def pinned(self) -> bool:
-        """Whether `read` copies from pinned memory alone, so that it may be non-blocking."""
+        """True if `read` copies only from pinned memory, so that it may be non-blocking."""
         return False
 
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
-        """Copies one expert into tensors of the shapes of `tensors`."""
+        """Copies one expert into tensors with the shapes of `tensors`."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Lets go of what it holds; nothing can be read afterwards."""
+        """Frees its resources; nothing can be read afterwards."""
 
 
 @torch.no_grad()
 def copy_parts(target: Tensor, parts: Sequence[Tensor], non_blocking: bool = False) -> None:
-    """Copies parts into the rows of `target`, one below the other."""
+    """Copies parts into consecutive rows of `target`."""
     row = 0
     for part in parts:
         target[row : row + part.shape[0]].copy_(part, non_blocking=non_blocking)
@@ -94,8 +94,8 @@ class MemoryStore(ExpertStore):
     """Experts in CPU memory.
 
     Args:
-        banks: of each bank, name -> parts, each [E, rows, ...].
-        pin: copy them to pinned memory, from which CUDA copies beside the host.
+        banks: for each module, name -> parts, each [E, rows, ...].
+        pin: copy them to pinned memory, from which CUDA copies asynchronously.
     """
 
     def __init__(self, banks: Sequence[Parts], *, pin: bool = False) -> None:
@@ -125,7 +125,7 @@ def _held(part: Tensor, pin: bool) -> Tensor:
 
 
 def forms(bank: Parts) -> dict[str, Stored]:
-    """`ExpertStore.tensors` of a bank of parts [E, rows, ...]."""
+    """Returns `ExpertStore.tensors` of experts in parts [E, rows, ...]."""
     return {
         name: Stored((sum(p.shape[1] for p in parts), *parts[0].shape[2:]), parts[0].dtype)
         for name, parts in bank.items()
@@ -133,11 +133,11 @@ def forms(bank: Parts) -> dict[str, Stored]:
 
 
 class Piece(NamedTuple):
-    """A part of a tensor of an expert in a file: `shape` numbers from byte `offset` on.
+    """Part of an expert's tensor in a file: `shape` values from byte `offset` on.
 
     Attributes:
         transposed: the last two dimensions are swapped in the file.
-        crc32: of its bytes, where the file says it.
+        crc32: of its bytes, if the file contains it.
     """
 
     file: Path
@@ -152,7 +152,7 @@ class Piece(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def rows(self) -> Iterator[Piece]:
-        """The rows as they lie in the file, in pieces of at most `_READ_BYTES` or of one row."""
+        """Yields the rows in file order, in pieces of at most `_READ_BYTES` or of one row."""
         num_rows = self.shape[0]
         row_bytes = self.num_bytes // max(1, num_rows)
         step = max(1, _READ_BYTES // max(1, row_bytes))
@@ -164,18 +164,17 @@ class Piece(NamedTuple):
 class FileStore(ExpertStore):
     """Experts in safetensors files, each read into its slot.
 
-    Beside the slots this takes no memory of the process but, where numbers are converted or
-    transposed, 256 KiB or one row for each thread that reads. The system's file cache gives way to
-    whoever needs memory.
+    In addition to the slots it takes no memory of the process, except 256 KiB or one row per
+    reading thread if values are converted or transposed. The system can evict its file cache.
 
-    The first read of an expert compares it with the checksum that `save_experts` has put into the
-    file; files of others have none.
+    The first read of an expert verifies the checksum that `save_experts` wrote into the file; other
+    files have none.
 
     Args:
-        experts: bank by bank, expert by expert: name -> pieces, one below the other.
-        tensors: what slots hold; numbers of another float type are converted as they are read.
-        keep_cached: leave what was read in the system's file cache. False asks the system to drop
-            it, so that each read is a read from the disk.
+        experts: for each module and expert: name -> pieces, concatenated.
+        tensors: format of the slots; values of another float dtype are converted when read.
+        keep_cached: leave read data in the system's file cache. False asks the system to drop it,
+            so that each read is from the disk.
     """
 
     def __init__(
@@ -194,11 +193,11 @@ class FileStore(ExpertStore):
 
     @classmethod
     def open(cls, path: Path | str, *, keep_cached: bool = True) -> FileStore:
-        """The file that `save_experts` has written.
+        """Opens a file written by `save_experts`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is not such a file, or its header differs from its checksum.
+            ValueError: it is another kind of file, or its header does not match its checksum.
         """
         path = Path(path)
         stored = read_header(path)
@@ -223,11 +222,11 @@ class FileStore(ExpertStore):
         return cls(experts, tensors, keep_cached=keep_cached)
 
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
-        """Copies one expert into tensors of the shapes of `tensors`.
+        """Copies one expert into tensors with the shapes of `tensors`.
 
         Raises:
             OSError: a file cannot be read, or ends too soon.
-            ValueError: an expert that is read for the first time differs from its checksum.
+            ValueError: an expert, at its first read, does not match its checksum.
         """
         bank, expert = key
         first = key not in self._checked
@@ -268,7 +267,8 @@ class FileStore(ExpertStore):
         return found
 
     def drop_cached(self) -> None:
-        """Asks the system to forget the files, so that the next reads are from the disk."""
+        """Asks the system to drop the files from its cache, so that later reads are from the
+        disk."""
         for file in self._files.values():
             file.drop(0, 0)
 
@@ -282,8 +282,8 @@ def _form(expert: Mapping[str, Sequence[Piece]]) -> dict[str, Stored]:
 
 
 class _File:
-    """A file that several threads read. It is not mapped: where a mapping is touched, the system
-    may map 2 MiB around it, so that the memory of the process would have no sharp bound."""
+    """File read by several threads. It is not memory-mapped: the system may map 2 MiB around each
+    touched address, which would leave the memory of the process without a tight bound."""
 
     def __init__(self, path: Path) -> None:
         self._file: Any = _reading.open_regular(path, "FileStore")
@@ -321,12 +321,12 @@ class _File:
 
 
 def read_header(path: Path) -> dict[str, Piece]:
-    """The tensors of a safetensors file, by their names.
+    """Returns the tensors of a safetensors file, by name.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, one that ends too soon, or one of `save_experts` whose
-            header differs from its checksum.
+            header does not match its checksum.
     """
     with _reading.open_regular(path, "FileStore") as file:
         size = os.fstat(file.fileno()).st_size
@@ -356,11 +356,11 @@ def read_header(path: Path) -> dict[str, Piece]:
 
 
 def _marks(header: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """Returns the checksums of a header's tensors, eight hexadecimal digits each, or "" where a
-    file is not of `save_experts`.
+    """Returns the checksums of a header's tensors, eight hexadecimal digits each, or "" for a file
+    that is not from `save_experts`.
 
     Raises:
-        ValueError: the header differs from its own checksum.
+        ValueError: the header does not match its own checksum.
     """
     marks, said = metadata.get("crc32"), metadata.get("sha256")
     if marks is None and said is None:
@@ -388,14 +388,14 @@ def _parse(path: Path, key: str) -> tuple[int, int, str]:
 def save_experts(path: Path | str, banks: Iterable[Parts]) -> None:
     """Writes experts into one safetensors file, each tensor as ``BANK.EXPERT.NAME``.
 
-    The memory of one expert is taken, beside what the banks are in.
+    It allocates memory for one expert.
 
     Args:
-        banks: as of `MemoryStore`, all of one form.
+        banks: see `MemoryStore`, all in one format.
 
     Raises:
-        OSError: it could not be written; what had the name before is then still there.
-        ValueError: banks of several forms.
+        OSError: it could not be written; an existing file is then unchanged.
+        ValueError: experts in several formats.
     """
     path, banks = Path(path), list(banks)
     tensors = forms(banks[0])

@@ -1,7 +1,7 @@
-"""Routes of a model, recorded: what policies are told in advance and predictors are trained on.
+"""Recorded routes of a model, for policies and for training predictors.
 
-Letters: B sequences, S tokens of each, N tokens of all steps, L calls of banks in a step, K experts
-a token.
+Letters: B sequences, S tokens per sequence, N tokens of all steps, L calls of experts per step, K
+experts per token.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from moe_ops.expert_weights import ExpertInputs
 from moe_ops.quant.bank import find_banks
 
 _NAMES = ("ids", "tokens", "steps", "banks", "num_experts")
-# Deflate makes a byte of at most so many; a zip file that claims more is refused.
+# Maximum compression ratio of deflate; a zip file that claims more is rejected.
 _MOST_INFLATED = 1032
 
 
 @dataclass
 class ExpertTrace:
-    """Which experts each token of each step went to.
+    """Experts of each token in each step.
 
     A step is one forward of the model.
 
     Attributes:
-        ids: [N, L, K] int16, -1 where a slot holds no expert.
-        tokens: [N] int64, what the model was given; -1 where that is not known.
+        ids: [N, L, K] int16, -1 for empty slots.
+        tokens: [N] int64, the model's inputs; -1 if unknown.
         steps: [number of steps, 2]: B and S of each; their products sum to N.
-        banks: [L], the number of the bank that each call is of, in the order of the model's banks.
+        banks: [L], the index of the layer of each call, in the order of the model's layers of
+            experts.
         num_experts: E.
     """
 
@@ -51,11 +52,11 @@ class ExpertTrace:
     num_experts: int
 
     def by_step(self) -> Iterator[Tensor]:
-        """ids [B * S, L, K] of each step."""
+        """Yields ids [B * S, L, K] of each step."""
         yield from self.ids.split(self.steps.prod(1).tolist())
 
     def calls(self) -> list[tuple[int, list[int]]]:
-        """Bank and experts in use of every call, in order."""
+        """Returns the layer and used experts of every call, in order."""
         found = []
         for ids in self.by_step():
             for position, bank in enumerate(self.banks):
@@ -64,7 +65,7 @@ class ExpertTrace:
         return found
 
     def multi_hot(self) -> Tensor:
-        """[N, L, E] bool: whether a token uses an expert in a call."""
+        """Returns [N, L, E] bool: True if a token uses an expert in a call."""
         ids = self.ids.long()
         shape = (*ids.shape[:2], self.num_experts + 1)
         hot = torch.zeros(shape, dtype=torch.bool, device=ids.device)
@@ -72,8 +73,9 @@ class ExpertTrace:
         return hot.scatter_(2, ids.masked_fill(empty, self.num_experts), True)[..., :-1]
 
     def sequences(self) -> list[Tensor]:
-        """Positions in [0, N) of the tokens of each sequence. A step of one token goes on with the
-        sequences of the step before, if it has as many; other steps begin new ones."""
+        """Returns the positions in [0, N) of the tokens of each sequence. A step with one token per
+        sequence continues the sequences of the step before if their number is equal; other steps
+        start new ones."""
         found: list[list[Tensor]] = []
         open_ones: list[list[Tensor]] = []
         first = 0
@@ -105,12 +107,12 @@ class ExpertTrace:
 
     @classmethod
     def load(cls, path: Path | str) -> ExpertTrace:
-        """Reads what `save` has written.
+        """Reads a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is no regular file, holds something else, or differs from its checksum,
-                which files of earlier versions do not have.
+            ValueError: it is not a regular file, contains something else, or does not match its
+                checksum, which files of earlier versions do not have.
         """
         reader = "ExpertTrace.load"
         with (
@@ -135,8 +137,8 @@ class ExpertTrace:
 
 
 def _arrays(file: BinaryIO) -> dict[str, Any]:
-    """Returns the arrays of an npz file, whose sizes are compared with the file before memory is
-    taken for them. Errors are those of zipfile, zlib and NumPy."""
+    """Returns the arrays of an npz file, whose sizes are checked against the file before memory is
+    allocated. Errors are those of zipfile, zlib and NumPy."""
     size = os.fstat(file.fileno()).st_size
     arrays = {}
     with zipfile.ZipFile(file) as archive:
@@ -156,7 +158,7 @@ def _arrays(file: BinaryIO) -> dict[str, Any]:
 
 
 def _array(content: bytes) -> Any:
-    """Returns the array of an npy file, which is copied only after its size has been checked."""
+    """Returns the array of an npy file, copied only after its size has been checked."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
@@ -182,7 +184,7 @@ def _digest(arrays: Mapping[str, Any]) -> str:
 
 
 class TraceRecorder:
-    """Collects a trace; `trace()` makes it."""
+    """Collects a trace, which `trace()` returns."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -192,7 +194,7 @@ class TraceRecorder:
         self._banks: list[list[int]] = []
 
     def begin(self, tokens: Tensor | None) -> None:
-        """A step begins."""
+        """Starts a step."""
         self._steps.append((0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1]))
         self._tokens.append(
             torch.empty(0, device="cpu") if tokens is None else tokens.detach().cpu().flatten()
@@ -201,17 +203,18 @@ class TraceRecorder:
         self._banks.append([])
 
     def add(self, bank: int, topk_ids: Tensor) -> None:
-        """A call of a bank, [B * S, K]."""
+        """Adds a call of a layer, [B * S, K]."""
         if not self._ids:
             self.begin(None)
         self._ids[-1].append(topk_ids.detach().cpu().to(torch.int16))
         self._banks[-1].append(bank)
 
     def trace(self) -> ExpertTrace:
-        """What was recorded.
+        """Returns the recorded trace.
 
         Raises:
-            ValueError: nothing was, or steps that did not call the same banks in one order.
+            ValueError: nothing was recorded, or steps called different layers or in different
+                orders.
         """
         kept = [i for i, calls in enumerate(self._ids) if calls]
         if not kept:
@@ -243,7 +246,7 @@ class TraceRecorder:
 
 @contextlib.contextmanager
 def record_expert_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[TraceRecorder]:
-    """Records the routes of a model while the context is open; `recorder.trace()` gives them.
+    """Records the routes of a model while the context is open; `recorder.trace()` returns them.
 
     Example:
         with record_expert_trace(model) as recorder:
@@ -252,10 +255,10 @@ def record_expert_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterat
 
     Args:
         model: of this package or of transformers, its experts offloaded or not.
-        skip: shell patterns of the names of banks to leave out.
+        skip: shell patterns of the names of experts' modules to exclude.
 
     Raises:
-        ValueError: no bank of experts, or banks of different numbers of experts.
+        ValueError: no experts, or layers with different numbers of experts.
     """
     banks = list(_calls_of(model, tuple(skip)))
     sizes = sorted({num_experts for _, num_experts, _ in banks})
@@ -286,7 +289,7 @@ def record_expert_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterat
 
 
 def _calls_of(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[nn.Module, int, Any]]:
-    """Each bank's module, its E, and what reads the inputs of a call of it."""
+    """Yields each module of experts, its E, and a function that reads the inputs of its calls."""
     stored = {
         name: module
         for name, module in model.named_modules()
@@ -300,14 +303,14 @@ def _calls_of(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[nn.Modu
 
 
 def plain_inputs(module: nn.Module, args: Any, kwargs: Any) -> ExpertInputs:
-    """Of a call of `Experts` and what can take its place."""
+    """Returns the inputs of a call of `Experts` or of a replacement."""
     names = ("x", "topk_weights", "topk_ids")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return ExpertInputs(*(given[name] for name in names))
 
 
 def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The token ids [B, S] in a call of a language model; None where there are none."""
+    """Returns the token ids [B, S] in a call of a language model, or None if there are none."""
     found = kwargs.get("input_ids", kwargs.get("tokens", args[0] if args else None))
     if isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point():
         return found

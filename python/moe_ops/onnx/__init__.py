@@ -4,12 +4,11 @@ Example:
     table = moe_ops.onnx.translation_table()
     program = torch.onnx.export(model, (x,), dynamo=True, custom_translation_table=table)
 
-onnxruntime, and whatever else reads ONNX (opset 18), then computes what the model does in
-inference. Products run over each expert's tokens alone: the slots are sorted by expert and a
-product an expert multiplies its rows, so that the work is that of top-k and not of all experts. The
-number of tokens may be dynamic. Sums run in float32 whatever the type of the operands.
+onnxruntime, and other consumers of ONNX (opset 18), then compute the model's inference. Slots are
+sorted by expert, and one GEMM per expert multiplies its rows, so the cost is that of top-k and not
+of all experts. The number of tokens may be dynamic. Sums run in float32 for all operand dtypes.
 
-Needs onnxscript, as torch.onnx.export does: ``pip install torch-moe-ops[onnx]``.
+Needs onnxscript, like torch.onnx.export: ``pip install torch-moe-ops[onnx]``.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from .values import refuse_float64
 
 __all__ = ["translation_table"]
 
-# Ops of inference; the others are refused by torch.onnx.export, which names them. fp8 weights and
-# packed ones are of kernels, and the ops of a decoding step write into a cache.
+# Inference ops; torch.onnx.export rejects others by name. fp8 and packed weights are specific to
+# kernels, and the decode ops write into a cache.
 _TRANSLATIONS: dict[str, Callable[..., Any]] = {
     "add_rms_norm": attention.add_rms_norm,
     "all_experts_ffn": experts.all_experts_ffn,
@@ -60,18 +59,18 @@ _TRANSLATIONS: dict[str, Callable[..., Any]] = {
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """The `custom_translation_table` of torch.onnx.export(..., dynamo=True) for models that call
-    the ops of this package, by its layers or directly.
+    """Returns the `custom_translation_table` of torch.onnx.export(..., dynamo=True) for models that
+    call the ops of this package, through layers or directly.
 
     Returns:
-        A new dict, op -> what builds its part of the graph: of topk_router, topp_router,
+        A new dict, op -> function that builds its part of the graph: for topk_router, topp_router,
         expert_choice_router, router_linear, sort_by_expert, permute, unpermute, grouped_gemm,
-        grouped_gemm_quantized, gated_act, moe_ffn, moe_ffn_quantized (int8 and int4, dequantised
-        in the graph), moe_linear_map, moe_linear_reduce, moa_attention, rotary, add_rms_norm,
-        peer_ffn, all_experts_ffn and mix_expert_outputs. In float32, bfloat16 and float16; float64
-        is refused.
+        grouped_gemm_quantized, gated_act, moe_ffn, moe_ffn_quantized (int8 and int4, dequantized in
+        the graph), moe_linear_map, moe_linear_reduce, moa_attention, rotary, add_rms_norm,
+        peer_ffn, all_experts_ffn and mix_expert_outputs, in float32, bfloat16 and float16; float64
+        is rejected.
 
-    NaN logits are not ranked as the ops rank them.
+    NaN logits are ranked differently than in the ops.
     """
     return {
         getattr(torch.ops.moe_ops, op).default: _translation(op, build)
@@ -80,7 +79,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 
 def _translation(op: str, build: Callable[..., Any]) -> Callable[..., Any]:
-    # Without annotations, of which torch would read what is an attribute.
+    # Without annotations, from which torch would derive attributes.
     def translate(*args, **kwargs):  # type: ignore[no-untyped-def]
         refuse_float64(op, (*args, *kwargs.values()))
         return build(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Attention, rotary position embeddings and the norm in ONNX.
 
-Letters: B batch, S tokens, K slots a token, n heads, d head size.
+Letters: B batch, S tokens, K slots per token, n heads, d head size.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def moa_attention(
             logits = op.Where(seen, logits, number(-math.inf))
         rest = op.ReduceLogSumExp(logits, op.Constant(value_ints=[-1]), keepdims=0)
         weights = op.Softmax(logits, axis=-1)
-        if seen is not None:  # A query that sees no key gets zeros.
+        if seen is not None:  # A query without keys gets zeros.
             weights = op.Where(seen, weights, number(0))
     else:
-        # log(1 - z) and log z of z = sigmoid(logits), each key's part of the stick.
+        # log(1 - z) and log z for z = sigmoid(logits), each key's part of the stick.
         left, taken = (op.Neg(op.Softplus(t)) for t in (logits, op.Neg(logits)))
         if seen is not None:
             left = op.Where(seen, left, number(0))
@@ -100,7 +100,8 @@ def moa_attention(
 def _visible(
     num_tokens: Value, num_keys: Value, causal: bool, window: int, cu_seqlens: Value | None
 ) -> Value | None:
-    """Which keys each query sees, [S, S_kv]: queries are the last S positions. None: all."""
+    """Returns the keys that each query attends to, [S, S_kv]: queries are the last S positions.
+    None: all."""
     key = arange(num_keys)
     position = unsqueeze(op.Add(arange(num_tokens), op.Sub(num_keys, num_tokens)), 1)
     seen = []

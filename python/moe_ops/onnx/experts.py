@@ -1,6 +1,6 @@
-"""Activations and whole expert networks in ONNX.
+"""Activations and complete expert networks in ONNX.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _activated(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Value:
-    """[..., 2I] to [..., I], or [..., I] to [..., I], in float32."""
+    """Computes [..., I] from [..., 2I] or [..., I], in float32."""
     if activation not in GATED_ACTIVATIONS:
         return _PLAIN[activation](preact)
     if interleaved:
@@ -156,7 +156,7 @@ def _ffn(
     act: tuple[str, bool, float, float],
     on_input: bool,
 ) -> Value:
-    """moe_ffn of tokens in float32."""
+    """Computes moe_ffn of tokens in float32."""
     weights, ids = wide(routing[0]), routing[1]
     offsets, row_to_slot, slot_to_row = sorted_slots(ids, len(up))
     rows = op.Gather(x, op.Div(row_to_slot, int_scalar(size(ids, 1))), axis=0)
@@ -206,7 +206,7 @@ def all_experts_ffn(
 
 
 def _each(x: Value, w: Value, bias: Value | None) -> Value:
-    """Expert e's matrix [O, K] times what it gets, x [T, E, K] to [T, E, O]."""
+    """Multiplies each expert's matrix [O, K] with its input, x [T, E, K] to [T, E, O]."""
     rows = op.Transpose(x, perm=[1, 0, 2])
     y = op.Transpose(op.MatMul(rows, op.Transpose(wide(w), perm=[0, 2, 1])), perm=[1, 0, 2])
     return y if bias is None else op.Add(y, wide(bias))
@@ -233,6 +233,6 @@ def mix_expert_outputs(
         scale = op.Div(wide(norm_weight), op.Sqrt(op.Add(wide(var), number(eps))))
         n = op.Add(op.Mul(op.Sub(n, wide(mean)), scale), wide(norm_bias))
     y = op.MatMul(wide(weights), _PLAIN[activation](n))
-    # There are no statistics of a batch.
+    # There are no batch statistics.
     nothing = op.Constant(value_floats=[])
     return like(y, outputs), nothing, nothing

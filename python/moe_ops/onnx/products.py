@@ -1,6 +1,6 @@
-"""Rows by expert and their products in ONNX.
+"""Permutation of rows and grouped GEMMs in ONNX.
 
-Letters: T tokens, H hidden size, O output size, E experts, K experts a token, N = T * K slots.
+Letters: T tokens, H hidden size, O output size, E experts, K experts per token, N = T * K slots.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .values import (
     wide,
 )
 
-Weights = list[tuple[Value, Any]]  # Of each expert: weight [O, K] and bias [O] or None.
+Weights = list[tuple[Value, Any]]  # For each expert: weight [O, K] and bias [O] or None.
 
 
 def grouped_gemm(a: Value, b: Value, expert_offsets: Value, bias: Value | None = None) -> Value:
@@ -50,18 +50,18 @@ def grouped_gemm_quantized(
 
 
 def pick(bank: Value, expert: int) -> Value:
-    """One expert's tensor of a bank [E, ...]."""
+    """Selects one expert's tensor from [E, ...]."""
     return op.Gather(bank, int_scalar(expert), axis=0)
 
 
 def experts_of(w: Value, bias: Value | None) -> Weights:
-    """Weight [O, K] and bias [O] of each expert, in float32."""
+    """Returns weight [O, K] and bias [O] of each expert, in float32."""
     weights = [wide(pick(w, e), w.dtype) for e in range(size(w, 0))]
     return _with_bias(weights, bias)
 
 
 def quantized_experts_of(w: Value, scale: Value, zero: Value | None, bias: Value | None) -> Weights:
-    """The same of a bank in int8 or int4."""
+    """Returns weight [O, K] and bias [O] of each int8 or int4 expert, in float32."""
     return _with_bias([dequantized(e, w, scale, zero) for e in range(size(w, 0))], bias)
 
 
@@ -71,8 +71,8 @@ def _with_bias(weights: list[Value], bias: Value | None) -> Weights:
 
 
 def product(rows: Value, weights: Weights, offsets: Value, out: int) -> Value:
-    """Rows [N, K] of expert e times its weight transposed, plus its bias: [N, O]; rows past the
-    last expert's are zero. All in float32, offsets [E+1] in int64."""
+    """Multiplies the rows [N, K] of expert e with its transposed weight and adds its bias: [N, O];
+    rows after the last expert's are zero. All in float32, offsets [E+1] in int64."""
     bounds = [op.Gather(offsets, ints(e), axis=0) for e in range(len(weights) + 1)]
     parts = []
     for e, (weight, bias) in enumerate(weights):
@@ -84,7 +84,7 @@ def product(rows: Value, weights: Weights, offsets: Value, out: int) -> Value:
 
 
 def dequantized(expert: int, w: Value, scale: Value, zero: Value | None) -> Value:
-    """The weight [O, D] of an expert of a bank in int8 or int4, see moe_ops.formulas.codes."""
+    """Returns the weight [O, D] of an int8 or int4 expert, see moe_ops.formulas.codes."""
     if w.dtype not in (UINT8, INT8) or scale.dtype == UINT8:
         raise ValueError(
             "moe_ffn_quantized: weights of an ONNX export must be of the formats int8 or int4, got "
@@ -129,7 +129,7 @@ def unpermute(
 
 
 def combined(rows: Value, offsets: Value, slot_to_row: Value, weights: Value | None) -> Value:
-    """The (weighted) sums of the rows [N, H] of the tokens' slots, [T, H], in float32."""
+    """Computes the (weighted) sums of the rows [N, H] of the tokens' slots, [T, H], in float32."""
     end = op.Gather(offsets, int_scalar(-1), axis=0)
     here = op.And(op.GreaterOrEqual(slot_to_row, int_scalar(0)), op.Less(slot_to_row, end))
     slots = op.Gather(rows, op.Where(here, slot_to_row, int_scalar(0)), axis=0)

@@ -1,8 +1,8 @@
 """Routers and the sort by expert in ONNX.
 
-TopK gives equal values in the order of their indices, which is the order of ties of the ops.
+TopK returns equal values in the order of their indices, which is the order of ties of the ops.
 
-Letters: T tokens, E experts, K experts a token, N = T * K slots.
+Letters: T tokens, E experts, K experts per token, N = T * K slots.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def topk_router(
 def _without_losing_groups(
     key: Value, num_experts: int, num_groups: int, num_topk_groups: int, group_score: str
 ) -> Value:
-    """The key [T, E], -inf at experts whose group is not among the best."""
+    """Returns the key [T, E], with -inf for experts outside of the best groups."""
     group_size = num_experts // num_groups
     grouped = reshape(key, 0, num_groups, group_size)
     best, _ = _top(grouped, 1 if group_score == "max" else min(2, group_size))
@@ -120,7 +120,7 @@ def topp_router(
     num_experts = size(router_logits, 1)
     _, ids = _top(logits, num_experts)
     probs = op.GatherElements(op.Softmax(logits, axis=-1), ids, axis=1)
-    # An expert is used while the experts before it fall short of top_p.
+    # An expert is used while the sum over the experts before it is below top_p.
     before = op.CumSum(probs, int_scalar(1), exclusive=1)
     first = op.Less(arange(int_scalar(num_experts)), int_scalar(min_k))
     used = op.Or(op.Less(before, number(top_p)), first)
@@ -141,7 +141,7 @@ def expert_choice_router(
     best, tokens = _top(scores, capacity, axis=0)
     zeros, ones = (op.Expand(number(n), op.Shape(t)) for n, t in ((0, scores), (1, best)))
     chosen = op.ScatterElements(zeros, tokens, ones, axis=0)
-    # The chosen experts first, in ascending id.
+    # The selected experts first, in ascending order.
     _, ids = _top(chosen, num_experts)
     used = op.GatherElements(chosen, ids, axis=1)
     weights = op.Mul(op.GatherElements(scores, ids, axis=1), used)
@@ -150,7 +150,7 @@ def expert_choice_router(
 
 
 def sorted_slots(topk_ids: Value, num_experts: int) -> tuple[Value, Value, Value]:
-    """As `sort_by_expert`, in int64."""
+    """Sorts like `sort_by_expert`, in int64."""
     ids = reshape(long(topk_ids), -1)
     here = op.And(op.GreaterOrEqual(ids, int_scalar(0)), op.Less(ids, int_scalar(num_experts)))
     ids = op.Where(here, ids, int_scalar(num_experts))

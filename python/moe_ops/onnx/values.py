@@ -1,9 +1,9 @@
 """Values of an ONNX graph that is being built.
 
 Calling an operator of `onnxscript.opset18` adds its node to the graph that torch.onnx.export
-builds, and gives the node's result: the functions of this package read like those of
-`moe_ops.reference`. Known of a value are the type and the shape of what the op gets, where a size
-that is dynamic is no number; nothing is known of what is made from these.
+builds, and returns the node's result: the functions of this package read like those of
+`moe_ops.reference`. Type and shape are known only for the arguments of an op (dynamic sizes are not
+integers), not for computed values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def refuse_float64(name: str, arguments: Iterable[Any]) -> None:
 
 
 def size(value: Value, dim: int) -> int:
-    """A size that the weights of a model have, and is known when it is exported."""
+    """Returns a size that is known at export, as those of weights are."""
     found = value.shape[dim]
     if not isinstance(found, int):
         raise ValueError(f"A size of a weight must be a number in an ONNX export, got {found}.")
@@ -37,7 +37,7 @@ def size(value: Value, dim: int) -> int:
 
 
 def ints(*numbers: int) -> Value:
-    """[n] int64."""
+    """Returns [n] int64."""
     return op.Constant(value_ints=list(numbers))
 
 
@@ -46,22 +46,22 @@ def int_scalar(number: int) -> Value:
 
 
 def number(value: float) -> Value:
-    """A float32 scalar."""
+    """Returns a float32 scalar."""
     return op.Constant(value_float=float(value))
 
 
 def byte(value: int) -> Value:
-    """A uint8 scalar."""
+    """Returns a uint8 scalar."""
     return op.Constant(value=ir.tensor(value, dtype=UINT8))
 
 
 def wide(value: Value, dtype: Any = None) -> Value:
-    """In float32, the type of sums; `dtype` is that of a value of which nothing is known."""
+    """Casts to float32, the dtype of sums; `dtype` is that of a value whose dtype is unknown."""
     return value if (dtype or value.dtype) == FLOAT else op.Cast(value, to=FLOAT)
 
 
 def like(value: Value, other: Value, dtype: Any = None) -> Value:
-    """A float32 value in the dtype of an argument, or in another one that was asked for."""
+    """Casts a float32 value to the dtype of an argument, or to a given one."""
     target = other.dtype if dtype is None or dtype == -1 else dtype
     return value if target == FLOAT else op.Cast(value, to=target)
 
@@ -71,7 +71,7 @@ def long(value: Value) -> Value:
 
 
 def reshape(value: Value, *shape: int) -> Value:
-    """0 is the size that is there, -1 the one that is left."""
+    """Reshapes; 0 keeps a size, -1 infers it."""
     return op.Reshape(value, ints(*shape))
 
 
@@ -80,23 +80,23 @@ def unsqueeze(value: Value, *axes: int) -> Value:
 
 
 def columns(value: Value, begin: int, end: int, step: int = 1) -> Value:
-    """Of the last dimension."""
+    """Slices the last dimension."""
     return op.Slice(value, ints(begin), ints(end), ints(-1), ints(step))
 
 
 def halves(value: Value) -> Sequence[Value]:
-    """Of the last dimension."""
+    """Splits the last dimension into halves."""
     parts: Sequence[Value] = op.Split(value, axis=-1, num_outputs=2)
     return parts
 
 
 def arange(count: Value) -> Value:
-    """[count] int64; `count` is an int64 scalar."""
+    """Returns [count] int64; `count` is an int64 scalar."""
     return op.Range(int_scalar(0), count, int_scalar(1))
 
 
 def length(value: Value, dim: int = 0) -> Value:
-    """A size as an int64 scalar."""
+    """Returns a size as an int64 scalar."""
     return op.Squeeze(op.Shape(value, start=dim, end=dim + 1))
 
 

@@ -1,4 +1,5 @@
-"""The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
+"""Documented Python functions of the ops, one file per op, with its fake, autograd and autocast
+rules."""
 
 from moe_ops.ops import _flops, _library, _vmap  # noqa: F401  _flops registers what an op counts.
 from moe_ops.ops.add_rms_norm import add_rms_norm

@@ -1,4 +1,4 @@
-"""Checks of what every block of attention on a few new tokens is given."""
+"""Argument checks shared by the attention ops for decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_ops.ops._checks import (
 
 
 def check_kept(op: str, args: Mapping[str, Any], *names: str) -> None:
-    """x, start, and caches [B, m, L, d] that are written in place."""
+    """Checks x, start, and caches [B, m, L, d] that are written in place."""
     x, start = args["x"], args["start"]
     check_float(op, "x", x, "[B, S, H]")
     batch, length, _ = x.shape
@@ -34,7 +34,7 @@ def check_kept(op: str, args: Mapping[str, Any], *names: str) -> None:
 
 
 def check_block(op: str, args: Mapping[str, Any], rotary_size: int, *epsilons: str) -> None:
-    """The first norm, angles, mask, numbers, and the devices of all operands."""
+    """Checks the first norm, angles, mask, numbers, and the devices of all operands."""
     x = args["x"]
     batch, length, hidden = x.shape
     check_like(op, "norm_weight", args["norm_weight"], "x", x, "[H]", H=hidden)

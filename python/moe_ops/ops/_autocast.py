@@ -1,4 +1,4 @@
-"""The autocast rules of the ops: torch's stable ABI has none in C++."""
+"""Autocast rules of the ops, in Python because torch's stable ABI has none in C++."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from moe_ops.ops._library import library
 
 
 def register_autocast(op: str, cast: Sequence[str] = (), dtype: torch.dtype | None = None) -> None:
-    """Under autocast, casts the named tensor arguments and leaves the others as they are.
+    """Registers an autocast rule that casts the named tensor arguments and no others.
 
     ``torch.library.register_autocast`` casts every floating tensor, so it would round fp32 routing
-    weights to the autocast type. fp64 tensors are left alone, as torch does, and so are codes.
+    weights to the autocast dtype. fp64 tensors (as in torch) and quantized values are never cast.
 
     Args:
         op: name of the op, without the namespace.
         cast: names of the arguments to cast; none for data movement and elementwise ops.
-        dtype: target; the autocast type of the device when None.
+        dtype: target dtype; None is the autocast dtype of the device.
     """
     overload = getattr(torch.ops.moe_ops, op).default
     arguments = arguments_of(op)
@@ -42,7 +42,7 @@ def register_autocast(op: str, cast: Sequence[str] = (), dtype: torch.dtype | No
                     and isinstance(value, Tensor)
                     and value.is_floating_point()
                     and value.dtype != torch.float64
-                    and value.itemsize > 1  # No float8: those are codes.
+                    and value.itemsize > 1  # float8 tensors are quantized values.
                     and value.device.type == _device
                 ):
                     return value.to(target)

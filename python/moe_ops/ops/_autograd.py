@@ -1,6 +1,6 @@
-"""How an op is called, and its rule of autograd: gradients, or the sentence that refuses them.
+"""Calls of the ops, and their autograd rules: gradients, or errors that refuse them.
 
-torch's stable ABI has no autograd in C++, so the rules live beside the public functions.
+torch's stable ABI has no autograd in C++, so the rules are registered in Python.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from moe_ops._private_torch import (
 from moe_ops.ops._error_kinds import LOST, keep_kinds
 from moe_ops.ops._library import Signature, library
 
-# Bound here, since looking names up takes time after the weights of a call have filled the cache.
+# Bound here because looking up names is slow once a call's weights have filled the cache.
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
 
-# Op -> what applies its autograd rule, without the way there through the dispatcher.
+# Op -> function that applies its autograd rule without the dispatcher.
 _direct_rules: dict[Any, Callable[..., Any]] = {}
 
 
 def in_transform() -> bool:
-    """Whether eager code runs under torch.func's transforms or in forward mode, which must see
-    every operation."""
+    """Returns whether eager code runs under torch.func's transforms or in forward mode, which must
+    see every operation."""
     return not is_compiling() and (in_forward_mode() or are_functorch_transforms_active())
 
 
 def in_plain_training(*args: Any) -> bool:
-    """Whether a gradient is wanted, in eager code where the dispatcher would go straight to the
+    """Returns whether eager code needs a gradient and the dispatcher would directly call the
     autograd rule."""
     return bool(
         not is_compiling()
@@ -59,18 +59,18 @@ def in_plain_training(*args: Any) -> bool:
 
 
 def direct_call(name: str) -> Callable[..., Any]:
-    """A function that calls an op.
+    """Returns a function that calls an op with low overhead.
 
-    Where no gradient can be wanted, it passes by the autograd rule, which is Python and takes as
-    long as routing a token. Inference mode passes by it anyway; code that is being compiled must
-    not ask for it.
+    If no gradient is possible, it bypasses the autograd rule, which is Python code and takes as
+    long as routing a token. Inference mode bypasses the rule anyway; compiled code must not check
+    for it.
 
-    In plain eager code that wants gradients, the autograd rule is applied here: the dispatcher
-    would come back to Python for it, through torch.library, and a training step of a small layer is
-    made of such calls.
+    In plain eager code with gradients, it applies the autograd rule directly: the dispatcher would
+    return to Python through torch.library, and a training step of a small layer consists of such
+    calls.
 
-    What a call needs is bound beforehand: weights that do not fit L2 push Python's own objects out
-    of it, and then each name that is looked up is a miss.
+    Everything that a call needs is bound beforehand: weights that do not fit in L2 evict Python's
+    own objects, and then each name lookup is a cache miss.
 
     Args:
         name: of the op, without the namespace.
@@ -97,13 +97,13 @@ def direct_call(name: str) -> Callable[..., Any]:
 
 
 def plain_call(name: str) -> Callable[..., Any]:
-    """A function that calls an op that has no rule of autograd: there is nothing to pass by."""
+    """Returns a function that calls an op without an autograd rule."""
     op: Callable[..., Any] = getattr(torch.ops.moe_ops, name)
     return keep_kinds(name, op) if LOST else op
 
 
 def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
-    """``ctx.needs_input_grad`` for all ``count`` arguments.
+    """Returns ``ctx.needs_input_grad`` for all ``count`` arguments.
 
     The dispatcher drops trailing arguments that equal their defaults, and with them their entries.
     """
@@ -112,12 +112,13 @@ def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """The `setup` of an op whose backward needs its arguments, which are all tensors."""
+    """Saves all arguments, which must be tensors, as the `setup` of an op whose backward needs
+    them."""
     ctx.save_for_backward(*inputs)
 
 
 def only_needed(grads: Iterable[Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
-    """The gradients, and None for those that nobody wants."""
+    """Yields the gradients, or None if they are not needed."""
     return (g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -128,20 +129,20 @@ def register_autograd(
     *,
     forward: str | None = None,
 ) -> None:
-    """``torch.library.register_autograd`` that also knows torch.func and refuses forward mode.
+    """Registers an autograd rule that supports torch.func and refuses forward mode.
 
-    torch's own reads the schema anew on every call to fill in defaults, and makes an object for the
-    dispatch keys; a training step of a small layer is made of such calls. It drops tangents without
-    a word and fails under torch.func. And it can save inputs and outputs of the op only.
+    ``torch.library.register_autograd`` reads the schema on every call to fill in defaults and
+    creates an object for the dispatch keys, which is slow for a training step of a small layer. It
+    silently drops tangents, fails under torch.func, and can save only inputs and outputs of the op.
 
     Args:
         op: name of the op, without the namespace.
         backward: (ctx, *gradients of the outputs) -> gradients of all arguments, in the order of
             the schema, keyword-only ones last.
         setup: (ctx, all arguments, output), saves what backward needs.
-        forward: an op with the same arguments that runs in the place of `op` where a gradient is
-            wanted. Its first output is that of `op`; `setup` gets all of them, to save what no
-            caller of `op` wants to see.
+        forward: an op with the arguments of `op` that replaces it if a gradient is needed. Its
+            first output is that of `op`; `setup` gets all outputs, to save those that callers of
+            `op` do not see.
     """
     signature = Signature(op)
     packet, defaults = getattr(torch.ops.moe_ops, op), signature.defaults
@@ -158,8 +159,8 @@ def register_autograd(
             setup(ctx, (*args, *defaults[len(args) :]), output)
         return output if forward is None else output[0]
 
-    # The keys come last, so that `needs_input_grad` of the others keeps its places; they have no
-    # gradient. Gradients of arguments that were left out are None, which autograd cuts off.
+    # The keys come last, so that `needs_input_grad` of the other arguments keeps its indices; keys
+    # have no gradient. Gradients of omitted arguments are None, which autograd drops.
     def all_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return *backward(ctx, *grads), None
 
@@ -182,11 +183,11 @@ def register_autograd(
         {"forward": staticmethod(run_plain_forward), "backward": staticmethod(backward)},
     )
     if not signature.keywords:
-        # Function.apply itself only looks for functorch, which `call` has done.
+        # Function.apply itself only checks for functorch, which `call` has done.
         _direct_rules[packet] = super(torch.autograd.Function, plain).apply
 
     def differentiate(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # torch finds the tangents and calls jvp where there are any.
+        # torch finds the tangents and calls jvp if there are any.
         row = signature.complete(args, kwargs) if signature.keywords else args
         return apply(*row, keyset)
 
@@ -196,8 +197,8 @@ def register_autograd(
 def _register_rule(
     op: str, differentiate: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 ) -> None:
-    """Calls `differentiate` (keys, positional arguments, keyword-only arguments) in the place of
-    the op where a gradient or a tangent is wanted."""
+    """Calls `differentiate` (keys, positional arguments, keyword-only arguments) instead of the op
+    if a gradient or a tangent is needed."""
     redispatch = redispatch_of(op)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -210,8 +211,8 @@ def _register_rule(
 
 
 def _lower_levels() -> AbstractContextManager[Any]:
-    """Where a rule goes on to the outer transforms of torch.func, which may differentiate too: for
-    its forward, a Function turns differentiation off at all levels."""
+    """Returns a context in which a rule calls the outer transforms of torch.func, which may also
+    differentiate: during its forward, a Function disables differentiation at all levels."""
     if not are_functorch_transforms_active():
         return nullcontext()
     stack = ExitStack()
@@ -221,11 +222,11 @@ def _lower_levels() -> AbstractContextManager[Any]:
 
 
 def _rule_of(name: str, **methods: Any) -> Callable[..., Any]:
-    """``apply`` of an autograd Function, for the rule of an op.
+    """Returns ``apply`` of an autograd Function, for the rule of an op.
 
-    Under torch.func's transforms, the dispatcher comes here once for each level that
-    differentiates, with tensors of that level, and what the function calls goes on to the next one,
-    as with torch's own operations. torch wants to be told that a function is made for one level.
+    Under torch.func's transforms, the dispatcher calls the rule once per level that differentiates,
+    with tensors of that level; inner calls go to the next level, as with torch's own operations.
+    torch requires functions for one level to be marked as such.
     """
     function: Any = type(name, (torch.autograd.Function,), methods)
     single_level: Any = type(name, (SingleLevelFunction,), methods)
@@ -243,14 +244,14 @@ def _rule_of(name: str, **methods: Any) -> Callable[..., Any]:
 
 
 def _public(op: str) -> str:
-    """The op that users call and that has a reference."""
+    """Returns the name of the public op, which has a reference."""
     for suffix in ("_accumulate", "_bwd", "_fwd", "_exact"):
         op = op.removesuffix(suffix)
     return op
 
 
 def refuse_tangents(op: str, advice: str | None = None) -> Callable[..., Any]:
-    """The ``jvp`` of an autograd Function that has none."""
+    """Returns a ``jvp`` that raises, for an autograd Function without one."""
     name = _public(op)
     if advice is None:
         advice = f"moe_ops.reference.{name} can be differentiated in forward mode"
@@ -270,7 +271,8 @@ def _no_second_derivative(op: str) -> NotImplementedError:
 
 
 def register_no_double_backward(op: str) -> None:
-    """Makes a derivative of the backward `op` an error instead of a missing gradient."""
+    """Registers a rule that makes a derivative of the backward `op` an error instead of a missing
+    gradient."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise _no_second_derivative(op)
@@ -279,7 +281,8 @@ def register_no_double_backward(op: str) -> None:
 
 
 def register_not_differentiable(op: str) -> None:
-    """The same for one that writes into its arguments, which register_autograd does not take."""
+    """Acts like `register_no_double_backward`, for ops that write into their arguments, which
+    `register_autograd` does not support."""
 
     def refuse(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise _no_second_derivative(op)
@@ -288,7 +291,7 @@ def register_not_differentiable(op: str) -> None:
 
 
 def register_no_gradient(op: str, advice: str) -> None:
-    """For an op of inference: an error where a gradient is wanted, in the forward pass already."""
+    """Registers an inference-only op: raises in the forward pass if a gradient is needed."""
     names = Signature(op).names
     jvp = refuse_tangents(op, f"call it on tensors without tangents, or {advice}")
 
@@ -306,7 +309,7 @@ def register_no_gradient(op: str, advice: str) -> None:
 
 
 def register_gradient_of(op: str, function: Callable[..., Any]) -> None:
-    """Calls `function` with all arguments in the place of the op where a gradient is wanted."""
+    """Calls `function` with all arguments instead of the op if a gradient is needed."""
     signature = Signature(op)
 
     def differentiate(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

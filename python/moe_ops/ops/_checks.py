@@ -1,7 +1,7 @@
-"""What a fake implementation asks of its arguments, in the words of the kernels' own checks.
+"""Argument checks of fake implementations, with the messages of the kernels' own checks.
 
-A shape is written as in the docstrings: `check_float(op, "x", x, "[T, H]", H=64)` wants two
-dimensions and 64 in the second.
+Shapes are written as in the docstrings: `check_float(op, "x", x, "[T, H]", H=64)` requires two
+dimensions and size 64 in the second.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_tensor(
     shape: str = "",
     **sizes: Any,
 ) -> None:
-    """One of the types, and the shape if one is given. None is an argument that was left out."""
+    """Checks for one of the dtypes, and for the shape if given. None is an omitted argument."""
     if t is None:
         return
     check_dtype(op, name, t.dtype, dtypes)
@@ -65,7 +65,7 @@ def check_tensor(
 def check_like(
     op: str, name: str, t: Tensor | None, like_name: str, like: Tensor, shape: str, **sizes: Any
 ) -> None:
-    """`check_tensor` of the type that another argument has."""
+    """Calls `check_tensor` with the dtype of another argument."""
     if t is None:
         return
     check_dtype(op, name, t.dtype, (like.dtype,), f" like {like_name}")
@@ -94,7 +94,7 @@ def check_size(op: str, name: str, t: Tensor, d: int, n: int, what: str) -> None
 
 
 def check_offsets(op: str, expert_offsets: Tensor) -> None:
-    """[E+1] of at least one expert."""
+    """Checks [E+1] with at least one expert."""
     check_index(op, "expert_offsets", expert_offsets, "[E+1]")
     check(
         expert_offsets.shape[0] >= 2,
@@ -113,7 +113,8 @@ def check_positive(name: str, **sizes: int) -> None:
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
-    """A fake implementation must refuse what the real one cannot run."""
+    """Checks that all tensors are on one device: a fake implementation must reject calls that the
+    real one cannot run."""
     first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
     for name, t in tensors.items():
         check(
@@ -124,7 +125,8 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_result_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
-    """A result, and so its gradient, is in x's dtype or in the one that sums run in."""
+    """Checks a result's dtype, which also is its gradient's: x's dtype or the accumulation
+    dtype."""
     wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
     check_dtype(op, name, dtype, tuple(wanted))
 
@@ -132,25 +134,25 @@ def check_result_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> Non
 def new_if(
     needed: bool, like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """What an op returns for a gradient: [0] where it is not needed. The shape is that of `like`
-    unless given."""
+    """Returns a new gradient with the shape of `like` or the given one, or [0] if it is not
+    needed."""
     size = tuple(like.shape if shape is None else shape)
     return like.new_empty(size if needed else (0,), dtype=dtype)
 
 
 def is_stored_transposed(w: Tensor) -> bool:
-    """Whether [E, O, K] is a view of a contiguous [E, K, O] on a CUDA device: there the gradient of
-    such a weight, which gpt-oss and Llama 4 have, is made in the same layout."""
+    """Returns whether [E, O, K] is a view of a contiguous [E, K, O] on a CUDA device. The gradient
+    of such a weight (gpt-oss, Llama 4) has the same layout."""
     return w.is_cuda and not w.is_contiguous() and w.mT.is_contiguous()
 
 
 def given(
     found: Iterable[Tensor | None], like: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """Returns what an op returns for results of which some are None: [0] in their place."""
+    """Returns an op's outputs, with [0] in place of None."""
     return tuple(like.new_empty((0,), dtype=dtype) if t is None else t for t in found)
 
 
 def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Of the shape of `t` and its type unless given, and dense whatever its strides are."""
+    """Returns a new dense tensor with the shape and, unless given, the dtype of `t`."""
     return t.new_empty(tuple(t.shape), dtype=dtype)

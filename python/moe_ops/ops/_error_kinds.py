@@ -1,8 +1,8 @@
-"""Bad input stays a ValueError where torch makes a RuntimeError of it.
+"""Conversion of torch's RuntimeErrors back to ValueErrors for invalid input.
 
-From version 2.15 on torch catches what a kernel throws and raises a RuntimeError with its text: the
-kind is lost, the sentence is not. A sentence about an argument begins with the op and says what the
-argument must be; that of a device's error does not.
+From version 2.15, torch catches exceptions of kernels and raises a RuntimeError with their text,
+which loses the exception type. A message about an argument begins with the op's name and states
+what the argument must be; messages about device errors do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOST = torch_version() >= (2, 15)
 
 
 def keep_kinds(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, whose errors have the kinds that those of the op called `name` have in C++."""
+    """Wraps `call` so that its errors have the exception types of op `name` in C++."""
 
     @functools.wraps(call)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def _kind_of(name: str, error: RuntimeError) -> type[Exception] | None:
     text = str(error)
     if type(error) is not RuntimeError:
         return None
-    # grouped_gemm_fp8_wgrad_accumulate speaks of grouped_gemm_fp8_wgrad, which is what users call.
+    # grouped_gemm_fp8_wgrad_accumulate names grouped_gemm_fp8_wgrad, which is the public op.
     op, _, sentence = text.partition("\n")[0].partition(": ")
     if (name == op or name.startswith(f"{op}_")) and " must " in sentence:
         return ValueError

@@ -1,8 +1,8 @@
-"""How many operations the products of an op take, for torch.utils.flop_counter.FlopCounterMode.
+"""FLOP counts of the ops' GEMMs, for torch.utils.flop_counter.FlopCounterMode.
 
-Two for each multiply-add, as torch counts its own; arithmetic outside of products counts as
-nothing. Every slot counts, also one without an expert: a count does not read ids. T tokens, N = T
-* K slots, H hidden size, I intermediate size, O and D output and input features.
+A multiply-add counts as two operations, as in torch; arithmetic outside of GEMMs is not counted.
+Every slot counts, also empty ones: a count does not read ids. T tokens, N = T * K slots, H hidden
+size, I intermediate size, O and D output and input features.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Shape = tuple[int, ...]
 
 
 def count_flops(*ops: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorates a function of an op's arguments, in which tensors are their shapes, and of the
-    shapes of its results, `out_shape`."""
+    """Decorates a function of an op's arguments, with tensors as their shapes, and of the shapes of
+    its results, `out_shape`."""
     packets = [getattr(torch.ops.moe_ops, op) for op in ops]
     return register_flop_formula(packets)  # type: ignore[no-any-return]
 
@@ -38,7 +38,7 @@ def _wgrad(grad: Shape, a: Shape, *args: Any, **kwargs: Any) -> int:
 
 @count_flops("grouped_gemm_fp8_wgrad", "grouped_gemm_fp8_wgrad_accumulate")
 def _fp8_wgrad(grad: Shape, grad_scale: Shape, a: Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * prod(grad) * a[0]  # [O, rows] and [D, rows], filled up with rows of zeros.
+    return 2 * prod(grad) * a[0]  # [O, rows] and [D, rows], padded with zero rows
 
 
 @count_flops("router_linear")
@@ -60,7 +60,8 @@ def _router_linear_bwd(
 
 
 def _ffn(x: Shape, rows_up: int, width: int, num_slots: int) -> int:
-    """Of the two products of the slots, with `rows_up` output features and `width` between."""
+    """Counts both GEMMs of the slots, with `rows_up` output features and intermediate size
+    `width`."""
     return 2 * num_slots * x[-1] * (rows_up + width)
 
 
@@ -101,7 +102,7 @@ def _moe_ffn_codes(
     activation: str = "swiglu",
     **kwargs: Any,
 ) -> int:
-    # A byte may hold two codes, so that the width between is that of w_gate_up.
+    # A byte may contain two weights, so the intermediate size comes from w_gate_up.
     activation = next((a for a in args if isinstance(a, str)), activation)
     width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
     return _ffn(x, w_gate_up[1], width, prod(topk_weights))
@@ -113,7 +114,7 @@ def _moe_ffn_quantized_bwd(
 ) -> int:
     activation = next(a for a in args if isinstance(a, str))
     width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
-    slots = prod(args[3])  # Of topk_weights.
+    slots = prod(args[3])  # topk_weights
     wanted = args[-2] if need_x is None else need_x
     return 2 * slots * x[-1] * (width + (w_gate_up[1] if wanted else 0))
 
@@ -284,7 +285,7 @@ def _linear_reduce_bwd(
 
 
 def _attention(q: Shape, k: Shape) -> int:
-    """Of one product of queries with keys, causal or not, as torch counts it."""
+    """Counts one GEMM of queries and keys, ignoring causality like torch."""
     batch, queries, slots, heads, size = q
     return 2 * batch * queries * slots * heads * size * k[1]
 
@@ -298,7 +299,7 @@ def _moa_attention(q: Shape, k: Shape, *args: Any, **kwargs: Any) -> int:
 def _moa_attention_bwd(
     grad_out: Shape, grad_state: Shape, q: Shape, k: Shape, *args: Any, **kwargs: Any
 ) -> int:
-    return 5 * _attention(q, k)  # Scores once more, and four gradients.
+    return 5 * _attention(q, k)  # Recomputed scores, and four gradients.
 
 
 @count_flops("attention_decode")
@@ -346,7 +347,7 @@ def _mla_decode(
     batch, length, hidden = x
     rank, rope = latents[-1], num_heads * rope_keys[-1]
     queries = w_q[0] * hidden if w_q_a is None else w_q_a[0] * (w_q[0] + hidden)
-    values = w_kv_b[0] - (w_q[0] - rope)  # Of all heads, as rope is.
+    values = w_kv_b[0] - (w_q[0] - rope)  # Of all heads, like rope.
     weights = queries + (w_kv_a[0] + values) * hidden + prod(w_kv_b)
     kept = (start + length) * (2 * num_heads * rank + rope)
     return 2 * batch * length * (weights + kept)

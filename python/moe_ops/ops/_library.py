@@ -1,4 +1,4 @@
-"""What holds the registrations of the ops from Python, and those that are no rule of autograd."""
+"""The library of Python registrations of the ops, and registrations other than autograd rules."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from moe_ops._private_torch import arguments_of
 
-# Keeps the registrations alive for the life of the process.
+# Keeps the registrations alive until the process ends.
 library = torch.library.Library("moe_ops", "FRAGMENT")
-# Op -> its CUDA kernel, where that is made of torch's operations.
+# Op -> its CUDA kernel, if that is composed of torch operations.
 cuda_formulas: dict[str, Callable[..., Any]] = {}
-# Op -> its fake; every op has one.
+# Op -> its fake implementation; every op has one.
 fakes: dict[str, Callable[..., Any]] = {}
 
 
 class Signature:
-    """How an op is called with all its arguments in a row, keyword-only ones last."""
+    """Argument list of an op, with keyword-only arguments last."""
 
     def __init__(self, op: str) -> None:
         arguments = arguments_of(op)
@@ -28,7 +28,8 @@ class Signature:
         self.defaults = tuple(a.default_value for a in arguments)
 
     def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in a row. The dispatcher drops trailing ones that equal their defaults."""
+        """Returns all arguments in order. The dispatcher drops trailing ones that equal their
+        defaults."""
         given = (*args, *self.defaults[len(args) : self.num_positional])
         if not self.keywords:
             return given
@@ -43,8 +44,8 @@ class Signature:
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the function that checks a call and gives outputs without values. It gets all
-    arguments in the order of the schema, whatever a caller leaves to its default."""
+    """Decorates the fake implementation, which checks a call and returns outputs without values. It
+    gets all arguments in the order of the schema, including defaults."""
     signature = Signature(op)
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,8 +60,8 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def register_cuda_formula(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the CUDA kernel of an op that is best made of torch's operations there: of dense
-    products, which cuBLAS multiplies, and of formulas that a compiler fuses.
+    """Decorates the CUDA kernel of an op that is best composed of torch operations: of dense GEMMs,
+    which cuBLAS runs, and of formulas that a compiler fuses.
 
     It gets all arguments in the order of the schema, after the op's fake has checked them, and runs
     below autograd: the op's own rule differentiates it.

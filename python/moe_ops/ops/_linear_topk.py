@@ -1,6 +1,6 @@
-"""router_linear and topk_router as one node of autograd.
+"""router_linear and topk_router as one autograd node.
 
-In a training step of a small layer, a node costs as much as the arithmetic of either.
+In a training step of a small layer, a node costs as much as the arithmetic of either op.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _LinearTopk(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *rest
 
 
-# Function.apply itself only looks for functorch, which in_plain_training has done.
+# Function.apply itself only checks for functorch, which in_plain_training has done.
 _apply: Any = super(torch.autograd.Function, _LinearTopk).apply
 
 
@@ -66,10 +66,10 @@ def linear_topk_router(
     logits_dtype: torch.dtype | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`topk_router` of the logits that `router_linear` makes of CPU tensors.
+    """Computes `topk_router` of the logits from `router_linear`, for CPU tensors.
 
     Args:
-        x, weight, bias, logits_dtype: of `router_linear`.
+        x, weight, bias, logits_dtype: see `router_linear`.
         options: all arguments of the op topk_router after the logits, in its order.
 
     Returns:

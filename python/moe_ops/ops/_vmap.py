@@ -1,6 +1,5 @@
-"""Rules of torch.vmap: a batch of calls is one call with as many times the tokens where nothing
-but tokens is batched, and a loop otherwise (batched weights, gradients of weights a sample).
-"""
+"""torch.vmap rules: a batch of calls becomes one call with more tokens if only token arguments are
+batched, and a loop otherwise (batched weights, per-sample gradients of weights)."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from moe_ops.ops._library import Signature, library
 
-# Arguments whose first dimension counts tokens that do not see each other, as that of every result
-# does. Those with more dimensions are rows all the same.
+# Arguments whose first dimension is independent tokens, as in every result. Arguments with more
+# dimensions are rows too.
 _TOKENS: dict[str, tuple[str, ...]] = {
     "gated_act": ("gate_up",),
     "gated_mlp_decode": ("x", "residual"),
@@ -32,13 +31,13 @@ _TOKENS: dict[str, tuple[str, ...]] = {
 
 
 def _fold(t: Tensor, dim: int | None, size: int, tokens: int) -> Tensor:
-    """[size * tokens, ...] of a batch along `dim`, or of one tensor for all."""
+    """Returns [size * tokens, ...] of a batch along `dim`, or of one tensor for all samples."""
     batch = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return batch.reshape(size * tokens, *batch.shape[2:])
 
 
 def _folded(op: str, names: Sequence[str], in_dims: Sequence[Any], args: Sequence[Any]) -> bool:
-    """Whether only tokens are batched, and each of these has a dimension for them in a sample."""
+    """Returns whether vmap batches only token operands, each at least 2-D per sample."""
     for name, dim, value in zip(names, in_dims, args, strict=True):
         if dim is not None and name not in _TOKENS[op]:
             return False
@@ -49,7 +48,7 @@ def _folded(op: str, names: Sequence[str], in_dims: Sequence[Any], args: Sequenc
 
 
 def register_rule(op: str) -> None:
-    """Gives an op its rule of torch.vmap."""
+    """Registers the torch.vmap rule of an op."""
     packet = getattr(torch.ops.moe_ops, op)
     names_of_all = Signature(op).names if op in _TOKENS else ()
 

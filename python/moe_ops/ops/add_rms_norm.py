@@ -1,4 +1,4 @@
-"""add_rms_norm: a residual connection and the norm after it."""
+"""add_rms_norm: residual addition followed by RMSNorm."""
 
 from __future__ import annotations
 
@@ -43,15 +43,14 @@ def add_rms_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Adds a residual and a bias, and divides the sum by its root mean square.
+    """Adds a residual and a bias, and applies RMSNorm to the sum.
 
-    ``sum = x + residual + bias`` and ``y = sum / sqrt(mean(sum ** 2) + eps) * weight``, the mean
-    over the last dimension. Between two layers of a transformer this is all there is; here it is
-    one pass over memory, forward and backward.
+    ``sum = x + residual + bias`` and ``y = sum / sqrt(mean(sum ** 2) + eps) * weight``, with the
+    mean over the last dimension. It takes one pass over memory, forward and backward.
 
-    On CUDA tensors, and in code that is being compiled, it is this formula in torch's operations,
-    which the compiler fuses with what is around them; in the batch-invariant mode a CUDA tensor's
-    squares are summed by a product of this package.
+    On CUDA tensors and in compiled code, the formula is composed of torch operations, which the
+    compiler fuses with their neighbors. In batch-invariant mode, this package's GEMM sums the
+    squares of a CUDA tensor.
 
     Args:
         x: [..., H], at least one dimension; float64, float32, bfloat16 or float16, any strides.
@@ -61,8 +60,8 @@ def add_rms_norm(
         eps: at least 0.
 
     Returns:
-        y and sum, [..., H] in x's dtype, computed in fp32 (fp64 for fp64); y is that of the sum as
-        it was rounded. With neither residual nor bias, sum is x itself.
+        y and sum, [..., H] in x's dtype, computed in fp32 (fp64 for fp64); y is computed from the
+        rounded sum. With neither residual nor bias, sum is x itself.
 
     Raises:
         ValueError: wrong dtype, rank or size, a negative or NaN eps.

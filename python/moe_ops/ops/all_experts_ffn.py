@@ -1,4 +1,4 @@
-"""all_experts_ffn: every expert of a bank on every token."""
+"""all_experts_ffn: every expert on every token."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ def all_experts_ffn(
     b_down: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
-    """Small networks of one hidden layer, all of them on all tokens: no routing, no slots.
+    """Runs every expert's small two-layer MLP on every token, without routing.
 
-    ``y[t, e] = w_down[e] @ act(w_up[e] @ x[t, input_ids[e]] + b_up[e]) + b_down[e]``. The dense
-    experts of multi-task models and their towers; with ``activation="none"`` low-rank maps. A block
-    of tokens stays in cache from the first product to the last; the weights are read once a block,
-    so they should be small beside the tokens. On CUDA tensors it is two batched products of
-    cuBLAS.
+    ``y[t, e] = w_down[e] @ act(w_up[e] @ x[t, input_ids[e]] + b_up[e]) + b_down[e]``. It computes
+    the dense experts and towers of multi-task models, and, with ``activation="none"``, low-rank
+    maps. A block of tokens stays in cache across both GEMMs, and weights are read once per block,
+    so they should be small relative to the tokens. On CUDA tensors it runs two batched cuBLAS
+    GEMMs.
 
     Args:
-        x: [T, G, H], G inputs a token; float64, float32, bfloat16 or float16, any strides.
+        x: [T, G, H], G inputs per token; float64, float32, bfloat16 or float16, any strides.
         w_up: [E, I, H] in x's dtype, any strides.
         w_down: [E, O, I] in x's dtype, any strides.
-        input_ids: [E], int32 or int64 in [0, G): which input each expert reads. On CUDA, where
-            values cannot raise, one outside counts as the nearest inside.
+        input_ids: [E], int32 or int64 in [0, G): the input of each expert. On CUDA, where values
+            cannot raise errors, ids are clamped to the range.
         b_up: [E, I] in x's dtype, or None.
         b_down: [E, O] in x's dtype, or None.
         activation: "none", "relu", "relu2", "silu", "gelu" or "gelu_tanh".
 
     Returns:
-        [T, E, O] in x's dtype; sums and what lies between the products in fp32 (fp64 for fp64). On
-        CUDA, what lies between the products is rounded to x's dtype.
+        [T, E, O] in x's dtype; sums and intermediate features in fp32 (fp64 for fp64). On CUDA,
+        intermediate features are rounded to x's dtype.
 
     Raises:
-        ValueError: wrong dtype, rank, size or activation, an input that does not exist.
+        ValueError: wrong dtype, rank, size or activation, an input id out of range.
         NotImplementedError: on a second derivative.
 
     Source:
@@ -182,7 +182,7 @@ register_no_double_backward("all_experts_ffn_bwd")
 register_autocast("all_experts_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])
 
 
-# --- CUDA: experts first, [E, T, ...], as batched products want it
+# --- CUDA: experts first, [E, T, ...], the layout of batched GEMMs
 
 
 @register_cuda_formula("all_experts_ffn_fwd")

@@ -1,4 +1,4 @@
-"""attention_decode: the attention block of a decoder layer on a few new tokens."""
+"""attention_decode: the attention block of a decoder layer for a few new tokens."""
 
 from __future__ import annotations
 
@@ -49,43 +49,44 @@ def attention_decode(
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> Tensor:
-    """A block of attention on S new tokens of sequences whose keys and values are kept.
+    """Computes an attention block for S new tokens of sequences with a KV cache.
 
-    ``y = x + residual_scale * w_o @ attention(q, k, v)`` with q, k and v the products of
-    ``norm(x)``, q and k normalised and rotated. The keys and values of x are written into `keys`
-    and `values` first, from position `start` on; a query sees those up to its own. It is what a
-    step of decoding does in a layer, in one call; on the CPU its products share one parallel
-    region. For a few tokens: scores [B, n, S, start + S] are held at once.
+    ``y = x + residual_scale * w_o @ attention(q, k, v)`` with q, k and v projections of
+    ``norm(x)``, q and k normalized and rotated. The keys and values of x are first written into
+    `keys` and `values` at position `start`; a query attends to positions up to its own. This is a
+    layer's attention in a decode step, in one call; on the CPU its GEMMs share one parallel region.
+    It is meant for a few tokens: scores [B, n, S, start + S] are held at once.
 
-    A query's output has the same bits whatever is in a position that it may not see (later tokens
-    without a mask; otherwise False or -inf in the mask), infinities and NaN included, be it a kept
-    position or a token of the call. On CUDA tensors it is this formula in torch's operations, whose
-    products of weights take and give x's dtype. There is no gradient.
+    A query's output does not depend bitwise on the contents of masked positions (later tokens
+    without a mask; otherwise False or -inf in the mask), including infinities and NaN, whether
+    these are cached positions or tokens of the call. On CUDA tensors the formula is composed of
+    torch operations, whose projections have inputs and outputs in x's dtype. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
-        w_q, w_k, w_v: [n d, H], [m d, H] twice, m a divisor of n; each in x's dtype, or
-            quantized as :func:`gated_mlp_decode` takes it.
-        w_o: [H, n d], likewise.
+        w_q, w_k, w_v: [n d, H], [m d, H] and [m d, H], m a divisor of n; each in x's dtype, or
+            quantized in a format of :func:`gated_mlp_decode`.
+        w_o: [H, n d], in x's dtype or quantized like the others.
         cos, sin: [B or 1, S, r] of one float dtype, r at least rotary_size / 2; the first
-            rotary_size / 2 of a row are the angles of the pairs (i, i + rotary_size / 2).
-        keys, values: [B, m, L, d] in x's dtype, features side by side, other strides as they may
-            be, L at least start + S. Positions start .. start + S - 1 are written.
-        start: tokens before x, from 0 on; the same for all sequences.
-        rotary_size: features of a head that are rotated, even, from 0 to d.
-        scale: of scores.
-        norm_weight: [H] in x's dtype of the RMS norm before the products, or None without one.
+            rotary_size / 2 of a row are for the angles of the pairs (i, i + rotary_size / 2).
+        keys, values: [B, m, L, d] in x's dtype, contiguous in the last dimension, other strides
+            free, L at least start + S. Positions start .. start + S - 1 are written.
+        start: number of tokens before x, at least 0, equal for all sequences.
+        rotary_size: number of rotated features per head, even, from 0 to d.
+        scale: factor of the scores.
+        norm_weight: [H] in x's dtype, weight of the RMS norm before the projections; None: no norm.
         eps: of that norm, at least 0.
         b_q, b_k, b_v, b_o: in x's dtype, or None.
-        w_q_scale, w_k_scale, w_v_scale, w_o_scale: float32 beside quantized weights: [O] of
-            int8, [O, K/G] of 4 bits with G = 32, 64 or 128.
-        q_norm, k_norm: RMS norms of q and k in x's dtype, together or not at all: [d] of each head,
-            or [n d] and [m d] of a token.
-        head_eps: of these.
-        mask: [B or 1, 1, S, start + S] bool, True where a query sees a key, or float, added to
-            scores. It says all: a query that it lets see later tokens sees them. None: a query sees
-            its own token and those before. A query that sees nothing attends to nothing.
-        sinks: [n] in x's dtype, a score of each head that takes part in softmax and has no value.
+        w_q_scale, w_k_scale, w_v_scale, w_o_scale: float32, for quantized weights: [O] for int8,
+            [O, K/G] for 4 bits with G = 32, 64 or 128.
+        q_norm, k_norm: weights of RMS norms of q and k in x's dtype, both or neither: [d] per head,
+            or [n d] and [m d] per token.
+        head_eps: of these norms.
+        mask: [B or 1, 1, S, start + S] bool, True if a query attends to a key, or float, added to
+            scores. It replaces the causal mask: a query can attend to later tokens. None: a query
+            attends to its own token and earlier ones. A query whose keys are all masked attends to
+            nothing.
+        sinks: [n] in x's dtype, a score per head that takes part in softmax and has no value.
         residual_scale: as above.
 
     Returns:
@@ -94,7 +95,7 @@ def attention_decode(
     Raises:
         ValueError: wrong dtype, rank or size, numbers out of range, keys or values that cannot be
             written in place.
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: if a gradient is needed.
 
     Source:
         Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv

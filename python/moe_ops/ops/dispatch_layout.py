@@ -1,4 +1,4 @@
-"""dispatch_layout: where tokens go when experts lie on several ranks."""
+"""dispatch_layout: the layout of tokens sent to the ranks of their experts."""
 
 from __future__ import annotations
 
@@ -17,36 +17,35 @@ def dispatch_layout(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plans an exchange in which a token is sent once to every rank that has one of its experts.
 
-    Rank r has the experts from ``r * experts_per_rank`` on. A row is a token on its way to a rank;
-    rows are sorted by rank, then by token. What a rank gets is a call of :func:`moe_ffn` there:
-    rows, their ids and their routing weights. In Python::
+    Rank r has the experts from ``r * experts_per_rank`` on. A row is a token sent to a rank; rows
+    are sorted by rank, then by token. A rank runs :func:`moe_ffn` on its received rows, their ids
+    and their routing weights. In Python::
 
         offsets, row_to_token, slot_to_row, local_ids = dispatch_layout(topk_ids, n, E // n)
         rows = permute(x, offsets, row_to_token, top_k=1)             # to send, with local_ids and
         weights = permute(topk_weights, offsets, row_to_token, top_k=1)
         y = unpermute(returned_rows, offsets, slot_to_row)            # sums what the ranks return
 
-    The number of rows is known on the device only, so all outputs have room for as many as there
-    can be, R = T * min(K, num_ranks), and nothing waits for it: the exchange of
-    ``offsets.diff()``, the rows of each rank, tells it to the host, and ``row_to_token[:rows]`` is
-    then exact. No gradient.
+    Only the device knows the number of rows, so all outputs have the maximum size, R = T * min(K,
+    num_ranks), and there is no device sync. The exchange of ``offsets.diff()``, the rows per rank,
+    gives the number to the host, and ``row_to_token[:rows]`` is then exact. No gradient.
 
     Args:
-        topk_ids: [T, K], int32 or int64. An id outside [0, E) goes nowhere. A token may name an
+        topk_ids: [T, K], int32 or int64. Ids outside [0, E) are not sent. A token may contain an
             expert twice.
         num_ranks: n, at least 1.
         experts_per_rank: E / n, at least 1; E below 2^31.
-        physical: [logical experts], int32 or int64: the expert in [0, E) that an id stands for,
-            where experts are placed in another order or have copies; topk_ids then hold logical
-            ids. An entry outside [0, E), such as -1, goes nowhere. None: the id itself.
+        physical: [logical experts], int32 or int64: the physical expert in [0, E) of each logical
+            id, for reordered or replicated experts; topk_ids are then logical ids. Entries outside
+            [0, E), such as -1, are not sent. None: ids are physical.
 
     Returns:
         Four int32 tensors: ``rank_offsets`` [n+1], where rank r gets the rows ``rank_offsets[r]``
         to ``rank_offsets[r+1]``; ``row_to_token`` [R]; ``slot_to_row`` [T, K], the row of the first
-        slot that brings a token to a rank, -1 for the other slots there and for those that go
-        nowhere; ``local_ids`` [R, K], for each slot of the row's token the number of its expert on
-        the row's rank, -1 for experts of other ranks. Rows that are not used hold -1. T = 0 gives
-        zeros and empty maps.
+        slot that sends a token to a rank, -1 for later slots of that rank and for unsent slots;
+        ``local_ids`` [R, K], for each slot of the row's token, the index of its expert on the row's
+        rank, -1 for experts of other ranks. Unused rows contain -1. T = 0 gives zeros and empty
+        maps.
 
     Raises:
         ValueError: wrong dtype, rank or number; 2^31 slots or more.

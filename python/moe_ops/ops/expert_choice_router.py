@@ -1,4 +1,4 @@
-"""expert_choice_router: experts choose their tokens under a capacity."""
+"""expert_choice_router: experts select their tokens, up to a capacity."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ def expert_choice_router(
     score_func: str = "softmax",
     routed_scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Lets each expert choose the ``capacity`` tokens with the best scores.
+    """Selects, for each expert, the ``capacity`` tokens with the best scores.
 
-    The score is that of `topk_router`. Each expert takes its ``capacity``
-    best tokens, ties to the smaller token, NaN last; a capacity of T or more takes all. The load is
-    balanced by construction, but a token's experts depend on the other tokens of the batch, later
-    ones included, and a token may get none.
+    Scores are those of `topk_router`. Ties go to the smaller token, NaN comes last; a capacity of T
+    or more selects all tokens. The load is balanced by construction, but a token's experts depend
+    on all tokens of the batch, including later ones, and a token may get none.
 
     Args:
         router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
             autocast they are cast to float32. The gradient has their dtype.
-        capacity: tokens an expert takes, at least 1. Zhou et al. use T * c / E, with c the mean
-            number of experts a token.
-        score_func: as of `topk_router`.
+        capacity: tokens per expert, at least 1. Zhou et al. use T * c / E, with c the mean number
+            of experts per token.
+        score_func: see `topk_router`.
         routed_scaling_factor: multiplies the weights; finite.
 
     Returns:
-        In slot form with K = E: ``topk_weights`` [T, E], float32 (float64 for float64 logits), the
-        scaled scores, and ``topk_ids`` [T, E], int32. The experts that chose a token come first, in
-        ascending id; the other slots hold id -1 and weight 0. T = 0 gives empty tensors. Computed
-        in fp32 (fp64 for fp64), with the same bits for any number of threads. The weights can be
-        differentiated once with respect to the logits, the choice being held fixed.
+        ``topk_weights`` [T, E], float32 (float64 for float64 logits), the scaled scores, and
+        ``topk_ids`` [T, E], int32: slots with K = E. The experts that selected a token come first,
+        in ascending order; other slots have id -1 and weight 0. T = 0 gives empty tensors. Computed
+        in fp32 (fp64 for fp64), bitwise identical for any number of threads. The weights can be
+        differentiated once with respect to the logits, for a fixed selection.
 
     Raises:
         ValueError: wrong dtype or shape, a number out of the ranges above, an unknown name.

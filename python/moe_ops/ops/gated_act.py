@@ -1,4 +1,4 @@
-"""gated_act: the gated activation of the expert FFN."""
+"""gated_act: the gated activation of expert FFNs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gated_act(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
-    """Activation of the gate times up.
+    """Computes the activation of the gate times up.
 
     With g the gate and u the up half:
 
@@ -50,7 +50,8 @@ def gated_act(
             gate in the even and up in the odd columns when ``interleaved``.
         activation: one of the names above.
         interleaved: layout of the last dimension.
-        alpha: of ``"swiglu_oai"``. limit: of it and ``"swiglu_clamped"``, positive.
+        alpha: parameter of ``"swiglu_oai"``.
+        limit: parameter of ``"swiglu_oai"`` and ``"swiglu_clamped"``; positive.
 
     Returns:
         [..., I] in the dtype of gate_up, computed in fp32 (fp64 for fp64).

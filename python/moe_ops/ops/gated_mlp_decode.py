@@ -1,5 +1,5 @@
-"""gated_mlp_decode: a dense network with a gate on few tokens, the norm before it and the sum
-after."""
+"""gated_mlp_decode: a dense gated MLP for a few tokens, with the norm before and the residual after
+it."""
 
 from __future__ import annotations
 
@@ -42,21 +42,23 @@ def gated_mlp_decode(
     residual_scale: float = 1.0,
     activation: str = "swiglu",
 ) -> Tensor:
-    """A dense network of two products and a gate, or shared experts, in a step of decoding.
+    """Computes a dense gated MLP, or shared experts, in a decode step.
 
     ``y = residual + residual_scale * g * w_down @ (act(w_gate @ h) * (w_up @ h))`` with ``h =
-    norm(x)`` and ``g = sigmoid(output_gate @ h)``; what is not given is left out. On the CPU its
-    products share one parallel region; it is made for a few tokens. On CUDA tensors it is this
-    formula in torch's operations, whose products take and give x's dtype. There is no gradient.
+    norm(x)`` and ``g = sigmoid(output_gate @ h)``; terms of omitted arguments are dropped. On the
+    CPU its GEMMs share one parallel region; it is meant for a few tokens. On CUDA tensors the
+    formula is composed of torch operations, whose GEMMs have inputs and outputs in x's dtype. There
+    is no gradient.
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
         w_gate, w_up: [I, H]; each in x's dtype, or quantized: int8, or 4 bits (uint8, two weights
-            per byte, stored as q + 8). Other formats of :func:`grouped_gemm_quantized` are refused.
-        w_down: [O, I], likewise.
-        w_gate_scale, w_up_scale, w_down_scale: float32 beside quantized weights: [O] of int8,
-            [O, K/G] of 4 bits with G = 32, 64 or 128, without zero points.
-        norm_weight: [H] in x's dtype of an RMS norm before the products, or None.
+            per byte, stored as q + 8). Other formats of :func:`grouped_gemm_quantized` are
+            rejected.
+        w_down: [O, I], in x's dtype or quantized like the others.
+        w_gate_scale, w_up_scale, w_down_scale: float32, for quantized weights: [O] for int8, [O,
+            K/G] for 4 bits with G = 32, 64 or 128, without zero points.
+        norm_weight: [H] in x's dtype, weight of an RMS norm before the GEMMs, or None.
         eps: of that norm, at least 0.
         output_gate: [H] in x's dtype, or None.
         residual: [T, O] in x's dtype, or None.
@@ -68,7 +70,7 @@ def gated_mlp_decode(
 
     Raises:
         ValueError: wrong dtype, rank or size, numbers out of range, an unknown activation.
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: if a gradient is needed.
 
     Source:
         Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.

@@ -35,28 +35,28 @@ def grouped_gemm(
     """Multiplies each expert's rows with that expert's matrix (ragged M).
 
     ``out[r] = b[e] @ a[r] + bias[e]`` for ``expert_offsets[e] <= r < expert_offsets[e+1]``; rows
-    from ``expert_offsets[E]`` on are zero. Sums run in fp32 (fp64 for fp64) in a fixed order:
-    the same bits every run, whatever the number of threads. An expert without rows costs nothing.
-    Differentiable any number of times in a, b and bias.
+    from ``expert_offsets[E]`` on are zero. Sums run in fp32 (fp64 for fp64) in a fixed order, so
+    results are bitwise identical for every run and number of threads. Experts without rows cost
+    nothing. Differentiable any number of times in a, b and bias.
 
     Args:
         a: [N, K] rows sorted by expert; float64, float32, bfloat16 or float16, any strides.
-        b: [E, O, K] out-features before in-features, as ``nn.Linear``, in a's dtype. Any strides: a
-            transposed view of a dense [E, K, O] tensor is read in place.
-        expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
+        b: [E, O, K], out-features before in-features like ``nn.Linear``, in a's dtype. Any strides:
+            a transposed view of a dense [E, K, O] tensor is read in place.
+        expert_offsets: [E+1], int32 or int64, starting at 0, nondecreasing, at most N.
         bias: [E, O] in a's dtype, or None.
 
     Returns:
         [N, O] in a's dtype.
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+        ValueError: wrong dtype, rank or size; decreasing offsets, or offsets above N.
     """
     return _grouped_gemm(a, b, expert_offsets, bias)
 
 
 def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
-    """The weight gradient of :func:`grouped_gemm` (ragged K).
+    """Computes the weight gradient of :func:`grouped_gemm` (ragged K).
 
     ``out[e] = sum over the rows r of expert e of outer(grad[r], a[r])``, in row order in fp32 (fp64
     for fp64). An expert without rows gets zeros. Differentiable any number of times.
@@ -70,13 +70,13 @@ def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tenso
         [E, O, K] in grad's dtype.
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+        ValueError: wrong dtype, rank or size; decreasing offsets, or offsets above N.
     """
     return _grouped_gemm_wgrad(grad, a, expert_offsets)
 
 
 def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Sums each expert's rows: the bias gradient of :func:`grouped_gemm`.
+    """Sums each expert's rows, which is the bias gradient of :func:`grouped_gemm`.
 
     Args:
         rows: [N, O]; float64, float32, bfloat16 or float16, any strides.
@@ -87,7 +87,7 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
         rows gets zeros. Differentiable any number of times.
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+        ValueError: wrong dtype, rank or size; decreasing offsets, or offsets above N.
     """
     return _grouped_sum(rows, expert_offsets)
 

@@ -1,5 +1,5 @@
-"""grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with 128-block scales, and its
-weight gradient."""
+"""grouped_gemm_fp8: ragged-M GEMM of float8_e4m3fn operands with 128-block scales, and its weight
+gradient."""
 
 from __future__ import annotations
 
@@ -40,30 +40,32 @@ def grouped_gemm_fp8(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """grouped_gemm of float8_e4m3fn operands in the layout of DeepSeek's checkpoints.
+    """Computes grouped_gemm of float8_e4m3fn operands in the layout of DeepSeek's checkpoints.
 
-    a has a scale for each 1 x 128 (:func:`quantize_fp8`), b one for each 128 x 128
+    a has one scale per 1 x 128 block (:func:`quantize_fp8`), b one per 128 x 128 block
     (``moe_ops.quant.quantize_fp8_blocks``, or ``weight_scale_inv`` of a checkpoint):
 
     ``out[r, o] = bias[e, o] + sum over blocks j of
     a_scale[r, j] * b_scale[e, o // 128, j] * (sum over k of block j of a[r, k] * b[e, o, k])``
 
     for ``expert_offsets[e] <= r < expert_offsets[e+1]``; rows from ``expert_offsets[E]`` on are
-    zero. The products of a block are summed in an fp32 accumulator of their own, which is scaled
-    and added to a second one. On the CPU and in the kernels for any card the products are exact;
-    the tensor cores of sm_90 sum e4m3 products with fewer bits than fp32 inside an instruction,
-    which the second accumulator keeps from growing with K. In a fixed order: the same bits every
-    run. The gradient of a is this op too, of rows of the result's gradient and
-    ``b.transpose(1, 2)``, ``b_scale.transpose(1, 2)``; that of b is
-    :func:`grouped_gemm_fp8_wgrad`. Not differentiable itself; :func:`moe_ops.layers.fp8_ffn` is.
+    zero. Each block is summed in a separate fp32 accumulator, which is scaled and added to a second
+    one. Products are exact on the CPU and in the CUDA kernels for any GPU; the tensor cores of
+    sm_90 sum e4m3 products with fewer bits than fp32 within an instruction, and the second
+    accumulator keeps this error from growing with K. The order is fixed, so results are bitwise
+    identical for every run. The gradient of a is this op applied to rows of the output gradient,
+    ``b.transpose(1, 2)`` and ``b_scale.transpose(1, 2)``; the gradient of b is
+    :func:`grouped_gemm_fp8_wgrad`. The op itself is not differentiable;
+    :func:`moe_ops.layers.fp8_ffn` is.
 
     Args:
         a: [N, K] float8_e4m3fn rows sorted by expert; any strides. K need not be a multiple of 128.
         a_scale: [N, ceil(K / 128)] float32.
-        b: [E, O, K] float8_e4m3fn, out-features before in-features. Any strides. Dense along K is
-            what kernels read in place; those of the CPU also read dense along O in place.
+        b: [E, O, K] float8_e4m3fn, out-features before in-features, any strides. Kernels read
+            tensors that are dense along K in place; CPU kernels also tensors that are dense along
+            O.
         b_scale: [E, ceil(O / 128), ceil(K / 128)] float32.
-        expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
+        expert_offsets: [E+1], int32 or int64, starting at 0, nondecreasing, at most N.
         bias: [E, O] float32, bfloat16 or float16, or None.
         out_dtype: float32, bfloat16 or float16.
 
@@ -71,8 +73,8 @@ def grouped_gemm_fp8(
         [N, O] of out_dtype.
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or end past N (on the CPU).
-        NotImplementedError: where a gradient is wanted.
+        ValueError: wrong dtype, rank or size; decreasing offsets, or offsets above N (on the CPU).
+        NotImplementedError: if a gradient is needed.
 
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
@@ -90,35 +92,35 @@ def grouped_gemm_fp8_wgrad(
     out_dtype: torch.dtype = torch.float32,
     main_grad: Tensor | None = None,
 ) -> Tensor:
-    """The weight gradient of a product of float8_e4m3fn operands (ragged K).
+    """Computes the weight gradient of a GEMM of float8_e4m3fn operands (ragged K).
 
-    Both operands are what :func:`quantize_fp8_columns` made of the rows of experts:
+    Both operands are rows of experts quantized by :func:`quantize_fp8_columns`:
 
     ``out[e, o, k] = sum over the groups g of expert e of
     grad_scale[g, o] * a_scale[g, k] * (sum over the columns c of g of grad[o, c] * a[k, c])``
 
-    with the columns of group g from 128 g on. Sums run in fp32 and in order, those of a group in an
-    accumulator of their own, as in :func:`grouped_gemm_fp8`: the same bits every run. An expert
-    without rows gets zeros.
+    where the columns of group g start at 128 g. Sums run in fp32 in a fixed order, with a separate
+    accumulator per group as in :func:`grouped_gemm_fp8`, so results are bitwise identical for every
+    run. Experts without rows get zeros.
 
     Args:
-        grad: [O, 128 G] float8_e4m3fn, the gradient of the product's result.
+        grad: [O, 128 G] float8_e4m3fn, the gradient of the GEMM's output.
         grad_scale: [G, O] float32.
-        a: [K, 128 G] float8_e4m3fn, the product's rows. Neither O nor K need be a multiple of 128.
+        a: [K, 128 G] float8_e4m3fn, the GEMM's input rows. O and K need not be multiples of 128.
         a_scale: [G, K] float32.
-        expert_offsets: [E+1], int32 or int64, as for quantize_fp8_columns.
+        expert_offsets: [E+1], int32 or int64, see quantize_fp8_columns.
         out_dtype: float32, bfloat16 or float16.
-        main_grad: [E, O, K] contiguous, of one of these types: a buffer to which the gradient is
-            added, in fp32, whatever out_dtype is; experts without rows are left alone. None: a new
-            tensor is made.
+        main_grad: [E, O, K] contiguous, of one of these dtypes: a buffer to which the gradient is
+            added, in fp32, whatever out_dtype is; experts without rows are unchanged. None: a new
+            tensor is returned.
 
     Returns:
-        [E, O, K] of out_dtype; main_grad where that is given.
+        [E, O, K] of out_dtype; main_grad if given.
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or do not fit G groups (on the
-            CPU).
-        NotImplementedError: where a gradient is wanted.
+        ValueError: wrong dtype, rank or size; decreasing offsets, or offsets that do not fit G
+            groups (on the CPU).
+        NotImplementedError: if a gradient is needed.
 
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
@@ -176,7 +178,7 @@ def _(
 def _check_wgrad(
     grad: Tensor, grad_scale: Tensor, a: Tensor, a_scale: Tensor, expert_offsets: Tensor
 ) -> dict[str, int]:
-    """The sizes of the result."""
+    """Checks the operands and returns the sizes of the result."""
     op = _WGRAD_OP
     for name, q, scale, shape in (
         ("grad", grad, grad_scale, "[O, 128 G]"),
@@ -236,6 +238,6 @@ def _(
 register_no_gradient(_OP, "use moe_ops.layers.fp8_ffn, or dequantise and call grouped_gemm")
 register_no_gradient(_WGRAD_OP, "dequantise the operands and call grouped_gemm_wgrad")
 register_no_gradient(_ACCUMULATE_OP, "dequantise the operands and call grouped_gemm_wgrad")
-# The type of the result is an argument, and those of the operands are what the ops are about.
+# The result dtype is an argument, and operand dtypes must not change.
 register_autocast(_OP)
 register_autocast(_WGRAD_OP)

@@ -1,4 +1,5 @@
-"""mix_expert_outputs: mixtures of what all experts made, through normalisation and activation."""
+"""mix_expert_outputs: mixtures of all experts' outputs, with optional normalization and
+activation."""
 
 from __future__ import annotations
 
@@ -50,36 +51,38 @@ def mix_expert_outputs(
     activation: str = "none",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """M mixtures of all experts of a token: ``y[t, m] = sum_e weights[t, m, e] act(n[t, e])``.
+    """Computes M mixtures of all experts per token: ``y[t, m] = sum_e weights[t, m, e] act(n[t,
+    e])``.
 
-    n is `outputs`, or with norm_weight and norm_bias their batch normalisation, ``(outputs - mean)
-    / sqrt(var + eps) * norm_weight + norm_bias``, every feature of every expert by itself: with the
-    statistics of these tokens, through which gradients flow, or with those given. What lies between
-    outputs and mixtures is never in memory; backward computes it again. On CUDA tensors it is this
-    formula in torch's operations.
+    n is `outputs`, or with norm_weight and norm_bias their batch normalization, ``(outputs - mean)
+    / sqrt(var + eps) * norm_weight + norm_bias``, for each feature of each expert: with the
+    statistics of these tokens, which have gradients, or with given ones. Intermediate values are
+    never stored; backward recomputes them. On CUDA tensors the formula is composed of torch
+    operations.
 
     Args:
-        outputs: [T, E, O], as `all_experts_ffn` makes them; float64, float32, bfloat16 or float16,
-            any strides.
-        weights: [T, M, E] in the dtype of outputs, any strides. A weight of 0 is no mask: it gets
-            its gradient, and 0 times NaN is NaN.
+        outputs: [T, E, O], from `all_experts_ffn`; float64, float32, bfloat16 or float16, any
+            strides.
+        weights: [T, M, E] in the dtype of outputs, any strides. A weight of 0 does not mask: it
+            gets its gradient, and 0 times NaN is NaN.
         factor: [T / r, M, O] in the dtype of outputs: y[t] is multiplied by factor[t / r], which r
-            tokens in a row share. Or None.
-        norm_weight: [E, O] float32 (float64 for float64), or None: no normalisation.
-        norm_bias: the same; together with norm_weight.
-        mean: [E, O] float32 (float64 for float64), constants; None: those of the T tokens.
-        var: the same, not corrected for the mean; together with mean.
+            consecutive tokens share. Or None.
+        norm_weight: [E, O] float32 (float64 for float64), or None: no normalization.
+        norm_bias: [E, O] like norm_weight; both or neither.
+        mean: [E, O] float32 (float64 for float64), constants; None: the mean of the T tokens.
+        var: [E, O] like mean, the variance without Bessel's correction; both or neither.
         activation: "none", "relu", "silu" or "sigmoid".
         eps: at least 0.
 
     Returns:
-        y [T, M, O] in the dtype of outputs; the mean and the variance (over T, not corrected) of
-        the tokens, [E, O] in the type of norm_weight, where they were computed, and [0] where not.
-        They carry no gradient. Sums in fp32 (fp64 for fp64).
+        y [T, M, O] in the dtype of outputs; the mean and the variance (over T, without Bessel's
+        correction) of the tokens, [E, O] in the dtype of norm_weight, or [0] if they were not
+        computed. They have no gradient. Sums run in fp32 (fp64 for fp64).
 
     Raises:
         ValueError: wrong dtype, rank, size, activation or eps, one tensor of a pair without the
-            other, rows of factor whose number does not divide T, or statistics without norm_weight.
+            other, a number of factor's rows that does not divide T, or statistics without
+            norm_weight.
         NotImplementedError: on a second derivative.
 
     Source:

@@ -1,4 +1,4 @@
-"""mla_decode: the block of multi-head latent attention on a few new tokens."""
+"""mla_decode: the block of multi-head latent attention (MLA) for a few new tokens."""
 
 from __future__ import annotations
 
@@ -51,52 +51,53 @@ def mla_decode(
     mask: Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> Tensor:
-    """A block of multi-head latent attention (MLA) on S new tokens of sequences whose latents are
-    kept.
+    """Computes a block of multi-head latent attention (MLA) for S new tokens of sequences with
+    cached latents.
 
-    ``c, k_r = w_kv_a @ norm(x)``: a latent of r features, normalised, and a key of d_r features,
-    rotated, which all heads share. Both are written into `latents` and `rope_keys` first, from
-    position `start` on. Head h has the keys ``(w_kv_b[h, :d_n] @ c, k_r)`` and the values
-    ``w_kv_b[h, d_n:] @ c``, a query of d_n features and d_r that are rotated, and
-    ``y = x + residual_scale * w_o @ attention``. A query sees the tokens up to its own.
+    ``c, k_r = w_kv_a @ norm(x)``: a latent with r features, normalized, and a rotated key with d_r
+    features, which all heads share. Both are first written into `latents` and `rope_keys` at
+    position `start`. Head h has the keys ``(w_kv_b[h, :d_n] @ c, k_r)`` and the values ``w_kv_b[h,
+    d_n:] @ c``, and a query of d_n features and d_r rotated ones; ``y = x + residual_scale * w_o @
+    attention``. A query attends to tokens up to its own.
 
-    Keys and values of heads are never made: queries are taken into the space of the latents, and
-    what they mix out of it. For a few tokens: scores [B, n, S, start + S] are held at once, twice.
-    A query's output has the same bits whatever is in a position that it may not see, as in
-    :func:`attention_decode`. On CUDA tensors it is this formula in torch's operations, whose
-    products of weights take and give x's dtype. There is no gradient.
+    Per-head keys and values are never computed: queries are projected into the latent space, and
+    their weighted sums out of it. It is meant for a few tokens: scores [B, n, S, start + S] are
+    held at once, twice. A query's output does not depend bitwise on the contents of masked
+    positions, as in :func:`attention_decode`. On CUDA tensors the formula is composed of torch
+    operations, whose projections have inputs and outputs in x's dtype. There is no gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
-        w_q: [n (d_n + d_r), H], or [n (d_n + d_r), r_q] with `w_q_a`; in x's dtype, or quantized
-            as :func:`gated_mlp_decode` takes it, as may be every weight but `w_kv_b`, each for
-            itself.
+        w_q: [n (d_n + d_r), H], or [n (d_n + d_r), r_q] with `w_q_a`; in x's dtype, or quantized in
+            a format of :func:`gated_mlp_decode`. Every weight except `w_kv_b` may be quantized,
+            independently of the others.
         w_kv_a: [r + d_r, H].
-        kv_norm: [r] in x's dtype, of the RMS norm of latents.
-        w_kv_b: [n (d_n + d_v), r] in x's dtype, of each head keys first.
+        kv_norm: [r] in x's dtype, weight of the RMS norm of latents.
+        w_kv_b: [n (d_n + d_v), r] in x's dtype, for each head keys first.
         w_o: [H, n d_v].
         cos, sin: [B or 1, S, a] of one float dtype, a at least d_r / 2; the first d_r / 2 of a row
-            are the angles of the pairs.
-        latents, rope_keys: [B, 1, L, r] and [B, 1, L, d_r] in x's dtype, features side by side,
-            other strides as they may be, L at least start + S; d_r is even and at least 2.
+            are for the angles of the pairs.
+        latents, rope_keys: [B, 1, L, r] and [B, 1, L, d_r] in x's dtype, contiguous in the last
+            dimension, other strides free, L at least start + S; d_r is even and at least 2.
             Positions start .. start + S - 1 are written.
-        start: tokens before x, from 0 on; the same for all sequences.
+        start: number of tokens before x, at least 0, equal for all sequences.
         num_heads: n.
-        scale: of scores.
-        norm_weight: [H] in x's dtype of the RMS norm before the products, or None without one.
+        scale: factor of the scores.
+        norm_weight: [H] in x's dtype, weight of the RMS norm before the projections; None: no norm.
         eps: of that norm, at least 0.
-        w_q_a: [r_q, H] of a bottleneck of queries, or None.
-        q_norm: [r_q] in x's dtype of an RMS norm after it, or None.
+        w_q_a: [r_q, H], down projection of low-rank queries, or None.
+        q_norm: [r_q] in x's dtype, weight of an RMS norm after w_q_a, or None.
         latent_eps: of kv_norm and q_norm, at least 0.
         b_q, b_q_a, b_kv_a, b_o: in x's dtype, or None.
-        w_q_scale, w_q_a_scale, w_kv_a_scale, w_o_scale: float32 beside quantized weights:
-            [O] of int8, [O, K/G] of 4 bits with G = 32, 64 or 128.
-        interleaved: whether the pairs that are rotated are (2 i, 2 i + 1) in what `w_q` and
-            `w_kv_a` give; otherwise (i, i + d_r / 2).
-        interleaved_keys: the same of `rope_keys`.
-        mask: [B or 1, 1, S, start + S] bool, True where a query sees a key, or float, added to
-            scores. It says all: a query that it lets see later tokens sees them. None: a query sees
-            its own token and those before. A query that sees nothing attends to nothing.
+        w_q_scale, w_q_a_scale, w_kv_a_scale, w_o_scale: float32, for quantized weights: [O] for
+            int8, [O, K/G] for 4 bits with G = 32, 64 or 128.
+        interleaved: if True, rotated pairs are (2 i, 2 i + 1) in the outputs of `w_q` and `w_kv_a`;
+            otherwise (i, i + d_r / 2).
+        interleaved_keys: like interleaved, for `rope_keys`.
+        mask: [B or 1, 1, S, start + S] bool, True if a query attends to a key, or float, added to
+            scores. It replaces the causal mask: a query can attend to later tokens. None: a query
+            attends to its own token and earlier ones. A query whose keys are all masked attends to
+            nothing.
         residual_scale: as above.
 
     Returns:
@@ -105,7 +106,7 @@ def mla_decode(
     Raises:
         ValueError: wrong dtype, rank or size, numbers out of range, latents or rope_keys that
             cannot be written in place.
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: if a gradient is needed.
 
     Source:
         DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C.

@@ -47,44 +47,42 @@ def moa_attention(
     cu_seqlens: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of K query slots a token against one set of keys and values.
+    """Computes attention of K query slots per token over one set of keys and values.
 
     Head h of every slot attends to key-value head h, so the K experts of a token share its keys and
-    values and none is copied. The S queries are the last S of the S_kv positions: S < S_kv is
-    decoding against a cache. Memory beyond the result grows with S, not with its square.
+    values without copies. The S queries are the last S of the S_kv positions; S < S_kv is decoding
+    with a cache. Memory beyond the result grows linearly with S.
 
-    With logits ``l[i, j] = scale * <q[i], k[j]>`` of the keys j that query i sees:
+    With logits ``l[i, j] = scale * <q[i], k[j]>`` of the keys j that query i attends to:
 
     - ``"softmax"``: weights ``exp(l[i, j]) / sum_m exp(l[i, m])``.
     - ``"stick_breaking"``: with ``z = sigmoid(l)``, weights ``z[i, j] * prod_m (1 - z[i, m])`` over
-      the keys m after j: the last key takes its share of a stick of length one, the one before it
-      its share of what is left, and so on. No position encoding is needed.
+      the keys m after j: the last key takes a fraction of a stick of length one, the key before it
+      a fraction of the rest, and so on. No position encoding is needed.
 
     Args:
         q: [B, S, K, n, d]; float64, float32, bfloat16 or float16, any strides; d from 1 to 256.
         k: [B, S_kv, n, d] in q's dtype, any strides.
         v: [B, S_kv, n, d] in q's dtype, any strides.
         kind: "softmax" or "stick_breaking".
-        causal: a query sees its own position and those before it. Needs S_kv >= S.
-        scale: factor of the products; None is d ** -0.5.
-        window: a query sees keys less than `window` positions away (itself and the window - 1
-            before it when causal); at least 1. None: no limit. Needs S_kv >= S.
-        cu_seqlens: [num_sequences + 1] int32 or int64, from 0 to S and never falling: q, k and v
-            hold sequences one after the other, which do not see each other; B must be 1 and S_kv
-            equal S.
-        softcap: positive; logits become ``softcap * tanh(l / softcap)``. None: they do not.
+        causal: a query attends to its own position and earlier ones. Needs S_kv >= S.
+        scale: factor of the dot products; None is d ** -0.5.
+        window: a query attends to keys less than `window` positions away (itself and the window - 1
+            before it if causal); at least 1. None: no limit. Needs S_kv >= S.
+        cu_seqlens: [num_sequences + 1] int32 or int64, nondecreasing from 0 to S: offsets of
+            concatenated independent sequences in q, k and v; B must be 1 and S_kv equal S.
+        softcap: positive; logits become ``softcap * tanh(l / softcap)``. None: no cap.
 
     Returns:
-        [B, S, K, n, d] in q's dtype. With "stick_breaking" also what remains of each stick,
-        [B, S, K, n] in fp32 (fp64 for fp64): one minus the sum of the weights. Both are
-        differentiable. Sums run in fp32 (fp64 for fp64) in a fixed order, the same bits for any
-        number of threads. A query that sees no key gets zeros (and keeps its whole stick). Keys
-        that a query does not see have no part in its result or gradients, be they infinite or NaN.
-        In fp32, a stick shorter than about 2^-126 is empty: the keys before are not read. Results
-        below the normal range may be zero.
+        [B, S, K, n, d] in q's dtype. With "stick_breaking" also the rest of each stick, [B, S, K,
+        n] in fp32 (fp64 for fp64): one minus the sum of the weights. Both are differentiable. Sums
+        run in fp32 (fp64 for fp64) in a fixed order, bitwise identical for any number of threads. A
+        query without keys gets zeros (and keeps its whole stick). Masked keys do not affect a
+        query's result or gradients, even if infinite or NaN. In fp32, a stick shorter than about
+        2^-126 is empty: earlier keys are not read. Results below the normal range may be zero.
 
     Raises:
-        ValueError: wrong dtype, rank, size or argument, or cu_seqlens that are no sequences.
+        ValueError: wrong dtype, rank, size or argument, or invalid cu_seqlens.
         NotImplementedError: on a second derivative.
 
     Source:
@@ -92,7 +90,7 @@ def moa_attention(
         2404.07413); Shen et al. 2023, ModuleFormer, arXiv 2306.04640 (stick-breaking).
     """
     op = "moa_attention"
-    # The op has numbers for what may be None here, so a number that means None is refused here.
+    # The op uses numbers in place of None, so a number that means None to it is rejected here.
     check(window is None or window >= 1, f"{op}: window must be at least 1, got {window}.")
     check(
         softcap is None or softcap > 0,

@@ -1,4 +1,4 @@
-"""moe_ffn: the whole expert FFN block."""
+"""moe_ffn: the complete expert FFN block."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def moe_ffn(
     """Routes each token through its experts' FFNs and sums the results.
 
     ``y[t] = sum_k topk_weights[t, k] * (w_down[e] @ act(w_gate_up[e] @ x[t] + b_gate_up[e]) +
-    b_down[e])`` with ``e = topk_ids[t, k]``. Gathering, activation and weighting are part of the
-    products; no permuted copy of x exists. Training saves x, the pre-activation and the routing.
-    Sums run in fp32 (fp64 for fp64) in a fixed order: the same bits every run, whatever the number
-    of threads. On CUDA the pre-activation, the activation, an expert's output and their gradients
-    are rounded to x's dtype; in bfloat16 so is the activation on CPUs that multiply pairs of
-    bfloat16, with more than a few rows an expert. An expert without tokens costs nothing and its
-    gradients are zero.
+    b_down[e])`` with ``e = topk_ids[t, k]``. The GEMMs gather, activate and weight rows; there is
+    no permuted copy of x. Training saves x, the pre-activation and the routing. Sums run in fp32
+    (fp64 for fp64) in a fixed order, so results are bitwise identical for every run and number of
+    threads. On CUDA, the pre-activation, the activation, an expert's output and their gradients are
+    rounded to x's dtype. In bfloat16, so is the activation on CPUs that multiply pairs of bfloat16,
+    with more than a few rows per expert. Experts without tokens cost nothing and have zero
+    gradients.
 
     Args:
         x: [T, H] tokens; float64, float32, bfloat16 or float16, any strides.
@@ -75,8 +75,8 @@ def moe_ffn(
             gate. Any strides: a transposed view of a dense [E, H, 2I] tensor is read in place.
         w_down: [E, H, I] in x's dtype, any strides.
         topk_weights: [T, K] in any float dtype, used in fp32. Differentiable.
-        topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here": the slot
-            adds nothing, even where its weight is NaN.
+        topk_ids: [T, K], int32 or int64. Ids outside [0, E) are empty slots, which add nothing even
+            if their weight is NaN.
         b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None.
         b_down: [E, H] in x's dtype, or None; multiplied by the routing weight like the rest.
         activation: with a gate ``"swiglu"``, ``"geglu"``, ``"geglu_tanh"``, ``"reglu"``,
@@ -85,18 +85,18 @@ def moe_ffn(
         interleaved: gate in even, up in odd features of w_gate_up and b_gate_up.
         apply_router_weight_on_input: multiply the token by the routing weight before the experts
             and add their outputs unweighted (Llama 4).
-        alpha, limit: of ``"swiglu_oai"``.
+        alpha, limit: parameters of ``"swiglu_oai"``.
         main_grads: buffers to which backward adds the gradients of w_gate_up and w_down, each
-            shaped like its weight, contiguous (on CUDA also the transposed view of a contiguous
-            [E, H, 2I] or [E, I, H]), in fp32 (fp64) or the weight's dtype, or None. That weight
-            then gets no ``.grad``: no gradient tensor of its size is made, and bfloat16 training
+            shaped like its weight, contiguous (on CUDA also the transposed view of a contiguous [E,
+            H, 2I] or [E, I, H]), in fp32 (fp64) or the weight's dtype, or None. Such a weight gets
+            no ``.grad``: no gradient tensor of its size is allocated, and bfloat16 training
             accumulates in fp32. Eager mode only.
-        out_dtype: of the result, and so of its gradient: x's dtype (None), or float32 for bfloat16
-            and float16 x: the sum over a token's experts as it is, to be added to that of other
-            experts. Backward rounds the gradient to x's dtype (on the CPU, in bfloat16 only).
+        out_dtype: dtype of the result and its gradient: x's dtype (None), or float32 for bfloat16
+            and float16 x, the unrounded sum over a token's experts, to be added to the sum over
+            other experts. Backward rounds the gradient to x's dtype (on the CPU, in bfloat16 only).
 
     Returns:
-        [T, H] in out_dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+        [T, H] in out_dtype. A token without experts gets zeros; T = 0 gives [0, H].
 
     Raises:
         ValueError: wrong dtype, rank, size or activation (of main_grads: in backward).
@@ -134,8 +134,8 @@ def options_of(
     alpha: float,
     limit: float,
 ) -> tuple[Any, ...]:
-    """The last arguments of moe_ffn and its kin, for a call: none where all are at their defaults.
-    The dispatcher takes half a microsecond to read the seven."""
+    """Returns the trailing arguments of moe_ffn and related ops for a call, or none if all are
+    defaults: the dispatcher takes half a microsecond to read the seven."""
     if (
         activation == "swiglu"
         and b_gate_up is None
@@ -150,7 +150,7 @@ def options_of(
 
 
 def with_out_dtype(options: tuple[Any, ...], out_dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of `options_of` and the one after them."""
+    """Returns the arguments of `options_of`, followed by out_dtype."""
     return *(options or DEFAULT_OPTIONS), out_dtype
 
 
@@ -158,7 +158,7 @@ DEFAULT_OPTIONS = (None, None, "swiglu", False, False, 1.702, 7.0)
 
 
 def check_routing(op: str, topk_weights: Tensor, topk_ids: Tensor, num_tokens: int) -> None:
-    """What is left to check once topk_ids is known to be [T, K]."""
+    """Checks topk_weights and the number of tokens, for topk_ids that are known to be [T, K]."""
     sizes = {"T": num_tokens, "K": topk_ids.shape[1]}
     check_float(op, "topk_weights", topk_weights, "[T, K]", **sizes)
     check_size(op, "topk_ids", topk_ids, 0, num_tokens, "T")
@@ -173,7 +173,7 @@ def check_bias(
 
 
 def check_width(op: str, w_gate_up: Tensor, activation: str) -> int:
-    """The intermediate size I of the rows of w_gate_up."""
+    """Returns the intermediate size I for the rows of w_gate_up."""
     width = w_gate_up.shape[1]
     if activation not in GATED_ACTIVATIONS:
         return width
@@ -251,7 +251,7 @@ def _(*args: Any) -> Tensor:
 @register_fake("moe_ffn_bwd_accumulate")
 def _(*args: Any) -> tuple[Tensor, ...]:
     *arguments, main_w_gate_up, main_w_down = args
-    need_w_gate_up, need_w_down = 16, 17  # Positions of these flags.
+    need_w_gate_up, need_w_down = 16, 17  # Positions of these flags
     arguments[need_w_gate_up] &= main_w_gate_up is None
     arguments[need_w_down] &= main_w_down is None
     return _fake_bwd(*arguments)
@@ -294,7 +294,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    rest = (None,) * (len(ctx.arguments) + 1)  # What is no tensor, out_dtype among that.
+    rest = (None,) * (len(ctx.arguments) + 1)  # Arguments that are not tensors, including out_dtype
     needs = needs_input_grad(ctx, 7 + len(rest))
     if grad_y is None:
         return (None,) * len(needs)
@@ -310,7 +310,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 class _AccumulatingFfn(torch.autograd.Function):
-    """moe_ffn whose backward adds the weight gradients to given buffers."""
+    """Autograd function of moe_ffn whose backward adds weight gradients to given buffers."""
 
     jvp = staticmethod(refuse_tangents("moe_ffn"))
 
@@ -330,7 +330,7 @@ class _AccumulatingFfn(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            # Here and not before: the gradient of a cast weight would pass by its buffer.
+            # Not before this Function: the gradient of a cast weight would bypass its buffer.
             target = torch.get_autocast_dtype(device)
             x, w_gate_up, w_down = (t.to(target) for t in (x, w_gate_up, w_down))
             b_gate_up = None if b_gate_up is None else b_gate_up.to(target)
@@ -350,7 +350,7 @@ class _AccumulatingFfn(torch.autograd.Function):
         main = [g if need else None for g, need in zip(ctx.main_grads, needs[1:3], strict=True)]
         saved = ctx.saved_tensors
         grads = _moe_ffn_bwd_accumulate(grad_y, *saved, *ctx.arguments, *wanted, *main)
-        # A weight whose gradient went into its buffer has none to return.
+        # A weight whose gradient was added to its buffer returns none.
         given = [need and g is None for g, need in zip(main, wanted[1:3], strict=True)]
         returned = [wanted[0], *given, *wanted[3:]]
         gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = only_needed(grads, returned)

@@ -1,4 +1,4 @@
-"""moe_ffn_fp8: moe_ffn of float8_e4m3fn weights with 128 x 128 scales."""
+"""moe_ffn_fp8: moe_ffn with float8_e4m3fn weights and 128 x 128 scales."""
 
 from __future__ import annotations
 
@@ -54,45 +54,47 @@ def moe_ffn_fp8(
     x_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """moe_ffn for inference with expert weights in float8_e4m3fn, as DeepSeek-V3 stores them.
+    """Computes moe_ffn for inference with float8_e4m3fn expert weights in the format of
+    DeepSeek-V3.
 
-    Both products are those of :func:`grouped_gemm_fp8`. x is rounded by :func:`quantize_fp8` once a
-    token, and the rows of an expert are gathered from there: no permuted copy of x in its own type.
-    Bias and activation run in fp32; the activated features are rounded by blocks of 128 like x, so
-    rounding moves a value by at most 1/16 of itself, or 1/458752 of the largest of its block. On
-    normal x that adds about 3 % to the result, as the weights' own rounding does. The same bits
-    every run.
+    Both GEMMs are those of :func:`grouped_gemm_fp8`. :func:`quantize_fp8` quantizes x once per
+    token, and the rows of experts are gathered from the result, without a permuted copy of x in its
+    own dtype. Bias and activation run in fp32. The activated features are quantized in blocks of
+    128 like x, which changes a value by at most 1/16 of itself, or 1/458752 of its block's maximum.
+    For normally distributed x this adds an error of about 3 % to the result, as does the
+    quantization of the weights. Results are bitwise identical for every run.
 
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides; or float8_e4m3fn with x_scale,
-            as :func:`quantize_fp8` makes them.
+            from :func:`quantize_fp8`.
         w_gate_up: [E, 2I, H] float8_e4m3fn, gate half first; I instead of 2I for activations
             without a gate. H and I need not be multiples of 128.
         w_gate_up_scale: [E, ceil(2I / 128), ceil(H / 128)] float32.
         w_down: [E, H, I] float8_e4m3fn.
         w_down_scale: [E, ceil(H / 128), ceil(I / 128)] float32.
         topk_weights: [T, K] in any float dtype, used in fp32.
-        topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
-        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None; for quantised x in float32, bfloat16 or
+        topk_ids: [T, K], int32 or int64. Ids outside [0, E) are empty slots.
+        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None; for quantized x in float32, bfloat16 or
             float16.
-        b_down: [E, H] of such a dtype, or None; multiplied by the routing weight like the rest.
-        activation: as for :func:`moe_ffn`.
+        b_down: [E, H] in a dtype of b_gate_up, or None; multiplied by the routing weight like the
+            rest.
+        activation: see :func:`moe_ffn`.
         interleaved: gate in even, up in odd features of w_gate_up and b_gate_up.
         apply_router_weight_on_input: multiply the token's scales by the routing weight and add the
             outputs of its experts unweighted (Llama 4).
-        alpha, limit: of ``"swiglu_oai"``.
-        x_scale: [T, ceil(H / 128)] float32, the scales of quantised x: the same bits as from the x
-            that was quantised.
-        out_dtype: of the result: x's dtype (None) or float32, the sum over a token's experts as it
-            is; for quantised x float32, bfloat16 or float16, and not None.
+        alpha, limit: parameters of ``"swiglu_oai"``.
+        x_scale: [T, ceil(H / 128)] float32, the scales of quantized x; results are bitwise
+            identical to those of unquantized x.
+        out_dtype: dtype of the result: x's dtype (None) or float32, the unrounded sum over a
+            token's experts; for quantized x float32, bfloat16 or float16, and not None.
 
     Returns:
-        [T, H] in out_dtype. A token without any expert gets zeros; T = 0 gives [0, H]. A token with
-        an infinity or a NaN gets NaN; others do not notice.
+        [T, H] in out_dtype. A token without experts gets zeros; T = 0 gives [0, H]. A token with an
+        infinity or a NaN gets NaN; other tokens are unaffected.
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: if a gradient is needed.
 
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.

@@ -1,4 +1,4 @@
-"""moe_ffn_packed: moe_ffn from copies of the weights in the order in which kernels read them."""
+"""moe_ffn_packed: moe_ffn with packed copies of the weights, in the order that kernels read."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ _moe_ffn_packed = direct_call("moe_ffn_packed")
 
 
 def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
-    """Copies expert weights into the order in which this machine's kernels read them.
+    """Packs expert weights into the order in which this machine's kernels read them.
 
-    The layout depends on the processor and on the release, so a copy is for this process: do not
-    save it. :meth:`moe_ops.layers.Experts.pack_weights` keeps copies and throws them away in time.
-    CUDA kernels read weights as they are: there a copy is empty.
+    The layout depends on the processor and on the release, so a copy is valid only in this process:
+    do not save it. :meth:`moe_ops.layers.Experts.pack_weights` manages copies and drops outdated
+    ones. CUDA kernels read unpacked weights: their copies are empty.
 
     Args:
         w: [E, O, K]; float64, float32, bfloat16 or float16, any strides.
-        halves: whether the features are a gate half and an up half (w_gate_up of an activation with
-            a gate, unless interleaved). O must be even then.
+        halves: True if the features are a gate half and an up half (w_gate_up of an activation with
+            a gate, unless interleaved). O must then be even.
 
     Returns:
-        uint8, one dimension: about as many bytes as w has (O, or each of its halves, is rounded up
-        to full vectors; K too for half types); none for CUDA weights. It has no gradient.
+        uint8, one dimension, with about the number of bytes of w (O, or each of its halves, is
+        rounded up to full vectors; for half-precision dtypes also K); empty for CUDA weights. It
+        has no gradient.
 
     Raises:
         ValueError: wrong dtype or rank, or halves of an odd O.
@@ -66,33 +67,33 @@ def moe_ffn_packed(
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """moe_ffn for inference, reading packed copies of the weights.
+    """Computes moe_ffn for inference, with packed copies of the weights.
 
-    The same function with sums in another order, so results differ by rounding (in bfloat16 also
-    that of the activation, on CPUs that multiply pairs of bfloat16). The weights stay the truth:
-    for every expert that has tokens, 20 elements of each weight (others at every call) are compared
-    with the copy, and where one differs that weight is read instead of its copy. This finds a
-    weight that was replaced, trained or loaded; it may miss a write to a few elements, so whoever
-    keeps copies must pack again after such a write. Where a gradient is wanted, and on CUDA
-    tensors, moe_ffn runs and the copies are ignored.
+    Sums run in another order than in moe_ffn, so results differ by rounding (in bfloat16 also of
+    the activation, on CPUs that multiply pairs of bfloat16). The original weights are
+    authoritative: for every expert with tokens, 20 elements of each weight (different ones at each
+    call) are compared with the copy, and if one differs, that weight is read instead of its copy.
+    This detects replaced, trained or loaded weights; it may miss a write to a few elements, after
+    which the caller must pack again. If a gradient is needed, and on CUDA tensors, moe_ffn runs and
+    the copies are ignored.
 
     Args:
-        x, w_gate_up, w_down: [T, H], [E, 2I, H] ([E, I, H]) and [E, H, I], as for :func:`moe_ffn`.
+        x, w_gate_up, w_down: [T, H], [E, 2I, H] ([E, I, H]) and [E, H, I], see :func:`moe_ffn`.
         packed_gate_up: ``pack_experts(w_gate_up, halves=h)``, with h true for an activation with a
             gate that is not `interleaved`.
         packed_down: ``pack_experts(w_down)``.
-        topk_weights, topk_ids, b_gate_up, b_down: as for :func:`moe_ffn`.
-        activation, interleaved, apply_router_weight_on_input: as for :func:`moe_ffn`.
-        alpha, limit: of ``"swiglu_oai"``.
-        out_dtype: as for :func:`moe_ffn`.
+        topk_weights, topk_ids, b_gate_up, b_down: see :func:`moe_ffn`.
+        activation, interleaved, apply_router_weight_on_input: see :func:`moe_ffn`.
+        alpha, limit: parameters of ``"swiglu_oai"``.
+        out_dtype: see :func:`moe_ffn`.
 
     Returns:
-        [T, H] in out_dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+        [T, H] in out_dtype. A token without experts gets zeros; T = 0 gives [0, H].
 
     Raises:
-        ValueError: what :func:`moe_ffn` refuses, or a copy of another size than pack_experts makes
-            of its weight (on CUDA, copies made on the CPU will do). Under autocast, weights are
-            cast as by moe_ffn, and by pack_experts too: pack and call in the same autocast state.
+        ValueError: arguments that :func:`moe_ffn` rejects, or a copy with another size than that
+            from pack_experts (on CUDA, copies made on the CPU are accepted). Autocast casts weights
+            as in moe_ffn, and also in pack_experts: pack and call in the same autocast state.
     """
     options = options_of(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
@@ -110,12 +111,12 @@ def _without_copies(*args: Any) -> Tensor:
 
 
 def packed_bytes_of(w: Tensor, halves: bool) -> int:
-    """The size of ``pack_experts(w, halves=halves)``."""
+    """Returns the size of ``pack_experts(w, halves=halves)``."""
     return 0 if w.is_cuda else _panel_bytes(w, halves)
 
 
 def _panel_bytes(w: Tensor, halves: bool) -> int:
-    """The size of a copy for the CPU."""
+    """Returns the size of a copy for the CPU."""
     num_experts, out_features, in_features = (int(n) for n in w.shape)
     name = dtype_name(w.dtype)
     return num_experts * _library.packed_expert_bytes(name, out_features, in_features, halves)

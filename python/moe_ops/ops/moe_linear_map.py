@@ -1,4 +1,4 @@
-"""moe_linear_map: each token through a linear map of each of its experts."""
+"""moe_linear_map: linear maps of each token by its experts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ _moe_linear_map_bwd = direct_call("moe_linear_map_bwd")
 
 
 def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Projects each token with the matrix of each expert it was sent to.
+    """Projects each token with the matrix of each of its experts.
 
-    ``h[t, k] = w[e] @ x[t] + bias[e]`` with ``e = topk_ids[t, k]``; slots without an expert are
-    zero.
-    The query projection of mixture-of-attention experts.
+    ``h[t, k] = w[e] @ x[t] + bias[e]`` with ``e = topk_ids[t, k]``; empty slots are zero. This is
+    the query projection of mixture-of-attention experts.
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
         w: [E, O, H] in x's dtype, any strides.
-        topk_ids: [T, K], int32 or int64; anything outside [0, E) means "no expert here".
+        topk_ids: [T, K], int32 or int64; ids outside [0, E) are empty slots.
         bias: [E, O] in x's dtype, or None.
 
     Returns:

@@ -1,4 +1,4 @@
-"""moe_linear_reduce: a token's slots through their experts and back into one row."""
+"""moe_linear_reduce: linear maps of a token's slots by their experts, summed per token."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def moe_linear_reduce(
     """Projects each slot with its expert's matrix and sums a token's slots with routing weights.
 
     ``y[t] = sum_k topk_weights[t, k] * (w[e] @ h[t, k] + bias[e])`` with ``e = topk_ids[t, k]``.
-    The output projection of mixture-of-attention experts.
+    This is the output projection of mixture-of-attention experts.
 
     Args:
         h: [T, K, D]; float64, float32, bfloat16 or float16, any strides.
         w: [E, H, D] in h's dtype, any strides.
         topk_weights: [T, K] in any float dtype, used in fp32. Differentiable.
-        topk_ids: [T, K], int32 or int64; anything outside [0, E) means "no expert here": the slot
-            adds nothing, even where its weight is NaN.
+        topk_ids: [T, K], int32 or int64; ids outside [0, E) are empty slots, which add nothing even
+            if their weight is NaN.
         bias: [E, H] in h's dtype, or None.
 
     Returns:

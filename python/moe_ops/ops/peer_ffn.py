@@ -1,4 +1,4 @@
-"""peer_ffn: experts of one neuron, whose vectors are gathered from two tables."""
+"""peer_ffn: single-neuron experts, whose vectors are gathered from two tables."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def peer_ffn(
     activation: str = "gelu",
     sparse_grad: bool = False,
 ) -> Tensor:
-    """The feed-forward network of up to millions of experts of one neuron each.
+    """Computes the FFN of up to millions of single-neuron experts.
 
     ``y[t] = sum_k topk_weights[t, k] * act(w_gate_up[e] @ x[t]) * w_down[e, :, 0]`` with ``e =
-    topk_ids[t, k]``: `moe_ffn` of intermediate size 1, without sorting and products. The vectors of
-    the chosen experts are read once, from where they lie; nothing of the size [T, K, H] is made,
-    forward or backward. It is bound by memory.
+    topk_ids[t, k]``: `moe_ffn` with intermediate size 1, without sorting and GEMMs. The vectors of
+    the selected experts are read once, in place; no tensor of size [T, K, H] is allocated, forward
+    or backward. It is memory-bound.
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
-        w_gate_up: [E, 1, H] in x's dtype, or [E, 2, H] with a gated activation, the gate first. A
-            copy is made where the last dimension is not dense.
-        w_down: [E, H, 1] in x's dtype. A copy is made where H is not dense.
+        w_gate_up: [E, 1, H] in x's dtype, or [E, 2, H] with a gated activation, the gate first. It
+            is copied if the last dimension is not dense.
+        w_down: [E, H, 1] in x's dtype. It is copied if H is not dense.
         topk_weights: [T, K] in any float dtype, used in fp32. Differentiable.
-        topk_ids: [T, K], int32 or int64, any K; anything outside [0, E) means "no expert here": the
-            slot adds nothing, even where its weight is NaN. An expert may come several times.
+        topk_ids: [T, K], int32 or int64, any K; ids outside [0, E) are empty slots, which add
+            nothing even if their weight is NaN. Experts may repeat.
         activation: not gated: "gelu", "gelu_tanh", "relu", "relu2", "silu"; gated: "swiglu",
             "geglu", "geglu_tanh", "reglu", "swiglu_oai" (with alpha 1.702 and limit 7).
-        sparse_grad: gradients of the tables are sparse COO tensors, coalesced, of the experts that
-            were chosen: what few tokens of many experts want, for an optimiser that takes them
-            (`torch.optim.SparseAdam`). In eager mode only; on CUDA, backward then waits for the
-            device. False: dense ones, of which every row is written.
+        sparse_grad: gradients of the tables are coalesced sparse COO tensors with the selected
+            experts, for few tokens and many experts and an optimizer that supports them
+            (`torch.optim.SparseAdam`). Eager mode only; on CUDA, backward then needs a device sync.
+            False: dense gradients, with all rows written.
 
     Returns:
         [T, H] in x's dtype; sums in fp32 (fp64 for fp64), in slot order. The gradient of an expert
@@ -182,8 +182,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _chosen(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The experts that slots name, sorted [U], and the place of each slot's among them [T, K]; a
-    slot without an expert has a place outside."""
+    """Returns the experts in the slots, sorted [U], and the index of each slot's expert among them
+    [T, K]; the index of an empty slot is out of range."""
     if topk_ids.numel() == 0:
         return topk_ids.new_empty(0), topk_ids
     ids, places = torch.unique(topk_ids, return_inverse=True)
@@ -226,5 +226,5 @@ def _table_gradient(rows: Tensor, values: Tensor | None, table: Tensor) -> Tenso
 register_autograd("peer_ffn", _backward, _setup, forward="peer_ffn_fwd")
 register_autograd("peer_ffn_fwd", _backward, _setup)
 register_no_double_backward("peer_ffn_bwd")
-# Not in the autocast type: to cast the tables would take longer than the op.
+# Not the autocast dtype: casting the tables would take longer than the op.
 register_autocast("peer_ffn", ["x", "w_gate_up", "w_down"], torch.float32)

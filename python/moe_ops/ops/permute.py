@@ -1,4 +1,4 @@
-"""permute: token rows into expert order."""
+"""permute: copies token rows into expert order."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ def permute(
 ) -> Tensor:
     """Copies each token's row once for each of its slots, in expert order.
 
-    ``rows[r] = x[row_to_slot[r] // K]`` for ``r < expert_offsets[E]``; later rows, the slots
-    without an expert, are zero, and so is a row whose slot is -1. Differentiable any number of
-    times: the gradient of x is the sum of a token's rows, in slot order and in fp32 (fp64 for
-    fp64).
+    ``rows[r] = x[row_to_slot[r] // K]`` for ``r < expert_offsets[E]``; later rows (empty slots) are
+    zero, and so are rows whose slot is -1. Differentiable any number of times: the gradient of x is
+    the sum of a token's rows, in slot order and in fp32 (fp64 for fp64).
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
-        expert_offsets: [E+1], int32 or int64, from 0 and never falling (from
+        expert_offsets: [E+1], int32 or int64, starting at 0, nondecreasing (from
             :func:`sort_by_expert`, or the ``rank_offsets`` of :func:`dispatch_layout`).
-        row_to_slot: [N], int32 or int64, values in [-1, T*K), repeated or not; with K = 1 it names
-            tokens.
-        top_k: K. None: N / T, a row for each slot. With a number there may be any number of rows.
+        row_to_slot: [N], int32 or int64, values in [-1, T*K), repeated or not; with K = 1, slots
+            are tokens.
+        top_k: K; N may then be any number of rows. None: N / T, one row per slot.
 
     Returns:
         [N, H] in x's dtype. T = 0 gives N rows of zeros.

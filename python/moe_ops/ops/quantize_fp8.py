@@ -1,5 +1,5 @@
-"""quantize_fp8: rows as float8_e4m3fn with a scale for every 128 columns; quantize_fp8_columns: the
-rows of experts, transposed, with a scale for every 128 rows."""
+"""quantize_fp8: rows in float8_e4m3fn with one scale per 128 columns; quantize_fp8_columns: the
+rows of experts, transposed, with one scale per 128 rows."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ FP8_BLOCK = 128
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds rows to float8_e4m3fn, 128 columns to a scale.
+    """Quantizes rows to float8_e4m3fn, with one scale per 128 columns.
 
-    ``scale = amax / 448`` of the block's largest magnitude, and each code is the number of e4m3
-    nearest to ``x * (448 / amax)``, ties to even; both in fp32. A code is off by at most 1/16 of
-    what it stands for, or 2^-10 * scale near zero, whichever is more. The same bits on every
-    device.
+    ``scale = amax / 448``, where amax is the block's largest magnitude, and q is ``x * (448 /
+    amax)`` rounded to the nearest e4m3 value, ties to even; both in fp32. The error of a value is
+    at most 1/16 of it, or 2^-10 * scale near zero, whichever is larger. Results are bitwise
+    identical on all devices.
 
-    - A block of zeros gets codes 0 and the scale 2^-126; amax counts as at least 448 * 2^-126.
-    - A block that holds an infinity or a NaN gets the scale NaN and codes NaN: whatever is computed
-      with it is NaN, and other blocks do not notice.
+    - A block of zeros gets q = 0 and the scale 2^-126; amax is clamped to at least 448 * 2^-126.
+    - A block with an infinity or a NaN gets the scale NaN and q = NaN, so every result of it is
+      NaN; other blocks are unaffected.
 
     Args:
         x: [N, D]; float32, bfloat16 or float16, any strides. D need not be a multiple of 128.
@@ -50,7 +50,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: wrong dtype or rank.
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: if a gradient is needed.
 
     Source:
         1 x 128 tiles of activations: DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
@@ -65,23 +65,23 @@ def quantize_fp8_columns(
     row_to_slot: Tensor | None = None,
     topk_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rounds the rows of experts to float8_e4m3fn, 128 rows of a column to a scale: an operand of
-    :func:`grouped_gemm_fp8_wgrad`, whose sum runs over rows.
+    """Quantizes the rows of experts to float8_e4m3fn, with one scale per 128 rows of a column, as
+    operands of :func:`grouped_gemm_fp8_wgrad`, which sums over rows.
 
-    The rows of expert e are cut into groups of 128 from its first row on; the last one may be
-    shorter. A group is quantised column by column as :func:`quantize_fp8` does with 128 numbers of
-    a row, and lies transposed. Expert e has its groups from ``expert_offsets[e] // 128 + e`` on, so
-    that no two experts share one. Columns of codes that no row fills, and groups of no expert, are
-    those of zeros. The same bits on every device.
+    The rows of expert e are divided into groups of 128, beginning with its first row; the last
+    group may be shorter. A group is quantized column by column, like 128 values of a row in
+    :func:`quantize_fp8`, and stored transposed. The groups of expert e begin at ``expert_offsets[e]
+    // 128 + e``, so that experts share no groups. Columns of q without a row, and groups without an
+    expert, have the values of quantized zeros. Results are bitwise identical on all devices.
 
     Args:
         x: [N, D] rows sorted by expert; float32, bfloat16 or float16, any strides. With
             `row_to_slot`, tokens [T, D].
-        expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
+        expert_offsets: [E+1], int32 or int64, starting at 0, nondecreasing, at most N.
         row_to_slot: [N], int32 or int64, N = T * K: row r is row ``row_to_slot[r] // K`` of x, as
-            :func:`permute` gathers it, without a copy of the rows. None: x holds the rows.
+            in :func:`permute`, without a copy of the rows. None: x contains the rows.
         topk_weights: [T, K] in any float dtype, with `row_to_slot` only: row r is multiplied by the
-            weight of its slot, in fp32, before it is rounded.
+            weight of its slot, in fp32, before quantization.
 
     Returns:
         q: float8_e4m3fn [D, 128 G] with G = N // 128 + E; row r of expert e is column
@@ -89,9 +89,9 @@ def quantize_fp8_columns(
         scale: float32 [G, D].
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or end past N, or slots outside
+        ValueError: wrong dtype, rank or size; decreasing offsets, offsets above N, or slots outside
             [0, N) (on the CPU).
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: if a gradient is needed.
 
     Source:
         128 x 1 tiles in the backward pass: DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
@@ -101,7 +101,7 @@ def quantize_fp8_columns(
 
 
 def fp8_groups(num_rows: int, num_experts: int) -> int:
-    """G of quantize_fp8_columns."""
+    """Returns G of quantize_fp8_columns."""
     return num_rows // FP8_BLOCK + num_experts
 
 

@@ -16,19 +16,19 @@ _rotary = direct_call("rotary")
 
 
 def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """Turns features i and i + d / 2 of each head as a pair, by the angle of their token.
+    """Rotates the pairs of features i and i + d / 2 of each head by the angles of their token.
 
     ``out[i] = t[i] cos[i] - t[i + d / 2] sin[i]`` and ``out[i + d / 2] = t[i + d / 2] cos[i] + t[i]
-    sin[i]``: halves rotated, as in Llama and JetMoE. On CUDA tensors it is this formula in torch's
-    operations, which a compiler fuses. Compiled code for a CPU calls the op: fused, angles would be
-    computed again for every head.
+    sin[i]``: rotated halves, as in Llama and JetMoE. On CUDA tensors the formula is composed of
+    torch operations, which a compiler fuses. Compiled CPU code calls the op, because fused code
+    would recompute the angles for every head.
 
     Args:
-        t: [B, S, ..., d], d even; float64, float32, bfloat16 or float16, any strides. A dense
-            token, as in a view of keys beside values, is read where it lies.
+        t: [B, S, ..., d], d even; float64, float32, bfloat16 or float16, any strides. Tokens that
+            are dense, as in a view of stored keys and values, are read in place.
         cos, sin: of the angles, [S, d / 2] or [B, S, d / 2] in any float dtype; used in fp32 (fp64
-            for fp64), and constants: they get no gradient.
-        inverse: by minus the angles, which is the gradient.
+            for fp64), without a gradient.
+        inverse: rotate by minus the angles, as the gradient does.
 
     Returns:
         Like t, contiguous, computed in fp32 (fp64 for fp64). Differentiable any number of times.

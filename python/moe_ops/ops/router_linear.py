@@ -1,4 +1,4 @@
-"""router_linear: the router's linear map, from tokens to logits."""
+"""router_linear: the router's linear map from tokens to logits."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def router_linear(
     *,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Logits of a router, ``x weight^T + bias``: `F.linear` for few columns.
+    """Computes a router's logits ``x weight^T + bias``: `F.linear` for few output columns.
 
-    Libraries for large matrices take products with 4 to 64 columns at a fraction of their speed.
-    Here all gradients, too, are one pass over x and the gradient of the logits. On CUDA tensors it
-    is `F.linear`.
+    Libraries for large matrices run GEMMs with 4 to 64 columns at a fraction of their speed. All
+    gradients take one pass over x and the gradient of the logits. On CUDA tensors it calls
+    `F.linear`.
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
         weight: [E, H] in x's dtype, E >= 1.
         bias: [E] in x's dtype, or None.
-        logits_dtype: x's dtype (None), or float32 for bfloat16 and float16 x: the sums as they are.
+        logits_dtype: x's dtype (None), or float32 for bfloat16 and float16 x, the unrounded sums.
 
     Returns:
         router_logits [T, E] in logits_dtype, summed in fp32 (fp64 for fp64). Differentiable any

@@ -15,18 +15,18 @@ _sort_by_expert = plain_call("sort_by_expert")
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts the N = T*K (token, k) slots by expert.
 
-    The sort is stable: inside one expert, rows keep the order of slots. Slots without an expert go
-    to the tail, also in slot order. No gradient.
+    The sort is stable: rows of an expert keep the order of slots. Empty slots come last, also in
+    slot order. No gradient.
 
     Args:
-        topk_ids: [T, K], int32 or int64. Anything outside [0, num_experts) means "no expert here".
+        topk_ids: [T, K], int32 or int64. Ids outside [0, num_experts) are empty slots.
         num_experts: E, at least 1.
 
     Returns:
-        Three int32 tensors: ``expert_offsets`` [E+1], where expert e owns the rows
-        ``expert_offsets[e]`` to ``expert_offsets[e+1]`` (the last value is the number of slots with
-        an expert); ``row_to_slot`` [N], a permutation of 0..N-1 with slot = t*K + k;
-        ``slot_to_row`` [T, K], its inverse. T = 0 gives zeros and empty maps.
+        Three int32 tensors: ``expert_offsets`` [E+1], where expert e has the rows
+        ``expert_offsets[e]`` to ``expert_offsets[e+1]`` (the last value is the number of nonempty
+        slots); ``row_to_slot`` [N], a permutation of 0..N-1 with slot = t*K + k; ``slot_to_row``
+        [T, K], its inverse. T = 0 gives zeros and empty maps.
 
     Raises:
         ValueError: wrong dtype, rank or num_experts; 2^31 slots or more.

@@ -37,48 +37,47 @@ def topk_router(
     num_topk_groups: int = 1,
     group_score: str = "max",
 ) -> tuple[Tensor, Tensor]:
-    """Chooses ``top_k`` experts a token and the weights of their outputs.
+    """Selects ``top_k`` experts per token and computes their routing weights.
 
     Selection: the K largest keys of each row, largest first, ties to the smaller id. The key is the
-    logit plus ``expert_bias`` when ``topk_first``, otherwise the score plus ``expert_bias``.
-    Without a bias and without sums of scores the logits are compared themselves: all score
-    functions are monotone, and rounding cannot tie two logits.
+    logit plus ``expert_bias`` with ``topk_first``, otherwise the score plus ``expert_bias``.
+    Without a bias and without sums of scores, the logits are compared directly: all score functions
+    are monotone, and rounding cannot tie two logits.
 
-    Scores: ``"softmax"`` over E; ``"sigmoid"``; ``"sqrtsoftplus"``, which is
-    sqrt(log(1 + exp(logit))). The last one has no upper bound. For negative logits it falls as
-    exp(logit / 2), and where that is no number any more (logits below -208 in fp32) score and
-    gradient are 0.
+    Scores: ``"softmax"`` over E; ``"sigmoid"``; ``"sqrtsoftplus"``, which is sqrt(log(1 +
+    exp(logit))). The last one has no upper bound. For negative logits it falls like exp(logit / 2),
+    and if that underflows (logits below -208 in fp32), score and gradient are 0.
 
     Groups: E/num_groups consecutive experts form a group, whose key is the largest key in it
     (``"max"``) or the sum of the two largest (``"top2_sum"``). Experts outside the best
-    ``num_topk_groups`` groups (ties to the smaller group) cannot be chosen.
+    ``num_topk_groups`` groups (ties to the smaller group) cannot be selected.
 
-    Weights: the score of each chosen expert, without the bias; with ``topk_first`` and softmax, the
-    softmax over the K chosen logits alone. ``renormalize`` divides them by their sum + 1e-20. Last,
-    all are multiplied by ``routed_scaling_factor``.
+    Weights: the score of each selected expert, without the bias; with ``topk_first`` and softmax,
+    the softmax over only the K selected logits. ``renormalize`` divides them by their sum + 1e-20.
+    Finally, all are multiplied by ``routed_scaling_factor``.
 
-    A key that is NaN ranks below -inf; ids are distinct and valid whatever the logits hold, and
-    weights are then what arithmetic gives. An expert with logit -inf has weight 0, unless all
-    logits of the row are -inf, which gives NaN.
+    A key that is NaN ranks below -inf; ids are distinct and valid for all logits, and NaN
+    propagates to the weights. An expert with logit -inf has weight 0, unless all logits of the row
+    are -inf, which gives NaN.
 
     Args:
         router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
             autocast they are cast to float32. The gradient has their dtype.
         top_k: K, from 1 to E (to the number of experts in ``num_topk_groups`` groups).
         score_func: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``.
-        topk_first: choose on logits and score only the chosen (gpt-oss, Granite), rather than
-            score all and choose.
+        topk_first: select by logits and score only the selected experts (gpt-oss, Granite), instead
+            of scoring all experts first.
         renormalize: makes the weights of a token sum to ``routed_scaling_factor``.
         routed_scaling_factor: finite.
-        expert_bias: [E], any float dtype and stride. It takes part in the selection only and gets
-            no gradient.
+        expert_bias: [E], any float dtype and stride. It affects only the selection and gets no
+            gradient.
         num_groups: divides E.
         num_topk_groups: from 1 to num_groups.
         group_score: ``"max"`` or ``"top2_sum"``, which needs two experts in a group.
 
     Returns:
         ``topk_weights`` [T, K], float32 (float64 for float64 logits), and ``topk_ids`` [T, K],
-        int32. T = 0 gives empty tensors. Computed in fp32 (fp64 for fp64), with the same bits for
+        int32. T = 0 gives empty tensors. Computed in fp32 (fp64 for fp64), bitwise identical for
         any number of threads. The weights can be differentiated once with respect to the logits.
 
     Raises:
@@ -208,7 +207,8 @@ def _(
 
 
 def register_router(op: str, used: slice) -> None:
-    """The rules of a router whose backward takes the logits, the ids and these of its arguments."""
+    """Registers the rules of a router whose backward takes the logits, the ids and the arguments in
+    `used`."""
     bwd = direct_call(f"{op}_bwd")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

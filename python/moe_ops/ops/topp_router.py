@@ -1,4 +1,4 @@
-"""topp_router: as many experts a token as it takes to gather a share of the probability."""
+"""topp_router: the fewest experts per token that reach a given probability."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def topp_router(
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses the shortest list of experts whose probabilities sum to ``top_p``.
+    """Selects the shortest list of experts whose probabilities sum to ``top_p``.
 
     The experts of a token are ordered by softmax over E, largest first, ties to the smaller id; NaN
     logits come last. The list has at least ``min_k`` and at most ``max_k`` experts. The weights are
@@ -39,17 +39,17 @@ def topp_router(
         router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
             autocast they are cast to float32. The gradient has their dtype.
         top_p: above 0, at most 1.
-        max_k: slots a token, from 1 to E; None means E.
+        max_k: slots per token, from 1 to E; None means E.
         min_k: from 1 to max_k.
         renormalize: makes the weights of a token sum to ``routed_scaling_factor``.
         routed_scaling_factor: finite.
 
     Returns:
-        ``topk_weights`` [T, max_k], float32 (float64 for float64 logits), and ``topk_ids``
-        [T, max_k], int32. Unused slots, all at the end of their row, hold id -1 and weight 0. T = 0
-        gives empty tensors. Computed in fp32 (fp64 for fp64), with the same bits for any number of
-        threads. The weights can be differentiated once with respect to the logits, the choice being
-        held fixed.
+        ``topk_weights`` [T, max_k], float32 (float64 for float64 logits), and ``topk_ids`` [T,
+        max_k], int32. Unused slots, all at the end of their row, have id -1 and weight 0. T = 0
+        gives empty tensors. Computed in fp32 (fp64 for fp64), bitwise identical for any number of
+        threads. The weights can be differentiated once with respect to the logits, for a fixed
+        selection.
 
     Raises:
         ValueError: wrong dtype or shape, a number out of the ranges above.

@@ -1,4 +1,4 @@
-"""unpermute: weighted sum of a token's rows."""
+"""unpermute: the weighted sum of a token's rows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def unpermute(
 ) -> Tensor:
     """Sums a token's rows with its routing weights.
 
-    ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row lies
-    before ``expert_offsets[E]``; the others, and those whose row is -1, add nothing, even where the
-    weight is NaN. The sum runs in slot order in fp32 (fp64 for fp64). Differentiable any number of
-    times: the gradient of a row is the sum over the slots that name it, in their order, and zero
-    for a row that none names.
+    ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row is before
+    ``expert_offsets[E]``; other slots, and those with row -1, add nothing, even if their weight is
+    NaN. The sum runs in slot order in fp32 (fp64 for fp64). Differentiable any number of times: the
+    gradient of a row is the sum over its slots, in slot order, and zero for a row without slots.
 
     Args:
         rows: [N, H], any number of them; float64, float32, bfloat16 or float16, any strides.
@@ -42,7 +41,7 @@ def unpermute(
         topk_weights: [T, K] in any float dtype, used in fp32; None means ones.
 
     Returns:
-        [T, H] in the dtype of rows. A token without any expert gets zeros.
+        [T, H] in the dtype of rows. A token without experts gets zeros.
 
     Raises:
         ValueError: wrong dtype, rank or size; a map or offset out of range.
@@ -98,7 +97,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -> tuple[Any, ...]:
-    """Both outputs of unpermute_bwd are bilinear, so their derivatives are the same two ops."""
+    """Computes derivatives of unpermute_bwd: both outputs are bilinear, so the derivatives are the
+    same two ops."""
     grad_y, rows, offsets, slot_to_row, weights = ctx.saved_tensors
     ops = torch.ops.moe_ops
     d_grad_y = d_rows = d_weights = None

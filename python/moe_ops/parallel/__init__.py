@@ -1,6 +1,6 @@
-"""Experts on several processes of torch.distributed, each of which has some of them.
+"""Expert parallelism: experts sharded over processes of torch.distributed.
 
-Letters in all files: T tokens, H hidden size, E experts, K experts a token, n ranks.
+Letters in all files: T tokens, H hidden size, E experts, K experts per token, n ranks.
 """
 
 from __future__ import annotations

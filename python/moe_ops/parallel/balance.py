@@ -1,6 +1,6 @@
-"""Other places for the experts of a model in training: from the load of each, by few collectives.
+"""Rebalancing of experts in training: new placements from expert loads, moved with few collectives.
 
-Letters: E experts, P places, n ranks, L layers.
+Letters: E experts, P physical experts, n ranks, L layers.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .placement import ExpertPlacement
 def rebalance_experts(
     weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ExpertPlacement.balanced` of many layers, called and answering like the function of this
-    name of EPLB.
+    """Computes `ExpertPlacement.balanced` for several layers, with the interface of the EPLB
+    function of this name.
 
     Args:
-        weight: [L, E] loads. num_replicas: P. num_groups, num_nodes: as of
-            `ExpertPlacement.balanced`.
+        weight: [L, E] loads.
+        num_replicas: P.
+        num_groups, num_nodes: see `ExpertPlacement.balanced`.
         num_gpus: n.
 
     Returns:
-        phy2log: [L, P] int64, the expert at each place.
-        log2phy: [L, E, X] int64, the places of each expert in order, filled up with -1; X is the
-            most that an expert has.
-        logcnt: [L, E] int64, how many it has.
+        phy2log: [L, P] int64, the expert of each physical expert.
+        log2phy: [L, E, X] int64, the physical experts of each expert in order, padded with -1; X is
+        the largest number per expert.
+        logcnt: [L, E] int64, the number of physical experts of each expert.
 
     Raises:
-        ValueError: as of `ExpertPlacement.balanced`. An expert is never twice on a rank, so P <= E
-            * n.
+        ValueError: see `ExpertPlacement.balanced`. A rank never has an expert twice, so P <= E * n.
 
     Source: the interface of https://github.com/deepseek-ai/EPLB.
     """
@@ -73,20 +73,21 @@ def plan_placements(
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> dict[str, ExpertPlacement]:
-    """For each bank of a model the placement that its routing asks for, near the one that it has;
-    that one itself where no other is better (for one machine).
+    """Plans a placement for each module of experts from its load, close to the current placement.
+
+    Keeps the current placement if no other is better (on one machine).
 
     Args:
-        model: with banks of `shard_experts`.
-        stats: of all ranks (`ExpertLoadStats.all_reduce`), so that these find the same placements;
-            its layers are names of banks, or of the layers that hold them.
-        num_groups, num_nodes: of `ExpertPlacement.balanced`.
+        model: a model with experts sharded by `shard_experts`.
+        stats: of all ranks (`ExpertLoadStats.all_reduce`), so that all ranks plan equal placements;
+            its layers are the names of experts' modules, or of the layers that contain them.
+        num_groups, num_nodes: see `ExpertPlacement.balanced`.
 
     Returns:
-        What `move_experts` takes: by the banks' names.
+        Placements by the names of the experts' modules, for `move_experts`.
 
     Raises:
-        ValueError: no sharded bank, or one whose layer is not in the statistics.
+        ValueError: no sharded experts, or experts whose layer is not in the statistics.
     """
     found = {}
     for name, bank in _sharded("plan_placements", model).items():
@@ -111,29 +112,29 @@ def move_experts(
     optimizer: Optimizer | None,
     placement: ExpertPlacement | Mapping[str, ExpertPlacement],
 ) -> int:
-    """Moves experts to other places between two steps, in place: parameters, their gradients,
-    buffers and what the optimizer keeps of each. Outputs and further training are those of the
-    model as it was, up to the order of sums.
+    """Moves experts to other ranks between two steps, in place.
 
-    Parameters stay the same objects, as DTensors also FSDP2's, and only rows that move are sent: an
-    all-to-all for each bank, two where FSDP2 shards its experts.
+    It moves parameters, their gradients, buffers and optimizer state. Outputs and further training
+    equal those of the original model, up to the order of sums. Parameters remain the same objects
+    (DTensors, also of FSDP2), and only rows that move are sent: one all-to-all per module of
+    experts, two if FSDP2 shards its experts.
 
-        stats.all_reduce()
-        rebalance(model, optimizer, plan_placements(model, stats))
+        stats.all_reduce() move_experts(model, optimizer, plan_placements(model, stats))
 
     Args:
-        model: with banks of `shard_experts`. All ranks of their groups call this together.
+        model: a model with experts sharded by `shard_experts`. All ranks of their groups must call
+            this together.
         optimizer: of the model; None for inference.
-        placement: of every bank, or by the banks' names in the model, others staying as they are.
-            As many places as before: `shard_experts` says how many there are.
+        placement: for all experts, or by the names of experts' modules in the model, others
+            unchanged. The number of physical experts is fixed by `shard_experts`.
 
     Returns:
-        The number of rows, one for a place of a bank, that were filled anew.
+        The number of physical experts that were overwritten.
 
     Raises:
-        ValueError: no sharded bank, a name of none, a placement that does not fit, a dispatcher
-            without `set_placement`, or state of the optimizer that is no number and not sharded
-            like its parameter. Nothing has been moved then.
+        ValueError: no sharded experts, an unknown name, an incompatible placement, a dispatcher
+            without `set_placement`, or optimizer state that is neither a number nor sharded like
+            its parameter. Nothing was moved then.
     """
     banks = _sharded("move_experts", model)
     wanted = (
@@ -192,7 +193,7 @@ def _check_placement(name: str, bank: Any, new: ExpertPlacement) -> None:
 
 
 def _rows_of(name: str, bank: Bank, optimizer: Optimizer | None) -> list[DTensor]:
-    """All tensors with a row for each place."""
+    """Returns all tensors with a row for each physical expert."""
     found: list[Any] = []
     for key, tensor in tensors_of(bank):
         assert isinstance(tensor, DTensor)
@@ -218,10 +219,10 @@ def _rows_of(name: str, bank: Bank, optimizer: Optimizer | None) -> list[DTensor
 
 
 def _move(bank: Any, pairs: Sequence[tuple[int, int]], tensors: list[DTensor]) -> None:
-    """Copies rows of tensors that are sharded alike from places to places.
+    """Copies rows between physical experts, for tensors with equal sharding.
 
-    A row goes to the rank of expert parallelism that it is for, and from there, if FSDP2 shards
-    rows too, to the rank that has this part of them.
+    A row is sent to its target rank of expert parallelism, and from there, if FSDP2 also shards
+    rows, to the rank that holds its part.
     """
     mesh, shard_dim = tensors[0].device_mesh, sharding_of(tensors[0], 0)
     here, ep_mesh = places_of(bank, tensors[0]), bank.sharding.ep_mesh
@@ -260,8 +261,11 @@ def _move(bank: Any, pairs: Sequence[tuple[int, int]], tensors: list[DTensor]) -
 
 
 class _Hop(NamedTuple):
-    """An all-to-all of numbered rows. to, source: of a number, the rank in the group that it goes
-    to, and that it comes from."""
+    """All-to-all of numbered rows.
+
+    to: maps a row number to the target rank in the group.
+    source: maps a row number to the source rank in the group.
+    """
 
     to: Callable[[int], int]
     source: Callable[[int], int]
@@ -269,7 +273,8 @@ class _Hop(NamedTuple):
     def __call__(
         self, rows: Tensor, held: list[int], arriving: list[int], group: ProcessGroup
     ) -> tuple[Tensor, list[int]]:
-        """Of the rows that are held, in order of their numbers, those that arrive and theirs."""
+        """Sends the held rows, in order of their numbers, and returns the received rows and their
+        numbers."""
         n = group.size()
         order = sorted(range(len(held)), key=lambda k: (self.to(held[k]), held[k]))
         arriving = sorted(arriving, key=lambda i: (self.source(i), i))

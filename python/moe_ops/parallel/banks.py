@@ -1,6 +1,6 @@
-"""Banks whose experts are shared out over ranks: who has which rows of their tensors.
+"""Sharded experts: the rows of their tensors on each rank.
 
-Letters: E experts, P places, n ranks of expert parallelism (EP).
+Letters: E experts, P physical experts, n ranks of expert parallelism (EP).
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def banks_of(model: nn.Module) -> Iterator[tuple[str, Bank]]:
 
 
 def tensors_of(bank: Bank) -> list[tuple[str, Tensor]]:
-    """What has a row for each expert."""
+    """Returns the tensors that have a row for each expert."""
     tensors = [*bank.named_parameters(recurse=False), *bank.named_buffers(recurse=False)]
     return [(name, tensor) for name, tensor in tensors if name != "x_scale"]
 
 
 def sharding_of(tensor: DTensor, dim: int) -> int | None:
-    """The dimension of the mesh over which FSDP2 shards a dimension of what a rank of expert
-    parallelism has, if it does. That of expert parallelism is the last one."""
-    # Of torch's two kinds of sharding one does not call itself so.
+    """Returns the mesh dimension over which FSDP2 shards a dimension of this rank's experts, or
+    None. Expert parallelism is the last mesh dimension."""
+    # One of torch's two kinds of sharding is not a Shard.
     dims = [getattr(how, "dim", None) for how in tensor.placements[:-1]]
     return dims.index(dim) if dim in dims else None
 
 
 def places_of(bank: Bank, tensor: DTensor) -> range:
-    """The places whose rows this rank has of a tensor of a bank."""
+    """Returns the physical experts whose rows of a tensor this rank has."""
     placement, mesh_dim = bank.sharding.placement, sharding_of(tensor, 0)
     first, num = bank.sharding.ep_mesh.get_local_rank() * placement.per_rank, placement.per_rank
     if mesh_dim is not None:
@@ -58,9 +58,11 @@ def places_of(bank: Bank, tensor: DTensor) -> range:
 
 @dataclass(frozen=True)
 class ExpertSharding:
-    """How a bank was sharded, for making another one like it.
+    """Sharding of a module of experts, for sharding another one in the same way.
 
-    ep_mesh: as of `shard_experts`. options: of `make_dispatcher`. placement: of this bank.
+    ep_mesh: see `shard_experts`.
+    options: of `make_dispatcher`.
+    placement: of these experts.
     """
 
     ep_mesh: DeviceMesh
@@ -68,8 +70,8 @@ class ExpertSharding:
     placement: ExpertPlacement
 
     def shard(self, bank: Bank) -> None:
-        """Keeps of a whole bank the experts of this rank; of one with another number of experts,
-        those that a rank has without a placement."""
+        """Keeps only this rank's experts of an unsharded module. With another number of experts
+        than in the placement, these are contiguous."""
         sharding = self._of(bank.num_experts)
         rows = list(sharding.placement.local(self.ep_mesh.get_local_rank()))
         sharding._connect(bank)
@@ -77,22 +79,22 @@ class ExpertSharding:
             self._put(bank, name, tensor.detach()[rows], tensor.requires_grad)
 
     def adopt(self, bank: Bank) -> None:
-        """Makes of a bank that holds the experts of this rank alone a sharded one of all."""
+        """Converts a module with only this rank's experts to a sharded module of all experts."""
         self._connect(bank)
         for name, tensor in tensors_of(bank):
             self._put(bank, name, tensor.detach(), tensor.requires_grad)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """All rows of a tensor of such a bank, one for each expert, on every rank; anything else as
-        it is."""
+        """Returns all rows of a sharded tensor, one per expert, on every rank; returns other values
+        unchanged."""
         if not isinstance(tensor, DTensor) or tensor.device_mesh != self.ep_mesh:
             return tensor
         whole: Tensor = tensor.full_tensor().detach()
         return whole if self.placement.is_identity else whole[list(self.placement.first_places)]
 
     def tie_replicas(self, weights: tuple[Tensor | None, ...]) -> Any:
-        """The same weights of this rank, [P / n, ...] each: the gradient of an expert will be the
-        sum over all of its places, so that these stay equal."""
+        """Returns this rank's weights, [P / n, ...] each, such that gradients are summed over all
+        physical experts of an expert, which keeps these equal."""
         some = any(w is not None and w.requires_grad for w in weights)
         if not (some and torch.is_grad_enabled() and self.placement.has_replicas):
             return weights
@@ -100,7 +102,7 @@ class ExpertSharding:
         return tuple(None if w is None else next(present) for w in weights)
 
     def _of(self, num_experts: int) -> ExpertSharding:
-        """The same for a bank of so many experts."""
+        """Returns this sharding for the given number of experts."""
         if num_experts == self.placement.num_experts:
             return self
         if num_experts % self.ep_mesh.size():
@@ -128,12 +130,12 @@ class ExpertSharding:
         set_sharding(bank, self)
 
 
-# Those whose gradients have rows that repeat others.
+# Modules whose gradients have rows for replicas.
 with_replicas: weakref.WeakSet[Bank] = weakref.WeakSet()
 
 
 def set_sharding(bank: Bank, sharding: ExpertSharding) -> None:
-    """Says where the experts of a bank are from now on."""
+    """Sets the sharding of a module of experts."""
     bank.sharding = sharding
     with_replicas.discard(bank)
     if sharding.placement.has_replicas:
@@ -150,7 +152,7 @@ class _TieReplicas(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One all-reduce of a row for each expert with several places."""
+        """Runs one all-reduce with a row for each replicated expert."""
         placement, mesh = ctx.sharding.placement, ctx.sharding.ep_mesh
         several = [e for e, copies in enumerate(placement.copies) if copies > 1]
         local = placement.local(mesh.get_local_rank())

@@ -1,4 +1,4 @@
-"""Checkpoints of experts that are not at the places of their numbers."""
+"""Checkpoints of experts whose placement is not the identity."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .banks import banks_of, places_of, sharding_of, tensors_of
 
 @contextmanager
 def canonical_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[None]:
-    """While the context is open, torch.distributed.checkpoint writes and reads a state in the order
-    of experts, each once, wherever they are: files fit other placements, other numbers of ranks,
-    and a process without any.
+    """Makes torch.distributed.checkpoint write and read a state in the order of experts, each once,
+    while the context is open. Files then fit other placements, other numbers of ranks, and a single
+    process.
 
     Example:
         weights, moments = get_state_dict(model, optimizer)
@@ -32,10 +32,10 @@ def canonical_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[
             dcp.save(state, checkpoint_id="checkpoint")  # or dcp.load
 
     Args:
-        model: that the state is of.
-        state: of `get_state_dict` or `state_dict`, nested as may be: parameters by name, and what
-            an optimizer keeps of each. Changed in place for the time of the context; what is read
-            goes into its tensors.
+        model: model of the state.
+        state: from `get_state_dict` or `state_dict`, with any nesting: parameters by name, and
+            optimizer state of each. Modified in place while the context is open; loaded values are
+            written to its tensors.
     """
     owners = {
         f"{name}.{key}" if name else key: bank
@@ -64,12 +64,13 @@ def canonical_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[
 
 
 class _ByExpert(Tensor):
-    """The rows that this rank has of a tensor, as a part of one in the order of experts: what
-    torch.distributed.checkpoint asks of a tensor (the three methods that DTensor has as well).
+    """This rank's rows of a tensor as a shard of a tensor in the order of experts, with the three
+    methods that torch.distributed.checkpoint calls (which DTensor has too).
 
-    whole: its size. rows: by its offsets in that, each run of experts that are here in order.
-    written: offsets of the runs that this rank writes, others being written where an expert has its
-    first place.
+    whole: its size.
+    rows: each contiguous run of local experts, by its offsets in the whole tensor.
+    written: offsets of the runs that this rank writes; the rank of an expert's first physical
+    expert writes it.
     """
 
     whole: torch.Size

@@ -1,8 +1,8 @@
-"""Collectives that carry rows of tensors between processes, with gradients.
+"""Differentiable collectives that exchange rows of tensors between processes.
 
-The ones that torch has for compiled code are used in eager code too: they begin, and something else
-can be computed before their result is waited for; of their gradients the same holds. Any backend of
-torch.distributed serves. Every rank of the group has to make the same calls in the same order.
+Eager code also uses torch's collectives for compiled code: they start, and other computation can
+run before their result is waited for, also in backward. Any backend of torch.distributed works. All
+ranks of the group must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ _checking = os.environ.get("MOE_OPS_CHECK_SPLITS", "0") not in ("", "0")
 
 
 def set_check_splits(enabled: bool) -> bool:
-    """Whether ranks compare, before each exchange, what they are about to send with what the others
-    expect. A mismatch is then one sentence on every rank; without the check it ends the process or
-    hangs until the group's timeout. The check is a collective of its own that waits for the device,
-    so all ranks must turn it on together. Not done in compiled code.
+    """Sets whether ranks compare, before each exchange, the rows to send with those that other
+    ranks expect.
 
-    MOE_OPS_CHECK_SPLITS=1 and TORCH_DISTRIBUTED_DEBUG=DETAIL turn it on too.
+    With the check, a mismatch raises an error on every rank; without it, a mismatch ends the
+    process or hangs until the group's timeout. The check is an additional collective with a device
+    sync, so all ranks must enable it together. It is skipped in compiled code.
+
+    MOE_OPS_CHECK_SPLITS=1 and TORCH_DISTRIBUTED_DEBUG=DETAIL also enable it.
 
     Returns:
-        What it was before.
+        The previous setting.
     """
     global _checking
     before, _checking = _checking, enabled
@@ -48,12 +50,12 @@ def set_check_splits(enabled: bool) -> bool:
 
 
 def is_checking_splits() -> bool:
-    """Whether `set_check_splits`, or the environment, asks for the comparison."""
+    """Returns whether `set_check_splits` or the environment enables the comparison."""
     return _checking or dist.get_debug_level() == dist.DebugLevel.DETAIL
 
 
 def _check_own(op: str, x: Tensor, recv: Sequence[int], send: Sequence[int], n: int) -> str | None:
-    """What is wrong with the splits of this rank, as far as it can tell."""
+    """Returns the error in this rank's splits that is visible without communication, or None."""
     for name, sizes in (("recv", recv), ("send", send)):
         if len(sizes) != n or min(sizes) < 0:
             return f"{op}: {name} must be {n} numbers of at least 0, got {list(sizes)}."
@@ -63,7 +65,7 @@ def _check_own(op: str, x: Tensor, recv: Sequence[int], send: Sequence[int], n: 
 
 
 def _gather(facts: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
-    """What each rank says."""
+    """Gathers the facts of all ranks."""
     n = group.size()
     mine = torch.tensor(facts, dtype=torch.int64, device=device)
     table = torch.empty(n * len(facts), dtype=torch.int64, device=device)
@@ -75,7 +77,7 @@ def _gather(facts: list[int], device: torch.device, group: ProcessGroup) -> list
 def _check_splits(
     op: str, x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
 ) -> None:
-    """Raises ValueError on every rank if the exchange cannot be made."""
+    """Raises ValueError on every rank if the splits of the ranks do not match."""
     n = group.size()
     own = _check_own(op, x, recv, send, n)
     facts = [*send, *recv] if own is None else [0] * 2 * n
@@ -99,7 +101,7 @@ def _check_splits(
 
 
 def _check_equal(op: str, x: Tensor, group: ProcessGroup) -> None:
-    """Raises the same ValueError on every rank if their tensors have other shapes."""
+    """Raises ValueError on every rank if the shapes of their tensors differ."""
     facts = [x.shape[0], x.shape[1:].numel(), x.element_size()]
     table = _gather(facts, x.device, group)
     for rank, line in enumerate(table):
@@ -116,7 +118,7 @@ def _check_same(op: str, what: str, line: list[int], first: list[int], rank: int
 
 
 class InFlight:
-    """A tensor that is being made by a collective. `wait` gives it, once."""
+    """Tensor that a collective is computing. `wait` returns it, once."""
 
     def __init__(self, token: Tensor, flight: _Flight) -> None:
         self._token = token
@@ -128,24 +130,25 @@ class InFlight:
 
 
 class InFlightFp8(InFlight):
-    """What `begin_all_to_all_fp8` makes: rows in their own dtype, or as they travel."""
+    """Result of `begin_all_to_all_fp8`: rows in their own dtype, or as sent."""
 
     def wait_codes(self) -> tuple[Tensor, Tensor]:
-        """float8_e4m3fn [R, H] and their float32 scales [R, ceil(H / 128)], in place of `wait`;
-        without gradients."""
+        """Returns float8_e4m3fn [R, H] and their float32 scales [R, ceil(H / 128)] instead of
+        `wait`; without gradients."""
         return _codes(*self._flight.results_there())
 
 
 def wait(x: Tensor | InFlight) -> Tensor:
-    """The tensor, when it is there."""
+    """Returns the tensor once it is complete."""
     return x.wait() if isinstance(x, InFlight) else x
 
 
 class _Flight:
-    """A collective and its adjoint, and what either has begun.
+    """A collective and its adjoint, with their started results.
 
-    begin: of the input, begins what has to be waited for. end: of that, when it is there, the
-    output. adjoint: begins the gradient of the input, of that of the output.
+    begin: starts the collective for an input and returns the tensors to wait for.
+    end: computes the output from these when complete.
+    adjoint: starts the gradient of the input from that of the output.
     """
 
     def __init__(
@@ -169,8 +172,9 @@ class _Flight:
 
 
 class _Begin(torch.autograd.Function):
-    """Begins a collective. Its output, without elements, ties it to its end in the graph, where
-    backward begins the adjoint: what was computed in between comes in between again."""
+    """Starts a collective. Its output, without elements, connects it to its end in the graph.
+    Backward starts the adjoint at the end, so computation in between overlaps communication
+    again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
@@ -207,10 +211,10 @@ def begin_all_to_all_rows(
     *,
     grad_dtype: torch.dtype | None = None,
 ) -> Tensor | InFlight:
-    """`all_to_all_rows` that has only begun; `wait` gives the rows. Its gradient begins where they
-    were waited for, and is waited for where this was called."""
+    """Starts `all_to_all_rows`; `wait` returns the rows. Its gradient starts where the rows were
+    waited for, and is waited for where this was called."""
     if x.dtype in _FP8:
-        # gloo does not know these types. Codes have no gradient.
+        # gloo does not support these dtypes. Quantized values have no gradient.
         return wait(begin_all_to_all_rows(x.view(torch.uint8), recv, send, group)).view(x.dtype)
     recv, send = list(recv), list(send)
     if is_compiling():
@@ -225,16 +229,16 @@ def begin_all_to_all_rows(
 
 
 def _compact(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # Autograd gives a gradient the dtype of what it is of.
+    # Autograd gives a gradient the dtype of its tensor.
     return grad.contiguous() if dtype is None else grad.to(dtype).contiguous()
 
 
 def begin_all_to_all_fp8(
     x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
 ) -> InFlightFp8:
-    """`begin_all_to_all_rows` of x [S, H] rounded to float8_e4m3fn with a scale for each 128
-    columns (`moe_ops.quantize_fp8`): half the bytes of bfloat16. What arrives is in x's dtype, and
-    so are gradients, which pass the rounding as if it were not there.
+    """Starts `begin_all_to_all_rows` for x [S, H] quantized to float8_e4m3fn with one scale per 128
+    columns (`moe_ops.quantize_fp8`): half the bytes of bfloat16. Results have x's dtype, and so
+    have gradients, which ignore the quantization.
 
     Raises:
         NotImplementedError: in compiled code.
@@ -280,35 +284,35 @@ def all_to_all_rows(
     *,
     grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sends runs of rows to the ranks of a group, and returns what they send here.
+    """Sends runs of rows to the ranks of a group, and returns the rows received from them.
 
     Args:
-        x: [S, ...], any dtype; float8 types travel as bytes and have no gradient.
-        recv: rows to get from each rank, as they send them: see `exchange_counts`.
-        send: rows for each rank, in the order of x; their sum is S.
+        x: [S, ...], any dtype; float8 dtypes are sent as bytes and have no gradient.
+        recv: number of rows to receive from each rank: see `exchange_counts`.
+        send: number of rows for each rank, in the order of x; the sum is S.
         group: the ranks.
-        grad_dtype: in which gradients travel; None is the dtype of x. Not in compiled code.
+        grad_dtype: dtype in which gradients are sent; None is the dtype of x. Not in compiled code.
 
     Returns:
         [R, ...] in the dtype of x, R the sum of recv, in the order of the ranks.
 
-    Differentiable: gradients go the way back. S = 0 and R = 0 are fine.
+    Differentiable: gradients are sent back. S = 0 and R = 0 are supported.
 
     Raises:
-        ValueError: splits that do not fit x. Splits that do not fit those of another rank end the
-            process or hang, unless `set_check_splits` is on.
+        ValueError: splits that do not fit x. Splits that do not match those of another rank end the
+            process or hang, unless `set_check_splits` is enabled.
     """
     return wait(begin_all_to_all_rows(x, recv, send, group, grad_dtype=grad_dtype))
 
 
 def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
-    """Tells each rank how much of each kind it will get from this one.
+    """Exchanges the numbers of rows, of each kind, that ranks will send to each other.
 
     Args:
-        counts: [n, ...] int, line r for rank r.
+        counts: [n, ...] int, row r for rank r.
 
     Returns:
-        [n, ...] int, line r from rank r.
+        [n, ...] int, row r from rank r.
     """
     n = group.size()
     ones = [1] * n
@@ -320,8 +324,8 @@ def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def to_host(counts: Tensor) -> list[int]:
-    """Counts [m] as numbers, which wait for the device. Compiled code learns that none is
-    negative."""
+    """Returns counts [m] as Python integers, with a device sync. Compiled code learns that they are
+    nonnegative."""
     numbers: list[int] = counts.tolist()
     if is_compiling():
         for number in numbers:
@@ -333,8 +337,8 @@ def to_host(counts: Tensor) -> list[int]:
 
 
 def begin_all_gather_rows(x: Tensor, group: ProcessGroup) -> Tensor | InFlight:
-    """[n * S, ...]: the rows [S, ...] of all ranks, in their order. `wait` gives them. The gradient
-    is the sum of what the ranks have for this one's rows."""
+    """Starts an all-gather of rows [S, ...] to [n * S, ...] in the order of the ranks; `wait`
+    returns it. The gradient is the sum over the ranks of the gradients of this rank's rows."""
     if is_compiling():
         y: Tensor = _funcol.all_gather_tensor_autograd(x.contiguous(), 0, group)
         return y
@@ -350,8 +354,8 @@ def begin_all_gather_rows(x: Tensor, group: ProcessGroup) -> Tensor | InFlight:
 def reduce_scatter_rows(
     x: Tensor, group: ProcessGroup, *, grad_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[S, ...]: the sum over the ranks of the rows that they have for this one, of [n * S, ...].
-    Its gradient is an all-gather, in `grad_dtype` (None: the dtype of x; not in compiled code)."""
+    """Computes [S, ...], the sum over the ranks of their rows for this rank, from [n * S, ...]. Its
+    gradient is an all-gather, in `grad_dtype` (None: the dtype of x; not in compiled code)."""
     if is_compiling():
         y: Tensor = _funcol.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, group)
         return y
@@ -366,15 +370,15 @@ def reduce_scatter_rows(
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x, of which all ranks have the same copy and each makes a part of the result: its gradient is
-    the sum of what the ranks have."""
+    """Returns x, which is equal on all ranks, each of which computes a part of the result: its
+    gradient is summed over the ranks."""
     y: Tensor = _CopyToGroup.apply(x, group.group_name)
     return y
 
 
 def sum_over_group(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of the ranks' parts of a result that all of them go on with: its gradient is the same
-    on all ranks."""
+    """Sums the ranks' parts of a result that all of them continue with: its gradient is equal on
+    all ranks."""
     y: Tensor = _SumOverGroup.apply(x, group.group_name)
     return y
 

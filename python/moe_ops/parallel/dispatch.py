@@ -1,10 +1,11 @@
-"""Dispatchers: how tokens get to the processes that have their experts, and back.
+"""Dispatchers: they send tokens to the processes that have their experts, and results back.
 
-Each gives the bank of a process rows and a routing for its own experts, which is what `moe_ffn`
-takes: ids that are nobody's here contribute nothing. Here are those that bring all tokens to all
-ranks; `exchange` has the others.
+Each gives a process rows and a routing for its own experts, as in `moe_ffn`: ids of other experts
+contribute nothing. This file has the dispatchers that send all tokens to all ranks; `exchange` has
+the others.
 
-Letters: T tokens of this rank, H hidden size, K slots a token, n ranks, R rows that this rank gets.
+Letters: T tokens of this rank, H hidden size, K slots per token, n ranks, R rows that this rank
+receives.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .placement import ExpertPlacement
 
 
 class Bank(Protocol):
-    """What a dispatcher brings rows to, such as `layers.Experts`."""
+    """Module of experts that a dispatcher runs, such as `layers.Experts`."""
 
     def forward_local(
         self,
@@ -49,20 +50,22 @@ class Bank(Protocol):
         apply_router_weight_on_input: bool = False,
         **options: Any,
     ) -> Tensor:
-        """[R, O] of rows x [R, H] by the experts of this process; topk_ids [R, K] count from the
-        first of them, and others contribute nothing. R = 0 must keep the graph of autograd.
+        """Computes [R, O] from rows x [R, H] with the experts of this process; topk_ids [R, K] are
+        relative to the first of them, and other ids contribute nothing. R = 0 must keep the
+        autograd graph.
 
-        options: out_dtype, for dispatchers with fp32_combine, of the result; x_scale, of rows in
-        float8_e4m3fn, for banks whose attribute `takes_fp8` is true.
+        options: out_dtype, dtype of the result, for dispatchers with fp32_combine; x_scale, scales
+        of rows in float8_e4m3fn, for experts whose attribute `takes_fp8` is true.
         """
         ...
 
 
 class DispatchOutput(NamedTuple):
-    """Rows that are here, or on their way, for the experts of this process.
+    """Rows for the experts of this process, received or in flight.
 
-    x: [R, H]. topk_weights, topk_ids: [R, K'], as `Bank.forward_local` takes them.
-    state: what `combine` of the dispatcher needs.
+    x: [R, H].
+    topk_weights, topk_ids: [R, K'], see `Bank.forward_local`.
+    state: data for `combine` of the dispatcher.
     """
 
     x: Tensor | InFlight
@@ -72,18 +75,18 @@ class DispatchOutput(NamedTuple):
 
 
 class Dispatcher:
-    """Runs a bank whose experts are spread over the ranks of a group.
+    """Runs experts that are distributed over the ranks of a group.
 
-    A subclass has `dispatch` and `combine`. Anything else that is called like this will do as well.
-    Every rank of the group has to call it the same number of times, in the same order of layers,
-    also with no tokens; the losses of all ranks have to depend on the results, or backward waits
-    for a rank that never comes.
+    A subclass implements `dispatch` and `combine`. Other callables with this interface also work.
+    Every rank of the group must call it the same number of times, in the same order of layers, also
+    without tokens; the losses of all ranks must depend on the results, or backward waits forever
+    for a rank.
 
     Args:
-        group: the ranks; a mesh of one dimension, or None for a process alone.
-        placement: which of them has which experts.
-        fp32_combine: with bfloat16 and float16, results come back in float32 and are rounded once,
-            when all of a token's are added: half of the bytes more, none in backward.
+        group: the ranks; a one-dimensional mesh, or None for a single process.
+        placement: the experts of each rank.
+        fp32_combine: with bfloat16 and float16, return results in float32 and round once after
+            adding a token's results: 50 % more bytes in forward, none in backward.
 
     Raises:
         ValueError: a placement for another number of ranks.
@@ -101,14 +104,14 @@ class Dispatcher:
         self.num_ranks = 1 if group is None else group.size()
         self.rank = 0 if group is None else dist.get_rank(group)
         self.fp32_combine = fp32_combine
-        # The rank whose table says where tokens go.
+        # The rank whose table defines where tokens are sent.
         self.table_of = self.rank
         self._sizes: Any = WeakTensorKeyDictionary()
         self.set_placement(placement)
 
     def set_placement(self, placement: ExpertPlacement) -> None:
-        """From the next call on, experts are where this says; `moe_ops.parallel.move_experts` moves
-        their weights as well."""
+        """Sets the placement for later calls; `moe_ops.parallel.move_experts` also moves the
+        weights."""
         if placement.num_ranks != self.num_ranks:
             raise ValueError(
                 f"{type(self).__name__}: placement must be for the {self.num_ranks} ranks of the "
@@ -127,16 +130,16 @@ class Dispatcher:
         apply_router_weight_on_input: bool = False,
         overlap: Callable[[], None] | None = None,
     ) -> Tensor:
-        """What the experts of all ranks make of the tokens of this one.
+        """Computes the experts of all ranks for the tokens of this one.
 
         Args:
-            bank: has the experts of this rank.
-            x: [T, H], T another one on each rank if need be.
-            topk_weights: [T, K] float. topk_ids: [T, K] int32 or int64, of all experts; ids
-                outside [0, E) contribute nothing.
-            apply_router_weight_on_input: as of `Experts.forward`.
-            overlap: called once while rows are on their way; gradients of what it computes are
-                computed while gradients of the rows are.
+            bank: experts of this rank.
+            x: [T, H]; T may differ between ranks.
+            topk_weights: [T, K] float.
+            topk_ids: [T, K] int32 or int64, of all experts; ids outside [0, E) contribute nothing.
+            apply_router_weight_on_input: see `Experts.forward`.
+            overlap: called once while rows are in flight; its gradients are computed while
+                gradients of the rows are in flight.
 
         Returns:
             [T, O] in the dtype of x, or that of autocast.
@@ -172,31 +175,31 @@ class Dispatcher:
         raise NotImplementedError
 
     def table(self, topk_ids: Tensor) -> Tensor | None:
-        """[E] int32, on the device of the ids: the place of each expert for tokens of this rank;
-        None where experts are at the places of their numbers, and no place is empty."""
+        """Returns [E] int32, on the device of the ids: the physical expert of each expert for
+        tokens of this rank; None if expert e is physical expert e and none is empty."""
         if self.placement.is_identity:
             return None
         if self._table is not None and self._table.device == topk_ids.device:
             return self._table
         places = self.placement.table(self.table_of)
         table = torch.tensor(places, dtype=torch.int32, device=topk_ids.device)
-        # A mode that traces makes others.
+        # Tensors made by a tracing mode are not cached.
         if not (is_compiling() or topk_ids.is_inference()) and type(table) is Tensor:
             self._table = table
         return table
 
     def places(self, topk_ids: Tensor) -> Tensor:
-        """[T, K]: the places of the experts for tokens of this rank; outside [0, P) for ids of
-        none."""
+        """Returns the physical experts of the ids for tokens of this rank, [T, K]; outside [0, P)
+        for empty slots."""
         table = self.table(topk_ids)
         if table is None:
             return topk_ids
         return self.placement.to_physical(topk_ids, self.table_of, table)
 
     def _sizes_of(self, topk_ids: Tensor, exchange: Callable[[], Any]) -> Any:
-        """What `exchange` finds out about a routing together with the other ranks. Recomputation
-        for backward passes on the ids of the first pass (freeze_routing_in_recompute of
-        `layers.MoE`) and need not ask again."""
+        """Returns the result of `exchange`, the sizes of a routing on all ranks. Recomputation for
+        backward passes the ids tensor of the first pass (freeze_routing_in_recompute of
+        `layers.MoE`) and reuses its sizes."""
         if is_compiling() or topk_ids.is_inference():
             return exchange()
         version = topk_ids._version
@@ -209,7 +212,7 @@ class Dispatcher:
         return sizes
 
     def __deepcopy__(self, memo: dict) -> Dispatcher:
-        # The copy of a layer sends to the same processes.
+        # A copied layer sends to the same processes.
         twin = copy.copy(self)
         twin._sizes = WeakTensorKeyDictionary()
         return twin
@@ -220,7 +223,7 @@ class Dispatcher:
 
 
 def _as_multiplied(x: Tensor) -> Tensor:
-    """What autocast would make of x in the products: before it travels."""
+    """Casts x as autocast would in the GEMMs, before it is sent."""
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
@@ -228,7 +231,8 @@ def _as_multiplied(x: Tensor) -> Tensor:
 
 
 class LocalDispatcher(Dispatcher):
-    """One process has all experts: nothing is sent, and options of sending change nothing."""
+    """Dispatcher for one process with all experts: nothing is sent, and options of sending have no
+    effect."""
 
     def __init__(
         self,
@@ -250,11 +254,12 @@ class LocalDispatcher(Dispatcher):
 
 
 class ReplicatedDispatcher(Dispatcher):
-    """All ranks have the same tokens, as under tensor parallelism, and each adds the share of its
-    experts: an all-reduce of the output and, in backward, of the gradients of x and topk_weights.
+    """Dispatcher for ranks with equal tokens, as in tensor parallelism: each adds the contribution
+    of its experts, with an all-reduce of the output and, in backward, of the gradients of x and
+    topk_weights.
 
-    Whatever else comes before and after must be the same on all ranks too, random numbers of a
-    router included.
+    Everything before and after must also be equal on all ranks, including random numbers of a
+    router.
     """
 
     def __init__(
@@ -265,7 +270,7 @@ class ReplicatedDispatcher(Dispatcher):
         fp32_combine: bool = False,
     ) -> None:
         super().__init__(group, placement, fp32_combine=fp32_combine)
-        # The ranks agree on one place for each expert.
+        # The ranks must use the same physical expert for each expert.
         self.table_of = 0
 
     def dispatch(
@@ -281,12 +286,13 @@ class ReplicatedDispatcher(Dispatcher):
 
 
 class AllGatherDispatcher(Dispatcher):
-    """Every rank gets all tokens and computes what its experts add to them; a sum over the ranks
-    scatters the results: an all-gather and a reduce-scatter of n times the tokens.
+    """Dispatcher that sends all tokens to every rank, which computes the contribution of its
+    experts; the results are summed and scattered: an all-gather and a reduce-scatter of n times the
+    tokens.
 
     Args:
-        num_tokens: rows that each rank sends, those beyond its tokens empty: at least T on every
-            rank. None: the ranks agree on the largest T of each call, which waits for the device.
+        num_tokens: rows that each rank sends, padded beyond its tokens: at least T on every rank.
+            None: the ranks agree on the largest T of each call, with a device sync.
     """
 
     def __init__(

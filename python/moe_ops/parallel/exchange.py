@@ -1,7 +1,7 @@
-"""Dispatchers that bring a token's row to the ranks of its experts, and to no others.
+"""Dispatchers that send a token's row only to the ranks of its experts.
 
-Letters: T tokens of this rank, H hidden size, K slots a token, n ranks, R rows that this rank gets,
-C capacity.
+Letters: T tokens of this rank, H hidden size, K slots per token, n ranks, R rows that this rank
+receives, C capacity.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .placement import ExpertPlacement
 
 
 class _Sent(NamedTuple):
-    """The way back.
+    """Data for returning results.
 
-    offsets, slot_to_row: where in the rows that come back a token's are, as `unpermute` takes them.
-    send, recv: rows for and from each rank on the way there.
-    topk_weights: [T, K] that the sender applies.
-    grad_dtype: of x, in which gradients of results travel.
+    offsets, slot_to_row: the rows of a token among the returned rows, for `unpermute`.
+    send, recv: rows for and from each rank when dispatching.
+    topk_weights: [T, K], which the sender applies.
+    grad_dtype: of x, the dtype in which gradients of results are sent.
     """
 
     offsets: Tensor
@@ -48,13 +48,13 @@ class _Sent(NamedTuple):
 
 
 class _AllToAll(Dispatcher):
-    """Rows go to the ranks of their experts by an all-to-all of exactly those, after one of their
-    numbers, which the host has to know.
+    """Dispatcher that exchanges row counts (a host sync), then sends exactly those rows by
+    all-to-all.
 
     Args:
-        fp8: rows travel as float8_e4m3fn with a scale for each 128 columns, half the bytes of
-            bfloat16; results and gradients in the dtype of x. Without gradients, a bank with
-            precision "fp8" multiplies these codes as they are. Not in compiled code.
+        fp8: send rows as float8_e4m3fn with one scale per 128 columns, half the bytes of bfloat16;
+            results and gradients are sent in the dtype of x. Without gradients, experts with
+            fp8_training multiply the quantized rows directly. Not in compiled code.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class _AllToAll(Dispatcher):
         self.fp8 = fp8
 
     def _splits(self, send: Tensor, recv: Tensor) -> tuple[list[int], list[int]]:
-        """Numbers of rows for and from each rank, [n] each, by one wait for the device."""
+        """Returns the numbers of rows for and from each rank, [n] each, with one device sync."""
         numbers = to_host(torch.cat([send, recv]))
         return numbers[: self.num_ranks], numbers[self.num_ranks :]
 
@@ -89,9 +89,9 @@ def _first(rows: Tensor, number: int) -> Tensor:
 
 
 class AllToAllDispatcher(_AllToAll):
-    """A row for each token and each of its experts. Weights stay here and are applied to what comes
-    back, in the order and precision of one process: in float32 and float64 the output has the bits
-    of a process that has all experts."""
+    """Dispatcher that sends one row per token and expert. Weights stay on this rank and are applied
+    to the returned rows, in the order and precision of one process: in float32 and float64 the
+    output is bitwise identical to that of a process with all experts."""
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
@@ -124,8 +124,8 @@ class AllToAllDispatcher(_AllToAll):
 
 
 class DedupAllToAllDispatcher(_AllToAll):
-    """A row for each token and each rank that has one of its experts, with ids and weights; a rank
-    returns the sum of its experts' outputs, which is rounded to the dtype of x."""
+    """Dispatcher that sends one row per token and rank with one of its experts, with ids and
+    weights; a rank returns the sum of its experts' outputs, rounded to the dtype of x."""
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
@@ -151,15 +151,16 @@ class DedupAllToAllDispatcher(_AllToAll):
 
 
 class PaddedAllToAllDispatcher(Dispatcher):
-    """Rows as of `DedupAllToAllDispatcher`, in n parts of C rows each: sizes do not depend on the
-    routing, so nobody waits for the device and the call can be captured in a CUDA graph.
+    """Dispatcher that sends the rows of `DedupAllToAllDispatcher` in n parts of C rows each: sizes
+    do not depend on the routing, so there is no device sync and the call can be captured in a CUDA
+    graph.
 
     Args:
-        capacity: C. A rank that gets more rows of another one than that drops those of the last
-            tokens. None is T, which drops nothing and has to be the same on all ranks.
+        capacity: C. If a rank has more rows for another rank, those of its last tokens are dropped.
+            None is T, which drops nothing and must be equal on all ranks.
 
     Attributes:
-        num_dropped: [] int64, rows that this rank could not send in the last call.
+        num_dropped: [] int64, rows that this rank dropped in the last call.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class PaddedAllToAllDispatcher(Dispatcher):
         offsets, tokens, slot_to_row, ids = dispatch_layout(
             topk_ids, num_ranks, self.placement.per_rank, self.table(topk_ids)
         )
-        # The line of the buffer for each row: -1 for rows beyond the capacity, and unused ones.
+        # The buffer row of each row: -1 for unused rows and rows beyond the capacity.
         row = torch.arange(tokens.shape[0], dtype=torch.int32, device=x.device)
         rank = torch.bucketize(row, offsets[1:], right=True)
         nth = row - offsets.index_select(0, rank)
@@ -195,7 +196,7 @@ class PaddedAllToAllDispatcher(Dispatcher):
         self.num_dropped = offsets[-1].long() - fits.sum()
 
         def in_lines(t: Tensor) -> Tensor:
-            """The rows of t at their lines, -1 at the others."""
+            """Copies the rows of t to their buffer rows; other buffer rows are -1."""
             end = num_ranks * capacity
             lines = t.new_full((end + 1, *t.shape[1:]), -1)
             return lines.index_copy(0, line.masked_fill(~fits, end), t)[:end]
@@ -205,7 +206,7 @@ class PaddedAllToAllDispatcher(Dispatcher):
             return begin_all_to_all_rows(lines, equal, equal, self.group)
 
         tokens, ids = in_lines(tokens), in_lines(ids)
-        # Index -1 is the last element, which is what is nowhere.
+        # Index -1 selects the last element, which is -1.
         slot_to_line = F.pad(line, (0, 1), value=-1)[slot_to_row.long()]
         lines = torch.arange(num_ranks + 1, device=x.device) * capacity
         rows = permute(x, lines, tokens, top_k=1)

@@ -1,4 +1,5 @@
-"""Expert weights from the safetensors files of a Hugging Face checkpoint, each rank its own.
+"""Loading of expert weights from the safetensors files of a Hugging Face checkpoint, by each rank
+its own.
 
 Letters: E experts, H hidden size, I intermediate size.
 """
@@ -19,13 +20,14 @@ from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers import Experts
 
 _INDEX = "model.safetensors.index.json"
-# Keys behind a prefix, where all experts are in one tensor: of w_gate_up and w_down.
+# Key suffixes of w_gate_up and w_down if all experts are in one tensor.
 _TOGETHER = (
     ("gate_up_proj", "down_proj"),
     ("input_linear.weight", "output_linear.weight"),
     ("w_gate_up", "w_down"),
 )
-# Keys behind a prefix and a number, where each expert has tensors of its own: gate, up, down.
+# Key suffixes of gate, up and down, after a prefix and an expert number, if each expert has its own
+# tensors.
 _APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
@@ -35,34 +37,36 @@ def load_sharded_experts(
     folder: Path | str,
     prefixes: Mapping[str, str] | Callable[[str], str] | str,
 ) -> None:
-    """Fills banks of experts from a checkpoint, reading only the experts that this rank has.
+    """Loads sharded experts from a checkpoint; each rank reads only its own experts.
 
-    After `shard_experts` (and ``to_empty``), before `fully_shard_moe`.
+    Call it after `shard_experts` (and ``to_empty``), before `fully_shard_moe`.
 
     Example:
         shard_experts(model, meshes.ep)
-        load_experts(model, folder, lambda name: f"model.{name}")
+        load_sharded_experts(model, folder, lambda name: f"model.{name}")
 
-    Under the prefix of a bank a checkpoint has one of
+    Under the prefix of a module of experts, a checkpoint has one of
 
-    - <e>.gate_proj.weight, <e>.up_proj.weight, <e>.down_proj.weight for each expert e, or the same
-      called w1, w3 and w2 (most models);
+    - <e>.gate_proj.weight, <e>.up_proj.weight, <e>.down_proj.weight for each expert e, or w1, w3
+      and w2 in their place (most models);
     - gate_up_proj, down_proj [E, 2I, H] and [E, H, I], or with the last two dimensions swapped
       (gpt-oss, Llama 4), and gate_up_proj_bias, down_proj_bias;
     - input_linear.weight, output_linear.weight (Granite, JetMoE).
 
-    Rows of gate and up stay as they lie: whether they alternate (gpt-oss) is in the bank.
+    The order of gate and up rows is not changed; `Experts` defines whether they are interleaved
+    (gpt-oss).
 
     Args:
-        model: a module with `Experts`, sharded by `shard_experts` or whole.
-        folder: with the safetensors files, and their index where they are several.
-        prefixes: what the keys of a bank begin with, by the bank's name in `model`: a mapping, of
-            the banks to fill; a function of the name; or one prefix, where `model` is the bank.
+        model: a module with `Experts`, sharded by `shard_experts` or unsharded.
+        folder: folder with the safetensors files, and their index if there are several.
+        prefixes: prefix of the keys of each module of experts, by its name in `model`: a mapping,
+            with the modules to fill; a function of the name; or one prefix, if `model` is an
+            `Experts`.
 
     Raises:
         FileNotFoundError: no files.
-        ValueError: no bank of a name, keys that are missing, tensors of another shape or type than
-            the bank's, or weights that FSDP2 has sharded. Banks before that one are filled.
+        ValueError: no experts of a name, missing keys, tensors with another shape or dtype than the
+            parameters, or weights that FSDP2 has sharded. Earlier modules are already filled.
         ImportError: safetensors is not installed.
     """
     named = {n: m for n, m in model.named_modules() if isinstance(m, Experts)}
@@ -81,7 +85,7 @@ def load_sharded_experts(
 
 
 class _Files:
-    """The tensors of a folder of safetensors files; only files that are asked for are opened."""
+    """Tensors of a folder of safetensors files, which are opened on first use."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -120,7 +124,7 @@ class _Files:
         return key in self._file_of
 
     def slice(self, key: str) -> Any:
-        """A tensor of which nothing but type and shape is read until it is indexed."""
+        """Returns a lazy tensor, of which only type and shape are read until it is indexed."""
         if key not in self:
             raise ValueError(
                 f"load_sharded_experts: {self.folder} must hold {key}, got no such tensor."
@@ -154,14 +158,14 @@ class _Files:
 
 
 class _Rows(NamedTuple):
-    """Some experts of E, and what reads them."""
+    """Expert indices to read, out of E, and their files."""
 
     files: _Files
     experts: Sequence[int]
     num_experts: int
 
     def apart(self, prefix: str, names: tuple[str, ...], wanted: Tensor, target: str) -> Tensor:
-        """Rows of experts that have tensors of their own, the named parts below each other."""
+        """Reads experts stored in separate tensors, concatenating the named parts."""
         rows = torch.empty(wanted.shape, dtype=wanted.dtype)
         size = wanted.shape[1] // len(names)
         shape = [size, *wanted.shape[2:]]
@@ -174,7 +178,7 @@ class _Rows(NamedTuple):
         return rows
 
     def together(self, key: str, wanted: Tensor, target: str, swapped: bool = False) -> Tensor:
-        """Rows of a tensor that holds all experts."""
+        """Reads rows of a tensor with all experts."""
         tensor = self.files.slice(key)
         shape = [self.num_experts, *wanted.shape[1:]]
         if swapped:
@@ -227,7 +231,7 @@ def _read(
     for pair in _TOGETHER:
         keys = f"{prefix}.{pair[0]}", f"{prefix}.{pair[1]}"
         if keys[1] in files:
-            # One of the two matrices is not square, and says how both lie.
+            # One of the two matrices is not square and shows whether both are transposed.
             stored = [tuple(files.slice(key).get_shape()[1:]) for key in keys]
             straight = [tuple(w.shape[1:]) for w in wanted]
             swapped = stored != straight and stored == [shape[::-1] for shape in straight]

@@ -1,4 +1,4 @@
-"""Which process has which experts.
+"""Placement of experts on processes.
 
 Letters: E experts, P physical experts, n ranks.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class Move(NamedTuple):
-    """The weights of `expert` are copied from one place to another.
+    """Copy of the weights of `expert` from one physical expert to another.
 
-    source, target: physical experts, of the old and the new placement; a rank's places are in a
-    row, so rank r has those from r * per_rank on.
+    source, target: physical experts of the old and the new placement; rank r has those from r *
+    per_rank on.
     """
 
     expert: int
@@ -30,17 +30,19 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """E experts in P places on n ranks, P / n places each; place p is on rank p // (P / n).
+    """E experts as P physical experts on n ranks, P / n per rank; physical expert p is on rank p //
+    (P / n).
 
-    An expert has at least one place. With several (redundant experts) each rank sends its tokens to
-    one of them: to its own if it has one, else ranks take turns.
+    An expert has at least one physical expert. If it has several (redundant experts), each rank
+    sends its tokens to one of them: to its own if it has one, else ranks alternate.
 
-    num_experts: E. num_ranks: n.
-    physical: for each of the P places the expert that is there, or -1 for an empty place.
+    num_experts: E.
+    num_ranks: n.
+    physical: the expert of each of the P physical experts, or -1 for an empty one.
 
     Raises:
-        ValueError: P is not a multiple of n, an expert has no place or twice one on a rank, or a
-            rank has no expert at all.
+        ValueError: P is not a multiple of n, an expert is missing or twice on a rank, or a rank has
+            no expert.
     """
 
     num_experts: int
@@ -72,8 +74,8 @@ class ExpertPlacement:
 
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
-        """Rank 0 has the first ceil(E / n) experts, rank 1 the next ones: how ``Shard(0)`` of a
-        DTensor deals them out. The last rank may have fewer.
+        """Returns the placement of ``Shard(0)`` of a DTensor: rank 0 has the first ceil(E / n)
+        experts, rank 1 the next ones; the last rank may have fewer.
 
         Raises:
             ValueError: a rank would have none.
@@ -97,21 +99,23 @@ class ExpertPlacement:
         num_groups: int = 1,
         num_nodes: int = 1,
     ) -> ExpertPlacement:
-        """Even loads a rank. A place more goes to the expert whose places have the highest load
-        each, at most one a rank; then the places, experts with many of them and those with high
-        loads first, go to the ranks with the lowest loads that have room.
+        """Returns a placement that balances the loads of ranks.
+
+        Each additional physical expert goes to the expert with the highest load per physical
+        expert, at most one per rank. Then physical experts, those of experts with many of them and
+        with high loads first, go to the ranks with the lowest loads that have room.
 
         Args:
-            load: of each of the E experts, at least 0: tokens that it got.
+            load: load of each of the E experts, at least 0: its number of tokens.
             num_ranks: n.
-            num_physical: P, at least E and a multiple of n, at most E * n; None is the least one.
-            num_groups: of E / num_groups experts each, as of routers that choose groups first.
-            num_nodes: machines of n / num_nodes ranks each. Where it divides `num_groups`, groups
-                are dealt to machines first, as many to each, and experts stay on the machine of
-                their group, which then has P / num_nodes places.
+            num_physical: P, at least E and a multiple of n, at most E * n; None is the minimum.
+            num_groups: groups of E / num_groups experts each, for routers that select groups first.
+            num_nodes: machines of n / num_nodes ranks each. If it divides `num_groups`, groups are
+                first distributed evenly to machines, and experts stay on the machine of their
+                group, which then has P / num_nodes physical experts.
 
-        Ties go to the lower expert and the lower rank: all processes that know the same loads find
-        the same placement.
+        Ties go to the lower expert and the lower rank: processes with equal loads compute equal
+        placements.
 
         Raises:
             ValueError: a load is negative or not finite, groups or machines of different sizes, or
@@ -152,50 +156,50 @@ class ExpertPlacement:
             free = (i for i in range(e) if copies[i] < num_ranks)
             copies[max(free, key=lambda i: (loads[i] / copies[i], -i))] += 1
         parts = [loads[i] / copies[i] for i in range(e)]
-        # Experts on many ranks have the least choice.
+        # Experts on many ranks have the fewest alternatives.
         order = sorted(range(e), key=lambda i: (min(copies[i] - 1, 1) * -copies[i], -parts[i], i))
         ranks = _deal(order, copies, parts, num_ranks, places // num_ranks)
         return cls(e, num_ranks, tuple(expert for rank in ranks for expert in rank))
 
     @property
     def num_physical(self) -> int:
-        """P."""
+        """Returns P."""
         return len(self.physical)
 
     @property
     def per_rank(self) -> int:
-        """P / n, the places of a rank."""
+        """Returns P / n, the physical experts per rank."""
         return len(self.physical) // self.num_ranks
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether expert e is at place e."""
+        """True if expert e is physical expert e."""
         return self.physical[: self.num_experts] == tuple(range(self.num_experts))
 
     @property
     def is_identity(self) -> bool:
-        """Whether expert e is at place e, and no place is left over."""
+        """True if expert e is physical expert e, and there are no others."""
         return self.is_contiguous and self.num_physical == self.num_experts
 
     @property
     def copies(self) -> tuple[int, ...]:
-        """[E]: the places of each expert."""
+        """Returns the number of physical experts of each expert, [E]."""
         counts = Counter(self.physical)
         return tuple(counts[expert] for expert in range(self.num_experts))
 
     @property
     def has_replicas(self) -> bool:
-        """Whether an expert has more than one place."""
+        """True if an expert has more than one physical expert."""
         return len(self.physical) - self.physical.count(-1) > self.num_experts
 
     @property
     def first_places(self) -> tuple[int, ...]:
-        """[E]: the first place of each expert."""
+        """Returns the first physical expert of each expert, [E]."""
         return tuple(self.physical.index(expert) for expert in range(self.num_experts))
 
     def max_violation(self, load: Sequence[float] | Tensor) -> float:
-        """The load of the busiest rank over the mean, minus 1, if the places of an expert have
-        equal parts of its load. load: [E]."""
+        """Returns the load of the busiest rank over the mean, minus 1, if an expert's load is
+        divided equally among its physical experts. load: [E]."""
         loads, copies = [float(value) for value in load], self.copies
         ranks = [
             sum(loads[e] / copies[e] for e in self.local(rank)) for rank in range(self.num_ranks)
@@ -204,11 +208,11 @@ class ExpertPlacement:
         return max(ranks) * self.num_ranks / total - 1 if total else 0.0
 
     def near(self, old: ExpertPlacement, num_nodes: int = 1) -> ExpertPlacement:
-        """The same experts together, on the ranks of a machine, and at their places, where most of
-        them are in the placement `old`: fewer moves.
+        """Returns a placement with these experts grouped as here, on the ranks of a machine and in
+        the positions in which most of them are in the placement `old`, which needs fewer moves.
 
         Raises:
-            ValueError: another number of places or ranks, or machines of different sizes.
+            ValueError: another number of physical experts or ranks, or machines of different sizes.
         """
         n = self.num_ranks
         if (old.num_physical, old.num_ranks) != (self.num_physical, n) or n % num_nodes:
@@ -237,23 +241,23 @@ class ExpertPlacement:
         return ExpertPlacement(self.num_experts, n, tuple(physical))
 
     def local(self, rank: int) -> tuple[int, ...]:
-        """The experts of a rank in the order of its places, empty ones left out."""
+        """Returns the experts of a rank in order, without empty physical experts."""
         places = self.physical[rank * self.per_rank : (rank + 1) * self.per_rank]
         return tuple(expert for expert in places if expert >= 0)
 
     def table(self, rank: int) -> tuple[int, ...]:
-        """The place that tokens of `rank` go to for each of the E experts."""
+        """Returns, for each of the E experts, the physical expert that tokens of `rank` go to."""
         return _table(self, rank)
 
     def to_physical(self, topk_ids: Tensor, rank: int, table: Tensor | None = None) -> Tensor:
-        """The places that tokens of `rank` go to.
+        """Returns the physical experts that tokens of `rank` go to.
 
         Args:
-            topk_ids: int32 or int64, ids of experts in [0, E); any other means no expert.
-            table: `table(rank)` as an int32 tensor, for callers that keep one on the device.
+            topk_ids: int32 or int64, ids of experts in [0, E); others are empty slots.
+            table: `table(rank)` as an int32 tensor, if the caller keeps one on the device.
 
         Returns:
-            int32 places in [0, P), of the same shape; other ids give -1.
+            int32 physical experts in [0, P), of the same shape; -1 for empty slots.
         """
         valid = (topk_ids >= 0) & (topk_ids < self.num_experts)
         if self.is_contiguous:
@@ -264,8 +268,8 @@ class ExpertPlacement:
         return table[index].masked_fill(~valid, -1)
 
     def moves(self, new: ExpertPlacement) -> tuple[Move, ...]:
-        """What has to be copied to get from this placement to another one of the same experts, in
-        the order of the new places; what stays where it is is left out. A copy on the same rank is
+        """Returns the copies that change this placement to another one of the same experts, in the
+        order of the new physical experts, without unchanged ones. A copy on the same rank is
         preferred, then the lowest source.
 
         Raises:
@@ -290,7 +294,7 @@ class ExpertPlacement:
 
 
 def _machines(loads: list[float], num_groups: int, num_nodes: int) -> list[list[int]]:
-    """The experts of each machine: of num_groups / num_nodes groups."""
+    """Returns the experts of each machine, those of num_groups / num_nodes groups."""
     size = len(loads) // num_groups
     parts = [sum(loads[g * size : (g + 1) * size]) for g in range(num_groups)]
     order = sorted(range(num_groups), key=lambda g: (-parts[g], g))
@@ -301,9 +305,9 @@ def _machines(loads: list[float], num_groups: int, num_nodes: int) -> list[list[
 def _deal(
     order: list[int], copies: list[int], parts: list[float], num_ranks: int, share: int
 ) -> list[list[int]]:
-    """The experts of each rank: in this order, each place to the rank of the lowest load that has
-    room. Where that leaves no room on enough ranks, to the rank with the most room, which never
-    does."""
+    """Returns the experts of each rank: in the given order, each physical expert goes to the rank
+    with the lowest load that has room. If that leaves too few ranks with room, it goes to the rank
+    with the most room, which always works."""
     for by_load in (True, False):
         ranks: list[list[int]] = [[] for _ in range(num_ranks)]
         total = [0.0] * num_ranks

@@ -1,6 +1,6 @@
-"""Dispatchers by name, and which one fits.
+"""Dispatchers by name, and their automatic selection.
 
-Letters: E experts, K slots a token, n ranks.
+Letters: E experts, K slots per token, n ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _factories: dict[str, Factory] = {
 
 
 def register_dispatcher(name: str, factory: Factory) -> None:
-    """Makes a dispatcher known to `make_dispatcher` by a name, such as one around an engine of
-    one's own.
+    """Registers a dispatcher under a name for `make_dispatcher`, for example one for a custom
+    communication engine.
 
     Args:
-        name: not "auto" nor one that is taken.
-        factory: ``(group, placement, **options)`` -> what is called like a `Dispatcher`.
+        name: a new name, not "auto".
+        factory: ``(group, placement, **options)`` -> an object with the interface of `Dispatcher`.
 
     Raises:
         ValueError: the name is taken.
@@ -43,8 +43,8 @@ def register_dispatcher(name: str, factory: Factory) -> None:
 
 
 def ranks_of_a_token(num_experts: int, num_ranks: int, top_k: int) -> float:
-    """How many ranks a token visits if all sets of K experts are as likely: n (1 - C(E - E/n, K) /
-    C(E, K))."""
+    """Returns the mean number of ranks that a token visits if all sets of K experts are equally
+    likely: n (1 - C(E - E/n, K) / C(E, K))."""
     absent, local = 1.0, num_experts / num_ranks
     for k in range(top_k):
         absent *= max(num_experts - local - k, 0.0) / (num_experts - k)
@@ -62,22 +62,19 @@ def make_dispatcher(
     same_bits: bool = False,
     **options: Any,
 ) -> Any:
-    """A dispatcher for E experts on the ranks of a group.
+    """Returns a dispatcher for E experts on the ranks of a group.
 
     Args:
-        group: the ranks: a process group, a mesh of one dimension, or None for this process alone.
+        group: the ranks: a process group, a one-dimensional mesh, or None for a single process.
         num_experts: E.
-        top_k: K, where it is known.
-        dispatch: the name of one, or "auto", which takes the first that fits of
-            "local" on one rank;
-            "shared" with `shared_batch`;
-            "slots" with `same_bits`;
-            "gather" for n <= K / 2, where all-to-all would send about as much;
-            "slots" where a token's experts are on as many ranks as there are experts, 9 of 10;
-            "tokens".
-        placement: which rank has which experts; None is `ExpertPlacement.contiguous`.
+        top_k: K, if known.
+        dispatch: the name of a dispatcher, or "auto" for the first that applies: "local" on one
+            rank; "shared" with `shared_batch`; "slots" with `same_bits`; "gather" for n <= K / 2,
+            where all-to-all would send about as much; "slots" if a token's experts are on at least
+            0.9 K ranks on average; "tokens".
+        placement: the experts of each rank; None is `ExpertPlacement.contiguous`.
         shared_batch: all ranks have the same tokens.
-        same_bits: results are to have the bits of one process (float32 and float64).
+        same_bits: results must be bitwise identical to those of one process (float32 and float64).
         options: arguments of the dispatcher.
 
     Raises:

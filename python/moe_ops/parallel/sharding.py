@@ -1,10 +1,11 @@
-"""Experts shared out over ranks, beside FSDP2 or DDP: meshes, weights, gradients, their norm.
+"""Sharding of experts over ranks, together with FSDP2 or DDP: meshes, weights, gradients, their
+norm.
 
 Letters: E experts, n ranks of expert parallelism (EP), each with E / n experts.
 
-A rank of EP computes its experts for the tokens of all n ranks, so the gradient of an expert that
-arrives there is a sum over them already. `fully_shard_moe` and `prepare_ddp` see to it that it is
-divided like all others: every gradient is the mean over the ranks of data parallelism.
+A rank of EP computes its experts for the tokens of all n ranks, so an expert's gradient there is
+already a sum over these ranks. `fully_shard_moe` and `prepare_ddp` ensure that it is divided like
+all others: every gradient is the mean over the ranks of data parallelism.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from .placement import ExpertPlacement
 
 
 class MoEMeshes(NamedTuple):
-    """The ranks in groups, each a mesh of one dimension; what `init_moe_meshes` returns.
+    """Groups of ranks as one-dimensional meshes, returned by `init_moe_meshes`.
 
     Attributes:
-        dp: ranks with tokens of their own, whose dense weights FSDP2 or DDP handles.
-        ep: ranks that share the experts out among them; neighbours, so that they are of one machine
-            where it has as many.
-        efsdp: ranks that have the same experts, over which FSDP2 shards these.
+        dp: ranks with their own tokens, whose dense weights FSDP2 or DDP handles.
+        ep: ranks that share the experts; neighbors, so that they are on one machine if it has
+            enough ranks.
+        efsdp: ranks with the same experts, over which FSDP2 shards them.
         tp: ranks of tensor parallelism, which read the same tokens.
     """
 
@@ -54,18 +55,18 @@ class MoEMeshes(NamedTuple):
 
 
 def init_moe_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> MoEMeshes:
-    """Meshes over all ranks: dp x tp for dense weights, efsdp x ep for experts.
+    """Creates meshes over all ranks: dp x tp for dense weights, efsdp x ep for experts.
 
     dp = ranks / tp and efsdp = ranks / ep: experts need no tensor parallelism, so its ranks share
-    out experts as well. Then either each of them passes tokens of its own (its part of the
-    sequence) to the experts, or ep = tp and `shard_experts(..., dispatch="shared")`.
+    experts too. Then either each of them passes its own tokens (its part of the sequence) to the
+    experts, or ep = tp and `shard_experts(..., dispatch="shared")`.
 
     Args:
-        ep: ranks that share the experts out; must divide the number of ranks.
+        ep: ranks that share the experts; must divide the number of ranks.
         tp: ranks of tensor parallelism; must divide the number of ranks.
-        device_type: "cuda", "cpu"; None is "cpu" with gloo, else the accelerator that torch sees.
+        device_type: "cuda", "cpu"; None is "cpu" with gloo, else torch's current accelerator.
 
-    All ranks call this at the same time, after `torch.distributed.init_process_group`.
+    All ranks must call this together, after `torch.distributed.init_process_group`.
 
     Raises:
         ValueError: a size that does not divide the number of ranks.
@@ -92,37 +93,36 @@ def shard_experts(
     placement: ExpertPlacement | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Shares the experts of every bank out over the ranks of `ep_mesh`, in place.
+    """Shards all experts of a model over the ranks of `ep_mesh`, in place.
 
     Rank r of n keeps experts r E / n to (r + 1) E / n - 1 of each `Experts` and `QuantizedExperts`.
-    Their tensors become DTensors, Shard(0) over `ep_mesh`, with the names, shapes and numbers of
-    experts they had, so that a checkpoint does not say how many ranks wrote it. Calls of the bank
-    go through a dispatcher, see `moe_ops.parallel.make_dispatcher`; each rank passes tokens of its
-    own.
+    Their tensors become DTensors, Shard(0) over `ep_mesh`, with unchanged names, shapes and numbers
+    of experts, so that checkpoints do not depend on the number of ranks. Calls use a dispatcher,
+    see `moe_ops.parallel.make_dispatcher`; each rank passes its own tokens.
 
-    With a placement rows are in its order, P of them, and the gradient of an expert with several
-    places is the sum over them. `canonical_expert_order` is then what checkpoints are written from.
+    With a placement, rows are its P physical experts, and the gradient of an expert is the sum over
+    its physical experts. Checkpoints are then written in `canonical_expert_order`.
 
-    Nothing is sent: every rank takes its part of what it holds, which must be the same on all ranks
-    (made from the same seed or read from the same file). On the meta device no memory is taken:
-    ``shard_experts`` first, ``to_empty`` after it, then the weights.
+    Nothing is sent: every rank keeps its part of its own weights, which must be equal on all ranks
+    (made from the same seed or read from the same file). On the meta device no memory is allocated:
+    call ``shard_experts``, then ``to_empty``, then load the weights.
 
     Args:
-        model: a model, a layer, or a bank.
-        ep_mesh: one dimension.
+        model: a model, a layer, or a module of experts.
+        ep_mesh: a one-dimensional mesh.
         dispatch, options: of `make_dispatcher`, such as dispatch="shared". K is taken from the
             router of each `MoE`.
-        placement: of the experts of every bank, without empty places; None: in runs, as above.
-            `moe_ops.parallel.move_experts` changes it, but not the number of places.
+        placement: of all experts, without empty physical experts; None: contiguous, as above.
+            `moe_ops.parallel.move_experts` changes it, but not the number of physical experts.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: a mesh of more dimensions, a placement with empty places or for others than n
-            ranks, no bank, one whose experts n does not divide or that are others than those of the
-            placement, or one that is sharded already (FSDP2 comes after this). The model is
-            unchanged.
+        ValueError: a mesh with more dimensions, a placement with empty physical experts or another
+            number of ranks, no experts, a number of experts that n does not divide or that differs
+            from the placement, or experts that are already sharded (FSDP2 must come after this).
+            The model is unchanged.
     """
     if placement is not None and (
         placement.num_ranks != ep_mesh.size() or -1 in placement.physical
@@ -169,12 +169,13 @@ def shard_experts(
 def fully_shard_moe(
     block: nn.Module, dp_mesh: DeviceMesh, efsdp_mesh: DeviceMesh, **options: Any
 ) -> nn.Module:
-    """FSDP2 of a block that holds sharded experts: `fully_shard` with a mesh for each kind.
+    """Applies FSDP2 to a block with sharded experts: `fully_shard` with separate meshes for experts
+    and other weights.
 
-    Experts are sharded over `efsdp_mesh`, on top of EP, as a group of their own, everything else
-    over `dp_mesh`. All gradients are means over the ranks of `dp_mesh`, also where efsdp is 1 and
-    over accumulated micro-batches (`set_requires_gradient_sync`). Where experts are fewer than
-    ranks, their second dimension is sharded, if its size allows.
+    Experts are sharded over `efsdp_mesh`, in addition to EP, as a separate group; everything else
+    over `dp_mesh`. All gradients are means over the ranks of `dp_mesh`, also if efsdp is 1 and over
+    accumulated micro-batches (`set_requires_gradient_sync`). If there are fewer experts than ranks,
+    their second dimension is sharded, if its size allows.
 
     Example:
         shard_experts(model, meshes.ep)
@@ -184,9 +185,9 @@ def fully_shard_moe(
 
     Args:
         block: a module; without sharded experts this is `fully_shard(block, mesh=dp_mesh)`.
-        dp_mesh, efsdp_mesh: of `init_moe_meshes`; of two dimensions for hybrid sharding.
-        options: of `fully_shard`, such as `mp_policy`. It does not cast what experts in a block are
-            given: routing weights stay float32.
+        dp_mesh, efsdp_mesh: from `init_moe_meshes`; two-dimensional for hybrid sharding.
+        options: of `fully_shard`, such as `mp_policy`. It does not cast the inputs of experts in a
+            block: routing weights stay float32.
 
     Returns:
         `block`.
@@ -207,15 +208,15 @@ def fully_shard_moe(
         dim = _by_second_dimension if local < shards else None
         own = dict(options)
         if bank is not block and (policy := options.get("mp_policy")) is not None:
-            # The block's tokens have param_dtype already; routing weights stay in float32.
+            # The block's tokens already have param_dtype; routing weights stay in float32.
             own["mp_policy"] = dataclasses.replace(policy, cast_forward_inputs=False)
         sharded: Any = fully_shard(
             bank, mesh=efsdp_mesh, shard_placement_fn=dim and dim(shards), **own
         )
         sharded.set_gradient_divide_factor(float(dp_mesh.size()))
         if shards > 1:
-            # Other factors than the number of shards have no reduction in gloo, and in NCCL a wrong
-            # one in bfloat16. With one shard FSDP2 divides the sum again if it is forced.
+            # Other factors than the number of shards are not supported by gloo, and are wrong in
+            # bfloat16 in NCCL. With one shard, FSDP2 divides the sum again if it is forced.
             sharded.set_force_sum_reduction_for_comms(True)
     if not isinstance(block, Experts):
         fully_shard(block, mesh=dp_mesh, **options)
@@ -229,15 +230,15 @@ def prepare_ddp(
 ) -> nn.Module:
     """Prepares a model with sharded experts for `DistributedDataParallel`, in place.
 
-    DDP would overwrite the experts of all ranks with those of rank 0, and average over ranks what
-    belongs to different experts. With this it leaves them alone, and their gradients become the
-    means that DDP makes of all others: divided by the number of ranks, and summed over the ranks
-    of `efsdp_mesh` as each backward produces them.
+    DDP would overwrite the experts of all ranks with those of rank 0, and average gradients of
+    different experts. After this call it ignores experts, and their gradients become means like all
+    others: divided by the number of ranks, and summed over the ranks of `efsdp_mesh` when each
+    backward produces them.
 
     Args:
-        model: the module that DDP will be given.
-        dp_mesh: ranks of DDP; None is all of the default group.
-        efsdp_mesh: ranks that have the same experts; None where no two have.
+        model: the module to wrap in DDP.
+        dp_mesh: ranks of DDP; None is the default group.
+        efsdp_mesh: ranks with the same experts; None if all ranks have different ones.
 
     Returns:
         `model`.
@@ -258,7 +259,7 @@ def prepare_ddp(
                 f"ranks that have the same experts, got {replicas}."
             )
         for name, tensor in tensors_of(bank):
-            # DDP puts a dot before the names of the module that it is given.
+            # DDP puts a dot before the names of its module.
             names += [f"{prefix}.{name}"] if prefix else [name, f".{name}"]
             if tensor.requires_grad:
                 tensor.register_hook(_mean_over(ranks, efsdp_mesh))
@@ -279,18 +280,20 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` of parameters that lie on different meshes.
+    """Clips gradient norms like `torch.nn.utils.clip_grad_norm_`, for parameters on different
+    meshes.
 
-    The norm is that of all gradients of the whole model, the same on all ranks: plain gradients
-    count once, as they are the same everywhere, and DTensors by all their parts, of experts with
-    several places those of the first one. All ranks call it with the same parameters.
+    The norm is that of all gradients of the whole model, equal on all ranks: plain gradients count
+    once, because they are equal everywhere; DTensors count with all their parts, and replicated
+    experts with their first physical expert. All ranks must call it with the same parameters.
 
     Args:
-        parameters: whose gradients to clip, in place; those without one are left out.
-        max_norm: the most that the norm may be afterwards.
+        parameters: parameters whose gradients are clipped in place; those without a gradient are
+            ignored.
+        max_norm: maximum norm after clipping.
         norm_type: p of the p-norm, may be inf.
-        error_if_nonfinite: raise RuntimeError for a norm that is infinite or NaN.
-        foreach: as in torch.
+        error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN.
+        foreach: see torch.
 
     Returns:
         The norm before clipping, a plain scalar tensor; 0 without gradients.
@@ -325,7 +328,7 @@ def clip_grad_norm_(
 
 
 def _counted_once(p: Tensor, bank: Bank | None) -> Tensor:
-    """The gradient of a parameter, 0 in the rows that repeat those of another place."""
+    """Returns the gradient of a parameter, with 0 in the rows of replicas other than the first."""
     grad = p.grad
     if bank is None or not isinstance(grad, DTensor):
         assert grad is not None
@@ -345,7 +348,8 @@ def _counted_once(p: Tensor, bank: Bank | None) -> Tensor:
 
 
 def _by_second_dimension(shards: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Of parameters whose second dimension can be cut into equal parts."""
+    """Returns a placement function: `Shard(1)` if `shards` divides dimension 1, else FSDP's
+    default."""
     return lambda p: Shard(1) if p.shape[1] % shards == 0 else None
 
 

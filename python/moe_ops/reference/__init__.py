@@ -1,11 +1,11 @@
-"""The ops of moe_ops in plain torch: the contract as code, and the truth the tests compare with.
+"""Reference implementations of the ops in plain torch, which tests compare with.
 
-Same names and arguments as the public functions. Readable before fast: differentiable by ordinary
-autograd, no argument checks, and free to read offsets on the host. Half types are computed in fp32
-and cast back at the end; fp64 stays fp64.
+They have the names and arguments of the public functions. They favor readability over speed:
+differentiable by ordinary autograd, without argument checks, and free to read offsets on the host.
+Half-precision dtypes are computed in fp32 and cast back at the end; fp64 stays fp64.
 
-A file has the op of its name, and is found without a line here; one of several ops names them in
-`__all__`. `__init__.pyi` gives them to type checkers: their types are those of the ops.
+Each file contains the op of its name and is found automatically; a file with several ops names them
+in `__all__`. `__init__.pyi` declares them for type checkers, with the types of the ops.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from ._codes import dequantized
 
 
 def dense(t: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The dense layer of t, in t's type."""
+    """Computes the dense layer of t, in t's dtype."""
     if w_scale is not None:
         w = dequantized(w[None], w_scale[None])[0]
     y = t @ w.to(t.dtype).T
@@ -21,7 +21,7 @@ def rms_norm(t: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """t [B, S, heads, 2 r], features i and i + r turned by the angles [B or 1, S, r or more]."""
+    """Rotates features i and i + r of t [B, S, heads, 2 r] by the angles [B or 1, S, r or more]."""
     a, b = t.chunk(2, dim=-1)
     c, s = (f.to(t.dtype)[:, :, None, : a.shape[-1]] for f in (cos, sin))
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
@@ -30,7 +30,7 @@ def turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_weights(
     scores: Tensor, mask: Tensor | None, start: int, sinks: Tensor | None = None
 ) -> Tensor:
-    """softmax of scores [B, n, S, start + S]; zeros where a query sees nothing."""
+    """Computes softmax of scores [B, n, S, start + S]; zeros if all keys of a query are masked."""
     batch, _, length, end = scores.shape
     if mask is None:
         mask = torch.ones(length, end, dtype=torch.bool, device=scores.device).tril(start)

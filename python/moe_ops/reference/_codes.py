@@ -1,4 +1,4 @@
-"""What codes and scales of expert weights stand for, in all formats that moe_ffn_quantized takes.
+"""Dequantization of expert weights, in all formats of moe_ffn_quantized.
 
 Letters: E experts, O output and D input features of a weight, G group size.
 """
@@ -11,12 +11,13 @@ from torch import Tensor
 __all__ = ["dequantized", "format_of"]
 
 _FP8_BLOCK = 128
-# e2m1: sign, two bits of exponent, one of mantissa.
+# e2m1: sign, two exponent bits, one mantissa bit.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def format_of(w: Tensor, scale: Tensor) -> str:
-    """The format that the types and shapes of a weight [..., O, *] and its scales tell."""
+    """Returns the format, which the dtypes and shapes of a weight [..., O, *] and its scales
+    determine."""
     if w.dtype == torch.float8_e4m3fn:
         return "fp8"
     if w.dtype == torch.int8:
@@ -31,7 +32,7 @@ def format_of(w: Tensor, scale: Tensor) -> str:
 def dequantized(
     w: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[..., O, D] in `dtype`; None is that of floating scales, or float32."""
+    """Returns [..., O, D] in `dtype`; None is the dtype of floating-point scales, or float32."""
     if dtype is None:
         dtype = scale.dtype if scale.is_floating_point() else torch.float32
     kind = format_of(w, scale)
@@ -61,7 +62,7 @@ def dequantized(
 
 
 def _scaled(numbers: Tensor, scale: Tensor) -> Tensor:
-    """Each group of the last dimension times its scale."""
+    """Multiplies each group of the last dimension by its scale."""
     size = numbers.shape[-1] // max(scale.shape[-1], 1)
     groups = numbers.unflatten(-1, (scale.shape[-1], size))
     return (groups * scale[..., None]).flatten(-2)
@@ -72,10 +73,11 @@ def _float16(record: Tensor, first: int, dtype: torch.dtype) -> Tensor:
 
 
 def _q4_k(w: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks of 256: step and low are d and dmin times 8 numbers of 6 bits; w = code * step - low.
+    """Dequantizes blocks of 256: step and low are d and dmin times 8 integers of 6 bits; w = code *
+    step - low.
 
-    Bytes 4 to 7 hold the low six bits of the first four steps, 8 to 11 those of the first four
-    lows; the others have four bits in bytes 12 to 15 and two in the upper bits of the former.
+    Bytes 4 to 7 contain the low six bits of the first four steps, 8 to 11 those of the first four
+    lows; the others have four bits in bytes 12 to 15 and two in the upper bits of the first eight.
     """
     s = record[..., 4:].int()
     first, second, rest = s[..., 0:4], s[..., 4:8], s[..., 8:12]
@@ -89,7 +91,8 @@ def _q4_k(w: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _q6_k(w: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks of 256: 128 bytes of low halves, 64 of pairs of upper bits; 16 scales of int8."""
+    """Dequantizes blocks of 256: 128 bytes of low halves, 64 of pairs of upper bits; 16 int8
+    scales."""
     blocks = w.unflatten(-1, (record.shape[-2], 192))
     low = blocks[..., :128].unflatten(-1, (2, 2, 32))  # halves of the block, two runs of 32
     high = blocks[..., 128:].unflatten(-1, (2, 32))

@@ -5,12 +5,13 @@ from torch import Tensor
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type sums run in: fp64 for fp64, fp32 for everything narrower."""
+    """Returns the dtype of sums: fp64 for fp64, fp32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def order_descending(key: Tensor, excluded: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Indices by key descending, ties to the smaller index; NaN last, `excluded` after NaN."""
+    """Returns indices by key descending, ties to the smaller index; NaN last, `excluded` after
+    NaN."""
     key = key.detach()
     rank = key.isnan().to(torch.int8)
     if excluded is not None:

@@ -1,6 +1,6 @@
-"""The scores of routers in plain torch: the one table of them in Python.
+"""Scores of routers in plain torch, the only table of them in Python.
 
-References, the checks of the ops and the layers take names and values from here.
+References, the checks of the ops and the layers use its names and values.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _sqrtsoftplus(logits: Tensor) -> Tensor:
-    # Far below zero it is exp(logit / 2): log(1 + exp(logit)) is zero from half as far on, and the
-    # gradient of its root infinite.
-    # Each branch is computed of logits it is meant for: zero times infinity would be a NaN.
-    # Not clamp, whose gradient at -40 is 0 from torch 2.14 on.
+    # Far below zero it is exp(logit / 2): log(1 + exp(logit)) underflows at half that distance, and
+    # the gradient of its root is infinite. Each branch only gets logits in its own range: zero
+    # times infinity would be NaN. clamp is not used, because its gradient at -40 is 0 from torch
+    # 2.14 on.
     above = torch.where(logits < -40, -40.0, logits)
     softplus = F.softplus(above, threshold=40)  # above 40 it is the logit
     return torch.where(logits < -40, (logits.clamp(max=-40) / 2).exp(), softplus.sqrt())
 
 
-# Scores [..., E] of logits [..., E]. All but the softmax are functions of one logit, and all are
-# increasing ones.
+# Scores [..., E] of logits [..., E]. All except softmax depend on one logit, and all are
+# increasing.
 SCORE_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": _softmax,
     "sigmoid": torch.sigmoid,
@@ -38,5 +38,5 @@ SCORE_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def router_scores(router_logits: Tensor, score_func: str) -> Tensor:
-    """Scores of logits [..., E], in fp32 (fp64 of fp64)."""
+    """Returns the scores of logits [..., E], in fp32 (fp64 for fp64)."""
     return SCORE_FUNCS[score_func](router_logits.to(acc_dtype(router_logits.dtype)))

@@ -14,7 +14,7 @@ def add_rms_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """sum = x + residual + bias, and sum / sqrt(mean of its squares + eps) * weight before it."""
+    """Returns sum / sqrt(mean of its squares + eps) * weight, and sum = x + residual + bias."""
     acc = acc_dtype(x.dtype)
     total = x
     if residual is not None or bias is not None:

@@ -17,7 +17,7 @@ def all_experts_ffn(
     b_down: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
-    """y[t, e] = w_down[e] act(w_up[e] x[t, g] + b_up[e]) + b_down[e], g = input_ids[e]."""
+    """Computes y[t, e] = w_down[e] act(w_up[e] x[t, g] + b_up[e]) + b_down[e], g = input_ids[e]."""
     acc = acc_dtype(x.dtype)
     inputs = x.to(acc)[:, input_ids.long()]
     h = torch.einsum("teh,eih->tei", inputs, w_up.to(acc))

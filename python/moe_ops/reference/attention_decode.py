@@ -38,14 +38,15 @@ def attention_decode(
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> Tensor:
-    """x + residual_scale * attention(norm(x)), with keys and values of x written into theirs."""
+    """Computes x + residual_scale * attention(norm(x)), and writes the keys and values of x into
+    the cache."""
     acc = acc_dtype(x.dtype)
     batch, length, _ = x.shape
     kv_heads, size = keys.shape[1], keys.shape[3]
     end = start + length
 
     def heads(t: Tensor, weight: Tensor | None) -> Tensor:
-        """[B, S, heads * d] to rotated [B, heads, S, d]."""
+        """Converts [B, S, heads * d] to rotated [B, heads, S, d]."""
         shape = (batch, length, t.shape[2] // size, size)
         of_heads = weight is None or weight.shape[0] == size
         t = rms_norm(t.view(shape) if of_heads else t, weight, head_eps).reshape(shape)

@@ -9,10 +9,10 @@ from .sort_by_expert import sort_by_expert
 def dispatch_layout(
     topk_ids: Tensor, num_ranks: int, experts_per_rank: int, physical: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where tokens go when each is sent once to every rank that has one of its experts.
+    """Plans an exchange in which each token is sent once to every rank that has one of its experts.
 
-    Returns rank_offsets [n+1], row_to_token [R], slot_to_row [T, K] and local_ids [R, K], with
-    R = T * min(K, n) rows: those from rank_offsets[n] on are not used and hold -1.
+    Returns rank_offsets [n+1], row_to_token [R], slot_to_row [T, K] and local_ids [R, K], with R =
+    T * min(K, n) rows: those from rank_offsets[n] on are unused and contain -1.
     """
     num_tokens, top_k = topk_ids.shape
     num_experts = num_ranks * experts_per_rank
@@ -22,7 +22,7 @@ def dispatch_layout(
         ids = torch.cat([physical.long(), ids.new_full((1,), -1)])[ids]
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1)
 
-    # A slot brings its token to a rank unless an earlier slot of the token does.
+    # A slot sends its token to a rank unless an earlier slot of the token does.
     rank = torch.where(ids >= 0, ids // experts_per_rank, -1)
     repeated = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
     first = (rank >= 0) & ~repeated

@@ -18,11 +18,11 @@ def gated_act(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
-    """act(gate) * up over the last dimension, [..., 2I] to [..., I].
+    """Computes act(gate) * up over the last dimension, [..., 2I] to [..., I].
 
-    The gate is the first half, or the even columns when `interleaved`. "swiglu_oai" is the clamped
-    form of gpt-oss: (up + 1) * gate * sigmoid(alpha * gate). "swiglu_clamped" is silu(gate) * up of
-    halves clamped alike.
+    The gate is the first half, or the even columns if `interleaved`. Two activations clamp gate to
+    at most `limit` and up to between -limit and limit: "swiglu_oai" (gpt-oss), which is
+    (up + 1) * gate * sigmoid(alpha * gate), and "swiglu_clamped", which is silu(gate) * up.
     """
     wide = gate_up.to(acc_dtype(gate_up.dtype))
     if interleaved:
@@ -51,7 +51,7 @@ def gated_act(
 
 
 def plain_act(preact: Tensor, activation: str) -> Tensor:
-    """The non-gated activations of `moe_ffn`, [..., I] to [..., I]."""
+    """Computes the non-gated activations of `moe_ffn`, [..., I] to [..., I]."""
     wide = preact.to(acc_dtype(preact.dtype))
     if activation == "silu":
         h = F.silu(wide)

@@ -24,8 +24,8 @@ def gated_mlp_decode(
     residual_scale: float = 1.0,
     activation: str = "swiglu",
 ) -> Tensor:
-    """residual + residual_scale * sigmoid(output_gate h) * w_down (act(w_gate h) * w_up h), with h
-    the norm of x."""
+    """Computes residual + residual_scale * sigmoid(output_gate h) * w_down (act(w_gate h) * w_up
+    h), where h is the norm of x."""
     acc = acc_dtype(x.dtype)
 
     def dense(t: Tensor, w: Tensor, scale: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ __all__ = ["grouped_gemm", "grouped_gemm_wgrad", "grouped_sum"]
 def grouped_gemm(
     a: Tensor, b: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None
 ) -> Tensor:
-    """Rows of expert e times b[e] transposed: a [N, K], b [E, O, K] to [N, O]; tail rows zero."""
+    """Multiplies rows of expert e by b[e] transposed: a [N, K], b [E, O, K] to [N, O]; tail rows
+    are zero."""
     acc = acc_dtype(a.dtype)
     parts = []
     for e, (begin, end) in enumerate(_spans(expert_offsets)):
@@ -25,7 +26,7 @@ def grouped_gemm(
 
 
 def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
-    """The gradient of `b`: grad [N, O], a [N, K] to [E, O, K]; an empty expert gets zeros."""
+    """Computes the gradient of `b`: grad [N, O], a [N, K] to [E, O, K]; empty experts get zeros."""
     acc = acc_dtype(a.dtype)
     parts = [
         grad[begin:end].to(acc).T @ a[begin:end].to(acc) for begin, end in _spans(expert_offsets)
@@ -34,7 +35,7 @@ def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tenso
 
 
 def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
-    """The sum of each expert's rows: [N, O] to [E, O] (the gradient of `bias`)."""
+    """Sums each expert's rows: [N, O] to [E, O] (the gradient of `bias`)."""
     acc = acc_dtype(rows.dtype)
     parts = [rows[begin:end].to(acc).sum(0) for begin, end in _spans(expert_offsets)]
     return torch.stack(parts).to(rows.dtype)

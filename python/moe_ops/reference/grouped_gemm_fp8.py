@@ -22,9 +22,10 @@ def grouped_gemm_fp8(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """grouped_gemm block by block of k: products of codes, then scales, then the sum over blocks.
+    """Computes grouped_gemm block by block of k: products of fp8 values, then scales, then the sum
+    over blocks.
 
-    In the type of the scales. The rows are summed from all 128-blocks of k in order.
+    It computes in the dtype of the scales, and sums the 128-blocks of k in order.
     """
     acc = acc_dtype(a_scale.dtype)
     out = torch.zeros(a.shape[0], b.shape[1], dtype=acc, device=a.device)
@@ -38,7 +39,7 @@ def grouped_gemm_fp8(
     if bias is not None:
         counts = expert_offsets.diff().long()
         out[:end] = out[:end] + bias.to(acc).repeat_interleave(counts, 0)
-    # Scales of rows without an expert may be anything.
+    # Scales of rows without an expert may be arbitrary.
     out[end:] = 0
     return out.to(out_dtype)
 
@@ -53,8 +54,9 @@ def grouped_gemm_fp8_wgrad(
     out_dtype: torch.dtype = torch.float32,
     main_grad: Tensor | None = None,
 ) -> Tensor:
-    """grad [O, 128 G] times a [K, 128 G], group by group of each expert: products of codes, then
-    scales, then the sum over groups. In the type of the scales; added to main_grad in place."""
+    """Multiplies grad [O, 128 G] and a [K, 128 G], group by group of each expert: products of fp8
+    values, then scales, then the sum over groups, in the dtype of the scales; adds to main_grad in
+    place."""
     acc = acc_dtype(a_scale.dtype)
     spans = list(itertools.pairwise(expert_offsets.tolist()))
     out = torch.zeros(len(spans), grad.shape[0], a.shape[0], dtype=acc, device=a.device)

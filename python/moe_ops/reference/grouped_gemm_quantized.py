@@ -16,7 +16,7 @@ def grouped_gemm_quantized(
     bias: Tensor | None = None,
     b_zero: Tensor | None = None,
 ) -> Tensor:
-    """grouped_gemm of the weights that the codes and scales stand for; a is not rounded."""
+    """Computes grouped_gemm with dequantized weights; a is not rounded."""
     acc = acc_dtype(a.dtype)
     weights = dequantized(b, b_scale, b_zero, acc)
     bias = None if bias is None else bias.to(acc)

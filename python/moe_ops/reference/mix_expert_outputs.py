@@ -16,7 +16,8 @@ def activated(
     activation: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act(normalised outputs) in the accumulate type, and the statistics if they were made here."""
+    """Computes act(normalized outputs) in the accumulation dtype, and the statistics if not
+    given."""
     acc = acc_dtype(outputs.dtype)
     n = outputs.to(acc)
     batch_mean, batch_var = n.new_empty(0), n.new_empty(0)
@@ -42,7 +43,7 @@ def mix_expert_outputs(
     activation: str = "none",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y[t, m] = sum_e weights[t, m, e] act(normalised outputs[t, e])."""
+    """Computes y[t, m] = sum_e weights[t, m, e] act(normalized outputs[t, e])."""
     norm = (norm_weight, norm_bias, mean, var)
     a, batch_mean, batch_var = activated(outputs, *norm, activation, eps)
     y = torch.einsum("tme,teo->tmo", weights.to(a.dtype), a)

@@ -40,14 +40,14 @@ def mla_decode(
     mask: Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> Tensor:
-    """x + residual_scale * latent attention(norm(x)), with the latents and rotated keys of x
-    written into theirs."""
+    """Computes x + residual_scale * latent attention(norm(x)), and writes the latents and rotated
+    keys of x into the cache."""
     acc = acc_dtype(x.dtype)
     end = start + x.shape[1]
     rank, rope = latents.shape[3], rope_keys.shape[3]
 
     def rotated(t: Tensor) -> Tensor:
-        """[B, S, heads, d_r], in the order of what is kept."""
+        """Returns rotated [B, S, heads, d_r], in the order of the cache."""
         if interleaved:
             t = torch.cat((t[..., 0::2], t[..., 1::2]), dim=-1)
         t = turn(t, cos, sin)
@@ -63,7 +63,7 @@ def mla_decode(
     latents[:, 0, start:end] = rms_norm(latent, kv_norm, latent_eps).to(latents.dtype)
     rope_keys[:, 0, start:end] = rotated(k_rope[:, :, None])[:, :, 0].to(rope_keys.dtype)
 
-    # q . (w_k c) = (w_k^T q) . c, and a sum of w_v c is w_v times that of c.
+    # q . (w_k c) = (w_k^T q) . c, and a sum of w_v c is w_v times the sum of c.
     w = w_kv_b.to(acc).unflatten(0, (num_heads, -1))
     w_k, w_v = w.split((q_nope.shape[-1], w.shape[1] - q_nope.shape[-1]), dim=1)
     c, k = (t[:, 0, :end].to(acc) for t in (latents, rope_keys))

@@ -19,10 +19,10 @@ def moa_attention(
     cu_seqlens: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of q [B, S, K, n, d] to k and v [B, S_kv, n, d].
+    """Computes attention of q [B, S, K, n, d] over k and v [B, S_kv, n, d].
 
-    Queries that see the same keys attend to those keys alone: nothing else takes part in a sum, be
-    it infinite or NaN, and no gradient goes there.
+    Queries with equal keys are computed together on those keys only: masked keys affect no sum,
+    even if infinite or NaN, and get no gradient.
     """
     if kind not in ("softmax", "stick_breaking"):
         raise ValueError(
@@ -42,7 +42,7 @@ def moa_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, kind: str, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, and what remains of the sticks [B, S, K, n]."""
+    """Computes attention over all keys, and the rest of the sticks [B, S, K, n]."""
     logits = torch.einsum("bikhd,bjhd->bkhij", q, k) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -50,7 +50,7 @@ def _attend(
     if kind == "softmax":
         weights = logits.softmax(-1)
     else:
-        # What the keys from the last to the one after j have left of the stick.
+        # The rest of the stick after the keys from the last to the one after j.
         left = rest.flip(-1).cumsum(-1).flip(-1) - rest
         weights = (F.logsigmoid(logits) + left).exp()
     out = torch.einsum("bkhij,bjhd->bikhd", weights, v)
@@ -58,7 +58,7 @@ def _attend(
 
 
 def _ranges(seen: Tensor) -> list[tuple[slice, slice]]:
-    """Runs of queries that see the same keys, and these keys: a query sees keys without a gap."""
+    """Returns runs of queries that attend to equal keys, and these keys, which are contiguous."""
     count = seen.sum(-1)
     first = seen.int().argmax(-1) if seen.shape[-1] else count
     sight = list(zip(first.tolist(), (first + count).tolist(), strict=True))
@@ -78,7 +78,7 @@ def visible(
     cu_seqlens: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """Which keys each query sees, [S, S_kv]: queries are the last S positions."""
+    """Returns the keys that each query attends to, [S, S_kv]: queries are the last S positions."""
     key = torch.arange(num_keys, device=device)
     position = torch.arange(num_tokens, device=device)[:, None] + num_keys - num_tokens
     seen = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=device)

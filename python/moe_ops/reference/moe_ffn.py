@@ -30,11 +30,13 @@ def moe_ffn(
     main_grads: tuple[Tensor | None, Tensor | None] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y[t] = sum_k weight[t, k] * (W_down act(W_gate_up x[t] + b_gate_up) + b_down), [T, H].
+    """Computes y[t] = sum_k weight[t, k] * (W_down act(W_gate_up x[t] + b_gate_up) + b_down), [T,
+    H].
 
-    With `apply_router_weight_on_input` the weight multiplies x[t] instead (Llama 4). Nothing is
-    rounded between the steps: half types are widened once at the start. Backward adds the gradients
-    of w_gate_up and w_down to the buffers in `main_grads`, where given, instead of returning them.
+    With `apply_router_weight_on_input` the weight multiplies x[t] instead (Llama 4). Intermediate
+    results are not rounded: half-precision dtypes are widened once at the start. Backward adds the
+    gradients of w_gate_up and w_down to the buffers in `main_grads`, if given, instead of returning
+    them.
     """
     acc = acc_dtype(x.dtype)
     expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_gate_up.shape[0])

@@ -30,11 +30,11 @@ def moe_ffn_fp8(
     x_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """moe_ffn of the weights that codes and scales stand for, with x and h rounded to e4m3.
+    """Computes moe_ffn with dequantized weights, and with x and h rounded to e4m3.
 
-    x is quantised by token, unless it comes as codes with x_scale, and gathered; a routing weight
-    on the input multiplies the token's scales. Everything else runs in fp32, or in fp64 for fp64 x
-    or x_scale.
+    x is quantized per token, unless it is given quantized with x_scale, and gathered; a routing
+    weight on the input multiplies the token's scales. Everything else runs in fp32, or in fp64 for
+    fp64 x or x_scale.
     """
     acc = acc_dtype(x.dtype if x_scale is None else x_scale.dtype)
     expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_gate_up.shape[0])

@@ -9,7 +9,7 @@ __all__ = ["moe_ffn_packed", "pack_experts"]
 
 
 def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
-    """The bytes of w. The op has them in an order of its own, which nothing may depend on."""
+    """Returns the bytes of w. The op's order of bytes is private."""
     return w.detach().contiguous().view(torch.uint8).flatten()
 
 
@@ -31,7 +31,7 @@ def moe_ffn_packed(
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """moe_ffn: the copies hold the same numbers as the weights."""
+    """Computes moe_ffn: the copies contain the values of the weights."""
     return moe_ffn(
         x,
         w_gate_up,

@@ -27,7 +27,7 @@ def moe_ffn_quantized(
     w_gate_up_zero: Tensor | None = None,
     w_down_zero: Tensor | None = None,
 ) -> Tensor:
-    """moe_ffn of the weights that the codes and scales stand for; x is not rounded."""
+    """Computes moe_ffn with dequantized weights; x is not rounded."""
     acc = acc_dtype(x.dtype)
     tokens = x.to(acc)
     if x_scale is not None:

@@ -17,7 +17,8 @@ def moe_linear_reduce(
     *,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y[t] = sum_k weight[t, k] * (w[e] h[t, k] + bias[e]): h [T, K, D], w [E, H, D] to [T, H]."""
+    """Computes y[t] = sum_k weight[t, k] * (w[e] h[t, k] + bias[e]): h [T, K, D], w [E, H, D] to
+    [T, H]."""
     acc = acc_dtype(h.dtype)
     expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w.shape[0])
     end = int(expert_offsets[-1])

@@ -17,9 +17,10 @@ def peer_ffn(
     activation: str = "gelu",
     sparse_grad: bool = False,
 ) -> Tensor:
-    """y[t] = sum_k weight[t, k] act(u_e . x[t]) v_e, e = topk_ids[t, k]; u_e is w_gate_up[e].
+    """Computes y[t] = sum_k weight[t, k] act(u_e . x[t]) v_e, e = topk_ids[t, k]; u_e is
+    w_gate_up[e].
 
-    Gradients are dense, whatever `sparse_grad` says.
+    Gradients are dense, whatever `sparse_grad` is.
     """
     acc, num_experts = acc_dtype(x.dtype), w_gate_up.shape[0]
     valid = (topk_ids >= 0) & (topk_ids < num_experts)

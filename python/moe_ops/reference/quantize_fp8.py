@@ -10,16 +10,17 @@ __all__ = ["quantize_fp8", "quantize_fp8_columns"]
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-# A block's largest magnitude counts as at least this; its scale is then a normal fp32 number.
+# A block's largest magnitude is clamped to at least this; its scale is then a normal fp32 number.
 MIN_AMAX = FP8_MAX * 2.0**-126
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, D] to codes [N, D] and scales [N, ceil(D / 128)]; always in fp32, whatever x is."""
+    """Quantizes x [N, D] to values [N, D] and scales [N, ceil(D / 128)]; always in fp32, whatever x
+    is."""
     blocks = _blocks(x.float())  # [N, D/128, 128]
     amax = blocks.abs().amax(2)
     size = amax.clamp(min=MIN_AMAX)
-    # Tensors on both sides: torch takes a number over a tensor as a product with its inverse.
+    # Tensors on both sides: torch computes a number over a tensor as a product with the inverse.
     full = torch.full_like(size, FP8_MAX)
     scale = torch.where(amax.isfinite(), size / full, torch.nan)
     codes = torch.where(amax.isfinite()[..., None], blocks * (full / size)[..., None], torch.nan)
@@ -32,7 +33,8 @@ def quantize_fp8_columns(
     row_to_slot: Tensor | None = None,
     topk_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x [N, D] to codes [D, 128 G] and scales [G, D]: every 128 rows of an expert, transposed."""
+    """Quantizes x [N, D] to values [D, 128 G] and scales [G, D]: every 128 rows of an expert,
+    transposed."""
     rows = x.float()
     if row_to_slot is not None:
         slot = row_to_slot.long()
@@ -50,7 +52,7 @@ def quantize_fp8_columns(
 
 
 def _without_padding(codes: Tensor, offsets: list[int]) -> Tensor:
-    """Zeros where a group has no row: a group with a NaN has codes NaN there as well."""
+    """Zeros the columns of groups without a row: in a group with a NaN, they are NaN too."""
     filled = torch.zeros(codes.shape[1], dtype=torch.bool, device=codes.device)
     for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
         first = BLOCK * (begin // BLOCK + expert)
@@ -60,7 +62,7 @@ def _without_padding(codes: Tensor, offsets: list[int]) -> Tensor:
 
 
 def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
-    """Codes [N, D] times scales [N, ceil(D / 128)], in the type of `scale`."""
+    """Multiplies quantized values [N, D] by scales [N, ceil(D / 128)], in the dtype of `scale`."""
     return q.to(scale.dtype) * scale.repeat_interleave(BLOCK, 1)[:, : q.shape[1]]
 
 

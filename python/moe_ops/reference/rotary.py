@@ -7,7 +7,7 @@ from ._common import acc_dtype
 
 
 def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """t [B, S, ..., d] with features i and i + d / 2 turned as a pair; the angles are constants."""
+    """Rotates features i and i + d / 2 of t [B, S, ..., d] as pairs; the angles are constants."""
     acc = acc_dtype(t.dtype)
     shape = cos.shape[:-1] + (1,) * (t.dim() - 3) + cos.shape[-1:]
     cos, sin = (f.detach().to(acc).view(shape) for f in (cos, -sin if inverse else sin))

@@ -13,7 +13,7 @@ def router_linear(
     *,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x weight^T + bias, summed in fp32 (fp64 for fp64)."""
+    """Computes x weight^T + bias, summed in fp32 (fp64 for fp64)."""
     acc = acc_dtype(x.dtype)
     logits = x.to(acc) @ weight.to(acc).T
     if bias is not None:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable sort of slots by expert: expert_offsets [E+1], row_to_slot [N], slot_to_row [T, K].
+    """Sorts slots by expert (stable): expert_offsets [E+1], row_to_slot [N], slot_to_row [T, K].
 
-    Slots whose id is outside [0, E) have no expert here; they go to the tail in slot order.
+    Slots with ids outside [0, E) are empty and come last, in slot order.
     """
     ids = topk_ids.reshape(-1).long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)

@@ -20,12 +20,12 @@ def topk_router(
     num_topk_groups: int = 1,
     group_score: str = "max",
 ) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] to routing weights [T, K] and expert ids [T, K] int32."""
+    """Computes routing weights [T, K] and expert ids [T, K] int32 from router logits [T, E]."""
     logits = router_logits.to(acc_dtype(router_logits.dtype))
     scores = router_scores(router_logits, score_func)
 
-    # All scores are monotone, so without a bias or a sum of scores the logits themselves
-    # rank the experts, and do so without the ties that rounding makes of nearby scores.
+    # All scores are monotone, so without a bias or a sum of scores the logits themselves rank the
+    # experts, without ties from rounding of close scores.
     needs_scores = expert_bias is not None or (num_groups > 1 and group_score == "top2_sum")
     key = logits if topk_first or not needs_scores else scores
     if expert_bias is not None:
@@ -46,7 +46,7 @@ def topk_router(
 def _dropped_by_groups(
     key: Tensor, num_groups: int, num_topk_groups: int, group_score: str
 ) -> Tensor | None:
-    """[T, E] mask of the experts whose group is not among the best `num_topk_groups`."""
+    """Returns a mask [T, E] of the experts whose group is not among the best `num_topk_groups`."""
     if num_groups == 1:
         return None
     num_tokens, num_experts = key.shape

@@ -15,7 +15,8 @@ def topp_router(
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """As many experts a token as it takes to gather `top_p`: weights and ids [T, max_k].
+    """Selects the fewest experts per token whose probabilities reach `top_p`: weights and ids [T,
+    max_k].
 
     Unused slots have id -1 and weight 0.
     """
@@ -25,7 +26,7 @@ def topp_router(
     ids = order_descending(logits)
     probs = logits.softmax(-1).gather(1, ids)
 
-    # An expert is used while the experts before it fall short of top_p.
+    # An expert is used while the sum over the experts before it is below top_p.
     before = torch.zeros_like(probs)
     before[:, 1:] = probs.detach().cumsum(-1)[:, :-1]
     position = torch.arange(num_experts, device=logits.device)

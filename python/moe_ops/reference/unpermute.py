@@ -9,14 +9,13 @@ from ._common import acc_dtype
 def unpermute(
     rows: Tensor, expert_offsets: Tensor, slot_to_row: Tensor, topk_weights: Tensor | None = None
 ) -> Tensor:
-    """Rows [N, H] back to tokens [T, H]: the (weighted) sum of the rows of a token's slots.
+    """Sums the (weighted) rows [N, H] of each token's slots, to [T, H].
 
-    Slots without an expert, and those whose row is -1, add nothing, whatever their row or weight
-    holds.
+    Empty slots, and slots with row -1, add nothing, whatever their row or weight.
     """
     no_expert = (slot_to_row < 0) | (slot_to_row >= expert_offsets[-1])
     if rows.shape[0] == 0:
-        rows = F.pad(rows, (0, 0, 0, 1))  # For the slots to index.
+        rows = F.pad(rows, (0, 0, 0, 1))  # A row to index
     slots = rows[slot_to_row.long().clamp(min=0)].to(acc_dtype(rows.dtype))
     slots = slots.masked_fill(no_expert[..., None], 0)
     if topk_weights is not None:

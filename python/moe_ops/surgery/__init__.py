@@ -1,16 +1,16 @@
-"""Looking into trained mixture-of-experts models, and changing them.
+"""Analysis and modification of trained mixture-of-experts models.
 
     from moe_ops import surgery
 
     found = surgery.profile_experts(model, batches)                    # what routers and experts do
     keep = surgery.select_experts(model, surgery.score_experts(found, "reap"), 8)
-    surgery.prune_experts(model, keep)                                 # 8 experts a layer are left
+    surgery.prune_experts(model, keep)                                 # 8 experts per layer stay
 
-    with surgery.override_routing(model, surgery.rank(2)):             # another routing for a while
+    with surgery.override_routing(model, surgery.rules.rank(2)):       # another routing temporarily
         weak = model(tokens)
 
-All of it works for the layers of `moe_ops.layers`, the language models of the zoo, and the models
-of transformers that `moe_ops.hf` serves.
+All functions work for the layers of `moe_ops.layers`, the language models of the zoo, and the
+models of transformers that `moe_ops.hf` supports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are needed, each with a sentence where it is missing."""
+"""Imports of optional packages, with an error message if a package is missing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moe_ops import _files, _reading, _tensor_file
 
-# What was asked for -> the extra of this distribution that brings it.
+# Package -> the extra of this distribution that installs it.
 _EXTRAS = {"safetensors": "surgery", "scipy": "surgery", "transformers": "hf"}
 
 
 def optional(caller: str, module: str) -> Any:
-    """The module; ImportError with a sentence where its package is missing."""
+    """Returns the module; raises ImportError with installation advice if its package is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -34,7 +34,7 @@ def optional(caller: str, module: str) -> Any:
 def save_tensors(
     owner: str, path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file that `saved_by` reads, with a checksum of tensors and metadata.
+    """Writes a safetensors file for `saved_by`, with a checksum of tensors and metadata.
 
     Raises:
         OSError: it could not be written.
@@ -47,10 +47,10 @@ def save_tensors(
 
 
 def names_in(text: str) -> list[str]:
-    """Returns the list of names that a JSON text holds.
+    """Returns the list of names in a JSON text.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it contains something else.
     """
     names = json.loads(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -62,12 +62,13 @@ def names_in(text: str) -> list[str]:
 def saved_by(
     owner: str, path: Path | str, format: str
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-    """Gives the tensors and the metadata of a file that `owner`.save has written.
+    """Yields the tensors and the metadata of a file written by `owner`.save.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no regular file, it differs from its checksum, which files of earlier
-            versions do not have, or it is something else, which what is done inside may find too.
+        ValueError: it is not a regular file, it does not match its checksum (which files of earlier
+            versions do not have), or it has another format, which may also be detected inside the
+            context.
     """
     reader = f"{owner}.load"
     library = optional(reader, "safetensors.torch")

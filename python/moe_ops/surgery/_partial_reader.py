@@ -1,4 +1,4 @@
-"""Reads a checkpoint as if some of its experts did not exist. Needs safetensors.
+"""Reader of a checkpoint without some of its experts. Needs safetensors.
 
 Letters: E experts.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moe_ops.zoo.lm.checkpoint import Reader
 
-# Where keys, and names of modules, say which layer they are of.
+# The layer number in keys and module names.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-# Keys of one expert, of tensors that hold all experts, and of routers.
+# Keys of one expert, of tensors with all experts, and of routers.
 _ONE = re.compile(r"^(.*\.experts)\.(\d+)\.(.*)$")
 _ALL = re.compile(r"\.experts\.|\.(?:in|out)put_linear\.weight$")
 _ROUTER = re.compile(
@@ -26,10 +26,10 @@ _ROUTER = re.compile(
 
 
 def number_of(layer: str) -> int:
-    """The number of a layer in its name.
+    """Returns the number of a layer from its name.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no number.
     """
     found = _LAYER.search(f"{layer}.")
     if found is None:
@@ -38,10 +38,10 @@ def number_of(layer: str) -> int:
 
 
 class PartialReader(Reader):
-    """The tensors of what is left; experts are numbered anew, and what is read is counted.
+    """Tensors of a checkpoint with some of its experts, renumbered, and a count of the bytes read.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         layers: number of a layer -> the experts to keep, and E.
 
     Attributes:
@@ -53,7 +53,7 @@ class PartialReader(Reader):
         self.layers = layers
         self.bytes_read = 0
         self.bytes_total = sum((self.folder / name).stat().st_size for name in self._open)
-        # Key here -> key in the files, and which rows of it, None for all.
+        # New key -> key in the files, and the rows to read, None for all.
         self._source: dict[str, tuple[str, list[int] | None]] = {}
         whole, scaled = self.stored, self._scaled
         self.stored = {}
@@ -66,7 +66,7 @@ class PartialReader(Reader):
         self._scaled = {new for new, (old, _) in self._source.items() if old in scaled}
 
     def _place(self, key: str, shape: tuple[int, ...]) -> tuple[str | None, list[int] | None]:
-        """What a key is called here, None for one that is left out, and the rows of it."""
+        """Returns the new key, None for excluded tensors, and the rows to read."""
         layer = _LAYER.search(key)
         if layer is None or int(layer[1]) not in self.layers:
             return key, None
@@ -78,7 +78,7 @@ class PartialReader(Reader):
                 return None, None
             return f"{one[1]}.{ids.index(expert)}.{one[3]}", None
         by_expert = _ALL.search(key) or _ROUTER.search(key)
-        if key.endswith(".x_scale"):  # Of a quantised bank, by input feature.
+        if key.endswith(".x_scale"):  # Of quantized experts, by input feature.
             by_expert = None
         if by_expert and shape and shape[0] == num_experts:
             return key, ids
@@ -98,7 +98,7 @@ class PartialReader(Reader):
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring ids as ranges [a, b)."""
+    """Returns consecutive ids as ranges [a, b)."""
     runs: list[tuple[int, int]] = []
     for e in ids:
         if runs and runs[-1][1] == e:

@@ -1,6 +1,6 @@
-"""Attention sinks and massive activations: what super experts are said to cause.
+"""Attention sinks and massive activations, which super experts are claimed to cause.
 
-Letters: B sequences, S tokens of each, H hidden size, n heads, L layers.
+Letters: B sequences, S tokens per sequence, H hidden size, n heads, L layers.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _LISTS = ("layers", "blocks", "h")
 def attention_sink_mass(
     model: nn.Module, tokens: Tensor, positions: Sequence[int] = (0,)
 ) -> Tensor:
-    """How much attention goes to some positions, such as the first one.
+    """Computes the attention mass on some positions, such as the first one.
 
     Args:
         model: a language model of the zoo with `Attention` or `LatentAttention`, or one of
-            transformers, which is run with its eager attention.
+            transformers, which runs with its eager attention.
         tokens: [B, S], S larger than the positions.
         positions: of the keys.
 
     Returns:
-        [L, n] fp64: the probability on the positions together, mean over sequences and over the
-        queries after the last of them.
+        [L, n] fp64: total probability on the positions, averaged over sequences and over the
+        queries after the last position.
 
     Raises:
-        ValueError: no such attention in the model, or positions that no query comes after.
+        ValueError: no supported attention in the model, or positions without later queries.
     """
     last = max(positions)
     if tokens.dim() != 2 or not 0 <= min(positions) <= last < tokens.shape[1] - 1:
@@ -52,14 +52,14 @@ def attention_sink_mass(
 
 
 def attention_sink_decay(before: Tensor, after: Tensor, *, least: float = 0.1) -> float:
-    """1 - the mean over heads of (sink mass after / before); near 1 where sinks are gone.
+    """Computes 1 - the mean over heads of (sink mass after / before); near 1 if sinks are gone.
 
     Args:
-        before, after: of `attention_sink_mass`.
-        least: heads with less mass before have no sink and do not count.
+        before, after: from `attention_sink_mass`.
+        least: heads with less mass before have no sink and are ignored.
 
     Returns:
-        NaN where no head counts.
+        The decay; NaN if no head counts.
 
     Source: Su et al. 2025 (Super Experts, arXiv 2507.23279).
     """
@@ -70,9 +70,12 @@ def attention_sink_decay(before: Tensor, after: Tensor, *, least: float = 0.1) -
 
 
 class MassiveActivation(NamedTuple):
-    """The largest number of the hidden states behind one layer.
+    """The largest value of the hidden states after one layer.
 
-    layer: name. largest: |h|. median: of |h| over tokens and features. position: in its sequence.
+    layer: name.
+    largest: |h|.
+    median: of |h| over tokens and features.
+    position: in its sequence.
     channel: feature.
     """
 
@@ -85,12 +88,12 @@ class MassiveActivation(NamedTuple):
 
 @torch.no_grad()
 def find_massive_activations(model: nn.Module, tokens: Tensor) -> list[MassiveActivation]:
-    """The largest hidden states behind each layer of a language model.
+    """Returns the largest hidden states after each layer of a language model.
 
     Args:
-        model: with a list of layers that give hidden states [B, S, H], or a tuple that begins with
-            them: those of transformers and of the zoo (of JetMoE, whose layers leave the last sum
-            to the next norm, the states before that sum).
+        model: with a list of layers that return hidden states [B, S, H], or a tuple that starts
+            with them, like models of transformers and the zoo. (Layers of JetMoE leave the last sum
+            to the next norm: states before that sum.)
         tokens: [B, S].
 
     Raises:
@@ -133,7 +136,7 @@ def _layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _attention_of(model: Any, tokens: Tensor) -> list[Tensor]:
-    """The probabilities [B, n, S, S] of each layer."""
+    """Returns the probabilities [B, n, S, S] of each layer."""
     ours = [m for m in model.modules() if isinstance(m, Attention | LatentAttention)]
     if ours:
         seen: list[Tensor] = []

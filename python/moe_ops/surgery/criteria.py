@@ -1,4 +1,4 @@
-"""Which experts a text needs: scores of a profile, and what is kept of a budget.
+"""Criteria of experts' importance for a text, and selection of experts within a budget.
 
 Letters: E experts, L layers.
 """
@@ -17,15 +17,15 @@ from .rules import groups_left
 
 
 def frequency(layer: LayerProfile) -> Tensor:
-    """Slots that fell on the expert."""
+    """Returns the number of slots per expert."""
     return layer.load.double()
 
 
 def tcess(layer: LayerProfile) -> Tensor:
-    """Mean over tokens of the router logit where the expert is the token's best, else 0.
+    """Computes the mean over tokens of the router logit if the expert is the token's best, else 0.
 
-    As the code released with PreMoe has it: raw logits, which may be negative and then rank an
-    expert below one that was never chosen.
+    It follows the released code of PreMoe: raw logits, which may be negative and then rank an
+    expert below one that was never selected.
 
     Source: Pei et al. 2025 (PreMoe, arXiv 2505.17639), with K_a = 1 and without a threshold.
     """
@@ -33,18 +33,19 @@ def tcess(layer: LayerProfile) -> Tensor:
 
 
 def tcess_softmax(layer: LayerProfile) -> Tensor:
-    """Mean over tokens of the softmax over the token's chosen experts, as the paper of PreMoe
-    writes TCESS, with K_a = K."""
+    """Computes the mean over tokens of the softmax over the token's selected experts: TCESS as in
+    the PreMoe paper, with K_a = K."""
     return layer.share / max(int(layer.tokens), 1)
 
 
 def gate_norm(layer: LayerProfile) -> Tensor:
-    """Sum over tokens of routing weight times the norm of the expert's output."""
+    """Computes the sum over tokens of routing weight times the norm of the expert's output."""
     return layer.gate_norm
 
 
 def reap(layer: LayerProfile) -> Tensor:
-    """The mean of the same over the expert's tokens, 0 for none.
+    """Computes the mean over the expert's tokens of routing weight times the norm of its output, 0
+    without tokens.
 
     Source: Lasby et al. 2025 (REAP, arXiv 2510.13999).
     """
@@ -52,14 +53,14 @@ def reap(layer: LayerProfile) -> Tensor:
 
 
 def max_output(layer: LayerProfile) -> Tensor:
-    """Largest |output| of the expert, the score of super experts.
+    """Returns the largest |output| of each expert, the score of super experts.
 
     Source: Su et al. 2025 (Super Experts, arXiv 2507.23279).
     """
     return layer.largest_output()
 
 
-# What `--by` and `by=` know. Each is a function of a layer's profile.
+# Names for `--by` and `by=`; each is a function of a layer's profile.
 CRITERIA: dict[str, Callable[[LayerProfile], Tensor]] = {
     "frequency": frequency,
     "tcess": tcess,
@@ -73,7 +74,7 @@ CRITERIA: dict[str, Callable[[LayerProfile], Tensor]] = {
 def score_experts(
     profile: ExpertProfile, by: str | Callable[[LayerProfile], Tensor]
 ) -> dict[str, Tensor]:
-    """Name of a layer -> the score [E] fp64 of each of its experts; larger is more needed.
+    """Returns, by layer name, the scores [E] fp64 of the layer's experts; larger is more important.
 
     Args:
         by: one of `CRITERIA`, or a function of a layer's profile.
@@ -96,18 +97,18 @@ def select_experts(
     budget: str = "layer",
     groups: str = "drop",
 ) -> dict[str, list[int]]:
-    """The experts of the best scores, in the order of their ids.
+    """Returns the experts with the best scores, in the order of their ids.
 
     Args:
-        model: whose layers the scores are of; its routers say how few experts a layer needs.
+        model: model of the scores; its routers define the minimum number of experts per layer.
         scores: name of a layer -> [E].
-        keep: experts a layer (int), or the part of them (a float in (0, 1]), rounded.
-        budget: "layer": so many in each layer. "global": so many a layer in the mean, wherever the
-            scores, divided by the mean of their layer's sizes, are largest; no layer goes below its
-            router's top_k. A Hugging Face config has one number of experts for all layers, so
-            that such a model can be used but not saved in that form.
+        keep: experts per layer (int), or a fraction of them (a float in (0, 1]), rounded.
+        budget: "layer": this number in each layer. "global": this number per layer on average, for
+            the largest scores divided by the mean magnitude of their layer; each layer keeps at
+            least its router's top_k. A Hugging Face config has one number of experts for all
+            layers, so such a model can be used but not saved in that format.
         groups: of group-limited routing. "drop": the best of all experts; the router's groups are
-            dropped where these no longer fit them. "keep": as many of each group.
+            dropped if they no longer fit. "keep": an equal number per group.
 
     Ties: the smaller id.
 
@@ -115,7 +116,7 @@ def select_experts(
         Name of a layer -> ids, for `prune_experts`.
 
     Raises:
-        ValueError: an unknown option, a number out of range, fewer experts than a token uses, or
+        ValueError: an unknown option, a value out of range, fewer experts than a token uses, or
             groups that cannot be kept.
     """
     if budget not in ("layer", "global"):

@@ -1,4 +1,4 @@
-"""What it takes to change the experts of a routed layer and to tell the model's config."""
+"""Changes to the experts of a routed layer, and to the model's config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_ops.zoo.lm.config import LMConfig
 from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
 
-# Names in configs of transformers for the experts of a layer and those of a token.
+# Names in configs of transformers for the experts per layer and per token.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOP_K = "num_experts_per_tok"
 _GROUPS = ("n_group", "topk_group")
@@ -28,7 +28,7 @@ _JETMOE = (
 
 
 class Sizes(NamedTuple):
-    """What the config of a model says of all its layers."""
+    """Sizes in a model's config, which apply to all its layers."""
 
     num_experts: int
     top_k: int
@@ -62,10 +62,10 @@ def _select_attention(
 
 
 def check_attention(caller: str, model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses attention experts that stay as they are.
+    """Rejects attention experts that cannot be changed.
 
     Raises:
-        ValueError: a name of those of transformers' JetMoE.
+        ValueError: a name of such a layer of transformers' JetMoE.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -94,11 +94,11 @@ def merge_layer(
 
 
 def finish(model: nn.Module) -> None:
-    """Tells a model's config what its layers have become, or keeps it from being saved."""
+    """Updates a model's config to its layers, or prevents saving the model."""
     config: Any = getattr(model, "config", None)
     note = getattr(model, "note_experts", None)
     if config is None or note is not None:
-        if note is not None:  # A config that has numbers for every layer, as ModuleFormer's.
+        if note is not None:  # A config with numbers for every layer, like ModuleFormer's.
             note()
         return
     layers = find_routed_layers(model)
@@ -126,10 +126,10 @@ def _refuse(name: str, *_: Any, **__: Any) -> None:
 
 
 def _change_fields(model: Any, config: Any, sizes: Sizes) -> bool:
-    """Of a language model of the zoo."""
+    """Updates the config of a language model of the zoo."""
     names = {field.name for field in dataclasses.fields(config)}
     if not {"num_experts", "top_k"} <= names and not {"num_experts", "max_experts"} <= names:
-        return False  # A config that says it in another way.
+        return False  # A config with other entries.
     changes: dict[str, Any] = {n: v for n, v in sizes._asdict().items() if n in names}
     if getattr(config, "num_devices", 1) > 1 and sizes.num_experts % config.num_devices:
         changes["num_devices"] = 1
@@ -140,10 +140,11 @@ def _change_fields(model: Any, config: Any, sizes: Sizes) -> bool:
 
 
 def _change_entries(model: Any, config: Any, sizes: Sizes) -> bool:
-    """Of a model of transformers, whose text part may have a config of its own."""
+    """Updates the config of a model of transformers, whose text model may have a separate
+    config."""
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "model_type", None) == "jetmoe":
-        return False  # Its attention experts, which stay, have the same entry.
+        return False  # Its attention experts, which do not change, share the entry.
     if getattr(text, "model_type", None) == "dbrx":
         text.ffn_config.moe_num_experts, text.ffn_config.moe_top_k = sizes[:2]
         return True
@@ -155,7 +156,7 @@ def _change_entries(model: Any, config: Any, sizes: Sizes) -> bool:
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, value)
             known = known or name in _NUM_EXPERTS
-    # The model keeps two of them for its balance loss.
+    # The model stores two of them for its balance loss.
     for name, value in (("num_experts", sizes.num_experts), (_TOP_K, sizes.top_k)):
         if name in vars(model):
             setattr(model, name, value)

@@ -1,4 +1,4 @@
-"""Which experts are alike enough to be merged, and how their hidden neurons fit together.
+"""Grouping of similar experts for merging, and alignment of their hidden neurons.
 
 Letters: E experts, G groups, H hidden size, I intermediate size.
 """
@@ -22,20 +22,21 @@ _KMEANS_STEPS = 100
 
 
 def uncurl_groups(profile: ExpertProfile, num_groups: int, *, seed: int = 0) -> Groups:
-    """Groups of experts that the router wants for the same tokens, as UNCURL does it.
+    """Groups experts that the router prefers for the same tokens, like UNCURL.
 
-    Spectral clustering of each layer's experts: their affinity is the correlation of their router
-    logits over tokens, 0 where it is negative; features are the eigenvectors of the G smallest
-    eigenvalues of the normalised Laplacian, scaled to length 1, and k-means groups them. The paper
-    does not give its affinity, and published no code.
+    It runs spectral clustering on each layer's experts: their affinity is the correlation of their
+    router logits over tokens, clamped to at least 0; features are the eigenvectors of the G
+    smallest eigenvalues of the normalized Laplacian, scaled to length 1, which k-means clusters.
+    The paper does not state its affinity and has no published code.
 
     Args:
+        profile: profile of the model.
         num_groups: G, in [1, E]; each group has at least one expert.
-        seed: of k-means, which is run 10 times.
+        seed: of k-means, which runs 10 times.
 
     Returns:
-        Name of a layer -> groups for `merge_experts`; the most used member of a group comes first,
-        groups are in the order of these.
+        Name of a layer -> groups for `merge_experts`; groups start with their most used member and
+        are sorted by it.
 
     Raises:
         ValueError: `num_groups` out of range.
@@ -52,13 +53,13 @@ def uncurl_groups(profile: ExpertProfile, num_groups: int, *, seed: int = 0) -> 
 
 
 def hc_smoe_groups(profile: ExpertProfile, num_groups: int) -> Groups:
-    """Groups of experts of similar mean outputs, by hierarchical clustering with average linkage of
+    """Groups experts with similar mean outputs, by hierarchical clustering with average linkage of
     Euclidean distances.
 
-    The mean output of an expert is that over all tokens where the profile has `all_outputs`, as in
-    the paper, and else over its own. Needs scipy.
+    An expert's mean output is over all tokens if the profile has `all_outputs`, as in the paper,
+    and otherwise over its own tokens. Needs scipy.
 
-    Args, returns, raises: as of `uncurl_groups`.
+    Args, returns, raises: see `uncurl_groups`.
 
     Source: Chen et al. 2024 (HC-SMoE, arXiv 2410.08589).
     """
@@ -80,24 +81,26 @@ def hc_smoe_groups(profile: ExpertProfile, num_groups: int) -> Groups:
 def align_neurons(
     model: nn.Module, groups: Mapping[str, Sequence[Sequence[int]]]
 ) -> dict[str, Tensor]:
-    """Orders of hidden neurons in which the experts of a group fit best, for `merge_experts`.
+    """Returns orders of hidden neurons in which the experts of a group match best, for
+    `merge_experts`.
 
-    Each expert's neurons are matched one to one with those of the first of its group, so that the
-    sum of the inner products of their weights (rows of gate and up, biases, and columns of the down
-    projection) is largest: a linear assignment problem, solved by scipy. A copy with permuted
-    neurons is matched exactly.
+    Each expert's neurons are matched one to one with those of the first expert of its group,
+    maximizing the sum of the inner products of their weights (rows of gate and up, biases, and
+    columns of the down projection): a linear assignment problem, solved by scipy. A copy with
+    permuted neurons is matched exactly.
 
     Args:
+        model: the model.
         groups: name of a layer -> lists of ids.
 
     Returns:
-        Name of a layer -> neuron_order [E, I] int64; experts of no group stay as they are.
+        Name of a layer -> neuron_order [E, I] int64; experts of no group are not reordered.
 
     Raises:
         ValueError: a layer without float experts.
         ImportError: scipy is missing.
 
-    Source: Ainsworth et al. 2022 (weight matching, arXiv 2209.04836), as UNCURL uses it.
+    Source: Ainsworth et al. 2022 (weight matching, arXiv 2209.04836), as used by UNCURL.
     """
     solve = optional("align_neurons", "scipy.optimize").linear_sum_assignment
     orders = {}
@@ -118,7 +121,7 @@ def align_neurons(
 
 
 def _neurons(weights: Any, expert: int) -> Tensor:
-    """[I, features] fp32: all weights of each hidden neuron of an expert."""
+    """Returns [I, features] fp32: all weights of each hidden neuron of an expert."""
     gate_up = weights.gate_up_of(expert)
     bias = weights.biases_of(expert).get("b_gate_up")
     if bias is not None:
@@ -132,7 +135,7 @@ def _neurons(weights: Any, expert: int) -> Tensor:
 
 
 def spectral_clusters(affinity: Tensor, num_groups: int, *, seed: int = 0) -> Tensor:
-    """Labels [E] int64 in [0, G) from an affinity [E, E] >= 0, each label used.
+    """Returns labels [E] int64 in [0, G) from an affinity [E, E] >= 0; each label is used.
 
     Source: Ng et al. 2001, On Spectral Clustering.
     """
@@ -146,9 +149,10 @@ def spectral_clusters(affinity: Tensor, num_groups: int, *, seed: int = 0) -> Te
 
 
 def k_means(points: Tensor, num_groups: int, *, seed: int = 0) -> Tensor:
-    """Labels [n] int64 in [0, G), the best of 10 runs of Lloyd's algorithm from k-means++ starts.
+    """Returns labels [n] int64 in [0, G), the best of 10 runs of Lloyd's algorithm from k-means++
+    starts.
 
-    No group stays empty: it takes the point that is farthest from the centre of its own.
+    An empty group gets the point that is farthest from its own center.
     """
     generator = torch.Generator().manual_seed(seed)
     best: tuple[float, Tensor] | None = None
@@ -179,7 +183,7 @@ def _starts(points: Tensor, num_groups: int, generator: torch.Generator) -> list
     for _ in range(num_groups - 1):
         weight = torch.cdist(points, points[chosen]).min(1).values.square()
         weight[chosen] = 0.0
-        if float(weight.sum()) == 0:  # Only copies of what was chosen are left.
+        if float(weight.sum()) == 0:  # Only copies of selected points are left.
             weight = torch.ones_like(weight)
             weight[chosen] = 0.0
         chosen.append(int(torch.multinomial(weight, 1, generator=generator)))

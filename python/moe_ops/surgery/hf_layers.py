@@ -1,4 +1,4 @@
-"""The routed layers of transformers' models. Imported for such models only.
+"""Routed layers of transformers' models. Imported for such models only.
 
 T tokens, H hidden size, I intermediate size, E experts, K top-k.
 """
@@ -21,20 +21,21 @@ from moe_ops.layers.routing import RoutingOverride
 
 from .routed_layer import RoutedLayer, Watcher
 
-# What blocks call their router.
+# Names of blocks' routers.
 _ROUTERS = ("gate", "router")
 
 
 class HFRoutedLayer(RoutedLayer):
-    """A block on transformers' experts interface: its router returns (router_logits, topk_weights,
-    topk_ids) for the experts. Blocks outside of it derive from this class."""
+    """A block with transformers' experts interface: its router returns (router_logits,
+    topk_weights, topk_ids) for the experts. Other blocks derive from this class."""
 
     _rules: Router | None = None
 
     # -------------------------------------------------------- what blocks have in ways of their own
 
     def make_rules(self) -> Router:
-        """A router of ours, without weights, that chooses and weighs by logits as theirs does."""
+        """Returns a `Router` without weights that selects and weights experts from logits like the
+        block's router."""
         router: Any = self.router
         num_experts, hidden_size = router.weight.shape
         sizes = hidden_size, num_experts, router.top_k
@@ -56,22 +57,22 @@ class HFRoutedLayer(RoutedLayer):
 
     @property
     def router_rows(self) -> Any:
-        """The module that has `weight` [E, H] and perhaps `bias` [E] of the router."""
+        """Returns the module with `weight` [E, H] and optionally `bias` [E] of the router."""
         return self.router
 
     def read(self, output: Any) -> Routing:
-        """What the router returned."""
+        """Converts the router's output to a `Routing`."""
         logits, weights, ids, *_ = output
         return Routing(logits, weights, ids)
 
     def write(self, output: Any, routing: Routing) -> Any:
-        """What the router is to return for another routing."""
+        """Returns the router's output for another routing."""
         logits, weights, _, *rest = output
         ids = routing.topk_ids.long()
         return (logits, routing.topk_weights.to(weights.dtype), ids, *rest)
 
     def put_bank(self, bank: Experts) -> None:
-        """Gives the block the weights of `bank`."""
+        """Copies the weights of `bank` to the block."""
         experts: Any = self.experts
         up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
         for name, w in ((up, bank.w_gate_up), ("down_proj", bank.w_down)):
@@ -80,7 +81,7 @@ class HFRoutedLayer(RoutedLayer):
             _put(experts, f"{up}_bias", bank.b_gate_up)
             _put(experts, "down_proj_bias", bank.b_down)
 
-    # ----------------------------------------------------------------------- what is common to them
+    # ------------------------------------------------------------------------- shared by all layers
 
     @property
     def router(self) -> nn.Module:
@@ -106,7 +107,7 @@ class HFRoutedLayer(RoutedLayer):
 
     @contextlib.contextmanager
     def overridden(self, override: RoutingOverride) -> Iterator[None]:
-        self.rules()  # An unknown router is refused before anything runs.
+        self.rules()  # Rejects an unknown router before anything runs.
 
         def hook(router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return self.write(output, self.routed_by(override, self.read(output).router_logits))
@@ -160,7 +161,7 @@ class HFRoutedLayer(RoutedLayer):
         self._rules = None
 
     def _bank(self) -> Experts:
-        """A bank of ours on the same weights."""
+        """Returns an `Experts` with the weights of the block."""
         hook = TransformersHook()
         try:
             found = [hook.weights(m) for m in (self.experts, self.block) if m is not None]
@@ -191,7 +192,7 @@ class HFRoutedLayer(RoutedLayer):
 
 
 class DbrxRoutedLayer(HFRoutedLayer):
-    """DBRX: the router returns logits, and the block chooses."""
+    """DBRX: the router returns logits, and the block selects experts."""
 
     def make_rules(self) -> Router:
         block: Any = self.block
@@ -246,8 +247,8 @@ class DbrxRoutedLayer(HFRoutedLayer):
 
 
 class JetMoeRoutedLayer(HFRoutedLayer):
-    """JetMoE's feed-forward block, which sorts tokens in its router unless it is switched to
-    moe_ops; the attention experts are left alone."""
+    """JetMoE's feed-forward block, whose router sorts tokens unless it is switched to moe_ops;
+    attention experts are not included."""
 
     def make_rules(self) -> Router:
         num_experts, hidden_size = self.router_rows.weight.shape
@@ -263,7 +264,7 @@ class JetMoeRoutedLayer(HFRoutedLayer):
     def read(self, output: Any) -> Routing:
         logits = output[4]
         topk_logits, ids = logits.topk(self.top_k, dim=1)
-        if output[1] is None:  # Switched to moe_ops: ids and weights are there.
+        if output[1] is None:  # Switched to moe_ops: the output contains ids and weights.
             return Routing(logits, output[2], output[0])
         return Routing(logits, topk_logits.softmax(1), ids)
 
@@ -285,7 +286,7 @@ class JetMoeRoutedLayer(HFRoutedLayer):
 
 
 class Llama4RoutedLayer(HFRoutedLayer):
-    """Llama 4: the router returns the scores of all experts, 0 for those not chosen."""
+    """Llama 4: the router returns the scores of all experts, 0 for unselected ones."""
 
     def make_rules(self) -> Router:
         num_experts, hidden_size = self.router_rows.weight.shape
@@ -314,7 +315,7 @@ class Llama4RoutedLayer(HFRoutedLayer):
         _put(block.experts, "down_proj", bank.w_down.transpose(1, 2))
 
 
-# By a name in the classes of a block; the other blocks are those of the interface.
+# By class names of a block; other blocks use the experts interface.
 _KINDS = {
     "DbrxFFN": DbrxRoutedLayer,
     "JetMoeMoE": JetMoeRoutedLayer,
@@ -323,7 +324,7 @@ _KINDS = {
 
 
 def hf_routed_layers(model: nn.Module) -> list[RoutedLayer]:
-    """Blocks of transformers with feed-forward experts and a router beside them."""
+    """Returns the blocks of transformers with feed-forward experts and a router."""
     found: list[RoutedLayer] = []
     for name, block in model.named_modules():
         kinds = [_KINDS[c.__name__] for c in type(block).__mro__ if c.__name__ in _KINDS]

@@ -1,4 +1,4 @@
-"""Routing in the logs of Lightning: `RoutingCallback`.
+"""Routing statistics in the logs of Lightning: `RoutingCallback`.
 
 Example:
     from moe_ops.surgery.lightning import RoutingCallback
@@ -6,7 +6,7 @@ Example:
     trainer = lightning.Trainer(callbacks=[RoutingCallback()], logger=TensorBoardLogger("runs"))
 
 Needs lightning or pytorch_lightning: ``pip install torch-moe-ops[lightning]``. For transformers'
-Trainer there is `moe_ops.surgery.log_routing`.
+Trainer, use `moe_ops.surgery.log_routing`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["RoutingCallback"]
 
 
 def _callback_class() -> Any:
-    """The base class of callbacks, of the package that is installed."""
+    """Returns the base class of callbacks of the installed package."""
     for package in ("lightning", "pytorch_lightning"):
         if importlib.util.find_spec(package) is not None:
             module = "lightning.pytorch" if package == "lightning" else package
@@ -44,26 +44,26 @@ else:
 
 
 class RoutingCallback(_Callback):
-    """Logs what the routers do in training, every `log_every_n_steps` of the Trainer.
+    """Logs routing statistics in training, every `log_every_n_steps` of the Trainer.
 
-    To all its loggers: ``moe/max_violation`` and ``moe/load_entropy`` (means over layers) and
-    ``moe/dead_experts`` (the sum), see `moe_ops.layers.ExpertLoadStats`, of the tokens since the
-    last entry and of all processes; they are also in `trainer.callback_metrics`. At the end of
-    every epoch a picture ``moe/expert_load`` of the load by layer and expert over the steps goes to
-    TensorBoard and Weights & Biases. Tokens of validation, and of recomputed layers a second time,
-    are not counted.
+    All loggers get ``moe/max_violation`` and ``moe/load_entropy`` (means over layers) and
+    ``moe/dead_experts`` (the sum), see `moe_ops.layers.ExpertLoadStats`, for the tokens of all
+    processes since the last entry; they are also in `trainer.callback_metrics`. At the end of every
+    epoch, TensorBoard and Weights & Biases get a picture ``moe/expert_load`` of the load by layer
+    and expert over the steps. Tokens of validation and of recomputation are not counted.
 
     Args:
         layers: shell patterns of the names of layers; None is all.
-        every_layer: also ``moe/max_violation/<name>`` and ``moe/load_entropy/<name>`` of each.
-        picture: whether to draw, which needs matplotlib.
+        every_layer: also log ``moe/max_violation/<name>`` and ``moe/load_entropy/<name>`` of each
+            layer.
+        picture: draw the picture, which needs matplotlib.
 
     Attributes:
         history: number of experts -> (steps, [loads [layers, experts] of each step]), lists.
 
     Raises:
-        ValueError: when a fit starts, of a module without a routed layer.
-        MissingMatplotlibError: then, with `picture` and without matplotlib.
+        ValueError: at the start of a fit, for a module without a routed layer.
+        MissingMatplotlibError: at the start of a fit, with `picture` and without matplotlib.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class RoutingCallback(_Callback):
         self.history.clear()
         self._logged_step = trainer.global_step
         if self.picture:
-            import_matplotlib()  # Missing, it is missed now, and not after an epoch.
+            import_matplotlib()  # Raises now, not after an epoch, if it is missing.
         found = find_routed_layers(pl_module, self.layers, caller="RoutingCallback")
         self._handles = count_in_training(self.stats, found)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step  # Of the optimizer: it stays while gradients accumulate.
+        step = trainer.global_step  # Optimizer steps: constant during gradient accumulation.
         if step == self._logged_step or step % trainer.log_every_n_steps or not len(self.stats):
             return
         self._logged_step = step
@@ -133,8 +133,8 @@ class RoutingCallback(_Callback):
 
 
 def _draw(logger: Any, name: str, steps: list[int], rows: list[Any], step: int) -> None:
-    """Gives the picture to a logger that takes one."""
-    takes_images = hasattr(logger, "log_image")  # WandbLogger and its like.
+    """Draws the picture for a logger that supports images."""
+    takes_images = hasattr(logger, "log_image")  # WandbLogger and similar loggers.
     experiment = None if takes_images else logger.experiment
     if not takes_images and not hasattr(experiment, "add_figure"):  # TensorBoard's.
         return

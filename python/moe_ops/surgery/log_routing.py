@@ -1,4 +1,5 @@
-"""Routing in the logs of transformers' Trainer; what `lightning` logs is made here, too."""
+"""Routing statistics in the logs of transformers' Trainer, and functions shared with
+`lightning`."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from moe_ops.surgery.routed_layers import find_routed_layers
 def log_routing(
     trainer: Any, *, layers: Sequence[str] | None = None, every_layer: bool = False
 ) -> ExpertLoadStats:
-    """Adds what the routers did since the last entry to each training entry of a Trainer's log.
+    """Adds routing statistics since the last entry to each training entry of a Trainer's log.
 
-    So it is in the progress bar, in `trainer.state.log_history`, and wherever `report_to` sends the
-    log (TensorBoard, Weights & Biases, ...). Names are ``moe/max_violation``,
+    They appear in the progress bar, in `trainer.state.log_history`, and in the targets of
+    `report_to` (TensorBoard, Weights & Biases, ...). Names are ``moe/max_violation``,
     ``moe/dead_experts`` and ``moe/load_entropy``: the mean over layers, the sum for dead experts;
-    see `moe_ops.layers.ExpertLoadStats`. Counts are of all processes, summed when an entry is made.
-    Tokens of evaluation, and of recomputed layers a second time, are not counted.
+    see `moe_ops.layers.ExpertLoadStats`. Counts are summed over all processes at each entry. Tokens
+    of evaluation and of recomputation are not counted.
 
     Example:
         trainer = Trainer(model, arguments, train_dataset=rows)
@@ -30,14 +31,14 @@ def log_routing(
         trainer.train()
 
     Args:
-        trainer: of a model with routed layers (`moe_ops.surgery.find_routed_layers`), on moe_ops or
-            not.
+        trainer: of a model with routed layers (`moe_ops.surgery.find_routed_layers`), switched to
+            moe_ops or not.
         layers: shell patterns of the names of layers; None is all.
-        every_layer: also entries ``moe/max_violation/<name>`` and ``moe/load_entropy/<name>`` of
-            each layer.
+        every_layer: also add ``moe/max_violation/<name>`` and ``moe/load_entropy/<name>`` of each
+            layer.
 
     Returns:
-        The statistics, emptied at each entry: what has been counted since.
+        The statistics since the last entry, which resets them.
 
     Raises:
         ValueError: the model has no routed layer.
@@ -47,7 +48,7 @@ def log_routing(
     log = trainer.log
 
     def with_routing(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-        if "loss" in logs and len(stats):  # An entry of training, not of evaluation or its end.
+        if "loss" in logs and len(stats):  # A training entry, not one of evaluation or of the end.
             measured = stats.all_reduce().as_dict()
             stats.reset()
             logs = {**logs, **summary(measured, every_layer)}
@@ -58,8 +59,8 @@ def log_routing(
 
 
 def count_in_training(stats: ExpertLoadStats, layers: Sequence[RoutedLayer]) -> list[Any]:
-    """Adds to `stats` what the layers route in training, once where they are recomputed; handles
-    whose `remove` ends it."""
+    """Adds the layers' routing in training to `stats`, without recomputation; returns handles whose
+    `remove` ends it."""
 
     def watcher(layer: RoutedLayer) -> Any:
         def watch(x: Tensor, routing: Any) -> None:
@@ -72,7 +73,7 @@ def count_in_training(stats: ExpertLoadStats, layers: Sequence[RoutedLayer]) -> 
 
 
 def summary(measured: dict[Any, dict[str, Any]], every_layer: bool) -> dict[str, float]:
-    """The entries of a log, from `ExpertLoadStats.as_dict`."""
+    """Returns the entries of a log, from `ExpertLoadStats.as_dict`."""
 
     def mean(name: str) -> float:
         return sum(layer[name] for layer in measured.values()) / len(measured)

@@ -1,7 +1,7 @@
-"""A page of what the routers of a trained model do on a text: one HTML file that needs no network.
+"""Report of the routing of a trained model on a text, as one HTML file that needs no network.
 
-Load of experts by layer, which expert takes which token, how sure the routers are, which experts
-are chosen together, experts that no token reaches, and two checkpoints side by side.
+It shows expert loads by layer, the experts of each token, the routers' confidence, experts selected
+together, experts without tokens, and two checkpoints side by side.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_ops import _files
 from moe_ops.layers import ExpertLoadStats
 from moe_ops.surgery.routed_layers import find_routed_layers
 
-# Tokens whose experts the page shows one by one, and experts up to which it shows pairs.
+# Maximum number of tokens shown individually, and of experts for which pairs are shown.
 MAX_TOKENS = 1024
 MAX_PAIRS = 128
 
@@ -52,7 +52,7 @@ class _Layer:
         self.weights += [[round(w, 4) for w in row] for row in weights[:room].tolist()]
 
     def to_dict(self, name: str, measures: Mapping[str, Any]) -> dict[str, Any]:
-        """measures: what `ExpertLoadStats` says of the layer."""
+        """Returns the layer's data. measures: the layer's entry of `ExpertLoadStats.as_dict`."""
         pairs = self.together if self.num_experts <= MAX_PAIRS else self.together[:0]
         return {
             "name": name,
@@ -71,16 +71,16 @@ class _Layer:
 
 @torch.no_grad()
 def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any]]:
-    """What `routing_page` draws of one model: a dict of plain numbers a layer.
+    """Returns the data of one model for `routing_page`: a dict of plain values per layer.
 
     Args:
         model: with layers of this package, of the zoo or of transformers (see
-            `moe_ops.surgery.find_routed_layers`); float or quantised experts. It runs in eval mode.
-        batches: what to call it with: a tensor of tokens, a tuple of positional or a dict of
-            keyword arguments each.
+            `moe_ops.surgery.find_routed_layers`); float or quantized experts. It runs in eval mode.
+        batches: inputs of the model: each a tensor of tokens, a tuple of positional or a dict of
+            keyword arguments.
 
     Raises:
-        ValueError: no routed layer, or one that saw no token.
+        ValueError: no routed layer, or a layer without tokens.
     """
     layers = find_routed_layers(model, caller="routing_data")
     found: dict[str, _Layer] = {}
@@ -130,20 +130,20 @@ def routing_page(
     *,
     title: str = "What the experts do",
 ) -> Path:
-    """Writes a page of one model, or of two beside each other, into one HTML file.
+    """Writes a report of one model, or of two side by side, into one HTML file.
 
     Args:
-        models: name -> `routing_data` of it. The second is compared with the first: both must have
-            as many layers and experts and have read the same text.
+        models: name -> its `routing_data`. The second is compared with the first: both must have
+            equal numbers of layers and experts and have read the same text.
         tokens: the text of each token in the order of `batches`; the first 1,024 are shown.
         path: of the file.
-        title: at the top.
+        title: title of the page.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: no model, more than two, or two that do not fit.
+        ValueError: no model, more than two, or two that do not match.
     """
     if not 1 <= len(models) <= 2:
         raise ValueError(f"routing_page: models must be one or two, got {len(models)}.")
@@ -159,7 +159,7 @@ def routing_page(
         "models": [{"name": name, "layers": list(layers)} for name, layers in models.items()],
     }
     template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
-    # "<" of a token must not end the script that holds the data.
+    # "<" in a token must not end the script with the data.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     _files.write_text(Path(path), template.replace("__DATA__", text))
     return Path(path)

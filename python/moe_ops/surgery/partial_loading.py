@@ -1,4 +1,4 @@
-"""A model with some of the experts of its checkpoint, of which no others are read.
+"""Loading of a model with only some of the experts of its checkpoint.
 
 Letters: E experts.
 """
@@ -24,8 +24,8 @@ from .routed_layers import find_routed_layers
 
 
 class PartlyLoaded(NamedTuple):
-    """What `load_pruned` returns: the model in eval mode, the bytes of the tensors that were read
-    for it, and those of all tensors of the checkpoint."""
+    """Result of `load_pruned`: the model in eval mode, the bytes of the tensors that were read, and
+    those of all tensors of the checkpoint."""
 
     model: Any
     bytes_read: int
@@ -39,25 +39,25 @@ def load_pruned(
     model_class: Any = None,
     dtype: torch.dtype | None = None,
 ) -> PartlyLoaded:
-    """Loads a checkpoint with only some of its experts, and reads no others.
+    """Loads a checkpoint with only some of its experts, and does not read others.
 
-    The model is the one that `prune_experts` makes of the whole one, in the memory of what is kept:
-    of experts with tensors of their own the others are never read, and of tensors that hold all
-    experts, and of routers, only some rows. Of a checkpoint of transformers whose experts
-    `moe_ops.quantize_experts` has quantised, these are the codes and scales of the experts kept.
+    The model equals the result of `prune_experts` on the whole model, in the memory of the kept
+    experts: separate tensors of other experts are never read; of tensors with all experts, and of
+    routers, only some rows are read. For a checkpoint of transformers with experts quantized by
+    `moe_ops.quantize_experts`, these are the quantized values and scales of the kept experts.
 
     Args:
-        folder: config.json and safetensors, sharded or not, as transformers or the zoo write it.
-        keep: name of a routed layer, as in the whole model -> ids of the experts to keep, as many
-            in all layers; all routed layers are named.
+        folder: config.json and safetensors, sharded or not, as written by transformers or the zoo.
+        keep: name of a routed layer, as in the whole model -> ids of the experts to keep, an equal
+            number in all layers; must contain all routed layers.
         model_class: of the zoo (`moe_ops.zoo.deepseek.DeepSeek`, ...); None: the causal language
-            model of transformers that the config names.
+            model of transformers in the config.
         dtype: of the parameters; None is the checkpoint's.
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: a name of no layer or a layer without one, different numbers of experts, a
-            checkpoint of transformers that was quantised otherwise, or a damaged one.
+        ValueError: an unknown or missing layer name, different numbers of experts, a checkpoint of
+            transformers with another quantization, or a damaged one.
         ImportError: safetensors, or transformers, is missing.
 
     Source: Pei et al. 2025 (PreMoe, arXiv 2505.17639).
@@ -107,7 +107,7 @@ def load_pruned(
 
 
 def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, nn.Module]:
-    """The class of the model in the folder, and the model without memory."""
+    """Returns the class of the model in the folder, and the model on the meta device."""
     transformers = optional("load_pruned", "transformers")
     quantized = published.get("quantization_config")
     if quantized is not None:
@@ -122,7 +122,7 @@ def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, n
                 f"load_pruned: {folder} must have experts of moe_ops.quantize_experts, got those "
                 "of a checkpoint of another method."
             )
-        # transformers learns from it how such a checkpoint is read.
+        # Registers the quantization method with transformers.
         importlib.import_module("moe_ops.hf")
     with _reading.damage("load_pruned", folder, "a checkpoint that transformers knows"):
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -1,6 +1,6 @@
-"""What the experts of a trained model do on a text, in one pass and without keeping it.
+"""Profiles of the experts of a trained model on a text, in one pass and without storing the text.
 
-Letters: T tokens, H hidden size, E experts, K experts a token, P positions.
+Letters: T tokens, H hidden size, E experts, K experts per token, P positions.
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ _FORMAT = "moe_ops.surgery.ExpertProfile 1"
 
 @dataclass
 class LayerProfile:
-    """Sums over the tokens that one layer has seen; float64 on the CPU unless said.
+    """Sums over the tokens of one layer; float64 on the CPU unless stated.
 
     A layer that routes several times (Chain-of-Experts) sums over all its calls.
 
     Attributes:
-        tokens: T, a scalar int64: the tokens routed.
-        load: [E] int64, slots that fell on each expert.
-        probability: [E], of softmax(router_logits) over all experts, whatever the layer's scores.
-        weight: [E], of the routing weights of the slots.
-        logit: [K, E], of the router logits of experts that are the token's choice number k, in the
-            order of their logits.
-        share: [E], of softmax over the logits of the K experts of a token.
-        gate_norm: [E], of weight * |f(x)|, the norm of the expert's output before weighting.
-        output_norm: [E], of |f(x)|.
-        output: [E, H], of f(x): over slots, or over all tokens with `all_outputs`.
-        output_count: [E] int64, what to divide `output` by for the mean.
+        tokens: T, a scalar int64: the number of routed tokens.
+        load: [E] int64, slots per expert.
+        probability: [E], sum of softmax(router_logits) over all experts, whatever the layer's
+            scores.
+        weight: [E], sum of the slots' routing weights.
+        logit: [K, E], sum of the router logits of experts that are the token's k-th best selected
+            expert, by logits.
+        share: [E], sum of the softmax over the logits of a token's K experts.
+        gate_norm: [E], sum of weight * |f(x)|, the norm of the expert's output before weighting.
+        output_norm: [E], sum of |f(x)|.
+        output: [E, H], sum of f(x): over slots, or over all tokens with `all_outputs`.
+        output_count: [E] int64, the divisor of `output` for the mean.
         max_output: [P + 1, E], largest |f(x)_h| over tokens at position 0, 1, ... P - 1 of their
-            sequences, and over all later ones; 0 where there was none.
-        max_channel: [E] int64, the h of an expert's largest output; -1 for none.
-        together: [E, E] int64, tokens that had both experts; the diagonal is `load`.
-        logit_sum: [E]. logit_products: [E, E], of router_logits^T router_logits over tokens.
+            sequences, and over all later ones; 0 without tokens.
+        max_channel: [E] int64, the h of an expert's largest output; -1 without tokens.
+        together: [E, E] int64, number of tokens with both experts; the diagonal is `load`.
+        logit_sum: [E], sum of router_logits.
+        logit_products: [E, E], sum of router_logits^T router_logits over tokens.
     """
 
     tokens: Tensor
@@ -97,11 +99,12 @@ class LayerProfile:
         return self.load.shape[0]
 
     def largest_output(self) -> Tensor:
-        """[E], over all positions."""
+        """Returns [E], the largest output over all positions."""
         return self.max_output.max(0).values
 
     def correlation(self) -> Tensor:
-        """[E, E], of the router logits of pairs of experts over tokens; 0 for constant ones."""
+        """Returns [E, E], the correlation over tokens of the router logits of pairs of experts; 0
+        for constant ones."""
         count = max(int(self.tokens), 1)
         mean = self.logit_sum / count
         covariance = self.logit_products / count - mean[:, None] * mean
@@ -111,7 +114,7 @@ class LayerProfile:
         return torch.where(product > tiny, covariance / product.clamp(min=1e-300), 0.0).clamp(-1, 1)
 
     def add(self, other: LayerProfile) -> None:
-        """Adds what `other` has seen."""
+        """Adds the sums of `other`."""
         newer = other.largest_output() > self.largest_output()
         self.max_channel = torch.where(newer, other.max_channel, self.max_channel)
         self.max_output = torch.maximum(self.max_output, other.max_output)
@@ -125,7 +128,7 @@ class LayerProfile:
 
 @dataclass
 class ExpertProfile:
-    """What `profile_experts` returns: name of a routed layer -> its sums, in the order of the
+    """Result of `profile_experts`: name of a routed layer -> its sums, in the order of the
     model."""
 
     layers: dict[str, LayerProfile]
@@ -143,7 +146,7 @@ class ExpertProfile:
         """Adds the sums of a profile of the same model on other text; returns self.
 
         Raises:
-            ValueError: the layers are others, or of other sizes.
+            ValueError: the layers or their sizes differ.
         """
         for name, mine in self.layers.items():
             theirs = other.layers.get(name)
@@ -156,8 +159,8 @@ class ExpertProfile:
         return self
 
     def draw(self, path: Path | str | None = None) -> Any:
-        """Heat maps of load, gate x output norm and largest output, layers by experts; a matplotlib
-        Figure, saved where there is a path. Needs the extra `viz`."""
+        """Returns a matplotlib Figure with heat maps of load, gate x output norm and largest
+        output, layers by experts; saves it if a path is given. Needs the extra `viz`."""
         from moe_ops import viz
 
         layers = self.layers.values()
@@ -178,7 +181,7 @@ class ExpertProfile:
         return viz.plot_expert_scores(panels, layer_names=list(self), title=title, path=path)
 
     def save(self, path: Path | str) -> None:
-        """Writes one safetensors file, a tensor a layer and sum."""
+        """Writes one safetensors file with a tensor per layer and sum."""
         tensors, names = {}, list(self.layers)
         for index, layer in enumerate(self.layers.values()):
             for field in fields(layer):
@@ -188,11 +191,11 @@ class ExpertProfile:
 
     @classmethod
     def load(cls, path: Path | str) -> ExpertProfile:
-        """The inverse of `save`.
+        """Loads a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is something else, or differs from its checksum.
+            ValueError: it is another kind of file, or does not match its checksum.
         """
         with saved_by("ExpertProfile", path, _FORMAT) as (tensors, metadata):
             layers = {}
@@ -218,27 +221,27 @@ def profile_experts(
     outputs: bool = True,
     all_outputs: bool = False,
 ) -> ExpertProfile:
-    """Runs a trained model on a text and sums up what its routers and experts do.
+    """Runs a trained model on a text and sums up statistics of its routers and experts.
 
-    Memory does not grow with the text. The model runs as it is, in eval mode and without
-    gradients; the outputs of experts are computed a second time, an expert at a time in fp32,
-    since the model adds them up before anyone sees them.
+    Memory does not grow with the text. The model runs unchanged, in eval mode and without
+    gradients; the outputs of experts are computed a second time, one expert at a time in fp32,
+    because the model only returns their sum.
 
     Args:
-        model: see `find_routed_layers`; attention experts and others that have no bank of
-            feed-forward networks are left out.
-        inputs: batches to call the model with (a tensor of tokens [B, S], a tuple of positional or
-            a dict of keyword arguments each), or a function that is given the model and runs it.
-            Of a dict, tokens whose `attention_mask` [B, S] is 0 do not count.
+        model: see `find_routed_layers`; attention experts and others without feed-forward experts
+            are ignored.
+        inputs: batches to call the model with (each a tensor of tokens [B, S], a tuple of
+            positional or a dict of keyword arguments), or a function that gets the model and runs
+            it. In a dict, tokens with `attention_mask` [B, S] 0 are not counted.
         layers: shell patterns of the names of layers; None is all.
-        positions: P, of how many first positions the largest outputs are kept apart.
-        outputs: False leaves out what needs the outputs of experts, and is about as fast as the
-            model; those sums are then 0.
-        all_outputs: `LayerProfile.output` is the sum over all tokens and not over those of the
-            expert, as HC-SMoE's mean outputs are. It runs all experts on all tokens.
+        positions: P, the number of first positions with separate largest outputs.
+        outputs: False skips sums of experts' outputs, which are then 0, and is about as fast as the
+            model.
+        all_outputs: `LayerProfile.output` is the sum over all tokens instead of the expert's
+            tokens, like HC-SMoE's mean outputs. This runs all experts on all tokens.
 
     Raises:
-        ValueError: no routed layer with experts that can be read, or one that saw no token.
+        ValueError: no routed layer with readable experts, or a layer without tokens.
     """
     if positions < 1:
         raise ValueError(f"profile_experts: positions must be at least 1, got {positions}.")
@@ -280,10 +283,10 @@ def profile_experts(
 
 
 def expert_weights_of(model: nn.Module, layer: RoutedLayer) -> ExpertWeights | None:
-    """The feed-forward experts of a layer; None where it has none, or quantised ones.
+    """Returns the feed-forward experts of a layer; None without experts, or for quantized ones.
 
     Raises:
-        ValueError: experts whose activation moe_ffn does not know.
+        ValueError: experts whose activation moe_ffn does not support.
     """
     for hook in hooks_for(model):
         for module in (layer.experts, layer.block):
@@ -309,7 +312,7 @@ class _Watch:
         self.mask: Tensor | None = None
 
     def begin(self, batch: Any) -> None:
-        """Notes where sequences begin in the calls to come."""
+        """Stores the sequence lengths of a batch, to compute positions in the following calls."""
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.mask = mask.reshape(-1).bool() if isinstance(mask, Tensor) else None
         if isinstance(batch, Mapping):
@@ -329,7 +332,7 @@ class _Watch:
         if not len(x):
             return
         latent = getattr(self.layer.block, "latent", None)
-        if latent is not None:  # The experts' width is another than the router's.
+        if latent is not None:  # The experts' width differs from the router's.
             x = latent.enter(x)
         if self.sums is None:
             sizes = logits.shape[1], ids.shape[1], x.shape[1]
@@ -344,13 +347,13 @@ class _Watch:
 
 
 def add_routing(sums: LayerProfile, routing: Routing) -> None:
-    """Adds the routing of T tokens; K' of it must be that of the sums."""
+    """Adds the routing of T tokens, with the K' of the sums."""
     logits, weights = routing.router_logits.double(), routing.topk_weights.double()
     num_experts = sums.num_experts
     valid, ids = valid_ids(routing.topk_ids, num_experts)
     sums.tokens += len(logits)
     chosen = logits.gather(1, ids).masked_fill(~valid, -torch.inf)
-    share = chosen.softmax(-1).nan_to_num(0.0)  # A token without any expert has no softmax.
+    share = chosen.softmax(-1).nan_to_num(0.0)  # A token without experts has no softmax.
     _add_by_expert(sums.load, ids, valid.to(sums.load.dtype))
     _add_by_expert(sums.weight, ids, weights.masked_fill(~valid, 0.0))
     _add_by_expert(sums.share, ids, share)
@@ -379,7 +382,7 @@ def add_outputs(
             gate = (inputs.topk_weights * slots).sum(-1)[tokens].double()
             y = _output(bank, expert, inputs, tokens).double()
             norm = torch.linalg.vector_norm(y, dim=-1)
-            on_input = inputs.apply_router_weight_on_input  # The gate is in y already.
+            on_input = inputs.apply_router_weight_on_input  # The gate is already in y.
             sums.gate_norm[expert] += (norm if on_input else gate * norm).sum()
             sums.output_norm[expert] += norm.sum()
             largest, channel = y.abs().max(-1)
@@ -400,7 +403,8 @@ def add_outputs(
 
 
 def _output(bank: ExpertWeights, expert: int, inputs: ExpertInputs, tokens: Tensor) -> Tensor:
-    """f(x) [n, H] fp32 of some tokens; f(weight * x) where weights go on the input."""
+    """Returns f(x) [n, H] fp32 for some tokens; f(weight * x) if weights are applied to the
+    input."""
     weights = torch.ones(len(tokens), 1, device=inputs.x.device)
     if inputs.apply_router_weight_on_input:
         weights = (inputs.topk_weights * (inputs.topk_ids == expert)).sum(-1)[tokens, None]

@@ -1,7 +1,7 @@
-"""Fewer experts: layers of a model that keep some of theirs, or merge them.
+"""Pruning and merging of the experts of a model's layers, with rows, biases and groups of their
+routers.
 
-Routers follow: their rows, biases and groups. Letters: E experts, G groups of merged experts,
-I intermediate size, K experts a token.
+Letters: E experts, G groups of merged experts, I intermediate size, K experts per token.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .rules import groups_left
 def prune_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
     """Keeps only some experts, in place; returns the model.
 
-    Router rows, biases and selection biases are those of the experts kept. A token goes to as many
-    experts as before, or to all where fewer are left. The groups of group-limited routing stay
-    where as many experts are left in each (or none), and are dropped otherwise. With all experts
-    kept, the model computes the same bits. Attention experts (`moe_ops.layers.AttentionExperts`, of
-    JetMoE and ModuleFormer in the zoo) are pruned in the same way, with the keys and values that
-    they had; those of transformers' JetMoE stay.
+    Router rows, biases and selection biases are those of the kept experts. The number of experts
+    per token is unchanged, or all experts if fewer are left. The groups of group-limited routing
+    are kept if each has an equal number of experts left (or none), and dropped otherwise. If all
+    experts are kept, results are bitwise unchanged. Attention experts
+    (`moe_ops.layers.AttentionExperts`, of JetMoE and ModuleFormer in the zoo) are pruned in the
+    same way, keeping their keys and values; those of transformers' JetMoE cannot be pruned.
 
     The config of a language model of the zoo, or of transformers, gets the new numbers, so that
-    `save_pretrained` writes a checkpoint that loads as any other; transformers needs nothing of
-    moe_ops for it. Layers with different numbers of experts have such a form in ModuleFormer alone:
-    other models work, and their `save_pretrained` raises an error.
+    `save_pretrained` writes a normal checkpoint, which transformers loads without moe_ops. Only
+    ModuleFormer can store layers with different numbers of experts: other models work, but their
+    `save_pretrained` raises an error.
 
     Args:
-        model: see `find_routed_layers`. Optimisers hold the old parameters and have to be made
-            anew.
-        keep: name of a layer -> ids, as `select_experts` gives them; other layers stay.
+        model: see `find_routed_layers`. Optimizers reference the old parameters and must be
+            recreated.
+        keep: name of a layer -> ids, from `select_experts`; other layers are unchanged.
 
     Raises:
-        ValueError: a name of no layer or of attention in transformers' JetMoE, ids out of range or
-            repeated, quantised or sharded experts. Layers before that one are pruned.
+        ValueError: an unknown name or one of attention in transformers' JetMoE, ids out of range or
+            repeated, quantized or sharded experts. Earlier layers are already pruned.
     """
     check_attention("prune_experts", model, keep)
     layers = {
@@ -67,21 +67,24 @@ def merge_experts(
     neuron_order: Mapping[str, Tensor] | None = None,
     router_rows: str = "mean",
 ) -> nn.Module:
-    """Makes one expert of each group of experts, their weighted mean, in place; returns the model.
+    """Merges each group of experts into one, their weighted mean, in place; returns the model.
 
-    Hidden neurons have no natural order: `align_neurons` finds one in which those of a group fit
-    together. Everything else is as in `prune_experts`; of groups of group-limited routing, a merged
-    expert is in that of its first member.
+    Hidden neurons have no natural order: `align_neurons` finds one in which those of a group match.
+    Everything else is as in `prune_experts`; in group-limited routing, a merged expert belongs to
+    the group of its first member.
 
     Args:
-        groups: name of a layer -> lists of ids, each id at most once; experts in none are dropped.
-        weights: name of a layer -> [E] numbers >= 0, of the means; None is equal ones. An expert
-            of a group of weight 0 alone is taken at equal weights.
-        neuron_order: name of a layer -> [E, I], as `align_neurons` gives it.
-        router_rows: "mean": the rows are averaged alike. "first": that of the first member.
+        model: see `prune_experts`.
+        groups: name of a layer -> lists of ids, each id at most once; experts in no list are
+            dropped.
+        weights: name of a layer -> [E] nonnegative weights of the means; None is equal weights.
+            Groups with total weight 0 get equal weights.
+        neuron_order: name of a layer -> [E, I], from `align_neurons`.
+        router_rows: "mean": averages rows with these weights. "first": uses the row of the first
+            member.
 
     Raises:
-        ValueError: bad groups, weights or orders, or what `prune_experts` refuses.
+        ValueError: invalid groups, weights or orders, or arguments that `prune_experts` rejects.
 
     Source: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483); Li et al. 2023 (M-SMoE, 2310.01334).
     """
@@ -111,13 +114,14 @@ def merge_experts(
 
 @contextlib.contextmanager
 def ablate_experts(model: nn.Module, experts: Iterable[tuple[str, int]]) -> Iterator[None]:
-    """These experts, (layer, id) each, give 0 while the context is open; routing stays as it is.
+    """Makes these experts, given as (layer, id), return 0 while the context is open; routing is
+    unchanged.
 
-    Their down projection and its bias are 0 for the time, which is how super experts are pruned in
-    the paper of that name: no other expert steps in, and weights are not renormalised.
+    Their down projection and its bias are temporarily 0. The super experts paper prunes experts in
+    this way: no other expert replaces them, and weights are not renormalized.
 
     Raises:
-        ValueError: a name of no layer, an id out of range, or experts that cannot be read.
+        ValueError: an unknown layer name, an id out of range, or experts that cannot be read.
     """
     pairs = list(experts)
     names = sorted({name for name, _ in pairs})
@@ -156,6 +160,6 @@ def _invalidate(modules: Sequence[nn.Module]) -> None:
 
 
 def _named(caller: str, layers: Mapping[str, RoutedLayer], name: str) -> RoutedLayer:
-    if name not in layers:  # It was taken for a pattern.
+    if name not in layers:  # It was interpreted as a pattern.
         raise ValueError(f"{caller}: layers must be named in full, got {name!r}.")
     return layers[name]

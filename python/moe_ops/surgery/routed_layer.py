@@ -1,6 +1,6 @@
-"""A layer of a model that routes tokens to experts, seen alike whoever wrote the model.
+"""Layer of a model that routes tokens to experts, with one interface for all kinds of models.
 
-Letters: T tokens, H hidden size, E experts, K experts a token.
+Letters: T tokens, H hidden size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from moe_ops.layers import Experts, Router, Routing
 from moe_ops.layers.routing import RoutingOverride
 
-# What is told of each call of a router: its input x [T, H] and what it made of it.
+# Called for each call of a router, with its input x [T, H] and its routing.
 Watcher = Callable[[Tensor, Routing], None]
 
 
 class RoutedLayer:
-    """A module that holds a router, or several, and the experts behind it.
+    """Module with one or several routers and their experts.
 
     Attributes:
-        name: of the module, as in `named_modules`.
+        name: name of the module, as in `named_modules`.
         block: the module.
-        routers: (name, module) of its routers; several where experts are used several times
+        routers: (name, module) of its routers; several if experts are used several times
             (Chain-of-Experts).
-        experts: the module that runs the experts, or None where the block does so by itself
-            (attention experts).
+        experts: the module that runs the experts, or None if the block does (attention experts).
     """
 
     def __init__(
@@ -43,10 +42,10 @@ class RoutedLayer:
         self.experts = experts
 
     def rules(self, index: int = 0) -> Router:
-        """How router number `index` chooses and weighs: the router, or one that does the same.
+        """Returns the router number `index`, or an equivalent `Router`.
 
         Raises:
-            ValueError: nobody knows.
+            ValueError: the router's method is unknown.
         """
         router: Any = self.routers[index][1]
         return router
@@ -62,7 +61,7 @@ class RoutedLayer:
         return router.top_k
 
     def watch(self, watcher: Watcher) -> list[Any]:
-        """Calls `watcher` after each call of a router from now on; handles whose `remove` ends
+        """Calls `watcher` after each later call of a router; returns handles whose `remove` ends
         it."""
 
         def hook(router: nn.Module, args: tuple[Any, ...], kwargs: Any, routing: Routing) -> None:
@@ -73,7 +72,7 @@ class RoutedLayer:
 
     @contextlib.contextmanager
     def overridden(self, override: RoutingOverride) -> Iterator[None]:
-        """All routers of the layer choose as `override` says while the context is open."""
+        """Applies `override` to all routers of the layer while the context is open."""
         before = [(router, router.override) for _, router in self.routers]  # type: ignore[union-attr]
         try:
             for router, _ in before:
@@ -86,10 +85,10 @@ class RoutedLayer:
     def edit(
         self, experts: Callable[[Experts], Experts], router: Callable[[Router], Router]
     ) -> None:
-        """Replaces the experts and the routers by what the functions make of them.
+        """Replaces the experts and the routers by the results of the functions.
 
         Raises:
-            ValueError: no bank of float experts of ours.
+            ValueError: experts are not a float `Experts`.
         """
         if not isinstance(self.experts, Experts):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The layers of a model that route tokens to experts, whoever wrote the model."""
+"""Routed layers of a model of any origin."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .routed_layer import RoutedLayer
 def find_routed_layers(
     model: nn.Module, layers: Sequence[str] | None = None, *, caller: str = "find_routed_layers"
 ) -> list[RoutedLayer]:
-    """The routed layers of `model`, in the order of `named_modules`.
+    """Returns the routed layers of `model`, in the order of `named_modules`.
 
-    Known are layers of `moe_ops.layers` and of the zoo (`MoE`, `AttentionExperts` and others that
-    hold a `Router`), and the MoE blocks of transformers that `moe_ops.hf` serves, switched to
+    Supported are layers of `moe_ops.layers` and of the zoo (`MoE`, `AttentionExperts` and others
+    with a `Router`), and the MoE blocks of transformers that `moe_ops.hf` supports, switched to
     moe_ops or not, without JetMoE's attention experts.
 
     Args:
         layers: shell patterns of names; None is all.
-        caller: for errors.
+        caller: name of the caller, for errors.
 
     Raises:
-        ValueError: there is none, or a pattern that matches none.
+        ValueError: no routed layer, or a pattern without a match.
     """
     found = [*_ours(model)]
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     if any(cls.__module__.partition(".")[0] == "transformers" for cls in classes):
-        # It needs transformers, which most processes have no use for.
+        # It needs transformers, which most processes do not import.
         found += importlib.import_module("moe_ops.surgery.hf_layers").hf_routed_layers(model)
     if not found:
         raise ValueError(
@@ -53,7 +53,7 @@ def find_routed_layers(
 
 def _ours(model: nn.Module) -> Iterator[RoutedLayer]:
     for name, block in model.named_modules():
-        if isinstance(block, nn.ModuleList):  # Its owner holds these routers.
+        if isinstance(block, nn.ModuleList):  # Its owner has these routers.
             continue
         routers: list[tuple[str, nn.Module]] = []
         for child_name, child in block.named_children():

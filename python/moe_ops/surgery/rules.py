@@ -1,6 +1,7 @@
-"""Other routing for a whole model, for a while: another k, a rank, chance, given sets, a mask.
+"""Rules that temporarily override the routing of a model: another k, a rank, random, given sets, a
+mask.
 
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def override_routing(
     layers: Sequence[str] | None = None,
     renormalize: bool = False,
 ) -> Iterator[list[RoutedLayer]]:
-    """Makes the routers of `model` choose otherwise while the context is open.
+    """Overrides the expert selection of the routers of `model` while the context is open.
 
     Example:
         with override_routing(model, rank(2), renormalize=True):       # SCMoE's weak pass
@@ -40,29 +41,29 @@ def override_routing(
         with override_routing(model, only({"layers.0.mlp": [0, 3, 5]})):
             ...
 
-    Only the choice is another one. Weights are what the router gives to the experts chosen, by its
-    own scores and normalisation, and are differentiable; shared experts run as before. Contexts
-    may be nested, and the inner one counts. `topk_ids` given to a layer's forward still win.
+    Only the selection changes. The router computes the weights of the selected experts with its own
+    scores and normalization, and they are differentiable; shared experts are unaffected. Contexts
+    may be nested; the innermost applies. `topk_ids` passed to a layer's forward take precedence.
 
-    For eager code. The modules themselves are changed, so all threads see it.
+    Eager mode only. The modules are modified, so all threads are affected.
 
     Args:
         model: see `find_routed_layers`, including attention experts with a router (those with
-            `soft_routing` use all experts and stay as they are).
-        rule: `top_k`, `rank`, `random`, `only`, `given`, or a function of your own, (layer,
+            `soft_routing` use all experts and are unaffected).
+        rule: `top_k`, `rank`, `random`, `only`, `given`, or a custom function, (layer,
             router_logits [T, E], expert_mask [E] or None) -> topk_ids [T, K'] int; or a mapping
-            from names of layers to rules, where the other layers stay as they are.
+            from names of layers to rules; other layers are unchanged.
         layers: shell patterns of the names of layers to change; None is all.
-        renormalize: a token's weights are divided by their sum and then scaled by the router's
-            `routed_scaling_factor`, whether or not the router does so by itself. Where it gives
-            the experts chosen no weight at all, they get equal ones.
+        renormalize: divide a token's weights by their sum and scale them by the router's
+            `routed_scaling_factor`, whether or not the router does so. If the router gives all
+            selected experts weight 0, they get equal weights.
 
     Yields:
-        The layers changed.
+        The changed layers.
 
     Raises:
-        ValueError: no routed layer, a name or pattern of none, or a router of transformers whose
-            way of weighing is not known; or (in a call) more experts than a token may use.
+        ValueError: no routed layer, a name or pattern without a match, or a router of transformers
+            with an unknown weighting method; or (in a call) more experts than a token may use.
     """
     if isinstance(rule, Mapping):
         changed = find_routed_layers(model, list(rule), caller="override_routing")
@@ -73,7 +74,7 @@ def override_routing(
     with contextlib.ExitStack() as stack:
         for layer, own in rules:
             for index in range(len(layer.routers)):
-                layer.rules(index)  # All are known, or none is changed.
+                layer.rules(index)  # Raises before any layer is changed.
             stack.enter_context(layer.overridden(_override(layer, own, renormalize)))
         yield [layer for layer, _ in rules]
 
@@ -96,7 +97,7 @@ def _override(layer: RoutedLayer, rule: Rule, renormalize: bool) -> RoutingOverr
 
 
 def top_k(k: int) -> Rule:
-    """The k experts that the router ranks first."""
+    """Returns a rule that selects the k experts that the router ranks first."""
     _check_positive("top_k", "k", k)
 
     def rule(layer: RoutedLayer, router_logits: Tensor, expert_mask: Tensor | None) -> Tensor:
@@ -106,7 +107,8 @@ def top_k(k: int) -> Rule:
 
 
 def rank(*ranks: int) -> Rule:
-    """The experts at these places of the router's ranking, 1 being its first choice.
+    """Returns a rule that selects the experts with these ranks, where 1 is the router's best
+    expert.
 
     `rank(2)` is the weak routing of SCMoE for Mixtral.
     """
@@ -123,10 +125,12 @@ def rank(*ranks: int) -> Rule:
 
 
 def random(k: int | None = None, *, generator: torch.Generator | None = None) -> Rule:
-    """k different experts a token at random, as many as the router's `top_k` for None.
+    """Returns a rule that selects k different random experts per token; None is the router's
+    `top_k`.
 
     Args:
-        generator: on the device of the model; None draws from torch's own.
+        k: number of experts per token, or None.
+        generator: on the device of the model; None uses torch's default generator.
     """
     if k is not None:
         _check_positive("random", "k", k)
@@ -141,14 +145,15 @@ def random(k: int | None = None, *, generator: torch.Generator | None = None) ->
 
 
 def only(experts: Mapping[str, Experts] | Experts) -> Rule:
-    """The router chooses among these experts, as many as it does otherwise if there are so many.
+    """Returns a rule that restricts routing to these experts; K shrinks only if too few are
+    allowed.
 
-    The groups of group-limited routing stay where as many experts are allowed in each of them (or
-    none), and are dropped otherwise: a token might find too few experts in those it may use.
+    The groups of group-limited routing are kept if each has an equal number of allowed experts (or
+    none), and dropped otherwise: a token might find too few experts in its groups.
 
     Args:
-        experts: ids, or a bool mask [E], of all layers or by the name of the layer; a layer that
-            is not named chooses among all.
+        experts: ids, or a bool mask [E], for all layers or by layer name; other layers are
+            unrestricted.
     """
 
     def rule(layer: RoutedLayer, router_logits: Tensor, expert_mask: Tensor | None) -> Tensor:
@@ -170,11 +175,11 @@ def only(experts: Mapping[str, Experts] | Experts) -> Rule:
 
 
 def given(experts: Mapping[str, Experts] | Experts) -> Rule:
-    """These experts, whatever the router says: a domain's own expert, say.
+    """Returns a rule that always selects these experts, for example the expert of a domain.
 
     Args:
-        experts: ids [K'] for every token or [T, K'] for each, of all layers or by the name of the
-            layer; a layer that is not named chooses as it does.
+        experts: ids [K'] for every token or [T, K'] for each, for all layers or by layer name;
+            other layers are unchanged.
     """
 
     def rule(layer: RoutedLayer, router_logits: Tensor, expert_mask: Tensor | None) -> Tensor:
@@ -198,16 +203,16 @@ def ranking(
     *,
     grouped: bool = True,
 ) -> Tensor:
-    """The k experts [T, k] int that a router likes best, best first.
+    """Returns the k experts [T, k] int that a router ranks first, best first.
 
-    By its scores with selection bias and groups where it is a `TopKRouter`, without those that it
-    draws in training or drops over a capacity; by its logits otherwise. Ties: the smaller id.
+    A `TopKRouter` ranks by its scores with selection bias and groups, without sampling in training
+    and without capacity; other routers rank by their logits. Ties: the smaller id.
 
     Args:
-        grouped: keep to the groups of group-limited routing.
+        grouped: apply the groups of group-limited routing.
 
     Raises:
-        ValueError: fewer than k experts to choose from.
+        ValueError: fewer than k eligible experts.
     """
     num_experts = router_logits.shape[-1]
     logits = mask_logits(router_logits, expert_mask)
@@ -229,8 +234,9 @@ def ranking(
 
 
 def groups_left(router: Router, experts: Sequence[int]) -> tuple[int, int] | None:
-    """num_groups and num_topk_groups once only `experts` are left; None where groups no longer make
-    sense: they are uneven, too small for their score, or hold too few experts for a token."""
+    """Returns num_groups and num_topk_groups after removing all experts except `experts`; None if
+    groups become invalid: uneven, too small for their score, or with too few experts for a
+    token."""
     if router.num_groups == 1:
         return 1, 1
     size = router.num_experts // router.num_groups
@@ -252,7 +258,7 @@ def _first(scores: Tensor, k: int) -> Tensor:
 
 
 def as_mask(name: str, experts: Experts, layer: RoutedLayer, device: Any = None) -> Tensor:
-    """Ids or a mask of experts as a mask [E] bool."""
+    """Converts ids or a mask of experts to a mask [E] bool."""
     experts = torch.as_tensor(experts, device=device)
     num_experts = layer.num_experts
     if experts.dtype == torch.bool:

@@ -1,6 +1,6 @@
-"""Self-contrast decoding (SCMoE): what a model says, against what it says with weaker routing.
+"""Self-contrast decoding (SCMoE): contrasts a model with itself under weaker routing.
 
-Letters: B sequences, S tokens of each, V vocabulary.
+Letters: B sequences, S tokens per sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .rules import Rule, override_routing, rank
 
 
 def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 0.5) -> Tensor:
-    """(1 + beta) strong - beta weak where strong >= max(strong) + log(alpha), else -inf.
+    """Computes (1 + beta) strong - beta weak where strong >= max(strong) + log(alpha), else -inf.
 
     Args:
         strong, weak: logits [..., V]; a constant added to either changes no probability.
-        alpha: in (0, 1]; the least probability, as a share of the largest one, that a token needs
-            in the strong model to be considered. 1 leaves the likeliest token.
-        beta: at least 0, how much the difference counts. 0 leaves the strong model's logits.
+        alpha: in (0, 1]; minimum probability in the strong model, relative to the largest one, for
+            a token to be considered. 1 keeps only the most likely token.
+        beta: at least 0, factor of the difference. 0 returns the strong model's logits.
 
     Returns:
-        [..., V] fp32 (fp64 of fp64 logits).
+        [..., V] fp32 (fp64 for fp64 logits).
 
     Source: Shi et al. 2024 (SCMoE, arXiv 2405.14507), equations 4 and 5.
     """
@@ -37,27 +37,27 @@ def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 
 
 
 class SelfContrastLogitsProcessor:
-    """A logits processor that contrasts a model with itself under weaker routing.
+    """Logits processor that contrasts a model with itself under weaker routing.
 
         contrasted = SelfContrastLogitsProcessor(model, rank(2), beta=0.5)
         model.generate(tokens, 64, logits_processor=contrasted)              # of the zoo
         model.generate(ids, logits_processor=[contrasted], max_new_tokens=64)  # of transformers
 
-    The weak pass runs the same weights with a cache of keys and values of its own, on the tokens
-    that are new since the last call; a call that does not go on with the tokens of the one before
-    begins anew. It is for greedy search and for drawing: beams change the order of sequences.
+    The weak pass runs the same weights with a separate KV cache, on the new tokens since the last
+    call; a call that does not continue the tokens of the previous one starts over. It supports
+    greedy search and sampling, but not beams, which change the order of sequences.
 
     Args:
-        model: that generates; see `moe_ops.surgery.find_routed_layers`.
-        weak: a rule of `override_routing`. `rank(2)` is the paper's for Mixtral; shared experts run
-            as always.
-        alpha, beta: as of `contrast`.
-        renormalize: the experts of the weak pass get weights that sum to 1, as in the paper.
-        attention_mask: [B, S] of prompts that are padded on the left; transformers only.
+        model: the generating model; see `moe_ops.surgery.find_routed_layers`.
+        weak: a rule of `override_routing`. The paper uses `rank(2)` for Mixtral; shared experts are
+            unaffected.
+        alpha, beta: see `contrast`.
+        renormalize: normalize the experts' weights in the weak pass to sum to 1, as in the paper.
+        attention_mask: [B, S] for left-padded prompts; transformers only.
 
     Raises:
         ValueError: alpha or beta out of range, or (in a call) a model that `override_routing`
-            refuses.
+            rejects.
 
     Source: Shi et al. 2024 (SCMoE, arXiv 2405.14507).
     """
@@ -80,25 +80,25 @@ class SelfContrastLogitsProcessor:
         self.renormalize = renormalize
         self.attention_mask = attention_mask
         self._cache: Any = None
-        self._cache_name = ""  # Asked once a cache: reading a signature takes time.
+        self._cache_name = ""  # Looked up once per cache: reading a signature is slow.
         self._seen: Tensor | None = None
         # The zoo's models make caches themselves.
         self._is_ours = hasattr(model, "new_cache")
         self._parameters = inspect.signature(model.forward).parameters
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits to choose the next token by, [B, V].
+        """Returns the contrasted logits of the next token, [B, V].
 
         Args:
             input_ids: [B, S], all tokens so far.
-            scores: [B, V], the model's logits of the next one.
+            scores: [B, V], the model's logits of the next token.
         """
         weak = self.weak_logits(input_ids)
         return contrast(scores, weak.to(scores.device), alpha=self.alpha, beta=self.beta)
 
     @torch.no_grad()
     def weak_logits(self, input_ids: Tensor) -> Tensor:
-        """[B, V] of the next token, by the weak pass."""
+        """Computes the logits [B, V] of the next token in the weak pass."""
         seen = self._seen
         if seen is None or not self._goes_on(input_ids, seen):
             self._cache = self.model.new_cache() if self._is_ours else self._new_cache()

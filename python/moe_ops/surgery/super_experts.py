@@ -1,4 +1,4 @@
-"""Super experts: few experts of enormous outputs, and what a model loses without them.
+"""Super experts: the few experts with extremely large outputs, and the loss increase without them.
 
 Letters: L layers, E experts.
 
@@ -21,15 +21,18 @@ from .attention_sinks import attention_sink_decay, attention_sink_mass
 from .profile import ExpertProfile, LayerProfile
 from .prune import ablate_experts
 
-_NORMAL_MAD = 1.4826  # A normal distribution's standard deviation over its median deviation.
+# Standard deviation of a normal distribution over its median absolute deviation.
+_NORMAL_MAD = 1.4826
 
 
 class SuperExpert(NamedTuple):
-    """One expert of large outputs.
+    """One expert with large outputs.
 
-    layer, expert: name and id. largest: max |output| over the text. channel: where in the hidden
-    state. z: robust z-score of log(largest) among all experts, with the median and the median
-    absolute deviation; 0 where that is 0.
+    layer, expert: name and id.
+    largest: max |output| over the text.
+    channel: index in the hidden state.
+    z: robust z-score of log(largest) among all experts, from the median and the median absolute
+    deviation; 0 if that is 0.
     """
 
     layer: str
@@ -40,7 +43,11 @@ class SuperExpert(NamedTuple):
 
 
 class SuperExperts(NamedTuple):
-    """experts: the super experts, largest first. threshold: what their outputs are above."""
+    """Result of `find_super_experts`.
+
+    experts: the super experts, largest first.
+    threshold: lower bound of their outputs.
+    """
 
     experts: list[SuperExpert]
     threshold: float
@@ -53,20 +60,22 @@ def find_super_experts(
     part: float = 0.1,
     first_layers: float = 0.75,
 ) -> SuperExperts:
-    """Experts whose largest |output| a is above `percentile` of all, above `part` of the largest of
-    all, and which are in the first layers.
+    """Finds experts whose largest |output| a is above `percentile` of all experts and above `part`
+    of the maximum, in the first layers.
 
-    With few experts a percentile says little: of 64, the 99.5th is between the largest two. So the
-    robust z-score comes with each, and experts should be compared within a layer, since outputs
-    grow with depth.
+    With few experts a percentile is not informative: for 64, the 99.5th is between the largest two.
+    Therefore each expert has a robust z-score. Experts should be compared within a layer, because
+    outputs grow with depth.
 
     Args:
-        percentile: of a over all experts of all layers, interpolated linearly.
-        part: of the largest a.
-        first_layers: part of the routed layers, from the first, in which massive activations form.
+        profile: profile of the model.
+        percentile: of a over all experts of all layers, with linear interpolation.
+        part: fraction of the largest a.
+        first_layers: fraction of the routed layers, from the first, in which massive activations
+            form.
 
     Returns:
-        Those found, and the larger of the two thresholds.
+        The experts, and the larger of the two thresholds.
     """
     layers = list(profile.layers.items())
     everything = torch.cat([layer.largest_output() for _, layer in layers])
@@ -91,13 +100,17 @@ def find_super_experts(
 def matched_controls(
     layer: LayerProfile, expert: int, number: int = 3, *, excluded: Sequence[int] = ()
 ) -> list[int]:
-    """The experts of the same layer whose load is nearest to that of `expert`, nearest first.
+    """Returns the experts of the same layer whose load is closest to that of `expert`, closest
+    first.
 
-    Without this match, anything that picks experts of early layers looks like a discovery, since
-    experts of some layers cost more than those of others, whichever they are.
+    Without matching, any criterion that picks experts of early layers appears effective, because
+    experts of some layers are more important than those of others.
 
     Args:
-        excluded: further experts that are no controls.
+        layer: profile of the layer.
+        expert: id to match.
+        number: maximum number of controls.
+        excluded: other experts that must not be controls.
     """
     distance = (layer.load - layer.load[expert]).abs()
     order = distance.argsort(stable=True).tolist()
@@ -106,12 +119,12 @@ def matched_controls(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Mean over tokens of the cross-entropy of the next token, in nats.
+    """Computes the mean over tokens of the cross-entropy of the next token, in nats.
 
     Args:
         model: a language model of the zoo or of transformers; put it into `eval()` first.
-        batches: tokens [B, S], or keyword arguments with `input_ids`, of which tokens whose
-            `attention_mask` is 0 are not judged.
+        batches: tokens [B, S], or keyword arguments with `input_ids`; tokens with `attention_mask`
+            0 are ignored.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -133,13 +146,15 @@ def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
 def measure_ablation(
     model: nn.Module, experts: Iterable[tuple[str, int]], batches: Sequence[Any]
 ) -> dict[tuple[str, int], float]:
-    """What each expert costs: the loss with its outputs zeroed minus the loss of the whole model.
+    """Measures the cost of each expert: the loss with its outputs zeroed minus the loss of the
+    whole model.
 
-    One pass over the batches an expert, and one more.
+    It takes one pass over the batches per expert, and one more.
 
     Args:
+        model: the model.
         experts: (layer, id) each.
-        batches: of `mean_loss`.
+        batches: see `mean_loss`.
     """
     whole, costs = mean_loss(model, batches), {}
     for pair in experts:
@@ -150,17 +165,21 @@ def measure_ablation(
 
 @dataclass
 class SuperExpertReport:
-    """What `evaluate_super_experts` measured.
+    """Result of `evaluate_super_experts`.
 
     Attributes:
-        experts: those found.
-        threshold: of the outputs.
-        loss: of the whole model, nats a token. without: with all of `experts` zeroed.
-        damage: of each expert of `experts`, by itself.
-        controls: ids of the matched experts of each. control_damage: theirs.
-        sinks: sink mass of the whole model, [L, n]. sinks_without: with all of `experts` zeroed.
+        experts: the super experts.
+        threshold: lower bound of their outputs.
+        loss: of the whole model, nats per token.
+        without: loss with all of `experts` zeroed.
+        damage: loss increase without each expert of `experts`.
+        controls: ids of the matched experts of each.
+        control_damage: their loss increases.
+        sinks: sink mass of the whole model, [L, n].
+        sinks_without: sink mass with all of `experts` zeroed.
         decay: of the sinks, see `attention_sink_decay`.
-        layers: names. largest: largest |output| of all experts, a list a layer.
+        layers: names.
+        largest: largest |output| of all experts, one list per layer.
     """
 
     experts: list[SuperExpert]
@@ -177,12 +196,12 @@ class SuperExpertReport:
     largest: list[list[float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python, ready for JSON."""
+        """Returns plain Python values, JSON-serializable."""
         return {**asdict(self), "experts": [one._asdict() for one in self.experts]}
 
     def table(self) -> str:
-        """One line an expert."""
-        head = ("layer", "expert", "max |out|", "z", "measure_ablation", "worst control")
+        """Returns a table with one line per expert."""
+        head = ("layer", "expert", "max |out|", "z", "damage", "worst control")
         rows = [
             (
                 one.layer,
@@ -206,7 +225,8 @@ class SuperExpertReport:
         return "\n".join(lines)
 
     def draw(self, path: Path | str | None = None) -> Any:
-        """The largest outputs of all experts by layer; see `moe_ops.viz.plot_largest_outputs`."""
+        """Draws the largest outputs of all experts by layer; see
+        `moe_ops.viz.plot_largest_outputs`."""
         from moe_ops import viz
 
         places = {(self.layers.index(one.layer), one.expert) for one in self.experts}
@@ -226,14 +246,14 @@ def evaluate_super_experts(
     positions: Sequence[int] = (0,),
     **options: Any,
 ) -> SuperExpertReport:
-    """Finds the super experts and measures what they are worth, beside matched ones.
+    """Finds the super experts and measures their importance, compared with matched experts.
 
     Args:
         model: in eval mode.
         profile: of the model.
-        batches: of `mean_loss`; the first one's tokens are those of the sinks.
-        controls: matched experts for each super expert.
-        sinks: measure `attention_sink_mass` as well; needs attention that can be seen.
+        batches: see `mean_loss`; the tokens of the first one are used for the sinks.
+        controls: number of matched experts per super expert.
+        sinks: also measure `attention_sink_mass`; needs a supported attention.
         positions: of the sinks.
         options: of `find_super_experts`.
     """

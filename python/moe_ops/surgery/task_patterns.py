@@ -1,6 +1,6 @@
-"""PreMoe: which experts a task needs, and which task a prompt is of.
+"""PreMoe: the experts that a task needs, and the task of a prompt.
 
-Letters: T tokens, L layers, E experts, M experts kept a layer, D tasks.
+Letters: T tokens, L layers, E experts, M kept experts per layer, D tasks.
 
 Source: Pei et al. 2025 (PreMoe, later "Proactive Inference", arXiv 2505.17639).
 """
@@ -28,25 +28,25 @@ _FROM_ROUTING = ("frequency", "tcess", "tcess_softmax")
 
 
 class Retrieved(NamedTuple):
-    """The task nearest to a prompt, and the distance [D] of each."""
+    """The task nearest to a prompt, and the distances [D] of all tasks."""
 
     task: str
     distances: Tensor
 
 
 class _Reached(Exception):
-    """The router that was waited for has been called."""
+    """Raised when the last required router has been called."""
 
 
 @dataclass
 class TaskRoutingPatterns:
-    """What each of several tasks does to the routers of a model.
+    """Router statistics of several tasks.
 
     Attributes:
         tasks: D names.
         layers: L names of routed layers, in the order of the model.
         vectors: [D, L, E] fp64, the mean router logits of a task's tokens.
-        scores: [D, L, E] fp64, how much the task needs each expert.
+        scores: [D, L, E] fp64, the importance of each expert for the task.
     """
 
     tasks: list[str]
@@ -62,7 +62,7 @@ class TaskRoutingPatterns:
         *,
         by: str | Callable[[LayerProfile], Tensor] = "tcess",
     ) -> TaskRoutingPatterns:
-        """Runs the model on some text of each task.
+        """Collects the patterns by running the model on text of each task.
 
         Args:
             model: see `profile_experts`; all its routed layers have the same number of experts.
@@ -70,7 +70,7 @@ class TaskRoutingPatterns:
             by: a criterion of `score_experts`.
 
         Raises:
-            ValueError: no task, or layers of different numbers of experts.
+            ValueError: no task, or layers with different numbers of experts.
         """
         if not tasks:
             raise ValueError("TaskRoutingPatterns: tasks must be at least one, got none.")
@@ -96,15 +96,15 @@ class TaskRoutingPatterns:
     def keep(
         self, model: nn.Module, task: str, number: int | float, **options: Any
     ) -> dict[str, list[int]]:
-        """The experts that a task needs most, for `prune_experts`, `load_pruned` or `only`.
+        """Returns the experts that a task needs most, for `prune_experts`, `load_pruned` or `only`.
 
         Args:
-            model: of these layers, whole; it may be without memory.
-            number: M, or the part of them.
+            model: unpruned model with these layers; it may be on the meta device.
+            number: M, or a fraction of the experts.
             options: of `select_experts`.
 
         Raises:
-            ValueError: an unknown task, or what `select_experts` refuses.
+            ValueError: an unknown task, or arguments that `select_experts` rejects.
         """
         if task not in self.tasks:
             raise ValueError(
@@ -116,14 +116,13 @@ class TaskRoutingPatterns:
 
     @torch.no_grad()
     def retrieve(self, model: nn.Module, inputs: Any, *, layer: int | None = 0) -> Retrieved:
-        """The task whose mean router logits are nearest (L2) to those of a prompt.
+        """Returns the task whose mean router logits are nearest (L2) to those of a prompt.
 
         Args:
-            model: runs up to the router of the layer and no further, so that for the first layer
-                it needs no expert.
+            model: runs only up to the router of the layer, so that the first layer needs no expert.
             inputs: a batch to call the model with (tokens [B, S], or keyword arguments).
-            layer: index of the routed layer to compare by: 0 is the first, as published, which
-                sees little more than single tokens; -1 the last. None: all layers.
+            layer: index of the routed layer to compare: 0 is the first, as published, which sees
+                little more than single tokens; -1 the last. None: all layers.
         """
         name = None if layer is None else self.layers[layer]
         sums: dict[str, Tensor] = {}
@@ -168,7 +167,7 @@ class TaskRoutingPatterns:
 
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file: vectors, scores, and order [D, L, E] int64, each layer's
-        experts from the one most needed on."""
+        experts by descending importance."""
         order = self.scores.argsort(dim=-1, descending=True, stable=True)
         tensors = {"vectors": self.vectors, "scores": self.scores, "order": order}
         metadata = {
@@ -180,11 +179,11 @@ class TaskRoutingPatterns:
 
     @classmethod
     def load(cls, path: Path | str) -> TaskRoutingPatterns:
-        """The inverse of `save`.
+        """Loads a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is something else, or differs from its checksum.
+            ValueError: it is another kind of file, or does not match its checksum.
         """
         with saved_by("TaskRoutingPatterns", path, _FORMAT) as (tensors, metadata):
             tasks, layers = (names_in(metadata[key]) for key in ("tasks", "layers"))

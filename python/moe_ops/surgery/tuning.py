@@ -1,4 +1,4 @@
-"""A short training after experts were taken away."""
+"""Short training after experts were removed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def tune(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Trains a model for a few steps, in place: AdamW, a rate that rises over the first tenth of
-    the steps and then falls linearly to 0, clipped gradients.
+    """Trains a model for a few steps, in place, with AdamW, clipped gradients, and a learning rate
+    that rises over the first tenth of the steps and then falls linearly to 0.
 
     Args:
-        batches: gone through again and again; what the loss takes.
+        model: the model.
+        batches: inputs of the loss, repeated as needed.
         steps: at least 1.
-        rate, weight_decay, max_norm: largest learning rate, decay, largest norm of the gradient.
+        rate, weight_decay, max_norm: maximum learning rate, weight decay, maximum gradient norm.
         loss: (model, batch) -> scalar. None: the next-token loss of a language model of the zoo
             (`model.loss(tokens)`, with its auxiliary losses) or of transformers (a tensor of tokens
             [B, S], or keyword arguments with `input_ids`).

@@ -1,4 +1,4 @@
-"""Dense models made sparse: experts that start from trained feed-forward networks and attention.
+"""Upcycling of dense models: experts initialized from trained feed-forward networks and attention.
 
     from moe_ops import upcycle
 

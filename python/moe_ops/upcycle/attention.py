@@ -1,4 +1,4 @@
-"""Attention experts that start from dense attention.
+"""Attention experts initialized from dense attention.
 
 Letters: H hidden size, E experts, n query heads, m key-value heads, d head size.
 """
@@ -26,26 +26,26 @@ def upcycle_attention(
     soft_routing: bool = True,
     **options: Any,
 ) -> AttentionExperts:
-    """One attention expert for each dense attention: BAM's initialisation.
+    """Creates one attention expert per dense attention: BAM's initialization.
 
-    Where the experts are the same and the weights of the routing add up to 1 (soft routing, or a
-    router that renormalises), the layer computes what the dense attention does, to rounding. With
-    m < n each key-value head is repeated for the n / m query heads that read it, as an expert has
-    as many of either.
+    If the experts are equal and routing weights sum to 1 (soft routing, or a router that
+    renormalizes), the layer computes the function of the dense attention, up to rounding. With m <
+    n, each key-value head is repeated for the n / m query heads that read it, because an expert has
+    equal numbers of both.
 
     Args:
-        attentions: E modules of one shape with linear maps q_proj [n d, H], k_proj and v_proj
-            [m d, H] and o_proj [H, n d] without biases, and `head_size` or `head_dim`; without
-            norms of queries and keys.
-        router: of E experts.
-        rope_theta: base of the rotary embeddings of the dense attention; None where it has none.
-        expert_kv: each expert keeps its keys and values; False: the layer has their mean.
+        attentions: E modules of equal shapes with linear maps q_proj [n d, H], k_proj and v_proj [m
+            d, H] and o_proj [H, n d] without biases, and `head_size` or `head_dim`; without norms
+            of queries and keys.
+        router: router of E experts.
+        rope_theta: base of the rotary embeddings of the dense attention; None without.
+        expert_kv: each expert keeps its keys and values; False: the layer uses their mean.
         soft_routing: see `AttentionExperts`.
-        options: further arguments of `AttentionExperts`.
+        options: other arguments of `AttentionExperts`.
 
     Raises:
-        ValueError: another number of modules than the router has experts, or modules that do not
-            fit.
+        ValueError: a number of modules that differs from the router's experts, or unsupported
+            modules.
 
     Source: Zhang et al. 2024 (BAM, arXiv 2408.08274).
     """
@@ -100,14 +100,14 @@ def _projections(module: Any) -> tuple[dict[str, Tensor], int]:
 
 
 def _repeated(w: Tensor, size: int, heads: int) -> Tensor:
-    """[E, n d, H] from [E, m d, H]."""
+    """Repeats heads: [E, n d, H] from [E, m d, H]."""
     by_head = w.unflatten(1, (-1, size))
     return by_head.repeat_interleave(heads // by_head.shape[1], dim=1).flatten(1, 2)
 
 
 def mean_of(tensors: Sequence[Tensor]) -> Tensor:
-    """A new tensor with the mean, in fp32 at least, in the dtype of the first; exact for equal
-    tensors."""
+    """Returns a new tensor with the mean, computed in at least fp32, in the dtype of the first;
+    exact for equal tensors."""
     first = tensors[0]
     acc = torch.float64 if first.dtype == torch.float64 else torch.float32
     total = first.to(acc, copy=True)

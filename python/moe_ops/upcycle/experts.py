@@ -1,4 +1,4 @@
-"""Banks of experts from dense feed-forward networks: copies, slices, partly new neurons.
+"""Experts from dense feed-forward networks: copies, slices, partly reinitialized neurons.
 
 Letters: T tokens, H hidden size, I intermediate size, E experts.
 """
@@ -33,19 +33,20 @@ _PLAIN = {
 
 
 def experts_from_dense(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
-    """One expert for each dense network, in the dtype and on the device of the first.
+    """Creates one expert per dense network, in the dtype and on the device of the first.
 
     Args:
-        ffns: of one shape. Known are `SharedExperts`, `Experts` (all of its experts), and modules
-            with linear maps `gate_proj`, `up_proj` and `down_proj` without biases and a function
-            `act_fn`, as Llama's of transformers, or with `fc1`, `fc2`, both with biases or both
-            without, and `activation_fn`, as the decoder layers of DETR and its kin there.
+        ffns: networks of equal shapes. Supported are `SharedExperts`, `Experts` (all of its
+            experts), and modules with linear maps `gate_proj`, `up_proj` and `down_proj` without
+            biases and a function `act_fn`, like Llama's in transformers, or with `fc1`, `fc2`, both
+            with or without biases, and `activation_fn`, like the decoder layers of DETR in
+            transformers.
 
     Returns:
-        A bank with its own parameters.
+        An `Experts` with its own parameters.
 
     Raises:
-        ValueError: no network, one of another kind, or networks that do not fit together.
+        ValueError: no network, an unsupported one, or networks that do not match.
     """
     modules = [ffns] if isinstance(ffns, nn.Module) else list(ffns)
     if not modules:
@@ -80,7 +81,7 @@ def _bank_of(module: nn.Module) -> Experts:
 
 
 def _plain_bank_of(module: nn.Module) -> Experts | None:
-    """Of a network of two maps; None for another one."""
+    """Returns experts from a network with two linear maps; None for another one."""
     first, second = (getattr(module, name, None) for name in ("fc1", "fc2"))
     if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
         return None
@@ -111,16 +112,16 @@ def copy_experts(
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Experts:
-    """A bank of `num_experts` experts, as many copies of each expert, side by side.
+    """Returns `num_experts` experts, with an equal number of adjacent copies of each expert.
 
     Args:
         bank: n experts.
         num_experts: a multiple of n.
-        noise: every weight is multiplied by 1 + noise * (a normal number); 0 or more.
+        noise: every weight is multiplied by 1 + noise * (a standard normal number); 0 or more.
         generator: of the noise.
 
     Raises:
-        ValueError: a number that is no multiple, or a negative noise.
+        ValueError: a number that is not a multiple, or a negative noise.
 
     Source: Komatsuzaki et al. 2022 (sparse upcycling, arXiv 2212.05055).
     """
@@ -142,18 +143,19 @@ def copy_experts(
 def reinitialize(
     bank: Experts, ratio: float, *, generator: torch.Generator | None = None
 ) -> Experts:
-    """Drop-Upcycling: in each expert another part of the hidden neurons is drawn anew.
+    """Reinitializes different hidden neurons in each expert (Drop-Upcycling).
 
     The weights of a neuron (its row of gate and up, its column of the down projection) are drawn
-    from a normal distribution with the mean and the standard deviation that the neurons chosen had
-    in that matrix of that expert. Biases stay.
+    from a normal distribution with the mean and the standard deviation of the selected neurons in
+    that matrix of that expert. Biases are unchanged.
 
     Args:
-        ratio: part of the neurons, in [0, 1]; the paper has 0.5.
-        generator: of the choice and the weights.
+        bank: the experts.
+        ratio: fraction of the neurons, in [0, 1]; 0.5 in the paper.
+        generator: of the selection and the weights.
 
     Returns:
-        A new bank. With ratio 0 the same experts.
+        New experts; with ratio 0, equal ones.
 
     Raises:
         ValueError: a ratio out of range.
@@ -177,16 +179,17 @@ def reinitialize(
 
 
 def slice_experts(bank: Experts, num_slices: int, *, order: Tensor | None = None) -> Experts:
-    """Each expert cut into `num_slices` experts of I / num_slices neurons, which add up to it.
+    """Slices each expert into `num_slices` experts with I / num_slices neurons, which add up to it.
 
     Args:
+        bank: the experts.
         num_slices: a divisor of I.
-        order: [E, I] integers, each row a permutation: neuron j of expert e is taken from
-            order[e, j] before the cut, so that runs of I / num_slices are the slices. None: as
-            they are. `k_means_order` and `coactivation_order` make orders.
+        order: [E, I] integers, each row a permutation: neuron j of expert e is taken from order[e,
+            j] before slicing, so that runs of I / num_slices are the slices. None: no reordering.
+            `k_means_order` and `coactivation_order` compute orders.
 
     Raises:
-        ValueError: a number that does not divide I, or rows that are no permutations.
+        ValueError: a number that does not divide I, or rows that are not permutations.
 
     Source: Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066); Zhang et al. 2022 (MoEfication, arXiv
     2110.01786) for clusters.
@@ -198,7 +201,8 @@ def slice_experts(bank: Experts, num_slices: int, *, order: Tensor | None = None
 
 
 def neuron_matrices(bank: Experts, expert: int) -> list[Tensor]:
-    """Views [I, H] of an expert's matrices by neuron: gate and up, or the one, and down."""
+    """Returns views [I, H] of an expert's matrices by neuron: gate and up (or a single one), and
+    down."""
     w = bank.w_gate_up[expert]
     up: Sequence[Tensor] = (w,)
     if bank.gated:
@@ -207,7 +211,8 @@ def neuron_matrices(bank: Experts, expert: int) -> list[Tensor]:
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Normal numbers of a shape and dtype, drawn on the generator's device: the same on all."""
+    """Draws normal numbers with a given shape and dtype on the generator's device, equal on all
+    devices."""
     device = torch.device("cpu") if generator is None else generator.device
     drawn = torch.randn(like.shape, generator=generator, device=device)
     return drawn.to(like)

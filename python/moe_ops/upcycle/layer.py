@@ -1,6 +1,6 @@
-"""A mixture-of-experts layer that starts from a dense network.
+"""A mixture-of-experts layer initialized from a dense network.
 
-Letters: H hidden size, I intermediate size, E experts, K experts a token, N slices of a copy.
+Letters: H hidden size, I intermediate size, E experts, K experts per token, N slices per copy.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def paired_router(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Router:
-    """A router with which copies, or copies cut into slices, compute what the dense network does.
+    """Creates a router with which copies, or sliced copies, compute the function of the dense
+    network.
 
-    Weights are a softmax over the K chosen (they add up to 1), times N. Where N divides K, each row
-    is drawn once and repeated for the N slices of a copy, which lie side by side: the slices of a
-    copy tie, so the K best are K / N whole copies, each with equal weights on its slices. Where N
-    does not divide K, all rows are drawn, and the layer's output is N times a weighted mean of K
-    slices.
+    Weights are a softmax over the K selected experts (they sum to 1), times N. If N divides K, each
+    row is drawn once and repeated for the N adjacent slices of a copy: the slices of a copy tie, so
+    the K best are K / N whole copies, each with equal weights on its slices. If N does not divide
+    K, all rows are drawn, and the layer's output is N times a weighted mean of K slices.
 
     Args:
         hidden_size, num_experts, top_k: H, E and K.
         num_slices: N, a divisor of E.
-        std: of the rows, normal.
+        std: standard deviation of the normally distributed rows.
         generator: of the rows.
         options: of `Router`.
 
     Raises:
         ValueError: N that does not divide E.
 
-    Source of the repeated rows: He et al. 2024 (virtual group initialisation, arXiv 2410.07524).
+    Source of the repeated rows: He et al. 2024 (virtual group initialization, arXiv 2410.07524).
     """
     if num_slices < 1 or num_experts % num_slices:
         raise ValueError(
@@ -72,7 +72,8 @@ def paired_router(
 def preserves(
     num_sources: int, top_k: int, *, num_slices: int = 1, noise: float = 0.0, ratio: float = 0.0
 ) -> bool:
-    """Whether `upcycle_ffn` with these arguments starts as the dense network, to rounding."""
+    """Returns whether `upcycle_ffn` with these arguments initially equals the dense network, up to
+    rounding."""
     return num_sources == 1 and not noise and not ratio and top_k % num_slices == 0
 
 
@@ -89,24 +90,24 @@ def upcycle_ffn(
     generator: torch.Generator | None = None,
     **router_options: Any,
 ) -> MoE:
-    """A `MoE` whose experts start from dense networks.
+    """Creates a `MoE` whose experts are initialized from dense networks.
 
-    The networks are copied E / N times in all (several networks as often each), some neurons of the
-    copies are drawn anew, and each copy is cut into N slices. With one network, no noise, ratio 0
-    and N a divisor of K the layer computes what the network does, to rounding.
+    The networks are copied E / N times in total (several networks equally often), some neurons of
+    the copies are reinitialized, and each copy is cut into N slices. With one network, no noise,
+    ratio 0 and N a divisor of K, the layer computes the function of the network, up to rounding.
 
     Args:
-        ffns: one network or several, such as specialists of one seed (branch-train-mix), see
+        ffns: one network or several, such as specialists from one seed (branch-train-mix), see
             `experts_from_dense`.
         num_experts, top_k: E and K; E is a multiple of N times the number of networks.
         num_slices: N, a divisor of I; experts have I / N neurons.
-        order: [number of networks, I], the neurons' order before the cut, see `slice_experts`.
+        order: [number of networks, I], the neurons' order before slicing, see `slice_experts`.
         noise: see `copy_experts`. ratio: see `reinitialize`.
         router_std, router_options: see `paired_router`.
         generator: of all random numbers.
 
     Raises:
-        ValueError: numbers that do not divide, or networks that do not fit together.
+        ValueError: numbers that do not divide, or networks that do not match.
 
     Source: Komatsuzaki et al. 2022 (arXiv 2212.05055); Sukhbaatar et al. 2024 (Branch-Train-MiX,
     arXiv 2403.07816); Nakamura et al. 2025 (Drop-Upcycling, arXiv 2502.19261); He et al. 2024

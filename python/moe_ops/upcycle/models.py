@@ -1,4 +1,5 @@
-"""Dense language models of transformers made into mixture-of-experts models of transformers."""
+"""Conversion of dense language models of transformers to mixture-of-experts models of
+transformers."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from .layer import upcycle_ffn
 from .neurons import coactivation_order, k_means_order
 
 CLUSTERS = ("contiguous", "k_means", "coactivation")
-# Tokens that are kept of a text for clusters of co-activation.
+# Maximum number of tokens of a text for co-activation clusters.
 _MAX_TOKENS = 4096
 
 
 class _Target(NamedTuple):
-    """model_type of the result, and its entries for the width and the number of experts."""
+    """model_type of the result, and its config entries for the width and the number of experts."""
 
     model_type: str
     width: str
@@ -36,9 +37,9 @@ _TARGETS = {
     "mistral": _MIXTRAL,
     "qwen3": _Target("qwen3_moe", "moe_intermediate_size", "num_experts", {"norm_topk_prob": True}),
 }
-# Entries of a dense config of which the results have no equivalent, and what they must be.
+# Entries of a dense config without an equivalent in the results, and their required values.
 _MUST_BE = {"mlp_bias": False, "use_sliding_window": False}
-# Entries that say what a checkpoint is, not what the model computes.
+# Entries that describe a checkpoint, not the model's computation.
 _NOT_KEPT = ("architectures", "model_type", "transformers_version", "layer_types")
 
 
@@ -56,20 +57,20 @@ def upcycle_model(
     router_std: float | None = None,
     seed: int = 0,
 ) -> Any:
-    """A mixture-of-experts model from one dense causal language model, or from several.
+    """Creates a mixture-of-experts model from one or several dense causal language models.
 
     LlamaForCausalLM and MistralForCausalLM become MixtralForCausalLM, Qwen3ForCausalLM becomes
-    Qwen3MoeForCausalLM. Every feed-forward network becomes experts as `upcycle_ffn` says; of
-    several models (specialists of one seed) everything else is averaged. `save_pretrained` writes
-    checkpoints that transformers loads by itself. The N of slices, by which these models' routers
-    do not multiply, is in the down projections.
+    Qwen3MoeForCausalLM. Every feed-forward network becomes experts, see `upcycle_ffn`; with several
+    models (specialists from one seed), all other parameters are averaged. `save_pretrained` writes
+    checkpoints that transformers loads without moe_ops. The factor N of slices, which these models'
+    routers do not have, is part of the down projections.
 
     Args:
-        models: in memory, of one architecture and one size.
-        num_experts, top_k, num_slices, noise, ratio: as of `upcycle_ffn`.
-        clusters: how neurons are cut into slices: "contiguous", "k_means" (`k_means_order`) or
-            "coactivation" (`coactivation_order`, on what the networks read of `batches`).
-        batches: what the models are called with: tensors of tokens [B, S], or keyword arguments.
+        models: in memory, of one architecture and size.
+        num_experts, top_k, num_slices, noise, ratio: see `upcycle_ffn`.
+        clusters: how neurons are grouped into slices: "contiguous", "k_means" (`k_means_order`) or
+            "coactivation" (`coactivation_order`, on the networks' inputs for `batches`).
+        batches: inputs of the models: tensors of tokens [B, S], or keyword arguments.
         router_std: None is the config's initializer_range.
         seed: of all random numbers.
 
@@ -77,10 +78,10 @@ def upcycle_model(
         The model, in eval mode, on the device and in the dtype of the first.
 
     Raises:
-        ValueError: another architecture, models that do not fit together, or bad numbers.
+        ValueError: another architecture, models that do not match, or invalid numbers.
         ImportError: transformers is missing.
 
-    Source: as of `upcycle_ffn`.
+    Source: see `upcycle_ffn`.
     """
     sources: list[Any] = [models] if isinstance(models, nn.Module) else list(models)
     target = _check(sources)
@@ -156,7 +157,7 @@ def _check(sources: Sequence[Any]) -> _Target:
 
 
 def _blank(source: Any, target: _Target, num_experts: int, top_k: int, num_slices: int) -> Any:
-    """The result without memory for its parameters."""
+    """Returns the result on the meta device."""
     transformers: Any = importlib.import_module("transformers")
     kind = transformers.AutoConfig.for_model(target.model_type)
     known = set(kind.to_dict()) - set(_NOT_KEPT)
@@ -168,7 +169,7 @@ def _blank(source: Any, target: _Target, num_experts: int, top_k: int, num_slice
         "num_experts_per_tok": top_k,
         **target.more,
     }
-    if getattr(config, "head_dim", None) is not None:  # Which not every config lists.
+    if getattr(config, "head_dim", None) is not None:  # Not every config lists it.
         values["head_dim"] = config.head_dim
     made = type(kind)(**values)
     with torch.device("meta"):
@@ -176,7 +177,7 @@ def _blank(source: Any, target: _Target, num_experts: int, top_k: int, num_slice
 
 
 def _fill(result: Any, state: dict[str, Tensor], source: Any) -> None:
-    """Gives a model on the meta device its parameters, and its buffers from its config."""
+    """Sets the parameters of a model on the meta device, and its buffers from its config."""
     first = next(source.parameters())
     unset = {name for name, _ in result.named_parameters()} - set(state)
     if unset:
@@ -184,7 +185,7 @@ def _fill(result: Any, state: dict[str, Tensor], source: Any) -> None:
             f"upcycle_model: {type(source).__name__} lacks {', '.join(sorted(unset))}."
         )
     result.load_state_dict(state, assign=True, strict=False)
-    # Angles are a buffer that no checkpoint holds.
+    # Angles are a buffer that checkpoints do not contain.
     rotary = result.model.rotary_emb
     result.model.rotary_emb = type(rotary)(config=result.config).to(first.device)
     result.tie_weights()
@@ -204,7 +205,8 @@ def _parameter(model: Any, name: str) -> Tensor:
 def _read_by_networks(
     sources: Sequence[Any], batches: Sequence[Any]
 ) -> dict[tuple[int, int], Tensor]:
-    """(model, layer) -> rows [T, H] that its feed-forward network reads of a text."""
+    """Returns, by (model, layer), the rows [T, H] that its feed-forward network reads for a
+    text."""
     if not batches:
         raise ValueError("upcycle_model: batches must be given with coactivation, got none.")
     found: dict[tuple[int, int], list[Tensor]] = {}

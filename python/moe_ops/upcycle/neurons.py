@@ -1,4 +1,4 @@
-"""Which hidden neurons of a network belong together: orders in which runs are clusters.
+"""Orders of hidden neurons whose contiguous runs are clusters.
 
 Letters: T tokens, H hidden size, I intermediate size, E experts, N clusters.
 """
@@ -18,16 +18,16 @@ _STEPS = 30
 
 @torch.no_grad()
 def k_means_order(bank: Experts, num_slices: int, *, seed: int = 0) -> Tensor:
-    """Neurons ordered by clusters of their gate weights (of their weights where none is gated).
+    """Orders neurons by clusters of their gate weights (or of their weights without a gate).
 
     Args:
         num_slices: N, a divisor of I: clusters of I / N neurons each.
-        seed: of the starts of k-means.
+        seed: seed of k-means.
 
     Returns:
         [E, I] int64 for `slice_experts`.
 
-    Source: Zhang et al. 2022 (MoEfication, arXiv 2110.01786), which clusters these rows alike.
+    Source: Zhang et al. 2022 (MoEfication, arXiv 2110.01786), which also clusters these rows.
     """
     rows = [neuron_matrices(bank, e)[0].float() for e in range(bank.num_experts)]
     return torch.stack([_order(r, num_slices, seed) for r in rows])
@@ -37,16 +37,16 @@ def k_means_order(bank: Experts, num_slices: int, *, seed: int = 0) -> Tensor:
 def coactivation_order(
     bank: Experts, num_slices: int, x: Tensor, *, share: float = 0.1, seed: int = 0
 ) -> Tensor:
-    """Neurons ordered by clusters of those that are active on the same tokens.
+    """Orders neurons by clusters of neurons that are active on the same tokens.
 
-    A neuron is active on a token when it is among the `share` of the neurons whose output, after
-    the gate, is largest in absolute value.
+    A neuron is active on a token if it is among the fraction `share` of neurons with the largest
+    absolute output after the gate.
 
     Args:
         num_slices: N, a divisor of I.
-        x: [T, H], T >= 1: what the network reads.
+        x: [T, H], T >= 1, inputs of the network.
         share: in (0, 1].
-        seed: of the starts of k-means.
+        seed: seed of k-means.
 
     Returns:
         [E, I] int64 for `slice_experts`.
@@ -88,10 +88,11 @@ def _order(points: Tensor, num_slices: int, seed: int) -> Tensor:
 
 
 def balanced_k_means(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
-    """Labels [n] int64 of clusters of one size, near the centres of their points.
+    """Returns labels [n] int64 of equal-sized clusters of nearby points.
 
-    Lloyd's algorithm from k-means++ starts. In each step points choose in turn the nearest centre
-    that has room, first those that lose most by their second choice; it ends when no label changes.
+    Runs Lloyd's algorithm from k-means++ starts. In each step, points are assigned in turn to the
+    nearest center that has room, starting with those whose second-nearest center is much farther;
+    it ends when no label changes.
 
     Args:
         points: [n, features] float.
@@ -118,7 +119,8 @@ def balanced_k_means(points: Tensor, num_clusters: int, *, seed: int = 0) -> Ten
 
 
 def _starts(points: Tensor, num_clusters: int, generator: torch.Generator) -> list[int]:
-    """k-means++: each next start is drawn by its squared distance from those before."""
+    """Returns k-means++ starts: each is drawn with probability proportional to its squared distance
+    from the previous ones."""
     starts = [int(torch.randint(len(points), (1,), generator=generator))]
     while len(starts) < num_clusters:
         distance = torch.cdist(points, points[starts]).amin(1).square().double().cpu()
@@ -129,7 +131,7 @@ def _starts(points: Tensor, num_clusters: int, generator: torch.Generator) -> li
 
 
 def _assign(distances: Tensor, room: int) -> Tensor:
-    """Labels [n] from distances [n, N], `room` points a cluster."""
+    """Returns labels [n] from distances [n, N], with `room` points per cluster."""
     n, num_clusters = distances.shape
     if num_clusters == 1:
         return torch.zeros(n, dtype=torch.int64)

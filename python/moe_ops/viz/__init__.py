@@ -1,9 +1,9 @@
-"""Pictures of mixture-of-experts models: loss, expert load, which expert takes which token, what
-the experts of a trained model do, plans of expert parallelism, and images beside each other.
+"""Plots of mixture-of-experts models: loss, expert load, experts of each token, statistics of a
+trained model's experts, plans of expert parallelism, and image grids.
 
 Every function returns a matplotlib Figure and, given `path`, also saves it. They draw on the Agg
-canvas without pyplot: no window, no global state. Needs matplotlib:
-``pip install "torch-moe-ops[viz]"``.
+canvas without pyplot: no window, no global state. Needs matplotlib: ``pip install
+"torch-moe-ops[viz]"``.
 """
 
 from __future__ import annotations

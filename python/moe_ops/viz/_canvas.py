@@ -1,4 +1,4 @@
-"""What all pictures share: the canvas, colours and how a figure is saved."""
+"""Canvas, colors and saving of figures, shared by all plots."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from moe_ops import _files
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which stays distinct under the common forms of colour blindness; black is
-# replaced by grey, since the colours lie behind text.
+# Okabe and Ito's palette, which is distinct under common forms of color blindness; gray replaces
+# black, because the colors are behind text.
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 INK = "#222222"
 GRID = "#DDDDDD"
-# Places of notes at the right edge: x in parts of the axes, y in the data.
+# Coordinates of notes at the right edge: x in fractions of the axes, y in data coordinates.
 AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "color": INK}
 IN_DATA: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "color": INK}
 
 
 class MissingMatplotlibError(ImportError):
-    """matplotlib is not installed."""
+    """Raised if matplotlib is not installed."""
 
 
 def import_matplotlib() -> None:
-    """Raise MissingMatplotlibError with one sentence when matplotlib is missing."""
+    """Raises MissingMatplotlibError with one sentence if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -38,9 +38,9 @@ def import_matplotlib() -> None:
 
 
 def expert_colors(num_experts: int) -> list[str]:
-    """A colour an expert: eight colour-blind-safe hues, then the same hues lighter and darker.
+    """Returns one color per expert: eight color-blind-safe hues, then lighter and darker variants.
 
-    Beyond 24 experts colours repeat.
+    Colors repeat after 24 experts.
     """
     import_matplotlib()
     from matplotlib.colors import to_hex, to_rgb
@@ -69,7 +69,7 @@ def new_figure(width: float, height: float) -> Figure:
 def finish(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         path = Path(path)
-        if not path.suffix:  # As matplotlib does.
+        if not path.suffix:  # Like matplotlib.
             path = path.with_name(f"{path.name}.png")
         content = io.BytesIO()
         figure.savefig(content, format=path.suffix[1:], dpi=150)
@@ -80,7 +80,7 @@ def finish(figure: Figure, path: str | Path | None) -> Figure:
 def annotate(
     axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any
 ) -> None:
-    """Text that is `offset` points away from a place."""
+    """Draws text at an offset, in points, from a position."""
     axes.annotate(text, at, xytext=offset, textcoords="offset points", **style)
 
 

@@ -1,4 +1,4 @@
-"""Images beside each other: what models make of them, and what they should be."""
+"""Grids of images, such as outputs of models and their targets."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def plot_images(
     size: float = 1.6,
     path: str | Path | None = None,
 ) -> Figure:
-    """A table of images: a row a case, a column a kind.
+    """Draws a table of images, with one row per case and one column per kind.
 
-    columns: label -> images [3, H, W], arrays or tensors without gradients, of numbers in [0, 1];
-    what is outside is clipped. notes: label of a column -> a line below each of its images.
-    row_names: left of the rows. size: inches of an image's side.
+    columns: label -> images [3, H, W], arrays or tensors without gradients, with values in [0, 1];
+    other values are clipped.
+    notes: label of a column -> a line below each of its images.
+    row_names: left of the rows.
+    size: side length of an image in inches.
     """
     counts = {len(images) for images in columns.values()}
     if len(counts) != 1 or counts == {0}:

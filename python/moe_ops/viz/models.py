@@ -1,4 +1,4 @@
-"""What the experts of a trained model do."""
+"""Plots of the experts of a trained model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def plot_expert_scores(
     title: str = "Experts by layer",
     path: str | Path | None = None,
 ) -> Figure:
-    """Heat maps of one number an expert, layers below each other, one panel a kind of number.
+    """Draws heat maps of one value per expert, with one row per layer and one panel per kind of
+    value.
 
     panels: label -> [experts] of each layer, arrays or tensors; layers may differ in their number
-    of experts, and NaN stands for none. Each panel has a scale of its own, from 0 (or its least
-    number) to its largest.
+    of experts, and NaN is a missing value. Each panel has a separate scale, from 0 (or its minimum)
+    to its maximum.
     """
     if not panels or not all(len(rows) for rows in panels.values()):
         raise ValueError(
@@ -68,10 +69,11 @@ def plot_largest_outputs(
     title: str = "Largest output of each expert",
     path: str | Path | None = None,
 ) -> Figure:
-    """A dot an expert: its largest output over a text by layer, on a logarithmic scale.
+    """Draws one dot per expert: its largest output over a text by layer, on a logarithmic scale.
 
-    largest: [experts] of each layer; experts without output (0) are left out. threshold: a line.
-    marked: (layer, expert) to name.
+    largest: [experts] of each layer; experts without output (0) are omitted.
+    threshold: value of a horizontal line.
+    marked: (layer, expert) pairs to label.
     """
     if not len(largest):
         raise ValueError("plot_largest_outputs: largest must hold a layer, got none")

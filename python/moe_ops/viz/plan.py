@@ -1,4 +1,4 @@
-"""A plan of expert parallelism."""
+"""Plot of an expert parallelism plan."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def plot_plan(
     title: str = "Plan",
     path: str | Path | None = None,
 ) -> Figure:
-    """A plan of `moe_ops.parallel.plan`: memory of a rank, time of a layer, and other EP sizes.
+    """Draws a plan of `moe_ops.parallel.plan`: memory of a rank, time of a layer, and other EP
+    sizes.
 
-    memory: bytes by what they are for. available: bytes of a device. passes: seconds by what takes
-    them, of "forward" and the like. sizes: (EP size, bytes, seconds of a step) each. chosen: the EP
-    size of the plan.
+    memory: bytes by purpose.
+    available: bytes of a device.
+    passes: seconds by purpose, for "forward" and other passes.
+    sizes: (EP size, bytes, seconds per step) each.
+    chosen: the EP size of the plan.
     """
     gib = 2.0**30
     figure = new_figure(10.0, 6.4 if sizes else 3.6)
@@ -60,7 +63,7 @@ def plot_plan(
 
 
 def _stack(axes: Any, bars: list[tuple[str, dict[str, float]]]) -> None:
-    """Horizontal bars of parts one behind the other, the first on top, with their names."""
+    """Draws stacked horizontal bars, the first on top, with the names of their parts."""
     names = list(dict.fromkeys(name for _, parts in bars for name, size in parts.items() if size))
     left = np.zeros(len(bars))
     labels = [label for label, _ in bars]

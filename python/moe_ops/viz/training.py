@@ -1,4 +1,4 @@
-"""Loss and expert load over a training, and which expert takes which token."""
+"""Plots of loss and expert load in training, and of the experts of each token."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def plot_loss(
     title: str = "Loss",
     path: str | Path | None = None,
 ) -> Figure:
-    """Training loss by step, held-out loss, and horizontal lines to beat.
+    """Draws training loss by step, held-out loss, and horizontal baselines.
 
-    train: one value a step, from step 1 on; NaN where there is none. A thin line shows the values
-    and a thick one their moving average. heldout: step -> loss. baselines: label ->
-    loss, in the order in which they are drawn.
+    train: one value per step, from step 1 on; NaN if missing. A thin line shows the values and a
+    thick one their moving average.
+    heldout: step -> loss.
+    baselines: label -> loss, in drawing order.
     """
     figure = new_figure(8.0, 4.8)
     axes = figure.add_subplot()
@@ -93,12 +94,13 @@ def plot_expert_load(
     title: str = "Expert load over training",
     path: str | Path | None = None,
 ) -> Figure:
-    """Heat map of the load of every expert over time, one panel a layer.
+    """Draws a heat map of the load of every expert over time, with one panel per layer.
 
-    history: tokens per expert, [steps, layers, experts] (or [steps, experts]), array or tensor.
-    Drawn is the load over the mean load: 1 is perfect balance, 0 a dead expert. Neighbouring steps
+    history: tokens per expert, [steps, layers, experts] (or [steps, experts]), array or tensor. The
+    plot shows the load over the mean load: 1 is perfect balance, 0 a dead expert. Neighboring steps
     are averaged so that at most `max_columns` columns remain. The number right of each row is the
-    expert's share of all slots over the last tenth. steps: the step of each row of `history`.
+    expert's fraction of all slots over the last tenth.
+    steps: the step of each row of `history`.
     """
     from matplotlib.colors import TwoSlopeNorm
 
@@ -168,11 +170,12 @@ def plot_token_experts(
     title: str = "Which expert takes which token",
     path: str | Path | None = None,
 ) -> Figure:
-    """The text, each token on the colour of its first expert, underlined by its second.
+    """Draws the text, with each token on the color of its first expert, underlined by its second.
 
-    text: a string (a token a character) or a sequence of T tokens. topk_ids: [T, K] for one layer
-    or [layers, T, K], array or tensor; −1 means no expert. num_experts: by default the largest id
-    plus one. Lines break at newlines and after `columns` characters; a newline shows as ``⏎``.
+    text: a string (one token per character) or a sequence of T tokens.
+    topk_ids: [T, K] for one layer or [layers, T, K], array or tensor; −1 means no expert.
+    num_experts: by default the largest id plus one.
+    columns: maximum characters per line; lines also break at newlines, which are shown as ``⏎``.
     """
     from matplotlib.patches import Patch, Rectangle
 
@@ -245,11 +248,11 @@ def plot_token_experts(
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a fortieth of the run, NaN skipped."""
+    """Computes a centered moving average over about a fortieth of the run, skipping NaN."""
     half = max(1, len(values) // 80)
     smoothed = np.full_like(values, np.nan)
     for index in range(len(values)):
-        # At the steep start the window shrinks on both sides, so that it stays centred.
+        # At the steep start the window shrinks on both sides, so that it stays centered.
         reach = min(half, index)
         window = values[index - reach : index + reach + 1]
         window = window[np.isfinite(window)]
@@ -259,7 +262,8 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def _typeset(tokens: Sequence[str], columns: int) -> tuple[list[tuple[int, int, str]], int, int]:
-    """Line, column and printed form of every token, the number of lines and the widest line."""
+    """Returns line, column and printed form of every token, the number of lines, and the width of
+    the widest line."""
     cells = []
     line, column, width = 0, 0, 1
     for token in tokens:

@@ -1,1 +1,1 @@
-"""Whole models on kernels for inference: norms, routers, and decoder layers on few tokens."""
+"""Whole models on inference kernels: norms, routers, and decoder layers for few tokens."""

@@ -1,8 +1,8 @@
-"""Checks that a module agrees with the formula that its class stands for.
+"""Checks that a module agrees with the formula of its class.
 
-A class is known by its code; these comparisons on a few inputs can only take that back. Inputs have
-sizes from 1e-3 to 1e4, so that a clamp or a threshold would show, and parameters are the module's
-own, in fp32 on the CPU.
+A class is identified by its code; these comparisons on a few inputs can only reject it. Inputs have
+magnitudes from 1e-3 to 1e4, which reveals a clamp or a threshold, and parameters are those of the
+module, in fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from moe_ops.ops import (
 
 _SIZES = (1e-3, 1.0, 30.0, 1e4)
 _TOLERANCE = 1e-5
-# Products of large numbers: scores of attention are sums whose terms cancel.
+# Attention scores are sums of large values that cancel.
 _ATTENTION_TOLERANCE = 1e-4
 
 
 def why_not(kind: str, module: nn.Module, entry: Any) -> str | None:
-    """Returns why a module does not agree with an entry of its kind; None where it does, or where
-    its parameters hold no numbers."""
+    """Returns why a module does not agree with an entry of its kind; None if it does, or if its
+    parameters have no values."""
     if any(p.device.type == "meta" for p in module.parameters()):
         return None
     # from_pretrained builds models with "meta" as the default device.
     with disable_modes(), torch.device("cpu"), torch.no_grad():
         try:
             size = _CHECKS[kind](module, entry)
-        except Exception as error:  # The module's own code may raise anything on inputs of ours.
+        # The module's own code may raise any exception for these inputs.
+        except Exception as error:
             return f"a call of it to compare with the formula ended in {type(error).__name__}"
     if size is None:
         return None
@@ -56,7 +57,7 @@ def _numbers(*shape: int) -> Tensor:
 
 
 def shell(module: nn.Module, parts: dict[str, nn.Module]) -> Any:
-    """Returns the module in eval mode, without hooks and with other parts."""
+    """Returns the module in eval mode, without hooks and with other submodules."""
     probe = type(module).__new__(type(module))
     probe.__dict__.update(module.__dict__)
     probe.__dict__.update({k: type(v)() for k, v in module.__dict__.items() if k.endswith("hooks")})
@@ -65,8 +66,8 @@ def shell(module: nn.Module, parts: dict[str, nn.Module]) -> Any:
 
 
 def float_copy(module: nn.Module) -> Any:
-    """Returns the module and all in it in eval mode, in fp32 on the CPU, without hooks. What is in
-    fp32 already shares its memory."""
+    """Returns a copy of the module and its submodules in eval mode, in fp32 on the CPU, without
+    hooks. fp32 tensors share memory."""
     parts = {name: float_copy(m) for name, m in module._modules.items() if m is not None}
     probe = shell(module, parts)
     for kind in ("_parameters", "_buffers"):
@@ -83,7 +84,8 @@ def float_copy(module: nn.Module) -> Any:
 def _first_difference(
     compute: Callable[[float], tuple[Any, Tensor]], tolerance: float = _TOLERANCE
 ) -> float | None:
-    """Returns the first size of inputs at which both results of `compute` differ; None without."""
+    """Returns the first input magnitude at which both results of `compute` differ; None if there is
+    none."""
     for size in _SIZES:
         actual, expected = compute(size)
         if not isinstance(actual, Tensor) or actual.shape != expected.shape:
@@ -108,7 +110,7 @@ def _router(module: nn.Module, entry: Any) -> float | None:
     router = float_copy(module)
     arguments = entry.arguments(router)
     weight = router.weight
-    # Logits of a few sizes: where scores are all 0 or 1, experts are chosen by rounding.
+    # Logits of several magnitudes: if all scores are 0 or 1, rounding determines the selection.
     x = _numbers(64, weight.shape[1])
     x = x / (x @ weight.T).std().clamp(min=1e-30)
     for size in (1e-2, 1.0, 6.0):
@@ -121,7 +123,7 @@ def _router(module: nn.Module, entry: Any) -> float | None:
         other = torch.zeros_like(logits).scatter(1, actual[2].long(), actual[1].float())
         error = (mine - other).norm(dim=1) > 1e-3 * mine.norm(dim=1)
         same_logits = (actual[0] - logits).norm() <= 1e-4 * logits.norm()
-        # Two experts whose scores are equal but for rounding may take each other's place.
+        # Two experts whose scores differ only by rounding may be swapped.
         if not bool(same_logits) or int(error.sum()) > 3:
             return size
     return None
@@ -144,7 +146,7 @@ def _network(module: nn.Module, entry: Any) -> float | None:
 
 
 class _Cache:
-    """A cache of one call."""
+    """Cache for one call."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.tensors = keys, values
@@ -257,7 +259,7 @@ def _latents(attention: Any, entry: LatentAttention) -> float | None:
 
 
 class _Times(nn.Module):
-    """Multiplies by a number, in place of a part that computes."""
+    """Multiplies by a constant, in place of a computing submodule."""
 
     def __init__(self, factor: float, pair: bool = False) -> None:
         super().__init__()
@@ -321,7 +323,7 @@ def _layer(module: nn.Module, entry: DecoderLayer) -> float | None:
         },
     )
     factor = entry.factor(module) or 0.0
-    # Three sequences: a tensor of two would be taken for a pair.
+    # Three sequences: a tensor of two could be unpacked as a pair.
     x = _numbers(3, 2, 8)
 
     def compute(size: float) -> tuple[Any, Tensor]:

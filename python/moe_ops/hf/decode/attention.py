@@ -1,7 +1,7 @@
-"""The attention implementation "moe_ops": torch's attention, with a mask only where one is needed.
+"""The attention implementation "moe_ops": torch's attention, with a mask only if it is needed.
 
-Compiled code cannot read a mask to see that it is causal and no more, and transformers makes one
-whenever it compiles. Under this name there is none unless tokens are padded or the cache is static.
+Compiled code cannot inspect a mask to see that it is only causal, and transformers always makes one
+when it compiles. This implementation has no mask unless tokens are padded or the cache is static.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-# Arguments of models that torch's attention cannot take; transformers' function for it ignores
-# attention sinks without a word.
+# Arguments of models that torch's attention does not support; transformers' function silently
+# ignores attention sinks.
 _BEYOND_TORCH = {"s_aux": "attention sinks", "softcap": "a softcap"}
 
 
@@ -29,7 +29,7 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Ten
 
 
 def causal_or_mask(**arguments: Any) -> Tensor | None:
-    """transformers' mask, or None for what torch's attention does with is_causal."""
+    """Returns transformers' mask, or None if torch's is_causal suffices."""
     q_length, kv_length = arguments.get("q_length"), arguments["kv_length"]
     if (
         q_length is not None

@@ -1,9 +1,9 @@
-"""torch's fast attention on the CPU for values that are narrower than keys, as latent attention's.
+"""torch's fast CPU attention for values that are narrower than keys, as in MLA.
 
-`scaled_dot_product_attention` takes its blocked kernel on the CPU only where queries, keys and
-values have one width; otherwise it makes all scores of all heads. Keys of DeepSeek-V3 have 192
-features and values 128: with values padded by zeros the products are a quarter more, and no
-scores are kept.
+`scaled_dot_product_attention` uses its blocked kernel on the CPU only if queries, keys and values
+have equal widths; otherwise it computes all scores of all heads at once. Keys of DeepSeek-V3 have
+192 features and values 128: padding values with zeros increases the GEMMs by a quarter, and no
+scores are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _attention = nn.functional.scaled_dot_product_attention
 
 
 class PaddedValues(TorchFunctionMode):
-    """While it is entered, values of attention on the CPU are as wide as keys."""
+    """Torch function mode that pads the values of CPU attention to the width of keys."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

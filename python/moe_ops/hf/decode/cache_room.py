@@ -1,8 +1,8 @@
-"""Room for keys and values of few tokens in transformers' caches.
+"""Room for keys and values of new tokens in transformers' caches.
 
-A growing cache gets buffers with room to spare: the keys and values that it shows are views of
-them, and a step writes behind these views. transformers itself never writes into tensors that a
-cache has shown, so neither does a step: it writes only where nobody can have a view.
+A growing cache exposes views of preallocated buffers, and a decode step writes after these views.
+transformers itself never writes into tensors that a cache has exposed, and neither does a step: it
+writes only where no view can exist.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-# Room that a growing cache is given at least, and by how much more than it needs.
+# Minimum capacity of a growing cache, and the ratio of capacity to need.
 _LEAST_ROOM, _MORE_ROOM = 64, 1.5
 _KEPT = "_moe_ops_kept"
 
@@ -21,8 +21,8 @@ _KEPT = "_moe_ops_kept"
 class _Buffers:
     """Keys and values of one layer, filled from the front.
 
-    A copied cache shares them. Who is the first to write behind their filled part goes on with
-    them; to all others they are full.
+    Copies of a cache share them. The first cache that writes after the filled part keeps using
+    them; for all others they are full.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, filled: int) -> None:
@@ -30,7 +30,7 @@ class _Buffers:
         self._lock = threading.Lock()
 
     def claim(self, start: int, end: int) -> bool:
-        """Returns True to the only caller that may write from `start` to `end`."""
+        """Returns True for the only caller that may write from `start` to `end`."""
         with self._lock:
             if start != self._filled or end > self.keys.shape[2]:
                 return False
@@ -38,7 +38,7 @@ class _Buffers:
             return True
 
     def __deepcopy__(self, memo: Any) -> None:
-        return None  # The copy has tensors of its own, and none of these.
+        return None  # The copy has its own tensors and does not use these.
 
     def __reduce__(self) -> Any:
         return _nothing, ()
@@ -49,20 +49,20 @@ def _nothing() -> None:
 
 
 class _Kept(NamedTuple):
-    """The record of a step in a cache layer: the views that it showed, and their buffers."""
+    """State of a cache layer after a step: the exposed views, and their buffers."""
 
     shown_keys: Tensor
     shown_values: Tensor
     buffers: _Buffers
-    first: int  # Where the views begin.
+    first: int  # Start of the views
 
 
 class Room(NamedTuple):
-    """Keys and values of a layer with room for some more tokens.
+    """Keys and values of a layer with room for more tokens.
 
     layer: the layer of the cache.
     keys, values: [B, n, R, ...] buffers, of which the first `start` tokens are filled.
-    start: how many tokens there are.
+    start: number of tokens.
     """
 
     layer: Any
@@ -73,7 +73,7 @@ class Room(NamedTuple):
     first: int
 
     def note(self, length: int) -> None:
-        """Shows in the cache that `length` more tokens are there."""
+        """Updates the cache after `length` more tokens were written."""
         layer, end = self.layer, self.start + length
         if self.buffers is None:
             layer.cumulative_length.add_(length)
@@ -88,13 +88,14 @@ class Room(NamedTuple):
 
 
 def room(cache: Any, index: int, x: Tensor, heads: int, sizes: tuple[int, int]) -> Room | str:
-    """Returns room for keys and values of x in a layer of a cache, or why there is none.
+    """Returns room for keys and values of x in a layer of a cache, or the reason for which there is
+    none.
 
     Args:
         cache: a cache of transformers.
-        index: which layer.
+        index: index of the layer.
         x: [B, S, H] tokens.
-        heads: of keys and values.
+        heads: number of key-value heads.
         sizes: features of a key and of a value.
     """
     layers = getattr(cache, "layers", None)

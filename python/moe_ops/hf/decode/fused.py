@@ -1,8 +1,9 @@
 """Norms and routers of transformers' models on the ops of moe_ops.
 
-A module gets a fused class, a subclass of its own with another forward, and keeps its parameters,
-buffers and hooks. Which class computes what is known from :mod:`moe_ops.hf.models`; settings are
-read from the module at each call. What is not as the entry says takes the module's own forward.
+A module gets a fused class, a subclass of its own class with another forward, and keeps its
+parameters, buffers and hooks. :mod:`moe_ops.hf.models` defines the formulas of classes; settings
+are read from the module at each call. A call that does not match the entry uses the module's own
+forward.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from moe_ops import _verify as verify
 from moe_ops.hf.models.known import Unknown, code_of, entry_of
 from moe_ops.ops import add_rms_norm, router_linear, topk_router
 
-try:  # What transformers' own hooks collect; without it, all hooks count.
+try:  # Output collection by transformers' own hooks; without it, all hooks count.
     from transformers.utils.output_capturing import _active_collector
 except ImportError:
     _active_collector = None  # type: ignore[assignment]
 
 _TENSORS = (Tensor, nn.Parameter)
 _classes: dict[type, type] = {}
-# Kind -> what makes the forward of a fused class.
+# Kind -> function that makes the forward of a fused class.
 _forwards: dict[str, Callable[[Any], Callable[..., Any]]] = {}
 
 
 def register_kind(kind: str, make_forward: Callable[[Any], Callable[..., Any]]) -> None:
-    """Adds a kind of fused classes by the function that makes the forward for a class."""
+    """Registers a kind of fused classes with a function that makes the forward for a class."""
     _forwards[kind] = make_forward
 
 
@@ -40,26 +41,26 @@ def set_fused(module: nn.Module, kind: str, settings: Any) -> None:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Returns the kind of a module's fused class; None for a class that is not fused, and for one
-    that something made out of a fused class since, as parametrizations do."""
+    """Returns the kind of a module's fused class; None for another class, including one that was
+    derived from a fused class (for example by parametrizations)."""
     return type(module).__dict__.get("_moe_ops_kind")
 
 
 def is_intact(module: nn.Module) -> bool:
-    """Returns False where the code under a fused class has been replaced."""
+    """Returns False if the code under a fused class has been replaced."""
     code: Any = type(module)._moe_ops_code  # type: ignore[attr-defined]
     return code is None or code.is_intact()
 
 
 def is_silent(module: nn.Module) -> bool:
-    """Returns whether nothing waits for a call of this module: no hook, no forward of its own."""
+    """Returns whether this module has no active hooks and no patched forward."""
     state = module.__dict__
     if "forward" in state or state["_forward_pre_hooks"]:
         return False
     hooks = state["_forward_hooks"]
     if not hooks:
         return True
-    # transformers leaves its hooks behind after a call with output_router_logits, say.
+    # transformers leaves its hooks installed after, for example, a call with output_router_logits.
     if _active_collector is None or not all(
         getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks.values()
     ):
@@ -86,14 +87,14 @@ def _fused_class(kind: str, cls: type) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Pickles and copies a class that cannot be found by its name: it is made again."""
+    """Supports pickling and copying a class that cannot be imported by name: it is recreated."""
     cls = type(self)
     return _new, (cls._moe_ops_kind, cls.__mro__[1]), self.__dict__
 
 
 def _new(kind: str, cls: Any) -> Any:
-    """Returns an empty module of the fused class, or of its own class where the release of
-    transformers that reads a pickle has other code for it."""
+    """Returns an empty module of the fused class, or of its own class if the installed transformers
+    has other code for it."""
     if kind in ("norm", "router", "layer"):
         try:
             entry_of(kind, cls)
@@ -109,13 +110,13 @@ def _new(kind: str, cls: Any) -> Any:
 def norm_operands(
     norm: Any, dtype: torch.dtype, intact: Collection[type] = ()
 ) -> tuple[Tensor, float] | None:
-    """Returns weight and epsilon of a fused norm that an op may read instead of calling it; None
-    where it is to be called.
+    """Returns weight and epsilon of a fused norm that an op may read instead of calling it; None if
+    it must be called.
 
     Args:
         norm: any module.
         dtype: of the tokens.
-        intact: fused classes whose code was found intact just now.
+        intact: fused classes whose code was just verified.
     """
     cls = type(norm)
     if cls.__dict__.get("_moe_ops_kind") != "norm" or not is_silent(norm):
@@ -167,15 +168,15 @@ def _router_forward(cls: Any) -> Callable[..., Any]:
 def route(
     router: Any, x: Tensor, *, exact: bool = False, intact: Collection[type] = ()
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Returns logits, weights and ids of a fused router for tokens [..., H]; None where its own
-    forward is to be called.
+    """Returns logits, weights and ids of a fused router for tokens [..., H]; None if its own
+    forward must be called.
 
     Args:
         router: a module of a fused class.
         x: tokens.
-        exact: whether weights stay in fp32, which experts compute with, where the router rounds
+        exact: keep weights in fp32, the dtype in which experts use them, even if the router rounds
             them.
-        intact: fused classes whose code was found intact just now.
+        intact: fused classes whose code was just verified.
     """
     entry = router.__dict__["_moe_ops_fused"]
     weight, bias = router.weight, router.bias if entry.bias else None

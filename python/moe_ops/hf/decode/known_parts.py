@@ -1,4 +1,4 @@
-"""The known parts of a model, found once when it is optimized."""
+"""Known submodules of a model, determined once when it is optimized."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moe_ops.hf.models.source import Code, is_of_transformers
 
 
 class Found(NamedTuple):
-    """A part that is known.
+    """A known submodule.
 
-    entry: which formula it computes.
-    cls, code: its class, and the code that this had.
+    entry: the formula that it computes.
+    cls, code: its class, and the code of the class.
     """
 
     entry: Any
@@ -25,17 +25,17 @@ class Found(NamedTuple):
     code: Code | None
 
     def is_still(self, module: nn.Module) -> bool:
-        """Returns False once the module has another class."""
+        """Returns False if the module has another class by now."""
         return type(module) is self.cls
 
 
 class LayerParts:
-    """A decoder layer and its known parts; None stands for an unknown part.
+    """A decoder layer and its known submodules; None stands for an unknown one.
 
-    layer: the order of the parts.
+    layer: the layer itself.
     attention, block, network, shared: self_attn; the block, which is experts or a dense network;
-        the network that every token passes beside the experts.
-    left: name of a part -> why it is called instead of computed here.
+    the shared network beside the experts.
+    left: name of a submodule -> reason for which it is called instead of computed here.
     """
 
     def __init__(
@@ -52,14 +52,15 @@ class LayerParts:
         self._watched: tuple[Code, Collection[type]] | None = None
 
     def intact(self, layer: nn.Module) -> Collection[type] | None:
-        """Returns the fused classes of the layer; None once code of any part is replaced."""
+        """Returns the fused classes of the layer; None if the code of any submodule was
+        replaced."""
         if self._watched is None:
             self._watched = self._watch(layer)
         code, classes = self._watched
         return classes if code.is_intact() else None
 
     def _watch(self, layer: nn.Module) -> tuple[Code, Collection[type]]:
-        """Returns the code of all parts, each function once, and the fused classes."""
+        """Returns the code of all submodules, each function once, and the fused classes."""
         classes = {type(m) for m in layer.modules() if "_moe_ops_kind" in type(m).__dict__}
         codes = [found.code for name in _KINDS if (found := getattr(self, name)) is not None]
         codes += [cls.__dict__["_moe_ops_code"] for cls in classes]
@@ -70,10 +71,10 @@ class LayerParts:
         return Code("", tuple(functions.values())), frozenset(classes)
 
     def __deepcopy__(self, memo: Any) -> LayerParts:
-        return self  # Nothing in it changes.
+        return self  # It is immutable.
 
     def __getstate__(self) -> dict[str, Any]:
-        # Functions are not pickled: they are looked up again.
+        # Functions are not pickled but looked up again.
         state = {**self.__dict__, "_watched": None}
         for name in _KINDS:
             if (found := state[name]) is not None:
@@ -97,7 +98,7 @@ _KINDS = {
 
 
 def _found_again(kind: str, entry: Any, cls: type) -> Found | None:
-    """Returns a part of a pickled model, if this release of transformers computes it as the
+    """Returns a submodule of a pickled model, if the installed transformers computes it like the
     release that wrote it."""
     try:
         same = entry_of(kind, cls) == entry
@@ -107,16 +108,16 @@ def _found_again(kind: str, entry: Any, cls: type) -> Found | None:
 
 
 class Inventory:
-    """Looks modules of one model up, and remembers which classes have been compared."""
+    """Looks up modules of one model, and remembers which classes have been compared."""
 
     def __init__(self) -> None:
         self._compared: dict[Any, str | None] = {}
 
     def find(self, kind: str, module: nn.Module) -> Found:
-        """Returns what a module is.
+        """Returns the formula of a module.
 
         Raises:
-            Unknown: it is not known, or does not agree with the formula of its class.
+            Unknown: it is unknown, or does not agree with the formula of its class.
         """
         entry = find(kind, module)
         reason = self._why_not(kind, module, entry)
@@ -127,7 +128,7 @@ class Inventory:
     def _why_not(self, kind: str, module: nn.Module, entry: Any) -> str | None:
         if not is_of_transformers(own_class(type(module))):
             return agreement.why_not(kind, module, entry)
-        # Modules of one class, whose code is known, differ in sizes and settings alone.
+        # Modules of one class with known code differ only in sizes and settings.
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         key = kind, own_class(type(module)), entry, shapes
         if key not in self._compared:
@@ -135,10 +136,10 @@ class Inventory:
         return self._compared[key]
 
     def layer_parts(self, layer: Any) -> LayerParts:
-        """Returns what is known of a decoder layer.
+        """Returns the known submodules of a decoder layer.
 
         Raises:
-            Unknown: its order of parts is not known, or none of them is.
+            Unknown: the layer, or all of its submodules, are unknown.
         """
         found = self.find("layer", layer)
         form: DecoderLayer = found.entry

@@ -1,4 +1,4 @@
-"""A whole model on kernels for inference, and back."""
+"""Switching a whole model to inference kernels, and back."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from moe_ops.quant import quantize_experts
 from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
-# mla_decode multiplies queries by this weight, and not latents.
+# mla_decode multiplies queries, not latents, by this weight.
 _FLOAT_OF_LATENTS = ("kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 class _Module(NamedTuple):
-    """A module as it was."""
+    """Original state of a module."""
 
     cls: type
     attributes: dict[str, Any]
@@ -40,9 +40,9 @@ class _Module(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """A model as it was, and the modules by name that `optimize` left."""
+    """Original state of a model, and its modules by name after `optimize`."""
 
-    modules: dict[str, _Module] | None  # None: weights are gone.
+    modules: dict[str, _Module] | None  # None: weights were not kept.
     after: dict[str, weakref.ref[nn.Module]]
     implementations: dict[str, Any]
     attributes: dict[str, Any]
@@ -51,7 +51,7 @@ class _Before(NamedTuple):
     kept_bytes: int
 
 
-# One thread at a time changes the modules of models.
+# Only one thread at a time changes the modules of models.
 _lock = threading.RLock()
 _optimized: weakref.WeakKeyDictionary[nn.Module, _Before] = weakref.WeakKeyDictionary()
 register_holder("original weights", lambda: sum(b.kept_bytes for b in _optimized.values()))
@@ -66,50 +66,48 @@ def optimize(
     compile: bool | str = False,
     verify: int | str | None = None,
 ) -> Report:
-    """Puts all of a transformers model on kernels for inference, in place.
+    """Switches a whole transformers model to inference kernels, in place.
 
     - Experts run on moe_ops (:func:`moe_ops.hf.enable`).
-    - Dense layers (attention projections, shared experts, the head): products of up to 64 rows
-      are read at the speed of memory. With `weights` they are stored in 8 or 4 bits, and so are
-      experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float, and
-      `kv_b_proj` of latent attention.
-    - RMS norms and routers are one or two ops each; a decoder layer runs few tokens in a few calls,
-      its attention in one.
-    - With `compile`, `generate` uses a static cache and compiles its decoding steps.
+    - Dense layers (attention projections, shared experts, the head): GEMMs with up to 64 rows run
+      at memory bandwidth. With `weights`, dense layers and experts (`moe_ops.quantize_experts`) are
+      stored in 8 or 4 bits. Routers, embeddings, norms, and `kv_b_proj` of MLA stay float.
+    - RMS norms and routers are one or two ops each; a decoder layer processes few tokens in a few
+      calls, its attention in one.
+    - With `compile`, `generate` uses a static cache and compiles its decode steps.
 
-    What a norm, router, network, attention or layer computes is known by the code of its class. A
-    class that is not known, a subclass, a module with a forward of its own is left alone, and the
-    report says why; `moe_ops.hf.register_norm` and its kin make a class known. Settings are read
-    at each call, so that a changed one counts at once.
+    The formulas of norms, routers, networks, attention and layers are identified by the code of
+    their class. Unknown classes, subclasses and modules with a patched forward are left unchanged,
+    and the report states the reason; `moe_ops.hf.register_norm` and similar functions register
+    classes. Settings are read at each call, so changes take effect immediately.
 
-    Attention stays what the model has: torch's, unless "eager" was asked for. Parameters, their
-    names and checkpoints stay those of the model; with
-    `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
-    layers as floats with the values that are computed with. A model that was saved so is loaded in
-    the time that its bytes take; `optimize` with the same `weights` rounds its dense layers again,
-    to the same numbers.
+    The attention implementation is unchanged. Parameters, their names and checkpoints are those of
+    the model; with `weights`, `save_pretrained` writes quantized experts like `quantize_experts`,
+    and dense layers as floats with their quantized values. Such a model loads at the speed of
+    reading its bytes; `optimize` with the same `weights` quantizes its dense layers again, to equal
+    values.
 
     Args:
-        model: a transformers model, or any module that holds MoE blocks of one.
-        weights: None, "int8" (a scale an output feature) or "int4" (a scale for `group_size`
+        model: a transformers model, or any module with MoE blocks of one.
+        weights: None, "int8" (one scale per output feature) or "int4" (one scale per `group_size`
             inputs).
-        group_size: of int4: 32, 64 or 128; None is 64. Dense layers whose rows it does not divide
-            take the next smaller one, and stay float if none does.
-        keep_original: with `weights`, whether the float weights stay in memory, so that
-            :func:`restore` can bring them back; `moe_ops.memory.memory_stats` counts them.
-        compile: True, or the name of a backend of torch.compile; the setting is in
-            `model.generation_config`. Assisted decoding needs a cache that is not static.
-        verify: n compares one call in n of each module that was changed with the module's own
-            forward, and raises where they differ by more than rounding; "warn:n" warns. None is
-            the environment variable MOE_OPS_VERIFY, 0 without it.
+        group_size: for int4: 32, 64 or 128; None is 64. Dense layers whose rows it does not divide
+            use the next smaller one, and stay float if none does.
+        keep_original: with `weights`, keep the float weights in memory, so that :func:`restore` can
+            bring them back; `moe_ops.memory.memory_stats` counts them.
+        compile: True, or the name of a torch.compile backend; stored in `model.generation_config`.
+            Assisted decoding needs a cache that is not static.
+        verify: n compares one in n calls of each changed module with the module's own forward, and
+            raises if they differ by more than rounding; "warn:n" warns. None is the environment
+            variable MOE_OPS_VERIFY, or 0.
 
     Returns:
-        Name of each module that changed -> what it is now; `left` has the reasons for those of the
-        same kinds that did not.
+        Name of each changed module -> its new implementation; `left` has the reasons for unchanged
+        modules of these kinds.
 
     Raises:
-        ValueError: unknown `weights` or `verify`, a model that is optimised already or that cannot
-            generate where `compile` is asked for; what `enable` and `quantize_experts` refuse.
+        ValueError: unknown `weights` or `verify`, a model that is already optimized or that cannot
+            generate although `compile` is set; models that `enable` and `quantize_experts` reject.
     """
     if weights not in FORMATS:
         raise ValueError(f"optimize: weights must be None, 'int8' or 'int4', got {weights!r}.")
@@ -174,11 +172,11 @@ def _optimize(
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes :func:`optimize`: the modules, parameters and settings that the model had.
+    """Undoes :func:`optimize`: restores the original modules, parameters and settings.
 
     Raises:
-        ValueError: a model that is not optimised, whose float weights were not kept, or whose
-            modules something else has changed since (adapters, for instance: remove them first).
+        ValueError: a model that is not optimized, whose float weights were not kept, or whose
+            modules have changed since (for instance by adapters: remove them first).
     """
     with _lock:
         _restore(model)
@@ -216,7 +214,7 @@ def _restore(model: nn.Module) -> None:
 
 
 def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
-    """Returns whether all experts have this format already, as after loading such a checkpoint."""
+    """Returns whether all experts already have this format, as after loading such a checkpoint."""
     found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
     fits = all(
         m.format == format and (group_size is None or m.group_size == group_size) for m in found
@@ -269,13 +267,13 @@ def _snapshot(model: nn.Module) -> Iterator[tuple[str, _Module]]:
 
 def _put_back(module: nn.Module, name: str, modules: dict[str, _Module]) -> None:
     was = modules.get(name)
-    if was is None:  # Another name of a module that has been put back.
+    if was is None:  # Another name of a restored module.
         return
     module.__class__ = was.cls
     for key in [k for k in module.__dict__ if k.startswith("_moe_ops")]:
         del module.__dict__[key]
     module.__dict__.update(was.attributes)
-    # Parameters and buffers of the modules that were there have stayed, and may have changed since.
+    # Parameters and buffers of these modules were not replaced, and may have changed since.
     module._modules.clear()
     module._modules.update(was.children)
     for key, child in was.children.items():

@@ -1,4 +1,4 @@
-"""Reports of which parts of a model run on moe_ops."""
+"""Reports of the parts of a model that run on moe_ops."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
 
 
 class Report(dict[str, str]):
-    """Name of each module that runs on moe_ops -> what it is.
+    """Name of each module that runs on moe_ops -> its implementation.
 
     Attributes:
-        left: name of each norm, router, attention, network, block or layer that is left as
-            transformers has it -> why.
+        left: name of each norm, router, attention, network, block or layer that transformers runs
+            -> reason.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -27,23 +27,23 @@ class Report(dict[str, str]):
         self.left: dict[str, str] = {}
 
     def __str__(self) -> str:
-        """Returns a line a module, the reasons behind them."""
+        """Returns one line per module, followed by the reasons."""
         lines = [f"{name}: {how}" for name, how in self.items()]
         return "\n".join(lines + [f"{name}: left alone ({why})" for name, why in self.left.items()])
 
 
 def report(model: nn.Module) -> Report:
-    """Returns what runs on moe_ops in a model now, and why the rest does not.
+    """Returns the modules of a model that currently run on moe_ops, and the reasons for all others.
 
-    Works before and after :func:`moe_ops.hf.optimize`. After some use it also says, for a layer
-    whose last call was not computed in a few calls, why that was so: a long prompt, hooks, another
-    class in the place of a part, a cache of another kind.
+    It works before and after :func:`moe_ops.hf.optimize`. After some calls it also states, for a
+    layer whose last call was not fused, the reason: a long prompt, hooks, another class of a
+    submodule, another kind of cache.
 
     Args:
-        model: a transformers model, or any module that holds MoE blocks of one.
+        model: a transformers model, or any module with MoE blocks of one.
 
     Returns:
-        What each module is, and in `left` the reasons.
+        The implementation of each module, and the reasons in `left`.
     """
     found = Report(status(model))
     for name in [n for n, state in found.items() if not state.startswith("moe_ops")]:
@@ -64,7 +64,7 @@ def report(model: nn.Module) -> Report:
         parts = module.__dict__.get("_moe_ops_fused")
         if isinstance(parts, LayerParts):
             found.left |= {f"{name}.{part}": why for part, why in parts.left.items()}
-    stock = take_stock(model)  # A part of a fused layer has its reason above.
+    stock = take_stock(model)  # A submodule of a fused layer has its reason above.
     for name, why in stock.left.items():
         if name not in found:
             found.left.setdefault(name, why)

@@ -1,9 +1,9 @@
-"""Decoder layers of transformers on few tokens, in few calls.
+"""Decoder layers of transformers for few tokens, in few calls.
 
-A layer whose parts are known gets a fused class. In inference on few tokens its forward reads the
-parameters of its parts and calls the ops itself. A part that is not as it was known (another class,
-hooks, adapters in its place, other settings) is called instead; where nothing is left to do here,
-the forward is the one that the layer had. `reason_of` says why.
+A layer with known submodules gets a fused class. In inference with few tokens, its forward reads
+the parameters of its submodules and calls the ops itself. A submodule that no longer matches
+(another class, hooks, adapters, other settings) is called instead; if none matches, the layer's own
+forward runs. `reason_of` returns the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import FEW_ROWS, dense_operands, in_inference_on_few_rows
 from moe_ops.ops import add_rms_norm, attention_decode, gated_mlp_decode, mla_decode
 
-# Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
+# Supported arguments of a layer; others must be None. Hooks collect outputs.
 _KNOWN = frozenset(
     (
         cache_argument.NAME,
@@ -63,8 +63,7 @@ _REASON = "_moe_ops_reason"
 
 
 def reason_of(layer: nn.Module) -> str | None:
-    """Returns why the last call of a fused layer computed less here than it could; None where it
-    did not."""
+    """Returns why the last call of a fused layer was not completely fused; None if it was."""
     return layer.__dict__.get(_REASON)
 
 
@@ -86,13 +85,13 @@ def step_forward(cls: Any) -> Callable[..., Any]:
 
 
 def _fast_attention(parts: LayerParts) -> AbstractContextManager[Any]:
-    """Returns what is entered around the layer's own forward."""
+    """Returns the context for the layer's own forward."""
     latent = parts.attention is not None and isinstance(parts.attention.entry, LatentAttention)
     return PaddedValues() if latent and not torch.compiler.is_compiling() else nullcontext()
 
 
 def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) -> str | None:
-    """Returns why this call is no step at all; None where it is one."""
+    """Returns why this call cannot be fused at all; None if it can."""
     if args:
         return "it was called with arguments by position"
     if layer.training:
@@ -107,7 +106,7 @@ def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) ->
 
 
 def _step(layer: Any, parts: LayerParts, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | str:
-    """Returns the output of the layer, or why nothing of it is computed here."""
+    """Returns the output of the layer, or why nothing of it is fused."""
     form: DecoderLayer = parts.layer.entry
     intact = parts.intact(layer)
     if intact is None:
@@ -140,7 +139,7 @@ def _attend(
     kwargs: Mapping[str, Any],
     intact: Collection[type],
 ) -> Tensor | str:
-    """Returns x + scale * attention, or why it is not computed here."""
+    """Returns x + scale * attention, or why it is not fused."""
     found = parts.attention
     if found is None:
         return parts.left.get("self_attn", "its attention is not known")
@@ -246,8 +245,8 @@ def _attend_to_latents(
     options: dict[str, Any],
     intact: Collection[type],
 ) -> Tensor | str:
-    # The caches of transformers keep latents in the place of keys, and rotated keys in that of
-    # values, so that keys and values of heads need not be made.
+    # The caches of transformers store latents in place of keys, and rotated keys in place of
+    # values, so per-head keys and values are not needed.
     cache, mask, positions = given
     parts: dict[str, Any] = {}
     for name, m in attention._modules.items():
@@ -288,7 +287,7 @@ def _attend_to_latents(
 def _room(
     cache: Any, attention: Any, x: Tensor, mask: Any, heads: int, sizes: tuple[int, int]
 ) -> tuple[Room, Tensor | None] | str:
-    """Returns room in the cache and the mask of all tokens in it, or why an op cannot have them."""
+    """Returns room in the cache and the mask of all its tokens, or why an op cannot use them."""
     length = x.shape[1]
     if mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1):
         return "the mask is not one tensor for all heads"
@@ -299,7 +298,7 @@ def _room(
         return found
     end = found.start + length
     if mask is None:
-        # torch's attention without a mask counts queries from the first key on.
+        # torch's attention without a mask aligns queries with the first key.
         if length > 1 and found.start:
             return "without a mask later parts of a prompt see other keys"
         return found, None
@@ -311,7 +310,7 @@ def _room(
 def _own_attention(
     layer: Any, x: Tensor, scale: float, kwargs: Mapping[str, Any], index: int
 ) -> Callable[[], Tensor]:
-    """Returns a call of the layer's own attention on the cache as it is now."""
+    """Returns a call of the layer's own attention on the cache in its current state."""
     before = dict(kwargs)
     for name in (cache_argument.NAME, cache_argument.OLDER_NAME):
         if before.get(name) is not None:
@@ -339,8 +338,8 @@ def _post_norm(
     dtype: torch.dtype,
     intact: Collection[type],
 ) -> tuple[Tensor, float] | str:
-    """Returns weight and epsilon of the norm before the block, or why the block is called as the
-    layer calls it."""
+    """Returns weight and epsilon of the norm before the block, or why the layer must call the block
+    itself."""
     found = parts.block or parts.network
     if found is None:
         return parts.left.get(form.block, "its block is not known")
@@ -398,7 +397,7 @@ def _verify_network(
 def _routed(
     block: Any, parts: LayerParts, entry: RoutedBlock, y: Tensor, intact: Collection[type]
 ) -> Tensor:
-    """Returns the output of a block of experts for tokens [T, H] behind the norm."""
+    """Returns the output of a block of experts for normalized tokens [T, H]."""
     modules: dict[str, Any] = block._modules
     router = modules[entry.router]
     chosen = None
@@ -432,8 +431,8 @@ def _routed(
 
 
 def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Returns weights, scales and activation of a dense network for gated_mlp_decode; None where it
-    is to be called."""
+    """Returns weights, scales and activation of a dense network for gated_mlp_decode; None if it
+    must be called."""
     if not found.is_still(network) or not is_silent(network):
         return None
     activation = found.entry.activation(network)
@@ -451,7 +450,7 @@ def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[st
 
 
 def _through_experts(experts: Any, y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Returns experts(y, ids, weights), without what only finds out what is known here."""
+    """Returns experts(y, ids, weights), skipping checks whose results are known here."""
     if verify.is_active():
         pass  # Its forward compares.
     elif is_quantized(experts) and isinstance(experts, QuantizedExperts):

@@ -1,4 +1,4 @@
-"""All modules of a model that are known, and the reasons for those that are not."""
+"""All known modules of a model, and the reasons for unknown ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from moe_ops.hf.models.routers import TopkRouter
 class Stock(NamedTuple):
     """Modules by name.
 
-    norms, routers, layers: the ones that are known.
-    left: names of others of these kinds, and of parts of layers -> why they are left alone.
-    latent: whether a layer has latent attention.
+    norms, routers, layers: the known ones.
+    left: names of other modules of these kinds, and of parts of layers -> reason for which they are
+    unchanged.
+    latent: True if a layer has MLA.
     """
 
     norms: dict[str, RmsNorm]
@@ -30,7 +31,7 @@ class Stock(NamedTuple):
 
 
 def take_stock(model: nn.Module) -> Stock:
-    """Returns what the modules of a model are, but for those that have a fused class already."""
+    """Returns the known modules of a model, except those that already have a fused class."""
     stock = Stock({}, {}, {}, {}, False)
     inventory, latent = Inventory(), False
     kinds: dict[str, dict[str, Any]] = {"norm": stock.norms, "router": stock.routers}
@@ -57,10 +58,10 @@ _ENDINGS = {"norm": ("Norm", "NormGated"), "router": ("Router", "Gate", "Gating"
 
 
 def _kind(module: nn.Module) -> str | None:
-    """Returns the kind of module to look up, or to give a reason for; None for all others.
+    """Returns the kind of a module to look up or to report; None for all others.
 
-    A known class has its kind from the tables. The name of another class says only what the report
-    is to call it.
+    A known class has its kind from the tables. For other classes, the name only determines the kind
+    in the report.
     """
     cls = own_class(type(module))
     for kind in (*_ENDINGS, "layer"):

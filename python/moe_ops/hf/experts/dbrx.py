@@ -15,8 +15,8 @@ from moe_ops.ops import grouped_gemm, permute, sort_by_expert, unpermute
 class MoeOpsDbrxExperts(DbrxExperts):
     """DbrxExperts with another forward.
 
-    Gate and up are separate parameters here, so they stay two products: one `w_gate_up` would cost
-    a copy of both in every step.
+    Gate and up are separate parameters, so they stay two GEMMs: one `w_gate_up` would copy both in
+    every step.
     """
 
     replaces = DbrxExperts
@@ -24,7 +24,7 @@ class MoeOpsDbrxExperts(DbrxExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         shape = (self.num_experts, self.ffn_hidden_size, self.hidden_size)
         w_gate, w_up = self.mlp.w1.view(shape), self.mlp.v1.view(shape)
-        w_down = self.mlp.w2.view(shape).transpose(1, 2)  # Stored [E, I, H].
+        w_down = self.mlp.w2.view(shape).transpose(1, 2)  # Stored as [E, I, H].
         x = cast_like(hidden_states.reshape(-1, self.hidden_size), w_gate)
 
         expert_offsets, row_to_slot, slot_to_row = sort_by_expert(top_k_index, self.num_experts)

@@ -28,21 +28,22 @@ def experts_forward(
 ) -> Tensor:
     """Runs the experts of a transformers MoE block on moe_ops.
 
-    One ``moe_ffn`` where the module's activation is one that op knows; otherwise the same steps one
-    by one around the module's own activation (and its norm of expert outputs, if it has one).
+    It calls ``moe_ffn`` once if that op supports the module's activation; otherwise it runs the
+    same steps one by one around the module's own activation (and its norm of expert outputs, if
+    any).
 
     Args:
         self: a module decorated with ``use_experts_implementation``; its layout flags, parameters
             and ``_apply_gate`` or ``act_fn`` are read, nothing is written.
         hidden_states: [T, H].
-        top_k_index: [T, K], integer. Ids outside [0, E) are nobody's here, as under expert
-            parallelism: their slots add nothing and get no gradient, whatever their weight holds.
+        top_k_index: [T, K], integer. Ids outside [0, E), which occur under expert parallelism, are
+            empty slots: they add nothing and get no gradient, whatever their weight.
         top_k_weights: [T, K], any float dtype, used in fp32.
-        out_dtype: float32 for sums that are not rounded, which expert parallelism adds up.
+        out_dtype: float32 for unrounded sums, which expert parallelism adds up.
 
     Returns:
-        [T, H] in ``out_dtype``, or for None the dtype of ``hidden_states``. Where the parameters
-        have another dtype, the products run in theirs, as in transformers' ``grouped_mm``.
+        [T, H] in ``out_dtype``, or for None the dtype of ``hidden_states``. If the parameters have
+        another dtype, the GEMMs run in it, as in transformers' ``grouped_mm``.
     """
     has_gate = getattr(self, "has_gate", True)
     w_up, w_down = bank_views(self)
@@ -78,23 +79,23 @@ def experts_forward(
 
 
 def own_forward(experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Returns what the loop over experts gives that transformers calls "eager"."""
-    ids = torch.where(ids < 0, experts.num_experts, ids.long())  # It counts ids from 0 on.
+    """Returns the result of transformers' "eager" loop over experts."""
+    ids = torch.where(ids < 0, experts.num_experts, ids.long())  # It requires ids of at least 0.
     y: Tensor = inspect.unwrap(type(experts).forward)(experts, x, ids, weights)
     return y
 
 
 def bank_views(experts: Any) -> tuple[Tensor, Tensor]:
-    """w_gate_up (w_up) and w_down as moe_ffn takes them; views, whatever the layout."""
+    """Returns w_gate_up (w_up) and w_down in the layout of moe_ffn, as views."""
     up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     w_up, w_down = getattr(experts, up_name), experts.down_proj
-    if experts.is_transposed:  # [E, H, 2I] and [E, I, H]: the ops read views of any stride.
+    if experts.is_transposed:  # [E, H, 2I] and [E, I, H]: the ops read views with any strides.
         return w_up.transpose(1, 2), w_down.transpose(1, 2)
     return w_up, w_down
 
 
 def bank_bias(experts: Any) -> tuple[Tensor | None, Tensor | None]:
-    """b_gate_up (b_up) and b_down."""
+    """Returns b_gate_up (b_up) and b_down."""
     if not experts.has_bias:
         return None, None
     up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
@@ -112,9 +113,10 @@ def run_gated(
     *,
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
-    """moe_ffn without biases and with ``act_fn(gate) * up`` between, for any `act_fn`.
+    """Computes moe_ffn without biases and with the activation ``act_fn(gate) * up``, for any
+    `act_fn`.
 
-    `bank` is the module that the weights belong to and that keeps a packed copy of them.
+    `bank` is the module with the weights, which also has their packed copy.
     """
 
     def act(preact: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def _run(
         return y.to(result_dtype)
 
     num_tokens, top_k = topk_ids.shape
-    if on_input:  # Each slot becomes a token of its own with one expert.
+    if on_input:  # Each slot becomes a token with one expert.
         x = (x[:, None, :] * topk_weights[:, :, None].to(x.dtype)).flatten(0, 1)
         topk_ids = topk_ids.reshape(-1, 1)
     expert_offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, w_up.shape[0])
@@ -180,7 +182,7 @@ def _run(
 
 
 def cast_like(t: Tensor, weight: Tensor) -> Tensor:
-    """`t` in the dtype of `weight`; untouched under autocast, where the ops choose the dtype."""
+    """Casts `t` to the dtype of `weight`, except under autocast, where the ops choose the dtype."""
     if t.dtype == weight.dtype or torch.is_autocast_enabled(t.device.type):
         return t
     return t.to(weight.dtype)

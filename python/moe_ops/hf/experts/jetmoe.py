@@ -12,13 +12,13 @@ from moe_ops.hf.experts.forward import run_gated
 
 
 class MoeOpsJetMoeTopKGating(JetMoeTopKGating):
-    """The router of one switched block: no host reads, router logits where they are recorded."""
+    """Router of one switched block, without host reads; router logits can be recorded."""
 
     replaces = JetMoeTopKGating
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None, Tensor, None, Tensor]:
         router_logits = self.layer(hidden_states).float()
-        # torch.topk, not topk_router: equal logits, common in bf16, must pick what they picked.
+        # torch.topk, not topk_router: ties, common in bf16, must be broken as in the original.
         topk_logits, topk_ids = router_logits.topk(self.top_k, dim=1)
         topk_weights = topk_logits.softmax(dim=1).type_as(hidden_states)
         return topk_ids, None, topk_weights, None, router_logits

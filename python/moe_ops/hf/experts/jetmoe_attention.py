@@ -28,8 +28,8 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
     """JetMoeAttention with another forward.
 
     Projections are moe_linear_map and moe_linear_reduce; the attention between them is
-    moa_attention where it is causal and no more: no padding, no dropout. Elsewhere it is the
-    model's own attention function on repeated keys and values.
+    moa_attention if it is only causal, without padding and dropout. Otherwise the model's own
+    attention function runs on repeated keys and values.
     """
 
     replaces = JetMoeAttention
@@ -57,7 +57,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         k, v = self.kv_proj(hidden_states).view(batch, length, 2, heads, size).unbind(2)
         cos, sin = position_embeddings
         # transformers repeats the angles of the first half of the features, and has one row for a
-        # batch of the same positions.
+        # batch with equal positions.
         cos, sin = cos[..., : size // 2], sin[..., : size // 2]
         if cos.shape[0] == 1:
             cos, sin = cos[0], sin[0]
@@ -98,14 +98,15 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         if (self.training and self.attention_dropout > 0) or k.shape[2] < q.shape[1]:
             return False
         if mask is None:
-            # Without a mask torch's attention is causal from the first key on, ours from the last.
+            # Without a mask, torch's attention aligns the queries with the first keys,
+            # moa_attention with the last.
             return k.shape[2] == q.shape[1] or q.shape[1] == 1
         return _is_causal(mask, k.shape[2])
 
 
 def _is_causal(mask: Tensor, num_keys: int) -> bool:
     """Returns whether a mask [B, 1, S, S_kv], bool or added to logits, hides the keys after each
-    query and nothing else. Reads the mask once; its answer stays with it for the other layers."""
+    query and nothing else. The result is cached on the mask for other layers."""
     if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() != 4:
         return False
     known = getattr(mask, _KNOWN, None)

@@ -13,9 +13,9 @@ from moe_ops.hf.experts.forward import run_gated
 
 
 class MoeOpsLlama4TextMoe(Llama4TextMoe):
-    """Llama4TextMoe with another forward: a token visits its K experts, not all E.
+    """Llama4TextMoe with another forward: a token uses its K experts, not all E.
 
-    An expert that is not chosen sees zeros there and adds exact zeros, also to every gradient.
+    In the original, unselected experts get zeros and add exact zeros, also to every gradient.
     """
 
     replaces = Llama4TextMoe
@@ -27,7 +27,7 @@ class MoeOpsLlama4TextMoe(Llama4TextMoe):
         y = run_gated(
             self,
             x,
-            self.experts.gate_up_proj.transpose(1, 2),  # Stored [E, H, 2I] and [E, I, H].
+            self.experts.gate_up_proj.transpose(1, 2),  # Stored as [E, H, 2I] and [E, I, H].
             self.experts.down_proj.transpose(1, 2),
             router_scores.gather(1, topk_ids),
             topk_ids,

@@ -1,6 +1,6 @@
-"""LongCat-Flash's experts, some of which return their input, on moe_ops.
+"""LongCat-Flash's experts, including identity experts, on moe_ops.
 
-T tokens, H hidden size, E experts with weights, Z experts without, K top-k.
+T tokens, H hidden size, E experts with weights, Z identity experts, K top-k.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MoeOpsLongcatFlashExperts(LongcatFlashExperts):
         y = hidden_states * kept.sum(-1, keepdim=True, dtype=dtype)
         if num_experts > 0:
             w_gate_up = self.gate_up_proj[:num_experts]
-            # An id of no expert adds nothing there.
+            # Ids without weights add nothing there.
             y = y + run_gated(
                 self,
                 hidden_states,

@@ -1,10 +1,10 @@
-"""Expert parallelism of transformers whose tokens are sent by the dispatchers of moe_ops.parallel.
+"""Expert parallelism of transformers with the dispatchers of moe_ops.parallel.
 
-transformers shards the experts and calls an implementation of its choice around them; from 5.23 on
-it has a registry of such implementations. Names registered here go into
+transformers shards the experts and calls a configurable implementation around them; from 5.23 on it
+has a registry of such implementations. Names registered here can be used in
 ``DistributedConfig(ep_implementation=...)``.
 
-Letters: T tokens of this rank, H hidden size, K experts a token.
+Letters: T tokens of this rank, H hidden size, K experts per token.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ except ImportError:  # Before 5.23.
 
 
 def register_ep_implementation(name: str, dispatch: str = "auto", **options: Any) -> None:
-    """Makes a way of sending tokens known to transformers' expert parallelism.
+    """Registers a dispatcher as an implementation of transformers' expert parallelism.
 
         moe_ops.hf.register_ep_implementation("fp8_rows", dispatch="tokens", fp8=True)
         DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="fp8_rows")
 
-    ``"moe_ops"`` is registered by importing `moe_ops.hf`: dispatch="auto".
+    Importing `moe_ops.hf` registers ``"moe_ops"`` with dispatch="auto".
 
     Args:
-        name: for `ep_implementation`; one that is not taken.
+        name: a new name for `ep_implementation`.
         dispatch, options: of `moe_ops.parallel.make_dispatcher`, which is called when a model is
-            loaded. "auto" is "shared" where all ranks of a group have the same tokens (ep_size
-            equals tp_size), and else what `make_dispatcher` takes.
+            loaded. "auto" is "shared" if all ranks of a group have equal tokens (ep_size equals
+            tp_size), and otherwise the selection of `make_dispatcher`.
 
     Raises:
-        ImportError: transformers is older than 5.23. There expert parallelism needs nothing but
+        ImportError: transformers is older than 5.23, where expert parallelism only needs
             experts_implementation="moe_ops".
-        ValueError: the name is taken, or a placement, as transformers keeps experts in runs.
+        ValueError: the name is taken, or a placement, because transformers shards experts
+            contiguously.
     """
     if Interface is None:
         raise ImportError(
@@ -63,9 +64,9 @@ def register_ep_implementation(name: str, dispatch: str = "auto", **options: Any
 class MoeOpsEP(Base):
     """Runs the experts of one module of transformers through a dispatcher of `moe_ops.parallel`.
 
-    transformers makes one for each module when it shards a model, and calls it in place of the
-    module's forward, while the module's parameters are those of this rank. The dispatcher is also
-    the module's attribute `dispatcher`, as it is of a bank of moe_ops.
+    transformers creates one per module when it shards a model, and calls it in place of the
+    module's forward, while the module has the parameters of this rank. The dispatcher is also the
+    module's attribute `dispatcher`, like in experts of moe_ops.
     """
 
     dispatch: str = "auto"
@@ -92,11 +93,12 @@ class MoeOpsEP(Base):
             **self.options,
         )
         experts.dispatcher = self.dispatcher
-        # Ranks of tensor parallelism have the same tokens, of which each then sends a part.
+        # Ranks of tensor parallelism have equal tokens; each sends a part of them.
         self.parts = None if is_shared or tp_mesh.size() == 1 else tp_mesh
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H] of hidden_states [T, H], ids [T, K] of all experts, and weights [T, K]."""
+        """Computes [T, H] from hidden_states [T, H], ids [T, K] of all experts, and weights [T,
+        K]."""
         implementation = self.config._experts_implementation
         if implementation != "moe_ops":
             raise ValueError(
@@ -125,8 +127,8 @@ class MoeOpsEP(Base):
 
 
 def _own(tensor: Tensor, mesh: Any) -> Tensor:
-    """This rank's run of rows of a tensor that all ranks of the mesh have; maybe none. Its gradient
-    is that of all rows, on every rank."""
+    """Returns this rank's (possibly empty) run of rows of a tensor that all ranks of the mesh have.
+    Its gradient is that of all rows, on every rank."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     same = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
@@ -135,7 +137,7 @@ def _own(tensor: Tensor, mesh: Any) -> Tensor:
 
 
 def _all(part: Tensor, num_rows: int, mesh: Any) -> Tensor:
-    """The rows of which each rank of the mesh has a run, on every rank."""
+    """Returns all rows on every rank, from the runs of the ranks of the mesh."""
     from torch.distributed.tensor import DTensor, Shard
 
     part = part.contiguous()

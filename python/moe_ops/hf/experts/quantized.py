@@ -1,4 +1,4 @@
-"""Quantised experts in transformers' MoE blocks.
+"""Quantized experts in transformers' MoE blocks.
 
 T tokens, H hidden size, I intermediate size, E experts, K top-k.
 """
@@ -28,7 +28,7 @@ _UNKNOWN = "must have an activation that moe_ffn knows, got {}."
 
 
 class OffloadedHfExperts(nn.Module):
-    """Takes the place of an experts module: a bank that is called as `Experts` are, behind
+    """Replaces an experts module: wraps a module with the interface of `Experts`, with
     transformers' arguments in transformers' order."""
 
     quantized_block = True
@@ -46,7 +46,8 @@ class OffloadedHfExperts(nn.Module):
 
 
 class QuantizedHfExperts(QuantizedExperts):
-    """Takes the place of an experts module: transformers' arguments, in transformers' order."""
+    """Quantized experts that replace an experts module, with transformers' arguments in
+    transformers' order."""
 
     quantized_block = True
 
@@ -55,7 +56,8 @@ class QuantizedHfExperts(QuantizedExperts):
 
     @property
     def qweight(self) -> Tensor:
-        """Codes of w_down: where peft looks for the device of a layer without parameters."""
+        """Returns the quantized w_down, from which peft gets the device of a layer without
+        parameters."""
         return self.w_down
 
     def forward(  # type: ignore[override]
@@ -75,7 +77,7 @@ class QuantizedHfExperts(QuantizedExperts):
         return y
 
     def _dequantized(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Returns what the numbers that the codes stand for give, expert by expert."""
+        """Computes the experts with dequantized weights, one by one."""
         rows = x.float() if self.x_scale is None else x.float() * self.x_scale
         options: dict[str, Any] = {
             "interleaved": self.interleaved,
@@ -95,7 +97,7 @@ class QuantizedHfExperts(QuantizedExperts):
 
 
 class QuantizedJetMoeMoE(JetMoeMoE):
-    """JetMoeMoE whose input_linear and output_linear have become `experts`."""
+    """JetMoeMoE with `experts` in place of input_linear and output_linear."""
 
     quantized_block = True
     experts: QuantizedExperts
@@ -129,7 +131,7 @@ class QuantizedLlama4TextMoe(Llama4TextMoe):
 
 
 class _InterfaceExperts(ExpertsHook):
-    """Experts on transformers' experts interface."""
+    """Hook for experts on transformers' experts interface."""
 
     quantized = QuantizedHfExperts
 
@@ -163,14 +165,15 @@ class _InterfaceExperts(ExpertsHook):
 
 
 class _DbrxExperts(_InterfaceExperts):
-    """DbrxExperts, which keep gate and up apart and w_down transposed."""
+    """Hook for DbrxExperts, which store gate and up separately and w_down transposed."""
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, DbrxExperts):
             return None
         shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
         mlp = module.mlp
-        if is_sharded(mlp.w1):  # These may have no such views; they are refused by name.
+        # These may have no such views; sharded experts are rejected by name.
+        if is_sharded(mlp.w1):
             return ExpertWeights((mlp.w1, mlp.v1), mlp.w2)
         gate_up = (mlp.w1.view(shape), mlp.v1.view(shape))
         return ExpertWeights(
@@ -179,7 +182,7 @@ class _DbrxExperts(_InterfaceExperts):
 
 
 class _JetMoeBlock(ExpertsHook):
-    """JetMoE's feed-forward block; its attention experts are no bank of networks."""
+    """Hook for JetMoE's feed-forward block; its attention experts are not networks."""
 
     quantized = QuantizedExperts
 
@@ -194,7 +197,7 @@ class _JetMoeBlock(ExpertsHook):
     ) -> ExpertInputs:
         (x,) = (*args, *kwargs.values())
         x = x.reshape(-1, x.shape[-1])
-        router: Any = module.router  # It is of either class; they differ in what they return.
+        router: Any = module.router  # It has one of two classes with different outputs.
         topk_logits, topk_ids = router.layer(x).float().topk(router.top_k, dim=1)
         return ExpertInputs(x, topk_logits.softmax(dim=1).type_as(x), topk_ids)
 
@@ -207,7 +210,7 @@ class _JetMoeBlock(ExpertsHook):
 
 
 class _Llama4Block(_JetMoeBlock):
-    """Llama 4's block."""
+    """Hook for Llama 4's block."""
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, Llama4TextMoe) or isinstance(module, QuantizedLlama4TextMoe):

@@ -1,4 +1,4 @@
-"""Switching a live model to moe_ops and back."""
+"""Switching of a live model to moe_ops and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.expert_weights.packing import invalidate
 
-# Blocks that transformers keeps outside its experts interface, and the module with their subclass.
+# Blocks outside transformers' experts interface, and the module with their subclass.
 _BLOCKS = {
     "transformers.models.dbrx.modeling_dbrx.DbrxExperts": "moe_ops.hf.experts.dbrx",
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": (
@@ -25,7 +25,7 @@ _BLOCKS = {
         "moe_ops.hf.experts.longcat"
     ),
 }
-# Inner modules that the new forwards call like the old ones.
+# Inner modules that the new forwards call like the original ones.
 _CALLED = ("router", "shared_expert", "experts.router", "kv_proj")
 _PREVIOUS = "_moe_ops_previous_implementation"
 
@@ -35,18 +35,18 @@ def enable(model: nn.Module) -> dict[str, str]:
 
     Modules on transformers' experts interface get ``"moe_ops"`` as their implementation. JetMoE's
     feed-forward and attention experts, DBRX's and LongCat-Flash's experts and Llama 4's block get a
-    subclass with another forward. Parameters, buffers, names and the state dict do
-    not change, so optimisers and checkpoints go on working. Call it before the model is
-    compiled, sharded or given accelerate hooks.
+    subclass with another forward. Parameters, buffers, names and the state dict do not change, so
+    optimizers and checkpoints remain valid. Call it before the model is compiled, sharded or given
+    accelerate hooks.
 
     Args:
-        model: a transformers model or any module that holds MoE blocks of one.
+        model: a transformers model or any module with MoE blocks of one.
 
     Returns:
-        Name of each block that runs on moe_ops now -> how: ``"experts_implementation"``,
-        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts` and
-        ``"offloaded"`` for one of `moe_ops.offload`, which run on nothing else. Blocks that already
-        did are listed too.
+        Name of each block that now runs on moe_ops -> method: ``"experts_implementation"``,
+        ``"forward"``, ``"quantized"`` for experts of `moe_ops.quantize_experts`, or ``"offloaded"``
+        for experts of `moe_ops.offload`, which always run on moe_ops. Blocks that were already
+        switched are included.
 
     Raises:
         ValueError: nothing to switch, or a block that cannot be switched; the model is unchanged.
@@ -99,12 +99,12 @@ def enable(model: nn.Module) -> dict[str, str]:
 def disable(model: nn.Module) -> dict[str, str]:
     """Undoes :func:`enable`.
 
-    Blocks that were loaded with ``experts_implementation="moe_ops"`` go back to transformers' own
-    default, ``"grouped_mm"``; the others to what they used before. Quantised blocks stay.
+    Blocks loaded with ``experts_implementation="moe_ops"`` get transformers' default,
+    ``"grouped_mm"``; others their previous implementation. Quantized blocks are unchanged.
 
     Returns:
-        Name of each block that left moe_ops -> the implementation it uses now (``"forward"`` for a
-        block that got its own forward back). Empty when none was on moe_ops.
+        Name of each block that no longer runs on moe_ops -> its implementation (``"forward"`` for a
+        block with its original forward). Empty if none ran on moe_ops.
     """
     report = {}
     for name, module in model.named_modules():
@@ -124,19 +124,19 @@ def disable(model: nn.Module) -> dict[str, str]:
 
 
 def status(model: nn.Module) -> dict[str, str]:
-    """Name of each MoE block -> what runs it now.
+    """Returns the current implementation of each MoE block, by name.
 
-    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts, and
-    ``"moe_ops (offloaded)"``; another experts implementation; or ``"transformers"`` for a block
-    outside the experts interface, which ignores ``experts_implementation="moe_ops"`` without a
-    word.
+    It is ``"moe_ops"``; for quantized experts ``"moe_ops (int4 g64)"`` or similar, and ``"moe_ops
+    (offloaded)"``; another experts implementation; or ``"transformers"`` for a block outside the
+    experts interface, which silently ignores ``experts_implementation="moe_ops"``.
     """
     blocks = ((name, status_of(module)) for name, module in model.named_modules())
     return {name: state for name, state in blocks if state is not None}
 
 
 def status_of(module: nn.Module) -> str | None:
-    """The entry of :func:`status` for one module; None for a module that is no MoE block."""
+    """Returns the entry of :func:`status` for one module; None for other modules than MoE
+    blocks."""
     if is_quantized(module):
         return f"moe_ops ({module.format_name})"
     if _is_switched(module):
@@ -148,7 +148,8 @@ def status_of(module: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def assert_used(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Proves that moe_ops really runs: counts the calls of each switched block inside the context.
+    """Verifies that moe_ops really runs: counts the calls of each switched block inside the
+    context.
 
     Yields:
         Name of each block on moe_ops -> number of its calls so far.
@@ -189,7 +190,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def interface_of(module: nn.Module) -> ExpertsInterface | None:
-    """The registry that the forward of a decorated class looks its implementation up in."""
+    """Returns the registry in which the forward of a decorated class looks up its
+    implementation."""
     for cell in getattr(type(module).forward, "__closure__", None) or ():
         if isinstance(cell.cell_contents, ExpertsInterface):
             return cell.cell_contents
@@ -201,7 +203,7 @@ def _config(module: nn.Module) -> Any:
 
 
 def set_implementation(module: nn.Module, implementation: str | None) -> None:
-    # A dict with the empty key leaves sub-configs alone.
+    # A dict with an empty key leaves sub-configs unchanged.
     _config(module)._experts_implementation = {"": implementation}
 
 
@@ -210,7 +212,8 @@ def _path(cls: type) -> str:
 
 
 def _is_switched(module: nn.Module) -> bool:
-    # The parts of a block have a class of ours too, but only the block has an HF class to match.
+    # The submodules of a block have subclasses of moe_ops too, but only the block matches an HF
+    # class.
     replaced = getattr(type(module), "replaces", None)
     return isinstance(replaced, type) and _path(replaced) in _BLOCKS
 

@@ -1,9 +1,9 @@
-"""Tables of the formulas that modules of transformers compute and the attributes they read.
+"""Tables of the formulas that modules of transformers compute and the attributes that they read.
 
-One file a kind of module, and in it a table by the digest of the code of a class: releases of
-transformers share code among families, so that 52 classes of norms are one entry, and a class whose
-code changes in a later release is no longer found. A new family wants no entry where it repeats
-known code; otherwise read the code, add an entry, and tests/hf/test_known.py compares it.
+Each kind of module has a file with a table, keyed by the digest of a class's code: model families
+share code, so that 52 classes of norms are one entry, and a class whose code changes in a later
+release is no longer found. A new family needs no entry if it repeats known code; otherwise read the
+code and add an entry, which tests/hf/test_known.py verifies.
 """
 
 from moe_ops.hf.models.attention import register_attention

@@ -1,5 +1,4 @@
-"""The attention of transformers' decoder layers that `attention_decode` and `mla_decode`
-compute.
+"""Attention of transformers' decoder layers that `attention_decode` and `mla_decode` compute.
 
 B batch, S tokens, d head size, r rank of latents.
 """
@@ -17,14 +16,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moe_ops.hf.models.known import Unknown, add_table, register, unexpected_parts
 from moe_ops.hf.models.norms import epsilon_of
 
-# Functions behind names of attention implementations that compute softmax attention and no more.
-# Others, such as one that a user registers, may compute something else.
+# Functions of attention implementations that compute plain softmax attention. Others, such as
+# user-registered ones, may compute something else.
 PLAIN_FUNCTIONS: set[Callable[..., Any]] = {sdpa_attention_forward}
 
 
 def option_of(module: Any, name: str, default: Any = None) -> Any:
-    """Returns an entry of the configuration of a module. Configurations look attributes up in
-    Python, which takes longer than all else that a step asks for."""
+    """Returns an entry of a module's configuration. Attribute lookup of configurations is Python
+    code, which takes longer than the rest of a step's checks."""
     config = module.__dict__.get("config")
     if config is None:
         return default
@@ -32,8 +31,8 @@ def option_of(module: Any, name: str, default: Any = None) -> Any:
 
 
 def implementation_of(attention: Any) -> str | None:
-    """Returns "eager" or "sdpa", by what masks and scores the module is going to have; None for an
-    implementation that is not known."""
+    """Returns "eager" or "sdpa", which determine the module's masks and scores; None for an unknown
+    implementation."""
     name = option_of(attention, "_attn_implementation_internal")
     if name is None or name == "eager":
         return "eager"
@@ -51,11 +50,11 @@ class HeadAttention:
     q, k and v are q_proj(x), k_proj(x) and v_proj(x); attributes `head_dim` and `scaling` are read
     at each call.
 
-    norms: whether q and k pass through q_norm and k_norm, or the name of the flag that says so.
-    sinks: whether a parameter `sinks` holds a score for each head that attends to nothing.
-    one_angle: whether cos and sin have each angle once; otherwise twice.
-    partial: whether angles for fewer features than a head has rotate those alone.
-    only_if: returns False for a module whose formula is another one as it is set now.
+    norms: True if q and k pass through q_norm and k_norm, or the name of the flag.
+    sinks: True if a parameter `sinks` contains a score per head for attending to nothing.
+    one_angle: True if cos and sin contain each angle once; otherwise twice.
+    partial: True if angles for fewer features than a head has rotate only those features.
+    only_if: returns False for a module whose current settings change the formula.
     """
 
     norms: bool | str = False
@@ -65,7 +64,7 @@ class HeadAttention:
     only_if: Callable[[Any], bool] | None = None
 
     def why_not(self, attention: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
         normed = self.has_norms(attention)
         norms = {"q_norm", "k_norm"} if normed else set()
@@ -82,7 +81,7 @@ class HeadAttention:
         return self.why_not_now(attention)
 
     def why_not_now(self, attention: Any) -> str | None:
-        """Returns which setting is not as the formula wants it; None where all are."""
+        """Returns the setting that does not match the formula; None if all match."""
         state = attention.__dict__
         size = state.get("head_dim")
         if type(size) is not int or size % 4:
@@ -106,14 +105,14 @@ class HeadAttention:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Latent keys and values (MLA), which the cache keeps before kv_b_proj.
+    """Multi-head latent attention (MLA), whose cache stores the inputs of kv_b_proj.
 
-    Parts are q_proj, or q_a_proj, q_a_layernorm and q_b_proj where `q_lora_rank` is set, and
+    Submodules are q_proj, or q_a_proj, q_a_layernorm and q_b_proj if `q_lora_rank` is set, and
     kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj and o_proj.
 
-    interleaved: as of mla_decode; or None where `config.rope_interleave` says so.
-    interleaved_keys: as of mla_decode.
-    complex_angles: whether positions come as complex numbers, not as cos and sin.
+    interleaved: see mla_decode; None reads `config.rope_interleave`.
+    interleaved_keys: see mla_decode.
+    complex_angles: True if positions are complex numbers instead of cos and sin.
     """
 
     interleaved: bool | None = None
@@ -121,7 +120,7 @@ class LatentAttention:
     complex_angles: bool = False
 
     def why_not(self, attention: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         query = {"q_a_proj", "q_b_proj"} if self.has_bottleneck(attention) else {"q_proj"}
         projections = {*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
         norms = {"kv_a_layernorm"} | (
@@ -142,7 +141,7 @@ class LatentAttention:
         return self.why_not_now(attention)
 
     def why_not_now(self, attention: Any) -> str | None:
-        """Returns which setting is not as the formula wants it; None where all are."""
+        """Returns the setting that does not match the formula; None if all match."""
         state = attention.__dict__
         names = ("num_heads", "kv_lora_rank", "qk_rope_head_dim", "layer_idx")
         if any(type(state.get(name)) is not int for name in names):
@@ -162,13 +161,13 @@ class LatentAttention:
         return attention.__dict__.get("q_lora_rank") is not None
 
     def is_interleaved(self, attention: Any) -> Any:
-        """Returns `interleaved` as the module is set now."""
+        """Returns the module's current value of `interleaved`."""
         if self.interleaved is not None:
             return self.interleaved
         return option_of(attention, "rope_interleave")
 
     def angles(self, positions: Any, rope_size: int) -> tuple[Tensor, Tensor] | None:
-        """Returns cos and sin of what a model gives its layers as positions."""
+        """Returns cos and sin from the positions that a model passes to its layers."""
         if self.complex_angles:
             if not isinstance(positions, Tensor) or not positions.is_complex():
                 return None
@@ -182,7 +181,7 @@ class LatentAttention:
 
         Args:
             attention: the module, whose settings are read.
-            parts: by name of projections weight, scale and bias; of norms the weight.
+            parts: weight, scale and bias by name of the projection; the weight by name of the norm.
         """
         state = attention.__dict__
         found: dict[str, Any] = {
@@ -210,7 +209,7 @@ def _not_linear(attention: nn.Module, names: set[str]) -> str | None:
 
 
 def _norms_differ(attention: Any, names: list[str]) -> str | None:
-    """Returns why these are not RMS norms with one epsilon; None where they are."""
+    """Returns why these are not RMS norms with one epsilon; None if they are."""
     epsilons = set()
     for name in names:
         norm = attention._modules[name]
@@ -255,7 +254,7 @@ add_table(
         # Hunyuan 3
         "797a1221012f": _NORMED,
         "b95b1dcf5bf5": _NORMED,
-        # Lara; without positions it does not rotate, which has another call
+        # Lara; its calls without positions do not rotate
         "8e694ff21e4e": _NORMED,
         # OLMoE, where queries, keys and values are not clipped
         "2125194c699f": HeadAttention(norms=True, only_if=_unclipped),
@@ -295,17 +294,17 @@ add_table(
 def register_attention(
     cls: type[nn.Module], *, norms: bool | str = False, partial: bool = False
 ) -> None:
-    """Says that a class is attention of grouped heads with rotary positions, as Mixtral's.
+    """Registers a class as attention of grouped heads with rotary positions, like Mixtral's.
 
-    :func:`moe_ops.hf.optimize` then runs few tokens through it in one call, if it agrees with the
+    :func:`moe_ops.hf.optimize` then runs it for few tokens in one call, if it agrees with the
     formula on a few inputs.
 
     Args:
         cls: a class of modules with q_proj, k_proj, v_proj and o_proj, and attributes `head_dim`,
-            `scaling`, `layer_idx` and `config`, that is called as transformers calls attention.
-        norms: whether queries and keys pass through q_norm and k_norm before they are rotated, or
-            the name of the attribute that says so.
-        partial: whether positions with fewer angles rotate the first features of a head alone.
+            `scaling`, `layer_idx` and `config`, with the interface of transformers' attention.
+        norms: True if queries and keys pass through q_norm and k_norm before rotation, or the name
+            of the flag attribute.
+        partial: True if positions with fewer angles rotate only the first features of a head.
 
     Raises:
         TypeError: `cls` is not a class of modules.

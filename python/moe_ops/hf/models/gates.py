@@ -1,4 +1,4 @@
-"""The activations between the two products of an expert or of a dense network."""
+"""Activations between the two GEMMs of an expert or of a dense network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import activations as hf_activations
 
 from moe_ops.hf.models.source import read
 
-# By exact class: a subclass may compute something else. The four tanh forms differ by rounding.
+# By exact class: a subclass may compute something else. The four tanh variants differ by rounding.
 _ACTIVATION_OF_CLASS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 for _class_name, _activation in (
     ("SiLUActivation", "silu"),
@@ -26,7 +26,7 @@ for _class_name, _activation in (
     if hasattr(hf_activations, _class_name):
         _ACTIVATION_OF_CLASS[getattr(hf_activations, _class_name)] = _activation
 
-# A forward that something has replaced, before or after, is not the one of the class.
+# A forward that was replaced, at any time, is not that of the class.
 _CLASSES: tuple[Any, ...] = (*_ACTIVATION_OF_CLASS, nn.GELU)
 _FORWARDS: dict[type, Any] = {
     cls: cls.forward
@@ -37,10 +37,10 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": 
 
 
 def activation_name(act_fn: Any) -> str | None:
-    """Returns the name that moe_ffn has for an activation; None for an unknown one.
+    """Returns the name of an activation in moe_ffn; None for an unknown one.
 
-    A module with forward hooks or a forward of its own counts as unknown: inside a fused op they
-    would never run.
+    A module with forward hooks or a patched forward counts as unknown: a fused op would never run
+    them.
     """
     if not isinstance(act_fn, nn.Module):
         return None
@@ -56,16 +56,16 @@ def activation_name(act_fn: Any) -> str | None:
 
 
 def fused_gate(act_fn: Any) -> dict[str, Any] | None:
-    """Returns the arguments of moe_ffn for ``act_fn(gate) * up``; None where it has none."""
+    """Returns the arguments of moe_ffn for ``act_fn(gate) * up``; None if it has none."""
     name = activation_name(act_fn)
     return {"activation": _GATED[name]} if name in _GATED else None
 
 
 @dataclass(frozen=True)
 class ClampedGate:
-    """A gate with gate at most `limit` and up between -limit and limit.
+    """Activation of a gated FFN with gate at most `limit` and up between -limit and limit.
 
-    alpha: name of the experts' attribute for (up + 1) * gate * sigmoid(alpha * gate); None is
+    alpha: name of the experts' attribute for (up + 1) * gate * sigmoid(alpha * gate), or None for
         silu(gate) * up.
     limit: name of the experts' attribute.
     interleaved: True if gate and up alternate; otherwise the gate half comes first.
@@ -107,11 +107,11 @@ def _gate_of(cls: type) -> Any:
 
 def fused_activation(experts: Any) -> dict[str, Any] | None:
     """Returns the arguments of moe_ffn for the activation of experts on transformers' interface;
-    None where the experts' own `_apply_gate` or `act_fn` is to be called."""
+    None if the experts' own `_apply_gate` or `act_fn` must be called."""
     if not getattr(experts, "has_gate", True):
         name = activation_name(experts.act_fn)
         return None if name is None else {"activation": name}
-    if "_apply_gate" in experts.__dict__:  # Replaced on this one module.
+    if "_apply_gate" in experts.__dict__:  # Replaced on this module.
         return None
     gate = _gate_of(type(experts))
     if gate is None:

@@ -1,8 +1,8 @@
-"""Look up what a module of transformers computes, by the code of its class.
+"""Lookup of the formulas of transformers' modules, by the code of their class.
 
 Each kind of module has a table: digest of the code (:mod:`moe_ops.hf.models.source`) -> an entry
-that names the formula and the attributes that it reads. A class outside these tables is unknown
-unless `register` says what it is.
+with the formula and the attributes that it reads. Other classes are unknown unless `register` adds
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _codes: dict[type, Code | None] = {}
 
 
 class Unknown(Exception):
-    """Says why a module is left alone."""
+    """Reason for which a module is not changed."""
 
 
 def add_table(kind: str, entries: dict[str, Any]) -> None:
@@ -31,14 +31,14 @@ def add_table(kind: str, entries: dict[str, Any]) -> None:
 
 
 def register(kind: str, cls: type, entry: Any) -> None:
-    """Says what a class outside the tables computes. A subclass of it stays unknown."""
+    """Registers the formula of a class outside the tables. Its subclasses stay unknown."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_{kind}: cls must be a class of modules, got {cls!r}.")
     _registered[kind][cls] = entry
 
 
 def own_class(cls: type) -> type:
-    """Returns the class that a module had before it was fused."""
+    """Returns the class of a module before fusion."""
     return cls.__mro__[1] if "_moe_ops_kind" in cls.__dict__ else cls
 
 
@@ -77,7 +77,7 @@ def find(kind: str, module: nn.Module) -> Any:
     """Returns the entry of a module.
 
     Raises:
-        Unknown: its class is unknown, it has a forward of its own, or it is not as the entry says.
+        Unknown: its class is unknown, it has a patched forward, or it does not match the entry.
     """
     cls = own_class(type(module))
     if has_own_forward(module):
@@ -91,12 +91,12 @@ def find(kind: str, module: nn.Module) -> Any:
 
 
 def parts_of(module: nn.Module) -> set[str]:
-    """Returns the names of the submodules that a module has."""
+    """Returns the names of a module's submodules."""
     return {name for name, part in module._modules.items() if part is not None}
 
 
 def unexpected_parts(module: nn.Module, expected: set[str], optional: set[str]) -> str | None:
-    """Returns a sentence about a submodule that is missing or not expected; None without one."""
+    """Returns a sentence about a missing or unexpected submodule; None if there is none."""
     parts = parts_of(module)
     if missing := sorted(expected - parts):
         return f"it has no {missing[0]}"

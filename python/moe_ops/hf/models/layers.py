@@ -1,4 +1,4 @@
-"""The blocks of experts and the decoder layers of transformers, by the names of their parts."""
+"""Blocks of experts and decoder layers of transformers, by the names of their submodules."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moe_ops.hf.models.known import add_table, register, unexpected_parts
 
 @dataclass(frozen=True)
 class RoutedBlock:
-    """experts(x, router(x)) + shared(x).
+    """Block that computes experts(x, router(x)) + shared(x).
 
-    router: the name of the router, which returns logits, weights and ids.
-    shared: the name of the network that every token passes; None without one.
-    optional: whether there may be no such network.
-    gate: the name of the linear layer whose sigmoid multiplies the output of that network.
-    pair: whether the block returns routing weights beside its output.
+    router: name of the router, which returns logits, weights and ids.
+    shared: name of the shared network; None without one.
+    optional: True if the shared network may be absent.
+    gate: name of the linear layer whose sigmoid multiplies the output of the shared network.
+    pair: True if the block also returns routing weights.
     """
 
     router: str = "gate"
@@ -28,7 +28,7 @@ class RoutedBlock:
     pair: bool = False
 
     def why_not(self, block: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         expected = {self.router, "experts"}
         shared = {name for name in (self.shared, self.gate) if name is not None}
         reason = unexpected_parts(
@@ -41,19 +41,20 @@ class RoutedBlock:
         return reason
 
     def shared_of(self, block: Any) -> str | None:
-        """Returns the name of the network that every token passes; None where there is none."""
+        """Returns the name of the shared network; None if there is none."""
         return self.shared if block._modules.get(self.shared) is not None else None
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """y + scale * block(post_attention_layernorm(y)), where y is
-    x + scale * self_attn(input_layernorm(x)).
+    """Decoder layer that computes y + scale * block(post_attention_layernorm(y)), where y is x +
+    scale * self_attn(input_layernorm(x)).
 
-    block: the name of the block, which is experts or a dense network.
-    scale: the name of the attribute that holds the factor; None for 1.
-    pair: whether the block returns something beside what it adds.
-    attention_only_if: an attribute and the value without which self_attn is another kind of layer.
+    block: name of the block, which is experts or a dense network.
+    scale: name of the attribute with the factor; None for 1.
+    pair: True if the block returns a second value.
+    attention_only_if: an attribute and its value if self_attn is softmax attention; otherwise it is
+    another kind of layer.
     """
 
     block: str = "mlp"
@@ -62,7 +63,7 @@ class DecoderLayer:
     attention_only_if: tuple[str, Any] | None = None
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         parts = {"input_layernorm", "self_attn", "post_attention_layernorm", self.block}
         reason = unexpected_parts(layer, parts, set())
         if reason is None and self.factor(layer) is None:
@@ -72,14 +73,14 @@ class DecoderLayer:
         return reason
 
     def factor(self, layer: Any) -> float | None:
-        """Returns `scale` as it is now."""
+        """Returns the current value of `scale`."""
         if self.scale is None:
             return 1.0
         factor = layer.__dict__.get(self.scale)
         return float(factor) if type(factor) in (float, int) else None
 
     def attends(self, layer: Any) -> bool:
-        """Returns whether self_attn is softmax attention, which returns its weights too."""
+        """Returns whether self_attn is softmax attention, which also returns its weights."""
         if self.attention_only_if is None:
             return True
         name, value = self.attention_only_if
@@ -139,14 +140,15 @@ def register_block(
     shared: str | None = None,
     gate: str | None = None,
 ) -> None:
-    """Says that a class is a block of experts: experts(x, ids, weights) + shared(x).
+    """Registers a class as a block of experts: experts(x, ids, weights) + shared(x).
 
     Args:
-        cls: a class of modules with these parts and an `experts` on transformers' interface, that
-            returns one tensor.
+        cls: a class of modules with these submodules and an `experts` on transformers' interface,
+            which returns one tensor.
         router: the name of the router, which returns logits, weights and ids.
-        shared: the name of the network that every token passes.
-        gate: the name of the linear layer whose sigmoid multiplies the output of that network.
+        shared: the name of the shared network.
+        gate: the name of the linear layer whose sigmoid multiplies the output of the shared
+            network.
 
     Raises:
         TypeError: `cls` is not a class of modules.
@@ -155,13 +157,14 @@ def register_block(
 
 
 def register_layer(cls: type[nn.Module], *, block: str = "mlp", scale: str | None = None) -> None:
-    """Says that a class is a decoder layer: y = x + self_attn(input_layernorm(x)), then
-    y + block(post_attention_layernorm(y)).
+    """Registers a class as a decoder layer: y = x + self_attn(input_layernorm(x)), then y +
+    block(post_attention_layernorm(y)).
 
     Args:
-        cls: a class of modules with these parts, called as transformers calls decoder layers.
+        cls: a class of modules with these submodules and the interface of transformers' decoder
+            layers.
         block: the name of the block.
-        scale: the name of the attribute with the factor of what is added.
+        scale: the name of the attribute with the factor of both residuals.
 
     Raises:
         TypeError: `cls` is not a class of modules.

@@ -1,4 +1,4 @@
-"""The dense networks of transformers that `gated_mlp_decode` computes."""
+"""Dense networks of transformers that `gated_mlp_decode` computes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moe_ops.hf.models.known import add_table, register, unexpected_parts
 
 @dataclass(frozen=True)
 class GatedNetwork:
-    """down_proj(act_fn(gate_proj(x)) * up_proj(x)), with no biases."""
+    """Network down_proj(act_fn(gate_proj(x)) * up_proj(x)), without biases."""
 
     def why_not(self, network: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         names = {f"{name}_proj" for name in ("gate", "up", "down")}
         reason = unexpected_parts(network, names, {"act_fn"})
         if reason is not None:
@@ -30,21 +30,20 @@ class GatedNetwork:
         return None
 
     def activation(self, network: Any) -> str | None:
-        """Returns the name that gated_mlp_decode has for the activation as it is now; None without
-        one."""
+        """Returns the name in gated_mlp_decode of the current activation; None if it has none."""
         gate = fused_gate(network._modules.get("act_fn") or network.__dict__.get("act_fn"))
         return None if gate is None else gate["activation"]
 
 
-# One code in all 48 families that have such a network.
+# One code in all 48 families with such a network.
 add_table("network", {"1513f7d96870": GatedNetwork()})
 
 
 def register_network(cls: type[nn.Module]) -> None:
-    """Says that a class is a gated network: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
+    """Registers a class as a gated network: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 
     Args:
-        cls: a class of modules with these four parts, of which the projections have no bias.
+        cls: a class of modules with these four submodules and no biases.
 
     Raises:
         TypeError: `cls` is not a class of modules.

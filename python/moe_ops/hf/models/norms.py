@@ -1,4 +1,4 @@
-"""The norms of transformers that `add_rms_norm` computes."""
+"""Norms of transformers that `add_rms_norm` computes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from moe_ops.hf.models.known import add_table, find, register
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """weight * x / sqrt(mean(x^2) + eps), with the mean over the last dimension.
+    """RMS norm weight * x / sqrt(mean(x^2) + eps), with the mean over the last dimension.
 
-    eps: the name of the attribute that holds epsilon.
-    scaled: the name of a flag without which there is no weight.
+    eps: name of the attribute with epsilon.
+    scaled: name of a flag without which there is no weight.
     """
 
     eps: str = "variance_epsilon"
     scaled: str | None = None
 
     def why_not(self, norm: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         parameters = {name: p for name, p in norm._parameters.items() if p is not None}
         if parameters.keys() != {"weight"} or parameters["weight"].dim() != 1:
             return "its only parameter must be a vector called weight"
@@ -31,7 +31,7 @@ class RmsNorm:
         return None
 
     def epsilon(self, norm: Any) -> float | None:
-        """Returns epsilon as it is now; None where there is no weight to multiply by."""
+        """Returns the current epsilon; None if there is no weight."""
         state = norm.__dict__
         eps = state.get(self.eps)
         if self.scaled is not None and state.get(self.scaled) is not True:
@@ -61,21 +61,21 @@ def epsilon_of(norm: nn.Module) -> float:
     """Returns the epsilon of a known RMS norm.
 
     Raises:
-        Unknown: it is not known.
+        Unknown: it is unknown.
     """
     eps: float = find("norm", norm).epsilon(norm)
     return eps
 
 
 def register_norm(cls: type[nn.Module], eps: str = "variance_epsilon") -> None:
-    """Says that a class is an RMS norm: weight * x / sqrt(mean(x^2) + eps).
+    """Registers a class as an RMS norm: weight * x / sqrt(mean(x^2) + eps).
 
     :func:`moe_ops.hf.optimize` then fuses modules of exactly this class, if they agree with the
     formula on a few inputs.
 
     Args:
         cls: a class of modules with one parameter, `weight` [H].
-        eps: the name of the attribute that holds epsilon, a float.
+        eps: the name of the attribute with epsilon, a float.
 
     Raises:
         TypeError: `cls` is not a class of modules.

@@ -1,4 +1,4 @@
-"""The routers of transformers that `router_linear` and `topk_router` compute."""
+"""Routers of transformers that `router_linear` and `topk_router` compute."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from moe_ops.hf.models.known import add_table, register
 
 @dataclass(frozen=True)
 class TopkRouter:
-    """Logits x @ weight.T, scores of them, and the `top_k` experts with the largest scores.
+    """Router with logits x @ weight.T that selects the `top_k` experts with the largest scores.
 
-    A field that names an attribute says where the module keeps a setting; it is read at each call.
+    A field with the name of an attribute states where the module stores a setting, which is read at
+    each call.
 
     score: "softmax" or "sigmoid".
-    renormalize: whether weights are divided by their sum, or the name of the flag that says so.
+    renormalize: True if weights are divided by their sum, or the name of the flag.
     scale: the attribute with the factor of the weights; None for 1.
-    selection_bias: the attribute with a number for each expert that is added to scores for the
-        choice alone.
-    groups: how a group of experts is judged, "max" or "top2_sum"; its numbers are `num_group` and
-        `topk_group`. None without groups.
-    only_if: an attribute and the value without which the formula is another one.
-    grouped_if: an attribute and the value without which groups are not looked at.
-    bias: whether logits have a `bias`.
-    wide: whether products are made in float32 whatever the types of x and weight.
-    wide_logits, wide_weights: whether results are float32 where x is not.
+    selection_bias: the attribute with a value per expert that is added to scores for selection
+    only.
+    groups: score of a group of experts, "max" or "top2_sum"; the sizes are `num_group` and
+    `topk_group`. None without groups.
+    only_if: an attribute and its value if the formula applies.
+    grouped_if: an attribute and its value if groups are used.
+    bias: True if logits have a `bias`.
+    wide: True if GEMMs run in float32 whatever the dtypes of x and weight.
+    wide_logits, wide_weights: True if results are float32 even if x is not.
     """
 
     score: str = "softmax"
@@ -44,7 +45,7 @@ class TopkRouter:
     wide_weights: bool = False
 
     def why_not(self, router: nn.Module) -> str | None:
-        """Returns why this one module does not compute the formula; None where it does."""
+        """Returns why this module does not compute the formula; None if it does."""
         parameters = {name for name, p in router._parameters.items() if p is not None}
         if parameters != ({"weight", "bias"} if self.bias else {"weight"}) or router._modules:
             return "its parameters must be weight" + (" and bias" if self.bias else "")
@@ -53,8 +54,8 @@ class TopkRouter:
         return None
 
     def arguments(self, router: Any) -> dict[str, Any] | None:
-        """Returns the arguments of topk_router as the module is set now; None where its formula is
-        not this one."""
+        """Returns the arguments of topk_router for the module's current settings; None if its
+        formula differs."""
         state = router.__dict__
         top_k = state.get("top_k")
         if type(top_k) is not int or not 1 <= top_k <= router.weight.shape[0]:
@@ -88,8 +89,8 @@ class TopkRouter:
 
 
 def _are_groups(num_groups: Any, kept: Any, num_experts: int, top_k: int, judged: str) -> bool:
-    """Returns whether experts can be chosen so. Where the groups that are kept hold fewer experts
-    than a token takes, transformers takes some of the others."""
+    """Returns whether the op supports these groups. If the selected groups have fewer than top_k
+    experts, transformers also selects others."""
     if type(num_groups) is not int or type(kept) is not int or not 1 <= kept <= num_groups:
         return False
     size, rest = divmod(num_experts, num_groups)
@@ -117,7 +118,7 @@ add_table(
     {
         # DeepSeek-V3, GLM-4, Dots, EXAONE, Nemotron-H, Kimi, ...
         "cf432fff5fe4": _DEEPSEEK_V3,
-        # Beam, whose block multiplies by the factor afterwards.
+        # Beam, whose block applies the factor afterwards.
         "d92948c1771d": TopkRouter(
             "sigmoid",
             renormalize="norm_topk_prob",
@@ -125,8 +126,8 @@ add_table(
             groups="top2_sum",
             **_WIDE,
         ),
-        # A.X K2 fills groups that were dropped with 0, above scores with a negative bias: only
-        # without groups it is the formula.
+        # A.X K2 fills unselected groups with 0, which exceeds scores with a negative bias: the
+        # formula applies only without groups.
         "d5a8d90a37f9": TopkRouter(
             "sigmoid",
             renormalize="norm_topk_prob",
@@ -154,7 +155,7 @@ add_table(
         "f903e5d3e34f": _GRANITE,
         # gpt-oss
         "bd0e0eade139": TopkRouter(renormalize=True, bias=True),
-        # Command A, where it is set to the softmax
+        # Command A, if it is set to softmax
         "e6f1222737d6": TopkRouter(renormalize=True, only_if=("expert_selection_fn", "softmax")),
         # Aria
         "f4a62267e201": _SOFTMAX_OF_CHOSEN,
@@ -174,21 +175,21 @@ def register_router(
     groups: str | None = None,
     bias: bool = False,
 ) -> None:
-    """Says that a class is a top-k router that returns logits, weights and ids, in this order.
+    """Registers a class as a top-k router that returns logits, weights and ids, in this order.
 
     :func:`moe_ops.hf.optimize` then fuses modules of exactly this class, if they agree with the
-    formula on a few inputs. Logits are x @ weight.T in the type of x; weights have that type too.
+    formula on a few inputs. Logits are x @ weight.T in the dtype of x, which is also that of the
+    weights.
 
     Args:
         cls: a class of modules with a parameter `weight` [E, H] and an attribute `top_k`.
         score: "softmax" or "sigmoid".
-        renormalize: whether weights are divided by their sum, or the name of the attribute that
-            says so.
+        renormalize: True if weights are divided by their sum, or the name of the flag attribute.
         scale: the name of the attribute with the factor of the weights.
-        selection_bias: the name of the buffer [E] that is added to scores for the choice alone.
-        groups: "max" or "top2_sum" for experts in `num_group` groups of which `topk_group` are
-            kept.
-        bias: whether logits have a `bias` [E].
+        selection_bias: the name of the buffer [E] that is added to scores for selection only.
+        groups: "max" or "top2_sum" for experts in `num_group` groups, of which `topk_group` are
+            selected.
+        bias: True if logits have a `bias` [E].
 
     Raises:
         TypeError: `cls` is not a class of modules.

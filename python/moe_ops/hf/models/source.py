@@ -1,7 +1,7 @@
-"""The code that a module of transformers runs, and digests of it.
+"""Code of transformers' modules, and its digests.
 
 A digest identifies a formula: two classes with one digest compute the same function of their
-attributes, whatever they are called and whichever release defines them.
+attributes, whatever their names and the releases that define them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _MODELS = "transformers.models."
-# Parts of a definition that do not change what it computes.
+# Parts of a definition that do not change its computation.
 _IGNORED = frozenset(("annotation", "returns", "type_comment", "decorator_list", "type_params"))
 
 
 def is_of_transformers(cls: type) -> bool:
-    """Returns True for a class that one of transformers' model files defines."""
+    """Returns True for a class defined in one of transformers' model files."""
     return cls.__module__.startswith(_MODELS)
 
 
@@ -30,14 +30,14 @@ class Code(NamedTuple):
     """The code that a method runs.
 
     digest: 12 hexadecimal digits.
-    functions: a class or a namespace, a name in it, and the function that it held.
+    functions: a class or a namespace, a name in it, and the function of that name.
     """
 
     digest: str
     functions: tuple[tuple[Any, str, Any], ...]
 
     def is_intact(self) -> bool:
-        """Returns False once one of the functions has been replaced."""
+        """Returns False if one of the functions has been replaced."""
         for owner, name, function in self.functions:
             now = owner.get(name) if type(owner) is dict else getattr(owner, name, None)
             if now is not function:
@@ -49,15 +49,15 @@ def read(cls: type, method: str = "forward") -> Code | None:
     """Returns the code of a method and of all functions that it reaches.
 
     These are other methods and properties of the class and functions of its file. They are taken
-    from the live class, so that a replaced method or helper has another digest. Annotations,
-    docstrings, decorators of transformers and names of functions are left out.
+    from the live class, so that a replaced method or helper changes the digest. Annotations,
+    docstrings, decorators of transformers and names of functions are ignored.
 
     Args:
         cls: a class.
         method: the name of the method, which may be inherited.
 
     Returns:
-        The code; None where there is no such method or no source to read.
+        The code; None without such a method or without source.
     """
     start = _function(inspect.getattr_static(cls, method, None))
     if start is None:
@@ -109,7 +109,7 @@ def _is_relevant(function: Callable[..., Any]) -> bool:
 
 
 def _unwrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """Yields a function and what it wraps, without the wrappers that transformers makes itself."""
+    """Yields a function and the functions that it wraps, without transformers' own wrappers."""
     each: Any = function
     while isinstance(each, FunctionType):
         inner = getattr(each, "__wrapped__", None)
@@ -133,7 +133,7 @@ def _tree(code: CodeType) -> str:
 
 
 def _dump(node: Any) -> str:
-    """Returns the same text for the same code under every version of Python."""
+    """Returns a text that depends only on the code, not on the version of Python."""
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):
@@ -161,5 +161,5 @@ def path_of(cls: type) -> str:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Returns True where a forward was set on this one module, as accelerate and kernels do."""
+    """Returns True if a forward was set on this module, as accelerate and kernels do."""
     return "forward" in module.__dict__

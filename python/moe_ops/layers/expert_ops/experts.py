@@ -1,7 +1,7 @@
-"""Operations on a bank of `Experts`. Its methods document them.
+"""Operations on `Experts`, documented by its methods.
 
-Banks call these functions, so their class cannot be imported here.
-Letters: H hidden size, I intermediate size, E experts.
+`Experts` imports these functions, so the class cannot be imported here. Letters: H hidden size, I
+intermediate size, E experts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .rows import (
 
 
 def select(bank: Any, ids: Sequence[int] | Tensor) -> Any:
-    """`Experts.select`."""
+    """Implements `Experts.select`."""
     index = as_ids("Experts.select", ids, bank.num_experts)
     return _rebuild(bank, {name: take_rows(p, index) for name, p in _row_tensors(bank).items()})
 
 
 def append(bank: Any, other: int | Any, init: str) -> Any:
-    """`Experts.append`."""
+    """Implements `Experts.append`."""
     old = _row_tensors(bank)
     if not isinstance(other, int):
         if other.config() != bank.config() or _row_tensors(other).keys() != old.keys():
@@ -53,7 +53,7 @@ def split(
     mode: str,
     noise: float,
 ) -> Any:
-    """`Experts.split`."""
+    """Implements `Experts.split`."""
     index = as_ids("Experts.split", ids, bank.num_experts)
     check_split("Experts.split", factor, mode)
     if mode == "slice" and (bank.intermediate_size % factor or noise):
@@ -74,7 +74,8 @@ def split(
                 tensors[name] = torch.where(is_part[:, None, None], w * scale, w)
         return _rebuild(bank, tensors)
 
-    # Which slice each row is: 0, 1, ... in turn for the parts; unsplit experts keep all.
+    # Slice index of each row: 0, 1, ... in turn for split experts; -1 for unsplit experts, which
+    # keep all neurons.
     width = bank.intermediate_size // factor
     part, parts = 0, []
     for e in rows:
@@ -106,7 +107,7 @@ def merge(
     mode: str,
     neuron_order: Tensor | None,
 ) -> Any:
-    """`Experts.merge`."""
+    """Implements `Experts.merge`."""
     members = as_groups("Experts.merge", groups, bank.num_experts, mode)
     tensors = _row_tensors(bank)
     if neuron_order is not None:
@@ -151,7 +152,7 @@ def _reorder(bank: Any, tensors: dict[str, Tensor], neuron_order: Tensor) -> dic
 
 
 def _neurons_first(bank: Any, name: str, p: Tensor) -> Tensor:
-    """A view or copy [E, I, ...] of a parameter, everything of one hidden neuron together."""
+    """Returns a view or copy [E, I, ...] of a parameter, grouped by hidden neuron."""
     if name == "w_down":
         return p.transpose(1, 2)  # [E, I, H]
     if not bank.gated:
@@ -163,7 +164,7 @@ def _neurons_first(bank: Any, name: str, p: Tensor) -> Tensor:
 
 
 def _neurons_back(bank: Any, name: str, p: Tensor) -> Tensor:
-    """The inverse of `_neurons_first`, for any number of experts and neurons."""
+    """Inverts `_neurons_first`, for any number of experts and neurons."""
     if name == "w_down":
         return p.transpose(1, 2)
     if not bank.gated:
@@ -198,9 +199,9 @@ def _fresh_rows(bank: Any, num: int, init: str) -> dict[str, Tensor]:
 
 
 def _rebuild(bank: Any, tensors: dict[str, Tensor]) -> Any:
-    """A bank like this one with other experts; sizes are taken from the tensors."""
+    """Returns experts like these with other weights; sizes are taken from the tensors."""
     num_experts, _, intermediate_size = tensors["w_down"].shape
-    # On the meta device initialisation draws no random numbers.
+    # On the meta device, initialization draws no random numbers.
     result = bank.blank(num_experts, intermediate_size=intermediate_size, device="meta")
     for name, old in bank.named_parameters(recurse=False):
         new = tensors[name].to(old.device, old.dtype)

@@ -1,7 +1,7 @@
-"""Operations on a `MoE` and on `AttentionExperts`. Their methods document them.
+"""Operations on a `MoE` and on `AttentionExperts`, documented by their methods.
 
-Layers call these functions, so their classes cannot be imported here.
-Letters: E experts, D width of the heads of an expert.
+The layers import these functions, so their classes cannot be imported here. Letters: E experts, D
+width of an expert's heads.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .rows import as_ids, repeated_rows, take_rows, whole_rows
 
 
 def select(moe: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
-    """`MoE.select`."""
+    """Implements `MoE.select`."""
     return moe.rebuild(moe.router.select(ids, **changes), moe.experts.select(ids))
 
 
 def append(
     moe: Any, other: int | Any, init: str, router_init: str | None, changes: dict[str, Any]
 ) -> Any:
-    """`MoE.append`."""
+    """Implements `MoE.append`."""
     if not isinstance(other, int):
         router = moe.router.append(other.router, **changes)
         return moe.rebuild(router, moe.experts.append(other.experts))
@@ -35,7 +35,7 @@ def append(
 def split(
     moe: Any, ids: Sequence[int] | Tensor | None, factor: int, mode: str, noise: float
 ) -> Any:
-    """`MoE.split`."""
+    """Implements `MoE.split`."""
     router = moe.router.split(ids, factor, mode=mode)
     return moe.rebuild(router, moe.experts.split(ids, factor, mode=mode, noise=noise))
 
@@ -48,19 +48,20 @@ def merge(
     neuron_order: Tensor | None,
     changes: dict[str, Any],
 ) -> Any:
-    """`MoE.merge`."""
+    """Implements `MoE.merge`."""
     router = moe.router.merge(groups, weights, mode=mode, **changes)
     experts = moe.experts.merge(groups, weights, mode=mode, neuron_order=neuron_order)
     return moe.rebuild(router, experts)
 
 
 def _router_init(init: str) -> str:
-    """Rows of a router that go with new experts; a router has no output that could be zero."""
+    """Returns the `init` of router rows for new experts; a router has no output that could be
+    zero."""
     return "random" if init == "zero_output" else init
 
 
 def select_attention(layer: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
-    """`AttentionExperts.select`."""
+    """Implements `AttentionExperts.select`."""
     index = as_ids("AttentionExperts.select", ids, layer.router.num_experts)
     rows = {name: take_rows(p, index) for name, p in _row_tensors(layer).items()}
     return _rebuild_attention(layer, layer.router.select(ids, **changes), rows)
@@ -69,7 +70,7 @@ def select_attention(layer: Any, ids: Sequence[int] | Tensor, changes: dict[str,
 def append_attention(
     layer: Any, num: int, init: str, router_init: str | None, changes: dict[str, Any]
 ) -> Any:
-    """`AttentionExperts.append`."""
+    """Implements `AttentionExperts.append`."""
     if init not in ("random", "zero_output", "copy", "mean"):
         raise ValueError(
             "AttentionExperts.append: init must be 'random', 'zero_output', 'copy' or 'mean', "
@@ -91,7 +92,7 @@ def append_attention(
 
 
 def _row_tensors(layer: Any) -> dict[str, Tensor]:
-    """Tensors of the experts, [E, ...]; keys and values are among them with `expert_kv`."""
+    """Returns the experts' tensors, [E, ...]; with `expert_kv` they include keys and values."""
     weights = {"w_query": layer.w_query, "w_output": layer.w_output}
     tensors = whole_rows("AttentionExperts", weights)
     if layer.expert_kv:
@@ -103,7 +104,7 @@ def _row_tensors(layer: Any) -> dict[str, Tensor]:
 
 
 def _rebuild_attention(layer: Any, router: Any, rows: dict[str, Tensor]) -> Any:
-    # On the meta device initialisation draws no random numbers.
+    # On the meta device, initialization draws no random numbers.
     result = layer.blank(router, device="meta")
     tensors: dict[str, Tensor | None] = {
         "kv_proj.weight": layer.kv_proj.weight,
@@ -119,7 +120,7 @@ def _rebuild_attention(layer: Any, router: Any, rows: dict[str, Tensor]) -> Any:
     for name, old in layer.named_parameters():
         tensor = tensors.get(name)
         if tensor is None:
-            continue  # The router's.
+            continue  # A parameter of the router.
         module = result.get_submodule(name.rpartition(".")[0])
         new = tensor.detach().to(old).clone(memory_format=torch.contiguous_format)
         parameter = nn.Parameter(new, requires_grad=old.requires_grad)

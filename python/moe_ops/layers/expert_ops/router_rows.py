@@ -1,6 +1,6 @@
-"""Operations on the rows of a `Router`, one for each expert. Its methods document them.
+"""Operations on the rows of a `Router`, one row per expert, documented by its methods.
 
-Routers call these functions, so their class cannot be imported here.
+Routers import these functions, so their class cannot be imported here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def select(
     num_groups: int | None,
     num_topk_groups: int | None,
 ) -> Any:
-    """`Router.select`."""
+    """Implements `Router.select`."""
     index = as_ids("Router.select", ids, router.num_experts)
     rows = {name: take_rows(t, index) for name, t in _row_tensors(router).items()}
     return _rebuild(router, rows, top_k, **_groups(router, index, num_groups, num_topk_groups))
@@ -45,7 +45,7 @@ def append(
     num_groups: int | None,
     num_topk_groups: int | None,
 ) -> Any:
-    """`Router.append`."""
+    """Implements `Router.append`."""
     if router.num_groups > 1 and num_groups is None:
         raise ValueError(
             f"Router.append: num_groups must be given for a router with {router.num_groups} "
@@ -66,7 +66,7 @@ def append(
 
 
 def split(router: Any, ids: Sequence[int] | Tensor | None, factor: int, mode: str) -> Any:
-    """`Router.split`."""
+    """Implements `Router.split`."""
     index = as_ids("Router.split", ids, router.num_experts)
     check_split("Router.split", factor, mode)
     partial = len(index) < router.num_experts
@@ -104,7 +104,7 @@ def merge(
     num_groups: int | None,
     num_topk_groups: int | None,
 ) -> Any:
-    """`Router.merge`."""
+    """Implements `Router.merge`."""
     members = as_groups("Router.merge", groups, router.num_experts, mode)
     matrix = merge_matrix("Router.merge", members, weights, router.num_experts)
     rows = {name: mix_rows(matrix, t) for name, t in _row_tensors(router).items()}
@@ -123,15 +123,16 @@ def merge(
 
 
 def _slice_gain(router: Any, factor: int) -> float:
-    """By how much weights shrink when each chosen expert becomes `factor` equal ones."""
+    """Returns the factor by which weights shrink when each selected expert becomes `factor` equal
+    ones."""
     if router.renormalize:
         return factor ** (1.0 / router.renormalize_p)
-    # Other scores do not see the other experts; a softmax shares its mass among the slices.
+    # A softmax shares its mass among the slices; other scores do not depend on other experts.
     return float(factor) if router.score_func == "softmax" else 1.0
 
 
 def _scale_bias(router: Any, rows: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The bias follows softmax scores, which shrink with the number of experts."""
+    """Scales the bias with softmax scores, which shrink with the number of experts."""
     if "expert_bias" in rows and router.score_func == "softmax" and not router.topk_first:
         rows["expert_bias"] = rows["expert_bias"] * factor
     return rows
@@ -140,7 +141,8 @@ def _scale_bias(router: Any, rows: dict[str, Tensor], factor: float) -> dict[str
 def _groups(
     router: Any, index: list[int], num_groups: int | None, num_topk_groups: int | None
 ) -> dict[str, Any]:
-    """Groups of a router of the old experts `index`, which must be equal runs of old groups."""
+    """Returns the groups of a router with the old experts `index`, which must be equal runs of old
+    groups."""
     if router.num_groups == 1 or num_groups is not None:
         return {"num_groups": num_groups, "num_topk_groups": num_topk_groups}
     size = router.num_experts // router.num_groups
@@ -163,7 +165,7 @@ def _row_tensors(router: Any) -> dict[str, Tensor]:
 def _fresh_rows(router: Any, num: int, init: str) -> dict[str, Tensor]:
     if num < 1:
         raise ValueError(f"Router.append: the number of experts must be >= 1, got {num}.")
-    # A random row keeps the mean of the old rows' expert_bias.
+    # A random row gets the mean expert_bias of the old rows.
     new = repeated_rows(_row_tensors(router), num, "mean" if init == "random" else init)
     if new is None:
         raise ValueError(f"Router.append: init must be 'random', 'copy' or 'mean', got {init!r}.")
@@ -176,7 +178,7 @@ def _fresh_rows(router: Any, num: int, init: str) -> dict[str, Tensor]:
 
 
 def _rebuild(router: Any, rows: dict[str, Tensor], top_k: int | None = None, **changes: Any) -> Any:
-    """A router like this one with other rows; changes that are None are none."""
+    """Returns a router like this one with other rows; changes that are None are ignored."""
     changes = {name: value for name, value in changes.items() if value is not None}
     if "num_groups" in changes or router.num_groups > 1:
         num_groups = changes.get("num_groups", router.num_groups)

@@ -1,6 +1,6 @@
-"""What the operations on experts share: checks of their arguments, and rows of parameters.
+"""Helpers of the operations on experts: argument checks, and rows of parameters.
 
-A row is what a parameter [E, ...] holds for one expert. Letters: E experts, G groups.
+A row is the part of a parameter [E, ...] that belongs to one expert. Letters: E experts, G groups.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from moe_ops._sharded import check_whole
 
 
 def whole_rows(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without their history; raises ValueError where this process has a part of one."""
+    """Returns the detached tensors; raises ValueError if this process has only a part of one."""
     for key, tensor in tensors.items():
         check_whole(name, key, tensor, "select, append, split and merge before sharding the model")
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def as_ids(name: str, ids: Sequence[int] | Tensor | None, num_experts: int) -> list[int]:
-    """Ids as a list of Python ints in [0, num_experts); None is all of them."""
+    """Returns ids as a list of Python ints in [0, num_experts); None is all of them."""
     if ids is None:
         return list(range(num_experts))
     index = [int(e) for e in (ids.tolist() if isinstance(ids, Tensor) else ids)]
@@ -38,7 +38,7 @@ def check_split(name: str, factor: int, mode: str) -> None:
 
 
 def split_rows(index: list[int], factor: int, num_experts: int) -> list[int]:
-    """The parent of each expert after a split of `index`, which must not repeat."""
+    """Returns the parent of each expert after a split of `index`, which must not repeat."""
     chosen = set(index)
     if len(chosen) != len(index):
         raise ValueError(f"split: ids must not repeat, got {index}.")
@@ -65,7 +65,7 @@ def merge_matrix(
     weights: Tensor | Sequence[float] | None,
     num_experts: int,
 ) -> Tensor:
-    """[groups, E] fp64 with the weights of the mean of each group; rows sum to 1."""
+    """Returns [groups, E] fp64 with the weights of each group's mean; rows sum to 1."""
     w = torch.as_tensor(
         [1.0] * num_experts if weights is None else weights, dtype=torch.float64, device="cpu"
     ).detach()
@@ -81,15 +81,16 @@ def merge_matrix(
 
 
 def mix_rows(matrix: Tensor, p: Tensor) -> Tensor:
-    """matrix [G, E] times p [E, ...] over experts, in fp32 at least, in the dtype of p."""
+    """Computes matrix [G, E] times p [E, ...] over experts, in at least fp32, and returns the dtype
+    of p."""
     acc = torch.float64 if p.dtype == torch.float64 else torch.float32
     mixed = matrix.to(p.device, acc) @ p.reshape(p.shape[0], -1).to(acc)
     return mixed.view(-1, *p.shape[1:]).to(p.dtype)
 
 
 def repeated_rows(tensors: Mapping[str, Tensor], num: int, init: str) -> dict[str, Tensor] | None:
-    """`num` rows made of the old ones: "copy" takes them in turn, "mean" takes their mean. None
-    for another way."""
+    """Returns `num` new rows: "copy" repeats the old rows in order, "mean" uses their mean. Returns
+    None for other values of `init`."""
     if init == "copy":
         return {n: take_rows(t, [i % t.shape[0] for i in range(num)]) for n, t in tensors.items()}
     if init == "mean":

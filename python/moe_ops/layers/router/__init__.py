@@ -1,4 +1,4 @@
-"""Routers: a file for each way of choosing experts.
+"""Routers, one file per routing method.
 
 Importing this package registers the kinds that `RouterConfig` builds.
 """

@@ -1,10 +1,10 @@
-"""The base of all routers: from tokens to the experts they go to and their weights.
+"""Abstract base class of all routers, which map tokens to experts and routing weights.
 
-A new way of routing is a subclass that overrides `choose_experts`, and `weights_of` where the
-weights of a choice are not the scores of the experts chosen. Where its constructor's keyword
-arguments are attributes of the same names, `select`, `append`, `split` and `merge` work for it too.
+A new routing method is a subclass that overrides `choose_experts`, and `weights_of` if the weights
+are not the scores of the selected experts. `select`, `append`, `split` and `merge` work for it too
+if its constructor's keyword arguments are attributes of the same names.
 
-Letters: T tokens, H hidden size, E experts, K experts a token.
+Letters: T tokens, H hidden size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -45,48 +45,50 @@ class Router(nn.Module):
         hidden_size: H.
         num_experts: E >= 1.
         top_k: K in [1, E]; for `ExpertChoiceRouter` the mean number of experts per token.
-        bias: give the linear map a bias.
-        jitter: in training, the router sees x times uniform numbers in [1 - jitter, 1 + jitter].
-            Out of place: the experts, and the caller, keep x as it was.
-        logits_dtype: compute the linear map in this type (torch.float32 for half models), also
-            under autocast; None: in the type of x and weight (autocast's under autocast).
+        bias: if True, the linear map has a bias.
+        jitter: in training, the router multiplies a copy of x by uniform random numbers in [1 -
+            jitter, 1 + jitter]; the experts use x without jitter.
+        logits_dtype: dtype of the linear map, also under autocast (torch.float32 for half-precision
+            models). None uses the dtype of x and weight, or autocast's.
         apply_router_weight_on_input: `MoE` multiplies the experts' input by the weights instead of
             their output (Llama 4).
         device, dtype: of weight and bias.
 
-    Initialisation: weight uniform in +-1/sqrt(H) as nn.Linear, bias and expert_bias 0.
+    Initialization: weight uniform in +-1/sqrt(H) like nn.Linear; bias and expert_bias 0.
 
     Raises:
-        ValueError: a size or combination that makes no sense, in one sentence.
+        ValueError: an invalid size or combination of arguments.
     """
 
     kind: str = ""
-    # How weights follow from logits. Constructors set what their kind leaves to the caller.
+    # How weights follow from logits. Subclasses set the options that are not constructor arguments.
     score_func: str = "softmax"
     topk_first: bool = False
     renormalize: bool = False
     renormalize_p: float = 1.0
     routed_scaling_factor: float = 1.0
-    # Groups of experts; one group is none.
+    # Expert groups; 1 disables group-limited routing.
     num_groups: int = 1
     num_topk_groups: int = 1
     group_score: str = "max"
-    # Whether a choice in training draws random numbers. A forward that repeats a choice then draws
-    # them too, so that what follows sees the same generator.
+    # True if top-k selection draws random numbers in training. A forward that reuses a stored
+    # selection then draws them too, so that the generator state afterwards does not depend on the
+    # reuse.
     draws_random_numbers: bool = False
-    # Whether `split` may turn each expert into slices that are chosen together.
+    # If True, `split` may turn each expert into slices that are always selected together.
     splits_into_slices: ClassVar[bool] = False
-    # Set for a while by `moe_ops.surgery.override_routing`.
+    # Set temporarily by `moe_ops.surgery.override_routing`.
     override: RoutingOverride | None = None
 
     expert_bias: Tensor | None
     tokens_per_expert: Tensor | None
 
-    # Classes by the names that `RouterConfig` has for them.
+    # Router classes by the names that `RouterConfig` uses.
     kinds: ClassVar[dict[str, type[Router]]] = {}
 
     def __init_subclass__(cls, kind: str | None = None, **rest: Any) -> None:
-        """`class MyRouter(Router, kind="mine")` lets `RouterConfig("mine")` build a MyRouter."""
+        """Registers the class: `class MyRouter(Router, kind="mine")` lets `RouterConfig("mine")`
+        build a MyRouter."""
         super().__init_subclass__(**rest)
         if kind is not None:
             cls.kind = kind
@@ -128,8 +130,8 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def keep_expert_bias(self) -> None:
-        """Adds the buffer `expert_bias` and the counter that `update_expert_bias` reads. For the
-        constructors of routers that use the bias in their choice."""
+        """Adds the buffer `expert_bias` and the counter that `update_expert_bias` reads.
+        Constructors of routers whose selection uses the bias call it."""
         weight = self.weight
         self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=weight.device)
         # Not a buffer: DistributedDataParallel would overwrite it with the counts of rank 0.
@@ -138,7 +140,7 @@ class Router(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
+        """Draws the initial values described in the class docstring."""
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -151,11 +153,11 @@ class Router(nn.Module):
     def choose_experts(
         self, router_logits: Tensor, expert_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The way of routing: each class has its own.
+        """Selects experts and computes their routing weights; subclasses implement it.
 
         Args:
-            router_logits: [T, E] float, those of masked experts at the lowest finite number.
-            expert_mask: [E] bool or None. Slots that go to masked experts are emptied afterwards.
+            router_logits: [T, E] float; masked experts have the lowest finite value.
+            expert_mask: [E] bool or None. Slots assigned to masked experts are emptied afterwards.
 
         Returns:
             topk_weights [T, K'] fp32 (fp64 for fp64) and topk_ids [T, K'] int32; ties go to the
@@ -164,14 +166,15 @@ class Router(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override choose_experts.")
 
     def weights_of(self, router_logits: Tensor, topk_ids: Tensor) -> Tensor:
-        """Weights of a choice that was made before: of `choose_experts` had it chosen these ids.
+        """Computes the weights that `choose_experts` returns if it selects the given ids.
 
-        Unless a class overrides it: the scores of the experts, divided by their norm with
-        `renormalize`, times `routed_scaling_factor`.
+        The default takes the scores of the experts, divides them by their norm with `renormalize`,
+        and multiplies them by `routed_scaling_factor`.
 
         Args:
             router_logits: [T, E] fp32 or fp64.
-            topk_ids: [T, K']; ids outside [0, E) must get weight 0 and not count otherwise.
+            topk_ids: [T, K']; ids outside [0, E) must get weight 0 and must not affect other
+                weights.
         """
         valid, ids = valid_ids(topk_ids, self.num_experts)
         if self.score_func != "softmax":
@@ -200,11 +203,11 @@ class Router(nn.Module):
 
         Args:
             x: [T, H] float.
-            topk_ids: [T, K'] int32 or int64, a choice to keep: only its weights are computed, as
-                `weights_at` says. K' is free.
-            expert_mask: [E] bool, True where the expert may be used. Routing is as if the others
-                did not exist (kind="expert_choice" keeps the capacity of all E); slots for which
-                no usable expert is left, and given ids of masked experts, become -1 with weight 0.
+            topk_ids: [T, K'] int32 or int64, a given selection: only its weights are computed, see
+                `weights_at`. K' is free.
+            expert_mask: [E] bool, True for allowed experts. Routing ignores all others
+                (kind="expert_choice" keeps the capacity of all E). Slots without an allowed expert,
+                and given ids of masked experts, become -1 with weight 0.
 
         Returns:
             Routing(router_logits, topk_weights, topk_ids).
@@ -222,7 +225,8 @@ class Router(nn.Module):
         return Routing(logits, *self.route(logits, expert_mask=expert_mask))
 
     def logits(self, x: Tensor) -> Tensor:
-        """router_logits [T, E] of x [T, H]: jitter (in training) and the linear map."""
+        """Computes router_logits [T, E] from x [T, H]: jitter (in training), then the linear
+        map."""
         return router_logits(self._jittered(x), self.weight, self.bias, self.logits_dtype)
 
     def _jittered(self, x: Tensor) -> Tensor:
@@ -233,7 +237,7 @@ class Router(nn.Module):
     def route(
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """topk_weights and topk_ids of router_logits [T, E]; ties go to the smaller id."""
+        """Returns topk_weights and topk_ids for router_logits [T, E]; ties go to the smaller id."""
         if self.override is not None:
             return self.override.route(self, router_logits, expert_mask)
         logits = mask_logits(router_logits, expert_mask)
@@ -244,19 +248,19 @@ class Router(nn.Module):
         return weights, ids
 
     def choose(self, router_logits: Tensor, *, expert_mask: Tensor | None = None) -> Tensor:
-        """topk_ids [T, K] of router_logits [T, E], without a gradient; see `route`."""
+        """Returns topk_ids [T, K] for router_logits [T, E], without a gradient; see `route`."""
         with torch.no_grad():
             return self.route(router_logits.detach(), expert_mask=expert_mask)[1]
 
     def weights_at(
         self, router_logits: Tensor, topk_ids: Tensor, *, expert_mask: Tensor | None = None
     ) -> Tensor:
-        """Weights of a given choice: what `route` returns had it chosen `topk_ids`.
+        """Computes the weights that `route` returns if it selects `topk_ids`.
 
         Args:
             router_logits: [T, E].
-            topk_ids: [T, K'] int32 or int64; ids outside [0, E) get weight 0 and do not count in a
-                normalisation. Experts may repeat.
+            topk_ids: [T, K'] int32 or int64; ids outside [0, E) get weight 0 and are excluded from
+                normalization. Experts may repeat.
             expert_mask: [E] bool as in `forward`.
 
         Returns:
@@ -282,11 +286,11 @@ class Router(nn.Module):
         router_logits: Tensor | None = None,
         expert_mask: Tensor | None = None,
     ) -> None:
-        """Adds the slots of a choice to `tokens_per_expert`, in training with an expert_bias.
+        """Adds a selection to `tokens_per_expert`, in training with an expert_bias.
 
-        Does nothing while activations are recomputed, since the choice was counted before. (A
-        compiled layer inside an eager checkpoint cannot tell and counts twice, which scales all
-        loads alike and leaves `update_expert_bias` as it was.)
+        Does nothing while activations are recomputed, because the forward already counted the
+        selection. (A compiled layer inside an eager checkpoint cannot detect recomputation and
+        counts twice. All loads double, and `update_expert_bias` is unaffected.)
         """
         if self.training and self.tokens_per_expert is not None and not in_backward():
             with torch.no_grad():
@@ -302,13 +306,14 @@ class Router(nn.Module):
         num_groups: int | None = None,
         num_topk_groups: int | None = None,
     ) -> Router:
-        """A new router with the rows of `ids`, in that order (repeats allowed).
+        """Returns a new router with the rows of `ids`, in that order (repeats allowed).
 
         Args:
             ids: experts to keep, in [0, E).
-            top_k: K of the result; None keeps it, which is an error when fewer experts are left.
-            num_groups, num_topk_groups: groups of the result. None follows the old ones: each new
-                group must then be experts of one old group, all groups of one size.
+            top_k: K of the result; None keeps it, an error if fewer experts are left.
+            num_groups, num_topk_groups: groups of the result. None derives them from the old
+                groups: each new group must consist of experts of one old group, and all groups must
+                have one size.
 
         Returns:
             A router with its own parameters (dtype, device and requires_grad kept).
@@ -327,32 +332,33 @@ class Router(nn.Module):
         num_groups: int | None = None,
         num_topk_groups: int | None = None,
     ) -> Router:
-        """A new router with rows added at the end.
+        """Returns a new router with rows appended.
 
         Args:
             other: the number of rows to add (at least 1), or a Router whose rows to add.
-            init: of a number of rows: "random" (as in a fresh router, bias 0, expert_bias the mean
-                of the old), "copy" (rows 0, 1, ... again), "mean" (the mean row).
-            top_k, num_groups, num_topk_groups: of the result; None keeps them, which is an error
-                for more than one group, since experts would move to other groups.
+            init: initial values if `other` is a number: "random" (like a new router, with bias 0
+                and the mean of the old expert_bias), "copy" (rows 0, 1, ... again), "mean" (the
+                mean row).
+            top_k, num_groups, num_topk_groups: values of the result; None keeps them, an error with
+                more than one group because experts would change groups.
 
         Raises:
-            ValueError: an unknown `init`, a number below 1, routers that do not fit together, or
-                groups that no longer hold.
+            ValueError: an unknown `init`, a number below 1, incompatible routers, or groups that no
+                longer divide.
         """
         return expert_ops.append(self, other, init, top_k, num_groups, num_topk_groups)
 
     def split(
         self, ids: Sequence[int] | Tensor | None = None, factor: int = 2, *, mode: str = "slice"
     ) -> Router:
-        """A new router for `Experts.split` with the same arguments: rows repeat in place.
+        """Returns a new router for `Experts.split` with the same arguments: rows repeat in place.
 
-        mode="slice" makes every slice of a chosen expert chosen with it: top_k grows by `factor`,
-        routed_scaling_factor by what sharing the weight between the slices costs, and an
+        With mode="slice", all slices of an expert are selected together. top_k is multiplied by
+        `factor`, routed_scaling_factor is adjusted because the slices share the weight, and an
         expert_bias on softmax scores shrinks with the scores, so that `MoE.split` computes the same
-        function. That needs kind="topk", all experts, and group_score="max" if there are groups.
-        mode="copy" leaves top_k as it is; the copies tie, so the first one is chosen before the
-        others until training tells them apart.
+        function. This requires kind="topk", all experts, and group_score="max" if there are groups.
+        With mode="copy", top_k is unchanged; copies tie, so the first one wins until training
+        separates them.
 
         Raises:
             ValueError: one of these conditions does not hold, or groups become uneven.
@@ -369,21 +375,21 @@ class Router(nn.Module):
         num_groups: int | None = None,
         num_topk_groups: int | None = None,
     ) -> Router:
-        """A new router for `Experts.merge`: each row is the weighted mean of a group of rows.
+        """Returns a new router for `Experts.merge`: each row is the weighted mean of a group of
+        rows.
 
         With mode="concat" top_k, routed_scaling_factor and expert_bias undo what `split` with
-        mode="slice" did. The groups of group-limited routing follow as in `select`, by the first id
-        of each.
+        mode="slice" did. Groups of group-limited routing are derived as in `select`, from the first
+        id of each group.
 
         Raises:
-            ValueError: sizes or ids that make no sense; top_k larger than the number of groups;
-                mode="concat" with groups whose size does not divide top_k.
+            ValueError: invalid sizes or ids; top_k larger than the number of groups; mode="concat"
+                with groups whose size does not divide top_k.
         """
         return expert_ops.merge(self, groups, weights, mode, top_k, num_groups, num_topk_groups)
 
     def options(self) -> dict[str, Any]:
-        """Returns the keyword arguments that make a router like this one, without its device and
-        dtype."""
+        """Returns the keyword arguments for a router like this one, without device and dtype."""
         made = {
             name: getattr(self, name)
             for name in options_of(type(self))
@@ -395,10 +401,10 @@ class Router(nn.Module):
         return made
 
     def with_rows(self, num_experts: int, top_k: int, **changes: Any) -> Router:
-        """Returns a router like this one with other sizes, whose rows are to be filled in.
+        """Returns a router like this one with other sizes and uninitialized rows.
 
-        It is on the meta device, where initialization draws no random numbers. One group is no
-        group, also for routers that do not have groups.
+        It is on the meta device, where initialization draws no random numbers. Options of one group
+        are dropped for routers without groups.
         """
         options = {**self.options(), **changes}
         for name in ("num_groups", "num_topk_groups"):
@@ -413,7 +419,7 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         after = self.expert_bias
         if before is not None and after is not None and after.dtype != torch.float32:
-            # Half precision would round away the small steps the bias is made of.
+            # Half precision would round away the small increments of the bias.
             device = after.device
             on_meta = "meta" in (before.device.type, device.type)
             self.expert_bias = (

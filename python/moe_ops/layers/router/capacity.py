@@ -1,6 +1,6 @@
-"""CapacityMixin: an expert takes so many slots of a batch and no more.
+"""Expert capacity: `CapacityMixin` limits the slots of an expert per batch.
 
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ DROPS = ("position", "weight")
 def drop_over_capacity(
     topk_weights: Tensor, topk_ids: Tensor, num_experts: int, capacity: int, *, by: str = "position"
 ) -> tuple[Tensor, Tensor]:
-    """Empties the slots of an expert that are over its capacity.
+    """Empties slots beyond the capacity of their expert.
 
     Args:
         topk_weights: [T, K] float. topk_ids: [T, K] int32 or int64; ids outside [0, E) are empty
-            slots, which take no capacity.
-        num_experts, capacity: E, and slots that an expert keeps, at least 0.
-        by: which slots stay. "position": those that come first, all first choices (k = 0) before
-            all second ones, and tokens in their order within. "weight": those of the largest
-            weights; where they tie, those that come first.
+            slots and use no capacity.
+        num_experts, capacity: E, and the maximum number of slots per expert, at least 0.
+        by: priority of slots. "position": all first experts (k = 0) before all second ones, tokens
+            in their order within. "weight": larger weights first; ties in the order of "position".
 
     Returns:
         topk_weights and topk_ids [T, K], with weight 0 and id -1 in emptied slots. Other weights
-        stay as they are, also their sum.
+        are unchanged and are not renormalized.
 
     Raises:
         ValueError: an unknown `by`, a negative capacity, or shapes that differ.
@@ -52,7 +51,7 @@ def drop_over_capacity(
             "drop_over_capacity: topk_ids and topk_weights must be [T, K], got shapes "
             f"{list(topk_ids.shape)} and {list(topk_weights.shape)}."
         )
-    # Slots in the order in which they are served, then those of one expert side by side.
+    # Slots in order of priority, then sorted by expert (stable).
     ids = topk_ids.t().reshape(-1).long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     if by == "weight":
@@ -70,24 +69,23 @@ def drop_over_capacity(
 
 
 class CapacityMixin(Router):
-    """Gives any router a capacity: `class Mine(Capacity, SomeRouter)`.
+    """Mixin that gives any router a capacity: `class Mine(CapacityMixin, SomeRouter)`.
 
-    An expert takes at most ceil(capacity_factor * T * K / E) slots, T being the tokens of the call;
-    slots over that become -1 with weight 0, and a token without any slot left gets 0 from the
-    routed experts. The tokens that a token shares a batch with matter then, also in inference.
+    An expert takes at most ceil(capacity_factor * T * K / E) slots, where T is the number of tokens
+    in the call. Slots beyond that become -1 with weight 0; a token without slots gets 0 from the
+    routed experts. A token's output therefore depends on its batch, also in inference.
 
-    The loads that `update_expert_bias` reads are those after dropping. With `renormalize`, weights
-    are normalised before slots are dropped, while `weights_at` of given ids normalises over the
-    slots that are left.
+    `update_expert_bias` reads the loads after dropping. With `renormalize`, weights are normalized
+    before slots are dropped, while `weights_at` with given ids normalizes over the remaining slots.
 
     Args:
         capacity_factor: greater than 0; None drops nothing.
-        eval_capacity_factor: of `eval()`; None drops nothing there.
+        eval_capacity_factor: capacity factor in `eval()`; None drops nothing.
         drop_by: "position" or "weight", see `drop_over_capacity`.
-        sizes, options: of the router.
+        sizes, options: arguments of the router.
     """
 
-    # Slices of an expert would be served in an order that depends on rounding.
+    # The priority of an expert's slices would depend on rounding.
     splits_into_slices = False
 
     def __init__(
@@ -120,5 +118,5 @@ class CapacityMixin(Router):
 
 
 class CapacityRouter(CapacityMixin, TopKRouter, kind="capacity"):
-    """`TopKRouter` with a capacity. GShard is `renormalize=True` with two experts a token, Switch
-    Transformers have one."""
+    """`TopKRouter` with a capacity. GShard uses `renormalize=True` with two experts per token,
+    Switch Transformers one expert per token."""

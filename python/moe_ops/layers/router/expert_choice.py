@@ -1,6 +1,6 @@
-"""Experts choose tokens.
+"""Expert-choice routing: experts select tokens.
 
-Letters: T tokens, E experts, K experts a token in the mean.
+Letters: T tokens, E experts, K mean experts per token.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .options import check, check_score_func
 
 
 class ExpertChoiceRouter(Router, kind="expert_choice"):
-    """Each expert takes its best ceil(capacity_factor * T * K / E) tokens (at least one), see
-    `moe_ops.expert_choice_router`. Not causal: a token's experts depend on all others, which suits
-    encoders.
+    """Router in which each expert takes its best ceil(capacity_factor * T * K / E) tokens (at least
+    one), see `moe_ops.expert_choice_router`. It is not causal: a token's experts depend on all
+    other tokens, which suits encoders.
 
     Args:
         capacity_factor: greater than 0.
-        score_func: as of `TopKRouter`.
+        score_func: see `TopKRouter`.
         routed_scaling_factor: multiplies the weights at the end.
-        hidden_size, num_experts, top_k, options: as of `Router`; top_k is the mean number of
-            experts a token.
+        hidden_size, num_experts, top_k, options: see `Router`; top_k is the mean number of experts
+            per token.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Routers whose logits come from more than a linear map.
+"""Routers whose logits are not just a linear map.
 
-Letters: T tokens, H hidden size, G gate size, E experts, K experts a token.
+Letters: T tokens, H hidden size, G gate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ GATES = ("linear", "mlp", "cosine")
 
 
 class GateRouter(TopKRouter):
-    """A router with another gate than `Router`'s linear map, and with random choices in training.
+    """Top-k router with a configurable gate and optional random selection in training.
 
-    Gates, for a token x:
+    Gates for a token x:
 
     - "linear": x W^T, W [E, H], as in `Router`.
     - "mlp": dropout(gelu(x V^T + v)) W^T, V [G, H], W [E, G].
     - "cosine": exp(temperature) cos(x V^T, w_e), V [G, H], w_e the rows of W [E, G].
 
-    An expert is a row of W in all of them, so that `select`, `append` and `merge` work as they do
-    for `Router`; V belongs to all experts and is copied.
+    In each, an expert is a row of W, so `select`, `append` and `merge` work as for `Router`; V is
+    shared by all experts and is copied.
 
     Parameters:
         weight: W. stem.weight, stem.bias: V and v ("cosine" has no v). temperature: [1], "cosine".
@@ -39,15 +39,15 @@ class GateRouter(TopKRouter):
         hidden_size, num_experts, top_k: H, E, K.
         gate: see above.
         gate_size: G; None with "linear".
-        gate_dropout: probability, of "mlp", in training.
-        sample_top_k: in training, so many of the K experts are drawn from the token's routing
-            probabilities without those already chosen, instead of taken from the top.
+        gate_dropout: dropout probability of "mlp" in training.
+        sample_top_k: number of the K experts that are, in training, sampled without replacement
+            from the routing probabilities of the remaining experts instead of taken from the top.
         router_options: other arguments of `TopKRouter`, with softmax scores.
 
-    Initialisation: weights as `nn.Linear` would; the rows of "cosine" N(0, 1), its temperature 0.
+    Initialization: weights like `nn.Linear`; for "cosine", rows N(0, 1) and temperature 0.
 
     Raises:
-        ValueError: an unknown gate, a size missing or superfluous, or a number out of range.
+        ValueError: an unknown gate, a missing or superfluous size, or a value out of range.
 
     Source: Shen et al. 2023 (ModuleFormer, arXiv 2306.04640) and the code published with it.
     """
@@ -102,9 +102,9 @@ class GateRouter(TopKRouter):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
+        """Draws the initial values described in the class docstring."""
         super().reset_parameters()
-        # The constructor of Router comes here before there is a stem.
+        # The constructor of Router calls this before the stem exists.
         stem, temperature = getattr(self, "stem", None), getattr(self, "temperature", None)
         if stem is not None:
             stem.reset_parameters()
@@ -113,7 +113,7 @@ class GateRouter(TopKRouter):
             nn.init.zeros_(temperature)
 
     def logits(self, x: Tensor) -> Tensor:
-        """router_logits [T, E] of x [T, H]."""
+        """Computes router_logits [T, E] from x [T, H]."""
         if self.stem is None:
             return super().logits(x)
         z = apply_linear(self.stem, x)
@@ -127,7 +127,7 @@ class GateRouter(TopKRouter):
     def route(
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `Router.route`; with `sample_top_k`, in training, a part of the choice is drawn."""
+        """Routes like `Router.route`; with `sample_top_k` in training, some experts are sampled."""
         if not self.training or not self.sample_top_k or self.override is not None:
             return super().route(router_logits, expert_mask=expert_mask)
         with torch.no_grad():
@@ -143,7 +143,7 @@ class GateRouter(TopKRouter):
                 ids = topk_router(logits, certain)[1]
                 allowed = allowed.scatter(1, ids.long(), False)
             rest = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
-            # A draw needs enough experts of some probability.
+            # multinomial needs enough experts with positive probability.
             p = rest.clamp(min=1e-30) * allowed
             drawn = torch.multinomial(p, self.sample_top_k)
             ids = torch.cat([ids, drawn.to(ids.dtype)], dim=1)
@@ -156,7 +156,7 @@ class GateRouter(TopKRouter):
     def with_rows(self, num_experts: int, top_k: int, **changes: Any) -> Any:
         changes["sample_top_k"] = min(self.sample_top_k, top_k)
         result: Any = super().with_rows(num_experts, top_k, **changes)
-        # What belongs to no expert.
+        # Parameters shared by all experts.
         result.stem = copy.deepcopy(self.stem)
         result.temperature = copy.deepcopy(self.temperature)
         return result

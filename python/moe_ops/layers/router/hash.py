@@ -1,6 +1,6 @@
-"""Hash routing: a table says which experts a token of the vocabulary goes to.
+"""Hash routing: a table maps token ids to experts.
 
-Letters: V size of the vocabulary, T tokens, E experts, K experts a token.
+Letters: V vocabulary size, T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ SCORES = (*SCORE_FUNCS, "uniform")
 
 
 class HashRouter(Router, kind="hash"):
-    """Experts come from a table by token id, and only their weights from the router's logits.
+    """Router that looks experts up by token id; logits determine only their weights.
 
-    The router sees hidden states and not token ids, so the caller looks the experts up and gives
-    them to the layer:
+    The router receives hidden states, not token ids, so the caller looks up the experts and passes
+    them to the layer::
 
         layer(x, topk_ids=layer.router.lookup(token_ids))
 
-    Called without `topk_ids`, it raises ValueError. The choice is balanced as far as the table is,
-    and the same for a token wherever it stands.
+    Called without `topk_ids`, it raises ValueError. Loads are as balanced as the table, and a token
+    id has the same experts at every position.
 
     Buffers: table [V, K] int32, in the state dict.
 
     Args:
-        table: [V, K] integers in [0, E), see `hash_table`; None with `vocab_size`.
-        vocab_size: V; a random table is drawn then.
-        score_func: of the weights: one of `TopKRouter`'s or "uniform": 1 / K, whatever the logits.
-            The linear map then has no use and requires no gradient.
+        table: [V, K] integers in [0, E), see `hash_table`; None if `vocab_size` is given.
+        vocab_size: V; draws a random table.
+        score_func: score function of the weights: one of `TopKRouter`'s, or "uniform" for 1 / K
+            whatever the logits. With "uniform" the linear map is unused and requires no gradient.
         renormalize: divide the K weights by their sum.
         routed_scaling_factor: multiplies the weights at the end.
-        hidden_size, num_experts, top_k, options: as of `Router`.
+        hidden_size, num_experts, top_k, options: see `Router`.
 
-    `select`, `append`, `split` and `merge` raise NotImplementedError: a table of other experts is
-    the caller's to make.
+    `select`, `append`, `split` and `merge` raise NotImplementedError: the caller must make a table
+    for the new experts.
 
     Source: Roller et al. 2021 (Hash Layers, arXiv 2106.04426): one expert of weight 1, which is
     "uniform" with K = 1. DeepSeek-V4 has hash layers with scored weights ("sqrtsoftplus").
@@ -94,7 +94,8 @@ class HashRouter(Router, kind="hash"):
                 parameter.requires_grad_(False)
 
     def lookup(self, token_ids: Tensor) -> Tensor:
-        """topk_ids [..., K] int32 of token ids [...], each in [0, V); jagged of jagged ones."""
+        """Returns topk_ids [..., K] int32 for token ids [...], each in [0, V); jagged ids give
+        jagged results."""
         if not token_ids.is_nested:
             return self.table[token_ids.long()]
         jagged: Any = token_ids
@@ -131,14 +132,14 @@ def hash_table(
     counts: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A table for `HashRouter`: K different experts for each of V tokens.
+    """Makes a table for `HashRouter`: K different experts for each of V tokens.
 
     Args:
         vocab_size, num_experts, top_k: V, E and K, with K <= E.
-        counts: [V] how often each token occurs. With them the table is balanced: tokens are taken
-            from the most frequent on, and each goes to the experts that have the least load yet
-            (the smaller id where they tie). None draws the experts of a token at random.
-        generator: of the random numbers, on the CPU.
+        counts: [V] number of occurrences of each token, which balances the table: from the most
+            frequent token on, each gets the experts with the least load so far (ties: the smaller
+            id). None draws experts at random.
+        generator: CPU random number generator.
 
     Returns:
         table: [V, K] int32 on the CPU.
@@ -159,7 +160,7 @@ def hash_table(
         )
     frequencies = counts.tolist()
     table: list[list[int]] = [[]] * vocab_size
-    loads = [(0, expert) for expert in range(num_experts)]  # A heap, the least load first.
+    loads = [(0, expert) for expert in range(num_experts)]  # Min-heap by load.
     for token in counts.argsort(descending=True, stable=True).tolist():
         least = [heapq.heappop(loads) for _ in range(top_k)]
         table[token] = [expert for _, expert in least]

@@ -1,4 +1,4 @@
-"""Arguments of routers: checks, and which ones a class has."""
+"""Checks of router arguments, and the options of a router class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_score_func(score_func: str) -> None:
 
 
 def options_of(router: type[nn.Module]) -> dict[str, Any]:
-    """Keyword arguments of the constructors of a class and its bases, with their defaults."""
+    """Returns the keyword arguments of the constructors of a class and its bases, with defaults."""
     found: dict[str, Any] = {}
     for base in router.__mro__:
         if issubclass(base, nn.Module) and base is not nn.Module and "__init__" in vars(base):

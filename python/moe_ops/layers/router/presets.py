@@ -1,7 +1,7 @@
-"""How published models route, as the modelling code of transformers has it.
+"""Router options of published models, from the modeling code of transformers.
 
-Numbers that belong to one size of a model and not to its way of routing (the number of groups of
-DeepSeek-V2, say) are left to the caller.
+Options that depend on the model size rather than on the routing method (for example, the number of
+groups of DeepSeek-V2) are left to the caller.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Quantile balancing: the bias with which an expert gets its share, from a histogram.
+"""Quantile balancing: computes, from a histogram, the bias that balances each expert's load.
 
-An expert e is among the K of a token t when score[t, e] + bias[e] exceeds the threshold of t, the
-(K + 1)-th largest of these sums. So it needs the bias r[t, e] = threshold[t] - score[t, e], and
-with the K / E quantile of its r over a batch it would have been chosen by its share of the tokens.
+Expert e is among the K of token t if score[t, e] + bias[e] exceeds the threshold of t, the (K +
+1)-th largest of these sums. It therefore needs the bias r[t, e] = threshold[t] - score[t, e]. With
+the K / E quantile of its r over a batch as its bias, it would have been selected for its share of
+the tokens.
 
-Letters: T tokens, E experts, K experts a token, B bins.
+Letters: T tokens, E experts, K experts per token, B bins.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Score functions whose values are in [0, 1], which bounds what the histogram has to cover.
+# Score functions with values in [0, 1], which bounds the range of the histogram.
 BOUNDED_SCORES = ("softmax", "sigmoid")
 
 
 def bias_range(expert_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of r, scalars: thresholds are in [min bias, max bias + 1], scores in [0, 1]."""
+    """Returns scalar bounds of r: thresholds are in [min bias, max bias + 1], scores in [0, 1]."""
     return expert_bias.min() - 1, expert_bias.max() + 1
 
 
@@ -28,15 +29,15 @@ def count_required_bias(
     top_k: int,
     expert_mask: Tensor | None = None,
 ) -> None:
-    """Adds r of all tokens to a histogram, in place and without waiting for the device.
+    """Adds r of all tokens to a histogram, in place and without a device sync.
 
     Args:
-        histogram: [E, B] int64, bins of one width over `bias_range`.
+        histogram: [E, B] int64; bins of equal width over `bias_range`.
         scores: [T, E] float in [0, 1].
-        expert_bias: [E] float, with which the tokens were routed.
+        expert_bias: [E] float, used to route the tokens.
         top_k: K < E.
-        expert_mask: [E] bool or None. Experts that are not allowed are not counted, nor are tokens
-            for which there are K experts or fewer.
+        expert_mask: [E] bool or None. Masked experts are not counted, nor are tokens with K or
+            fewer allowed experts.
     """
     num_experts, bins = histogram.shape
     choice = scores + expert_bias
@@ -55,21 +56,22 @@ def count_required_bias(
 
 
 def solve_bias(histogram: Tensor, expert_bias: Tensor, top_k: int) -> Tensor:
-    """The bias [E] that gives each expert its share of the tokens counted, with mean 0.
+    """Returns the bias [E], with mean 0, that gives each expert its share of the counted tokens.
 
-    It is the K / E quantile of an expert's r, interpolated inside its bin. An expert of which
-    nothing was counted keeps its bias (up to the mean, which is taken off all), and where nothing
-    was counted at all, all do.
+    The bias is the K / E quantile of an expert's r, interpolated within its bin. An expert without
+    counts keeps its bias (minus the mean subtracted from all); without any counts, all experts do.
 
     Args:
-        histogram: [E, B], from `count_required_bias`. expert_bias: [E], as it was then.
+        histogram: [E, B], from `count_required_bias`.
+        expert_bias: [E], its value when the histogram was counted.
         top_k: K.
     """
     num_experts, bins = histogram.shape
     cumulative = histogram.cumsum(1).double()
     total = cumulative[:, -1:]
     wanted = total * top_k / num_experts
-    # The first bin at whose end the share is reached; a share above 0 is not reached in empty bins.
+    # The first bin whose cumulative count reaches the share; a positive share is never reached in
+    # an empty bin.
     index = torch.searchsorted(cumulative, wanted).clamp(max=bins - 1)
     inside = histogram.gather(1, index).double()
     before = cumulative.gather(1, index) - inside

@@ -1,6 +1,7 @@
-"""ReLU routing: a differentiable router of any number of experts a token, and what keeps it sparse.
+"""ReLU routing: a differentiable router with a variable number of experts per token, and its
+sparsity loss.
 
-Letters: T tokens, E experts, K experts a token in the mean.
+Letters: T tokens, E experts, K mean experts per token.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from .options import check
 
 
 class ReLURouter(Router, kind="relu"):
-    """Weights are ReLU(logits), and a token goes to all experts of a positive weight.
+    """Router whose weights are ReLU(logits); a token uses all experts with a positive weight.
 
-    The output is continuous in the logits, since an expert comes in with weight 0. How many experts
-    a token has is learnt; `relu_router_loss`, times the coefficient that `L1Coefficient` adapts,
-    drives it to K in the mean. Give the router `bias=True` where its inputs are centred: without
-    one, half of them are on the positive side of any expert, however small its weights.
+    The output is continuous in the logits, because an expert enters with weight 0. The number of
+    experts per token is learned; `relu_router_loss`, times the coefficient that `L1Coefficient`
+    adapts, drives its mean to K. Set `bias=True` for centered inputs: without a bias, half of them
+    have a positive logit for any expert, however small its weights.
 
     Args:
-        max_k: most experts a token, the K' of its routing; None is E. With fewer slots than
-            positive weights the largest weights stay, and the output is no longer continuous.
+        max_k: maximum number of experts per token, K' of the routing; None is E. If more weights
+            are positive, the largest are kept and the output is no longer continuous.
         routed_scaling_factor: multiplies the weights.
-        hidden_size, num_experts, top_k, options: as of `Router`; top_k is the number of experts a
-            token to arrive at, which `relu_router_loss` needs, and otherwise without effect.
+        hidden_size, num_experts, top_k, options: see `Router`; top_k is the target number of
+            experts per token, which only `relu_router_loss` uses.
 
     Source: Wang et al. 2024 (ReMoE, arXiv 2412.14711).
     """
@@ -63,7 +64,7 @@ class ReLURouter(Router, kind="relu"):
             ids = torch.arange(self.num_experts, dtype=torch.int32, device=weights.device)
             ids = ids.expand(weights.shape)
         else:
-            # Stable, so that ties go to the smaller id.
+            # Stable: ties go to the smaller id.
             order = weights.detach().argsort(dim=-1, descending=True, stable=True)
             order = order[:, : self.max_k]
             weights, ids = weights.gather(1, order), order.to(torch.int32)
@@ -87,24 +88,24 @@ def relu_router_loss(
     balance: bool = True,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """The L1 norm of the weights of a `ReLURouter`: L = mean over tokens of
-    sum_e f[e] ReLU(logits[t, e]).
+    """Computes the L1 norm of a `ReLURouter`'s weights: L = mean over tokens of sum_e f[e]
+    ReLU(logits[t, e]).
 
-    f[e] = E / K * (share of the tokens that have expert e), so that experts in use by many are
-    pushed down more: 1 at balance with K experts a token. It is a constant for gradients.
+    f[e] = E / K * (fraction of tokens that use expert e) penalizes frequent experts more. It is 1
+    at balance with K experts per token, and gradients treat it as a constant.
 
     Args:
         router_logits: [..., E] of one layer; average over the layers of a model.
         top_k: K.
-        balance: False leaves f[e] out: the plain L1 norm.
-        token_mask: bool, one element a token, True where the token counts.
+        balance: False omits f[e]: the plain L1 norm.
+        token_mask: bool, one element per token, True if the token counts.
 
     Returns:
-        The loss, a scalar in fp32 (fp64 for fp64), not multiplied by any coefficient. 0 without
+        The loss, a scalar in fp32 (fp64 for fp64), not multiplied by a coefficient; 0 without
         tokens.
 
     Raises:
-        ValueError: `token_mask` does not have one element a token.
+        ValueError: `token_mask` does not have one element per token.
 
     Source: Wang et al. 2024 (ReMoE, arXiv 2412.14711), the load balancing refined L1
     regularization.
@@ -130,10 +131,10 @@ def relu_router_loss(
 
 
 class L1Coefficient:
-    """The coefficient of `relu_router_loss`, adapted until the routers are as sparse as wanted.
+    """Coefficient of `relu_router_loss`, adapted until the routers reach the target sparsity.
 
     After each step, value becomes value * factor if the sparsity is below the target 1 - K / E and
-    value / factor if it is above. The sparsity is the share of pairs of token and expert that are
+    value / factor if it is above. The sparsity is the fraction of (token, expert) pairs that are
     not routed, over all layers.
 
     Example:
@@ -149,7 +150,7 @@ class L1Coefficient:
         factor: greater than 1.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a value out of range.
 
     Source: Wang et al. 2024 (ReMoE, arXiv 2412.14711): initial 1e-8 and factor 1.2.
     """
@@ -169,12 +170,12 @@ class L1Coefficient:
         self.value = initial
 
     def update(self, topk_ids: Iterable[Tensor], *, group: Any = None) -> float:
-        """Adapts `value`, which waits for the device once; returns the sparsity.
+        """Adapts `value` (one device sync) and returns the sparsity.
 
         Args:
-            topk_ids: of each layer [..., K'], ids outside [0, E) being empty slots.
-            group: process group; counts are summed over its ranks when torch.distributed is
-                initialised, so that every rank keeps the same value.
+            topk_ids: one [..., K'] tensor per layer; ids outside [0, E) are empty slots.
+            group: process group; counts are summed over its ranks if torch.distributed is
+                initialized, so that all ranks have one value.
         """
         ids = list(topk_ids)
         if not ids:
@@ -193,9 +194,9 @@ class L1Coefficient:
         return sparsity
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Returns the state for a checkpoint."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The inverse of `state_dict`."""
+        """Loads the result of `state_dict`."""
         self.value = state["value"]

@@ -1,4 +1,4 @@
-"""SparseMixer-v2: picks experts one after another and estimates the gradient of the picks.
+"""SparseMixer-v2: selects experts one after another and estimates the gradient of sampling.
 
 Letters: T tokens, E experts, K picks.
 """
@@ -14,12 +14,12 @@ from .base import Router
 
 
 class SparseMixerRouter(Router, kind="sparsemixer"):
-    """K picks one after another, sampled in training; see `sparsemixer`.
+    """Router that makes K sequential picks, sampled in training; see `sparsemixer`.
 
     Args:
         sparsemixer_eps: half the relative distance from the largest logit within which experts
             compete.
-        hidden_size, num_experts, top_k, options: as of `Router`.
+        hidden_size, num_experts, top_k, options: see `Router`.
     """
 
     draws_random_numbers = True
@@ -61,7 +61,7 @@ def sparsemixer(
     training: bool = False,
     topk_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Routing weights and ids of SparseMixer-v2.
+    """Computes the routing weights and ids of SparseMixer-v2.
 
     Each pick sees the experts not yet picked whose logit s satisfies (m - s) / max(|s|, m) <=
     2 * eps, with m the largest logit left. The weight of a pick is its probability under a softmax
@@ -76,10 +76,11 @@ def sparsemixer(
         router_logits: [T, E] float, E >= K. Half types are computed in fp32.
         top_k: K >= 1; 2 in the paper and in Phi-3.5-MoE.
         eps: half the relative distance from the largest logit within which experts compete.
-        training: draws from the global generator of the device: E exponentials and one uniform
-            number a token and pick.
-        topk_ids: [T, K] picks to use instead; ids outside [0, E) get weight 0 and leave the
-            competition as it is. The same numbers are drawn, so that a recompute stays in step.
+        training: draws E exponential and one uniform random number per token and pick from the
+            device's global generator.
+        topk_ids: [T, K] picks to use instead; ids outside [0, E) get weight 0 and do not affect
+            later picks. Random numbers are still drawn, so that a recomputation leaves the
+            generator in the same state.
 
     Returns:
         topk_weights: [T, K] fp32 (fp64 for fp64).
@@ -102,7 +103,7 @@ def sparsemixer(
     for k in range(top_k):
         masked = logits.masked_fill(~left, -torch.inf)
         largest, best = masked.detach().max(-1, keepdim=True)
-        # What was picked already stays out through its -inf.
+        # Earlier picks stay excluded through their -inf.
         distance = (largest - logits.detach()) / logits.detach().abs().clamp(min=largest)
         masked = masked.masked_fill(distance > 2 * eps, -torch.inf)
         probs = masked.softmax(-1)
@@ -120,8 +121,8 @@ def sparsemixer(
         weight = probs.gather(-1, pick)
         if training:
             exact = (pick == best) | (coin > 0.75)
-            # The estimator's backward is the softmax's own with the factor left out, so the factor
-            # is added as a constant instead of being multiplied in.
+            # The estimator's backward is that of the softmax without the factor, so the factor is
+            # added as a constant instead of being multiplied in.
             weight = weight + torch.where(exact, 0.0, -2.0 / 3.0) * weight.detach()
         if valid is None:
             taken = torch.zeros_like(left).scatter(-1, pick, True)

@@ -1,6 +1,6 @@
-"""The K experts of the best scores.
+"""Top-k routing.
 
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from .quantile import BOUNDED_SCORES, count_required_bias
 
 
 class TopKRouter(Router, kind="topk"):
-    """A token goes to the K experts of its best scores, see `moe_ops.topk_router`.
+    """Router that selects the K experts with the best scores per token, see `moe_ops.topk_router`.
 
     Args:
-        score_func: as of `moe_ops.topk_router`, "softmax" or another name.
-        topk_first: choose by logits and apply softmax to the K chosen only (other scores are
-            unaffected, except that an expert_bias is then added to logits).
+        score_func: score function, see `moe_ops.topk_router`.
+        topk_first: select by logits and apply softmax to the K selected logits only (other score
+            functions are unaffected, except that an expert_bias is added to logits).
         renormalize: divide the K weights by their sum (p-norm with `renormalize_p`).
-        renormalize_p: p >= 1 of the norm that `renormalize` divides by; 1 is the sum. DBRX has it.
+        renormalize_p: p >= 1 of the norm that `renormalize` divides by; 1 is the sum (DBRX).
         routed_scaling_factor: multiplies the weights at the end.
-        expert_bias: keep the buffer expert_bias [E], fp32, starting at 0; added to the scores for
-            the choice only, never to the weights. It stays fp32 through `.to(dtype)`, `.half()` and
-            the like. Loads of training forwards are counted, for `update_expert_bias`, in the
-            attribute `tokens_per_expert` ([E] int64).
-        bias_bins: bins of a histogram that training forwards fill and that
-            `update_expert_bias(rule="quantile")` reads, the attribute `bias_histogram` ([E,
-            bias_bins] int64); 0 keeps none. 1000 in Kimi K3. The bins cover [min bias - 1, max
-            bias + 1], so that softmax scores of many experts, which are small, want more. Only
-            with expert_bias, with scores in [0, 1], and without groups.
-        num_groups, num_topk_groups: E is cut into `num_groups` groups of consecutive experts and
-            only experts of the best `num_topk_groups` can be chosen.
+        expert_bias: adds the buffer expert_bias [E], fp32, initially 0. It is added to the scores
+            for top-k selection only, never to the weights, and stays fp32 through `.to(dtype)` and
+            `.half()`. Training forwards count loads for `update_expert_bias` in the attribute
+            `tokens_per_expert` ([E] int64).
+        bias_bins: number of bins of the histogram `bias_histogram` ([E, bias_bins] int64), which
+            training forwards fill and `update_expert_bias(rule="quantile")` reads; 0 disables it.
+            Kimi K3 uses 1000. The bins cover [min bias - 1, max bias + 1]; softmax over many
+            experts, with small scores, needs more bins. Requires expert_bias, scores in [0, 1], and
+            no groups.
+        num_groups, num_topk_groups: `num_groups` groups of consecutive experts, of which only the
+            best `num_topk_groups` are eligible.
         group_score: "max", or "top2_sum" (sum of the best two).
-        hidden_size, num_experts, top_k, options: as of `Router`.
+        hidden_size, num_experts, top_k, options: see `Router`.
     """
 
     splits_into_slices = True
@@ -87,7 +87,7 @@ class TopKRouter(Router, kind="topk"):
         if expert_bias:
             self.keep_expert_bias()
         if bias_bins:
-            # Like tokens_per_expert, not a buffer.
+            # Not a buffer, like tokens_per_expert.
             self.bias_histogram = torch.zeros(
                 num_experts, bias_bins, dtype=torch.int64, device=self.weight.device
             )
@@ -139,7 +139,7 @@ class TopKRouter(Router, kind="topk"):
     def choose_experts(
         self, router_logits: Tensor, expert_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # The op divides by the sum; another norm is a step of its own.
+        # The op divides by the sum only; other norms are applied afterwards.
         own_norm = self.renormalize and self.renormalize_p != 1
         weights, ids = topk_router(
             router_logits,
@@ -158,12 +158,13 @@ class TopKRouter(Router, kind="topk"):
         return weights, ids
 
     def _choice_bias(self, expert_mask: Tensor | None) -> Tensor | None:
-        """The bias of the choice; a mask goes into it, lest masked experts win by their bias."""
+        """Returns the selection bias, which includes the mask so that masked experts cannot win by
+        their bias."""
         bias = self.expert_bias
         if expert_mask is None:
             return bias
         if bias is None:
-            # Logits rank the experts alone, unless groups are scored by a sum of scores.
+            # Logits alone rank the experts, unless groups are scored by a sum of scores.
             if self.num_groups == 1 or self.group_score == "max":
                 return None
             bias = torch.zeros(self.num_experts, dtype=torch.float32, device=expert_mask.device)
@@ -175,13 +176,13 @@ class TopKRouter(Router, kind="topk"):
         router_logits: Tensor | None = None,
         expert_mask: Tensor | None = None,
     ) -> None:
-        """As `Router.count`; with `bias_bins`, also fills `bias_histogram`."""
+        """Counts like `Router.count`; with `bias_bins`, also fills `bias_histogram`."""
         super().count(topk_ids, router_logits, expert_mask)
         histogram, bias = self.bias_histogram, self.expert_bias
         if histogram is None or bias is None or router_logits is None:
             return
         if self.top_k >= self.num_experts:
-            return  # All are chosen: there is nothing to balance.
+            return  # All experts are selected: there is nothing to balance.
         if self.training and not in_backward():
             with torch.no_grad():
                 scores = router_scores(mask_logits(router_logits, expert_mask), self.score_func)
@@ -210,7 +211,7 @@ class TopKRouter(Router, kind="topk"):
         )
 
     def _can_fuse_linear_topk(self, x: Tensor, expert_mask: Tensor | None) -> bool:
-        """Whether the linear map and the choice can be one node of autograd."""
+        """Returns whether the linear map and the selection can be one autograd node."""
         cls = type(self)
         return (
             expert_mask is None

@@ -1,4 +1,4 @@
-"""The smallest set of experts whose probabilities reach a threshold.
+"""Top-p routing: the smallest set of experts whose probabilities reach a threshold.
 
 Letters: T tokens, E experts.
 """
@@ -16,15 +16,15 @@ from .options import check
 
 
 class TopPRouter(Router, kind="topp"):
-    """A token goes to the fewest experts whose probabilities add up to `top_p`, see
+    """Router that selects the fewest experts whose probabilities add up to `top_p`, see
     `moe_ops.topp_router`.
 
     Args:
         top_p: in (0, 1].
-        max_k: most experts a token, and the number of slots; None is E.
+        max_k: maximum number of experts per token, and the number of slots; None is E.
         renormalize: divide the weights of a token by their sum.
         routed_scaling_factor: multiplies the weights at the end.
-        hidden_size, num_experts, top_k, options: as of `Router`; top_k is not used.
+        hidden_size, num_experts, top_k, options: see `Router`; top_k is not used.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a plan knows about machines, and how a model is spread over them."""
+"""Properties of a cluster, and the parallelism of a job on it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks, each one device, and what joins them.
+    """Ranks (one device each) and their links.
 
-    Rates are those that good kernels reach, about half to three quarters of a data sheet's peak.
+    Rates are those of good kernels, about half to three quarters of a data sheet's peak.
 
     Attributes:
-        ranks, ranks_per_node: all devices, and those of a domain with fast links (NVLink).
-        memory: bytes of a device.
-        flops: floating point operations a second of products in bfloat16.
-        memory_bandwidth: bytes a second of the device's memory.
-        intra_bandwidth, inter_bandwidth: bytes a second and direction of a device, to those of its
-            node and to others.
-        latency: seconds of a collective without data, inside a node.
-        inter_latency: the same, across nodes.
+        ranks, ranks_per_node: number of devices, and of devices in a domain with fast links
+            (NVLink).
+        memory: bytes per device.
+        flops: floating point operations per second of bfloat16 GEMMs.
+        memory_bandwidth: bytes per second of the device's memory.
+        intra_bandwidth, inter_bandwidth: bytes per second and direction of a device, within its
+            node and to other nodes.
+        latency: seconds of a collective without data, within a node.
+        inter_latency: seconds of a collective without data, across nodes.
     """
 
     ranks: int
@@ -54,8 +55,8 @@ class Cluster:
         return -(-self.ranks // self.ranks_per_node)
 
 
-# Rates of the H100 and H800 are near what others measured (docs/parallel.md); the rest are the same
-# shares of the data sheets' peaks.
+# Rates of the H100 and H800 are close to published measurements (docs/parallel.md); others are the
+# same fractions of the data sheets' peaks.
 CLUSTERS: dict[str, dict[str, Any]] = {
     "h100": {},
     "h200": {"memory": 141 * GIB, "memory_bandwidth": 3.8e12},
@@ -83,10 +84,10 @@ CLUSTERS: dict[str, dict[str, Any]] = {
 
 
 def find_cluster(name: str, ranks: int, **changes: Any) -> Cluster:
-    """A cluster of a preset, with other values where they are not None.
+    """Returns a cluster of a preset, with values replaced by those that are not None.
 
     Raises:
-        ValueError: an unknown preset or attribute, or a value that is none.
+        ValueError: an unknown preset or attribute, or an invalid value.
     """
     key = name.lower().replace("-", "_")
     if key not in CLUSTERS:
@@ -98,25 +99,26 @@ def find_cluster(name: str, ranks: int, **changes: Any) -> Cluster:
 
 @dataclass(frozen=True)
 class ParallelJob:
-    """What runs on a cluster, and how it is spread.
+    """Workload of a cluster, and its parallelism.
 
     Attributes:
-        ep: ranks that share the experts out.
-        tp: ranks of tensor parallelism, for attention and dense networks; each passes tokens of
-            its own to the experts (sequence parallelism).
-        fsdp: ranks that FSDP2 shards dense weights over, experts over fsdp * tp / ep; 1 is none.
-            None is all of data parallelism in training, and none in inference.
-        tokens: T, of a rank in one forward.
-        context: tokens of a sequence, on which attention's work depends.
-        training: forward, backward and Adam with float32 master weights; else forward alone.
+        ep: ranks that share the experts.
+        tp: ranks of tensor parallelism, for attention and dense networks; each passes its own
+            tokens to the experts (sequence parallelism).
+        fsdp: ranks over which FSDP2 shards dense weights; experts are sharded over fsdp * tp / ep.
+            1 disables sharding. None is all ranks of data parallelism in training, and 1 in
+            inference.
+        tokens: T, per rank and forward.
+        context: tokens per sequence, which determine the cost of attention.
+        training: forward, backward and Adam with float32 master weights; else only forward.
         dtype: "bfloat16", "float16" or "float32", of weights in use, activations and traffic.
         recompute: activation checkpointing of every block (training).
-        fp8: rows travel as float8_e4m3fn (dispatchers "slots" and "tokens").
+        fp8: rows are sent as float8_e4m3fn (dispatchers "slots" and "tokens").
         fp32_combine: results return in float32 and are rounded once.
-        dispatch: as of `moe_ops.parallel.make_dispatcher`.
-        same_bits, shared_batch: as of `make_dispatcher`.
-        imbalance: the busiest rank's tokens over the mean; sizes are those of the busiest.
-        redundant: places for experts beyond E, of a rank.
+        dispatch: see `moe_ops.parallel.make_dispatcher`.
+        same_bits, shared_batch: see `make_dispatcher`.
+        imbalance: the busiest rank's tokens over the mean; sizes are those of the busiest rank.
+        redundant: physical experts per rank beyond E / n.
     """
 
     ep: int
@@ -154,7 +156,7 @@ class ParallelJob:
 
     @property
     def result_size(self) -> int:
-        """Bytes of an element of the experts' results on their way back."""
+        """Returns the bytes per element of the experts' returned results."""
         return 4 if self.fp32_combine else self.element_size
 
 
@@ -163,12 +165,12 @@ ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of all groups of ranks, checked.
+    """Validated sizes of all groups of ranks.
 
     Attributes:
-        dp, efsdp: as of `moe_ops.parallel.init_moe_meshes`: ranks / tp and ranks / ep.
+        dp, efsdp: see `moe_ops.parallel.init_moe_meshes`: ranks / tp and ranks / ep.
         dense_shards, expert_shards: ranks over which FSDP2 shards dense weights and experts; 1 is
-            none.
+            no sharding.
     """
 
     ranks: int
@@ -181,7 +183,7 @@ class Layout:
 
     @classmethod
     def of(cls, cluster: Cluster, job: ParallelJob) -> Layout:
-        """ValueError where sizes do not divide each other."""
+        """Returns the layout; raises ValueError if sizes do not divide each other."""
         ranks = cluster.ranks
         for name, size in (("ep", job.ep), ("tp", job.tp)):
             if ranks % size:

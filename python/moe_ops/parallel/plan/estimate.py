@@ -1,6 +1,6 @@
-"""A plan: what a model needs on a cluster, and what could be changed.
+"""Estimates of a model's needs on a cluster, and suggested changes.
 
-Letters: E experts, K experts a token, n ranks that share the experts out.
+Letters: E experts, K experts per token, n ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from .shape import ModelShape
 from .timing import Time, timing
 from .traffic import Message, Rows, layer_messages, rows_of, visits
 
-# Of a device, for tensors: the rest is for its driver, communication buffers and fragmentation.
+# Usable fraction of a device's memory; the rest is for its driver, communication buffers and
+# fragmentation.
 USABLE = 0.9
-# A change is advised if it saves at least this part.
+# Minimum relative saving of a suggested change.
 WORTH = 0.03
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `estimate_plan` returns.
+    """Result of `estimate_plan`.
 
     Attributes:
-        shape, cluster, job, layout: what it is of.
-        rows: rows that travel, and the name of the dispatcher.
-        reason: why `make_dispatcher` takes it.
+        shape, cluster, job, layout: inputs of the plan.
+        rows: rows that are sent, and the name of the dispatcher.
+        reason: why `make_dispatcher` selects it.
         memory, time: of the busiest rank.
         messages: the collectives of a layer with experts.
-        ranks_visited, nodes_visited: of a token, those that have one of its experts.
+        ranks_visited, nodes_visited: mean numbers of ranks and nodes that have one of a token's
+            experts.
     """
 
     shape: ModelShape
@@ -51,25 +53,27 @@ class Plan:
         return self.memory.total <= USABLE * self.cluster.memory
 
     def bytes_per_token(self, phase: str) -> tuple[float, float]:
-        """Sent and received by dispatch and combine in a layer, "forward" or "backward"."""
+        """Returns the bytes sent and received per token by dispatch and combine in a layer, for
+        phase "forward" or "backward"."""
         chosen = [m for m in self.messages if m.group == "ep" and m.phase == phase]
         tokens = self.job.tokens
         return sum(m.sent for m in chosen) / tokens, sum(m.received for m in chosen) / tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Returns the tokens per second of all ranks together."""
         return self.cluster.ranks * self.job.tokens / self.time.step
 
     @property
     def cache_tokens(self) -> int:
-        """In inference, tokens whose keys and values fit beside everything else of a rank."""
+        """Returns the number of tokens whose keys and values fit in a rank's memory in
+        inference."""
         free = USABLE * self.cluster.memory - self.memory.total
         size = self.shape.cache_elements * self.job.element_size / self.job.tp
         return max(0, int(free / size))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values: bytes and seconds."""
+        """Returns everything as plain values, in bytes and seconds."""
         forward = {name: value for name, value in _public(self.time).items() if value is not None}
         return {
             "model": {
@@ -112,15 +116,15 @@ def _public(time: Time) -> dict[str, Any]:
 
 
 def estimate_plan(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> Plan:
-    """A plan by formulas, in microseconds; `trace_step` checks its bytes.
+    """Computes a plan from formulas, within microseconds; `trace_step` verifies its bytes.
 
     Args:
-        shape: of the model: `find_shape`.
-        cluster: its machines: `find_cluster`.
-        job: what runs on them.
+        shape: shape of the model: `find_shape`.
+        cluster: cluster: `find_cluster`.
+        job: workload of the cluster.
 
     Raises:
-        ValueError: sizes that do not fit, in one sentence.
+        ValueError: incompatible sizes.
     """
     layout = Layout.of(cluster, job)
     if shape.num_experts % job.ep and not job.redundant:
@@ -148,7 +152,7 @@ def estimate_plan(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> Plan
 
 
 def _reason(shape: ModelShape, job: ParallelJob, name: str, visited: float) -> str:
-    """Why `make_dispatcher` takes this dispatcher."""
+    """Returns the reason for which `make_dispatcher` selects this dispatcher."""
     n, k = job.ep, shape.top_k
     if job.dispatch != "auto":
         return "as asked for"
@@ -170,11 +174,11 @@ def _reason(shape: ModelShape, job: ParallelJob, name: str, visited: float) -> s
 
 @dataclass(frozen=True)
 class Advice:
-    """A change and what it does.
+    """A suggested change and its effect.
 
     Attributes:
         text: a sentence.
-        plan: with the change, where it is one of the job.
+        plan: the changed plan, if the change is one of the job.
     """
 
     text: str
@@ -182,7 +186,7 @@ class Advice:
 
 
 def alternatives(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> list[Plan]:
-    """The same with each EP size that works."""
+    """Returns the plans with each EP size that works."""
     plans = []
     ep = 1
     while ep <= cluster.ranks:
@@ -191,13 +195,13 @@ def alternatives(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> list[
             changed = dataclasses.replace(job, ep=ep, dispatch=dispatch)
             plans.append(estimate_plan(shape, cluster, changed))
         except ValueError:
-            pass  # It does not divide the ranks or the experts.
+            pass  # EP does not divide the ranks or the experts.
         ep *= 2
     return plans
 
 
 def best(plans: list[Plan]) -> Plan:
-    """The fastest that fits; if none does, the one that needs least memory."""
+    """Returns the fastest plan that fits; if none does, the one that needs the least memory."""
     fitting = [p for p in plans if p.fits]
     if fitting:
         return min(fitting, key=lambda p: p.time.step)
@@ -205,7 +209,7 @@ def best(plans: list[Plan]) -> Plan:
 
 
 def suggest_changes(plan: Plan) -> list[Advice]:
-    """What to change, by what it would save here; [] where nothing is worth it."""
+    """Returns suggested changes, by their savings; [] if none saves enough."""
     found = [*_settings(plan), *_across_nodes(plan), *_imbalanced(plan)]
     if not plan.fits and not any(a.plan is not None and a.plan.fits for a in found):
         found.append(_how_many(plan))
@@ -236,7 +240,7 @@ def _settings(plan: Plan) -> list[Advice]:
         try:
             other = estimate_plan(plan.shape, plan.cluster, dataclasses.replace(job, **change))
         except ValueError:
-            continue  # Not with these sizes.
+            continue  # Invalid for these sizes.
         tried.append((word, other))
     if not plan.fits:
         less = [t for t in tried if t[1].memory.total < (1 - WORTH) * plan.memory.total]
@@ -267,7 +271,7 @@ def _memory_advice(plan: Plan, word: str, other: Plan) -> Advice:
 
 
 def _across_nodes(plan: Plan) -> list[Advice]:
-    """Where rows go to other nodes."""
+    """Suggests changes for rows that are sent to other nodes."""
     shape, cluster, job = plan.shape, plan.cluster, plan.job
     nodes = -(-job.ep // cluster.ranks_per_node)
     if nodes < 2 or plan.rows.name not in ("slots", "tokens"):
@@ -321,7 +325,7 @@ def _imbalanced(plan: Plan) -> list[Advice]:
 
 
 def _how_many(plan: Plan) -> Advice:
-    """Of how many ranks there would be enough memory."""
+    """Suggests a number of ranks with enough memory."""
     ranks = plan.cluster.ranks
     for factor in (2, 4, 8, 16, 32, 64, 128):
         cluster = dataclasses.replace(plan.cluster, ranks=ranks * factor)

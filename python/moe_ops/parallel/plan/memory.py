@@ -1,7 +1,7 @@
-"""Memory of a rank, by what the layers, dispatchers and FSDP2 keep and what they need at a time.
+"""Memory of a rank: persistent tensors of layers, dispatchers and FSDP2, and temporary ones.
 
-Letters: T tokens of a rank, H hidden size, I intermediate size, E experts, K experts a token, R
-rows that a rank gets for its experts, b bytes of an element.
+Letters: T tokens per rank, H hidden size, I intermediate size, E experts, K experts per token, R
+rows that a rank receives for its experts, b bytes per element.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank, of the busiest where `ParallelJob.imbalance` is above 1.
+    """Bytes of a rank, of the busiest one if `ParallelJob.imbalance` is above 1.
 
     Attributes:
-        experts, dense: weights that stay: float32 master weights in training.
-        gradients, optimizer: float32; Adam's two moments. Gradients are there throughout, as they
-            are from the second micro-batch on.
-        activations: kept for backward, and what else a layer needs at the fullest moment.
-        dispatch: rows on their way in the layer of that moment.
-        sharding: weights in use, their gradients and buffers of FSDP2 at that moment.
-        workspace: what the CUDA kernels of the experts take while they run.
-        moment: which one is the fullest.
+        experts, dense: persistent weights: float32 master weights in training.
+        gradients, optimizer: float32; Adam's two moments. Gradients are counted throughout, as from
+            the second micro-batch on.
+        activations: saved for backward, and a layer's temporary tensors at the peak.
+        dispatch: rows in flight in the layer of the peak.
+        sharding: weights in use, their gradients and buffers of FSDP2 at the peak.
+        workspace: memory of the experts' CUDA kernels while they run.
+        moment: name of the peak moment.
     """
 
     experts: int
@@ -56,16 +56,21 @@ class _Moment(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Bytes of a group of weights: of all of them as they are used (b bytes an element), and of
-    this rank's part in float32."""
+    """Bytes of a group of weights: of all weights in their working dtype (b bytes per element), and
+    of this rank's shard in float32."""
 
     used: int
     own: int
 
 
 class _Layer(NamedTuple):
-    """Bytes of a layer. kept: for backward, without rows; rows: of the experts' part, for backward;
-    arriving: a buffer of R rows. returned: kept rows that came back."""
+    """Bytes of a layer.
+
+    kept: saved for backward, without rows.
+    rows: of the experts, saved for backward.
+    arriving: a buffer of R rows.
+    returned: saved rows that were returned.
+    """
 
     kept: int
     rows: int
@@ -78,14 +83,14 @@ class _Layer(NamedTuple):
 def memory_of(
     shape: ModelShape, cluster: Cluster, job: ParallelJob, *, kernels: bool = True
 ) -> Memory:
-    """What a rank needs.
+    """Computes the memory of a rank.
 
     Args:
-        shape, cluster, job: of the plan.
-        kernels: with the workspace of kernels, which a trace does not see.
+        shape, cluster, job: see `estimate_plan`.
+        kernels: include the workspace of kernels, which a trace does not see.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: incompatible sizes.
     """
     layout = Layout.of(cluster, job)
     weights_of = _training_sizes if job.training else _inference_sizes
@@ -163,33 +168,37 @@ def _layer(
 
 
 def _activated(shape: ModelShape, width: int) -> int:
-    """Features of a token that a dense network keeps: before its activation, and after it."""
+    """Returns the features per token that a dense network saves: before and after its
+    activation."""
     return width * (3 if shape.gated else 2)
 
 
 def _attention(shape: ModelShape, job: ParallelJob) -> int:
-    """Bytes that attention keeps: what its last map and its kernel read, and the kernel's sums."""
+    """Returns the bytes that attention saves: inputs of its last map and its kernel, and the
+    kernel's sums."""
     heads, head = shape.num_heads, shape.head_size
     sums = job.tokens * heads * _FLOAT32
     if not shape.kv_rank:
         features = 2 * heads * head + 2 * shape.num_kv_heads * head
     else:
         unrotated = head - shape.rope_size
-        keys = heads * (unrotated + shape.v_size) + heads * head  # As products, and as used.
+        keys = heads * (unrotated + shape.v_size) + heads * head  # As projected, and as used.
         latent = shape.q_rank + shape.kv_rank + shape.rope_size
         features = latent + heads * head + keys + heads * shape.v_size
     return job.tokens * features * job.element_size + sums
 
 
 def _workspace(shape: ModelShape, job: ParallelJob, backward: bool) -> int:
-    """Of `moe_ffn` on CUDA, which has room for all slots, those of other ranks' experts too."""
+    """Returns the workspace of `moe_ffn` on CUDA, which has room for all slots, including those of
+    other ranks' experts."""
     h, i, width = shape.hidden_size, shape.intermediate_size, shape.width
     columns = max(i, h) + width if backward else i + h
     return rows_of(shape, job).slots * columns * job.element_size
 
 
 def _fp8_rows(moe: _Layer, job: ParallelJob) -> int:
-    """Rows in fp8 and what makes them rows in the type of x: three float32 tensors."""
+    """Returns the bytes of rows in fp8 and of their conversion to the dtype of x: three float32
+    tensors."""
     elements = moe.arriving // job.element_size
     return elements * (1 + 3 * _FLOAT32) if job.fp8 else 0
 
@@ -197,7 +206,7 @@ def _fp8_rows(moe: _Layer, job: ParallelJob) -> int:
 def _training(
     shape: ModelShape, job: ParallelJob, dense: _Layer, moe: _Layer, embedding: _Sizes, head: _Sizes
 ) -> list[_Moment]:
-    """The moments of backward at which most is there."""
+    """Returns the candidate moments of peak memory in backward."""
     row = job.tokens * shape.hidden_size * job.element_size
     all_kept = moe.kept + moe.rows
     if job.recompute:
@@ -207,15 +216,15 @@ def _training(
     else:
         below = (shape.num_moe_layers - 1) * all_kept + shape.num_dense_layers * dense.kept
         last = all_kept
-    ends = 2 * row  # What the last norm reads and writes.
+    ends = 2 * row  # Input and output of the last norm.
     logits = min(LOSS_TOKENS, job.tokens) * shape.vocab_size
     before = moe if shape.num_moe_layers > 1 or not shape.num_dense_layers else dense
-    gathered = before.weights.used  # Of the layer before, on its way.
-    # FSDP2 keeps the float32 copy of the gradients that it summed last until the next ones come.
+    gathered = before.weights.used  # Weights of the layer before, prefetched.
+    # FSDP2 keeps the float32 copy of the last summed gradients until the next ones.
     copy = _FLOAT32 // job.element_size
     held = copy * head.used
     kept_now = 0 if job.recompute else last
-    # Weights in use, the gradient of a piece, and where there are more the sum before and after.
+    # Weights in use, the gradient of a chunk, and with several chunks the sum before and after.
     pieces = 4 if job.tokens > LOSS_TOKENS else 2
     return [
         _Moment(
@@ -242,7 +251,8 @@ def _training(
         _Moment(
             "backward of the last combine",
             below + last - moe.arriving - moe.returned + 2 * row,
-            # What came, what came back, its gradient, and where it is another type, that of x.
+            # Received rows, returned rows, their gradient, and if its dtype differs, the gradient
+            # in that of x.
             moe.arriving + 2 * moe.returned + (moe.arriving if job.fp32_combine else 0),
             held + gathered + moe.weights.used + moe.experts.used,
             0,
@@ -279,7 +289,7 @@ def _training(
 
 
 def _inference(shape: ModelShape, job: ParallelJob, dense: _Layer, moe: _Layer) -> list[_Moment]:
-    """The moments of forward at which most is there."""
+    """Returns the candidate moments of peak memory in forward."""
     t, h, b = job.tokens, shape.hidden_size, job.element_size
     row = t * h * b
     rows = rows_of(shape, job)
@@ -291,7 +301,7 @@ def _inference(shape: ModelShape, job: ParallelJob, dense: _Layer, moe: _Layer) 
         _Moment(
             "the experts",
             5 * row,
-            # What came, what the experts made of it, what came back.
+            # Received rows, the experts' outputs, returned rows.
             moe.arriving * (job.element_size + job.result_size) // job.element_size + back,
             used,
             _workspace(shape, job, False),

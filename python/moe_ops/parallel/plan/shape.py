@@ -1,6 +1,6 @@
-"""Sizes of a model, as far as memory and traffic depend on them: presets, and config.json files.
+"""Model sizes that determine memory and traffic: presets, and config.json files.
 
-Letters: H hidden size, I intermediate size of an expert, E experts, K experts a token.
+Letters: H hidden size, I intermediate size of an expert, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ _READER = "plan"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A transformer with mixture-of-experts layers.
+    """Sizes of a transformer with mixture-of-experts layers.
 
     Attributes:
         name: for tables.
         hidden_size, intermediate_size: H and I.
         num_experts, top_k: E and K.
-        num_moe_layers, num_dense_layers: layers with experts, and with one network of the width
-            `dense_intermediate_size` in their place.
+        num_moe_layers, num_dense_layers: layers with experts, and layers with a network of width
+            `dense_intermediate_size` instead.
         shared_intermediate_size: width of all shared experts together; 0 without.
-        num_groups, num_topk_groups: experts are in groups, of which a token may use some.
-        gated: experts are two products in and one out (SwiGLU), else one and one.
+        num_groups, num_topk_groups: number of expert groups, and of groups that a token may use.
+        gated: experts have two input matrices and one output matrix (SwiGLU), else one and one.
         bias: experts have biases.
         num_heads, num_kv_heads, head_size: of attention.
-        q_rank, kv_rank, rope_size, v_size: of latent attention (DeepSeek-V2 and later), where
-            `head_size` is that of queries and keys, rotary part included; q_rank 0 is no bottleneck
-            of the queries, kv_rank 0 plain attention.
-        vocab_size, tied: the embedding is also the output's weight.
+        q_rank, kv_rank, rope_size, v_size: of MLA (DeepSeek-V2 and later), where `head_size` is
+            that of queries and keys, including the rotary part; q_rank 0 is full-rank queries,
+            kv_rank 0 plain attention.
+        vocab_size, tied: size of the vocabulary, and whether the embedding is also the output's
+            weight.
         float32_router: logits are computed in float32.
 
     Raises:
-        ValueError: sizes that make no model.
+        ValueError: invalid sizes.
     """
 
     name: str
@@ -103,31 +104,31 @@ class ModelShape:
 
     @property
     def allowed_experts(self) -> int:
-        """Experts of the groups that a token may use."""
+        """Returns the number of experts in the groups that a token may use."""
         return self.num_experts // self.num_groups * self.num_topk_groups
 
     # ------------------------------------------------------------------------- numbers of weights
 
     @property
     def expert_weights(self) -> int:
-        """Of one expert."""
+        """Returns the number of weights of one expert."""
         biases = self.width + self.hidden_size if self.bias else 0
         return (self.width + self.intermediate_size) * self.hidden_size + biases
 
     @property
     def width(self) -> int:
-        """Features of an expert before its activation: 2I, or I without a gate."""
+        """Returns the features of an expert before its activation: 2I, or I without a gate."""
         return self.intermediate_size * (2 if self.gated else 1)
 
     def network(self, intermediate_size: int) -> list[Matrix]:
-        """A dense network of this width; [] of none."""
+        """Returns the weights of a dense network of this width; [] for width 0."""
         if not intermediate_size:
             return []
         width = intermediate_size * (2 if self.gated else 1)
         return [Matrix(width, self.hidden_size), Matrix(self.hidden_size, intermediate_size)]
 
     def attention(self) -> list[Matrix]:
-        """Attention and the two norms of a layer."""
+        """Returns the weights of attention and the two norms of a layer."""
         h, heads = self.hidden_size, self.num_heads
         norms = [Matrix(h, 1), Matrix(h, 1)]
         if not self.kv_rank:
@@ -143,7 +144,8 @@ class ModelShape:
         return [*norms, *queries, *latent, Matrix(h, heads * self.v_size)]
 
     def dense_parts(self, experts: bool) -> list[Matrix]:
-        """All weights of a layer but those of its experts, of a layer with or without experts."""
+        """Returns all weights of a layer except those of its experts, for a layer with or without
+        experts."""
         if not experts:
             return self.attention() + self.network(self.dense_intermediate_size)
         router = Matrix(self.num_experts, self.hidden_size)
@@ -151,7 +153,7 @@ class ModelShape:
 
     @property
     def total_weights(self) -> int:
-        """Of the whole model."""
+        """Returns the number of weights of the model."""
         ends = (1 if self.tied else 2) * self.vocab_size * self.hidden_size + self.hidden_size
         moe = self.num_experts * self.expert_weights + count(self.dense_parts(True))
         return (
@@ -162,31 +164,32 @@ class ModelShape:
 
     @property
     def active_weights(self) -> int:
-        """Of a token's way through the model."""
+        """Returns the number of weights used per token."""
         idle = self.num_moe_layers * (self.num_experts - self.top_k) * self.expert_weights
         return self.total_weights - idle
 
     @property
     def cache_elements(self) -> int:
-        """Of keys and values, for a token of all layers."""
+        """Returns the number of elements of keys and values per token, in all layers."""
         if self.kv_rank:
             return self.num_layers * (self.kv_rank + self.rope_size)
         return self.num_layers * 2 * self.num_kv_heads * self.head_size
 
 
 class Matrix(NamedTuple):
-    """A weight [rows, columns]; of vectors, and of more dimensions, the first and all others."""
+    """A weight [rows, columns]; other dimensionalities are the first dimension and the product of
+    the others."""
 
     rows: int
     columns: int
 
     def share(self, ranks: int) -> int:
-        """Elements that each rank keeps room for if it is sharded by rows."""
+        """Returns the elements that each rank allocates if the weight is sharded by rows."""
         return -(-self.rows // ranks) * self.columns
 
 
 def count(weights: Iterable[Matrix]) -> int:
-    """All elements."""
+    """Returns the total number of elements."""
     return sum(m.rows * m.columns for m in weights)
 
 
@@ -325,10 +328,11 @@ _SHORT = {"mixtral": "mixtral_8x7b", "gpt_oss": "gpt_oss_120b", "qwen3": "qwen3_
 
 
 def find_shape(model: str | Path) -> ModelShape:
-    """The shape of a preset, of a config.json, or of the folder that has one.
+    """Returns the shape of a preset, of a config.json, or of a folder with one.
 
     Raises:
-        ValueError: neither a preset nor a file, or a file that describes no mixture of experts.
+        ValueError: neither a preset nor a file, or a file that does not describe a mixture of
+            experts.
     """
     name = str(model).lower().replace("-", "_").replace(".", "_")
     name = _SHORT.get(name, name)
@@ -351,16 +355,16 @@ def find_shape(model: str | Path) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
-    """The shape that a config.json of transformers describes.
+    """Returns the shape that a config.json of transformers describes.
 
     Args:
-        config: what the file holds. Names differ between models; those that most of them use are
-            known: Mixtral, Qwen2-MoE and Qwen3-MoE, DeepSeek, GLM, gpt-oss, OLMoE, GraniteMoE,
-            Phi-MoE, DBRX, Llama 4.
-        name: for tables; None is the file's `model_type`.
+        config: contents of the file. Names differ between models; supported are those of Mixtral,
+            Qwen2-MoE and Qwen3-MoE, DeepSeek, GLM, gpt-oss, OLMoE, GraniteMoE, Phi-MoE, DBRX, Llama
+            4.
+        name: name for tables; None is the file's `model_type`.
 
     Raises:
-        ValueError: a size is missing, or is no size.
+        ValueError: a size is missing or invalid.
     """
     fields = Fields(config, _READER)
     for section in ("text_config", "llm_config"):
@@ -375,7 +379,7 @@ def shape_of(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
     )
     experts = ffn.size(
         "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"
-    )  # In this order: some files hold an alias too.
+    )  # In this order: some files also contain an alias.
     layers = fields.size("num_hidden_layers", "n_layers", "num_layers")
     dense = _dense_layers(fields, layers)
     if dense >= layers:
@@ -418,22 +422,22 @@ def shape_of(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
 
 
 def _dense_layers(fields: Fields, layers: int) -> int:
-    """How many layers have no experts."""
-    if "moe_layers" in fields:  # Llama 4: those that have.
+    """Returns the number of layers without experts."""
+    if "moe_layers" in fields:  # Llama 4: layers with experts
         return layers - len(_numbers(fields, "moe_layers", layers))
     step = fields.size("decoder_sparse_step", "interleave_moe_layer_step", default=1)
     named = _numbers(fields, "mlp_only_layers", layers)
     first = fields.size("first_k_dense_replace", default=0, least=0)
-    # Of the numbers 1 to `layers`, those after the first ones that `step` divides.
+    # Of the numbers 1 to `layers`, those divisible by `step`, except the first ones.
     sparse = layers // step - min(first, layers) // step
     return layers - sparse + sum((i + 1) % step == 0 and i >= first for i in named)
 
 
 def _numbers(fields: Fields, name: str, layers: int) -> set[int]:
-    """Returns the numbers below `layers` in a list of a config.json, none where it is missing.
+    """Returns the numbers below `layers` in a list of a config.json, none if it is missing.
 
     Raises:
-        ValueError: it is no list of such numbers.
+        ValueError: it is not a list of integers.
     """
     value = fields.values.get(name)
     value = [] if value is None else value
@@ -444,7 +448,7 @@ def _numbers(fields: Fields, name: str, layers: int) -> set[int]:
 
 
 def _shared_width(fields: Fields, model_type: str, width: int) -> int:
-    """The width of all shared experts of a layer together."""
+    """Returns the width of all shared experts of a layer together."""
     if model_type.startswith("llama4"):
         return width
     size: int = fields.size(

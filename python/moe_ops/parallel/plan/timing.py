@@ -1,10 +1,9 @@
 """Time of a layer and a step, from operations, bytes and the rates of a cluster.
 
-A floor: products at the rate that good kernels reach, or weights read once, whichever is longer;
-collectives at the rates of the links, which those inside a node and those across nodes use side by
-side.
+Times are lower bounds: GEMMs at the rate of good kernels, or reading the weights once, whichever is
+longer; collectives at the rates of links, using links within and across nodes concurrently.
 
-Letters: n ranks of a group, m those of them in one node.
+Letters: n ranks of a group, m of them in one node.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .memory import Memory
 from .shape import Matrix, ModelShape, count
 from .traffic import Message, layer_messages, local_experts
 
-# Bytes that Adam reads and writes for a weight: itself, its gradient, two moments, all float32.
+# Bytes that Adam reads and writes per weight: itself, its gradient, two moments, all float32.
 _ADAM_BYTES = 28
 _WAY_OUT = ("sizes", "dispatch", "scales", "weights", "ids")
 
@@ -27,11 +26,11 @@ class Pass:
     """Seconds of one layer in one direction.
 
     Attributes:
-        attention: with the router, norms left out. shared: shared experts, or the network of a
-            dense layer. experts: of this rank.
-        dispatch, combine: collectives before the experts and after them (in backward the other way
-            round).
-        sharding: FSDP2's.
+        attention: with the router, without norms.
+        shared: shared experts, or the network of a dense layer.
+        experts: of this rank.
+        dispatch, combine: collectives before and after the experts (reversed in backward).
+        sharding: FSDP2's collectives.
     """
 
     attention: float
@@ -51,8 +50,8 @@ class Pass:
 
     @property
     def hidden(self) -> float:
-        """Communication behind which something is computed: the dispatch has shared experts, and
-        FSDP2 loads a layer ahead."""
+        """Returns overlapped communication: shared experts overlap the dispatch, and FSDP2
+        prefetches a layer."""
         return min(self.dispatch, self.shared) + min(self.sharding, self.compute)
 
     @property
@@ -62,8 +61,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds: of a layer with experts, of one without, of the two ends of the model and Adam, and
-    of a whole step. Backward is None in inference."""
+    """Seconds: of a layer with experts, of one without, of the embedding, head and Adam, and of a
+    whole step. Backward is None in inference."""
 
     forward: Pass
     backward: Pass | None
@@ -78,7 +77,7 @@ class Time:
 
 
 def timing(shape: ModelShape, cluster: Cluster, job: ParallelJob, memory: Memory) -> Time:
-    """How long a step takes at least with this library's overlap."""
+    """Computes the minimum time of a step with this library's overlap."""
     layout = Layout.of(cluster, job)
     passes = [
         _pass(shape, cluster, job, layout, moe, phase)
@@ -97,7 +96,7 @@ def timing(shape: ModelShape, cluster: Cluster, job: ParallelJob, memory: Memory
 
 
 def seconds(message: Message, cluster: Cluster, layout: Layout) -> float:
-    """Of one collective."""
+    """Returns the time of one collective."""
     n, m = _group(message.group, cluster, layout)
     size = max(message.sent, message.received)
     if n == 1 or not size:
@@ -106,14 +105,15 @@ def seconds(message: Message, cluster: Cluster, layout: Layout) -> float:
     if message.kind == "all_to_all":
         inside = size - outside
     else:
-        # What comes from other nodes comes once, by the links of all m ranks.
+        # Data of other nodes arrives once, through the links of all m ranks.
         inside, outside = size, outside / m
     latency = cluster.latency if n == m else cluster.inter_latency
     return max(inside / cluster.intra_bandwidth, outside / cluster.inter_bandwidth) + latency
 
 
 def _group(name: str, cluster: Cluster, layout: Layout) -> tuple[int, int]:
-    """The ranks of a group, and those of them in one node. Neighbours share experts out."""
+    """Returns the ranks of a group, and the number of them in one node. Ranks that share experts
+    are neighbors."""
     n, stride = {
         "ep": (layout.ep, 1),
         "tp": (layout.tp, 1),
@@ -136,7 +136,7 @@ def _pass(
     times = 1 if phase == "forward" else 3 if job.recompute else 2
     heads = shape.num_heads * (shape.head_size + (shape.v_size or shape.head_size))
     scores = job.tokens * job.context * heads / cluster.flops
-    if not job.training and job.tokens < job.context:  # A token a sequence: its cache is read.
+    if not job.training and job.tokens < job.context:  # One token per sequence: its cache is read.
         cache = job.tokens * job.context * shape.cache_elements / shape.num_layers
         scores = max(scores, cache * job.element_size / cluster.memory_bandwidth)
     attention = _products(shape.attention()[2:], cluster, job) + scores
@@ -161,8 +161,8 @@ def _pass(
 
 
 def _products(weights: list[Matrix], cluster: Cluster, job: ParallelJob) -> float:
-    """Seconds of the products of all tokens with dense weights, forward. With tensor parallelism a
-    rank has a share of the weights and the tokens of all its ranks."""
+    """Returns the seconds of GEMMs of all tokens with dense weights, in forward. With tensor
+    parallelism, a rank has a part of the weights and the tokens of all its ranks."""
     elements = count(weights)
     read = elements / job.tp * job.element_size / cluster.memory_bandwidth
     return max(2 * job.tokens * elements / cluster.flops, read)

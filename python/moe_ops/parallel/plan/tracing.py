@@ -1,11 +1,11 @@
-"""One rank of many, run for its sizes alone: the real layers, dispatchers and sharding, on a group
-that sends nothing and with tensors that hold nothing.
+"""Simulation of one rank, for its sizes only: the real layers, dispatchers and sharding, on a group
+that sends nothing, with tensors without data.
 
-What stands for the rest of a model allocates what its common kernels do: attention as a fused
-kernel, which keeps queries, keys, values, its output and one sum for each row and head, norms,
-dense maps, and a loss of a part of the tokens at a time.
+Other parts of a model are stand-ins that allocate like common kernels: attention like a fused
+kernel, which saves queries, keys, values, its output and one sum per row and head; norms; dense
+maps; and a loss computed on a chunk of tokens at a time.
 
-Letters: T tokens of the rank, H hidden size, n ranks that share the experts out.
+Letters: T tokens of the rank, H hidden size, n ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ from .traffic import LOSS_TOKENS, Message, Rows, rows_of
 
 @dataclass(frozen=True)
 class Trace:
-    """What one step of rank 0 asks for.
+    """Requirements of one step of rank 0.
 
     Attributes:
         messages: all collectives, in order; their names are those of torch's operations.
-        weights, gradients, optimizer: bytes that stay.
-        peak: most bytes at a time, those of the optimizer's state included, which is there from the
-            second step on.
+        weights, gradients, optimizer: bytes of persistent tensors.
+        peak: maximum bytes, including the optimizer's state, which exists from the second step on.
     """
 
     messages: list[Message]
@@ -59,16 +58,16 @@ class Trace:
 
 
 def trace_step(shape: ModelShape, cluster: Cluster, job: ParallelJob) -> Trace:
-    """A step of rank 0: forward, and in training backward and Adam.
+    """Traces a step of rank 0: forward, and in training backward and Adam.
 
     Args:
-        shape: a few layers of each kind are enough, as all are alike.
-        cluster: of which only the number of ranks counts. job: without tensor parallelism.
+        shape: a few layers of each kind are enough, because layers of a kind are equal.
+        cluster: only the number of ranks is used. job: without tensor parallelism.
 
     Raises:
-        ValueError: sizes that do not fit, tensor parallelism, a placement with redundant experts,
-            or a process that has a default group already.
-        ImportError: this torch has no group that sends nothing.
+        ValueError: incompatible sizes, tensor parallelism, a placement with redundant experts, or a
+            process that already has a default group.
+        ImportError: this version of torch has no fake process group.
     """
     layout = Layout.of(cluster, job)
     for name, value, wanted in (("tp", job.tp, 1), ("redundant", job.redundant, 0)):
@@ -102,7 +101,7 @@ def _run(shape: ModelShape, layout: Layout, job: ParallelJob) -> Trace:
     shard_experts(model, ep, job.dispatch, **options)
     _know_sizes(model, rows_of(shape, job))
     if job.training:
-        # Inputs are in this type already, but routing weights, which stay float32.
+        # Inputs already have this dtype, except routing weights, which stay float32.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard_moe(block, dense, experts, mp_policy=policy)
@@ -140,8 +139,8 @@ def _run(shape: ModelShape, layout: Layout, job: ParallelJob) -> Trace:
 
 
 def _meshes(layout: Layout) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
-    """Of EP, and those over which FSDP2 shards dense weights and experts: as of `init_moe_meshes`,
-    or with a dimension before of the ranks that hold the same parts."""
+    """Returns the EP mesh, and those over which FSDP2 shards dense weights and experts: as in
+    `init_moe_meshes`, or with a leading dimension for ranks with equal shards."""
     dense_copies = layout.dp // layout.dense_shards
     copies = layout.efsdp // layout.expert_shards
     meshes = init_moe_meshes(layout.ep, device_type="cpu")
@@ -167,7 +166,8 @@ def _bytes(tensors: Any) -> int:
 
 
 def _know_sizes(model: nn.Module, rows: Rows) -> None:
-    """Numbers of rows depend on the routing, which nobody has here: dispatchers are told."""
+    """Sets the numbers of rows in dispatchers, because without data they cannot come from the
+    routing."""
     for module in model.modules():
         dispatcher: Any = getattr(module, "dispatcher", None)
         if hasattr(dispatcher, "_splits"):
@@ -177,7 +177,7 @@ def _know_sizes(model: nn.Module, rows: Rows) -> None:
 
 
 class _Largest:
-    """Asks the ranks for the largest number of tokens, and does not look at the answer."""
+    """Runs the collective for the largest number of tokens, and ignores its result."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -192,7 +192,7 @@ class _Largest:
 
 
 class _Recorder(dispatch_mode_class()):  # type: ignore[misc]
-    """Counts the bytes of tensors while they live, and of collectives."""
+    """Dispatch mode that counts the bytes of live tensors and of collectives."""
 
     def __init__(self, ep: DeviceMesh) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class _Recorder(dispatch_mode_class()):  # type: ignore[misc]
         self.messages: list[Message] = []
         self.phase = "forward"
         self.now = self.peak = 0
-        self.sizes: dict[int, tuple[Any, int]] = {}  # Storages that live: a reference, and bytes.
+        self.sizes: dict[int, tuple[Any, int]] = {}  # Live storages: a reference, and bytes.
         self._drawn: Any = None
 
     def __enter__(self) -> Any:
@@ -224,13 +224,13 @@ class _Recorder(dispatch_mode_class()):  # type: ignore[misc]
         if func is aten._local_scalar_dense.default and args[0].untyped_storage() is self._drawn:
             return 0  # The number by which recomputation finds its first pass.
         if func is collective_ops().wait_tensor.default:
-            return args[0]  # As it does with data.
+            return args[0]  # Matches the behavior with data.
         out = func(*args, **(kwargs or {}))
         if func is aten.randint.default:
             self._drawn = out.untyped_storage()
         self._log(func, args)
-        # Of a DTensor what this rank has. What happens inside of its operations, some on tensors of
-        # the global shape that say what the result looks like, is not seen here.
+        # For a DTensor, this rank's part. Tensors inside DTensor operations, some of the global
+        # shape that only describe the result, are not seen here.
         for tensor in _tensors(out):
             self.hold(_local(tensor))
         return out
@@ -254,8 +254,8 @@ class _Recorder(dispatch_mode_class()):  # type: ignore[misc]
         self.peak = max(self.peak, self.now)
 
     def _log(self, func: Any, args: Any) -> None:
-        """The bytes of a collective, as `Message` counts them. Dispatchers use those that compiled
-        code knows, FSDP2 the others."""
+        """Records the bytes of a collective, counted like in `Message`. Dispatchers use collectives
+        for compiled code, FSDP2 the others."""
         name = func.overloadpacket.__name__
         kind = _KINDS.get(name)
         if kind is None:
@@ -318,7 +318,7 @@ class _Model(nn.Module):
 
 
 class _Head(nn.Module):
-    """The last norm and the output, with the mean loss in training."""
+    """The last norm and the output projection, with the mean loss in training."""
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
         super().__init__()
@@ -412,7 +412,7 @@ class _Attention(nn.Module):
 
 
 class _Flash(torch.autograd.Function):
-    """What a fused attention kernel allocates and keeps."""
+    """Autograd function with the allocations of a fused attention kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a rank sends and gets in a layer, by the collectives of the dispatchers and of FSDP2.
+"""Traffic of a rank in a layer, from the collectives of the dispatchers and of FSDP2.
 
-Letters: T tokens of a rank, H hidden size, E experts, K experts a token, n ranks of a group, S rows
-that a rank sends, R rows that it gets.
+Letters: T tokens per rank, H hidden size, E experts, K experts per token, n ranks of a group, S
+rows that a rank sends, R rows that it receives.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from ..registry import _best as best_dispatcher
 from .cluster import Layout, ParallelJob
 from .shape import Matrix, ModelShape
 
-# Tokens that the loss is computed of at a time.
+# Number of tokens per chunk of the loss.
 LOSS_TOKENS = 512
 FP8_BLOCK = 128
 KNOWN = ("gather", "local", "padded", "shared", "slots", "tokens")
 
 
 class Message(NamedTuple):
-    """A collective as one rank takes part in it.
+    """A collective from the view of one rank.
 
-    name: of what is sent. phase: "forward" or "backward". group: "ep", "dp", "efsdp" or "tp".
+    name: of the data.
+    phase: "forward" or "backward".
+    group: "ep", "dp", "efsdp" or "tp".
     kind: "all_to_all", "all_gather", "reduce_scatter" or "all_reduce".
-    sent, received: bytes, without those that a rank keeps for itself: of n ranks each passes n - 1
-        shares on in a gather or a reduction, and twice as many where it does both.
+    sent, received: bytes, without a rank's own part: each of n ranks passes on n - 1 parts in a
+    gather or a reduction, and twice as many in an all-reduce.
     """
 
     name: str
@@ -39,11 +41,12 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a layer with experts, of a rank.
+    """Rows of a rank in a layer with experts.
 
-    name: of the dispatcher. sent, received: rows to and from each rank of the group, this one
-    included. slots: of the busiest rank, K' for each row that the experts get. expert_slots: those
-    among them that are of its experts.
+    name: of the dispatcher.
+    sent, received: rows to and from each rank of the group, including this one.
+    slots: of the busiest rank, K' for each row that the experts get.
+    expert_slots: those of its own experts.
     """
 
     name: str
@@ -62,8 +65,8 @@ class Rows:
 
 
 def visits(shape: ModelShape, places: int) -> float:
-    """Of so many equal parts of all experts in a row (ranks or nodes), how many have one of a
-    token's experts, if all choices are as likely that its groups allow."""
+    """Returns the mean number of equal, contiguous parts of all experts (ranks or nodes) that have
+    one of a token's experts, if all selections that its groups allow are equally likely."""
     per_group = shape.num_experts // shape.num_groups
     k, groups, chosen = shape.top_k, shape.num_groups, shape.num_topk_groups
     allowed = shape.allowed_experts
@@ -71,8 +74,8 @@ def visits(shape: ModelShape, places: int) -> float:
     found = 0.0
     for first in range(0, shape.num_experts, share):
         last = min(first + share, shape.num_experts)
-        # How many ways there are to choose so many of the groups that this part has experts of,
-        # which leaves it so many experts: (groups, experts) -> ways.
+        # Number of ways to select some of the groups that overlap this part, by (groups, experts of
+        # this part in them).
         ways = {(0, 0): 1}
         held = range(first // per_group, (last - 1) // per_group + 1)
         for group in held:
@@ -90,16 +93,16 @@ def visits(shape: ModelShape, places: int) -> float:
 
 
 def split_evenly(rows: int, ranks: int) -> list[int]:
-    """Whole numbers that differ by one at most, the larger ones first."""
+    """Returns integers that differ by at most one, the larger ones first."""
     each, more = divmod(rows, ranks)
     return [each + (rank < more) for rank in range(ranks)]
 
 
 def dispatcher_name(shape: ModelShape, job: ParallelJob) -> str:
-    """The dispatcher that `make_dispatcher` takes.
+    """Returns the name of the dispatcher that `make_dispatcher` selects.
 
     Raises:
-        ValueError: one of which no sizes are known.
+        ValueError: a dispatcher whose sizes are unknown.
     """
     name = job.dispatch
     if name == "auto":
@@ -118,8 +121,8 @@ def dispatcher_name(shape: ModelShape, job: ParallelJob) -> str:
 
 
 def rows_of(shape: ModelShape, job: ParallelJob) -> Rows:
-    """How many rows travel with balanced routing, times `ParallelJob.imbalance` where they
-    arrive."""
+    """Returns the numbers of rows sent with balanced routing; received rows are multiplied by
+    `ParallelJob.imbalance`."""
     name, n, tokens, k = dispatcher_name(shape, job), job.ep, job.tokens, shape.top_k
     ours = round(tokens * k * job.imbalance)
     if name == "local":
@@ -135,7 +138,8 @@ def rows_of(shape: ModelShape, job: ParallelJob) -> Rows:
 
 
 def local_experts(shape: ModelShape, job: ParallelJob) -> int:
-    """Places of a rank for experts. A remainder of E / n leaves some that are redundant already."""
+    """Returns the number of physical experts of a rank. If n does not divide E, some are already
+    redundant."""
     return -(-shape.num_experts // job.ep) + max(
         0, job.redundant - (shape.num_experts % job.ep > 0)
     )
@@ -145,7 +149,7 @@ def local_experts(shape: ModelShape, job: ParallelJob) -> int:
 
 
 def expert_messages(shape: ModelShape, job: ParallelJob) -> list[Message]:
-    """Those of a layer with experts, forward and, in training, backward."""
+    """Returns the collectives of a layer with experts, in forward and, in training, backward."""
     rows, n = rows_of(shape, job), job.ep
     if rows.name == "local":
         return []
@@ -176,7 +180,8 @@ def expert_messages(shape: ModelShape, job: ParallelJob) -> list[Message]:
         return forward
     again: list[Message] = []
     if job.recompute:
-        # Sizes are known, and torch stops where backward needs no more: of a sum, not the result.
+        # Sizes are known, and torch stops once backward has what it needs: the sum's result is not
+        # needed.
         ends = ("sizes", "combine") if rows.name in ("gather", "shared") else ("sizes",)
         again = [m for m in forward if m.name not in ends]
     return forward + [m._replace(phase="backward") for m in again + backward]
@@ -224,8 +229,8 @@ def _reduced(name: str, kind: str, whole: int, n: int) -> Message:
 
 
 def expert_weights(shape: ModelShape, layout: Layout, job: ParallelJob) -> list[Matrix]:
-    """The experts of a rank as FSDP2 shards them: by experts, or by their second dimension where
-    there are too few."""
+    """Returns the experts of a rank as FSDP2 shards them: by experts, or by their second dimension
+    if there are too few."""
     local, shards = local_experts(shape, job), layout.expert_shards
     h, i, width = shape.hidden_size, shape.intermediate_size, shape.width
     sizes = [(width, h), (h, i), *([(width, 1), (h, 1)] if shape.bias else [])]
@@ -241,10 +246,11 @@ def expert_weights(shape: ModelShape, layout: Layout, job: ParallelJob) -> list[
 def sharded_messages(
     weights: list[Matrix], group: str, layout: Layout, job: ParallelJob
 ) -> list[Message]:
-    """Those of weights that FSDP2 shards: gathered for forward, and for backward, where gradients
-    are summed in float32, at last over the ranks that hold the same parts.
+    """Returns the collectives of weights that FSDP2 shards: gathers for forward and for backward,
+    and float32 sums of gradients, finally over ranks with equal shards.
 
     Args:
+        weights: the weights that are sharded.
         group: "dp" or "efsdp".
     """
     if group == "dp":
@@ -274,7 +280,7 @@ def sharded_messages(
 
 
 def layer_messages(shape: ModelShape, layout: Layout, job: ParallelJob, moe: bool) -> list[Message]:
-    """All collectives of a layer, with or without experts."""
+    """Returns all collectives of a layer, with or without experts."""
     found = sharded_messages(_parts(shape.dense_parts(moe), job), "dp", layout, job)
     if moe:
         banks = expert_weights(shape, layout, job)
@@ -290,7 +296,8 @@ def layer_messages(shape: ModelShape, layout: Layout, job: ParallelJob, moe: boo
 
 
 def model_messages(shape: ModelShape, layout: Layout, job: ParallelJob) -> list[Message]:
-    """All collectives of a step: of all layers, of the embedding, and of the head with its norm."""
+    """Returns all collectives of a step: of all layers, of the embedding, and of the head with its
+    norm."""
     embedding = Matrix(shape.vocab_size, shape.hidden_size)
     found = []
     for weights in ([embedding], [embedding, Matrix(shape.hidden_size, 1)]):
@@ -300,5 +307,5 @@ def model_messages(shape: ModelShape, layout: Layout, job: ParallelJob) -> list[
 
 
 def _parts(weights: list[Matrix], job: ParallelJob) -> list[Matrix]:
-    """What tensor parallelism leaves of them on a rank."""
+    """Returns a rank's part of the weights under tensor parallelism."""
     return [Matrix(-(-m.rows // job.tp), m.columns) for m in weights]
