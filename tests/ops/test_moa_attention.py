@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.isas import has_own_kernels, run_python_at
 from tests.helpers.op_case import OpCase, ones
 
 import moe_ops
@@ -26,6 +25,7 @@ from moe_ops.testing import (
     assert_identical,
     eps,
     poisoned,
+    seed_from,
     short,
 )
 
@@ -706,19 +706,27 @@ def test_batch_invariance(options, head_size, dtype, kind, set_threads):
                             assert_identical(got, want, f"{slots} slots, {count} before {last}")
 
 
+def run_all(every):
+    """Numbers that are not seen and batches of other sizes, in a process of its own, at the level
+    of instructions that it was started with; without `every`, types for which that level has
+    kernels of its own."""
+    for kind, dtype, head_size in itertools.product(KINDS, DTYPES, (16, 40)):
+        if not every and not has_own_kernels(_library.cpu_isa(), dtype):
+            continue
+        torch.manual_seed(seed_from(f"{kind} {dtype} {head_size}"))
+        for mask in ("all", "window"):
+            test_unseen_numbers(mask, head_size, dtype, kind)
+        for options in ("window", "sequences"):
+            test_batch_invariance(options, head_size, dtype, kind, torch.set_num_threads)
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("isa", _library.supported_isas()[:-1])
-def test_other_instruction_sets(isa):
-    """Whatever numbers are not seen, and whatever the batch is."""
-    unseen = "test_unseen_numbers and (window or all) and (16 or 40)"
-    invariant = "test_batch_invariance and (window or sequences) and (16 or 40)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, __file__, "-k", f"{unseen} or {invariant}"],
-        env={**os.environ, "MOE_OPS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+def test_other_instruction_sets(isa, request):
+    every = request.config.getoption("--full")
+    code = f"from tests.ops.test_moa_attention import run_all; run_all({every})"
+    done = run_python_at(isa, "-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
