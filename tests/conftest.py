@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 
 import pytest
@@ -9,8 +10,11 @@ from tests.helpers.simulator import use_simulator
 
 from moe_ops.testing import seed_from
 
+# Processes that inductor starts to compile in cost more than they compile here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 MARKERS = (
-    "full: part of the long sweep, run only with --full",
+    "full: more of what other tests show (seeds, sizes, instruction sets), run only with --full",
     "cpu_only: about threads, instruction sets, packed copies or the checking of values, which a "
     "device op cannot do without waiting; not run with --backend sim or cuda",
     "slow_on_simulator: not run with --backend sim, nor with make test-cuda-torch",

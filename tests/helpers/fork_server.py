@@ -6,12 +6,14 @@ the answers are the process's number, then its status, as integers of four bytes
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
 import runpy
 import struct
 import sys
+import threading
 import traceback
 import types
 from typing import Any
@@ -60,14 +62,30 @@ def become(request: dict[str, Any], path: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def run(request: dict[str, Any], path: list[str]) -> int:
+    """Returns the status with which `python ARGUMENTS` ends."""
+    try:
+        become(request, path)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
     packages = sys.path[1:]
     for module in sys.argv[2:]:
         importlib.import_module(module)
     wanted = serve(int(sys.argv[1]))
     if wanted is not None:
-        try:
-            become(wanted, packages)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+        code = run(wanted, packages)
+        # Freeing all that was imported would take longer than most of what is run.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

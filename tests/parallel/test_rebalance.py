@@ -137,7 +137,7 @@ def train(rank, ep, options, placements):
     ("world", "options", "placements"),
     [
         (2, {"dispatch": "slots"}, [FAR, NEAR]),
-        (4, {"dispatch": "tokens"}, [FAR, NEAR]),
+        pytest.param(4, {"dispatch": "tokens"}, [FAR, NEAR], marks=pytest.mark.full),
         (2, {"placement": TWICE}, [TWICE, OTHERS]),
         (4, {"placement": TWICE, "dispatch": "slots"}, [OTHERS, TWICE]),
     ],
