@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def pytest_configure(config: pytest.Config) -> None:
         if not torch.cuda.is_available():
             pytest.exit("--backend cuda: torch sees no CUDA device.", returncode=1)
         torch.set_default_device("cuda")
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs all tests of a file, which share fixtures of the module; and all tests of
+    tests/parallel, which share a pool of processes. On a simulator tests share nothing that takes
+    long, and some files take minutes."""
+    if config.getoption("--backend") != "cpu":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/parallel" if file.startswith("tests/parallel/") else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ from moe_ops.parallel import (
 
 from .common import EXPERTS, Model, Run, assert_same, batch, gradients, loss_of, whole
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 NEAR = Placement(8, 2, (1, 0, 2, 3, 5, 4, 6, 7))  # All moves stay on their rank.
 FAR = Placement(8, 2, (6, 1, 4, 3, 2, 5, 0, 7))
