@@ -276,8 +276,21 @@ HEADS_OF_HALF = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-@pytest.mark.parametrize("options", HEADS_OF_HALF)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(
+            options,
+            dtype,
+            marks=pytest.mark.slow_on_simulator
+            if dtype == torch.float16 and options not in ("causal", "sequences")
+            else (),
+            id=f"{options}-{short(dtype)}",
+        )
+        for options in HEADS_OF_HALF
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+)
 def test_heads_of_half_types(options, dtype, head_size, kind):
     """More than a tile of rows and of keys where there are kernels for these sizes."""
     check(
@@ -376,7 +389,11 @@ def test_fewer_keys_than_queries(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=short)
+@pytest.mark.parametrize(
+    "index",
+    [torch.int32, pytest.param(torch.int64, marks=pytest.mark.slow_on_simulator)],
+    ids=short,
+)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(
     "lengths", [(90,), (1, 1, 1), (0, 5, 0, 64, 30, 0), (100, 3, 97), (2,) * 40], ids=str
