@@ -123,6 +123,7 @@ def test_a_row_keeps_its_bits_beside_others(bits_group):
     assert_identical(moe_ops.moe_ffn_quantized(**{**call, **rows}), whole[:3])
 
 
+@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """Exchanges, barriers, products and stores of the compiled kernels (quantized_mutants.py)."""
     noticed = noticed_mutants("quantized_mutants")

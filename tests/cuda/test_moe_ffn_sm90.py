@@ -406,6 +406,7 @@ def test_nan_stays_in_its_token_and_its_expert(simulator, num_tokens):
     assert_identical(y.isnan(), where)
 
 
+@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """The compiled kernels broken in one place at a time (moe_ffn_mutants.py)."""
     noticed = noticed_mutants("moe_ffn_mutants")
