@@ -50,12 +50,13 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
+.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       train a small mixture-of-experts model, draw its routing, compare with eager'
-	@echo 'make test       run the whole test suite on the installed package'
+	@echo 'make test       run the test suite on the installed package'
+	@echo 'make test-all   the same with more seeds, sizes and instruction sets of what it tests'
 	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
 	@echo 'make test-cuda-torch   the ops, layers and models on CUDA tensors of a torch with CUDA, on a simulator'
 	@echo 'make test-asan  run op tests and fuzz tests with AddressSanitizer and UBSan (needs Clang)'
@@ -113,14 +114,17 @@ demo: build
 
 test: build
 	@echo 'Running the test suite on the installed package.'
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-all:
+	@$(MAKE) test PYTEST_ARGS="--full $(PYTEST_ARGS)"
 
 # The same on what is installed beside PYTHON, such as a wheel, with pytest and the extra "test".
 # Tests that need moe_ops_dev are skipped where cmake, ninja or a compiler is missing.
 test-installed:
 	@mkdir -p build && cd build && env -u PYTHONPATH $(PYTHON) -c 'import sys, moe_ops, torch; print("Testing", moe_ops.__file__, "on Python", sys.version.split()[0], "and torch", torch.__version__)'
 	@$(call build_dev,$(PYTHON)) || echo 'moe_ops_dev is not built: the tests that need it are skipped.'
-	@env -u PYTHONPATH OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@env -u PYTHONPATH OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # Each half takes MINUTES and ends with the smallest form of what failed; build/fuzz keeps what is done.
 fuzz: build

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from tests.helpers.simulator import use_simulator
 
 from moe_ops.testing import seed_from
 
+# Processes that inductor starts to compile in cost more than they compile here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 MARKERS = (
-    "full: part of the long sweep, run only with --full",
+    "full: more of what other tests show (seeds, sizes, instruction sets), run only with --full",
     "cpu_only: about threads, instruction sets, packed copies or the checking of values, which a "
     "device op cannot do without waiting; not run with --backend sim or cuda",
     "slow_on_simulator: not run with --backend sim, nor with make test-cuda-torch",
@@ -45,6 +50,23 @@ def pytest_configure(config: pytest.Config) -> None:
         if not torch.cuda.is_available():
             pytest.exit("--backend cuda: torch sees no CUDA device.", returncode=1)
         torch.set_default_device("cuda")
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs all tests of a file, which share fixtures of the module; and all tests of
+    tests/parallel, which share a pool of processes. On a simulator tests share nothing that takes
+    long, and some files take minutes."""
+    if config.getoption("--backend") != "cpu":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/parallel" if file.startswith("tests/parallel/") else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

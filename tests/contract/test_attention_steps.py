@@ -9,16 +9,13 @@ infinities and NaN in positions that it may not see do not reach it.
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.helpers.attention_block import Call, run
+from tests.helpers.isas import ISAS, has_own_kernels, run_python_at
 from tests.helpers.quantized import quantized
 from tests.ops import test_attention_decode, test_mla_decode
 from torch import Tensor
@@ -276,29 +273,25 @@ def test_a_query_from_which_numbers_hide_all_keys_alike(op, dtype):
     FILES[op].check({**call, "mask": mask})
 
 
-def run_all() -> None:
-    """All random cases, in a process of its own, at the level of instructions of its start."""
+def run_all(every: bool) -> None:
+    """All random cases, in a process of its own, at the level of instructions of its start;
+    without `every`, those for which that level has kernels of its own."""
     for op in FILES:
         for dtype in DTYPES:
+            stored = dtype != torch.float64  # Some weights are stored as integers.
+            if not every and not has_own_kernels(_library.cpu_isa(), dtype, stored):
+                continue
             torch.manual_seed(seed_from(f"{op} {dtype}"))
             rng = random.Random(seed_from(f"{op} {dtype}"))
             check_all_invariant(op, dtype, rng)
             check_all_isolated(op, dtype, rng)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
-def test_isa(isa):
-    if isa not in _library.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa(isa, request):
     if isa == _library.cpu_isa():
         pytest.skip("the level of this process, at which the other tests run")
-    environment = {
-        **os.environ,
-        "MOE_OPS_CPU_ISA": isa,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
-    }
-    code = "from tests.contract.test_attention_steps import run_all; run_all()"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    every = request.config.getoption("--full")
+    code = f"from tests.contract.test_attention_steps import run_all; run_all({every})"
+    run = run_python_at(isa, "-c", code)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -35,7 +35,7 @@ pytestmark = [
 
 ATTEMPTS = 4
 # Calls of an op, steps of a public function, bytes a call.
-SHORT = (5_000, 2_000, 16.0)
+SHORT = (2_500, 1_000, 16.0)
 FULL = (100_000, 100_000, 1.0)
 
 

@@ -3,19 +3,18 @@ tokens, and of experts that the token does not use, keep their bits."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from tests.helpers.ffn import ffn_operands
+from tests.helpers.isas import has_own_kernels, run_python_at
 from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import _library
-from moe_ops.testing import DTYPES, assert_identical, short
+from moe_ops.testing import DTYPES, assert_identical, seed_from, short
 
 pytestmark = pytest.mark.cpu_only
 
@@ -142,12 +141,19 @@ def test_what_no_slot_uses_reaches_nothing(routing, dtype, maker):
             assert bool((found[2] == 0).all()), name
 
 
+def run_all(every: bool) -> None:
+    """The routings of middle size, in a process of its own, at the level of instructions that it
+    was started with; without `every`, types for which that level has kernels of its own."""
+    for routing, dtype, maker in itertools.product(ROUTINGS[1:3], DTYPES, MAKERS):
+        if every or has_own_kernels(_library.cpu_isa(), dtype):
+            torch.manual_seed(seed_from(f"{routing} {dtype} {maker.__name__}"))
+            test_a_token_spoils_itself_and_its_experts(routing, dtype, maker)
+            test_what_no_slot_uses_reaches_nothing(routing, dtype, maker)
+
+
 @pytest.mark.parametrize("isa", _library.supported_isas()[:-1])
-def test_other_instruction_sets(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, __file__, "-k", "not instruction and (T40 or T150)"],
-        env={**os.environ, "MOE_OPS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+def test_other_instruction_sets(isa, request):
+    every = request.config.getoption("--full")
+    code = f"from tests.contract.test_not_finite import run_all; run_all({every})"
+    done = run_python_at(isa, "-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]

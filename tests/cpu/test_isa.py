@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
-
-from moe_ops import _library
-
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-
-# A compact subset that reaches each vector kernel: full tiles, every kind of tail, each dtype.
-SCRIPT = """
-import sys
 import torch
-import moe_ops
-from moe_ops import _library, reference
-from moe_ops.reference._scores import SCORE_FUNCS
-from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe_ops.testing import (
-    DTYPES, acc_dtype, as_strided_copy, assert_identical, check_against_reference, eps,
-)
-from tests.helpers.routing import Routing
 from tests.helpers.ffn import (
-    activation_magnitude, ffn_operands, gated_act_magnitude, moe_ffn_magnitude,
+    activation_magnitude,
+    ffn_operands,
+    gated_act_magnitude,
+    moe_ffn_magnitude,
 )
 from tests.helpers.fp8 import (
-    check_grouped_gemm_fp8, check_moe_ffn_fp8, fp8_gemm_operands, fp8_operands,
+    check_grouped_gemm_fp8,
+    check_moe_ffn_fp8,
+    fp8_gemm_operands,
+    fp8_operands,
 )
+from tests.helpers.fresh_python import run_python
+from tests.helpers.isas import ISAS, has_own_kernels, run_python_at
 from tests.helpers.quantized import (
-    STORED_GROUPS, STORED_RECORDS, check_stored_gemm, moe_ffn_in_integers,
-    moe_ffn_quantized_magnitude, quantized_operands, rounds_to_bytes, stored_gemm_call,
+    STORED_GROUPS,
+    STORED_RECORDS,
+    check_stored_gemm,
+    moe_ffn_in_integers,
+    moe_ffn_quantized_magnitude,
+    quantized_operands,
+    rounds_to_bytes,
+    stored_gemm_call,
 )
+from tests.helpers.routing import Routing
+
+import moe_ops
+from moe_ops import _library, reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe_ops.reference._scores import SCORE_FUNCS
+from moe_ops.testing import (
+    DTYPES,
+    acc_dtype,
+    as_strided_copy,
+    assert_identical,
+    check_against_reference,
+    eps,
+)
+
 
 def all_experts_ffn_magnitude(x, w_up, w_down, input_ids, b_up, b_down, activation):
     h = torch.einsum("teh,eih->tei", x[:, input_ids.long()], w_up) + b_up
@@ -46,30 +57,43 @@ def mix_expert_outputs_magnitude(outputs, weights, factor, activation):
     return torch.einsum("tme,teo->tmo", weights, n) * factor.repeat_interleave(3, 0)
 
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-assert _library.cpu_isa() == sys.argv[1], f"asked for {sys.argv[1]}, got {_library.cpu_isa()}"
-
-for dtype in DTYPES:
-    for counts, k, o in [((7, 0, 13, 1), 33, 31), ((6, 12), 64, 32), ((1, 35), 17, 97),
-                         ((2, 3), 1, 1), ((19,), 129, 15), ((8, 16, 5), 16, 48)]:
+def check_floats(dtype):
+    for counts, k, o in [
+        ((7, 0, 13, 1), 33, 31),
+        ((6, 12), 64, 32),
+        ((1, 35), 17, 97),
+        ((2, 3), 1, 1),
+        ((19,), 129, 15),
+        ((8, 16, 5), 16, 48),
+    ]:
         n, e = sum(counts) + 2, len(counts)
         offsets = torch.tensor([0, *counts]).cumsum(0).int()
         a, b = torch.randn(n, k).to(dtype), torch.randn(e, o, k).to(dtype)
         for view in ("contiguous", "transposed", "offset"):
             check_against_reference(
-                moe_ops.grouped_gemm, reference.grouped_gemm,
-                {"a": as_strided_copy(a, view), "b": as_strided_copy(b, view),
-                 "expert_offsets": offsets, "bias": torch.randn(e, o).to(dtype)},
-                ["a", "b", "bias"], sum_length=max(n, k, o),
+                moe_ops.grouped_gemm,
+                reference.grouped_gemm,
+                {
+                    "a": as_strided_copy(a, view),
+                    "b": as_strided_copy(b, view),
+                    "expert_offsets": offsets,
+                    "bias": torch.randn(e, o).to(dtype),
+                },
+                ["a", "b", "bias"],
+                sum_length=max(n, k, o),
             )
     for activation in GATED_ACTIVATIONS:
         for interleaved in (False, True):
             check_against_reference(
-                moe_ops.gated_act, reference.gated_act,
-                {"gate_up": 3 * torch.randn(5, 2 * 37).to(dtype), "activation": activation,
-                 "interleaved": interleaved},
-                ["gate_up"], magnitude=gated_act_magnitude,
+                moe_ops.gated_act,
+                reference.gated_act,
+                {
+                    "gate_up": 3 * torch.randn(5, 2 * 37).to(dtype),
+                    "activation": activation,
+                    "interleaved": interleaved,
+                },
+                ["gate_up"],
+                magnitude=gated_act_magnitude,
             )
     for size in (1, 16, 37, 64):
         call = [torch.randn(s).to(dtype) for s in ((70, size), (size,), (70, size))]
@@ -80,7 +104,7 @@ for dtype in DTYPES:
             y, total = fn(*leaves, bias=leaves[1], eps=0.1)
             grads = torch.autograd.grad((y * total).sum(), leaves)
             runs.append([t.double() for t in (y, total, *grads)])
-        for got, want in zip(*runs):
+        for got, want in zip(*runs, strict=True):
             # Sums of 70 rows of numbers rounded once or twice.
             assert (got - want).norm() <= 8 * eps(dtype) * want.norm() + 1e-6
     for hidden, width in ((64, 32), (33, 17), (7, 128)):
@@ -88,34 +112,56 @@ for dtype in DTYPES:
         x, ids = torch.randn(150, hidden).to(dtype), routing.ids()
         w = torch.randn(4, width, hidden).to(dtype)
         check_against_reference(
-            moe_ops.moe_linear_map, reference.moe_linear_map, {"x": x, "w": w, "topk_ids": ids},
-            ["x", "w"], sum_length=300, grad_steps=1,
+            moe_ops.moe_linear_map,
+            reference.moe_linear_map,
+            {"x": x, "w": w, "topk_ids": ids},
+            ["x", "w"],
+            sum_length=300,
+            grad_steps=1,
         )
         h, weights = torch.randn(150, 2, width).to(dtype), torch.rand(150, 2)
         check_against_reference(
-            moe_ops.moe_linear_reduce, reference.moe_linear_reduce,
+            moe_ops.moe_linear_reduce,
+            reference.moe_linear_reduce,
             {"h": h, "w": w.mT, "topk_weights": weights.to(acc_dtype(dtype)), "topk_ids": ids},
-            ["h", "w", "topk_weights"], sum_length=300, steps=1, grad_steps=2,
+            ["h", "w", "topk_weights"],
+            sum_length=300,
+            steps=1,
+            grad_steps=2,
         )
     # More rows of an expert than a block of the sums of weight gradients, each with a weight.
     for rows, hidden, width in ((193, 33, 8), (385, 193, 8), (385, 8, 130), (769, 65, 17)):
         routing = Routing(rows, 1, 1)
         check_against_reference(
-            moe_ops.moe_linear_reduce, reference.moe_linear_reduce,
-            {"h": torch.randn(rows, 1, width).to(dtype),
-             "w": torch.randn(1, hidden, width).to(dtype),
-             "topk_weights": torch.rand(rows, 1).to(acc_dtype(dtype)), "topk_ids": routing.ids()},
-            ["h", "w", "topk_weights"], sum_length=rows, steps=1, grad_steps=2,
+            moe_ops.moe_linear_reduce,
+            reference.moe_linear_reduce,
+            {
+                "h": torch.randn(rows, 1, width).to(dtype),
+                "w": torch.randn(1, hidden, width).to(dtype),
+                "topk_weights": torch.rand(rows, 1).to(acc_dtype(dtype)),
+                "topk_ids": routing.ids(),
+            },
+            ["h", "w", "topk_weights"],
+            sum_length=rows,
+            steps=1,
+            grad_steps=2,
         )
         call = ffn_operands(routing, hidden, width, dtype)
         check_against_reference(
-            moe_ops.moe_ffn, reference.moe_ffn, {**call, "apply_router_weight_on_input": True},
-            ["x", "w_gate_up", "w_down", "topk_weights"], magnitude=moe_ffn_magnitude,
-            sum_length=rows, steps=2, grad_steps=5,
+            moe_ops.moe_ffn,
+            reference.moe_ffn,
+            {**call, "apply_router_weight_on_input": True},
+            ["x", "w_gate_up", "w_down", "topk_weights"],
+            magnitude=moe_ffn_magnitude,
+            sum_length=rows,
+            steps=2,
+            grad_steps=5,
         )
     for experts, k in ((4, 2), (8, 2), (7, 3), (16, 2), (16, 4), (40, 4)):
         for options in (
-            {}, {"topk_first": True}, *({"score_func": f, "renormalize": True} for f in SCORE_FUNCS)
+            {},
+            {"topk_first": True},
+            *({"score_func": f, "renormalize": True} for f in SCORE_FUNCS),
         ):
             logits = torch.randn(75, experts).to(dtype)
             runs = []
@@ -131,110 +177,101 @@ for dtype in DTYPES:
     for size, experts in ((16, 4), (37, 5), (64, 9)):
         call = [torch.randn(s).to(dtype) for s in ((70, size), (experts, size), (experts,))]
         check_against_reference(
-            moe_ops.router_linear, reference.router_linear,
-            dict(zip(("x", "weight", "bias"), call)), ["x", "weight", "bias"], sum_length=71,
+            moe_ops.router_linear,
+            reference.router_linear,
+            dict(zip(("x", "weight", "bias"), call, strict=True)),
+            ["x", "weight", "bias"],
+            sum_length=71,
         )
     for activation in (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS):
         call = ffn_operands(
             Routing(21, 4, 2, "dropped"), 33, 31, dtype, activation=activation, bias=True
         )
         check_against_reference(
-            moe_ops.moe_ffn, reference.moe_ffn, call,
+            moe_ops.moe_ffn,
+            reference.moe_ffn,
+            call,
             ["x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down"],
-            magnitude=moe_ffn_magnitude, sum_length=64, steps=2,
+            magnitude=moe_ffn_magnitude,
+            sum_length=64,
+            steps=2,
             grad_steps=5,
         )
     for activation, interleaved, hidden, intermediate in (
-        ("swiglu", False, 64, 64), ("swiglu_oai", True, 33, 31), ("geglu", False, 7, 48),
-        ("relu2", False, 128, 128), ("gelu", False, 17, 97),
+        ("swiglu", False, 64, 64),
+        ("swiglu_oai", True, 33, 31),
+        ("geglu", False, 7, 48),
+        ("relu2", False, 128, 128),
+        ("gelu", False, 17, 97),
     ):
         for on_input in (False, True):
             call = ffn_operands(
-                Routing(150, 4, 2, "dropped"), hidden, intermediate, dtype, activation=activation,
+                Routing(150, 4, 2, "dropped"),
+                hidden,
+                intermediate,
+                dtype,
+                activation=activation,
                 bias=True,
             )
             call |= {"interleaved": interleaved, "apply_router_weight_on_input": on_input}
             check_against_reference(
-                moe_ops.moe_ffn, reference.moe_ffn, call,
+                moe_ops.moe_ffn,
+                reference.moe_ffn,
+                call,
                 ["x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down"],
-                magnitude=moe_ffn_magnitude, sum_length=300, steps=2, grad_steps=5,
+                magnitude=moe_ffn_magnitude,
+                sum_length=300,
+                steps=2,
+                grad_steps=5,
             )
     for activation, interleaved in (("swiglu", False), ("swiglu_oai", True), ("relu2", False)):
         for tokens, hidden, intermediate in (
-            (1, 33, 31), (21, 64, 65), (90, 129, 48), (21, 2101, 24),
+            (1, 33, 31),
+            (21, 64, 65),
+            (90, 129, 48),
+            (21, 2101, 24),
         ):
             call = ffn_operands(
-                Routing(tokens, 4, 2, "dropped"), hidden, intermediate, dtype,
-                activation=activation, bias=True,
+                Routing(tokens, 4, 2, "dropped"),
+                hidden,
+                intermediate,
+                dtype,
+                activation=activation,
+                bias=True,
             )
             halves = activation == "swiglu"
             call["packed_gate_up"] = moe_ops.pack_experts(call["w_gate_up"], halves=halves)
             call["packed_down"] = moe_ops.pack_experts(call["w_down"])
             check_against_reference(
-                moe_ops.moe_ffn_packed, reference.moe_ffn_packed,
+                moe_ops.moe_ffn_packed,
+                reference.moe_ffn_packed,
                 {**call, "interleaved": interleaved},
-                magnitude=moe_ffn_magnitude, sum_length=max(hidden, intermediate), steps=2,
+                magnitude=moe_ffn_magnitude,
+                sum_length=max(hidden, intermediate),
+                steps=2,
             )
             assert _library.stale_panels() == 0
-    for bits, group, hidden, intermediate in (
-        (8, 0, 33, 31), (8, 0, 64, 65), (8, 0, 129, 200), (4, 32, 96, 160), (4, 64, 64, 192),
-        (4, 128, 256, 128),
-    ):
-        if dtype == torch.float64:
-            continue
-        for tokens in (1, 2, 3, 5, 8, 40):
-            call = quantized_operands(
-                Routing(tokens, 2, 2), hidden, intermediate, dtype, bits, group, bias=tokens == 40,
-                x_scale=True,
-            )
-            if tokens == 40 and not rounds_to_bytes(call):
-                check_against_reference(
-                    moe_ops.moe_ffn_quantized, reference.moe_ffn_quantized, call,
-                    magnitude=moe_ffn_quantized_magnitude, sum_length=400,
-                    steps=3 if dtype == torch.bfloat16 else 0,
-                )
-                continue
-            y, expected = moe_ops.moe_ffn_quantized(**call).double(), moe_ffn_in_integers(call)
-            # The portable level rounds a product before it rounds it to an integer.
-            slack = 5e-3 if sys.argv[1] == "portable" else 1e-3
-            assert (y - expected).norm() <= (eps(dtype) + slack) * expected.norm(), (bits, group)
-    for kind in (*STORED_GROUPS, *STORED_RECORDS):
-        unit = STORED_RECORDS[kind] if kind in STORED_RECORDS else STORED_GROUPS[kind][1]
-        for depth in (33, 200) if unit == 1 else (unit, 3 * unit):
-            for counts in ((1, 0, 3), (9, 8, 20)):
-                if dtype != torch.float64:
-                    check_stored_gemm(stored_gemm_call(kind, counts, depth, 35, dtype))
-    if dtype != torch.float64:
-        for width in (1, 7, 33, 128, 200, 300):
-            x = (torch.randn(5, width) * torch.rand(5, width) ** 8).to(dtype)
-            for got, want in zip(
-                moe_ops.quantize_fp8(x), reference.quantize_fp8(x), strict=True
-            ):
-                assert_identical(got.float(), want.float())
-        for counts, k, o in [((1, 2, 3, 4), 33, 31), ((5, 0, 40), 129, 130), ((2, 135), 300, 65),
-                             ((19,), 1, 1), ((8, 16), 640, 48)]:
-            check_grouped_gemm_fp8(
-                fp8_gemm_operands(counts, k, o, tail=2, bias=torch.float32), torch.float32
-            )
-        for tokens, hidden, intermediate, interleaved in (
-            (1, 33, 31, False), (21, 130, 150, True), (90, 129, 300, False),
-        ):
-            call = fp8_operands(
-                Routing(tokens, 4, 2, "dropped"), hidden, intermediate, dtype, bias=True
-            )
-            check_moe_ffn_fp8({**call, "interleaved": interleaved})
     offsets, row_to_slot, slot_to_row = Routing(29, 5, 2, "out_of_range").sorted()
     for size in (1, 7, 16, 33, 129):
         x = torch.randn(29, size).to(dtype)
         check_against_reference(
-            moe_ops.permute, reference.permute,
-            {"x": x, "expert_offsets": offsets, "row_to_slot": row_to_slot}, ["x"], sum_length=2,
+            moe_ops.permute,
+            reference.permute,
+            {"x": x, "expert_offsets": offsets, "row_to_slot": row_to_slot},
+            ["x"],
+            sum_length=2,
         )
         check_against_reference(
-            moe_ops.unpermute, reference.unpermute,
-            {"rows": torch.randn(58, size).to(dtype), "expert_offsets": offsets,
-             "slot_to_row": slot_to_row, "topk_weights": torch.rand(29, 2)},
-            ["rows", "topk_weights"], sum_length=size,
+            moe_ops.unpermute,
+            reference.unpermute,
+            {
+                "rows": torch.randn(58, size).to(dtype),
+                "expert_offsets": offsets,
+                "slot_to_row": slot_to_row,
+                "topk_weights": torch.rand(29, 2),
+            },
+            ["rows", "topk_weights"],
+            sum_length=size,
         )
     for tokens, slots, size in ((1, 2, 24), (70, 2, 64), (40, 3, 200), (130, 1, 7), (90, 3, 16)):
         for kind, cap in (("softmax", 9.0), ("softmax", None), ("stick_breaking", 9.0)):
@@ -245,7 +282,8 @@ for dtype in DTYPES:
             }
             found = []
             for fn, to in (
-                (moe_ops.moa_attention, dtype), (reference.moa_attention, torch.float64)
+                (moe_ops.moa_attention, dtype),
+                (reference.moa_attention, torch.float64),
             ):
                 leaves = [t.to(to).requires_grad_() for t in call.values()]
                 out = fn(*leaves, kind=kind, softcap=cap, window=90)
@@ -265,81 +303,156 @@ for dtype in DTYPES:
                 "w_up": (torch.randn(3, i, h) / h**0.5).to(dtype),
                 "w_down": (torch.randn(3, o, i) / i**0.5).to(dtype),
                 "input_ids": torch.tensor([1, 0, 1]),
-                "b_up": torch.randn(3, i).to(dtype), "b_down": torch.randn(3, o).to(dtype),
+                "b_up": torch.randn(3, i).to(dtype),
+                "b_down": torch.randn(3, o).to(dtype),
                 "activation": activation,
             }
             check_against_reference(
-                moe_ops.all_experts_ffn, reference.all_experts_ffn, call,
+                moe_ops.all_experts_ffn,
+                reference.all_experts_ffn,
+                call,
                 ["x", "w_up", "w_down", "b_up", "b_down"],
-                magnitude=all_experts_ffn_magnitude, sum_length=200,
+                magnitude=all_experts_ffn_magnitude,
+                sum_length=200,
             )
     for e, o, m in ((1, 1, 1), (2, 32, 1), (3, 17, 5), (5, 64, 9), (8, 33, 4), (23, 8, 2)):
         call = {
             "outputs": torch.randn(90, e, o).to(dtype),
-            "weights": torch.randn(90, m, e).to(dtype), "factor": torch.randn(30, m, o).to(dtype),
+            "weights": torch.randn(90, m, e).to(dtype),
+            "factor": torch.randn(30, m, o).to(dtype),
         }
         for activation in ("none", "relu", "silu", "sigmoid"):
             check_against_reference(
                 lambda **kw: moe_ops.mix_expert_outputs(**kw)[0],
                 lambda **kw: reference.mix_expert_outputs(**kw)[0],
-                {**call, "activation": activation}, ["outputs", "weights", "factor"],
-                magnitude=mix_expert_outputs_magnitude, sum_length=90,
+                {**call, "activation": activation},
+                ["outputs", "weights", "factor"],
+                magnitude=mix_expert_outputs_magnitude,
+                sum_length=90,
             )
     for e, top_k in ((1, 1), (7, 3), (16, 4), (61, 6), (128, 8)):
         logits = torch.randn(9, e).to(dtype)
         assert_identical(
             moe_ops.topk_router(logits, top_k)[1], reference.topk_router(logits, top_k)[1]
         )
-print("done")
-"""
+
+
+def check_eight_bits(dtype):
+    for bits, group, hidden, intermediate in (
+        (8, 0, 33, 31),
+        (8, 0, 64, 65),
+        (8, 0, 129, 200),
+        (4, 32, 96, 160),
+        (4, 64, 64, 192),
+        (4, 128, 256, 128),
+    ):
+        for tokens in (1, 2, 3, 5, 8, 40):
+            call = quantized_operands(
+                Routing(tokens, 2, 2),
+                hidden,
+                intermediate,
+                dtype,
+                bits,
+                group,
+                bias=tokens == 40,
+                x_scale=True,
+            )
+            if tokens == 40 and not rounds_to_bytes(call):
+                check_against_reference(
+                    moe_ops.moe_ffn_quantized,
+                    reference.moe_ffn_quantized,
+                    call,
+                    magnitude=moe_ffn_quantized_magnitude,
+                    sum_length=400,
+                    steps=3 if dtype == torch.bfloat16 else 0,
+                )
+                continue
+            y, expected = moe_ops.moe_ffn_quantized(**call).double(), moe_ffn_in_integers(call)
+            # The portable level rounds a product before it rounds it to an integer.
+            slack = 5e-3 if _library.cpu_isa() == "portable" else 1e-3
+            assert (y - expected).norm() <= (eps(dtype) + slack) * expected.norm(), (bits, group)
+    for kind in (*STORED_GROUPS, *STORED_RECORDS):
+        unit = STORED_RECORDS[kind] if kind in STORED_RECORDS else STORED_GROUPS[kind][1]
+        for depth in (33, 200) if unit == 1 else (unit, 3 * unit):
+            for counts in ((1, 0, 3), (9, 8, 20)):
+                check_stored_gemm(stored_gemm_call(kind, counts, depth, 35, dtype))
+    for width in (1, 7, 33, 128, 200, 300):
+        x = (torch.randn(5, width) * torch.rand(5, width) ** 8).to(dtype)
+        for got, want in zip(moe_ops.quantize_fp8(x), reference.quantize_fp8(x), strict=True):
+            assert_identical(got.float(), want.float())
+    for counts, k, o in [
+        ((1, 2, 3, 4), 33, 31),
+        ((5, 0, 40), 129, 130),
+        ((2, 135), 300, 65),
+        ((19,), 1, 1),
+        ((8, 16), 640, 48),
+    ]:
+        check_grouped_gemm_fp8(
+            fp8_gemm_operands(counts, k, o, tail=2, bias=torch.float32), torch.float32
+        )
+    for tokens, hidden, intermediate, interleaved in (
+        (1, 33, 31, False),
+        (21, 130, 150, True),
+        (90, 129, 300, False),
+    ):
+        call = fp8_operands(
+            Routing(tokens, 4, 2, "dropped"), hidden, intermediate, dtype, bias=True
+        )
+        check_moe_ffn_fp8({**call, "interleaved": interleaved})
+
+
+def run_all(every: bool) -> None:
+    """A compact subset of calls that reaches each vector kernel: full tiles, every kind of tail,
+    each dtype; without `every`, those for which the instruction set has kernels of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    isa = _library.cpu_isa()
+    for dtype in DTYPES:
+        if every or has_own_kernels(isa, dtype):
+            check_floats(dtype)
+        if dtype != torch.float64 and (every or has_own_kernels(isa, dtype, eight_bits=True)):
+            check_eight_bits(dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_isa(isa):
-    if isa not in _library.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
-    environment = {
-        **os.environ,
-        "MOE_OPS_CPU_ISA": isa,
-        # The subprocess imports the package this process imported, wherever pytest found it.
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, isa], env=environment, capture_output=True, text=True
+def test_isa(isa, request):
+    every = request.config.getoption("--full")
+    code = (
+        f"from tests.cpu import test_isa; assert test_isa._library.cpu_isa() == {isa!r}; "
+        f"test_isa.run_all({every}); print('done')"
     )
+    run = run_python_at(isa, "-c", code)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.split() == ["done"]
 
 
-BROKEN_KERNELS = """
-import sys
-from bench.harness.dev import moe_ops_dev
-from moe_ops import _library
+def entries_that_no_call_reaches(isa: str, below: str) -> list[int]:
+    """Entries of a target's tables that the self-test does not miss, by their words of Tables; of
+    those that the target `below` has too, if it is named, none."""
+    from bench.harness.dev import moe_ops_dev
 
-isa = sys.argv[1]
-assert _library.failing_kernel(isa) is None
-entries = moe_ops_dev.kernel_entries(isa)
-assert len(entries) > 200
-print([entry for entry in entries if moe_ops_dev.failing_kernel(isa, entry) is None])
-"""
+    assert _library.failing_kernel(isa) is None
+    entries = moe_ops_dev.kernel_entries(isa)
+    assert len(entries) > 200
+    if below:
+        entries = sorted(set(entries) - set(moe_ops_dev.kernel_entries(below)))
+        assert 0 < len(entries) < 10
+    return [entry for entry in entries if moe_ops_dev.failing_kernel(isa, entry) is None]
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_the_self_test_calls_every_kernel(isa):
-    """What is tested at import notices each entry of a target's tables that does nothing."""
-    if isa not in _library.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
-    if isa == "portable":
-        pytest.skip("the others are compared with it")
+@pytest.mark.parametrize("isa", ISAS[1:])  # They are compared with the first.
+def test_the_self_test_calls_every_kernel(isa, request):
+    """What is tested at import notices each entry of a target's tables that does nothing. The
+    others of AMX are the functions of AVX512-BF16."""
     from tests.helpers.dev import moe_ops_dev  # noqa: F401  # or skips
 
-    path = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run(
-        [sys.executable, "-c", BROKEN_KERNELS, isa], env={**os.environ, "PYTHONPATH": path},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    below = "avx512_bf16" if isa == "amx" and not request.config.getoption("--full") else ""
+    code = (
+        f"from tests.cpu.test_isa import *; print(entries_that_no_call_reaches({isa!r}, {below!r}))"
+    )
+    run = run_python_at(isa, "-c", code)
     assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.strip() == "[]", "entries that no call reaches (word of Tables)"
+    assert run.stdout.strip() == "[]"
 
 
 def test_the_best_isa_is_used_unless_told_otherwise():
@@ -353,14 +466,8 @@ def test_portable_is_always_there():
 
 
 def test_unknown_isa_warns_and_still_works():
-    environment = {**os.environ, "MOE_OPS_CPU_ISA": "mmx"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run(
-        [sys.executable, "-c", "import moe_ops; print(moe_ops._library.cpu_isa())"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    code = "import moe_ops; print(moe_ops._library.cpu_isa())"
+    run = run_python("-c", code, env={"MOE_OPS_CPU_ISA": "mmx"})
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() in _library.supported_isas()
     assert "mmx" in run.stderr

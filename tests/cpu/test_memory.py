@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import fresh_python
 
 import moe_ops
 from moe_ops import layers, memory, reference
@@ -91,13 +92,9 @@ def test_values_in_used_memory(out: int, dtype: torch.dtype):
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = fresh_python.run_python("-c", textwrap.dedent(code), env=environment)
+    assert run.returncode == 0, run.stderr
+    return run
 
 
 @pytest.mark.parametrize(("setting", "kept"), [("0", False), ("64", True), ("9" * 30, True)])
@@ -143,7 +140,7 @@ LIMITED = """
         return pages * resource.getpagesize()
 
     output(8)
-    kept = [output(mib) for mib in (260, 220, 200)]
+    kept = [output(mib) for mib in (65, 55, 50)]
     before = used() - sum(t.nbytes for t in kept)
 """
 
@@ -151,19 +148,18 @@ LIMITED = """
 @needs_cache
 @pytest.mark.parametrize("megabytes", ["", "2000"], ids=["default", "wanted"])
 def test_kept_memory_is_returned_before_an_output_fails(megabytes: str):
-    run = run_python(
+    run_python(
         LIMITED
         + """
     del kept
-    assert memory.cached_bytes() >= 680 * MIB
-    resource.setrlimit(resource.RLIMIT_AS, (before + 900 * MIB, -1))
-    y = output(520)
+    assert memory.cached_bytes() >= 170 * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (before + 225 * MIB, -1))
+    y = output(130)
     assert y[0, 0, 0] == 2
     assert memory.cached_bytes() == 0
     """,
         **({"MOE_OPS_CACHE_MB": megabytes} if megabytes else {}),
     )
-    assert run.returncode == 0
 
 
 @needs_cache
@@ -171,11 +167,11 @@ def test_nothing_is_kept_of_a_limited_address_space():
     run_python(
         LIMITED
         + """
-    resource.setrlimit(resource.RLIMIT_AS, (before + 1000 * MIB, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (before + 250 * MIB, -1))
     assert memory.get_cache_limit() == 0
     del kept
     assert memory.cached_bytes() == 0
-    torch.empty(800 * MIB, dtype=torch.uint8)
+    torch.empty(200 * MIB, dtype=torch.uint8)
     """
     )
 
@@ -347,6 +343,6 @@ def test_forked_processes_and_the_environment_can_decline():
         "os._exit(len(seen))"
     )
     for mode, setting, expected in (("fork", "1", 0), ("own", "1", 1), ("own", "0", 0)):
-        environment = os.environ | {"MOE_OPS_HUGE_PAGES": setting}
-        run = subprocess.run([sys.executable, "-c", code, mode], env=environment, check=False)
+        environment = {"MOE_OPS_HUGE_PAGES": setting}
+        run = fresh_python.run_python("-c", code, mode, env=environment)
         assert run.returncode == expected, (mode, setting)

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-# Seeds times delays of asynchronous copies and products, in turns of a warp.
-SCHEDULES = tuple((seed, delay) for seed in (1, 2, 3, 4, 5) for delay in (1, 40, 400, 20000))
+# Of asynchronous copies and products, in turns of a warp.
+DELAYS = (1, 40, 400, 20000)
 DEFAULTS = {"seed": 1, "async_delay": 40, "race": 0, "check_uninit": 0, "sms": 16, "verbose": 0}
 
 
 class Simulator:
     """The C interface of the simulator behind libcudart.so.13."""
 
-    def __init__(self) -> None:
+    def __init__(self, seeds: int) -> None:
+        self._schedules = [(seed, delay) for seed in range(1, seeds + 1) for delay in DELAYS]
         self._lib = ctypes.CDLL("libcudart.so.13")
         self._lib.ptxsim_set_option.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
         self._lib.ptxsim_stat.argtypes = [ctypes.c_char_p]
@@ -70,7 +71,7 @@ class Simulator:
         with self.options(race=1, check_uninit=1):
             expected = _tensors(call())
         assert self.warnings() == ""
-        for seed, delay in SCHEDULES:
+        for seed, delay in self._schedules:
             with self.options(seed=seed, async_delay=delay):
                 for got, want in zip(_tensors(call()), expected, strict=True):
                     assert _same_bits(got, want), f"seed {seed}, delay {delay}: other bits"
@@ -104,5 +105,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def simulator() -> Simulator:
-    return Simulator()
+def simulator(request: pytest.FixtureRequest) -> Simulator:
+    return Simulator(seeds=5 if request.config.getoption("--full") else 3)

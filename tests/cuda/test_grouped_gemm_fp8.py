@@ -283,6 +283,7 @@ def test_wgrad_sizes_that_go_to_the_generic_kernel(simulator, o, k, takes):
     assert (counted["wgmma"] > 0) == takes
 
 
+@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """Waits, fences, arrivals, counts, coordinates and scales of the compiled kernels, broken one
     at a time (fp8_mutants.py)."""

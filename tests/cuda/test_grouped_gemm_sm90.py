@@ -280,6 +280,7 @@ def test_weight_gradients_with_one_side_gathered_are_added(simulator, main_dtype
         assert bool((error <= (0.5 * eps(torch.bfloat16) + eps(main_dtype)) * size).all())
 
 
+@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """Waits, fences, arrivals, counts, coordinates and descriptors of the compiled kernels, broken
     one at a time (sm90_mutants.py)."""

@@ -212,6 +212,7 @@ def test_backward_is_five_products(simulator, causal, head_size, kind):
     assert counted["wgmma"] == steps * 2 * 4 * of_a_warpgroup
 
 
+@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """The kernels above with one wait, fence, flag or address broken at a time
     (attention_mutants.py)."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.fresh_python import run_python
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -112,18 +111,8 @@ def load_elsewhere(folder: Path, **changes) -> dict[str, str]:
         # What gives torch's kernels to a CUDA build without a card.
         "modules": [name for name in (SIMULATED,) if name in sys.modules],
     }
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), json.dumps(options | changes)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(moe_ops.__file__).parents[1]), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    arguments = (str(folder), json.dumps(options | changes))
+    result = run_python("-c", LOAD, *arguments, timeout=300, transformers=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

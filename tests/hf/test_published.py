@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from tests.helpers.fresh_python import run_python
 from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
@@ -65,12 +64,7 @@ def load(folder, **options):
 
 def in_a_fresh_process(folders):
     """What a process without any of this one's state says of checkpoints, and its warnings."""
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, folders)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python("-c", LOAD, *map(str, folders), transformers=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.strip().splitlines()[-1]), run.stderr
 

@@ -72,6 +72,10 @@ def test_generated_code_calls_the_ops(monkeypatch, tmp_path):
     """Not only the graph: what inductor makes of it, with calls from C++. Its cache does not know
     the schemas of ops, so code of another version of this package must not be found there."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # What takes half of the time: optimizing, headers compiled in advance, trying the processor.
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
     layer = nn.ModuleDict(
         {
             "attention": AttentionExperts(

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.isas import has_own_kernels, run_python_at
 from tests.helpers.op_case import OpCase, ones
 
 import moe_ops
@@ -26,6 +25,7 @@ from moe_ops.testing import (
     assert_identical,
     eps,
     poisoned,
+    seed_from,
     short,
 )
 
@@ -276,8 +276,21 @@ HEADS_OF_HALF = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-@pytest.mark.parametrize("options", HEADS_OF_HALF)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(
+            options,
+            dtype,
+            marks=pytest.mark.slow_on_simulator
+            if dtype == torch.float16 and options not in ("causal", "sequences")
+            else (),
+            id=f"{options}-{short(dtype)}",
+        )
+        for options in HEADS_OF_HALF
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+)
 def test_heads_of_half_types(options, dtype, head_size, kind):
     """More than a tile of rows and of keys where there are kernels for these sizes."""
     check(
@@ -325,7 +338,10 @@ def test_options_with_a_cache(options, kind):
 
 # Up to 16 features softmax has kernels of its own, which take 8 keys and a vector of rows at once.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=short)
-@pytest.mark.parametrize("head_size", [3, 8, 12, 16, 17])
+@pytest.mark.parametrize(
+    "head_size",
+    [3, 16, *(pytest.param(n, marks=pytest.mark.slow_on_simulator) for n in (8, 12, 17))],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -373,7 +389,11 @@ def test_fewer_keys_than_queries(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=short)
+@pytest.mark.parametrize(
+    "index",
+    [torch.int32, pytest.param(torch.int64, marks=pytest.mark.slow_on_simulator)],
+    ids=short,
+)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(
     "lengths", [(90,), (1, 1, 1), (0, 5, 0, 64, 30, 0), (100, 3, 97), (2,) * 40], ids=str
@@ -400,7 +420,7 @@ def test_sequences_equal_calls_of_their_own(kind):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
 def test_spread_of_logits(dtype, spread, kind):
     """From sticks that hardly break to sticks that are gone after a key."""
-    check(operands(dtype, tokens=140, heads=1, spread=spread, kind=kind))
+    check(operands(dtype, batch=1, tokens=140, heads=1, spread=spread, kind=kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
@@ -417,9 +437,9 @@ def test_sticks_that_last(dtype):
     [
         (torch.float64, 24, 101, 1090),
         (torch.float32, 24, 101, 1090),
-        (torch.bfloat16, 24, 300, 2150),
-        (torch.bfloat16, 64, 300, 2150),
-        (torch.float16, 64, 300, 2150),
+        (torch.bfloat16, 24, 140, 2150),
+        (torch.bfloat16, 64, 140, 2150),
+        pytest.param(torch.float16, 64, 140, 2150, marks=pytest.mark.slow_on_simulator),
     ],
 )
 def test_sticks_over_many_keys(dtype, head_size, tokens, keys):
@@ -706,19 +726,27 @@ def test_batch_invariance(options, head_size, dtype, kind, set_threads):
                             assert_identical(got, want, f"{slots} slots, {count} before {last}")
 
 
+def run_all(every):
+    """Numbers that are not seen and batches of other sizes, in a process of its own, at the level
+    of instructions that it was started with; without `every`, types for which that level has
+    kernels of its own."""
+    for kind, dtype, head_size in itertools.product(KINDS, DTYPES, (16, 40)):
+        if not every and not has_own_kernels(_library.cpu_isa(), dtype):
+            continue
+        torch.manual_seed(seed_from(f"{kind} {dtype} {head_size}"))
+        for mask in ("all", "window"):
+            test_unseen_numbers(mask, head_size, dtype, kind)
+        for options in ("window", "sequences"):
+            test_batch_invariance(options, head_size, dtype, kind, torch.set_num_threads)
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("isa", _library.supported_isas()[:-1])
-def test_other_instruction_sets(isa):
-    """Whatever numbers are not seen, and whatever the batch is."""
-    unseen = "test_unseen_numbers and (window or all) and (16 or 40)"
-    invariant = "test_batch_invariance and (window or sequences) and (16 or 40)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, __file__, "-k", f"{unseen} or {invariant}"],
-        env={**os.environ, "MOE_OPS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+def test_other_instruction_sets(isa, request):
+    every = request.config.getoption("--full")
+    code = f"from tests.ops.test_moa_attention import run_all; run_all({every})"
+    done = run_python_at(isa, "-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kind", KINDS)

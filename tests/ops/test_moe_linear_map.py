@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe_linear import ROUTINGS_OF_BLOCKS, VIEWS_OF_BLOCKS
 from tests.helpers.op_case import OpCase, map_of
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
@@ -97,28 +98,16 @@ def test_empty_sizes(hidden_size, out_features, dtype):
     check(operands(SMALL, hidden_size, out_features, dtype, bias=True))
 
 
-@pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_more_than_one_block_in_every_direction(dtype, view):
+@pytest.mark.parametrize(("view", "dtype"), VIEWS_OF_BLOCKS)
+def test_more_than_one_block_in_every_direction(view, dtype):
     call = operands(Routing(170, 2, 2, "skewed"), 270, 300, dtype, bias=True)
     call["w"] = as_strided_copy(call["w"], view)
     check(call, grad_view=view)
 
 
-# Enough rows of an expert for blocks of tokens on the CPU: one block, a chunk of two, many chunks.
-NARROW = (
-    Routing(64, 4, 2, "dropped"),
-    Routing(200, 4, 2),
-    Routing(300, 3, 2, "half_empty"),
-    Routing(270, 2, 2, "out_of_range", torch.int64),
-    Routing(600, 5, 3, "repeated"),
-    Routing(200, 4, 1, "one_expert"),
-)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("hidden_size", "out_features"), [(64, 32), (7, 19), (128, 33), (1, 128)])
-@pytest.mark.parametrize("routing", NARROW, ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS_OF_BLOCKS)
 def test_narrow_experts(routing, hidden_size, out_features, dtype):
     check(operands(routing, hidden_size, out_features, dtype, bias=True))
 

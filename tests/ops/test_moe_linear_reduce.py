@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.moe_linear import ROUTINGS_OF_BLOCKS, VIEWS_OF_BLOCKS
 from tests.helpers.op_case import OpCase, map_of, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
@@ -100,9 +101,8 @@ def test_empty_sizes(head_size, hidden_size, dtype):
     check(operands(SMALL, head_size, hidden_size, dtype, bias=True))
 
 
-@pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_more_than_one_block_in_every_direction(dtype, view):
+@pytest.mark.parametrize(("view", "dtype"), VIEWS_OF_BLOCKS)
+def test_more_than_one_block_in_every_direction(view, dtype):
     call = operands(Routing(170, 2, 2, "skewed"), 270, 300, dtype, bias=True)
     call["w"] = as_strided_copy(call["w"], view)
     check(call, grad_view=view)
@@ -117,20 +117,9 @@ def test_scaled_rows_in_more_than_one_block(dtype, rows):
     check(operands(Routing(rows, 2, 1, "last_only"), 130, 7, dtype))
 
 
-# Enough rows of an expert for blocks of tokens on the CPU: one block, a chunk of two, many chunks.
-NARROW = (
-    Routing(64, 4, 2, "dropped"),
-    Routing(200, 4, 2),
-    Routing(300, 3, 2, "half_empty"),
-    Routing(270, 2, 2, "out_of_range", torch.int64),
-    Routing(600, 5, 3, "repeated"),
-    Routing(200, 4, 1, "one_expert"),
-)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("head_size", "hidden_size"), [(32, 64), (19, 7), (33, 128), (128, 1)])
-@pytest.mark.parametrize("routing", NARROW, ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS_OF_BLOCKS)
 def test_narrow_experts(routing, head_size, hidden_size, dtype):
     check(operands(routing, head_size, hidden_size, dtype, bias=True))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import fresh_python
 
 import moe_ops
 from moe_ops import _library
@@ -26,17 +27,14 @@ DISTRIBUTION = "torch-moe-ops"
 
 
 def run_python(
-    code: str, path: Path | str = PACKAGE.parent, cwd: Path | None = None
+    code: str,
+    path: Path | str = PACKAGE.parent,
+    cwd: Path | None = None,
+    transformers: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds moe_ops in `path` first."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    """Runs code where nothing of moe_ops is imported yet, and `path` comes first."""
+    return fresh_python.run_python(
+        "-c", code, cwd=cwd, env={"PYTHONPATH": str(path)}, timeout=300, transformers=transformers
     )
 
 
@@ -130,7 +128,11 @@ def imported_modules(before: str = "") -> list[str]:
         f"import sys, torch\n{before}\nbefore = set(sys.modules)\nimport moe_ops\n"
         "print(*sorted(set(sys.modules) - before))"
     )
-    return run_python(code).stdout.split()
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout.split()
 
 
 IMPORT_LIMIT = 100
@@ -350,7 +352,7 @@ def run_examples(path: Path, code: str, folder: Path) -> None:
             pytest.importorskip(package)
     # Pages of the zoo import bench.studies, which is found at the root of the source tree.
     where = f"{PACKAGE.parent}{os.pathsep}{ROOT}" if "bench.studies" in code else PACKAGE.parent
-    result = run_python(code, where, folder)
+    result = run_python(code, where, folder, "transformers" in code)
     assert result.returncode == 0, result.stderr
     assert not re.search(r"^<string>:\d+: \w*Warning", result.stderr, re.MULTILINE), result.stderr
 

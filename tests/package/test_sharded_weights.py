@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-import moe_ops
+from tests.helpers.fresh_python import run_python
 
 pytestmark = pytest.mark.cpu_only
 
@@ -106,17 +101,8 @@ if HAS_TRANSFORMERS:
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    package = Path(moe_ops.__file__).parents[1]
-    path = os.pathsep.join([str(package), str(root)])
-    result = subprocess.run(
-        [sys.executable, "-c", CODE, *(["hf"] if HAS_TRANSFORMERS else [])],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    arguments = ["hf"] if HAS_TRANSFORMERS else []
+    result = run_python("-c", CODE, *arguments, transformers=HAS_TRANSFORMERS)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -16,7 +16,7 @@ from moe_ops.parallel.comm import all_to_all_rows, exchange_counts, set_check_sp
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import assert_identical
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 # SENT[a][b] rows go from rank a to rank b.
 SENT = [[2, 0, 3, 1], [0, 0, 0, 0], [1, 4, 0, 2], [0, 0, 5, 0]]

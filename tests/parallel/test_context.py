@@ -20,7 +20,7 @@ from moe_ops.parallel import fully_shard_moe, init_moe_meshes, shard_experts
 
 from .common import assert_same, gradients, mean_over_ranks
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 SEQUENCES, LENGTH, HIDDEN, EXPERTS = 3, 16, 16, 8
 

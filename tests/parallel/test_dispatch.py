@@ -19,7 +19,7 @@ from moe_ops.quant.fp8 import quantize_fp8_blocks
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import assert_identical, short
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 DISPATCHERS: dict[str, dict[str, Any]] = {

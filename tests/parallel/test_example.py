@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-import moe_ops
+from tests.helpers.fresh_python import run_python
 
 pytestmark = pytest.mark.cpu_only
 ROOT = Path(__file__).parents[2]
@@ -18,26 +14,16 @@ ROOT = Path(__file__).parents[2]
 
 def run(folder, processes, *args):
     """{step: loss} that the example prints."""
-    command = [sys.executable]
-    alone: dict[str, str] = {}
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(processes)]
-    else:  # What torchrun tells a single process; it takes seconds to start.
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command += [str(ROOT / "examples" / "train_ep.py")]
-    package = str(Path(moe_ops.__file__).parents[1])
     text = "the quick brown fox jumps over the lazy dog; " * 100
     (folder / "text.txt").write_text(text)
-    result = subprocess.run(
-        [*command, "--folder", str(folder / "run"), "--data", str(folder / "text.txt"), *args],
-        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **alone},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    example = [str(ROOT / "examples" / "train_ep.py"), "--folder", str(folder / "run")]
+    example += ["--data", str(folder / "text.txt"), *args]
+    if processes == 1:  # What torchrun tells a single process; it takes seconds to start.
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        result = run_python(*example, env=alone, cwd=folder, timeout=300)
+    else:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        result = run_python("-m", *torchrun, *example, cwd=folder, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     found = re.findall(r"step (\d+)  loss ([\d.]+)", result.stdout)
     return {int(step): float(loss) for step, loss in found}

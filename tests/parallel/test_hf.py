@@ -22,7 +22,7 @@ from moe_ops.testing import assert_identical
 
 from .common import assert_same, gradients
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 has_registry = pytest.mark.skipif(
     Interface is None,
     reason=f"transformers {transformers.__version__} has no registry of implementations",

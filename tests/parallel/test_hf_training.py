@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from moe_ops.hf.experts.parallel import Interface
 
 pytestmark = [
-    pytest.mark.xdist_group("parallel"),
     pytest.mark.cpu_only,
     pytest.mark.skipif(Interface is None, reason="transformers before 5.23"),
 ]

@@ -20,7 +20,7 @@ from moe_ops.layers import Experts, MoE
 from moe_ops.parallel import AllToAllDispatcher, dispatch, make_dispatcher
 from moe_ops.testing import assert_identical
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 T, H, I, E, K = 10, 16, 8, 8, 2
 NAMES = ("gather", "slots", "tokens")

@@ -17,7 +17,7 @@ from moe_ops.parallel import clip_grad_norm_, fully_shard_moe, shard_experts
 
 from .common import EXPERTS, HIDDEN, TOKENS, Model, assert_same, batch, gradients
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 MICRO_BATCHES = 4
 MAX_NORM = 0.05

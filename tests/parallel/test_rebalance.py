@@ -24,7 +24,7 @@ from moe_ops.parallel import (
 
 from .common import EXPERTS, Model, Run, assert_same, batch, gradients, loss_of, whole
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 NEAR = ExpertPlacement(8, 2, (1, 0, 2, 3, 5, 4, 6, 7))  # All moves stay on their rank.
 FAR = ExpertPlacement(8, 2, (6, 1, 4, 3, 2, 5, 0, 7))
@@ -138,7 +138,7 @@ def train(rank, ep, options, placements):
     ("world", "options", "placements"),
     [
         (2, {"dispatch": "slots"}, [FAR, NEAR]),
-        (4, {"dispatch": "tokens"}, [FAR, NEAR]),
+        pytest.param(4, {"dispatch": "tokens"}, [FAR, NEAR], marks=pytest.mark.full),
         (2, {"placement": TWICE}, [TWICE, OTHERS]),
         (4, {"placement": TWICE, "dispatch": "slots"}, [OTHERS, TWICE]),
     ],

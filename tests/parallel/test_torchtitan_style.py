@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "torchtitan_style.py"
 

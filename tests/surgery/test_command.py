@@ -49,13 +49,13 @@ def test_pruned_by_the_command_and_loaded_without_it(checkpoint, tmp_path):
     out = tmp_path / "pruned"
     line = ["-m", "moe_ops.cli", "prune", str(folder), "--keep", "4", "--by", "reap"]
     line += ["--text", str(text), "--out", str(out), "--tokens", "100", "--context", "40", "--json"]
-    done = run_python(*line, timeout=300)
+    done = run_python(*line, transformers=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((out / "moe_ops_pruning.json").read_text())
     assert [len(ids) for ids in report["kept"].values()] == [4, 4]
     assert report["model_bytes_after"] < report["model_bytes_before"]
-    loaded = run_python("-c", _LOAD, str(out), str(text), timeout=300)
+    loaded = run_python("-c", _LOAD, str(out), str(text), transformers=True)
     assert loaded.returncode == 0, loaded.stderr
     loss, num_experts = json.loads(loaded.stdout.strip().splitlines()[-1])
     assert num_experts == 4

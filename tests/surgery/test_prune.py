@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import subprocess
 import sys
 
 import pytest
 import torch
+from tests.helpers.fresh_python import run_python
 from tests.surgery.models import TwoLayers, deepseek, tokens
 
 from moe_ops import surgery, zoo
@@ -314,9 +314,7 @@ def test_checkpoints_load_in_plain_transformers(tmp_path):
         model.save_pretrained(tmp_path / model_type)
         torch.save(ids, tmp_path / model_type / "ids")
     folders = [str(tmp_path / model_type) for model_type in pruned]
-    done = subprocess.run(
-        [sys.executable, "-c", _FRESH, *folders], capture_output=True, text=True, timeout=300
-    )
+    done = run_python("-c", _FRESH, *folders, transformers=True)
     assert done.returncode == 0, done.stderr
     for model_type, logits in pruned.items():
         fresh = torch.load(tmp_path / model_type / "logits")

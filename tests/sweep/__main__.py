@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from .cases import Case, SizeTable, random_case, short, smaller, sweep
+from .cases import EIGHT_BITS, Case, SizeTable, random_case, short, smaller, sweep
 
 SLICE_SECONDS = 120.0
 MOST_SHRINKS, MOST_CRASHES = 400, 40
@@ -80,11 +80,20 @@ def cases_of(args: argparse.Namespace, table):
         rng = random.Random(f"{args.seed} {args.isa}")
         return (random_case(table, rng, args.ops) for _ in range(10**9))
     if args.short:
-        return iter(short(table, args.seed))
+        return (c for c in short(table, args.seed) if not args.own or has_own(args.isa, c))
     cases = list(sweep(table, args.ops))
     # In an order that reaches every op, type and axis early, and is the same every time.
     random.Random(args.seed).shuffle(cases)
     return iter(cases)
+
+
+def has_own(isa: str, case: Case) -> bool:
+    """Returns False if the case runs kernels of a higher instruction set of this machine."""
+    from tests.helpers.isas import has_own_kernels
+
+    from .checks import DTYPES
+
+    return has_own_kernels(isa, DTYPES[case["dtype"]], case["op"] in EIGHT_BITS)
 
 
 def environment(isa: str) -> dict[str, str]:
@@ -246,7 +255,7 @@ def main() -> int:
     parser.add_argument("--state", default="build/fuzz", help="where what is done is kept")
     parser.add_argument("--short", action="store_true", help="a part that takes seconds")
     parser.add_argument("--no-shrink", action="store_true")
-    for hidden in ("--worker", "--random", "--shrink"):
+    for hidden in ("--worker", "--random", "--shrink", "--own"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     for name, kind, default in (("--log", str, ""), ("--seconds", float, 0), ("--skip", int, 0)):
         parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)

@@ -661,6 +661,18 @@ def short(table: SizeTable, seed: int = 0) -> list[Case]:
     return found
 
 
+# Ops that multiply integers or fp8.
+EIGHT_BITS = {
+    "grouped_gemm_fp8",
+    "grouped_gemm_fp8_wgrad",
+    "grouped_gemm_quantized",
+    "moe_ffn_fp8",
+    "moe_ffn_quantized",
+    "quantize_fp8",
+    "quantize_fp8_columns",
+}
+
+
 def random_case(table: SizeTable, rng: random.Random, ops: Sequence[str] = ()) -> Case:
     """A case whose dimensions all may be at sizes of the table."""
     while True:

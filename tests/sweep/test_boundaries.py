@@ -4,46 +4,33 @@ tests/sweep. `make fuzz` runs the rest."""
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
+from tests.helpers.dev import moe_ops_dev
+from tests.helpers.isas import ISAS, run_python_at
+from tests.sweep import __main__ as runner
+from tests.sweep import cases
+from tests.sweep.cases import Case
 
-from moe_ops import _library
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.helpers.dev import moe_ops_dev  # noqa: E402
-from tests.sweep import __main__ as runner  # noqa: E402
-from tests.sweep import cases  # noqa: E402
-from tests.sweep.cases import Case  # noqa: E402
-
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 # Entries about several dimensions together (cases._special).
 TOGETHER = {"depth_a_row", "weights", "result_bytes"}
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_short_sweep(isa):
-    if isa not in _library.supported_isas():
-        pytest.skip(f"this machine runs {', '.join(_library.supported_isas())}, not {isa}")
-    # The subprocess imports the package that this process imported, wherever pytest found it.
-    path = os.pathsep.join([*(p for p in sys.path if p), str(ROOT)])
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.sweep", "--short", "--isa", isa],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    (count,) = re.findall(rf"^{isa}: (\d+) cases$", run.stdout, re.M)
-    assert int(count) > 500
+def test_short_sweep(isa, request):
+    arguments = ["-m", "tests.sweep", "--worker", "--short", "--isa", isa]
+    if not request.config.getoption("--full"):
+        arguments.append("--own")
+    run = run_python_at(isa, *arguments)
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, f"ended at {lines[-1:]}\n{run.stderr[-2000:]}"
+    cases = [line["case"] for line in lines if "case" in line]
+    faults = [line["fault"] for line in lines if "fault" in line]
+    assert len(cases) == len(faults) > 150 and lines[-1] == {"done": True}
+    found = [f"{case}\n    {fault}" for case, fault in zip(cases, faults, strict=True) if fault]
+    assert not found, "\n".join(found)[-6000:]
 
 
 def test_every_size_brings_cases():

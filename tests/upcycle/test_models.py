@@ -195,13 +195,13 @@ def test_upcycled_by_the_command_and_loaded_without_it(tmp_path):
     build("qwen3").save_pretrained(dense)
     (dense / "tokenizer_config.json").write_text("{}")
     line = ["-m", "moe_ops.cli", "upcycle", str(dense), "--experts", "8", "--top-k", "2"]
-    done = run_python(*line, "--slices", "2", "--out", str(out), "--json", timeout=300)
+    done = run_python(*line, "--slices", "2", "--out", str(out), "--json", transformers=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((out / "moe_ops_upcycling.json").read_text())
     assert report["starts_as_the_dense_model"] and report["logit_difference"] < 1e-4
     assert (out / "tokenizer_config.json").exists()
-    loaded = run_python("-c", _LOAD, str(dense), str(out), timeout=300)
+    loaded = run_python("-c", _LOAD, str(dense), str(out), transformers=True)
     assert loaded.returncode == 0, loaded.stderr
     difference, name, experts = json.loads(loaded.stdout.strip().splitlines()[-1])
     assert difference < 1e-3 and (name, experts) == ("Qwen3MoeForCausalLM", 8)

@@ -6,11 +6,11 @@ import concurrent.futures
 import contextlib
 import gc
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from tests.helpers.fresh_python import run_python
 from tests.layers.packing.banks import assert_right, is_packed, make, operands, plain
 from tests.layers.packing.changes import in_place
 from torch import Tensor
@@ -270,18 +270,9 @@ def test_settings():
     ],
 )
 def test_environment(environment, settings, warning):
-    rest = {k: v for k, v in os.environ.items() if not k.startswith("MOE_OPS_PACKING")}
-    path = os.pathsep.join(p for p in sys.path if p)
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from moe_ops.expert_weights import packing; print(tuple(packing._settings))",
-        ],
-        env=rest | environment | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    unset = {"MOE_OPS_PACKING": None, "MOE_OPS_PACKING_MB": None}
+    code = "from moe_ops.expert_weights import packing; print(tuple(packing._settings))"
+    run = run_python("-c", code, env=unset | environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == settings
     assert warning in run.stderr
