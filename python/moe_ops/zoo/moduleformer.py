@@ -23,6 +23,8 @@ from .lm.checkpoint import Entry, renamed
 from .lm.config import OWN, LMConfig, number, size
 from .lm.model import CausalLM
 
+__all__ = ["ModuleFormer", "ModuleFormerConfig"]
+
 # Ours -> what the published config calls the gate.
 GATE_TYPES = {"mlp": "mlp", "linear": "linear", "cosine": "gmm"}
 
