@@ -87,7 +87,10 @@ class _Server:
         """Returns the status of a process, or None if it had to be ended."""
         self._socket.sendall(f"{request}\n".encode())
         child = self._answer()
-        in_time = bool(select.select([self._socket], [], [], timeout)[0])
+        # Unlike select, poll takes file descriptors beyond 1023.
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        in_time = bool(poll.poll(timeout * 1000))
         if not in_time:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)

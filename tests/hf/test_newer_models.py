@@ -23,10 +23,9 @@ newer = pytest.mark.parametrize(
         for name in NEWER
     ],
 )
-# Blocks on moe_ops, and ops that run in them: one, or the steps around a gate that no op knows.
-STEPS = {"sort_by_expert", "permute", "grouped_gemm", "unpermute"}
+# Blocks on moe_ops, and the ops that run in them.
 BLOCKS = {
-    "deepseek_v4": (["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"], STEPS),
+    "deepseek_v4": (["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"], {"moe_ffn"}),
     "longcat_flash": (["model.layers.0.mlp.experts"], {"moe_ffn"}),
     "nemotron_h": (["model.layers.0.mixer.experts"], {"moe_ffn"}),
     "kimi_linear": (["model.layers.1.mlp.experts"], {"moe_ffn"}),

@@ -340,7 +340,7 @@ def test_trace_and_oracle():
             torch.testing.assert_close(a, b)
         assert torch.equal(second.trace().ids, trace.ids)
         misses[type(cache.policy).__name__] = cache.stats.misses
-    assert min(misses.values()) == misses["Belady"]
+    assert min(misses.values()) == misses["BeladyPolicy"]
 
 
 def test_no_gradients_and_no_state_dict():

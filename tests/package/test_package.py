@@ -191,7 +191,7 @@ def test_command_without_a_package_names_its_extra(package):
 
 
 def test_pictures_without_matplotlib_name_their_extra():
-    code = "from moe_ops import viz\nviz.expert_colors(4)"
+    code = "from moe_ops import viz\nviz._canvas.expert_colors(4)"
     result = run_python(without("matplotlib") + code)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1

@@ -213,7 +213,7 @@ def test_one_process_alone():
     call = case.operands("alone", torch.float32)
     got = join(case, [run_rank(dispatcher, 0, case, call)])
     check_close(case, call, got)
-    assert repr(dispatcher) == "Local(rank 0 of 1, 8 of 8 experts)"
+    assert repr(dispatcher) == "LocalDispatcher(rank 0 of 1, 8 of 8 experts)"
 
 
 # ------------------------------------------------------------------------------------- options
@@ -385,9 +385,9 @@ def run_with_too_many(rank: int) -> str:
 
 def test_gather_of_too_many_tokens(processes):
     for message in processes.run(run_with_too_many):
-        assert message == "Gather: x must have at most num_tokens = 11 tokens, got 12."
+        assert message == "AllGatherDispatcher: x must have at most num_tokens = 11 tokens, got 12."
 
 
 def test_placement_of_another_group(bad_input):
-    with bad_input("Tokens", "placement", "2"):
+    with bad_input("DedupAllToAllDispatcher", "placement", "2"):
         DedupAllToAllDispatcher(None, ExpertPlacement.contiguous(8, 2))

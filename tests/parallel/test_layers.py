@@ -279,7 +279,7 @@ def copies(rank: int) -> None:
     twin = copy.deepcopy(moe.experts.dispatcher)
     assert type(twin) is AllToAllDispatcher and twin.group is moe.experts.dispatcher.group
     assert twin._sizes is not moe.experts.dispatcher._sizes
-    assert f"dispatcher=Slots(rank {rank} of 4, 2 of 8 experts)" in repr(moe)
+    assert f"dispatcher=AllToAllDispatcher(rank {rank} of 4, 2 of 8 experts)" in repr(moe)
 
 
 def test_copies_and_repr(processes):

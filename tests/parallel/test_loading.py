@@ -161,37 +161,39 @@ def test_files_with_an_index_and_banks_that_are_whole(tmp_path):
 
 def test_bad_checkpoints(processes, tmp_path, bad_input):
     said = processes.run(load_after_fsdp, tmp_path, world=2)[0]
-    assert said.startswith("load_experts: the bank must be whole or sharded by shard_experts alone")
+    assert said.startswith(
+        "load_sharded_experts: the bank must be whole or sharded by shard_experts alone"
+    )
     bank = Experts(4, 8, 4)
-    with pytest.raises(FileNotFoundError, match=r"load_experts: .* must hold safetensors files"):
+    with pytest.raises(FileNotFoundError, match=r"load_sharded_experts: .* hold safetensors files"):
         load_sharded_experts(bank, tmp_path / "none", "experts")
-    with bad_input("load_experts", "prefixes", "'layer'"):
+    with bad_input("load_sharded_experts", "prefixes", "'layer'"):
         load_sharded_experts(bank, tmp_path, {"layer": "experts"})
-    with bad_input("load_experts", "prefixes", "none"):
+    with bad_input("load_sharded_experts", "prefixes", "none"):
         load_sharded_experts(nn.Linear(2, 2), tmp_path, lambda name: name)
-    with bad_input("load_experts", "'other'", "no key"):
+    with bad_input("load_sharded_experts", "'other'", "no key"):
         load_sharded_experts(bank, tmp_path, "other")
-    with bad_input("load_experts", "experts.down_proj must be [4, 8, 4]", "[4, 8, 8]"):
+    with bad_input("load_sharded_experts", "experts.down_proj must be [4, 8, 4]", "[4, 8, 8]"):
         load_sharded_experts(bank, tmp_path, "experts")
-    with bad_input("load_experts", "codes.gate_up_proj", "I8"):
+    with bad_input("load_sharded_experts", "codes.gate_up_proj", "I8"):
         load_sharded_experts(bank, tmp_path, "codes")
-    with bad_input("load_experts", "lone.gate_up_proj", "no such tensor"):
+    with bad_input("load_sharded_experts", "lone.gate_up_proj", "no such tensor"):
         load_sharded_experts(bank, tmp_path, "lone")
-    with bad_input("load_experts", "gate_up_proj_bias", "no such tensor"):
+    with bad_input("load_sharded_experts", "gate_up_proj_bias", "no such tensor"):
         load_sharded_experts(Experts(4, 8, 4, bias=True), tmp_path, "good")
     load_sharded_experts(bank, tmp_path, "good")
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x.down_proj": "../model.safetensors", "x.gate_up_proj": 3}})
     )
-    with bad_input("load_experts", "x.gate_up_proj", "not a file name"):
+    with bad_input("load_sharded_experts", "x.gate_up_proj", "not a file name"):
         load_sharded_experts(bank, tmp_path, "x")
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(("x.down_proj", "x.gate_up_proj"), "../x")})
     )
-    with bad_input("load_experts", "x.gate_up_proj", "leads to"):
+    with bad_input("load_sharded_experts", "x.gate_up_proj", "leads to"):
         load_sharded_experts(bank, tmp_path, "x")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with bad_input("load_experts", "weight_map", "3"):
+    with bad_input("load_sharded_experts", "weight_map", "3"):
         load_sharded_experts(bank, tmp_path, "x")
 
 

@@ -72,9 +72,9 @@ def test_bad_arguments(bad_input):
         register_dispatcher("slots", LocalDispatcher)
     with bad_input("register_dispatcher", "name", "'auto'"):
         register_dispatcher("auto", LocalDispatcher)
-    with bad_input("choose", "dispatch", "'nobody'"):
+    with bad_input("make_dispatcher", "dispatch", "'nobody'"):
         make_dispatcher(None, 4, dispatch="nobody")
-    with bad_input("choose", "top_k", "5"):
+    with bad_input("make_dispatcher", "top_k", "5"):
         make_dispatcher(None, 4, top_k=5)
-    with bad_input("choose", "placement", "3"):
+    with bad_input("make_dispatcher", "placement", "3"):
         make_dispatcher(None, 4, placement=ExpertPlacement.contiguous(3, 1))

@@ -15,7 +15,7 @@ from rich.table import Table
 from moe_ops import _files
 from moe_ops.parallel import plan as plans
 from moe_ops.parallel.plan.cluster import GIB
-from moe_ops.parallel.plan.estimate_plan import USABLE
+from moe_ops.parallel.plan.estimate import USABLE
 
 PICTURES = (".svg", ".png", ".pdf", ".html")
 

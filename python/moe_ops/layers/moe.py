@@ -157,6 +157,7 @@ class MoE(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         if c.latent_norm and c.latent_size is None:
             raise ValueError("MoEConfig: latent_norm must come with latent_size, got it alone.")
+        router = c.router.build(c.hidden_size, c.num_experts, c.top_k, **where)
         latent = None
         if c.latent_size is not None:
             latent = LatentProjection(c.hidden_size, c.latent_size, norm=c.latent_norm, **where)
@@ -177,7 +178,7 @@ class MoE(nn.Module):
         if c.shared_expert_gate:
             gate = nn.Linear(c.hidden_size, 1, bias=False, **where)
         return cls(
-            c.router.build(c.hidden_size, c.num_experts, c.top_k, **where),
+            router,
             experts,
             shared,
             gate,

@@ -168,7 +168,7 @@ def _check(
     for bank in banks:
         if getattr(bank.module, "dispatcher", None) is not None:
             raise ValueError(f"{name}: {bank.name} must be whole, got one shared out over ranks.")
-        if getattr(bank.module, "precision", None) is not None:
+        if getattr(bank.module, "fp8_training", False):
             raise ValueError(
                 f"{name}: {bank.name} must compute in the type of its weights, got precision "
                 f"{getattr(bank.module, 'precision', None)!r}."
