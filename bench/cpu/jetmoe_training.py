@@ -6,7 +6,7 @@
 A step: forward, loss, backward, AdamW (fused for all) and zero_grad. All models start from the same
 weights and see the same tokens; transformers runs with both of its attentions that need no other
 library ("eager", "sdpa"), and has one form of JetMoE's experts, a loop. "cross-entropy": that alone
-is minimised. "with losses": what each adds to it by itself, transformers load balancing, moe_ops
+is minimized. "with losses": what each adds to it by itself, transformers load balancing, moe_ops
 load balancing and the z-loss. Everything runs interleaved in one process; numbers are medians, ms
 of CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in the same form.
 

@@ -101,7 +101,7 @@ def peak(kind: str, dtype: torch.dtype, number: int) -> dict[str, float]:
     imports = _status_mib("VmRSS")
     model = build(kind, dtype)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # Quantised experts were float before.
+    Path("/proc/self/clear_refs").write_text("5")  # Quantized experts were float before.
     for _ in range(2):
         step(model, tokens(number))
     return {"imports": imports, "peak": _status_mib("VmHWM")}

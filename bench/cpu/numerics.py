@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass
 class Case:
-    """op(**tokens, **fixed): the tensors of `tokens`, and what it returns, have a row a token."""
+    """op(**tokens, **fixed): the tensors of `tokens`, and what it returns, have a row per token."""
 
     op: Callable[..., Any]
     tokens: dict[str, Tensor]

@@ -2,14 +2,15 @@
 
     python -m bench.cpu.peer [--seconds 120] [--dtype float32] [--experts 65536:256,262144:512]
 
-8 heads of 16 experts a token, and the scores given, so that routers do not count. Beside the op are
+8 heads of 16 experts per token, and the scores given, so that routers do not count. Beside the op
+are
 
 - "gather": both tables' vectors by `F.embedding` and two einsums, as PEER is usually written;
 - "parts": the same in parts of 2^20 numbers and the second half by `F.embedding_bag`, which keeps
   the gathered vectors in cache.
 
 Rows are forward, forward and backward with dense gradients of the tables, and with sparse ones
-(coalesced, as optimisers want them; `F.embedding_bag` has none with weights). Everything runs in
+(coalesced, as optimizers want them; `F.embedding_bag` has none with weights). Everything runs in
 one process and in turns, on one thread; the least time of each counts, so that other work on the
 machine disturbs little. Few tokens have other experts in each sample, so that no cache has them.
 """

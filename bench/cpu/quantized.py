@@ -1,4 +1,4 @@
-"""Weights of few bits: int8 with a scale a row and int4 with one a group in the benchmark of the
+"""Weights of few bits: int8 with a scale a row and int4 with one per group in the benchmark of the
 CPU, and all formats of moe_ffn_quantized, those of published checkpoints too, beside each other:
 
     python -m bench.cpu.quantized --seconds 2
@@ -39,7 +39,7 @@ def run_quantized(session: Session) -> Cells:
 
 
 class Bfloat16(MoeOpsPacked):
-    """Our bf16 among quantised baselines."""
+    """Our bf16 among quantized baselines."""
 
     name = "bf16 moe_ops"
     formats = ()

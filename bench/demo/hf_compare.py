@@ -53,7 +53,7 @@ def compare(
 
 
 def _compare(model: Any, *, smoke: bool, budget_s: float) -> dict[str, Any]:
-    for parameter in model.parameters():  # Some router weights are left uninitialised.
+    for parameter in model.parameters():  # Some router weights are left uninitialized.
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     config = model.config

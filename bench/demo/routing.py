@@ -1,4 +1,4 @@
-"""What the experts of a trained model specialise in, and the entropy of simple models of text."""
+"""What the experts of a trained model specialize in, and the entropy of simple models of text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RoutingSample:
 
     information: by layer, the mutual information in bits between a byte and the expert chosen first
     for it; `max_information`, log2 E, would be an expert that follows from the byte alone, with all
-    experts equally busy. favourites: by layer and expert, the bytes that the expert takes most
+    experts equally busy. favorites: by layer and expert, the bytes that the expert takes most
     beyond its share.
     """
 
@@ -53,7 +53,7 @@ def inspect_routing(model: DeepSeek, heldout: torch.Tensor) -> RoutingSample:
 
 
 def entropies(corpus: Corpus) -> dict[str, float]:
-    """Cross-entropy of the held-out bytes, bits a byte, under counts of the training bytes.
+    """Cross-entropy of the held-out bytes, bits per byte, under counts of the training bytes.
 
     unigram: ``-mean log2 p(b)`` with ``p(b) = (count(b) + 0.01) / (n + 2.56)``.
     bigram: ``-mean log2 p(b | a)``, ``a`` the byte before, with

@@ -167,7 +167,7 @@ def attention_size(case: Case) -> AttentionSize:
 def make_ids(
     shape: Shape, num_tokens: int, routing: str, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """topk_ids [T, K], int32: K distinct experts a token.
+    """topk_ids [T, K], int32: K distinct experts per token.
 
     balanced: every expert has floor or ceil of T K / E slots, in random order of tokens.
     skewed: experts are drawn in proportion to 1 / (1 + rank) (Zipf).
@@ -176,7 +176,7 @@ def make_ids(
     generator = torch.Generator(device).manual_seed(num_tokens)
     E, K = shape.E, shape.K
     if routing == "balanced":
-        # Slots in order name experts in order, so that K neighbours differ.
+        # Slots in order name experts in order, so that K neighbors differ.
         ids = torch.arange(num_tokens * K, device=device).remainder(E).view(num_tokens, K)
         ids = ids[torch.randperm(num_tokens, generator=generator, device=device)]
         ids = torch.randperm(E, generator=generator, device=device)[ids]

@@ -48,7 +48,7 @@ LAUNCH_S, SORT_S = 2e-6, 8e-6
 MAINLOOP, GATHER, STREAM = 0.86, 0.97, 0.9
 # Bytes a cycle and SM.
 L2_READ, L2_WRITE = 39.0, 26.0
-# Cycles: an index from L2 and its division; a copy of 16 bytes a thread; the first stage of a
+# Cycles: an index from L2 and its division; a copy of 16 bytes per thread; the first stage of a
 # block; the last products and the first store of a tile.
 INDEX, COPY, FILL, DRAIN = 750.0, 25.0, 1500.0, 1000.0
 # Instructions an accumulator: of a store from registers and through shared memory, of SwiGLU with

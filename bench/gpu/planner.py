@@ -28,7 +28,7 @@ _LEAST_S = 20e-6
 _FIRST_CALLS = 5
 # Host work a baseline and case: building inputs, capturing a graph.
 _BASELINE_S = 0.02
-# Making weights and inputs, in bytes a second.
+# Making weights and inputs, in bytes per second.
 _FILL = 100e9
 
 
@@ -50,7 +50,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What estimates divide by: operations and bytes a second; and seconds of a flush."""
+    """What estimates divide by: operations and bytes per second; and seconds of a flush."""
 
     flops: float
     bytes: float

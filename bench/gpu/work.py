@@ -1,7 +1,7 @@
 """Operations and bytes of a case: what no implementation can do without.
 
-T tokens of width H, E experts of width I, K a token, N = T K rows; w bytes a weight, b = 2 bytes an
-activation, 4 a routing weight or an index. `used` experts have tokens.
+T tokens of width H, E experts of width I, K a token, N = T K rows; w bytes per weight, b = 2 bytes
+an activation, 4 a routing weight or an index. `used` experts have tokens.
 
 Bytes are those that must cross the memory once even if every cache were perfect inside a kernel:
 operands read, results written, and between the two products of a block the hidden rows [N, I],
@@ -34,7 +34,7 @@ def work_of(case: Case, used: int) -> Work:
     T, N = case.T, case.num_slots
     part = case.part
     up, down = 2 * I * H, H * I  # weights of an expert
-    product = 2.0 * N  # operations a weight of an expert, for all rows
+    product = 2.0 * N  # operations per weight of an expert, for all rows
     if part == "forward":
         return Work(
             product * (up + down), _B * (used * (up + down) + 2 * T * H + 2 * N * I) + 8 * N

@@ -21,7 +21,7 @@ def commit() -> str:
 
 
 def dumps(result: dict[str, Any]) -> str:
-    """JSON with one cell a line, so that two runs can be compared line by line."""
+    """JSON with one cell per line, so that two runs can be compared line by line."""
     lines = []
     for key, value in result.items():
         if isinstance(value, list) and value:

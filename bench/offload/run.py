@@ -1,6 +1,6 @@
 """One model, one text, all policies.
 
-Letters: B streams, L layers of experts, E experts a layer, V vocabulary.
+Letters: B streams, L layers of experts, E experts per layer, V vocabulary.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     pip install onnxruntime onnx
 
-The operators route by themselves: they get the logarithms of our routing weights and normalise over
+The operators route by themselves: they get the logarithms of our routing weights and normalize over
 the chosen experts, which gives those weights back.
 """
 

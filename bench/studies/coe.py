@@ -33,7 +33,7 @@ RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 
 
 def arms_of(base: CoEConfig) -> dict[str, CoEConfig]:
-    """The arms, name -> config; 4 experts a token in one iteration, or 2 in each of two."""
+    """The arms, name -> config; 4 experts per token in one iteration, or 2 in each of two."""
 
     def made(iterations: int, **more: bool) -> CoEConfig:
         return dataclasses.replace(base, num_iterations=iterations, top_k=4 // iterations, **more)

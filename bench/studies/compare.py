@@ -13,7 +13,7 @@ Series = dict[str, dict[str, Any]]
 
 
 def series(x: Sequence[Any], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """One series from one row of numbers a seed."""
+    """One series from one row of numbers per seed."""
     return means(x, list(zip(*rows, strict=True)))
 
 

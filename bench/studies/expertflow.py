@@ -146,7 +146,7 @@ def whole(name: str) -> Job:
 def hits(
     test: ExpertTrace, streams: int, share: float, table: TokenTable, predictor: Any
 ) -> dict[str, float]:
-    """Arm -> hit rate, the mean over groups of so many sequences, neighbours of different kinds."""
+    """Arm -> hit rate, the mean over groups of so many sequences, neighbors of different kinds."""
     length, top_k = len(test.sequences()[0]), test.ids.shape[2]
     num = len(test.sequences())
     groups = [list(range(first, num, num // streams))[:streams] for first in range(num // streams)]

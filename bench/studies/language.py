@@ -72,7 +72,7 @@ def fit_once(
 @torch.no_grad()
 def judge(model: Any, texts: Mapping[str, Text], rows: int, length: int) -> dict[str, float]:
     """Held-out nats a byte by text, their mean as "loss", and as "accuracy" the share of bytes that
-    were the likeliest."""
+    were the most likely."""
     before = model.training
     model.eval()
     losses, hits = {}, []

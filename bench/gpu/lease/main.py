@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def outcomes(journal: Journal) -> str:
-    """A line a step: what became of it."""
+    """A line per step: what became of it."""
     lines = []
     for step in steps_of_a_lease():
         outcome = journal.outcome(step.name)

@@ -36,7 +36,7 @@ def assign(
 ) -> Assignment:
     """The assignment of categories to models with the highest total score.
 
-    Maximises sum_c counts[c] * scores[c, x_c], x_c the model of category c, with HiGHS by
+    Maximizes sum_c counts[c] * scores[c, x_c], x_c the model of category c, with HiGHS by
     scipy.optimize.milp. Where several assignments reach the maximum any of them is returned. HiGHS
     takes a budget as kept that is exceeded by less than a millionth.
 

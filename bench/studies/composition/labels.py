@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5) -> Tensor:
-    """Labels of all prompts from those of a few: semi-supervised labels by nearest neighbours.
+    """Labels of all prompts from those of a few: semi-supervised labels by nearest neighbors.
 
-    The unlabelled prompt that is most like a labelled one takes the label that has the largest sum
-    of cosines among its nearest labelled prompts, `neighbours` of them at most, and counts as
-    labelled from then on. Takes time and memory of N^2 for N prompts.
+    The unlabeled prompt that is most like a labeled one takes the label that has the largest sum of
+    cosines among its nearest labeled prompts, `neighbours` of them at most, and counts as labeled
+    from then on. Takes time and memory of N^2 for N prompts.
 
     Args:
         embeddings: [N, D]. labels: [N] int, -1 where unknown; at least one is known.

@@ -17,7 +17,7 @@ BOXES_AN_IMAGE = 100  # As COCO counts them.
 
 
 class Found(NamedTuple):
-    """boxes [B, D, 4], centre and size as parts of the side; scores [B, D]; pairs [B, D]."""
+    """boxes [B, D, 4], center and size as parts of the side; scores [B, D]; pairs [B, D]."""
 
     boxes: Tensor
     scores: Tensor
@@ -112,7 +112,7 @@ def average_precision(
 
 
 def _corner_and_size(boxes: Tensor, side: int) -> list[list[float]]:
-    """[n, 4] of centre and size to left, top, width and height in pixels."""
+    """[n, 4] of center and size to left, top, width and height in pixels."""
     centre, size = boxes.double().split(2, dim=-1)
     corners: list[list[float]] = (torch.cat([centre - size / 2, size], dim=-1) * side).tolist()
     return corners

@@ -1,4 +1,4 @@
-"""A detection task that is generated: coloured shapes, and queries that name some of them.
+"""A detection task that is generated: colored shapes, and queries that name some of them.
 
 Letters: B scenes, P phrases of each, S side of an image.
 """
@@ -19,9 +19,9 @@ _FIRST_COLOUR, _FIRST_SHAPE = 200, 300
 TOKENS_A_PHRASE = 2
 _RGB = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1.0]])
 
-# A pair of a colour and a shape is the number colour * 6 + shape.
+# A pair of a color and a shape is the number color * 6 + shape.
 _DISTANCE = [(s - c) % 6 for c in range(6) for s in range(6)]
-# Every colour and every shape is in each of these.
+# Every color and every shape is in each of these.
 FIRST = tuple(i for i, d in enumerate(_DISTANCE) if d in (1, 2, 3))
 KNOWN = tuple(i for i, d in enumerate(_DISTANCE) if d)
 HELD_OUT = tuple(i for i, d in enumerate(_DISTANCE) if not d)
@@ -30,7 +30,7 @@ ALL = tuple(range(len(_DISTANCE)))
 
 class Scenes(NamedTuple):
     """images [B, 3, S, S]; input_ids [B, 3P + 2]; phrases [B, P]: the pairs that are asked for;
-    labels: a scene's "class_labels" [n], numbers of its phrases, and "boxes" [n, 4], centre and
+    labels: a scene's "class_labels" [n], numbers of its phrases, and "boxes" [n, 4], center and
     size as parts of the side."""
 
     images: Tensor

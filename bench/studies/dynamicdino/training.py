@@ -100,7 +100,7 @@ class Settings:
 
     Attributes:
         arms: of `ARMS`; all are tuned from one dense detector.
-        pretrain_steps: of the dense detector, on half of the pairs of a colour and a shape.
+        pretrain_steps: of the dense detector, on half of the pairs of a color and a shape.
         steps: of each arm, on all pairs but the held-out ones. batch_size: scenes of a step.
         rate: of pre-training, `tune_rate` of the arms.
         detector, num_copies, num_slices, hidden_size, num_layers, num_queries: see

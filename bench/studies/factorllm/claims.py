@@ -69,7 +69,7 @@ def dense_of(there: Loaded) -> Llama:
 
 @torch.no_grad()
 def accuracy(model: CausalLM, there: Loaded) -> float:
-    """Share of held-out bytes that are the likeliest, the mean over domains."""
+    """Share of held-out bytes that are the most likely, the mean over domains."""
     shares = []
     for name in there.domains:
         hits = [

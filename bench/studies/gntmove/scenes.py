@@ -1,6 +1,6 @@
 """Scenes of spheres and boxes on a floor, and the images that cameras make of them.
 
-Colours follow from the point that a ray meets first: there are no shadows and no reflections of one
+Colors follow from the point that a ray meets first: there are no shadows and no reflections of one
 thing in another. Letters: S scenes, O things of a scene, R rays, V views.
 """
 
@@ -120,7 +120,7 @@ def trace(scenes: Scenes, origins: Tensor, directions: Tensor) -> Hits:
 
 
 def shade(scenes: Scenes, hits: Hits, origins: Tensor, directions: Tensor) -> Tensor:
-    """Colours [S, R, 3] in [0, 1] of what rays meet: Lambert's law, Blinn-Phong's highlight on
+    """Colors [S, R, 3] in [0, 1] of what rays meet: Lambert's law, Blinn-Phong's highlight on
     glossy things, waves on textured ones, and the sky."""
     count = scenes.centers.shape[1]
     at = hits.thing.clamp(max=count)[..., None].expand(*hits.thing.shape, 3)
@@ -140,7 +140,7 @@ def shade(scenes: Scenes, hits: Hits, origins: Tensor, directions: Tensor) -> Te
 
 
 def see(scenes: Scenes, origins: Tensor, directions: Tensor) -> Tensor:
-    """Colours [S, R, 3] of rays [S, R, 3]."""
+    """Colors [S, R, 3] of rays [S, R, 3]."""
     return shade(scenes, trace(scenes, origins, directions), origins, directions)
 
 

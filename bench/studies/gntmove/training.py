@@ -1,6 +1,6 @@
 """Training on generated scenes, and what is measured on scenes that were not seen.
 
-Letters: S scenes, V source views, R rays of a scene, N pairs of neighbouring rays.
+Letters: S scenes, V source views, R rays of a scene, N pairs of neighboring rays.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 class Batch(NamedTuple):
     """views: of S scenes. target: cameras [S]. pixels: [S, R, 2], of them; ray 2 i + 1 is the right
-    or lower neighbour of ray 2 i. colors: [S, R, 3]. pairs: [N, 2], N = S R / 2."""
+    or lower neighbor of ray 2 i. colors: [S, R, 3]. pairs: [N, 2], N = S R / 2."""
 
     views: Views
     target: Cameras
@@ -77,7 +77,7 @@ def draw_batch(
     count: int = 64,
     size: int = 48,
 ) -> Batch:
-    """Fresh scenes, views of them, and pairs of neighbouring rays of a further view.
+    """Fresh scenes, views of them, and pairs of neighboring rays of a further view.
 
     Args:
         count: rays of a scene, even. size: of images.
@@ -196,12 +196,12 @@ def part_of(data: Unseen, number: int) -> Unseen:
 
 @torch.no_grad()
 def routing_of(model: GNTMove, data: Unseen, count: int = 128) -> dict[str, float]:
-    """How neighbouring points are routed, over `count` pairs of rays of each scene, the mean over
+    """How neighboring points are routed, over `count` pairs of rays of each scene, the mean over
     layers.
 
     Returns:
         "neighbour divergence": `consistency_loss`. "neighbour agreement": of the experts chosen at
-        a point the share that its neighbour has too. "entropy": of the distribution over experts,
+        a point the share that its neighbor has too. "entropy": of the distribution over experts,
         in nats; a low divergence means little where it is that of equal shares. "effective
         experts": exp of the entropy of the load. "information": what experts tell about the
         material, in nats.

@@ -1,7 +1,7 @@
 """HoME beside MMoE and PLE: are experts healthy, and does it help?
 
 On generated rows, whose structure is known, and on MovieLens 100k where recbole is installed. Each
-model with ReLU experts and with normalised Swish experts (a star), so that structure is compared
+model with ReLU experts and with normalized Swish experts (a star), so that structure is compared
 within one kind of expert. Experts of MMoE and PLE are so wide that these models have as many
 parameters as HoME, whose feature gates are the largest part of it where there are many features.
 Epochs are chosen on validation AUC, and numbers are of the test rows. On the generated rows there
@@ -73,7 +73,7 @@ def arms(table: Table) -> dict[str, RecommenderConfig]:
 def flops(model: MultiTask) -> float:
     """Of a row's forward pass: twice the weights of all matrices but the embeddings, in millions.
 
-    Every expert computes for every row, so each weight is used once; mixing and normalisation add a
+    Every expert computes for every row, so each weight is used once; mixing and normalization add a
     few per cent.
     """
     matrices = (

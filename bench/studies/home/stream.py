@@ -35,7 +35,7 @@ class Stream:
     """Where rows come from, and how much of them.
 
     Attributes:
-        rates: of positives, one a task of a category; both categories have the same.
+        rates: of positives, one per task of a category; both categories have the same.
         num_dense, num_ids, cardinality: dense features, categorical ones, values of each.
         expert_hidden, expert_size: of HoME; the others are widened to its parameters.
         steps, batch: of training. test: rows.

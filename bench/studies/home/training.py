@@ -53,7 +53,7 @@ class Rows:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(categorical, dense, labels) in order, or shuffled with a CPU generator.
 
-        `drop_single` leaves out a last batch of one row, which batch normalisation cannot train on.
+        `drop_single` leaves out a last batch of one row, which batch normalization cannot train on.
         """
         order = None
         if generator is not None:

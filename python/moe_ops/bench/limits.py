@@ -12,7 +12,7 @@ from moe_ops import _library
 # Several times the last cache of a server core complex.
 _BUFFER_BYTES = 512 << 20
 # Weights of a small layer stay in a cache from call to call. Larger ones do not: what takes some
-# milliseconds is called once or twice a round, and other baselines' weights pass in between.
+# milliseconds is called once or twice per round, and other baselines' weights pass in between.
 _CACHED_BYTES = tuple(n << 19 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
 
 

@@ -19,7 +19,7 @@ INT4_GROUP = 32
 
 @dataclass(frozen=True)
 class Shape:
-    """E experts of width I on tokens of width H, K experts a token."""
+    """E experts of width I on tokens of width H, K experts per token."""
 
     name: str
     H: int

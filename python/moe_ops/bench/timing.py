@@ -59,7 +59,7 @@ class Samples:
 def interleave(
     names: Sequence[str], sample: Callable[[str, int], object], more: Callable[[int], bool]
 ) -> None:
-    """Calls ``sample(name, round)`` once a round for each name, as long as ``more(round)``."""
+    """Calls ``sample(name, round)`` once per round for each name, as long as ``more(round)``."""
     number = 0
     while more(number):
         shift = number % max(1, len(names))

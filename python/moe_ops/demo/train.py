@@ -85,8 +85,8 @@ class Trainer:
 
     Attributes:
         step: steps that are done.
-        history: one entry a step: "loss", bits a byte; "heldout", the same on held-out text, NaN
-            where it was not measured; "tokens_per_expert" [layers, experts]; "seconds".
+        history: one entry per step: "loss", bits per byte; "heldout", the same on held-out text,
+            NaN where it was not measured; "tokens_per_expert" [layers, experts]; "seconds".
     """
 
     def __init__(self, config: TrainConfig, corpus: data.Corpus) -> None:

@@ -7,7 +7,7 @@ another, in the action expert of a vision-language-action model.
 Source: Shen et al. 2025 (Expertise need not monopolize: Action-Specialized Mixture of Experts for
 Vision-Language-Action Learning, arXiv 2510.14300); Black et al. 2024 (pi0, arXiv 2410.24164).
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, B states, C
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, B states, C
 actions of a chunk, A size of an action.
 """
 
@@ -36,9 +36,9 @@ VARIANTS = ("coupled", "additive", "concat")
 class ScaledRouter(TopKRouter):
     """Top-K of r = softmax(x W_r^T), with weights that are not those of the choice.
 
-    - "coupled": weight r of the chosen expert, not renormalised; no scale adapter.
-    - "additive": r + s with s = x W_s^T + b_s, of any sign and size.
-    - "concat": softmax([x, r] W_s^T) over all experts, at those chosen.
+    - "coupled": weight r of the chosen expert, not renormalized; no scale adapter. - "additive": r
+    + s with s = x W_s^T + b_s, of any sign and size. - "concat": softmax([x, r] W_s^T) over all
+    experts, at those chosen.
 
     The gradient of a balance loss then moves W_r alone, and the size of an expert's output can
     follow the task through W_s whatever the balance asks of the choice.
@@ -51,7 +51,7 @@ class ScaledRouter(TopKRouter):
         preserve: for "additive": scale_bias starts at 1/K - 1/E instead of 0. The weights of a
             token then add up to about 1, since r is about 1/E at the start: a layer whose experts
             are copies of one network starts close to it.
-        hidden_size, num_experts, top_k, options: as of `Router`.
+        hidden_size, num_experts, top_k, options: see `Router`.
 
     Raises:
         ValueError: an unknown variant, or `preserve` with another one than "additive".

@@ -38,10 +38,10 @@ class BAMConfig(LMConfig):
 
     Attributes, beside those of `LMConfig`:
         num_experts: E; 1 is a dense model.
-        top_k: feed-forward experts a token.
+        top_k: feed-forward experts per token.
         attention: "expert_kv": attention experts with keys and values of their own; "shared_kv":
             with common ones; "dense": no attention experts (BTX).
-        attention_top_k: attention experts a token, None: all of them, weighted by a softmax.
+        attention_top_k: attention experts per token, None: all of them, weighted by a softmax.
         num_heads, num_kv_heads, head_size: of dense attention. Attention experts have as many heads
             of keys and values as of queries.
         intermediate_size: I.

@@ -3,8 +3,8 @@
 Wang et al. 2025, Chain-of-Experts: Unlocking the Communication Power of Mixture-of-Experts Models,
 arXiv 2506.18945.
 
-Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts a token and
-iteration, C iterations.
+Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts per token
+and iteration, C iterations.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CoEConfig(LMConfig):
         inner_residual: an iteration adds its result to its input.
         outer_residual: the chain's result is added to the residual stream. The published code does
             not do so with an inner residual: the stream is then replaced by the chain's result,
-            which goes on from the *normalised* state.
+            which goes on from the *normalized* state.
         renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
         sequence_balance_coefficient: of the loss, summed over layers and iterations.
         norm_eps: of all norms but those inside the attention (1e-6).

@@ -78,7 +78,7 @@ class CompositionConfig:
 class CategoryRouter(nn.Module):
     """A classifier of embeddings [B, D]: logits [B, C].
 
-    Embeddings are standardised with `mean` and `scale` [D], buffers to be filled. With
+    Embeddings are standardized with `mean` and `scale` [D], buffers to be filled. With
     `hidden_size` 0 the classifier is linear, else a network of one hidden layer.
     """
 
@@ -104,7 +104,7 @@ class CategoryRouter(nn.Module):
 
 
 class Routed(NamedTuple):
-    """models [B]: where prompts go. categories [B]: the likeliest. confidence [B]: of these."""
+    """models [B]: where prompts go. categories [B]: the most likely. confidence [B]: of these."""
 
     models: Tensor
     categories: Tensor

@@ -7,8 +7,8 @@ Source: Lu et al. 2025 (Dynamic-DINO: Fine-Grained Mixture of Experts Tuning for
 Open-Vocabulary Object Detection, arXiv 2507.17436); Liu et al. 2023 (Grounding DINO, arXiv
 2303.05499).
 
-Letters: B images, Q queries of the decoder, H hidden size, N copies of a network, n slices of
-each, E = N * n experts, K experts a query, P phrases.
+Letters: B images, Q queries of the decoder, H hidden size, N copies of a network, n slices of each,
+E = N * n experts, K experts per query, P phrases.
 """
 
 from __future__ import annotations

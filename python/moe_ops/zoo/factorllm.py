@@ -61,7 +61,7 @@ class SliceRouter(TopKRouter):
 
     Args:
         straight_through: see above.
-        hidden_size, num_experts, top_k, options: as of `Router`; num_experts is N.
+        hidden_size, num_experts, top_k, options: see `Router`; num_experts is N.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Shen et al. 2024, JetMoE: Reaching Llama2 Performance with 0.1M Dollars, arXiv 2404.07413.
 
-Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts a token,
+Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts per token,
 n key-value heads, d head size.
 """
 

@@ -2,7 +2,7 @@
 
 Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXiv 2306.04640.
 
-Letters: H hidden size, I intermediate size, E experts, K experts a token, n heads of an attention
+Letters: H hidden size, I intermediate size, E experts, K experts per token, n heads of an attention
 expert, d head size.
 """
 
@@ -170,7 +170,7 @@ _NORM = {"weight": "weight", "bias": "bias"}
 
 class ModuleFormerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Attention breaks sticks and knows no
-    positions; the weights of experts are not renormalised."""
+    positions; the weights of experts are not renormalized."""
 
     def __init__(self, config: ModuleFormerConfig, experts: tuple[int, int]) -> None:
         super().__init__()

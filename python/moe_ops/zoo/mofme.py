@@ -6,7 +6,7 @@
 Source: Zhang et al. 2024 (Efficient Deweather Mixture-of-Experts with Uncertainty-aware
 Feature-wise Linear Modulation, AAAI, arXiv 2312.16610).
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, M passes of
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, M passes of
 the router, B images, S tokens of an image, C channels of the convolutions.
 """
 
@@ -41,7 +41,7 @@ class FiLMExperts(nn.Module):
         num_experts, hidden_size: E and H, at least 1.
         device, dtype: of the parameters.
 
-    Initialisation: each map as `nn.Linear`, uniform in +-1/sqrt(H).
+    Initialization: each map as `nn.Linear`, uniform in +-1/sqrt(H).
     """
 
     def __init__(

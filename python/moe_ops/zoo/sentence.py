@@ -266,7 +266,7 @@ def layers_of(encoder: Any) -> Any:
 
 
 def make_domain_experts(layer: Any, num_domains: int, given: Given) -> None:
-    """Puts copies of a layer's feed-forward network in its place, one a domain.
+    """Puts copies of a layer's feed-forward network in its place, one per domain.
 
     Raises:
         ValueError: an activation that `Experts` does not have.

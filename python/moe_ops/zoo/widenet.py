@@ -7,7 +7,7 @@
 
 Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 
-Letters: B sequences, S places of each, T = B * S, H hidden size, E experts, K experts a token, L
+Letters: B sequences, S places of each, T = B * S, H hidden size, E experts, K experts per token, L
 depths, C classes.
 """
 
@@ -129,11 +129,11 @@ class WideNetConfig(LMConfig):
 
 
 class NoisyRouter(CapacityMixin, TopKRouter):
-    """Top-K of softmax(x W^T + noise), not renormalised; noise in training, N(0, deviation^2).
+    """Top-K of softmax(x W^T + noise), not renormalized; noise in training, N(0, deviation^2).
 
     Args:
         noise: the deviation, at least 0.
-        hidden_size, num_experts, top_k, options: as of `CapacityRouter`.
+        hidden_size, num_experts, top_k, options: see `CapacityRouter`.
     """
 
     draws_random_numbers = True
@@ -292,7 +292,7 @@ class WideNetLM(_WideNet, CausalLM):
         return out
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for a sequence of calls, one a depth."""
+        """An empty cache for a sequence of calls, one per depth."""
         return [KVCache() for _ in range(self.config.num_layers)]
 
 
@@ -304,7 +304,7 @@ class ViTOutput(NamedTuple):
 
 
 class ViTLoss(NamedTuple):
-    """What training minimises, and its parts.
+    """What training minimizes, and its parts.
 
     loss: smoothed cross-entropy plus each auxiliary loss times its coefficient, a scalar.
     cross_entropy: mean over images, in nats, not smoothed.
@@ -320,7 +320,7 @@ class ViTLoss(NamedTuple):
 
 
 class WideNetViT(_WideNet):
-    """The classifier of images: patches, a class token that starts at 0, learnt positions."""
+    """The classifier of images: patches, a class token that starts at 0, learned positions."""
 
     free_fields = ("context", "vocab_size", "image_size")
     config: WideNetConfig

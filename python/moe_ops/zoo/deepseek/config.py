@@ -1,6 +1,6 @@
 """Sizes, options and presets of DeepSeekMoE, and the config.json of V1, V2 and V3.
 
-Letters: V vocabulary, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: V vocabulary, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class DeepSeekConfig(LMConfig):
                 of=("softmax", "sigmoid"),
                 default="sigmoid" if biased else "softmax",
             ),
-            # The code of V2 in transformers never renormalises, and no V2 checkpoint asks for it.
+            # The code of V2 in transformers never renormalizes, and no V2 checkpoint asks for it.
             "renormalize": kind != "deepseek_v2"
             and published.flag("norm_topk_prob", default=False),
             "group_score": "top2_sum" if biased else "max",

@@ -73,7 +73,7 @@ def probability_row(said: Mapping[Hashable, float], classes: Mapping[Hashable, i
 
 
 def right_experts(probabilities: Tensor, y: int) -> Tensor:
-    """[E] bool: the experts whose likeliest class is `y` (ties: the smaller number), among those
+    """[E] bool: the experts whose most likely class is `y` (ties: the smaller number), among those
     that have said anything at all; of [E, C]."""
     top, likeliest = probabilities.max(dim=1)
     return (likeliest == y) & (top > 0)

@@ -1,6 +1,6 @@
 """The router network, and the model that routes, predicts and learns example by example.
 
-Letters: D features, E experts, K experts a token, C classes.
+Letters: D features, E experts, K experts per token, C classes.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class DriftMoE(nn.Module):
     # ------------------------------------------------------------------------------- prediction
 
     def predict_one(self, x: Mapping[Any, Any]) -> Any:
-        """The likeliest class, None before the first example."""
+        """The most likely class, None before the first example."""
         return self._label(self._scores(*self._routed(x)[1:], x))
 
     def predict_proba_one(self, x: Mapping[Any, Any]) -> dict[Any, float]:

@@ -1,8 +1,8 @@
 """Pinhole cameras: rays through pixels, and where points of space are seen.
 
-Axes of a camera: x to the right, y down, z where it looks. A pixel (0, 0) is the centre of the
-first one of the first row. Letters: ... leading dimensions, V views, R rays, P points of a ray,
-h and w height and width of an image.
+Axes of a camera: x to the right, y down, z where it looks. A pixel (0, 0) is the center of the
+first one of the first row. Letters: ... leading dimensions, V views, R rays, P points of a ray, h
+and w height and width of an image.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GNT-MOVE's layer: view experts behind a cosine router, beside an expert that is always used.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, R rays, P
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rays, P
 points of a ray, N pairs of rays.
 """
 
@@ -21,7 +21,7 @@ from ..t2mir.routers import load_probability, squared_cv
 
 
 class ViewRouter(GateRouter):
-    """The K best of softmax over e of exp(s_e) (cos(x R, w_e) + noise), not renormalised.
+    """The K best of softmax over e of exp(s_e) (cos(x R, w_e) + noise), not renormalized.
 
     R maps H to max(E / 2, 1) features. In training the noise is normal with deviation 1 / E; in
     eval mode there is none. exp(s_e) is an expert's inverse temperature, 1 at the start.
@@ -164,11 +164,11 @@ def neighbours(points: Tensor, pairs: Tensor) -> Neighbours:
 
 
 def consistency_loss(logits: Tensor, pairs: Tensor, near: Neighbours) -> Tensor:
-    """How much the routing of neighbouring points differs: half the symmetric Kullback-Leibler
+    """How much the routing of neighboring points differs: half the symmetric Kullback-Leibler
     divergence of their distributions over experts, weighted mean over a ray, mean over pairs.
 
     Args:
-        logits: [R, P, E] of one layer. pairs: [N, 2] of neighbouring rays; 0 without any.
+        logits: [R, P, E] of one layer. pairs: [N, 2] of neighboring rays; 0 without any.
         near: what `neighbours` says of them.
 
     Source: Cong et al. 2023 (GNT-MOVE, arXiv 2308.11793).

@@ -180,11 +180,11 @@ class RayBlock(nn.Module):
 
 
 class GNTMove(nn.Module):
-    """Colours of rays, from images of a scene that was not seen in training.
+    """Colors of rays, from images of a scene that was not seen in training.
 
-    A point of a ray is projected into the source images; what they show there, colours and features
+    A point of a ray is projected into the source images; what they show there, colors and features
     of a small convolutional network, is mixed by view transformers, and the points of a ray are
-    mixed by ray transformers. The colour is a linear map of the mean over points.
+    mixed by ray transformers. The color is a linear map of the mean over points.
     """
 
     def __init__(self, config: GNTMoveConfig) -> None:
@@ -217,11 +217,11 @@ class GNTMove(nn.Module):
         features: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Rendered:
-        """The colours of pixels [S, R, 2] of target cameras [S].
+        """The colors of pixels [S, R, 2] of target cameras [S].
 
         Args:
-            depths: of the points, [S, R, P]; None: as of `draw_depths`.
-            features: of the source images, as of `image_features`; None: computed.
+            depths: of the points, [S, R, P]; None: see `draw_depths`.
+            features: of the source images, see `image_features`; None: computed.
             generator: of the depths in training; None: torch's.
         """
         if features is None:
@@ -256,7 +256,7 @@ class GNTMove(nn.Module):
     def look(
         self, views: Views, features: Tensor, target: Cameras, points: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What source views show at points [S, R, P, 3]: colours and features [S * R, P, V, 3 + F],
+        """What source views show at points [S, R, P, 3]: colors and features [S * R, P, V, 3 + F],
         differences of directions [S * R, P, V, 4], whether they are in the image [S * R, P, V]."""
         count, num_views = views.images.shape[:2]
         rows, places = points.shape[1:3]
@@ -308,7 +308,7 @@ class GNTMove(nn.Module):
         """The loss of pixels [S, R, 2] that should have colors [S, R, 3].
 
         Args:
-            pairs: [N, 2], numbers in [0, S * R) of neighbouring rays.
+            pairs: [N, 2], numbers in [0, S * R) of neighboring rays.
         """
         out = self(views, target, pixels, generator=generator)
         color = F.mse_loss(out.colors, colors)

@@ -37,7 +37,7 @@ class Features(nn.Module):
     Attributes:
         size: V = embedding_size * len(cardinalities) + num_dense.
 
-    All embeddings are one table, read by one lookup. Initialised normal with deviation 0.01, so
+    All embeddings are one table, read by one lookup. Initialized normal with deviation 0.01, so
     that interactions start small, as is the custom in recommenders.
 
     Raises:
@@ -85,7 +85,7 @@ class Features(nn.Module):
 class GroupedLinear(nn.Module):
     """G linear maps of one shape, each with an input of its own: one batched product.
 
-    Parameters: weight [G, O, H], bias [G, O]. Initialised as `nn.Linear`, bias 0.
+    Parameters: weight [G, O, H], bias [G, O]. Initialized as `nn.Linear`, bias 0.
     """
 
     def __init__(self, groups: int, in_size: int, out_size: int, *, bias: bool = True) -> None:
@@ -245,7 +245,7 @@ class FeatureGate(nn.Module):
             ids = [g if v.dim() == 3 else 0 for g in reads for _ in range(self.num_lora)]
             return low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
         # A map of rank V / 2 costs a token as much in two products of V * V / 2 as in one of V * V
-        # with the product of the two, which is made once a batch and keeps nothing for backward.
+        # with the product of the two, which is made once per batch and keeps nothing for backward.
         full = torch.bmm(self.up.weight, down).view(self.groups, -1, v.shape[-1])
         return linear_maps(v, full, None, input_ids)
 
@@ -266,7 +266,7 @@ class GatedLayer(nn.Module):
         input_ids: which input each of the E experts reads.
         mask: [M, E], what each mixture may use.
         gate_size: width of the gates' inputs.
-        norm: True: batch normalisation and Swish on an expert's output (HoME); False: ReLU.
+        norm: True: batch normalization and Swish on an expert's output (HoME); False: ReLU.
         self_mask: [M, E], experts of a second gate whose mixture is added (HoME's self gate), or
             None.
         self_gate_size: width of the self gates' inputs; None: `gate_size`.
@@ -339,7 +339,7 @@ class GatedLayer(nn.Module):
 
 
 class Towers(nn.Module):
-    """K small networks, one a task with its own input: [T, K, O] to logits [T, K].
+    """K small networks, one per task with its own input: [T, K, O] to logits [T, K].
 
     They are K experts, each of which reads its own input and has one output.
     """

@@ -32,7 +32,7 @@ class HoMEConfig:
         num_shared: experts for all tasks; 0: "without shared experts".
         num_category: experts of each category, in each of HoME's two levels.
         num_task: experts of each task alone.
-        expert_norm: batch normalisation and Swish on experts' outputs, instead of ReLU.
+        expert_norm: batch normalization and Swish on experts' outputs, instead of ReLU.
         hierarchy: HoME's masks; without them every gate may use every expert of its level.
         feature_gate: "both", "first" (the first level only) or "none".
         num_lora: low-rank pairs of a feature gate.
@@ -206,7 +206,7 @@ class HoME(MultiTask):
 
 
 def multitask_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tasks of the mean binary cross-entropy; labels that are NaN do not count.
+    """Sums over tasks of the mean binary cross-entropy; labels that are NaN do not count.
 
     Args:
         logits: [T, K]. labels: [T, K] in [0, 1], or NaN where unknown.

@@ -413,7 +413,7 @@ def save(
     """Writes config.json and the tensors under their published keys, in shards when too large.
 
     Raises:
-        ValueError: a tensor that is not of floats, of quantised experts: published keys have no
+        ValueError: a tensor that is not of floats, of quantized experts: published keys have no
             place for scales.
     """
     state, entries = model.state_dict(), list(entries)

@@ -32,7 +32,7 @@ class LMOutput(NamedTuple):
 
 
 class LMLoss(NamedTuple):
-    """What training minimises, and its parts.
+    """What training minimizes, and its parts.
 
     loss: cross_entropy plus each auxiliary loss times its coefficient, a scalar.
     cross_entropy: mean over the predicted tokens, in nats.
@@ -216,7 +216,7 @@ class CausalLM(Pretrained):
     # ----------------------------------------------------------------------------- generation
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for a sequence of calls, one a layer."""
+        """An empty cache for a sequence of calls, one per layer."""
         return [KVCache() for _ in self.layers]
 
     @torch.no_grad()
@@ -237,9 +237,9 @@ class CausalLM(Pretrained):
         Args:
             tokens: [B, S], S >= 1, prompts of one length (there is no padding).
             num_tokens: tokens to add at most.
-            temperature: 0 takes the likeliest token; otherwise tokens are drawn from
+            temperature: 0 takes the most likely token; otherwise tokens are drawn from
                 softmax(logits / temperature).
-            top_k: draw from the k likeliest only.
+            top_k: draw from the k most likely only.
             top_p: draw from the smallest set of tokens that has this probability.
             stop_token: a sequence that has produced it goes on with it alone, and generation ends
                 when all have.

@@ -160,7 +160,7 @@ class Pretrained(nn.Module):
 
         Raises:
             OSError: it could not be written; the earlier checkpoint is then still there.
-            ValueError: quantised experts, for whose scales published layouts have no place.
+            ValueError: quantized experts, for whose scales published layouts have no place.
         """
         published = self.config.to_published()
         published["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ BACKBONES = ("gcn", "sage", "gat", "gin")
 
 
 class MLP(nn.Module):
-    """L linear maps with batch normalisation, ReLU and dropout between them: [N, F] to logits."""
+    """L linear maps with batch normalization, ReLU and dropout between them: [N, F] to logits."""
 
     def __init__(
         self, in_size: int, hidden_size: int, out_size: int, num_layers: int, dropout: float
@@ -38,7 +38,7 @@ class MLP(nn.Module):
 
 @dataclass
 class Edges:
-    """Edges as a backbone wants them, made once a graph by `GNN.prepare`.
+    """Edges as a backbone wants them, made once per graph by `GNN.prepare`.
 
     With weights, edges are in order of their targets, as `neighbour_sum` needs them.
     """
@@ -92,11 +92,11 @@ def _bags(x: Tensor, edges: Edges) -> Tensor:
 
 
 class GNN(nn.Module):
-    """Graph convolutions, and between them batch normalisation, ReLU (ELU for "gat") and dropout.
+    """Graph convolutions, and between them batch normalization, ReLU (ELU for "gat") and dropout.
 
     Args:
         backbone: "gcn", "sage", "gat" or "gin", convolutions of PyTorch Geometric.
-        in_size, hidden_size, out_size, num_layers, dropout: as of `MLP`.
+        in_size, hidden_size, out_size, num_layers, dropout: see `MLP`.
         heads: of "gat"; hidden layers split their width among them.
 
     Raises:
@@ -169,7 +169,7 @@ class GNN(nn.Module):
         less work.
 
         Layer l is computed on the nodes from which a path of at most L - l edges leads to one asked
-        for. Only in `eval()`: batch normalisation in training reads all nodes.
+        for. Only in `eval()`: batch normalization in training reads all nodes.
         """
         if self.training:
             raise ValueError("GNN.at: the network must be in eval(), got train().")

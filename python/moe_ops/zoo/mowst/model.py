@@ -1,7 +1,7 @@
 """The two experts of Mowst, the confidence that mixes them, and the loss.
 
-The weak expert is an MLP on a node's own features, the strong one a graph network. The confidence C
-is a function of how far the weak expert's prediction is from uniform.
+The weak expert is an MLP on a node's own features, the strong one a graph network. The confidence
+C is a function of how far the weak expert's prediction is from uniform.
 
 Letters: N nodes, n classes, p the weak and q the strong expert's probabilities.
 """
@@ -127,7 +127,7 @@ class MonotoneConfidence(nn.Module):
 
 
 class FreeConfidence(nn.Module):
-    """A two-layer network with batch normalisation and a sigmoid, as in the authors' code."""
+    """A two-layer network with batch normalization and a sigmoid, as in the authors' code."""
 
     def __init__(self, hidden_size: int, dropout: float) -> None:
         super().__init__()

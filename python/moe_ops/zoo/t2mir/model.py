@@ -118,7 +118,7 @@ class T2MIROutput(NamedTuple):
 
 
 class Attention(JointAttention):
-    """Causal attention with heads of one size; normalised after (NormFormer) as well as before."""
+    """Causal attention with heads of one size; normalized after (NormFormer) as well as before."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__(hidden_size, num_heads, bias=True)
@@ -286,7 +286,7 @@ class T2MIR(nn.Module):
         return x, positions
 
     def update_target(self) -> None:
-        """Moves the slow router; call it after each optimiser step."""
+        """Moves the slow router; call it after each optimizer step."""
         if self.experts is not None and self.experts.contrast is not None:
             assert self.experts.task_router is not None
             self.experts.contrast.update(self.experts.task_router)

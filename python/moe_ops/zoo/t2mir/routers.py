@@ -1,6 +1,6 @@
 """T2MIR's two routers and the contrastive loss of the second.
 
-Letters: B sequences, L tokens of a sequence, T = B * L, H width, E experts, K experts a token.
+Letters: B sequences, L tokens of a sequence, T = B * L, H width, E experts, K experts per token.
 
 Sources: Shazeer et al. 2017 (noisy top-k, arXiv 1701.06538); Wu et al. 2025 (T2MIR, arXiv
 2506.05426).
@@ -153,8 +153,8 @@ class MomentumContrast(nn.Module):
     are the router's representations, keys those of a slow copy of its gate, and their similarity is
     q W k^T with a learned W [E, E].
 
-    The copy has no gradient and is no parameter of an optimiser: call `update(router)` after each
-    optimiser step.
+    The copy has no gradient and is no parameter of an optimizer: call `update(router)` after each
+    optimizer step.
     """
 
     def __init__(self, router: TaskRouter, tau: float = 0.005) -> None:

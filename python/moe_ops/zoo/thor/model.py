@@ -123,7 +123,7 @@ class Memory(NamedTuple):
 
 
 class ThorLoss(NamedTuple):
-    """What training minimises, and its parts, scalars.
+    """What training minimizes, and its parts, scalars.
 
     loss: the smoothed cross-entropies of all passes, added, plus alpha * consistency plus the
         balance loss times its coefficient.
@@ -142,7 +142,8 @@ class Thor(Pretrained):
     """The model. Embeddings of source, target and output are one matrix.
 
     Sequences end with `EOS` and are filled up with `PAD`; what a decoder reads begins with `EOS`.
-    Experts are drawn by whoever calls (`draw_experts`): `loss` draws one a layer for a whole pass.
+    Experts are drawn by whoever calls (`draw_experts`): `loss` draws one per layer for a whole
+    pass.
 
     Parameters: embed_tokens.weight [V, H]; encoder_layers and decoder_layers of `ThorBlock`s.
     """
@@ -198,8 +199,8 @@ class Thor(Pretrained):
         """Random experts of the layers that have some.
 
         Args:
-            level: "batch", one a layer, as in training; "sentence", one a layer and sequence;
-                "token", one a layer and token, which is the paper's other way to infer.
+            level: "batch", one per layer, as in training; "sentence", one per layer and sequence;
+                "token", one per layer and token, which is the paper's other way to infer.
             side: "encoder" or "decoder".
             batch, length: B, and S of "token".
 
