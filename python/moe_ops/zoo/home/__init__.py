@@ -1,4 +1,4 @@
-"""HoME: a multi-task recommender with experts of tasks, of categories of tasks, and of all.
+"""HoME: a multi-task recommender with experts per task, per category of tasks, and shared by all.
 
     config = HoMEConfig(cardinalities=(1000, 50), num_dense=4,
                         categories=(("like", "love"), ("finish", "skip")))
