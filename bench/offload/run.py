@@ -27,13 +27,13 @@ from moe_ops.offload import (
     ExpertCache,
     ExpertPredictor,
     ExpertTrace,
-    FileStore,
     OffloadedExperts,
     PredictivePolicy,
     offload_experts,
     record_expert_trace,
     train_predictor,
 )
+from moe_ops.offload.store import FileStore
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 from moe_ops.zoo.lm.model import CausalLM
 

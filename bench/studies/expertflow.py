@@ -18,13 +18,13 @@ from moe_ops.offload import (
     CachePolicy,
     ExpertCache,
     ExpertTrace,
-    MemoryStore,
     PredictivePolicy,
     record_expert_trace,
     split_batch_by_experts,
     train_predictor,
 )
 from moe_ops.offload.schedule import num_active
+from moe_ops.offload.store import MemoryStore
 
 from .compare import Series, series
 from .on_subject import Loaded, described, load

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops import _files, zoo
+from moe_ops.layers import update_expert_bias
 from moe_ops.zoo.lm.model import CausalLM
 
 from . import python_texts
@@ -46,9 +47,14 @@ def fit_once(
         loss: of rows [batch_size, length + 1]; None: the model's own.
     """
 
+    has_bias = any(name.endswith("expert_bias") for name, _ in model.named_buffers())
+
     def of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = texts[step % len(texts)].draw(batch_size, length + 1, generator)
-        return {"loss": model.loss(rows).loss if loss is None else loss(rows)}
+        value = model.loss(rows).loss if loss is None else loss(rows)
+        if has_bias:
+            update_expert_bias(model, rate=model.config.bias_update_rate)
+        return {"loss": value}
 
     def fit(checkpoint: Path) -> None:
         matrices = [p for p in model.parameters() if p.dim() > 1]

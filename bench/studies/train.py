@@ -19,7 +19,7 @@ from . import language, one_seed, registry
 from .settings import parse_settings
 
 # Trained as they are, on texts.
-LANGUAGE_MODELS = ("coe", "deepseek", "jetmoe", "llama", "moduleformer", "topp")
+LANGUAGE_MODELS = ("coe", "deepseek", "jetmoe", "kolibri", "llama", "moduleformer", "topp")
 # With arms, settings and a training module of their own.
 WITH_SETTINGS = (
     "adamoe", "bam", "composition", "driftmoe", "dynamicdino", "factorllm", "gntmove", "mofme",

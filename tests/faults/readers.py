@@ -14,7 +14,8 @@ import torch
 
 from moe_ops import _files, zoo
 from moe_ops.layers import Experts
-from moe_ops.offload import ExpertPredictor, ExpertTrace, FileStore, save_experts
+from moe_ops.offload import ExpertPredictor, ExpertTrace, save_experts
+from moe_ops.offload.store import FileStore
 from moe_ops.parallel import load_sharded_experts
 from moe_ops.parallel.plan import find_shape
 

@@ -15,7 +15,8 @@ import torch
 from bench.studies import trainer
 
 from moe_ops import _reading
-from moe_ops.offload import ExpertPredictor, ExpertTrace, FileStore
+from moe_ops.offload import ExpertPredictor, ExpertTrace
+from moe_ops.offload.store import FileStore
 from moe_ops.parallel.plan import find_shape
 
 from . import hf_readers, readers

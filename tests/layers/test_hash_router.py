@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.helpers.moe import build_moe, build_router
 
-from moe_ops.layers import HashRouter, MoE, hash_table
+from moe_ops.layers import HashRouter, MoE
 from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, I, E, K, V = 12, 6, 5, 8, 2, 30
@@ -84,20 +84,20 @@ def test_the_table_is_saved():
 
 
 def test_tables():
-    table = hash_table(V, E, 3, generator=torch.Generator().manual_seed(1))
+    table = HashRouter.make_table(V, E, 3, generator=torch.Generator().manual_seed(1))
     assert table.shape == (V, 3) and table.dtype == torch.int32
     assert all(len(set(row)) == 3 and set(row) <= set(range(E)) for row in table.tolist())
-    again = hash_table(V, E, 3, generator=torch.Generator().manual_seed(1))
+    again = HashRouter.make_table(V, E, 3, generator=torch.Generator().manual_seed(1))
     assert torch.equal(table, again)
 
     counts = torch.tensor([1, 7, 1, 4, 2, 1])
     # 7 to expert 0, 4 to 1, 2 to 2, then 1, 1 and 1 to expert 2, which has the least.
-    assert hash_table(6, 3, counts=counts)[:, 0].tolist() == [2, 0, 2, 1, 2, 1]
+    assert HashRouter.make_table(6, 3, counts=counts)[:, 0].tolist() == [2, 0, 2, 1, 2, 1]
     zipf = (1000 / torch.arange(1, 501)).long()
-    table = hash_table(500, 16, 2, counts=zipf)
+    table = HashRouter.make_table(500, 16, 2, counts=zipf)
     load = torch.zeros(16).index_add_(0, table.flatten().long(), zipf.repeat_interleave(2).float())
     assert load.max() <= max(load.mean() * 1.05, zipf.max())
-    assert hash_table(0, E, 2).shape == (0, 2)
+    assert HashRouter.make_table(0, E, 2).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_tables():
         (lambda: HashRouter(H, E, K, table=torch.full((V, K), E)), "table"),
         (lambda: HashRouter(H, E, K, vocab_size=V, score_func="relu"), "score_func"),
         (lambda: HashRouter(H, E, K, vocab_size=V)(torch.randn(2, H)), "topk_ids"),
-        (lambda: hash_table(V, E, E + 1), "top_k"),
-        (lambda: hash_table(V, E, counts=torch.ones(3)), "counts"),
+        (lambda: HashRouter.make_table(V, E, E + 1), "top_k"),
+        (lambda: HashRouter.make_table(V, E, counts=torch.ones(3)), "counts"),
     ],
 )
 def test_errors(call, word):

@@ -14,14 +14,12 @@ from moe_ops.offload import (
     BeladyPolicy,
     CachePolicy,
     ExpertCache,
-    FileStore,
-    MemoryStore,
     OffloadedExperts,
     offload_experts,
     record_expert_trace,
     save_experts,
 )
-from moe_ops.offload.store import Stored, read_header
+from moe_ops.offload.store import FileStore, MemoryStore, Stored, read_header
 
 E, H, I, K = 8, 64, 32, 3
 KINDS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_ops.offload import BeladyPolicy, ExpertCache, ExpertTrace, MemoryStore, PredictivePolicy
+from moe_ops.offload import BeladyPolicy, ExpertCache, ExpertTrace, PredictivePolicy
 from moe_ops.offload.policy import LRUPolicy
+from moe_ops.offload.store import MemoryStore
 
 # The sequence of Belady, Nelson and Shedler 1969, with three slots.
 SEQUENCE = [1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5]

@@ -20,8 +20,8 @@ runner = CliRunner()
 class ToyConfig:
     size: int = 1
 
-    large = zoo.preset("Large.", size=100)
-    tiny = zoo.preset("Small.")
+    large = zoo._presets.preset("Large.", size=100)
+    tiny = zoo._presets.preset("Small.")
 
 
 class Toy:

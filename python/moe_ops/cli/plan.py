@@ -88,7 +88,7 @@ def print_plan(
     console: Console,
     plan: plans.Plan,
     sizes: list[plans.Plan],
-    advice: list[plans.Advice],
+    advice: list[plans.estimate.Advice],
 ) -> None:
     """Prints all tables."""
     for line in _head(plan):
@@ -283,7 +283,7 @@ def _trace(plan: plans.Plan, console: Console) -> dict[str, Any]:
 
 
 def write_picture(
-    path: Path, plan: plans.Plan, sizes: list[plans.Plan], advice: list[plans.Advice]
+    path: Path, plan: plans.Plan, sizes: list[plans.Plan], advice: list[plans.estimate.Advice]
 ) -> None:
     """Writes an image, or a page with the image and all tables."""
     from moe_ops.viz import plot_plan

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from . import experts_hook  # noqa: F401  # It registers.
 from .all_experts import ExpertBatchNorm, mix_outputs
-from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
+from .attention import AttentionExperts, KVCache
 from .config import ExpertsConfig, MoEConfig, RouterConfig
 from .expert_lora import ExpertLoRA
 from .experts import Experts
@@ -24,10 +24,10 @@ from .losses import (
     sequence_balance_loss,
     update_expert_bias,
 )
-from .mixture_of_depths import MixtureOfDepths, MixtureOfDepthsOutput
+from .mixture_of_depths import MixtureOfDepths
 from .moe import MoE, MoEOutput
 from .norm import AddRMSNorm
-from .peer import PEER, PEEROutput
+from .peer import PEER
 from .quantized import QuantizedExperts
 from .record import RoutingRecord, record_routing, replay_routing
 from .router import (
@@ -42,12 +42,11 @@ from .router import (
     SparseMixerRouter,
     TopKRouter,
     TopPRouter,
-    hash_table,
     relu_router_loss,
 )
 from .routing import Routing
 from .shared_experts import SharedExperts
-from .soft_moe import SoftMoE, SoftMoEOutput
+from .soft_moe import SoftMoE
 from .stats import ExpertLoadStats, count_tokens_per_expert
 from .zero_experts import ZeroComputationExperts
 
@@ -55,7 +54,6 @@ __all__ = [
     "PEER",
     "AddRMSNorm",
     "AttentionExperts",
-    "AttentionExpertsOutput",
     "CapacityMixin",
     "CapacityRouter",
     "ExpertBatchNorm",
@@ -70,11 +68,9 @@ __all__ = [
     "L1Coefficient",
     "LatentProjection",
     "MixtureOfDepths",
-    "MixtureOfDepthsOutput",
     "MoE",
     "MoEConfig",
     "MoEOutput",
-    "PEEROutput",
     "QuantizedExperts",
     "QuantizedLinear",
     "ReLURouter",
@@ -84,7 +80,6 @@ __all__ = [
     "RoutingRecord",
     "SharedExperts",
     "SoftMoE",
-    "SoftMoEOutput",
     "SparseMixerRouter",
     "TopKRouter",
     "TopPRouter",
@@ -93,7 +88,6 @@ __all__ = [
     "concentration_loss",
     "count_tokens_per_expert",
     "device_balance_loss",
-    "hash_table",
     "load_balancing_loss",
     "mix_outputs",
     "mutual_information_loss",

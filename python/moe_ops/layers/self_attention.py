@@ -28,6 +28,7 @@ def causal_attention(
     v: Tensor,
     *,
     scale: float | None = None,
+    window: int | None = None,
     watcher: Watcher | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v where the S queries are the last of the S_kv positions.
@@ -36,6 +37,7 @@ def causal_attention(
         q: [B, S, n, d]. k: [B, S_kv, m, d] and v: [B, S_kv, m, d'], m a divisor of n; query head h
             reads key-value head h // (n / m).
         scale: None is d ** -0.5.
+        window: number of positions that a query attends to, its own included; None is all.
         watcher: is given the probabilities, which are then computed once more for it.
 
     Returns:
@@ -45,15 +47,18 @@ def causal_attention(
     if watcher is not None:
         watcher(attention_probabilities(q, k, scale))
     mask = None
-    if 1 < length < keys:
+    windowed = window is not None and keys > window
+    if 1 < length < keys or windowed:
         # torch's is_causal counts from the first key, not from the last.
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+        if window is not None:
+            mask = mask.triu(keys - length - window + 1)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=length > 1 and length == keys,
+        is_causal=length > 1 and mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -14,25 +14,22 @@ experts stay in the cache and which are prefetched; `record_expert_trace` record
 
 from __future__ import annotations
 
-from .cache import CacheStats, ExpertCache
+from .cache import ExpertCache
 from .convert import offload_experts
 from .experts import OffloadedExperts
 from .policy import BeladyPolicy, CachePolicy, PredictivePolicy
 from .predictor import ExpertPredictor, train_predictor
 from .schedule import generate_in_halves, split_batch_by_experts
-from .store import ExpertStore, FileStore, MemoryStore, save_experts
+from .store import ExpertStore, save_experts
 from .trace import ExpertTrace, record_expert_trace
 
 __all__ = [
     "BeladyPolicy",
     "CachePolicy",
-    "CacheStats",
     "ExpertCache",
     "ExpertPredictor",
     "ExpertStore",
     "ExpertTrace",
-    "FileStore",
-    "MemoryStore",
     "OffloadedExperts",
     "PredictivePolicy",
     "generate_in_halves",

@@ -15,12 +15,7 @@ models of transformers that `moe_ops.hf` supports.
 
 from __future__ import annotations
 
-from .attention_sinks import (
-    MassiveActivation,
-    attention_sink_decay,
-    attention_sink_mass,
-    find_massive_activations,
-)
+from .attention_sinks import attention_sink_decay, attention_sink_mass, find_massive_activations
 from .criteria import score_experts, select_experts
 from .grouping import align_neurons, hc_smoe_groups, uncurl_groups
 from .log_routing import log_routing
@@ -33,7 +28,6 @@ from .routed_layers import find_routed_layers
 from .rules import override_routing
 from .self_contrast import SelfContrastLogitsProcessor
 from .super_experts import (
-    SuperExpert,
     SuperExpertReport,
     SuperExperts,
     evaluate_super_experts,
@@ -46,10 +40,8 @@ from .tuning import tune
 __all__ = [
     "ExpertProfile",
     "LayerProfile",
-    "MassiveActivation",
     "RoutedLayer",
     "SelfContrastLogitsProcessor",
-    "SuperExpert",
     "SuperExpertReport",
     "SuperExperts",
     "TaskRoutingPatterns",

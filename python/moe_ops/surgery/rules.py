@@ -20,6 +20,8 @@ from moe_ops.layers.routing import RoutingOverride, mask_logits
 from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
 
+__all__ = ["given", "only", "random", "rank", "top_k"]
+
 # (layer, router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'].
 Rule = Callable[[RoutedLayer, Tensor, Tensor | None], Tensor]
 Experts = Sequence[int] | Tensor

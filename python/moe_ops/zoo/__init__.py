@@ -132,6 +132,8 @@ _OURS = (
      "Language model with sparse attention and sparse feed-forward experts."),
     ("deepseek", "DeepSeekConfig", "DeepSeek", "zoo",
      "DeepSeekMoE V1 to V3: small experts, shared experts, balance by losses or a bias."),
+    ("kolibri", "KolibriConfig", "Kolibri", "zoo",
+     "Kolibri-1: many small experts selected by biased logits, windowed attention."),
     ("moduleformer", "ModuleFormerConfig", "ModuleFormer", "zoo",
      "ModuleFormer: attention and feed-forward modules, informative routing, stick-breaking."),
     ("coe", "CoEConfig", "CoE", "zoo",

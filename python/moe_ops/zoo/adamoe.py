@@ -30,6 +30,8 @@ from moe_ops.layers.self_attention import JointAttention
 
 from ._presets import preset
 
+__all__ = ["ActionTransformer", "AdaMoE", "AdaMoEConfig", "ScaledRouter", "adamoe_balance_loss"]
+
 VARIANTS = ("coupled", "additive", "concat")
 
 

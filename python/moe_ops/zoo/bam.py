@@ -29,6 +29,8 @@ from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LLAMA_KEYS, OWN, Key, LMConfig, flag, size
 from .lm.model import CausalLM
 
+__all__ = ["BAM", "BAMConfig"]
+
 ATTENTION = ("expert_kv", "shared_kv", "dense")
 
 

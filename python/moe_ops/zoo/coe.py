@@ -27,6 +27,8 @@ from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
 from .lm.model import CausalLM
 
+__all__ = ["ChainOfExperts", "CoE", "CoEConfig"]
+
 # The published config names the residuals (inner, outer).
 RESIDUALS = {"inner": (True, False), "outer": (False, True), "none": (False, False)}
 

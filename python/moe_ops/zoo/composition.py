@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ._presets import preset
 
+__all__ = ["CategoryRouter", "Composition", "CompositionConfig"]
+
 
 @dataclass(frozen=True)
 class CompositionConfig:

@@ -47,6 +47,8 @@ from moe_ops.layers.routing import Routing
 
 from ._presets import preset
 
+__all__ = ["DynamicDino", "DynamicDinoConfig", "moe_tuning"]
+
 CLASS_WEIGHT = 2.0  # As in transformers; the box weights are in the config.
 
 

@@ -28,6 +28,8 @@ from .lm.checkpoint import Entry
 from .lm.config import LMConfig
 from .lm.model import LMLoss
 
+__all__ = ["FactorLLM", "FactorLLMConfig", "SliceRouter", "route_loss", "slice_balance_loss"]
+
 ROUTER_TRAINING = ("prior", "straight_through", "released")
 
 

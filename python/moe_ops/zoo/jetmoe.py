@@ -23,6 +23,8 @@ from .lm.checkpoint import Entry, renamed
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, flag, number, size
 from .lm.model import CausalLM
 
+__all__ = ["JetMoE", "JetMoEConfig"]
+
 # The published block norms do not use the config's eps; only the last norm does.
 BLOCK_NORM_EPS = 1e-6
 

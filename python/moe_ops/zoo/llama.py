@@ -23,6 +23,8 @@ from .lm.checkpoint import Entry, dense_entries
 from .lm.config import LLAMA_KEYS, LMConfig, flag, size
 from .lm.model import CausalLM
 
+__all__ = ["Llama", "LlamaConfig"]
+
 
 @dataclass(frozen=True)
 class LlamaConfig(LMConfig):

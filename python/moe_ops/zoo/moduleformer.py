@@ -23,6 +23,8 @@ from .lm.checkpoint import Entry, renamed
 from .lm.config import OWN, LMConfig, number, size
 from .lm.model import CausalLM
 
+__all__ = ["ModuleFormer", "ModuleFormerConfig"]
+
 # Our gate names -> names in the published config.
 GATE_TYPES = {"mlp": "mlp", "linear": "linear", "cosine": "gmm"}
 

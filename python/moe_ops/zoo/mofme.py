@@ -27,6 +27,8 @@ from moe_ops.ops import moe_linear_reduce
 
 from ._presets import preset
 
+__all__ = ["FiLMExperts", "MoFME", "MoFMEConfig", "RestorationTransformer", "UncertaintyRouter"]
+
 
 class FiLMExperts(nn.Module):
     """FiLM experts, feature-wise modulations of one h: y = sum_k w_k (a_k * h + c_k), a_k = W1_e h

@@ -29,6 +29,8 @@ from moe_ops.layers import Experts
 
 from ._presets import preset
 
+__all__ = ["DomainExperts", "SentenceConfig", "SentenceExperts", "ranking_loss"]
+
 HEADS = ("mlp", "mean")
 SIMILARITIES = ("cosine", "dot")
 

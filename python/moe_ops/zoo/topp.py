@@ -23,6 +23,8 @@ from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, number, size
 from .lm.model import CausalLM
 
+__all__ = ["TopP", "TopPConfig"]
+
 
 @dataclass(frozen=True)
 class TopPConfig(LMConfig):

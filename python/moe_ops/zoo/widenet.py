@@ -33,6 +33,8 @@ from .lm.losses import OF_LAYERS, Routed, sum_over_layers
 from .lm.model import CausalLM
 from .lm.pretrained import Pretrained
 
+__all__ = ["NoisyRouter", "WideNetConfig", "WideNetLM", "WideNetViT"]
+
 TRUNKS = ("language", "vision")
 SHARINGS = ("own_norms", "shared_norms", "none")
 POOLINGS = ("mean", "token")

@@ -21,7 +21,7 @@ from moe_ops.zoo.lm.model import CausalLM
 
 from .mutations import mutate
 
-SYSTEMS = ("jetmoe", "deepseek", "moduleformer", "coe", "topp", "thor", "widenet")
+SYSTEMS = ("jetmoe", "deepseek", "moduleformer", "coe", "topp", "kolibri", "thor", "widenet")
 # Far above what a tiny model takes, far below what a mutated size would ask for.
 MOST_MEMORY_KIB = 2**19
 

@@ -13,8 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops import _files
 from moe_ops.memory import release_file_pages
-from moe_ops.offload import FileStore, offload_experts, save_experts
+from moe_ops.offload import offload_experts, save_experts
 from moe_ops.offload.convert import parts_of
+from moe_ops.offload.store import FileStore
 from moe_ops.quant.bank import FoundBank, check_weights, find_banks
 
 from .quantizer import BankReader

@@ -6,12 +6,12 @@ Importing this package registers the kinds that `RouterConfig` builds.
 from __future__ import annotations
 
 from .base import Router
-from .capacity import CapacityMixin, CapacityRouter, drop_over_capacity
+from .capacity import CapacityMixin, CapacityRouter
 from .expert_choice import ExpertChoiceRouter
 from .gate import GateRouter
-from .hash import HashRouter, hash_table
+from .hash import HashRouter
 from .relu import L1Coefficient, ReLURouter, relu_router_loss
-from .sparsemixer import SparseMixerRouter, sparsemixer
+from .sparsemixer import SparseMixerRouter
 from .topk import TopKRouter
 from .topp import TopPRouter
 
@@ -27,8 +27,5 @@ __all__ = [
     "SparseMixerRouter",
     "TopKRouter",
     "TopPRouter",
-    "drop_over_capacity",
-    "hash_table",
     "relu_router_loss",
-    "sparsemixer",
 ]

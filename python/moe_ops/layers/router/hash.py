@@ -34,7 +34,7 @@ class HashRouter(Router, kind="hash"):
     Buffers: table [V, K] int32, in the state dict.
 
     Args:
-        table: [V, K] integers in [0, E), see `hash_table`; None if `vocab_size` is given.
+        table: [V, K] integers in [0, E), see `make_table`; None if `vocab_size` is given.
         vocab_size: V; draws a random table.
         score_func: score function of the weights: one of `TopKRouter`'s, or "uniform" for 1 / K
             whatever the logits. With "uniform" the linear map is unused and requires no gradient.
@@ -76,7 +76,7 @@ class HashRouter(Router, kind="hash"):
         )
         if table is None:
             assert vocab_size is not None
-            table = hash_table(vocab_size, num_experts, top_k)
+            table = self.make_table(vocab_size, num_experts, top_k)
         check(
             table.dim() == 2 and table.shape[1] == top_k,
             f"table must be [V, {top_k}], got shape {list(table.shape)}",
@@ -123,47 +123,50 @@ class HashRouter(Router, kind="hash"):
             "ones."
         )
 
+    @staticmethod
+    def make_table(
+        vocab_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        counts: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Returns a table of experts: K different experts for each of V tokens.
 
-def hash_table(
-    vocab_size: int,
-    num_experts: int,
-    top_k: int = 1,
-    *,
-    counts: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Makes a table for `HashRouter`: K different experts for each of V tokens.
+        Args:
+            vocab_size, num_experts, top_k: V, E and K, with K <= E.
+            counts: [V] number of occurrences of each token, which balances the table: from the most
+                frequent token on, each gets the experts with the least load so far (ties: the
+                smaller id). None draws experts at random.
+            generator: CPU random number generator.
 
-    Args:
-        vocab_size, num_experts, top_k: V, E and K, with K <= E.
-        counts: [V] number of occurrences of each token, which balances the table: from the most
-            frequent token on, each gets the experts with the least load so far (ties: the smaller
-            id). None draws experts at random.
-        generator: CPU random number generator.
+        Returns:
+            table: [V, K] int32 on the CPU.
 
-    Returns:
-        table: [V, K] int32 on the CPU.
+        Raises:
+            ValueError: K outside [1, E], or counts of another shape.
 
-    Raises:
-        ValueError: K outside [1, E], or counts of another shape.
-
-    Source: Roller et al. 2021 (arXiv 2106.04426), random and balanced assignment.
-    """
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"hash_table: top_k must be in [1, {num_experts}], got {top_k}.")
-    if counts is None:
-        drawn = torch.rand(vocab_size, num_experts, generator=generator, device="cpu")
-        return drawn.topk(top_k, dim=1).indices.to(torch.int32)
-    if counts.shape != (vocab_size,):
-        raise ValueError(
-            f"hash_table: counts must be [{vocab_size}], got shape {list(counts.shape)}."
-        )
-    frequencies = counts.tolist()
-    table: list[list[int]] = [[]] * vocab_size
-    loads = [(0, expert) for expert in range(num_experts)]  # Min-heap by load.
-    for token in counts.argsort(descending=True, stable=True).tolist():
-        least = [heapq.heappop(loads) for _ in range(top_k)]
-        table[token] = [expert for _, expert in least]
-        for load, expert in least:
-            heapq.heappush(loads, (load + frequencies[token], expert))
-    return torch.tensor(table, dtype=torch.int32, device="cpu").view(vocab_size, top_k)
+        Source: Roller et al. 2021 (arXiv 2106.04426), random and balanced assignment.
+        """
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"HashRouter.make_table: top_k must be in [1, {num_experts}], got {top_k}."
+            )
+        if counts is None:
+            drawn = torch.rand(vocab_size, num_experts, generator=generator, device="cpu")
+            return drawn.topk(top_k, dim=1).indices.to(torch.int32)
+        if counts.shape != (vocab_size,):
+            raise ValueError(
+                f"HashRouter.make_table: counts must be [{vocab_size}], got shape "
+                f"{list(counts.shape)}."
+            )
+        frequencies = counts.tolist()
+        table: list[list[int]] = [[]] * vocab_size
+        loads = [(0, expert) for expert in range(num_experts)]  # Min-heap by load.
+        for token in counts.argsort(descending=True, stable=True).tolist():
+            least = [heapq.heappop(loads) for _ in range(top_k)]
+            table[token] = [expert for _, expert in least]
+            for load, expert in least:
+                heapq.heappush(loads, (load + frequencies[token], expert))
+        return torch.tensor(table, dtype=torch.int32, device="cpu").view(vocab_size, top_k)

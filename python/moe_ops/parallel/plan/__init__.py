@@ -14,12 +14,11 @@
 from __future__ import annotations
 
 from .cluster import Cluster, ParallelJob, find_cluster
-from .estimate import Advice, Plan, alternatives, best, estimate_plan, suggest_changes
+from .estimate import Plan, alternatives, best, estimate_plan, suggest_changes
 from .shape import ModelShape, find_shape
 from .tracing import trace_step
 
 __all__ = [
-    "Advice",
     "Cluster",
     "ModelShape",
     "ParallelJob",
