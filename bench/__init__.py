@@ -1,7 +1,7 @@
-"""Measurements of moe_ops beside other libraries, and the experiments of the zoo.
+"""Benchmarks of moe_ops against other libraries, and the experiments of the zoo.
 
-Threads soon sleep while they wait for each other, as in the commands of the package
-(``moe_ops._threads``, which says why): OpenMP reads that once, when torch loads it.
+Threads sleep soon while they wait for each other, as in the package's commands (see
+``moe_ops._threads``): OpenMP reads that setting once, when torch loads it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Parallelises a model with `layers.MoE` as torchtitan does: one function, over the meshes of its
+"""Parallelizes a model with `layers.MoE` as torchtitan does: one function, over the meshes of its
 ParallelDims, that applies expert parallelism and then FSDP2.
 
     torchrun --nproc-per-node 4 examples/torchtitan_style.py --ep 2

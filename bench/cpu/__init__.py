@@ -1,2 +1,2 @@
-"""moe_ops on a CPU beside other libraries, ``python -m bench.cpu``, and single comparisons:
+"""CPU benchmarks of moe_ops and other libraries, ``python -m bench.cpu``, and single comparisons:
 `jetmoe_training`, `moa_attention`, `multitask`, `numerics`."""

@@ -1,18 +1,18 @@
-"""What a step of expert parallelism costs beside computing and sending:
-``python -m bench.cpu.expert_parallel``.
+"""Overhead of an expert-parallel step beyond computation and communication: ``python -m
+bench.cpu.expert_parallel``.
 
-Two processes of gloo on this machine train a bank of experts, forward and backward, one thread and
-one core each, each with tokens of its own and random choices. By turns, both at once:
+Two gloo processes on this machine train experts, forward and backward, with one thread and one core
+each, their own tokens and random routing. Both processes run these jobs in turn:
 
     compute  the same tokens with all experts in each process: nothing is sent
     gloo     the collectives of the step alone, one after the other, of the same sizes and types
     step     half of the experts in each process, and a dispatcher
 
-The time of a round is that of the slower process. `cost` is the median over rounds of step /
-(compute + gloo), which is to be at most 1.15. The clock is the wall's, as gloo waits: measure on a
-machine that does nothing else. `cpu cost` is the same of the seconds that both processes, gloo's
-threads included, have been on a core: what other work on the machine counts little in. glibc gives
-no memory back meanwhile: whether it would, and fetch it again, is chance of the sizes.
+The time of a round is the slower process's. `cost` is the median over rounds of step / (compute +
+gloo), with a target of at most 1.15. It uses wall time, since gloo waits: measure on an otherwise
+idle machine. `cpu cost` is the ratio of the CPU time of both processes, including gloo's threads,
+which other work on the machine affects little. glibc is set to keep freed memory: whether it would
+return and fetch it again depends on sizes by chance.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JOBS = ("compute", "gloo", "step")
 
 
 class Collectives(TorchDispatchMode):
-    """Collects the collectives that are begun, as calls that repeat them."""
+    """Records the collectives that are started, as calls that repeat them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def _repeated(name: str, x: Tensor, rest: Any) -> Callable[[], object]:
 def _jobs(
     rank: int, sizes: argparse.Namespace, dispatch: str
 ) -> tuple[dict[str, Callable[[], object]], int]:
-    """What is timed, and the bytes that one rank gives to collectives in a step."""
+    """Returns the timed jobs, and the bytes that one rank passes to collectives in a step."""
     torch.manual_seed(0)
     h, i, e, k = sizes.hidden, sizes.intermediate, sizes.experts, sizes.top_k
     dtype = DTYPES[sizes.dtype]
@@ -106,7 +106,7 @@ def _jobs(
 
 
 def _profile(rank: int, jobs: dict[str, Callable[[], object]], rounds: int) -> None:
-    """Where the time of a step goes, of rank 0, on standard output."""
+    """Prints a profile of a step on rank 0."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(rounds):
             jobs["step"]()
@@ -115,7 +115,7 @@ def _profile(rank: int, jobs: dict[str, Callable[[], object]], rounds: int) -> N
 
 
 def run_rank(rank: int, folder: str, sizes: argparse.Namespace) -> list[dict[str, Any]]:
-    """A line for each dispatcher; the same on all ranks."""
+    """Returns one result per dispatcher, equal on all ranks."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def run_rank(rank: int, folder: str, sizes: argparse.Namespace) -> list[dict[str
             )
 
         interleave(list(jobs), sample, lambda number: number < sizes.rounds + 1)
-        # The first round warms up. Of the clock of the wall each round's slower rank.
+        # The first round warms up. The wall time of a round is the slower rank's.
         times = torch.tensor([seconds[name][1:] for name in JOBS], dtype=torch.float64)
         wall, on_core = (times[..., i].contiguous() for i in range(2))
         dist.all_reduce(wall, dist.ReduceOp.MAX)

@@ -1,24 +1,24 @@
-"""Training JetMoE's tiny preset on the CPU beside transformers' JetMoeForCausalLM.
+"""Training of JetMoE's tiny preset on the CPU against transformers' JetMoeForCausalLM.
 
     python -m bench.cpu.jetmoe_training [--sizes 4x128 8x256 2x512] [--dtypes float32 bfloat16]
         [--threads 1 2] [--rounds 15] [--parts] [--compile] [--cpp-wrapper]
 
-A step: forward, loss, backward, AdamW (fused for all) and zero_grad. All models start from the same
-weights and see the same tokens; transformers runs with both of its attentions that need no other
-library ("eager", "sdpa"), and has one form of JetMoE's experts, a loop. "cross-entropy": that alone
-is minimised. "with losses": what each adds to it by itself, transformers load balancing, moe_ops
-load balancing and the z-loss. Everything runs interleaved in one process; numbers are medians, ms
-of CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in the same form.
+All models start from equal weights and see equal tokens; transformers runs with its two attentions
+that need no other library ("eager", "sdpa"), and its only form of JetMoE's experts, a loop.
+"cross-entropy": that loss alone is minimized. "with losses": each library's own auxiliary losses
+are added, load balancing in transformers, load balancing and the z-loss in moe_ops. Everything runs
+interleaved in one process; values are medians, ms of CPU time with one thread and of wall time
+otherwise. Ratios are to moe_ops in the corresponding form.
 
---compile: also all of them under torch.compile, as a user writes it: `torch.compile` of a function
-that returns the loss, `fullgraph=True` for ours. transformers' experts read their sizes on the host
-(`.tolist()`), so its graph breaks in each of them; a limit on recompilations high enough that none
-falls back is set for all, and calls that compile are not counted. "of the best": how much faster
-ours is than the fastest form of transformers. With --cpp-wrapper all are compiled with
-`options={"cpp_wrapper": True}`: what calls the kernels is then C++ too.
+--compile: also runs all of them under torch.compile, as users write it: `torch.compile` of a
+function that returns the loss, `fullgraph=True` for ours. transformers' experts read their sizes on
+the host (`.tolist()`), so its graph breaks in each of them; the recompilation limit is high enough
+that none falls back, and calls that compile are not counted. "of the best": speed-up of ours over
+the fastest form of transformers. With --cpp-wrapper all are compiled with `options={"cpp_wrapper":
+True}`: the code that calls the kernels is then C++ too.
 
---parts: also what any trainer of this model has to do outside of its blocks: embedding, last norm,
-head, cross-entropy and AdamW.
+--parts: also measures the work of any trainer of this model outside of its blocks: embedding, last
+norm, head, cross-entropy and AdamW.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ATTENTIONS = ("eager", "sdpa")
 
 
 def make_models(dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Ours and transformers' with the same weights."""
+    """Returns our model and transformers' with equal weights."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -89,7 +89,7 @@ def make_step(
 
 
 class Rest(nn.Module):
-    """A model without its blocks, whose optimizer still has their parameters."""
+    """Model without its blocks, whose optimizer still has their parameters."""
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Training steps into gradients that are kept.
+"""Training steps that accumulate into existing gradients.
 
-`moe_ops.moe_ffn` adds those of the weights to buffers that live as long as the weights
+`moe_ops.moe_ffn` adds weight gradients to buffers that live as long as the weights
 (``main_grads``); with transformers ``.grad`` stays and is added to, as with
 ``zero_grad(set_to_none=False)``, or from the second of several batches on.
 """

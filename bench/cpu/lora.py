@@ -1,12 +1,12 @@
-"""A training step of LoRA on all experts: moe_ops against peft's `target_parameters`.
+"""Training step of LoRA on all experts: moe_ops against peft's `target_parameters`.
 
     python -m bench.cpu.lora [--seconds 60] [--dtype float32] [--tokens 512]
 
-A Qwen3-MoE of four layers of 64 experts, four a token, with adapters of rank 8 on both weights of
-each; peft on transformers' own experts and on those of moe_ops, `moe_ops.hf.lora.fuse_adapters`,
-and the same on int8 and int4 experts. Times are of forward and backward, in turns in
-one process on one thread, and the least of each counts. Memory is the largest resident size of a
-process of its own in two steps, and that size beyond the imports.
+The model is a Qwen3-MoE of four layers of 64 experts, four per token, with adapters of rank 8 on
+both weights of each. It compares peft on transformers' own experts and on those of moe_ops,
+`moe_ops.hf.lora.fuse_adapters`, and `fuse_adapters` on int8 and int4 experts. Times are of forward
+and backward, interleaved in one process on one thread, and the minimum of each counts. Memory is
+the maximum resident size of a separate process in two steps, and the part of it above the imports.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build(kind: str, dtype: torch.dtype) -> nn.Module:
-    """The model with its adapters; only they are trained."""
+    """Returns the model with adapters; only they are trained."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**SIZES, bos_token_id=0, eos_token_id=1)
     default = torch.get_default_dtype()
@@ -71,7 +71,7 @@ def build(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> None:
-    """Forward and backward; gradients go where the next step will have theirs."""
+    """Runs forward and backward; gradients are stored where the next step's will be."""
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
 
@@ -81,7 +81,7 @@ def tokens(number: int) -> torch.Tensor:
 
 
 def times(kinds: list[str], dtype: torch.dtype, number: int, budget_s: float) -> dict[str, float]:
-    """Least seconds of a step, at least three steps of each beyond the first."""
+    """Returns minimum seconds of a step, over at least three steps of each beyond the first."""
     models = {kind: build(kind, dtype) for kind in kinds}
     ids, least = tokens(number), dict.fromkeys(kinds, float("inf"))
     end = time.perf_counter() + budget_s
@@ -97,11 +97,11 @@ def times(kinds: list[str], dtype: torch.dtype, number: int, budget_s: float) ->
 
 
 def peak(kind: str, dtype: torch.dtype, number: int) -> dict[str, float]:
-    """In a fresh process: MiB at most in two steps, and what imports took."""
+    """Returns maximum MiB in two steps, and MiB after imports; runs in a fresh process."""
     imports = _status_mib("VmRSS")
     model = build(kind, dtype)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # Quantised experts were float before.
+    Path("/proc/self/clear_refs").write_text("5")  # Quantized experts were float before.
     for _ in range(2):
         step(model, tokens(number))
     return {"imports": imports, "peak": _status_mib("VmHWM")}
@@ -114,7 +114,7 @@ def _status_mib(key: str) -> float:
 
 
 def memory(kind: str, dtype: str, number: int) -> dict[str, float]:
-    """`peak`, from a child process."""
+    """Runs `peak` in a child process."""
     command = [sys.executable, "-m", "bench.cpu.lora", "--dtype", dtype, "--tokens", str(number)]
     child = subprocess.run(
         [*command, "--peak", kind], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,8 +1,9 @@
-"""Measures moe_ops on this CPU beside the libraries of `bench.peers`: ``python -m bench.cpu``.
+"""Benchmarks of moe_ops on this CPU against the libraries of `bench.peers`: ``python -m
+bench.cpu``.
 
     python -m bench.cpu --all --json bench/results/NAME.json
 
-Run it at the root of the source tree. `bench/peers` has a file a library.
+Run it at the root of the source tree. `bench/peers` has one file per library.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FULL = Plan(
 )
 # The runs in bench/results.
 ALL = Plan()
-# Fields of a plan that are names of shapes, and those that are numbers of tokens.
+# Fields of a plan that are shape names, and those that are numbers of tokens.
 _SHAPES = ("shapes", "quantized_shapes", "training_shapes", "memory_shapes")
 _TOKENS = ("tokens", "training_tokens", "part_tokens")
 

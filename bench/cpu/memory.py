@@ -1,9 +1,9 @@
 """Peak memory of a training step beyond weights and gradients.
 
-Each baseline runs in a process of its own: the kernel keeps the largest resident size of a process
-(VmHWM), which writing to /proc/self/clear_refs sets back. After one step has warmed everything up,
-a second step is measured; what it had at most above weights and gradients is the result. Workspaces
-and caches that a library keeps between steps count as its own.
+Each baseline runs in its own process: the kernel records the maximum resident size of a process
+(VmHWM), which writing to /proc/self/clear_refs resets. After one warm-up step, a second step is
+measured; the result is its peak above weights and gradients. Workspaces and caches that a library
+keeps between steps count as its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BASELINES = ("moe_ops", "moe_ops main_grads", "HF grouped_mm", "HF grouped_mm ke
 
 
 def measure_memory(shape: str, dtype: str, num_tokens: int) -> dict[str, Any]:
-    """MiB of each baseline, from a child process each; `skipped` says why one has none."""
+    """Returns MiB of each baseline, from one child process each; `skipped` has the reasons for
+    missing ones."""
     result: dict[str, Any] = {"shape": shape, "weights": dtype, "T": num_tokens}
     result |= {"mib": {}, "skipped": {}}
     for name in BASELINES:
@@ -47,13 +48,14 @@ def measure_memory(shape: str, dtype: str, num_tokens: int) -> dict[str, Any]:
 
 
 def beyond(shape: str, dtype: str, num_tokens: int, name: str) -> dict[str, int]:
-    """In a fresh process: resident bytes of a step above the process, weights and gradients."""
+    """Returns resident bytes of a step above the process, weights and gradients; runs in a fresh
+    process."""
     torch.set_num_threads(1)
     _warm_up_torch()
     gc.collect()
     before = _status("VmRSS")
     sizes = SHAPES[shape]
-    bank = Bank(  # Memory does not ask for values.
+    bank = Bank(  # Values do not affect memory.
         sizes,
         torch.full((sizes.E, 2 * sizes.I, sizes.H), 0.01, dtype=DTYPES[dtype]),
         torch.full((sizes.E, sizes.H, sizes.I), 0.01, dtype=DTYPES[dtype]),
@@ -74,7 +76,8 @@ def beyond(shape: str, dtype: str, num_tokens: int, name: str) -> dict[str, int]
 
 
 def _warm_up_torch() -> None:
-    """Loads what the first product and the first backward pass load, and keeps nothing else."""
+    """Loads the libraries that the first GEMM and the first backward pass load, and keeps nothing
+    else."""
     tiny = Shape("tiny", 64, 64, 2, 1)
     bank, tokens = make_bank(tiny, torch.float32), make_tokens(tiny, torch.float32, 4)
     for name, make in MEASURED.items():

@@ -1,12 +1,12 @@
-"""Attention experts on the CPU beside what torch and transformers offer.
+"""Attention experts on the CPU against torch and transformers.
 
     python -m bench.cpu.moa_attention [op] [block] [memory] [--tokens 512] [--dtype float32]
 
-op: moa_attention beside scaled_dot_product_attention with repeated heads, stick-breaking beside the
-same formula in torch. block: JetMoE's decoder layer (H 512, 8 experts, 2 a token, 8 heads of 64)
-in transformers beside the same layer on moe_ops. memory: the most that a forward and backward of
-stick-breaking holds at once beyond its operands, by length. Everything runs interleaved in one
-process; numbers are medians, in ms.
+op: moa_attention against scaled_dot_product_attention with repeated heads, and stick-breaking
+against its formula in torch. block: JetMoE's decoder layer (H 512, 8 experts, 2 per token, 8 heads
+of 64) in transformers and on moe_ops. memory: peak memory of forward and backward of stick-breaking
+beyond its operands, by length. Everything runs interleaved in one process; values are medians, in
+ms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH, SLOTS, HEADS, HEAD_SIZE = 1, 2, 8, 64
 
 
 def operands(tokens: int, dtype: torch.dtype, shift: float = 0.0) -> list[Tensor]:
-    """q, k, v; `shift` moves every logit by about that much."""
+    """Returns q, k, v; `shift` moves every logit by about that much."""
     q = torch.randn(BATCH, tokens, SLOTS, HEADS, HEAD_SIZE)
     k, v = (torch.randn(BATCH, tokens, HEADS, HEAD_SIZE) for _ in range(2))
     if shift:
@@ -36,14 +36,15 @@ def operands(tokens: int, dtype: torch.dtype, shift: float = 0.0) -> list[Tensor
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As transformers calls it for JetMoE: keys and values repeated for each slot."""
+    """Computes attention as transformers does for JetMoE, with keys and values repeated for each
+    slot."""
     k, v = (t.transpose(1, 2).repeat(1, SLOTS, 1, 1) for t in (k, v))
     out = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k, v, is_causal=True)
     return out.transpose(1, 2).unflatten(2, q.shape[2:4])
 
 
 def stick_in_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ModuleFormer's formula on whole matrices, in log space."""
+    """Computes ModuleFormer's formula on whole matrices, in log space."""
     q = q.flatten(2, 3).transpose(1, 2)
     k, v = (t.transpose(1, 2).repeat(1, SLOTS, 1, 1) for t in (k, v))
     logits = (q @ k.transpose(2, 3) * HEAD_SIZE**-0.5).float()
@@ -66,7 +67,7 @@ def bench_op(tokens: int, dtype: torch.dtype, rounds: int) -> None:
     cases = {
         "softmax": (softmax_ours, sdpa, 0.0),
         "stick-breaking, logits around 0": (stick_ours, stick_in_torch, 0.0),
-        # Sticks that last, so that no key can be skipped.
+        # Stick remainders stay large, so that no key can be skipped.
         "stick-breaking, logits around -8": (stick_ours, stick_in_torch, -8.0),
     }
     for name, (ours, theirs, shift) in cases.items():
@@ -139,7 +140,7 @@ def bench_block(tokens: int, dtype: torch.dtype, rounds: int) -> None:
             )
 
         def attention_decode(model, x=x, grad=grad, make_mask=MASKS[implementation]):
-            """Its attention alone, without norms and the feed-forward experts."""
+            """Runs the attention alone, without norms and the feed-forward experts."""
             model.zero_grad()
             attention = model.layers[0].self_attention
             places = model.rotary_emb(x, torch.arange(tokens)[None])
@@ -165,7 +166,7 @@ MASKS = {"sdpa": lambda tokens, dtype: None, "eager": _added_mask}
 
 
 def bench_memory(dtype: torch.dtype) -> None:
-    """A process a length: the largest resident memory never falls."""
+    """Measures memory in one process per length, because the maximum resident size never falls."""
     for tokens in (2048, 4096, 8192):
         for which in ("moe_ops", "torch"):
             if which == "torch" and tokens > 2048:

@@ -1,12 +1,12 @@
-"""Multi-task layers beside the same networks with experts in a Python list.
+"""Multi-task layers against equivalent networks with experts in a Python list.
 
     python -m bench.cpu.multitask [mmoe] [ple] [home] [--batch 4096] [--input 160] [--hidden 64]
         [--size 32] [--rounds 15]
 
-Eight tasks in two categories, 16 experts in the last level. The time of one training step's
-forward and backward of everything between the features and the logits: gradients of inputs and
-parameters. Everything runs interleaved in one process with the same weights; outputs are compared
-first. Numbers are medians, in ms: processor time with one thread, wall time with more.
+Eight tasks in two categories, 16 experts in the last level. The time covers one training step's
+forward and backward of everything between the features and the logits, with gradients of inputs and
+parameters. Everything runs interleaved in one process with equal weights; outputs are compared
+first. Values are medians, in ms: processor time with one thread, wall time with more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class ListGates(nn.Module):
-    """A linear map a gate, over the experts it may use only."""
+    """One linear map per gate, over only its allowed experts."""
 
     def __init__(self, gates: Gates) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ListGates(nn.Module):
 
 
 class ListLayer(nn.Module):
-    """`GatedLayer` as it is usually written: a module an expert, a loop over gates."""
+    """`GatedLayer` in its usual form: one module per expert, a loop over gates."""
 
     def __init__(self, layer: GatedLayer) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def make(kind: str, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     model = build(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Feature gates start at 0, where a wrong one could not be seen.
+            # Feature gates start at 0, which would hide a wrong one.
             if parameter.dim() > 1 and not bool(parameter.any()):
                 nn.init.normal_(parameter, std=0.1)
     return Ours(model), ListModel(model)
@@ -217,7 +217,7 @@ def main() -> None:
     args = parser.parse_args()
     if not set(args.models) <= EXPERTS.keys():
         parser.error(f"models must be among {', '.join(EXPERTS)}, got {' '.join(args.models)}")
-    # With one thread, the processor's time: what else runs on the machine does not count.
+    # With one thread, processor time excludes other work on the machine.
     clock = time.process_time if args.threads == 1 else time.perf_counter
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

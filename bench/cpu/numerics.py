@@ -1,7 +1,7 @@
-"""Measures the tables of docs/numerics.md and writes them there: ``python -m bench.cpu.numerics``.
+"""Generates the tables of docs/numerics.md: ``python -m bench.cpu.numerics``.
 
-``python -m bench.cpu.numerics costs`` measures one of the three anew (equality, errors, costs). The
-text around the tables is written by hand.
+``python -m bench.cpu.numerics costs`` updates one of the three (equality, errors, costs). The text
+around the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass
 class Case:
-    """op(**tokens, **fixed): the tensors of `tokens`, and what it returns, have a row a token."""
+    """Call op(**tokens, **fixed): the tensors of `tokens` and its results have one row per
+    token."""
 
     op: Callable[..., Any]
     tokens: dict[str, Tensor]
@@ -57,7 +58,7 @@ def rows_case(op: Callable[..., Any], fixed: dict[str, Any], **tokens: Tensor) -
     return Case(op, tokens, fixed)
 
 
-# ------------------------------------------------------------------------------- the calls measured
+# The measured calls.
 
 
 def ffn(
@@ -69,7 +70,7 @@ def ffn(
     tokens: int = NUM_TOKENS,
     top_k: int = 4,
 ) -> Case:
-    """A block of experts: plain, transposed, packed, int8, int4 or fp8 weights."""
+    """Returns a block of experts: plain, transposed, packed, int8, int4 or fp8 weights."""
     call = ffn_operands(Routing(tokens, experts, top_k), hidden, intermediate, torch.float32)
     per_token = {name: call.pop(name) for name in ("x", "topk_weights", "topk_ids")}
     per_token["x"] = per_token["x"].to(dtype)
@@ -177,7 +178,7 @@ def unpermute(dtype: torch.dtype) -> Case:
 
 
 def moa_attention(dtype: torch.dtype, kind: str) -> Case:
-    """Fewer than all tokens: each in a step of its own, after a cache of the tokens before it."""
+    """Runs a subset of the tokens, each in its own step, after a cache of the preceding tokens."""
     q = torch.randn(1, NUM_TOKENS, 2, 2, 64).to(dtype)
     k, v = (torch.randn(1, NUM_TOKENS, 2, 64).to(dtype) for _ in range(2))
 
@@ -233,11 +234,12 @@ def cases() -> Iterator[tuple[str, torch.dtype, Case]]:
             yield name, dtype, build(dtype)
 
 
-# --------------------------------------------------------------------------------------- the tables
+# The tables.
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """|a - b| / |b| of the output where it is largest, or 0 where all bits are the same."""
+    """Returns |a - b| / |b| of the output where it is largest, or 0 for bitwise identical
+    outputs."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if not torch.equal(x, y):
@@ -250,7 +252,8 @@ def in_words(value: float) -> str:
 
 
 def by_batch(case: Case) -> float:
-    """How far tokens in calls of 1, 7 and 64 are from the same ones among 513: the worst."""
+    """Returns the largest deviation of tokens in calls of 1, 7 and 64 from equal tokens among
+    513."""
     whole = case.run()
     order = torch.arange(64) * 8
     worst = 0.0
@@ -262,7 +265,7 @@ def by_batch(case: Case) -> float:
 
 
 def outputs(path: str, invariant: bool) -> None:
-    """For another process: what all cases return at its level of instructions."""
+    """Writes the results of all cases at this process's instruction set, for another process."""
     with moe_ops.batch_invariant(invariant):
         torch.save({(name, short(dtype)): case.run() for name, dtype, case in cases()}, path)
 
@@ -341,8 +344,9 @@ def errors() -> list[str]:
 def compare(
     off: Callable[[], None], on: Callable[[], None], budget_s: float
 ) -> tuple[float, float]:
-    """Seconds of `off`, and the median over rounds of how many times longer `on` takes. In seconds
-    of the processor, which other processes do not count into; a round of short calls has many."""
+    """Returns the seconds of `off`, and the median over rounds of the time of `on` divided by that
+    of `off`. It uses processor time, which excludes other processes; a round of short calls has
+    many calls."""
     jobs = {"off": off, "on": on}
     samples = {name: Samples() for name in jobs}
 
@@ -391,7 +395,7 @@ def costs(budget_s: float) -> list[str]:
     return lines
 
 
-# ----------------------------------------------------------------------------------------- the page
+# The page.
 
 
 def replace_table(text: str, name: str, lines: list[str]) -> str:

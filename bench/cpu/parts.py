@@ -1,6 +1,6 @@
-"""The parts around the products: router, sorting of slots, weighted sum of expert outputs.
+"""The ops around the GEMMs: router, sorting of slots, weighted sum of expert outputs.
 
-Each is timed against the lines that transformers 5 runs for it, with E experts and K a token.
+Each is timed against the code that transformers 5 runs for it, with E experts and K per token.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ PARTS: dict[str, Callable[[int], Jobs]] = {
 
 
 def measure_part(part: str, num_tokens: int, *, budget_s: float) -> dict[str, Any]:
-    """Microseconds of each form; `speedup` of moe_ops over each other."""
+    """Returns microseconds of each form; `speedup` is moe_ops over each other form."""
     jobs = PARTS[part](num_tokens)
     with torch.no_grad():
         samples = measure(jobs, budget_s=budget_s)

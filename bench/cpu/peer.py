@@ -1,17 +1,18 @@
-"""What peer_ffn saves: experts of one neuron beside the same in torch's operations.
+"""Speed-up of peer_ffn: experts of one neuron against torch's operations.
 
     python -m bench.cpu.peer [--seconds 120] [--dtype float32] [--experts 65536:256,262144:512]
 
-8 heads of 16 experts a token, and the scores given, so that routers do not count. Beside the op are
+8 heads of 16 experts per token, with given scores, so that routers do not count. The baselines are
 
 - "gather": both tables' vectors by `F.embedding` and two einsums, as PEER is usually written;
-- "parts": the same in parts of 2^20 numbers and the second half by `F.embedding_bag`, which keeps
-  the gathered vectors in cache.
+- "parts": the gather form in chunks of 2^20 elements, with `F.embedding_bag` for the second half,
+which keeps the gathered vectors in cache.
 
 Rows are forward, forward and backward with dense gradients of the tables, and with sparse ones
-(coalesced, as optimisers want them; `F.embedding_bag` has none with weights). Everything runs in
-one process and in turns, on one thread; the least time of each counts, so that other work on the
-machine disturbs little. Few tokens have other experts in each sample, so that no cache has them.
+(coalesced, as optimizers need them; `F.embedding_bag` has none with weights). Everything runs
+interleaved in one process on one thread; the minimum time of each counts, which limits the
+influence of other work on the machine. With few tokens, every sample uses other experts, so that no
+cache holds them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def gather(
 
 
 class Dots(torch.autograd.Function):
-    """y[t, k] = x[t] . table[ids[t, k]], some tokens at a time."""
+    """Computes y[t, k] = x[t] . table[ids[t, k]], some tokens at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def step(way: str, mode: str, call: Call, grad: Tensor) -> None:
 
 def measure(experts: int, hidden: int, tokens: int, mode: str, dtype: torch.dtype,
             budget_s: float) -> dict[str, float]:  # fmt: skip
-    """Way -> least seconds of a call."""
+    """Returns minimum seconds per call for each form."""
     up = torch.randn(experts, 1, hidden, dtype=dtype).mul_(hidden**-0.5)
     down = torch.randn(experts, hidden, 1, dtype=dtype).mul_(SLOTS**-0.5)
     weights = torch.rand(tokens, SLOTS)

@@ -1,5 +1,5 @@
-"""Weights of few bits: int8 with a scale a row and int4 with one a group in the benchmark of the
-CPU, and all formats of moe_ffn_quantized, those of published checkpoints too, beside each other:
+"""Quantized weights: int8 with a scale per row and int4 with one per group in the CPU benchmark,
+and all formats of moe_ffn_quantized, including those of published checkpoints:
 
     python -m bench.cpu.quantized --seconds 2
     python -m bench.cpu.quantized --formats int4-64 q4_k --tokens 1 --isa avx2
@@ -27,7 +27,8 @@ from moe_ops.quant import formats
 
 
 def run_quantized(session: Session) -> Cells:
-    """int8 and int4 baselines on weights that were bf16, beside our own bf16 (`bf16 moe_ops`)."""
+    """Measures int8 and int4 baselines on weights converted from bf16, and our own bf16 (`bf16
+    moe_ops`)."""
     cells = []
     for shape in session.plan.quantized_shapes:
         bank = make_bank(SHAPES[shape], torch.bfloat16)
@@ -39,14 +40,15 @@ def run_quantized(session: Session) -> Cells:
 
 
 class Bfloat16(MoeOpsPacked):
-    """Our bf16 among quantised baselines."""
+    """Our bf16 among quantized baselines."""
 
     name = "bf16 moe_ops"
     formats = ()
 
 
 class MoeOpsQuantized(MoeOps):
-    """moe_ffn_quantized: one scale a row for int8, one per INT4_GROUP weights for int4."""
+    """Runs moe_ffn_quantized with one scale per row for int8 and one per INT4_GROUP weights for
+    int4."""
 
     name = "moe_ops quantized"
     formats = ("int8", "int4")
@@ -66,20 +68,21 @@ class MoeOpsQuantized(MoeOps):
 
 
 def quantize(w: Tensor, weight_format: str, group: int) -> tuple[Tensor, Tensor]:
-    """`moe_ops.quant.quantize` of [E, O, K] expert by expert, since each is widened to fp32."""
+    """Runs `moe_ops.quant.quantize` on [E, O, K] expert by expert, since each is widened to
+    fp32."""
     groups = group if weight_format == "int4" else None
     experts = [formats.quantize(expert, weight_format, groups) for expert in w]
     return torch.stack([q for q, _ in experts]), torch.stack([scale for _, scale in experts])
 
 
-# ------------------------------------------------------------------------ all formats, one by one
+# All formats, one by one.
 
-# float32 stands beside them: the weights that the formats are read in place of.
+# float32 is the reference: the weights that the formats replace.
 ALL = ("float32", "int8", "int4-32", "int4-64", *STORED)
 
 
 class Layer:
-    """One layer in one format, of codes and scales at random."""
+    """One layer in one format, with random quantized values and scales."""
 
     def __init__(self, name: str, shape: Shape) -> None:
         self.shape, self.name = shape, name
@@ -88,7 +91,8 @@ class Layer:
             ("w_gate_up", 2 * shape.I, shape.H),
             ("w_down", shape.H, shape.I),
         ):
-            # One expert's numbers for all: they take their time to make, and none to be read.
+            # All experts get the values of one expert: they are slow to generate, and contents do
+            # not affect speed.
             for part, value in any_format(name, 1, features, depth).items():
                 all_experts = torch.empty(shape.E, *value.shape[1:], dtype=value.dtype)
                 memory.use_huge_pages(all_experts)
@@ -100,8 +104,8 @@ class Layer:
         return sum(w.nbytes for w in self.weights.values()) / self.shape.E
 
     def calls(self, count: int, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
-        """Calls with so many tokens each, which go to other experts from call to call and to all of
-        them in turn: no call finds its weights in a cache."""
+        """Returns calls with `count` tokens each, which use other experts from call to call and all
+        of them in turn, so that no call finds its weights in a cache."""
         H, E, K = self.shape.H, self.shape.E, self.shape.K
         generator = torch.Generator().manual_seed(1)
         turns = max(1, E // (count * K))
@@ -119,7 +123,7 @@ class Layer:
 def rows(
     names: list[str], shape: Shape, tokens: list[int], dtype: torch.dtype, budget_s: float
 ) -> Iterator[str]:
-    """A line of a table for each format: the fastest of interleaved samples."""
+    """Returns one table line per format: the fastest of interleaved samples."""
     layers = {name: Layer(name, shape) for name in names}
     yield (
         f"| {shape}, {dtype}, {_library.cpu_isa()} | MB an expert | "

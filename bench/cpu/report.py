@@ -1,4 +1,4 @@
-"""Markdown of everything that a run on a CPU measured, with the targets."""
+"""Markdown of all measurements of a CPU run, with the targets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ have gradients at hand before the step, which transformers then adds fresh ones 
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The whole report of one run, headings from the second level on."""
+    """Returns the whole report of one run, headings from the second level on."""
     parts = [*head(result), _facts(result), HOW, "### Targets", _targets(result), *sections(result)]
     if cells := result.get("forward"):
         parts += ["### Forward, all times", _all_times(cells)]
@@ -116,7 +116,8 @@ def _memory(cells: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _all_times(cells: Sequence[Mapping[str, Any]]) -> str:
-    """One table a format: ms of every baseline, and its error at the first number of tokens."""
+    """Returns one table per format: ms of every baseline, and its error at the first number of
+    tokens."""
     tables = []
     for weights in dict.fromkeys(cell["weights"] for cell in cells):
         chosen = [cell for cell in cells if cell["weights"] == weights]
@@ -136,7 +137,7 @@ def _all_times(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _split(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = 10) -> str:
-    """Several tables where one would be too wide; the first and the last column are in each."""
+    """Splits a table that would be too wide; the first and the last column are in each part."""
     inner = len(header) - 2
     tables = []
     for start in range(0, inner, columns):

@@ -1,4 +1,4 @@
-"""The plan of the whole benchmark on a CPU, and the modes that only it has."""
+"""The plan of the whole CPU benchmark, and the modes that only it has."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ THP = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 @dataclass(frozen=True)
 class Plan(measure.Plan):
-    """Everything. `thp`: also train in a process whose large tensors get huge pages."""
+    """Plan of everything. `thp`: also train in a process whose large tensors get huge pages."""
 
     modes: tuple[str, ...] = MODES
     shapes: tuple[str, ...] = ("a32", "b", "c", "d")
@@ -53,7 +53,7 @@ def run(
     only: Sequence[str] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """As `moe_ops.bench.measure.run`, with every mode."""
+    """Runs `moe_ops.bench.measure.run` with every mode."""
     modes = {
         **measure.MODES,
         "quantized": run_quantized,
@@ -76,7 +76,8 @@ def run(
 
 
 def run_training_twice(session: Session) -> Cells:
-    """The second time, of the first shape, in a process whose large tensors get huge pages."""
+    """Measures training twice, the second time for the first shape in a process whose large tensors
+    get huge pages."""
     plan = session.plan
     cells = measure.run_training(session, TIMED)
     for cell in cells:
@@ -91,7 +92,7 @@ def run_training_twice(session: Session) -> Cells:
 
 
 def run_scaling(session: Session) -> Cells:
-    """Our own forward and training step with one and with two threads, interleaved."""
+    """Measures our own forward and training step with one and with two threads, interleaved."""
     plan, cells = session.plan, []
     counts = (1, 2)
     if (os.cpu_count() or 1) < max(counts):
@@ -151,7 +152,7 @@ def run_memory(session: Session) -> Cells:
 
 
 def run_child(plan: Plan, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The plan in a process of its own with more environment; built-in baselines only."""
+    """Runs the plan in a child process with more environment variables; built-in baselines only."""
     code = (
         "import sys, json; from bench.cpu.run import Plan, run; plan = json.load(sys.stdin); "
         "plan = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items()}; "
@@ -172,12 +173,12 @@ def run_child(plan: Plan, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One result of several runs of parts of a plan, all by the same code on the same machine.
+    """Joins results of several runs of parts of a plan, all with one code version on one machine.
 
-    Shares of the limits are worked out again, from the largest limits that any of them measured.
+    Fractions of the limits are recomputed from the largest limits that any of them measured.
 
     Raises:
-        ValueError: runs that differ in machine, versions, instruction set or threads.
+        ValueError: runs differ in machine, versions, instruction set or threads.
     """
     first = results[0]
     joined: dict[str, Any] = {**first, "load": dict(first["load"]), "seconds": 0}
@@ -205,7 +206,7 @@ def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def limits_of(result: Mapping[str, Any]) -> Limits:
-    """Those of a result, also after JSON, whose keys are strings."""
+    """Returns the limits of a result, also after JSON, whose keys are strings."""
     saved = result["limits"]
     cached = {int(size): rate for size, rate in saved.get("cached_bytes", {}).items()}
     return Limits(**{**saved, "cached_bytes": cached})

@@ -1,12 +1,12 @@
-"""What FactorLLM's layer saves: slices of a feed-forward network against the whole.
+"""Speed-up of FactorLLM's layer: slices of a feed-forward network against the whole.
 
     python -m bench.cpu.sliced_ffn [--seconds 60] [--dtype float32]
 
 TinyLlama's sizes (H 2048, I 5632), cut into 4 slices of which a token uses 1, 2 or 3, router
-included, against the dense network as torch runs it and as one expert of `moe_ops.moe_ffn`.
-Everything runs in one process and in turns, on one thread. The least processor time of each counts,
-so that other work on the machine disturbs little. Weights are packed beforehand where the layer has
-a packed form.
+included, against the dense network in torch and as one expert of `moe_ops.moe_ffn`. Everything runs
+interleaved in one process on one thread. The minimum processor time of each counts, which limits
+the influence of other work on the machine. Weights are packed beforehand if the layer has a packed
+form.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def layers(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name -> layer [T, H] to [T, H]; all from one dense network."""
+    """Returns layers by name, [T, H] to [T, H]; all from one dense network."""
     dense = SharedExperts(HIDDEN, WIDTH, dtype=dtype).eval()
     bank = upcycle.experts_from_dense(dense).eval()
     packing.pack_weights(bank)
@@ -52,7 +52,7 @@ def layers(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
 
 @torch.no_grad()
 def measure(dtype: torch.dtype, budget_s: float) -> dict[int, dict[str, float]]:
-    """Tokens -> layer -> least seconds of the processor for a call."""
+    """Returns minimum processor seconds per call, by tokens and layer."""
     made, result = layers(dtype), {}
     for tokens in TOKENS:
         x = torch.randn(tokens, HIDDEN).to(dtype)

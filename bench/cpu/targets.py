@@ -1,4 +1,4 @@
-"""What moe_ops has set itself to reach on CPUs."""
+"""Performance targets of moe_ops on CPUs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _INT8_ONE = _Group("quantized", "int8 forward, T 1", _cells("int8", 1, 1))
 _INT4_ONE = _Group("quantized", "int4 forward, T 1", _cells("int4", 1, 1))
 _INT_MANY = _Group("quantized", "int8, int4 forward, T 64 and more", lambda c: bool(c["T"] >= 64))
 
-# Group, metric, least value.
+# Group, metric, minimum.
 _TARGETS: tuple[tuple[_Group, str, float], ...] = (
     (_FP32_FEW, "best peer", 1.0),
     (_FP32_FEW, HF, 1.4),
@@ -86,7 +86,7 @@ _TARGETS: tuple[tuple[_Group, str, float], ...] = (
 
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
-    """Of every target, in the order of the list above."""
+    """Returns a verdict for every target, in the order of the list above."""
     found = [_of_group(result, *target) for target in _TARGETS]
     found += _of_parts(result.get("parts", ()))
     found.append(_of_scaling(result.get("scaling", ())))
@@ -96,7 +96,8 @@ def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
 
 
 def metric(cell: Cell, what: str) -> float | None:
-    """How many times faster ours is than `what`, or its share of the limit."""
+    """Returns our smallest speed-up over the baselines in `what`, or the fraction of the hardware
+    limit reached."""
     found, ours = cell["contenders"], cell["ours"]
     if ours is None:
         return None
@@ -124,7 +125,7 @@ def _of_group(result: Mapping[str, Any], group: _Group, what: str, least: float)
     show: Callable[[float], str] = "{:.0%}".format if what == "limit" else "{:.2f}x".format
     must = f"{show(least)} of the limit" if what == "limit" else f"{show(least)} {what}"
     verdict = judge(group.label, must, values, least, show)
-    # Both numbers of a target of integers beside bfloat16 are ours: there is no fixed time to beat.
+    # Both values of an integer-versus-bfloat16 target are ours: there is no fixed time to beat.
     if what in ("limit", "bf16 moe_ops") or verdict.worst is None:
         return verdict
     short = [at_limit[where] for value, where in values if value < least]
@@ -137,7 +138,7 @@ def _of_group(result: Mapping[str, Any], group: _Group, what: str, least: float)
 
 
 def _of_parts(cells: Iterable[Cell]) -> list[Verdict]:
-    """Against the fastest of the torch forms."""
+    """Returns verdicts against the fastest torch form."""
     cells = list(cells)
     found = []
     for part, least in (("router", 2.0), ("sort", 10.0), ("combine", 10.0)):

@@ -1,1 +1,2 @@
-"""What `make demo` runs: `moe_ops.demo`, what its experts know, and models beside eager."""
+"""The demo of `make demo`: `moe_ops.demo`, the specialization of its experts, and a comparison with
+eager models."""

@@ -1,7 +1,8 @@
 """The command: ``python -m bench.demo``, with the options of ``moe-ops demo`` and --no-hf.
 
-After the demo it compares the held-out loss with that of counts, tells what the experts of each
-layer specialise in, draws the loss, and compares models of transformers with and without `moe_ops`.
+After the demo it compares the held-out loss with that of count models, prints the specialization of
+each layer's experts, draws the loss, and compares models of transformers with and without
+`moe_ops`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hugging Face models with `moe_ops` as experts implementation: same numbers, less time."""
+"""Hugging Face models with `moe_ops` as experts implementation: equal results, less time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PASSES = (("forward", "forward"), ("forward_backward", "forward + backward"))
 
 
 def missing() -> str | None:
-    """What has to be installed for the comparison; None if nothing."""
+    """Returns the packages missing for the comparison; None if there are none."""
     if importlib.util.find_spec("transformers") is None:
         return 'it needs transformers, pip install "torch-moe-ops[hf]"'
     version = importlib.metadata.version("transformers")
@@ -36,11 +36,11 @@ def missing() -> str | None:
 def compare(
     *, smoke: bool = False, budget_s: float = 4.0, log: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Results for a small random Qwen3-MoE and a small random Mixtral.
+    """Returns results for a small random Qwen3-MoE and a small random Mixtral.
 
-    Errors are relative to the same model in fp64 with eager experts: ``|a - b| / |b|``, Frobenius
-    norm, for the logits and for all gradients together. `bound` is what rounding may cost: n·2^-24
-    with n the length of the model's longest dot product inside an expert.
+    Errors are relative to an fp64 copy of the model with eager experts: ``|a - b| / |b|``,
+    Frobenius norm, for the logits and for all gradients together. `bound` is the allowed rounding
+    error: n·2^-24, where n is the length of the model's longest dot product inside an expert.
     """
     import moe_ops.hf  # noqa: F401  Registers the implementation.
 
@@ -53,7 +53,7 @@ def compare(
 
 
 def _compare(model: Any, *, smoke: bool, budget_s: float) -> dict[str, Any]:
-    for parameter in model.parameters():  # Some router weights are left uninitialised.
+    for parameter in model.parameters():  # Some router weights are left uninitialized.
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     config = model.config
@@ -92,7 +92,7 @@ def _compare(model: Any, *, smoke: bool, budget_s: float) -> dict[str, Any]:
     for key, job in (("forward", forward), ("forward_backward", both)):
         jobs = {name: functools.partial(job, name) for name in IMPLEMENTATIONS}
         seconds = {name: s.median for name, s in measure(jobs, budget_s=budget_s).items()}
-        # The ratio of the medians, which are printed beside it.
+        # The ratio of the medians, which are printed next to it.
         speedup = {i: s / seconds["moe_ops"] for i, s in seconds.items() if i != "moe_ops"}
         times[key] = {"seconds": seconds, "speedup": speedup}
     return {
@@ -152,7 +152,7 @@ def _mixtral(smoke: bool) -> Any:
 
 
 def print_comparison(console: Console, results: list[dict[str, Any]]) -> None:
-    """Agreement and times of the Hugging Face models."""
+    """Prints agreement and times of the Hugging Face models."""
     errors = Table(
         title="Distance to the same model in fp64 (relative, Frobenius norm)", title_justify="left"
     )

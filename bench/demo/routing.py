@@ -1,4 +1,4 @@
-"""What the experts of a trained model specialise in, and the entropy of simple models of text."""
+"""Specialization of a trained model's experts, and the entropy of simple text models."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from moe_ops.zoo.deepseek import DeepSeek
 
 VOCABULARY = 256
 _NUM_WINDOWS = 64
-# Added to every count, so that a byte or a pair that the training text lacks costs about
-# log2(count / 0.01) bits instead of infinitely many.
+# Added to every count, so that a byte or pair absent from the training text costs about log2(count
+# / 0.01) bits instead of infinitely many.
 _SMOOTHING = 0.01
 
 
 @dataclass(frozen=True)
 class RoutingSample:
-    """Statistics of the first choices of a model's routers.
+    """Statistics of the first experts selected by a model's routers.
 
-    information: by layer, the mutual information in bits between a byte and the expert chosen first
-    for it; `max_information`, log2 E, would be an expert that follows from the byte alone, with all
-    experts equally busy. favourites: by layer and expert, the bytes that the expert takes most
-    beyond its share.
+    information: by layer, the mutual information in bits between a byte and its first expert;
+    `max_information`, log2 E, is reached if the byte alone determines the expert and all experts
+    are equally busy. favorites: by layer and expert, the bytes that the expert takes most beyond
+    its share.
     """
 
     information: list[float]
@@ -53,7 +53,8 @@ def inspect_routing(model: DeepSeek, heldout: torch.Tensor) -> RoutingSample:
 
 
 def entropies(corpus: Corpus) -> dict[str, float]:
-    """Cross-entropy of the held-out bytes, bits a byte, under counts of the training bytes.
+    """Computes the cross-entropy of the held-out bytes, in bits per byte, under counts of the
+    training bytes.
 
     unigram: ``-mean log2 p(b)`` with ``p(b) = (count(b) + 0.01) / (n + 2.56)``.
     bigram: ``-mean log2 p(b | a)``, ``a`` the byte before, with
@@ -75,7 +76,8 @@ def entropies(corpus: Corpus) -> dict[str, float]:
 
 
 def max_violation(load: Sequence[Sequence[Sequence[int]]]) -> list[float]:
-    """MaxVio by layer, max load / mean load - 1, of tokens per expert [steps, layers, experts]."""
+    """Returns MaxVio by layer, max load / mean load - 1, of tokens per expert [steps, layers,
+    experts]."""
     total = torch.tensor(load).sum(0).double()
     return (total.amax(-1) / total.mean(-1).clamp_min(1e-9) - 1).tolist()
 
@@ -88,7 +90,7 @@ def _mutual_information(table: np.ndarray) -> float:
 
 
 def _favourites(table: np.ndarray, count: int = 6) -> list[str]:
-    """For every expert the bytes with the largest excess over independence."""
+    """Returns for every expert the bytes with the largest excess over independence."""
     excess = table - table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
     result = []
     for column in excess.T:

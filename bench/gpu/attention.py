@@ -1,8 +1,8 @@
-"""Mixtures of attention heads: the products of their experts, and the attention itself.
+"""Mixtures of attention heads: the GEMMs of their experts, and the attention itself.
 
-The products have the sizes of the layer: moe_linear_map takes tokens [T, H] to slots [T, K, I],
+The GEMMs have the sizes of the layer: moe_linear_map maps tokens [T, H] to slots [T, K, I],
 moe_linear_reduce slots back to tokens. Attention is causal softmax over sequences of up to 4096
-tokens with H / d heads, K query slots for each key, as JetMoE has it.
+tokens with H / d heads and K query slots for each key, as in JetMoE.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def attention_problem(case: Case, layer: Layer) -> Problem:
     k, v = (layer.normal(B, S, n, d) for _ in range(2))
     grad = layer.normal(B, S, K, n, d)
     queries = sampled(S, layer.device)
-    # torch has heads in front, those that share keys one after another, and gets them so.
+    # torch has the head dimension in front, with heads that share keys contiguous, and gets that
+    # layout.
     swapped = q.permute(0, 3, 2, 1, 4).reshape(B, n * K, S, d)
     keys, values = (t.transpose(1, 2).contiguous() for t in (k, v))
     grad_swapped = grad.permute(0, 3, 2, 1, 4).reshape(B, n * K, S, d)
@@ -45,14 +46,14 @@ def attention_problem(case: Case, layer: Layer) -> Problem:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def exact(some: Tensor) -> Tensor:
-        """Of queries [s, K, n, d] of the first sequence, in fp64."""
+        """Computes attention of queries [s, K, n, d] of the first sequence, in fp64."""
         logits = torch.einsum("skhd,jhd->skhj", some, k[0].double()) * d**-0.5
         hidden = torch.arange(S, device=q.device) > queries[:, None]
         weights = logits.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
         return torch.einsum("skhj,jhd->skhd", weights, v[0].double())
 
     def picked(t: Tensor) -> Tensor:
-        """The sampled queries of the first sequence, of either layout."""
+        """Returns the sampled queries of the first sequence, for either layout."""
         if t.dim() == 4:
             return t[0].reshape(n, K, S, d)[:, :, queries].permute(2, 1, 0, 3)
         return t[0, queries]

@@ -1,7 +1,7 @@
-"""The whole expert block: moe_ops, fused and op by op, and what users have in plain torch.
+"""The whole expert block: moe_ops, fused and op by op, and implementations in plain torch.
 
-A way to run it is a function of (x [T, H], w_gate_up [E, 2I, H], w_down [E, H, I], topk_weights
-[T, K], topk_ids [T, K]) that returns y [T, H]; none waits for the device.
+An implementation is a function of (x [T, H], w_gate_up [E, 2I, H], w_down [E, H, I], topk_weights
+[T, K], topk_ids [T, K]) that returns y [T, H] without a device sync.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ GROUPED = "torch grouped_mm"
 LOOP = "cuBLAS loop"
 BATCHED = "batched_mm compiled"
 
-# batched_mm copies a matrix a slot: for decoding only.
+# batched_mm copies a matrix per slot: for decoding only.
 _BATCHED_TOKENS = 64
 _BATCHED_BYTES = 8e9
 
 
 def unfused(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """The block op by op, with a permuted copy of x."""
+    """Computes the block op by op, with a permuted copy of x."""
     offsets, row_to_slot, slot_to_row = moe_ops.sort_by_expert(ids, w_gate_up.shape[0])
     rows = moe_ops.permute(x, offsets, row_to_slot)
     hidden = moe_ops.gated_act(moe_ops.grouped_gemm(rows, w_gate_up, offsets), "swiglu")
@@ -43,7 +43,7 @@ def unfused(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: 
 
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """torch's grouped product under its public name, or the private one of older versions."""
+    """Calls torch's grouped GEMM by its public name, or the private one of older versions."""
     function = getattr(F, "grouped_mm", None) or torch._grouped_mm
     return function(a, b, offs=ends)
 
@@ -51,7 +51,8 @@ def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 def torch_grouped_mm(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor
 ) -> Tensor:
-    """Sort, gather, torch's grouped products, weigh, gather back, sum: what transformers does."""
+    """Computes the block as transformers does: sort, gather, torch's grouped GEMMs, weigh, gather
+    back, sum."""
     T, K = ids.shape
     E = w_gate_up.shape[0]
     sorted_ids, order = torch.sort(ids.reshape(-1))
@@ -67,8 +68,8 @@ def torch_grouped_mm(
 
 
 def cublas_loop(tokens: Tokens, num_experts: int) -> Block:
-    """A product an expert, with the counts known to the host beforehand: no implementation has
-    them without waiting for the device, so this is a bound for loops."""
+    """Runs one GEMM per expert, with counts known to the host beforehand: no implementation has
+    them without a device sync, so this is a bound for loops."""
     counts = torch.bincount(tokens.topk_ids.reshape(-1).long(), minlength=num_experts).tolist()
     order = torch.sort(tokens.topk_ids.reshape(-1), stable=True).indices
     back = torch.empty_like(order)
@@ -79,7 +80,8 @@ def cublas_loop(tokens: Tokens, num_experts: int) -> Block:
     def block(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         T, K = ids.shape
         rows = x[order // K].split(sizes)
-        # Unbound once: an index an expert would add a gradient of the size of all for each.
+        # Unbound once: indexing per expert would add a gradient of the size of all experts for
+        # each.
         w_up, w_out = w_gate_up.unbind(), w_down.unbind()
         outs = []
         for e, own in zip(used, rows, strict=True):
@@ -94,7 +96,7 @@ def cublas_loop(tokens: Tokens, num_experts: int) -> Block:
 def batched_mm(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor
 ) -> Tensor:
-    """A matrix a slot, gathered, in one batched product."""
+    """Gathers one matrix per slot, and runs one batched GEMM."""
     T, K = ids.shape
     flat = ids.reshape(-1).long()
     rows = x.repeat_interleave(K, 0)[:, :, None]
@@ -104,7 +106,8 @@ def batched_mm(
 
 
 def block_problem(case: Case, layer: Layer, compiled: Callable[[Any], Any]) -> Problem:
-    """Forward, or forward and the gradients of x, of both weights and of the routing weights."""
+    """Returns the forward problem, or forward and the gradients of x, of both weights and of the
+    routing weights."""
     training = case.part == "training"
     tokens = layer.tokens
     blocks: dict[str, Block] = {
@@ -164,7 +167,7 @@ def _output_check(layer: Layer) -> Callable[[Any], float]:
 
 
 def _gradient_check(layer: Layer) -> Callable[[Any], float]:
-    """dx of some tokens in fp64, which depends on these alone."""
+    """Checks dx of some tokens in fp64, which depends on these tokens alone."""
     tokens, rows = layer.tokens, sampled(layer.tokens.count, layer.device)
     some = Tokens(tokens.x[rows], tokens.topk_weights[rows], tokens.topk_ids[rows])
     truth = exact_grad_x(layer.bank, some, layer.grad_y[rows])

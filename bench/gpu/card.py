@@ -1,4 +1,4 @@
-"""Which card it is, and whether it kept its clock: nvidia-smi, asked now and then during a run."""
+"""The GPU's name and its clock during a run, from periodic nvidia-smi queries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _FIELDS = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
-# Bits of the last field. The first two are no slowdown: nothing runs, or clocks were set.
+# Bits of the last field. The first two are not slowdowns: idle, or clocks set by applications.
 _IDLE, _SET = 0x1, 0x2
 _REASONS = {
     0x4: "power cap",
@@ -25,7 +25,7 @@ _REASONS = {
 
 
 def slug(name: str) -> str:
-    """The name of a file for a card: nvidia-h100-80gb-hbm3."""
+    """Returns a GPU's file name: nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -51,7 +51,7 @@ def describe_card(device: torch.device) -> dict[str, Any]:
 
 
 class Watch:
-    """Asks for clock, power and heat every few seconds until it is stopped."""
+    """Samples clock, power and temperature every few seconds until it is stopped."""
 
     def __init__(self, device: torch.device, every_s: float = 3.0) -> None:
         self._device, self._every_s = device, every_s
@@ -62,7 +62,7 @@ class Watch:
             self._thread.start()
 
     def stop(self) -> dict[str, Any]:
-        """What was seen while the card was busy."""
+        """Stops sampling and returns statistics of the samples with a busy GPU."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
@@ -76,7 +76,7 @@ class Watch:
 
 
 def parse_sample(values: list[str]) -> tuple[float, float, float, int] | None:
-    """(MHz, W, C, reasons) of a line of nvidia-smi; None if a field is missing."""
+    """Returns (MHz, W, C, reasons) of a line of nvidia-smi; None if a field is missing."""
     try:
         mhz, watts, celsius, reasons = values
         return float(mhz), float(watts), float(celsius), int(reasons, 16)
@@ -108,12 +108,12 @@ def summarize(samples: list[tuple[float, float, float, int]]) -> dict[str, Any]:
 
 
 def _ask(device: torch.device, *fields: str) -> list[str]:
-    """Fields of nvidia-smi for a device; empty if it cannot be asked."""
+    """Returns fields of nvidia-smi for a device; empty if it is unavailable."""
     if shutil.which("nvidia-smi") is None:
         return []
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    # Where the card is known to nvidia-smi by another name, the first one it lists.
+    # If nvidia-smi knows the GPU by another name, use the first one it lists.
     for which in (["-i", f"GPU-{uuid}"], []):
         try:
             done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is measured: the expert layers of 15 published models, from one token to 32768."""
+"""The measured cases: the expert layers of 15 published models, from one token to 32768."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ TINY: dict[str, Shape] = {
     shape.name: shape
     for shape in (Shape("tiny", 64, 48, 8, 2, "a toy"), Shape("odd", 40, 24, 5, 3, "a toy"))
 }
-# Of a size that the integer formats and the kernels on tensor cores have.
+# A size that the integer formats and the tensor core kernels support.
 SMALL = Shape("small", 128, 64, 8, 2, "a toy")
 
-# Of the block; of the ops alone every other one.
+# Numbers of tokens of the block; single ops use every other one.
 TOKENS = (1, 8, 64, 512, 4096, 32768)
 OP_TOKENS = (1, 64, 4096, 32768)
 USUAL_ROUTINGS = ("balanced", "skewed")
 ROUTINGS = (*USUAL_ROUTINGS, "random")
 
-# The whole block, and each op alone. The products alone are those of the up projection;
+# The whole block, and each op alone. GEMMs alone have the sizes of the up projection;
 # grouped_gemm_down has its own sizes, with K = I.
 BLOCK = ("forward", "training")
 PRODUCTS = ("grouped_gemm", "grouped_gemm_down", "grouped_gemm_wgrad")
@@ -52,9 +52,9 @@ MOVES = ("topk_router", "sort_by_expert", "permute", "unpermute", "gated_act")
 FP8 = ("forward_fp8", "grouped_gemm_fp8", "quantize_fp8")
 PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
 
-# What a lease (bench.gpu.lease) measures beside these. QUANTIZED: experts of 8 and 4 bits. STORED:
-# the block on weights as gpt-oss stores them, and Llama 4 those of its shapes. MOVES_TRAINING: with
-# backward. LINEAR and ATTENTION: the products and the attention of mixtures of attention heads.
+# Additional cases of a lease (bench.gpu.lease). QUANTIZED: experts of 8 and 4 bits. STORED: the
+# block on weights in gpt-oss's layout, and in Llama 4's for its shapes. MOVES_TRAINING: with
+# backward. LINEAR and ATTENTION: the GEMMs and the attention of mixtures of attention heads.
 QUANTIZED = ("forward_int8", "forward_int4")
 STORED = ("forward_stored", "training_stored")
 MOVES_TRAINING = tuple(f"{part}_training" for part in MOVES if part != "sort_by_expert")
@@ -63,7 +63,7 @@ LINEAR = (*_LINEAR, *(f"{part}_training" for part in _LINEAR))
 ATTENTION = ("attention_64", "attention_128", "attention_64_training", "attention_128_training")
 LEASE_PARTS = (*QUANTIZED, *STORED, *MOVES_TRAINING, *LINEAR, *ATTENTION)
 
-# Types of weights, in the order of running. Parts that are of one type alone have it in their name.
+# Weight types, in the order of running. Parts with a fixed type have it in their name.
 DTYPES = ("bf16", "fp16", "fp8", "int8", "int4")
 USUAL_DTYPES = ("bf16", "fp8")
 _OWN_DTYPE = {
@@ -71,12 +71,12 @@ _OWN_DTYPE = {
     **{part: part.rpartition("_")[2] for part in QUANTIZED},
 }
 
-# Of these the time depends on how tokens fall on experts.
+# Their time depends on the distribution of tokens over experts.
 _MINDS_ROUTING = (
     *(*BLOCK, *PRODUCTS, "sort_by_expert", "forward_fp8", "grouped_gemm_fp8"),
     *(*QUANTIZED, *STORED, *LINEAR),
 )
-# Of these, numbers of tokens that are for decoding only make no sense.
+# They support only the numbers of tokens used in decoding.
 _TRAINING_TOKENS = 64
 _LONGEST_SEQUENCE = 4096
 
@@ -86,14 +86,14 @@ def _trains(part: str) -> bool:
 
 
 def dtypes_of(part: str, dtypes: Sequence[str]) -> tuple[str, ...]:
-    """In which types of weights a part is measured."""
+    """Returns the weight types in which a part is measured."""
     own = _OWN_DTYPE.get(part)
     return (own,) if own else tuple(d for d in dtypes if d in ("bf16", "fp16"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One part of one layer for T tokens; `rank` 0 is measured first, the highest is given up
+    """One part of one layer for T tokens; `rank` 0 is measured first, the highest rank is dropped
     first when time is short."""
 
     part: str
@@ -104,7 +104,7 @@ class Case:
 
     @property
     def group(self) -> tuple[str, str]:
-        """Cases of a group share their weights."""
+        """Returns the group of the case: cases of a group share their weights."""
         return self.shape.name, self.dtype
 
     @property
@@ -131,8 +131,8 @@ def all_cases(
     routings: Sequence[str] = USUAL_ROUTINGS,
     dtypes: Sequence[str] = USUAL_DTYPES,
 ) -> list[Case]:
-    """Every case that makes sense, in the order of running: by layer and type of the weights, then
-    by tokens, routing and part."""
+    """Returns every meaningful case, in the order of running: by layer and weight type, then by
+    tokens, routing and part."""
     return [
         Case(part, shape, T, routing, dtype)
         for shape in shapes
@@ -142,14 +142,14 @@ def all_cases(
         for part in parts
         if dtype in dtypes_of(part, dtypes)
         and (tokens is not None or part in BLOCK or T in OP_TOKENS)
-        # A single token reaches K experts whatever the routing.
+        # A single token reaches K experts for any routing.
         and (routing == "balanced" or (part in _MINDS_ROUTING and T > 1))
         and (not _trains(part) or T >= min(_TRAINING_TOKENS, max(tokens or TOKENS)))
     ]
 
 
 class AttentionSize(NamedTuple):
-    """B sequences of S tokens, K slots, n heads of d."""
+    """B sequences of S tokens, K slots, n heads of size d."""
 
     B: int
     S: int
@@ -167,16 +167,16 @@ def attention_size(case: Case) -> AttentionSize:
 def make_ids(
     shape: Shape, num_tokens: int, routing: str, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """topk_ids [T, K], int32: K distinct experts a token.
+    """Returns topk_ids [T, K], int32: K distinct experts per token.
 
-    balanced: every expert has floor or ceil of T K / E slots, in random order of tokens.
-    skewed: experts are drawn in proportion to 1 / (1 + rank) (Zipf).
-    random: experts are drawn with equal chances, as by an untrained router.
+    balanced: every expert has floor or ceil of T K / E slots, in random order of tokens. skewed:
+    experts are drawn in proportion to 1 / (1 + rank) (Zipf). random: experts are drawn with equal
+    probabilities, as by an untrained router.
     """
     generator = torch.Generator(device).manual_seed(num_tokens)
     E, K = shape.E, shape.K
     if routing == "balanced":
-        # Slots in order name experts in order, so that K neighbours differ.
+        # Slots are assigned to experts in order, so that K neighbors differ.
         ids = torch.arange(num_tokens * K, device=device).remainder(E).view(num_tokens, K)
         ids = ids[torch.randperm(num_tokens, generator=generator, device=device)]
         ids = torch.randperm(E, generator=generator, device=device)[ids]

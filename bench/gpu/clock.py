@@ -1,13 +1,13 @@
-"""Interleaved samples of baselines: on a card with events, elsewhere with the host's clock.
+"""Interleaved samples of baselines: with CUDA events on a GPU, otherwise with the host's clock.
 
-On a card a job is captured into a CUDA graph if it can be, so that the time is the device's and not
-Python's; one that cannot be is launched as it is, and says so. Jobs so long that launches are
-hidden behind kernels are not captured: a graph would keep memory of its own for them.
+On a GPU a job is captured into a CUDA graph if possible, so that the time excludes Python;
+otherwise it is launched from Python, with a note. Jobs long enough to hide launches behind kernels
+are not captured: a graph would need its own memory for them.
 
-Before every sample a buffer of several times the L2 cache is read: nothing of the job's operands is
-left in it, and, the buffer being clean, nothing has to be written back while the job runs. The
-flush also gives the host the time to enqueue what follows, so that events measure the device. Every
-round runs each job once, in an order that rotates.
+Before every sample a buffer of several times the L2 cache is read, which evicts the job's operands;
+the buffer is clean, so nothing is written back while the job runs. The flush also gives the host
+time to enqueue the job, so that events measure the device. Every round runs each job once, in an
+order that rotates.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Job = Callable[[], object]
 
 @dataclass
 class Prepared:
-    """A job as it is timed. `note` says why it is launched from Python and not as a graph,
-    `peak_bytes` what a call needs beside what was there before it; None where that is not known."""
+    """Job prepared for timing. `note` is the reason for a launch from Python instead of a graph,
+    `peak_bytes` the additional memory of a call; None if unknown."""
 
     call: Job
     once_s: float
@@ -46,14 +46,14 @@ class Clock(Protocol):
         """Warms the job up, captures it, and times it once."""
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
-        """So many samples of each job, interleaved."""
+        """Returns `count` samples of each job, interleaved."""
 
     def release(self) -> None:
         """Drops prepared jobs and their memory."""
 
 
 class HostClock:
-    """For a walk without a card."""
+    """Host clock, for runs without a GPU."""
 
     device = torch.device("cpu")
     flush_s = 0.0
@@ -72,7 +72,7 @@ class HostClock:
         return samples
 
     def release(self) -> None:
-        """Nothing: what no case refers to any more is free already."""
+        """Does nothing: memory is freed once no case refers to it."""
 
     @staticmethod
     def _timed(job: Job) -> float:
@@ -82,15 +82,15 @@ class HostClock:
 
 
 class CudaClock:
-    """Of the current device."""
+    """Clock of the current device."""
 
     _TYPE = "cuda"
-    # Reading so many times the L2 cache leaves nothing else in it.
+    # Reading this many times the L2 cache evicts everything else.
     _TIMES_L2 = 4
-    # Above this share of the card's memory, torch's cache is emptied before work on another stream
-    # or in a graph's pool, which cannot use its blocks.
+    # Above this fraction of the GPU's memory, torch's cache is emptied before work on another
+    # stream or in a graph's pool, which cannot use its blocks.
     _TIGHT = 0.4
-    # No capture of what takes longer.
+    # Longer jobs are not captured.
     _LONG_S = 0.02
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class CudaClock:
 
     def release(self) -> None:
         torch.cuda.synchronize(self.device)
-        # Graphs of one case share a pool; the next case gets a new one, and this one is free.
+        # Graphs of one case share a pool; the next case gets a new one, and this one is freed.
         self._pool = torch.cuda.graph_pool_handle()
         self._make_room()
 
@@ -158,8 +158,8 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
 
     def _capture(self, job: Job) -> tuple[Job | None, str]:
-        """A replay of the job, or why there is none. Its outputs are dropped, so that the graphs of
-        a case, which run one after another, use the same memory."""
+        """Returns a replay of the job, or None and the reason. Its outputs are dropped, so that the
+        graphs of a case, which run one after another, share memory."""
         graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
         with torch.cuda.stream(self._side):

@@ -1,28 +1,28 @@
-"""Expected time of an expert block on an H100, by arithmetic; no card is asked or needed.
+"""Expected time of an expert block on an H100, by arithmetic; no GPU is needed.
 
     python -m bench.gpu.expected              shares of the floor, before and now
     python -m bench.gpu.expected --kernels    the same, kernel by kernel
 
-The floor is that of the bench (work.py): operations at the rate of cuBLAS or bytes at that of a
-copy, whichever takes longer. What is expected is that of the kernels with the tiles that
-csrc/cuda/grouped_gemm/choose.h and csrc/cuda/moe_ffn/choose.h give them (`moe_ops_dev`),
-walked tile by tile as the schedulers do. Assumptions, none of them measured with these kernels:
+The floor is that of the benchmark (work.py): operations at the rate of cuBLAS or bytes at the rate
+of a copy, whichever takes longer. The expected time uses the kernels with the tiles that
+csrc/cuda/grouped_gemm/choose.h and csrc/cuda/moe_ffn/choose.h select (`moe_ops_dev`), simulated
+tile by tile in the schedulers' order. Assumptions, none of them measured with these kernels:
 
-- A stage (64 of the sum) of a tile takes as long as the slowest of: its products, at MAINLOOP of
-  the rate of cuBLAS; its bytes from L2, at L2_READ a cycle and SM, above what L2 has since blocks
-  that ask for one line at once are served once; what the producer's warps have to issue for
-  gathered rows, and the wait for an index that is read in the same stage that needs it. Gathered
-  rows by cp.async cost GATHER of the rate.
-- Ping-pong hides the shorter of products and end of a tile. A cooperative tile shows its end:
-  instructions, as counted in the binary, and its stores (at L2_WRITE). Where stores pass through
-  shared memory they run under the next tile, and the two warpgroups are half a stage's products
-  apart, which hides as much of the instructions.
-- The first stages of a tile are there when its products begin, but for the first tile of a block.
+- A stage (64 of the reduction) of a tile takes as long as the slowest of: its MMAs, at MAINLOOP of
+the rate of cuBLAS; its bytes from L2, at L2_READ per cycle and SM, above L2's rate since
+simultaneous requests of blocks for one line are served once; the producer warps' instructions for
+gathered rows, and the wait for an index that is read in the stage that needs it. Rows gathered by
+cp.async cost GATHER of the rate.
+- Ping-pong hides the shorter of a tile's MMAs and epilogue. A cooperative tile exposes its
+epilogue: instructions, as counted in the binary, and its stores (at L2_WRITE). Stores through
+shared memory overlap the next tile, and the two warpgroups are half a stage apart, which hides that
+much of the instructions.
+- The first stages of a tile are loaded when its MMAs begin, except for the first tile of a block.
 - Blocks take tiles b, b + grid, ...; a kernel ends with its last block. The next one starts
-  LAUNCH_S later, and all pass DRAM once a band of row tiles.
+LAUNCH_S later, and all operands pass DRAM once per band of row tiles.
 - Kernels reach STREAM of the rate of a copy.
 
-MAINLOOP is the one number that was fitted: to another reading of the same kernels.
+MAINLOOP is the only fitted value: it was fitted to another measurement of these kernels.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from moe_ops.bench.shapes import Shape
 
 SMS, CLOCK = 132, 1.755e9
 RATES = Rates(flops=798e12, bytes=3.0e12)
-L2_BYTES = 30e6  # of 50 MB: what is left to a matrix that is read again and again
+L2_BYTES = 30e6  # of 50 MB: the part available to a matrix that is read repeatedly
 LAUNCH_S, SORT_S = 2e-6, 8e-6
-# Of RATES.flops, of that, and of RATES.bytes.
+# Fractions of RATES.flops, of MAINLOOP's rate, and of RATES.bytes.
 MAINLOOP, GATHER, STREAM = 0.86, 0.97, 0.9
-# Bytes a cycle and SM.
+# Bytes per cycle and SM.
 L2_READ, L2_WRITE = 39.0, 26.0
-# Cycles: an index from L2 and its division; a copy of 16 bytes a thread; the first stage of a
-# block; the last products and the first store of a tile.
+# Cycles: an index from L2 and its division; a copy of 16 bytes per thread; the first stage of a
+# block; the last MMAs and the first store of a tile.
 INDEX, COPY, FILL, DRAIN = 750.0, 25.0, 1500.0, 1000.0
-# Instructions an accumulator: of a store from registers and through shared memory, of SwiGLU with
-# the store of h in either way (csrc/cuda/moe_ffn/NOTES.md), of an activation's backward.
+# Instructions per accumulator: a store from registers and through shared memory, SwiGLU with the
+# store of h in either way (csrc/cuda/moe_ffn/NOTES.md), an activation's backward.
 STORE, BOX_STORE, SWIGLU, BOX_SWIGLU, ACTIVATE_BWD = 3.3, 2.0, 10.7, 4.1, 50.0
 STAGE, ELEMENT = 64, 2
 
@@ -63,18 +63,19 @@ ROUTINGS = ("balanced", "random", "skewed")
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the kernels do to lose less than those of the first version, which had none of it."""
+    """Optimizations of the kernels; the first version had none of them."""
 
-    # Cooperative tiles store through shared memory, a stage's half apart.
+    # Cooperative tiles store through shared memory, with the warpgroups half a stage apart.
     store_boxes: bool = False
-    # Row tiles that share weights do so where an expert fills them; what is left of an expert's
-    # rows is a tile that a cluster's blocks split by columns.
+    # Row tiles share weights if an expert fills them; an expert's remaining rows form a tile that a
+    # cluster's blocks split by columns.
     real_counts: bool = False
-    # Weight gradients with a gathered operand: tiles of 128 x 256, indices two stages ahead.
+    # Weight gradients with a gathered operand: tiles of 128 x 256, indices prefetched two stages
+    # ahead.
     wide_wgrad: bool = False
     # The backward down projection shares weights between two row tiles.
     paired_down_bwd: bool = False
-    # Weight gradients take experts with the most rows first, every other round backwards.
+    # Weight gradients process experts with the most rows first, in alternating directions.
     longest_first: bool = False
 
 
@@ -100,7 +101,7 @@ DOWN_BWD_TILES = {"low": Tile(64, 128), "high": Tile(128, 128, 2)}
 
 
 def parse_tile(text: str) -> Tile:
-    """Of `gemm_config`: "128x256x64 cooperative cluster 2"."""
+    """Parses `gemm_config`: "128x256x64 cooperative cluster 2"."""
     size, schedule, _, cluster = text.split()
     m, n, _ = size.split("x")
     return Tile(int(m), int(n), int(cluster), schedule == "ping-pong")
@@ -108,7 +109,7 @@ def parse_tile(text: str) -> Tile:
 
 @dataclass(frozen=True)
 class Expected:
-    """Seconds of a kernel, and what it could not do without at the rate of cuBLAS."""
+    """Seconds of a kernel, and its minimum at the rate of cuBLAS."""
 
     name: str
     seconds: float
@@ -117,9 +118,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Operand:
-    """One of a tile's two: 16-byte copies a thread of the producer and stage, if it is gathered."""
+    """One of a tile's two operands: 16-byte copies per thread of the producer and stage, if it is
+    gathered."""
 
-    lines: int  # of 64 elements, of a stage and block
+    lines: int  # elements of 64, per stage and block
     gathered: bool = False
 
     @property
@@ -128,7 +130,8 @@ class Operand:
 
 
 def _stage_cycles(tile: Tile, a: Operand, b: Operand, index_s: float) -> float:
-    """Of 64 of the sum; `index_s`: cycles that the producer waits in every stage."""
+    """Returns the cycles of a stage (64 of the reduction); `index_s`: cycles that the producer
+    waits in every stage."""
     gathered = a.gathered or b.gathered
     rate = RATES.flops / (2 * SMS * CLOCK) * MAINLOOP * (GATHER if gathered else 1.0)
     products = tile.m * tile.n * STAGE / rate
@@ -137,8 +140,9 @@ def _stage_cycles(tile: Tile, a: Operand, b: Operand, index_s: float) -> float:
 
 
 def _end_cycles(tile: Tile, instructions: float, stored: float, boxes: bool) -> float:
-    """`instructions` an accumulator, `stored` bytes of an accumulator, read ones among them. Eight
-    warps on four schedulers end a cooperative tile, four a ping-pong one."""
+    """Returns the cycles of an epilogue: `instructions` per accumulator, `stored` bytes per
+    accumulator, including reads. Eight warps on four schedulers finish a cooperative tile, four a
+    ping-pong one."""
     issue = tile.m * tile.n / 32 / 4 * instructions
     if boxes:
         apart = tile.m * tile.n * STAGE / (RATES.flops / (2 * SMS * CLOCK)) / 2
@@ -154,8 +158,8 @@ def _tile_cycles(tile: Tile, products: Tensor, end: float) -> Tensor:
 
 
 def _last_block(cycles: Tensor, workers: int, snake: bool = False) -> float:
-    """The longest of `workers` lists, tile i in list i % workers; with `snake` every other round
-    is dealt backwards."""
+    """Returns the longest of `workers` lists, tile i in list i % workers; with `snake` every other
+    round is dealt backwards."""
     rounds = -(-len(cycles) // workers)
     padded = torch.zeros(rounds * workers, dtype=torch.float64)
     padded[: len(cycles)] = cycles
@@ -174,7 +178,7 @@ def _ceil(a: Tensor, b: int) -> Tensor:
 
 
 def row_tiles(counts: Tensor, tile: Tile, column_tiles: int, real_counts: bool) -> int:
-    """Tiles of a cluster that rows of experts take."""
+    """Returns the cluster tiles needed for the experts' rows."""
     pair = tile.m * tile.cluster
     if not real_counts or tile.cluster == 1:
         return int(_ceil(counts, pair).sum()) * column_tiles
@@ -196,8 +200,8 @@ def ragged_m(
     instructions: float | None = None,
     moved: float = ELEMENT,
 ) -> Expected:
-    """rows [N, k] times [n, k] of their expert. Of an accumulator the end of a tile takes so many
-    `instructions` (those of a store if None), and has so many bytes `moved`."""
+    """Models rows [N, k] times the [n, k] of their expert. The epilogue takes `instructions` per
+    accumulator (those of a store if None) and moves `moved` bytes per accumulator."""
     N = int(counts.sum())
     used = int((counts > 0).sum())
     column_tiles = -(-n // tile.n)
@@ -219,7 +223,7 @@ def ragged_m(
 def ragged_k(
     name: str, counts: Tensor, m: int, n: int, tile: Tile, kernels: Kernels, gathers: str
 ) -> Expected:
-    """rows [N, m]^T times rows [N, n], expert by expert; `gathers`: "a" or "b"."""
+    """Models rows [N, m]^T times rows [N, n], expert by expert; `gathers`: "a" or "b"."""
     N = int(counts.sum())
     a, b = Operand(tile.m, gathers == "a"), Operand(tile.n // tile.cluster, gathers == "b")
     index_s = 0.0 if kernels.wide_wgrad else INDEX
@@ -236,7 +240,7 @@ def ragged_k(
 
 
 def wgrad(name: str, counts: Tensor, m: int, n: int, product: str, kernels: Kernels) -> Expected:
-    """`product`: "gather_tn" or "tn_gather"."""
+    """Models a weight gradient; `product`: "gather_tn" or "tn_gather"."""
     tile = Tile(128, 128)
     if kernels.wide_wgrad:
         tile = parse_tile(
@@ -254,7 +258,7 @@ def forward(shape: Shape, counts: Tensor, T: int, kernels: Kernels, train: bool)
     N = int(counts.sum())
     up = UP_TILES[moe_ops_dev.ffn_config("up", N, E, 2 * I, H, SMS)]
     down = parse_tile(moe_ops_dev.gemm_config("nt", N, E, 0, H, I, SMS))
-    # Of two accumulators one h, and where training asks for it both.
+    # Two accumulators give one h; training also stores both.
     moved = ELEMENT / 2 + (ELEMENT if train else 0)
     swiglu, store = (BOX_SWIGLU, BOX_STORE) if kernels.store_boxes else (SWIGLU, STORE)
     instructions = swiglu + (store if train else 0.0)
@@ -324,7 +328,7 @@ class Layer:
 def expect(
     part: str, shape: Shape, T: int, routing: str, counts: Tensor, kernels: Kernels
 ) -> Layer:
-    """`part`: "forward" or "training"."""
+    """Returns the expected time; `part`: "forward" or "training"."""
     case = Case(part, shape, T, routing)
     floor_s = RATES.floor_s(work_of(case, int((counts > 0).sum())))
     if part == "forward":

@@ -1,8 +1,8 @@
-"""The block on weights in other formats: 8 and 4 bits, and as gpt-oss and Llama 4 store them.
+"""The block on weights in other formats: 8 and 4 bits, and the layouts of gpt-oss and Llama 4.
 
-Both have weights with the output features last. gpt-oss has gate and up features in turn, biases,
-and an activation that clamps; Llama 4 multiplies tokens by the routing weight before the experts.
-Truths are those of the layer in fp64, of some tokens.
+Both models store weights with the output features last. gpt-oss interleaves gate and up features,
+and has biases and a clamped activation; Llama 4 multiplies tokens by the routing weight before the
+experts. References are the layer in fp64, for some tokens.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ def _integers(case: Case, layer: Layer) -> Problem:
 
 
 def _tensors(given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """w_gate_up, b_gate_up, w_down, b_down of what `Weights.stored` holds."""
+    """Returns w_gate_up, b_gate_up, w_down, b_down from `Weights.stored`."""
     return tuple(given) if len(given) == 4 else (given[0], None, given[1], None)
 
 
 def clamped(pre: Tensor) -> Tensor:
-    """The activation of gpt-oss, gate in even and up in odd features."""
+    """Computes gpt-oss's activation, gate in even and up in odd features."""
     gate = pre[..., ::2].clamp(max=_LIMIT)
     up = pre[..., 1::2].clamp(-_LIMIT, _LIMIT)
     return (up + 1) * gate * torch.sigmoid(_ALPHA * gate)
 
 
 def halves(pre: Tensor) -> Tensor:
-    """The activation of Llama 4."""
+    """Computes Llama 4's activation."""
     gate, up = pre.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def stored_grouped_mm(x: Tensor, *rest: Tensor) -> Tensor:
-    """What transformers does with weights [E, H, 2I] and [E, I, H]."""
+    """Computes the block as transformers does with weights [E, H, 2I] and [E, I, H]."""
     *given, weights, ids = rest
     w_gate_up, b_gate_up, w_down, b_down = _tensors(given)
     T, K = ids.shape
@@ -126,7 +126,8 @@ def _stored(case: Case, layer: Layer) -> Problem:
 
 
 def _exact_stored(x: Tensor, stored: dict[str, Tensor], weights: Tensor, ids: Tensor) -> Tensor:
-    """In fp64, expert by expert, to save memory; differentiable by x."""
+    """Computes the block in fp64, expert by expert, to save memory; differentiable with respect to
+    x."""
     y = torch.zeros_like(x)
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)

@@ -1,6 +1,6 @@
-"""The fp8 ops, float8_e4m3fn with a scale for each 128: the block, its first product, the rounding
-of activations. Truths are those of the unrounded layer, so that other scalings can be compared.
-"""
+"""The fp8 ops, float8_e4m3fn with one scale per 128 elements: the block, its first GEMM, the
+rounding of activations. References use the unrounded layer, so that other scalings can be
+compared."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moe_ops.bench.shapes import exact_output
 BF16 = "moe_ops bf16"
 ROWWISE = "torch scaled_grouped_mm"
 _FP8_MAX = 448.0
-# Rounding to three bits of mantissa moves a number by 2.6 % (root mean square); a product has two
-# rounded operands, the block two products in a row. Twice that is allowed.
+# Rounding to three mantissa bits has a relative error of 2.6 % (root mean square); a GEMM has two
+# rounded operands, the block two GEMMs in sequence. The tolerance is twice that.
 _ROUNDED = 0.026
 _PRODUCT, _BLOCK = 2 * 2**0.5 * _ROUNDED, 2 * 2 * _ROUNDED
 
@@ -41,7 +41,7 @@ def _forward(case: Case, layer: Layer) -> Problem:
 
 
 def _product(case: Case, layer: Layer) -> Problem:
-    """The up projection with operands rounded beforehand."""
+    """Returns the up projection with operands rounded beforehand."""
     a, b, offsets = layer.rows_h, layer.bank.w_gate_up, layer.sorted[0]
     ends = offsets[1:].contiguous()
     q, q_scale = layer.weights.fp8[:2]
@@ -96,7 +96,8 @@ def _quantize(case: Case, layer: Layer) -> Problem:
 
 
 def _by_rows(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and one scale a row, a part at a time: no fp32 copy of a bank."""
+    """Quantizes with one scale per row, one expert at a time, which avoids an fp32 copy of all
+    experts."""
     codes = torch.empty(t.shape, dtype=torch.float8_e4m3fn, device=t.device)
     scales = torch.empty(t.shape[:-1], device=t.device)
     size = 4096 if t.dim() == 2 else 1

@@ -1,6 +1,7 @@
-"""Ops that move or weigh rows with their backward, against the lines of torch that do the same.
+"""Ops that move or weigh rows, with backward, against equivalent torch code.
 
-The result of a job is the gradients alone. Truths are written out in fp64, of a sample of rows.
+The result of a job is the gradients alone. References are explicit formulas in fp64, for a sample
+of rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench.gpu.problem import Problem, relative, sampled, worst
 from moe_ops import reference
 
 Gradients = tuple[Tensor, ...]
-# Sums of a few numbers that were rounded to 8 bits.
+# Sums of a few values that were rounded to bf16.
 _TOLERANCE = 2.0**-6
 
 
@@ -38,7 +39,7 @@ def gradient_problem(case: Case, layer: Layer) -> Problem:
 def with_backward(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> Callable[[], Gradients]:
-    """A job: `function` of the inputs, then the gradients by all of them."""
+    """Returns a job that runs `function` on the inputs, then computes gradients of all inputs."""
     leaves = tuple(t.detach().requires_grad_() for t in inputs)
 
     def job() -> Gradients:

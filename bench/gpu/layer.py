@@ -1,4 +1,4 @@
-"""The tensors of a layer and of a batch of tokens on the device, made when asked for."""
+"""The tensors of a layer and of a batch of tokens on the device, created on first use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moe_ops.bench.shapes import Bank, Shape, Tokens, make_bank
 
 
 class Weights:
-    """The bank of a layer, and its copies in other formats; made when asked for. `dtype` is that
-    of the weights: those in 8 and 4 bits are copies of bf16 ones."""
+    """Expert weights of a layer, and copies in other formats, created on first use. `dtype` is the
+    weights' type: 8- and 4-bit weights are copies of bf16 ones."""
 
     def __init__(self, shape: Shape, device: torch.device, dtype: str = "bf16") -> None:
         self._shape, self._device = shape, device
@@ -27,7 +27,7 @@ class Weights:
 
     @cached_property
     def fp8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w_gate_up, its scales, w_down, its scales, as moe_ffn_fp8 takes them."""
+        """Returns w_gate_up, its scales, w_down, its scales, as moe_ffn_fp8 takes them."""
         from moe_ops.quant import quantize_fp8_blocks
 
         bank = self.bank
@@ -38,12 +38,12 @@ class Weights:
 
     @cached_property
     def int8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w_gate_up, its scales, w_down, its scales, as moe_ffn_quantized takes them."""
+        """Returns w_gate_up, its scales, w_down, its scales, as moe_ffn_quantized takes them."""
         return self._integers("int8")
 
     @cached_property
     def int4(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Likewise, with a scale for 64 weights."""
+        """Returns int4 weights in the order of `int8`, with one scale per 64 weights."""
         return self._integers("int4")
 
     def _integers(self, format: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,9 +57,9 @@ class Weights:
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
-        """The bank as the model stores it: gate_up_proj [E, H, 2I] and down_proj [E, I, H]. Llama 4
-        has gate and up in halves; gpt-oss has them in turn, and biases [E, 2I] and [E, H], which
-        follow the weight that they belong to."""
+        """Returns the weights in the model's layout: gate_up_proj [E, H, 2I] and down_proj [E, I,
+        H]. Llama 4 has gate and up in halves; gpt-oss interleaves them and has biases [E, 2I] and
+        [E, H], each following its weight."""
         bank, shape = self.bank, self._shape
         if shape.name.startswith("llama4"):
             return {
@@ -84,7 +84,7 @@ class Weights:
 def _quantized(
     w: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """An expert at a time: no fp32 copy of a bank."""
+    """Quantizes one expert at a time, which avoids an fp32 copy of all experts."""
     parts = [quantize(expert) for expert in w]
     return torch.stack([q for q, _ in parts]), torch.stack([scale for _, scale in parts])
 
@@ -101,7 +101,7 @@ class Layer:
         return self.weights.bank
 
     def normal(self, *size: int) -> Tensor:
-        """In a 16-bit type, a part at a time: no fp32 copy of a large tensor."""
+        """Draws a 16-bit tensor chunk by chunk, which avoids an fp32 copy of a large tensor."""
         out = torch.empty(size, dtype=self.weights.type, device=self.device)
         for part in out.split(4096):
             part.copy_(torch.randn(part.shape, generator=self._generator, device=self.device))
@@ -113,7 +113,7 @@ class Layer:
         ids = make_ids(case.shape, case.T, case.routing, self.device)
         weights = torch.rand(ids.shape, generator=self._generator, device=self.device)
         weights = weights / weights.sum(1, keepdim=True)
-        # Some baselines take them in halves: all get what halves can hold.
+        # Some baselines take them in float16: all get values that float16 can hold.
         x = self.normal(case.T, case.shape.H)
         return Tokens(x, weights.to(torch.bfloat16).float(), ids)
 
@@ -128,25 +128,25 @@ class Layer:
 
     @cached_property
     def sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """expert_offsets [E+1], row_to_slot [N], slot_to_row [T, K] of the tokens."""
+        """Returns expert_offsets [E+1], row_to_slot [N], slot_to_row [T, K] of the tokens."""
         return reference.sort_by_expert(self.tokens.topk_ids, self.case.shape.E)
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each expert, on the host."""
+        """Returns the number of rows of each expert, on the host."""
         return self.sorted[0].diff().tolist()
 
     @cached_property
     def rows_h(self) -> Tensor:
-        """[N, H]."""
+        """Returns random rows [N, H]."""
         return self.normal(self.case.num_slots, self.case.shape.H)
 
     @cached_property
     def rows_2i(self) -> Tensor:
-        """[N, 2I]."""
+        """Returns random rows [N, 2I]."""
         return self.normal(self.case.num_slots, 2 * self.case.shape.I)
 
     @cached_property
     def rows_i(self) -> Tensor:
-        """[N, I]."""
+        """Returns random rows [N, I]."""
         return self.normal(self.case.num_slots, self.case.shape.I)

@@ -1,4 +1,4 @@
-"""What the card can do at most: cuBLAS, a copy, the shortest launch; measured in the same run."""
+"""Limits of the GPU, measured in each run: cuBLAS, a copy, the shortest launch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bench.gpu.clock import Clock, Job
 
 @dataclass(frozen=True)
 class Limits:
-    """bf16_flops: a square product of cuBLAS. copy_bytes: read and written by a copy between two
-    buffers far larger than the cache. launch_s: a graph with one kernel that does next to nothing.
-    fp8_flops: cuBLAS in e4m3, 0 where it was not asked for or cannot run."""
+    """Limits of a GPU. bf16_flops: a square cuBLAS GEMM. copy_bytes: read and written by a copy
+    between two buffers far larger than the cache. launch_s: a graph with one nearly empty kernel.
+    fp8_flops: cuBLAS in e4m3, 0 if not requested or not supported."""
 
     bf16_flops: float
     copy_bytes: float
@@ -25,7 +25,7 @@ class Limits:
         return self.fp8_flops or self.bf16_flops if dtype == "fp8" else self.bf16_flops
 
     def best(self, other: Limits) -> Limits:
-        """The better of two measurements: other load and heat only lower a rate."""
+        """Returns the better of two measurements: other load and heat only lower a rate."""
         return Limits(
             max(self.bf16_flops, other.bf16_flops),
             max(self.copy_bytes, other.copy_bytes),
@@ -38,7 +38,7 @@ class Limits:
 
 
 def measure_limits(clock: Clock, *, tiny: bool = False, fp8: bool = False) -> Limits:
-    """Medians of 15 interleaved rounds."""
+    """Returns medians of 15 interleaved rounds."""
     n, size = (256, 1 << 20) if tiny else (8192, 1 << 30)
     seconds = _measure(clock, n, size, fp8)
     clock.release()
@@ -74,6 +74,6 @@ def _measure(clock: Clock, n: int, size: int, fp8: bool) -> dict[str, float]:
         try:
             prepared[name] = clock.prepare(job)
         except Exception:
-            if name != "fp8":  # Not every card has it.
+            if name != "fp8":  # Not every GPU has it.
                 raise
     return {name: sample.median for name, sample in clock.rounds(prepared, 15).items()}

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from bench.gpu.run import Options
 
 _WALK = "`python -m bench.gpu --device cpu --dry-run --quick` walks through it without one"
-# Kept back for printing and writing.
+# Reserved for printing and writing.
 _RESERVE_S = 10.0
-# Of the time that is left when it starts, what a step may use.
+# Maximum fraction of the remaining time for a step.
 SHARES = {"build": 0.7, "tests": 0.25, "memcheck": 0.15, "racecheck": 0.15}
 _QUICK_MODELS = ("mixtral-8x7b", "qwen3-30b", "deepseek-v3", "olmoe")
 _QUICK_TOKENS = (1, 64, 4096)
@@ -50,14 +50,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="print a result, measure nothing"
     )
-    # How the command hands itself over to the interpreter that it has built for.
+    # Environment for passing control to the interpreter that was just set up.
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--built", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if everything passed, 1 if a step failed or there is nothing to run on."""
+    """Returns 0 if everything passed, 1 if a step failed or there is no device."""
     options = parse(arguments)
     if options.render:
         from bench.gpu.report import print_result
@@ -106,7 +106,7 @@ def told_steps(no_build: bool, no_tests: bool) -> list[str]:
 
 
 def gpu_device_files() -> bool:
-    """Whether the system shows a GPU, asked before anything is built."""
+    """Returns whether the system has a GPU, checked before anything is built."""
     return any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))
 
 
@@ -132,7 +132,7 @@ def _why_not_here() -> str:
 
 
 def _hand_over(arguments: Sequence[str] | None, started: float, outcomes: dict[str, Any]) -> None:
-    """Goes on in the environment just built; does not return."""
+    """Continues in the environment just built; does not return."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     more = ["--no-build", "--started", str(started), "--built", json.dumps(outcomes)]
     os.chdir(steps.ROOT)
@@ -152,7 +152,7 @@ def _run_steps(started: float, end: float, device: str) -> dict[str, Any]:
 
 
 def _walk_steps(started: float, end: float, device: str) -> dict[str, Any]:
-    """What the sanitizer would look at, without it."""
+    """Runs the sanitizer's calls without the sanitizer."""
     from bench.gpu import small
 
     begun = time.perf_counter()
@@ -164,7 +164,7 @@ def _walk_steps(started: float, end: float, device: str) -> dict[str, Any]:
 
 
 def chosen(options: argparse.Namespace, seconds: float) -> Options:
-    """What to measure. Raises ValueError for a name that does not exist."""
+    """Returns the options of the run. Raises ValueError for a name that does not exist."""
     from bench.gpu import cases
     from bench.gpu.run import Options
 

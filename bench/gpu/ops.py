@@ -1,6 +1,6 @@
-"""Each op alone, against the lines of torch that do the same.
+"""Each op alone, against equivalent torch code.
 
-Truths are in fp64, of a sample of rows where the whole would cost more than the measurement.
+References are in fp64, of a sample of rows if the whole would cost more than the measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.gpu.layer import Layer
 from bench.gpu.problem import Problem, relative, sampled
 from moe_ops import reference
 
-# A result that is rounded once, and one computed of factors rounded before.
+# A result that is rounded once, and one computed from rounded factors.
 _ONCE, _TWICE = 2.0**-8, 2.0**-7
 
 SOFTMAX_TOPK, INDEX_SELECT = "softmax, topk", "index_select"
@@ -32,7 +32,7 @@ def softmax_topk(logits: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_sum(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """slots [T, K] are the rows of a token."""
+    """Computes the weighted sum of rows; slots [T, K] are the rows of a token."""
     T, K = slots.shape
     gathered = rows[slots.reshape(-1)].view(T, K, -1)
     return (gathered * weights[:, :, None].to(rows.dtype)).sum(1)
@@ -156,7 +156,7 @@ def _wgrad(case: Case, layer: Layer) -> Problem:
     grad, a = layer.rows_2i, layer.rows_h
     offsets, counts = layer.sorted[0], layer.counts
     ends = offsets[1:].contiguous()
-    # Of the fullest expert, some lines.
+    # Some rows of the largest expert.
     expert = max(range(len(counts)), key=counts.__getitem__)
     begin = int(offsets[expert])
     own = slice(begin, begin + counts[expert])
@@ -164,7 +164,7 @@ def _wgrad(case: Case, layer: Layer) -> Problem:
     truth = grad[own, ::stride].double().T @ a[own].double()
     used = [e for e, count in enumerate(counts) if count]
     pairs = list(zip(used, *(t.split([counts[e] for e in used]) for t in (grad, a)), strict=True))
-    # Experts without rows keep the zeros.
+    # Experts without rows stay zero.
     out = grad.new_zeros(case.shape.E, grad.shape[1], a.shape[1])
 
     def loop() -> Tensor:

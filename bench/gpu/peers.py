@@ -1,7 +1,7 @@
-"""Other libraries' expert blocks on a card, where they can be imported.
+"""Other libraries' expert blocks on a GPU, if they can be imported.
 
-None is installed by this project: ScatterMoE comes from its repository, SonicMoE from the package
-``sonic-moe``, vLLM from ``vllm``, each with the torch and Triton that it asks for. A peer that
+This project installs none of them: ScatterMoE comes from its repository, SonicMoE from the package
+``sonic-moe``, vLLM from ``vllm``, each with the torch and Triton that it requires. A peer that
 raises, or whose result is wrong, is reported with the reason and not timed.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Peer:
-    """`module` is imported, `package` the distribution whose version is reported."""
+    """Other library. `module` is imported, `package` is the distribution whose version is
+    reported."""
 
     name: str = ""
     module: str = ""
@@ -26,7 +27,7 @@ class Peer:
     trains: bool = True
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot run here, in a few words."""
+        """Returns a short reason why it cannot run here."""
         if importlib.util.find_spec(self.module) is None:
             return f"{self.package} is not installed"
         if device.type != "cuda":
@@ -47,7 +48,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class ScatterMoE(Peer):
-    """Two of its parallel_linear: gathering and scattering are part of the products."""
+    """Two calls of its parallel_linear: gathering and scattering are part of the GEMMs."""
 
     name: str = "ScatterMoE"
     module: str = "scattermoe"
@@ -80,7 +81,7 @@ class ScatterMoE(Peer):
 
 @dataclass(frozen=True)
 class SonicMoE(Peer):
-    """Its entry for given routing, with weights as Hugging Face stores them."""
+    """Its entry point for given routing, with weights in Hugging Face's layout."""
 
     name: str = "SonicMoE"
     module: str = "sonicmoe"

@@ -1,11 +1,11 @@
 """Divides the time of a run over its cases.
 
-Every case costs a setup (inputs, first calls, checking, capturing) and a number of rounds, in each
-of which every baseline runs once; the first case of a layer also makes its weights. Cases are
-taken by rank while their setup and MIN_ROUNDS fit; what is left of the time is shared out as more
-rounds, up to MAX_ROUNDS. The plan is made anew before every case, with costs corrected by what the
-cases so far have really taken, so that a slow machine drops the least important cases, not the
-last ones; cases that were given up too early are taken up again at the end.
+Every case costs a setup (inputs, first calls, checking, capturing) and a number of rounds, each of
+which runs every baseline once; the first case of a layer also creates its weights. Cases are taken
+by rank while their setup and MIN_ROUNDS fit; the remaining time is divided into more rounds, up to
+MAX_ROUNDS. The plan is recomputed before every case, with costs corrected by the actual times so
+far, so that a slow machine drops the least important cases, not the last ones; cases that were
+dropped too early are taken up again at the end.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from bench.gpu.work import Work
 
 MIN_ROUNDS = 5
 MAX_ROUNDS = 25
-# Long kernels vary less: so many rounds are enough where one takes longer than this.
+# Long kernels vary less: fewer rounds suffice for cases that take longer than this.
 LONG_ROUNDS, LONG_S = 3, 0.1
 
-# A baseline is taken to need so many times the floor, and this long at least.
+# Assumed time of a baseline: this many times the floor, and at least this long.
 _SLOWER = 2.0
 _LEAST_S = 20e-6
 # Calls of a baseline before it is timed: checked, warmed up twice, captured, tried.
 _FIRST_CALLS = 5
-# Host work a baseline and case: building inputs, capturing a graph.
+# Host work per baseline and case: building inputs, capturing a graph.
 _BASELINE_S = 0.02
-# Making weights and inputs, in bytes a second.
+# Rate of creating weights and inputs, in bytes per second.
 _FILL = 100e9
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a case: to set up, a round, and to open its group (weights)."""
+    """Seconds of a case: setup, one round, and opening its group (weights)."""
 
     setup_s: float
     round_s: float
@@ -50,7 +50,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What estimates divide by: operations and bytes a second; and seconds of a flush."""
+    """Rates for estimates: operations and bytes per second; and seconds of a flush."""
 
     flops: float
     bytes: float
@@ -71,7 +71,7 @@ def cost_of(work: Work, baselines: int, bank_bytes: float, rates: Rates) -> Cost
 
 @dataclass(frozen=True)
 class Plan:
-    """Rounds of each case that is run, by its place in the list; the others are left out."""
+    """Rounds of each case that is run, by its index; others are omitted."""
 
     rounds: dict[int, int]
     seconds: float
@@ -83,8 +83,8 @@ def split(
     budget_s: float,
     opened: Collection[tuple[str, str]] = (),
 ) -> Plan:
-    """Cases by rank, within a rank one of each layer in turn, while they fit with their least
-    rounds; then more rounds for all. Groups in `opened` have their weights already."""
+    """Selects cases by rank, within a rank one of each layer in turn, while they fit with their
+    minimum rounds; then adds rounds for all. Groups in `opened` have their weights already."""
     spent = 0.0
     taken: list[int] = []
     opened = set(opened)
@@ -119,12 +119,12 @@ def _by_importance(cases: Sequence[Case]) -> list[int]:
 
 
 class Pacer:
-    """Hands out the cases in order, each with its rounds, until the time is up.
+    """Iterator over the cases in order, each with its rounds, until the time is up.
 
     Args:
-        cases, costs: all cases, in the order of running, and what they are expected to take.
+        cases, costs: all cases, in the order of running, and their expected costs.
         now: the clock, in seconds.
-        end: when all must be done.
+        end: deadline.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class Pacer:
     ) -> None:
         self._cases, self._costs, self._now, self._end = list(cases), list(costs), now, end
         self.left_out: list[Case] = list(cases)
-        # Real over expected seconds of all cases so far; starts as one second that took one.
+        # Real over expected seconds of all cases so far; initially one second over one.
         self._expected = self._real = 1.0
 
     @property
     def drift(self) -> float:
-        """How many times longer than expected cases take."""
+        """Returns the ratio of real to expected time of the cases."""
         return min(5.0, max(0.3, self._real / self._expected))
 
     def __iter__(self) -> Iterator[tuple[Case, int]]:

@@ -1,4 +1,4 @@
-"""What one case compares: calls by name, how their results are checked, who is not there."""
+"""The comparison of one case: calls by name, checks of their results, missing baselines."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows that are compared with fp64: each of a block costs the weights of its experts in fp64.
+# Rows that are compared with fp64: each row of a block needs its experts' weights in fp64.
 _CHECKED = 8
 
 
 @dataclass
 class Problem:
-    """`check` gives the relative error of a result; more than `tolerance` is refused."""
+    """Calls of a case. `check` gives the relative error of a result; above `tolerance` it is
+    rejected."""
 
     jobs: dict[str, Callable[[], Any]]
     check: Callable[[Any], float]
@@ -24,7 +25,7 @@ class Problem:
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth; nan where shapes differ."""
+    """Returns the Frobenius norm of the difference over that of the truth; nan if shapes differ."""
     value, truth = value.detach(), truth.detach()
     if value.shape != truth.shape:
         return float("nan")
@@ -33,14 +34,14 @@ def relative(value: Tensor, truth: Tensor) -> float:
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest; nan if one is, which max would lose."""
+    """Returns the largest error; nan if one is, which max would lose."""
     errors = list(errors)
     return float("nan") if any(e != e for e in errors) else max(errors)
 
 
 def gradient_check(by_x: Callable[[Tensor], float]) -> Callable[[tuple[Tensor, ...]], float]:
-    """Checks gradients: the first one, which a few rows of the input decide, by `by_x` with a
-    truth; the others against those of the first result, ours, which has passed it."""
+    """Checks gradients: the first one, determined by a few rows of the input, with `by_x` against a
+    reference; the others against our result, which has passed that check."""
     first: list[Tensor] = []
 
     def check(gradients: tuple[Tensor, ...]) -> float:
@@ -55,6 +56,6 @@ def gradient_check(by_x: Callable[[Tensor], float]) -> Callable[[tuple[Tensor, .
 
 
 def sampled(count: int, device: torch.device) -> Tensor:
-    """Indices of the first and the last row and some between."""
+    """Returns indices of the first and the last row and some between."""
     rows = torch.linspace(0, count - 1, min(count, _CHECKED), dtype=torch.float64)
     return rows.round().long().unique().to(device)

@@ -44,7 +44,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """(title, header, rows) of each part; the first three columns are words."""
+    """Returns (title, header, rows) of each part; the first three columns are words."""
     kinds = ((part, dtype) for part in TITLES for dtype in cases.DTYPES)
     for part, dtype in kinds:
         cells = [c for c in result["cells"] if (c["part"], c["dtype"]) == (part, dtype)]
@@ -76,11 +76,11 @@ def _time(found: Mapping[str, Any] | None) -> str:
     return number(found["us"]) + ("*" if "eager" in found else "")
 
 
-# --------------------------------------------------------------------------------- targets
+# Targets.
 
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
-    """What the project has set itself on a card, and whether this run shows it."""
+    """Returns the project's GPU targets, and whether this run reaches them."""
     cells = result["cells"]
     products = [c for c in cells if c["part"] in cases.PRODUCTS]
     forward = [c for c in cells if c["part"] == "forward"]
@@ -138,7 +138,7 @@ def _target_rows(result: Mapping[str, Any]) -> list[list[str]]:
 _TARGETS = ["target", "must", "worst", "met"]
 
 
-# ------------------------------------------------------------------------------ printing
+# Printing.
 
 
 def facts(result: Mapping[str, Any]) -> list[str]:
@@ -160,7 +160,7 @@ def facts(result: Mapping[str, Any]) -> list[str]:
 
 
 def missing(result: Mapping[str, Any]) -> list[str]:
-    """Who and what is not in the tables, and why."""
+    """Lists baselines and cases missing in the tables, with reasons."""
     lines = [f"{name}: {why}" for name, why in result["absent"].items()]
     if result["dry_run"]:
         lines.insert(0, "this was a walk on tiny layers: its times mean nothing")
@@ -182,7 +182,7 @@ def missing(result: Mapping[str, Any]) -> list[str]:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Tables, what is missing, targets; with rich where it is installed."""
+    """Prints tables, missing parts and targets, with rich if it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -190,7 +190,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(markdown(result))
         return
     console = Console()
-    if not console.is_terminal:  # Wide enough for a log: a row is a line.
+    if not console.is_terminal:  # Wide enough for a log: each row is one line.
         console = Console(width=240)
     for title, header, rows in [*tables(result), ("Targets", _TARGETS, _target_rows(result))]:
         shown = RichTable(title=title, title_justify="left")
@@ -206,7 +206,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The same for a page, headings from the second level on."""
+    """Returns the report as markdown, headings from the second level on."""
     parts = [f"## {result['card']['name']}", "\n".join(f"- {line}." for line in facts(result)[1:])]
     parts += ["### Targets", markdown_table(_TARGETS, _target_rows(result), right_from=4)]
     for title, header, rows in tables(result):

@@ -1,4 +1,4 @@
-"""Measures cases until the time is up: checks every baseline, times them, interleaved."""
+"""Measures cases until the time is up: checks every baseline, then times them, interleaved."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from moe_ops.bench.shapes import Shape
 from moe_ops.bench.timing import Samples, speedup
 
 KIND, FORMAT = "gpu", 1
-# Which op a part stands or falls with.
+# The op that each part requires.
 _OP_OF = {
     "forward": "moe_ffn",
     "training": "moe_ffn",
@@ -43,18 +43,18 @@ _OP_OF = {
     **dict.fromkeys(cases.STORED, "moe_ffn"),
     **dict.fromkeys(cases.ATTENTION, "moa_attention"),
 }
-# A baseline's first calls (compiling, tuning) may take this share of the time, all cases together.
+# Maximum fraction of the time for a baseline's first calls (compiling, tuning), all cases together.
 _FIRST_CALLS_SHARE = 0.08
-# Baselines of a case, for estimates: ours, unfused, torch and its loop; an op has one or two less.
+# Baselines of a case, for estimates: ours, unfused, torch and its loop; an op has one or two fewer.
 _BASELINES = {"forward": 5, "training": 4}
-# One that takes so many times longer than ours is not repeated if its rounds do not fit.
+# A baseline this many times slower than ours is not repeated if its rounds do not fit.
 _SLOW = 10.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, in how many seconds. Without `tokens`, those that `cases` has for each part.
-    `tiny` is for a walk without a card."""
+    """Cases to measure and their time. Without `tokens`, the values in `cases` for each part.
+    `tiny` is for a run without a GPU."""
 
     seconds: float
     parts: tuple[str, ...] = cases.PARTS
@@ -73,12 +73,12 @@ class Session:
     clock: Clock
     limits: Limits
     log: Callable[[str], None]
-    # Who is not in any case, and why.
+    # Baselines missing in every case, with reasons.
     absent: dict[str, str] = field(default_factory=dict)
     first_calls_s: dict[str, float] = field(default_factory=dict)
 
     def compiled(self, function: Any) -> Any:
-        """One compilation for all sizes."""
+        """Returns the function compiled once for all sizes."""
         backend = "eager" if self.options.tiny else "inductor"
         return torch.compile(function, dynamic=True, backend=backend)
 
@@ -95,13 +95,13 @@ def measure(
     save: Callable[[dict[str, Any]], None] = lambda _: None,
     on_cell: Callable[[Case, dict[str, Any]], None] = lambda case, cell: None,
 ) -> dict[str, Any]:
-    """The result that is written as JSON. `save` gets it after every layer, incomplete.
+    """Returns the result for JSON. `save` gets it after every layer, incomplete.
 
     Args:
         options: what to measure.
-        device: cuda, or cpu for a walk with the CPU kernels and the host's clock.
-        log: called with a line of progress.
-        save: called with what there is so far.
+        device: cuda, or cpu for a run with the CPU kernels and the host's clock.
+        log: called with progress messages.
+        save: called with the incomplete result.
         on_cell: called with each case and its cell, as soon as it is measured.
     """
     started = time.perf_counter()
@@ -147,7 +147,7 @@ def measure(
     finally:
         result["clocks"] = watch.stop()
     if "aborted" not in result:
-        # Again at the end: the better of the two is nearer to the truth.
+        # Measured again at the end: the better of the two is nearer to the true rate.
         limits = limits.best(measure_limits(clock, tiny=options.tiny, fp8=fp8))
     result["limits"] = limits.to_dict()
     result["left_out"] = [str(case) for case in pacer.left_out]
@@ -158,12 +158,12 @@ def measure(
 
 
 def op_of(part: str) -> str:
-    """The op that a part measures."""
+    """Returns the op that a part measures."""
     return _OP_OF.get(part, part.removesuffix("_training"))
 
 
 def costs_of(wanted: Sequence[Case], limits: Limits, flush_s: float) -> list[planner.Cost]:
-    """Estimates, with all experts in use."""
+    """Returns cost estimates, with all experts in use."""
     found = []
     for case in wanted:
         rates = planner.Rates(limits.flops(case.dtype), limits.copy_bytes, flush_s)
@@ -174,7 +174,7 @@ def costs_of(wanted: Sequence[Case], limits: Limits, flush_s: float) -> list[pla
 
 
 def add_floors(result: dict[str, Any], limits: Limits) -> None:
-    """The time that the limits allow each case, and every baseline's share of it."""
+    """Adds the minimum time of each case under the limits, and every baseline's fraction of it."""
     for cell in result["cells"]:
         seconds = max(
             cell["flops"] / limits.flops(cell["dtype"]), cell["bytes"] / limits.copy_bytes
@@ -222,7 +222,7 @@ def _measure_all(
         cost = costs_of([case], session.limits, session.clock.flush_s)[0]
         try:
             cell = measure_case(session, case, layer, rounds * cost.round_s, cost.least_rounds)
-        except Exception as problem:  # Inputs that do not fit, a truth that cannot be had.
+        except Exception as problem:  # Inputs that do not fit, or no reference.
             used = min(case.shape.E, case.num_slots)
             cell = _cell(case, used, {}, {}, {}, {OURS: in_a_sentence(problem)})
             session.log(f"{case}: {cell['skipped'][OURS]}")
@@ -244,7 +244,7 @@ def measure_case(
     granted_s: float,
     least_rounds: int = planner.MIN_ROUNDS,
 ) -> dict[str, Any]:
-    """One cell: every baseline checked, then rounds for about `granted_s` seconds."""
+    """Measures one cell: checks every baseline, then runs rounds for about `granted_s` seconds."""
     problem = problem_of(session, case, layer)
     session.absent |= problem.absent
     prepared, errors, skipped = _prepare(session, problem)
@@ -308,7 +308,7 @@ def _prepare(
 
 
 def _slow_ones(prepared: dict[str, Prepared], granted_s: float, least_rounds: int) -> list[str]:
-    """Baselines whose rounds would take more than the case was granted, far behind the first."""
+    """Returns baselines far slower than the first, whose rounds would exceed the case's time."""
     if not prepared:
         return []
     first = next(iter(prepared.values())).once_s
@@ -329,7 +329,7 @@ def _cell(
 ) -> dict[str, Any]:
     work = work_of(case, used)
     baselines: dict[str, Any] = {}
-    # In the order of the problem; slow ones were timed apart.
+    # In the order of the problem; slow ones were timed separately.
     for name in prepared:
         sample = samples[name]
         found: dict[str, Any] = {"us": sample.median * 1e6, "rounds": len(sample.used)}
@@ -356,7 +356,8 @@ def _cell(
 
 
 def _broken(device: torch.device) -> str:
-    """What the device says after a fault, which a process cannot recover from; empty if well."""
+    """Returns the device's error after a fault, from which a process cannot recover; empty if there
+    is none."""
     if device.type != "cuda":
         return ""
     try:

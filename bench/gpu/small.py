@@ -1,9 +1,9 @@
-"""Every op once on small input, checked against the reference: what compute-sanitizer looks at.
+"""Runs every op once on small input, checked against the reference, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m bench.gpu.small
 
-The cases of the doctor cover every op; here the products are long enough for a pipeline to go
-round, with sizes that no tile divides (and odd ones, which TMA cannot read), experts without rows,
+The cases of the doctor cover every op; here reductions are long enough for a pipeline to wrap
+around, with sizes that no tile divides (and odd ones, which TMA cannot read), experts without rows,
 and slots without an expert.
 """
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from bench.gpu.problem import relative, worst
 from moe_ops import doctor, ops, reference
 
-# Sums of some hundred products of numbers rounded to 8 bits.
+# Sums of some hundred products of values rounded to bf16.
 _TOLERANCE = 2.0**-6
 T, H, I, E, K = 150, 328, 200, 6, 2
 
 
 def run(device: str) -> list[str]:
-    """What is wrong, a line each; needs nothing but the ops."""
+    """Returns errors, one line each; needs only the ops."""
     wrong = [
         f"{test.op} {test.dtype}: {test.message or f'error {test.forward_error}'}"
         for test in doctor.self_test(device)
@@ -36,14 +36,14 @@ def run(device: str) -> list[str]:
 
 
 def errors(device: str) -> dict[str, float]:
-    """Relative errors in bf16 of the products and the block, outputs and gradients."""
+    """Returns relative errors in bf16 of the GEMMs and the block, outputs and gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         values = torch.randn(size, generator=generator) * size[-1] ** -0.5
         return values.to(torch.bfloat16).to(device)
 
-    # The last expert gets nothing; every seventh token has no second expert.
+    # The last expert gets no tokens; every seventh token has no second expert.
     ids = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(T)]).int()
     ids[::7, 1] = -1
     ids = ids.to(device)
@@ -66,7 +66,7 @@ def errors(device: str) -> dict[str, float]:
 
 
 def _both(op: str, floats: tuple[Tensor, ...], rest: tuple[Tensor, ...]) -> float:
-    """The largest relative error of output and gradients."""
+    """Returns the largest relative error of output and gradients."""
     results = []
     for module, dtype in ((ops, None), (reference, torch.float64)):
         leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in floats]

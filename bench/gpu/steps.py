@@ -1,4 +1,4 @@
-"""What comes before measuring: building, the op tests, compute-sanitizer. Needs no torch.
+"""Steps before measuring: building, the op tests, compute-sanitizer. Needs no torch.
 
 Each step is a command with a time limit and a log in build/gpu; its outcome is a dict for the
 report: status (passed, failed, unfinished, skipped), seconds, and a sentence.
@@ -22,9 +22,9 @@ from bench.harness.files import ROOT
 
 LOGS = ROOT / "build" / "gpu"
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-# An exit status that no Python program of ours has.
+# An exit status that none of our Python programs uses.
 _SANITIZER_ERROR = 86
-# What a process may take to write its last words after SIGINT.
+# Time for a process to finish its output after SIGINT.
 _GRACE_S = 10.0
 
 Outcome = dict[str, Any]
@@ -71,7 +71,7 @@ def build(limit_s: float) -> Outcome:
 
 
 def op_tests(limit_s: float) -> Outcome:
-    """tests/ops on the card."""
+    """Runs tests/ops on the GPU."""
     status, seconds, log = run_logged("tests", op_test_command(sys.executable), limit_s)
     counts = test_counts(log.read_text(errors="replace"))
     text = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no result"
@@ -83,12 +83,12 @@ def op_tests(limit_s: float) -> Outcome:
 
 
 def sanitize(tool: str, limit_s: float) -> Outcome:
-    """memcheck or racecheck over `small`: every op once, forward and backward."""
+    """Runs memcheck or racecheck over `small`: every op once, forward and backward."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return _outcome("skipped", 0.0, "compute-sanitizer is not installed")
     command = sanitizer_command(sys.executable, tool, sanitizer)
-    # Every tensor in an allocation of its own: an access past its end is outside of it.
+    # Every tensor gets its own allocation, so that an access past its end is out of bounds.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status, seconds, log = run_logged(tool, command, limit_s, environment)
     text = log.read_text(errors="replace")
@@ -106,7 +106,7 @@ def log_of(name: str) -> Path:
 def run_logged(
     name: str, command: Sequence[str], limit_s: float, environment: Mapping[str, str] = {}
 ) -> tuple[int | None, float, Path]:
-    """(exit status, or None when the limit stopped it; seconds; log)."""
+    """Returns (exit status, or None at the time limit; seconds; log)."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = log_of(name)
     started = time.perf_counter()
@@ -133,7 +133,7 @@ def run_logged(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the process and its children to stop, as Ctrl-C does; then makes them."""
+    """Interrupts the process and its children, as Ctrl-C does; then kills them."""
     for what, wait_s in ((signal.SIGINT, _GRACE_S), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
@@ -143,7 +143,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_counts(log: str) -> dict[str, int]:
-    """Counts of pytest's last summary: {"passed": 812, "failed": 1, ...}."""
+    """Parses the counts of pytest's last summary: {"passed": 812, "failed": 1, ...}."""
     for line in reversed(log.splitlines()):
         found = re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", line)
         if found and " in " in line:
@@ -158,7 +158,7 @@ def _outcome(status: str, seconds: float, text: str, **more: Any) -> Outcome:
 
 
 def said(command: list[str]) -> list[str]:
-    """The lines that a tool prints; none if it is not there or does not answer."""
+    """Returns a tool's output lines; none if it is missing or fails."""
     folder = "/usr/local/cuda/bin"
     path = shutil.which(command[0], path=os.pathsep.join([os.environ.get("PATH", ""), folder]))
     if path is None:

@@ -1,11 +1,11 @@
-"""Operations and bytes of a case: what no implementation can do without.
+"""Operations and bytes of a case: the minimum for any implementation.
 
-T tokens of width H, E experts of width I, K a token, N = T K rows; w bytes a weight, b = 2 bytes an
-activation, 4 a routing weight or an index. `used` experts have tokens.
+T tokens of width H, E experts of width I, K per token, N = T K rows; w bytes per weight, b = 2
+bytes per activation, 4 per routing weight or index. `used` experts have tokens.
 
 Bytes are those that must cross the memory once even if every cache were perfect inside a kernel:
-operands read, results written, and between the two products of a block the hidden rows [N, I],
-written and read. Gathered copies of x are not counted: they can be avoided.
+operands read, results written, and between the two GEMMs of a block the hidden rows [N, I], written
+and read. Gathered copies of x are not counted: they can be avoided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from bench.gpu.cases import AttentionSize, Case, attention_size
 
 _B = 2
 _WORD = 4
-# Of fp8 weights there is an fp32 scale a block of 128 by 128, of activations one a 128 of a row.
+# fp8 weights have one fp32 scale per block of 128 by 128, activations one per 128 elements of a
+# row.
 _BLOCK = 128
 _INT4_GROUP = 64
 
@@ -29,12 +30,12 @@ class Work:
 
 
 def work_of(case: Case, used: int) -> Work:
-    """The work of a case whose tokens reach `used` of the experts."""
+    """Returns the work of a case whose tokens reach `used` of the experts."""
     H, I, E = case.shape.H, case.shape.I, case.shape.E
     T, N = case.T, case.num_slots
     part = case.part
-    up, down = 2 * I * H, H * I  # weights of an expert
-    product = 2.0 * N  # operations a weight of an expert, for all rows
+    up, down = 2 * I * H, H * I  # weights per expert
+    product = 2.0 * N  # operations per weight of an expert, for all rows
     if part == "forward":
         return Work(
             product * (up + down), _B * (used * (up + down) + 2 * T * H + 2 * N * I) + 8 * N
@@ -68,13 +69,13 @@ def work_of(case: Case, used: int) -> Work:
         biases = read if part == "forward_stored" else 2 * read + written
         return Work(own.flops, own.bytes + _B * biases)
     if part in cases.LINEAR:
-        # A matrix [I, H] an expert; the slots [N, I] are one side, the tokens [T, H] the other.
+        # One matrix [I, H] per expert; the slots [N, I] are one side, the tokens [T, H] the other.
         training = part.endswith("training")
         reduces = part.startswith("moe_linear_reduce")
         once = _B * (used * down + T * H + N * I) + _WORD * N * (2 if reduces else 1)
         backward = _B * (used * down + E * down + 2 * T * H + 2 * N * I) if training else 0
         if reduces and training:
-            backward += 2 * _WORD * N - _B * T * H  # the gradient by x is that by slots
+            backward += 2 * _WORD * N - _B * T * H  # the gradient of x is computed by slot
         return Work(product * down * (3 if training else 1), once + backward)
     if part in cases.ATTENTION:
         return _attention_work(attention_size(case), part.endswith("training"))
@@ -92,7 +93,8 @@ def work_of(case: Case, used: int) -> Work:
 
 
 def _attention_work(size: AttentionSize, training: bool) -> Work:
-    """Causal: half of two products of S by S by d a head forward, of five backward."""
+    """Returns the work of causal attention: half of two GEMMs of S by S by d per head forward, of
+    five backward."""
     B, S, K, n, d = size
     square = 2.0 * B * K * n * S * S * d / 2
     queries, keys = B * S * K * n * d, B * S * n * d
@@ -103,7 +105,7 @@ def _attention_work(size: AttentionSize, training: bool) -> Work:
 
 
 def _moves_training_bytes(case: Case) -> float:
-    """Forward and backward of an op that moves rows: what both read and write."""
+    """Returns the bytes that forward and backward of an op that moves rows read and write."""
     H, I, E = case.shape.H, case.shape.I, case.shape.E
     T, N = case.T, case.num_slots
     return {
@@ -117,12 +119,12 @@ def _moves_training_bytes(case: Case) -> float:
 
 
 def _training_bytes(case: Case, used: int) -> float:
-    """Forward, then the gradients of x, of both weights and of the routing weights.
+    """Returns the bytes of forward, then of the gradients of x, of both weights and of the routing
+    weights.
 
-    Forward as above, and the pre-activation [N, 2I] is written. Backward reads the weights, x, the
-    gradient of y and the pre-activation again, and writes the gradients of x and of the weights of
-    all experts; between its products the gradient of the pre-activation and the hidden rows are
-    written and read.
+    Forward also writes the pre-activation [N, 2I]. Backward reads the weights, x, the gradient of y
+    and the pre-activation again, and writes the gradients of x and of the weights of all experts;
+    between its GEMMs the gradient of the pre-activation and the hidden rows are written and read.
     """
     H, I, E = case.shape.H, case.shape.I, case.shape.E
     T, N = case.T, case.num_slots

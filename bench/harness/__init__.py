@@ -1,1 +1,1 @@
-"""What the benchmarks of the source tree share; the loop and the clocks ship in `moe_ops.bench`."""
+"""Shared code of the source tree's benchmarks; the loop and the clocks are in `moe_ops.bench`."""

@@ -1,4 +1,4 @@
-"""Types of arguments for argparse, with their ranges."""
+"""Argument types for argparse, with ranges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_SECONDS = 24 * 3600.0
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """For argparse's `type`: a whole number from `least` to `most`."""
+    """Returns an argparse `type`: an integer from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -27,7 +27,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def seconds(text: str) -> float:
-    """For argparse's `type`: a number above 0 and at most MAX_SECONDS."""
+    """Parses a number above 0 and at most MAX_SECONDS, for argparse's `type`."""
     try:
         value = float(text)
     except ValueError:

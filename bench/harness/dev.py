@@ -1,5 +1,5 @@
-"""Finds `moe_ops_dev`, in which tests and benches see what the kernels choose: tiles, block sizes,
-tables (csrc/python/dev.cpp)."""
+"""Finds `moe_ops_dev`, which shows tests and benchmarks the kernels' selections: tiles, block
+sizes, tables (csrc/python/dev.cpp)."""
 
 from __future__ import annotations
 

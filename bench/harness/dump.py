@@ -1,6 +1,6 @@
-"""Writes the tables of each recorded result beside it: ``python -m bench.harness.dump``.
+"""Writes the tables of each recorded result: ``python -m bench.harness.dump``.
 
-bench/results/NAME.md is made from bench/results/NAME.json and never edited.
+bench/results/NAME.md is generated from bench/results/NAME.json and never edited.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MADE = "<!-- Made by `python -m bench.harness.dump`; do not edit. -->\n\n"
 
 
 def dump(path: Path) -> str:
-    """The tables of the result in a JSON file."""
+    """Returns the tables of the result in a JSON file."""
     result = json.loads(path.read_text())
     if result.get("kind") == "gpu":
         return f"{_MADE}{gpu_report.HOW}\n\n{gpu_report.markdown(result)}"

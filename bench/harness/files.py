@@ -1,4 +1,4 @@
-"""Where the source tree and its recorded results are."""
+"""Locations of the source tree and its recorded results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def commit() -> str:
-    """What git calls the tree, "-dirty" behind it where files have changed; "" without git."""
+    """Returns git's name of the tree, with "-dirty" if files have changed; "" without git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -21,7 +21,7 @@ def commit() -> str:
 
 
 def dumps(result: dict[str, Any]) -> str:
-    """JSON with one cell a line, so that two runs can be compared line by line."""
+    """Returns JSON with one cell per line, so that two runs can be compared line by line."""
     lines = []
     for key, value in result.items():
         if isinstance(value, list) and value:
@@ -33,7 +33,7 @@ def dumps(result: dict[str, Any]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four significant digits, all the way down."""
+    """Rounds floats to four significant digits, recursively."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a recorded result says about where and when it was made."""
+"""The machine and time of a recorded result."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ def now() -> str:
 
 
 def load() -> list[float]:
-    """Runnable processes, averages of 1 and 5 minutes; ours is one of them."""
+    """Returns runnable processes, averages of 1 and 5 minutes, including this one."""
     return [round(value, 2) for value in os.getloadavg()[:2]] if hasattr(os, "getloadavg") else []
 
 
 def beyond_isa() -> str | None:
-    """Why a library cannot run whose instruction set no environment lowers; None if it can."""
+    """Returns the reason why a library cannot run whose instruction set no environment variable
+    lowers; None if it can."""
     held = _library.cpu_isa() != _library.detected_isa()
     return f"cannot be held to {_library.cpu_isa()}" if held else None
 
 
 def _family() -> str:
-    """(family 25, model 17), where the system tells them."""
+    """Returns (family 25, model 17), if the system reports them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

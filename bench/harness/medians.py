@@ -1,4 +1,4 @@
-"""Median times of a few functions that are to be compared."""
+"""Median times of a few functions to compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def median_ms(
     warm: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median ms of each, interleaved; `warm` calls of each first, which count for nothing."""
+    """Returns the median ms of each, interleaved; `warm` calls of each before are not counted."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
 
     def sample(name: str, number: int) -> None:

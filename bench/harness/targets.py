@@ -1,6 +1,6 @@
-"""Targets: numbers that this project has set itself, and whether a run shows them.
+"""Performance targets of this project, and whether a run reaches them.
 
-A target is a number that every cell of a group must reach; its verdict names the worst cell.
+A target is a value that every cell of a group must reach; its verdict names the worst cell.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """`worst` of the cells and `where` it is, both for people; None if nothing was measured.
+    """Verdict on a target. `worst` is the worst cell's value and `where` its name, for readers;
+    None if nothing was measured.
 
-    `at_limit`: what that cell's ratio would be if ours ran at its limit; None where ours is faster
-    than that, its weights in a cache. `out_of_reach`: the target is not met, and in no cell that
-    misses it would running at the limit be enough.
+    `at_limit`: that cell's ratio if ours ran at its limit; None if ours is faster than that, with
+    its weights in a cache. `out_of_reach`: the target is missed, and in no cell that misses it
+    would running at the limit be enough.
     """
 
     target: str
@@ -37,7 +38,8 @@ def judge(
     *,
     most: bool = False,
 ) -> Verdict:
-    """The verdict on (value, where) pairs that must be at least `bound`, or at `most` so much."""
+    """Returns the verdict on (value, where) pairs that must be at least `bound`, or at most with
+    `most`."""
     if not values:
         return Verdict(target, must, None, "", False)
     worst, where = (max if most else min)(values)

@@ -1,6 +1,6 @@
-"""Decoding with experts on disk: what each policy of the cache makes of the same tokens.
+"""Decoding with experts on disk: a comparison of cache policies on equal tokens.
 
-The model is a small one of the zoo, trained for a minute on bytes, or one that --model names. Its
-experts are then made wider with zeros, which changes nothing that it computes: routes are those of
-a trained model, and experts have a size that takes time to load.
+The model is a small one of the zoo, trained for a minute on bytes, or one named by --model. Its
+experts are then widened with zeros, which does not change its results: routing is that of a trained
+model, and experts are large enough to take time to load.
 """

@@ -1,4 +1,4 @@
-"""python -m bench.offload: decoding with experts on disk, policy by policy."""
+"""Decoding with experts on disk, policy by policy: ``python -m bench.offload``."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new result with the cells of the old one that were not measured again."""
+    """Returns the new result with the cells of the old one that were not measured again."""
     keys = ("streams", "store", "cache")
     measured = {tuple(cell[key] for key in keys) for cell in new["cells"]}
     kept = [cell for cell in old["cells"] if tuple(cell[k] for k in keys) not in measured]
@@ -88,7 +88,7 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """What stands between the marks of the page."""
+    """Returns the text between the page's marks."""
     plan, recall = result["plan"], result["recall"]
     megabytes = result["expert_bytes"] / 2**20
     lines = [

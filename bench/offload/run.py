@@ -1,6 +1,6 @@
 """One model, one text, all policies.
 
-Letters: B streams, L layers of experts, E experts a layer, V vocabulary.
+Letters: B streams, L layers of experts, E experts per layer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ DELAY = 1e-3
 
 @dataclass
 class Plan:
-    """What is measured; the defaults are those of the page.
+    """Measurement plan; the defaults are those of the page.
 
-    intermediate_size: of the experts after they are made wider.
-    tokens: of each stream, after a prefill of `prompt`.
-    stores: "cached": the file stays in the system's cache; "disk": it is read from the disk;
-        "delayed": cached, and each read takes a millisecond at least, in which the thread sleeps,
-        as it does while a device copies by itself.
+    intermediate_size: of the experts after widening. tokens: of each stream, after a prefill of
+    `prompt`. stores: "cached": the file stays in the system's cache; "disk": it is read from the
+    disk; "delayed": cached, and each read takes at least a millisecond, in which the thread sleeps,
+    as during a copy by a device.
     """
 
     train_steps: int = 300
@@ -71,7 +70,7 @@ class Plan:
 
 
 def make_model(plan: Plan) -> CausalLM:
-    """The model before it is made wider, trained on the bytes of three domains."""
+    """Returns the model before it is widened, trained on the bytes of three domains."""
     if plan.model is not None:
         return DeepSeek.from_pretrained(plan.model)
     torch.manual_seed(0)
@@ -108,7 +107,7 @@ def make_model(plan: Plan) -> CausalLM:
 
 @torch.no_grad()
 def widen(model: nn.Module, intermediate_size: int) -> nn.Module:
-    """Gives experts more neurons, all zero: the same function."""
+    """Gives experts more neurons, all zero, which keeps the function."""
     for module in list(model.modules()):
         if isinstance(module, Experts) and module.intermediate_size < intermediate_size:
             wide = module.blank(module.num_experts, intermediate_size=intermediate_size)
@@ -127,7 +126,7 @@ def widen(model: nn.Module, intermediate_size: int) -> nn.Module:
 
 
 def texts(plan: Plan, batch: int) -> Tensor:
-    """[B, prompt + tokens] held-out bytes, the domains in turn."""
+    """Returns [B, prompt + tokens] held-out bytes, the domains in turn."""
     length = plan.prompt + plan.tokens
     domains = load_domains(DOMAINS)
     rows = [heldout_batches(d, 1, batch, length)[0][:, :length] for d in domains]
@@ -136,8 +135,8 @@ def texts(plan: Plan, batch: int) -> Tensor:
 
 @torch.no_grad()
 def decode(model: CausalLM, text: Tensor, prompt: int) -> list[tuple[float, float]]:
-    """Reads a text byte by byte behind its first bytes: of each step its seconds, and how long
-    threads of this process waited for a core."""
+    """Reads a text byte by byte after its first bytes; returns for each step its seconds and the
+    time that threads of this process waited for a core."""
     cache = model.new_cache()
     model(text[:, :prompt], cache=cache, last=1)
     found = []
@@ -149,7 +148,8 @@ def decode(model: CausalLM, text: Tensor, prompt: int) -> list[tuple[float, floa
 
 
 def recall(chances: Tensor, trace: ExpertTrace) -> float:
-    """Share of the experts used that are among the K that were given the best chances."""
+    """Returns the fraction of the used experts among the K with the highest predicted
+    probability."""
     hot = trace.multi_hot()
     best = chances.topk(trace.ids.shape[2], dim=-1).indices
     return (hot.gather(2, best).sum() / hot.sum()).item()
@@ -170,7 +170,7 @@ def policies(
 
 
 def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All cells of the plan; in every round the policies take turns."""
+    """Measures all cells of the plan; in every round the policies take turns."""
     torch.set_num_threads(1)
     model = make_model(plan)
     domains = load_domains(DOMAINS)
@@ -225,7 +225,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dic
 
 
 class Delayed(FileStore):
-    """Reads that take DELAY seconds at least."""
+    """Store whose reads take at least DELAY seconds."""
 
     def read(self, key: Any, into: Any, *, non_blocking: bool = False) -> None:
         end = perf_counter() + DELAY
@@ -238,7 +238,7 @@ def opened_as(path: Path, store: str) -> FileStore:
 
 
 def page_in(path: Path, store: str) -> float:
-    """Seconds to read one expert: the median over all."""
+    """Returns the median seconds to read one expert."""
     opened = opened_as(path, store)
     into = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in opened.tensors.items()}
     keys = [(b, e) for b in range(opened.num_banks) for e in range(opened.num_experts)]
@@ -301,7 +301,7 @@ def _cells(
 
 
 def use(model: CausalLM, cache: ExpertCache) -> None:
-    """Gives a model whose experts are offloaded another cache of the same experts."""
+    """Replaces the expert cache of a model with offloaded experts."""
     for module in model.modules():
         if isinstance(module, OffloadedExperts):
             module.cache = cache
@@ -311,8 +311,8 @@ def use(model: CausalLM, cache: ExpertCache) -> None:
 
 @dataclass
 class Run:
-    """Decoding once: of each step its seconds, what of them its calls waited for experts, and how
-    long threads of this process waited for a core."""
+    """One decoding run: for each step its seconds, the part spent waiting for experts, and the time
+    that threads of this process waited for a core."""
 
     seconds: list[float]
     wait: list[float]
@@ -321,8 +321,8 @@ class Run:
 
 
 def _calmest(runs: list[Run]) -> list[tuple[float, float, float]]:
-    """Seconds, wait and delay of each step, from the run in which threads waited least for a core
-    in that step: other processes take cores from all policies, and most from those of two
+    """Returns seconds, wait and delay of each step, from the run in which threads waited least for
+    a core in that step: other processes take cores from all policies, and most from those of two
     threads."""
     found = []
     for step in range(len(runs[0].seconds)):
@@ -359,8 +359,8 @@ def _timed(model: CausalLM, cache: ExpertCache, text: Tensor, prompt: int) -> Ru
 
 
 def core_waits() -> float:
-    """Seconds that threads of this process have waited for a core so far; 0 where the system does
-    not say."""
+    """Returns the seconds that threads of this process have waited for a core so far; 0 if the
+    system does not report it."""
     total = 0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         try:

@@ -1,1 +1,1 @@
-"""The paired benchmark of two builds: what one of them does slower than the other."""
+"""Paired benchmark of two builds, which finds regressions of one against the other."""

@@ -1,15 +1,15 @@
 """Compares two builds of moe_ops: ``python -m bench.paired BASE_PYTHONPATH NEW_PYTHONPATH``.
 
-Each build is a folder for PYTHONPATH that holds the package moe_ops with its libraries. Each build
-has a process, a new one each round, which forks for each cell, so that no cell finds traces of
-another. A cell runs in the one build and at once in the other, since the speed of a machine drifts;
-which goes first changes from cell to cell and from round to round. A process has one thread, and
-its time is that thread's on a core, so that other work on the machine counts little. A cell is
-flagged where the median over rounds of the ratio new to base and the ratio of the best times are
-both further from one than the tolerance. The status is 1 if a cell is slower.
+Each build is a folder for PYTHONPATH that contains the package moe_ops with its libraries. Each
+build has a process, a new one per round, which forks for each cell, so that no cell is affected by
+another. A cell runs in one build and immediately in the other, since the speed of a machine drifts;
+the order alternates from cell to cell and from round to round. A process has one thread and is
+measured by its thread CPU time, which other work on the machine affects little. A cell is flagged
+if the median over rounds of the ratio new to base and the ratio of the best times are both further
+from one than the tolerance. The status is 1 if a cell is slower.
 
-Pages of memory lie elsewhere in each process, which alone moves some cells by several percent:
-compare a build with itself to see which, and believe a cell that is flagged in several runs.
+Memory pages differ between processes, which alone changes some cells by several percent: compare a
+build with itself to find these, and trust a cell that is flagged in several runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 @dataclass
 class Cell:
-    """The samples of one cell in both builds, in seconds, or why a build has none."""
+    """Samples of one cell in both builds, in seconds, or the reason why a build has none."""
 
     samples: dict[str, Samples] = field(
         default_factory=lambda: {"base": Samples(), "new": Samples()}
@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        """Median over rounds of new / base."""
+        """Returns the median over rounds of new / base."""
         return speedup(self.samples, "base", "new")
 
     @property
@@ -63,7 +63,8 @@ class Cell:
 
 
 class Build:
-    """The process of one build: `cells` run as a script. A context, at whose end it ends."""
+    """Process of one build: `cells` run as a script. It is a context manager that ends the
+    process."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -84,13 +85,13 @@ class Build:
         self._process.communicate()
 
     def check(self) -> None:
-        """Raises ValueError: the process failed, or moe_ops was found elsewhere."""
+        """Raises ValueError if the process failed, or moe_ops was imported from elsewhere."""
         found = self._answer()
         if not Path(found).is_relative_to(self.folder):
             raise ValueError(f"{self.folder} must hold the package moe_ops, got {found}")
 
     def measure(self, cell: str) -> float | str:
-        """Nanoseconds of a cell, or why it cannot run.
+        """Returns nanoseconds of a cell, or the reason why it cannot run.
 
         Raises:
             ValueError: the process failed.
@@ -113,7 +114,7 @@ class Build:
 def compare(
     folders: dict[str, Path], names: list[str], rounds: int, environment: dict[str, str]
 ) -> dict[str, Cell]:
-    """The cells `names` in the builds "base" and "new"."""
+    """Measures the cells `names` in the builds "base" and "new"."""
     found = {name: Cell() for name in names}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)

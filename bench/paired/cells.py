@@ -1,12 +1,12 @@
-"""What `bench.paired` times, run as a script by the interpreter of one build.
+"""The cells of `bench.paired`, run as a script by the interpreter of one build.
 
-It prints where moe_ops was imported from, then reads the names of cells and answers each with its
-nanoseconds, a line of JSON each. Only names are used that are public in every build, and nothing of
-the benchmarks is imported: a build may be older than they are.
+It prints where moe_ops was imported from, then reads cell names and answers each with its
+nanoseconds, one line of JSON each. It uses only names that are public in every build, and imports
+no benchmark code: a build may be older than the benchmarks.
 
-Every cell runs in a process forked from one that has everything imported and has run nothing but
-the making of weights. In one process for all, a cell finds the heap, scratch and huge pages as the
-cells before it left them, which no two builds do alike: small ones then differ by several percent.
+Every cell runs in a process forked from one that has imported everything and has only created
+weights. In one process for all, a cell would find the heap, scratch and huge pages left by earlier
+cells, which differ between builds; small cells then vary by several percent.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SHAPES = {
     "narrow": (64, 32, 4, 2),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SAMPLE_S = 2e-3  # A shorter job is repeated within a sample.
+SAMPLE_S = 2e-3  # Shorter jobs are repeated within a sample.
 CELL_S = 0.25
 LEAST_SAMPLES = 5
 
 
 @functools.lru_cache(maxsize=1)
 def experts(shape: str, dtype: str) -> Any:
-    """The experts of a layer, whose weights lie where layers keep them."""
+    """Returns the experts of a layer, with weights stored as in layers."""
     H, I, E, _ = SHAPES[shape]
     torch.manual_seed(0)
     module = layers.Experts(E, H, I).to(DTYPES[dtype])
@@ -54,7 +54,7 @@ def experts(shape: str, dtype: str) -> Any:
 
 
 def tokens(shape: str, dtype: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, routing weights and ids."""
+    """Returns x, routing weights and ids."""
     H, _, E, K = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, H, generator=generator).to(DTYPES[dtype])
@@ -158,7 +158,8 @@ def model_training(system: str) -> Job:
 
 
 def all_cells() -> dict[str, Callable[[], Job]]:
-    """Name -> what prepares the job. Cells of one shape follow each other: they share weights."""
+    """Returns functions that prepare the jobs, by name. Cells of one shape are consecutive and
+    share weights."""
     cells: dict[str, Callable[[], Job]] = {}
 
     def add(name: str, make: Callable[..., Job], *arguments: Any) -> None:
@@ -198,8 +199,8 @@ def all_cells() -> dict[str, Callable[[], Job]]:
 
 
 def nanoseconds(job: Job) -> float:
-    """Of this thread, which other processes do not count into: the fifth part of the samples is
-    faster."""
+    """Returns nanoseconds of this thread's CPU time, which excludes other processes: a fifth of the
+    samples are faster."""
     for _ in range(3):
         job()
     started = time.perf_counter()
@@ -216,17 +217,17 @@ def nanoseconds(job: Job) -> float:
 
 
 def chosen(words: list[str]) -> list[str]:
-    """The cells whose names have one of these words in them; all without words."""
+    """Returns the cells whose names contain one of these words; all without words."""
     return [name for name in all_cells() if not words or any(word in name for word in words)]
 
 
 def measure(name: str) -> float | str:
-    """Nanoseconds of a cell, or why it cannot run; in a process of its own."""
+    """Returns nanoseconds of a cell, or the reason why it cannot run; in its own process."""
     prepare = all_cells()[name]
     assert isinstance(prepare, functools.partial)
     read, write = os.pipe()
     if prepare.func in (forward, packed, training, quantized):
-        experts(*prepare.args[:2])  # Shared: their values would otherwise be drawn for each cell.
+        experts(*prepare.args[:2])  # Shared, to avoid drawing their values for each cell.
     child = os.fork()
     if child == 0:
         result: float | str
@@ -234,7 +235,7 @@ def measure(name: str) -> float | str:
             torch.manual_seed(0)
             with contextlib.nullcontext() if "training" in name else torch.no_grad():
                 result = nanoseconds(prepare())
-        except Exception as problem:  # A build may lack what a cell calls.
+        except Exception as problem:  # A build may lack a function that the cell calls.
             result = f"{type(problem).__name__}: {problem}".splitlines()[0]
         os.write(write, json.dumps(result).encode())
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Other libraries' expert layers, as baselines. Nothing is imported before it is asked for."""
+"""Other libraries' expert layers, as baselines. They are imported on first use."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     pip install libggml-python
 
 The graph is the one that llama.cpp builds for a mixture of experts with merged gate and up weights:
-activations are fp32, and ggml converts them to the format that goes with the weights.
+activations are fp32, and ggml converts them to the format that the weights require.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _InitParams(c.Structure):
     _fields_ = [("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", c.c_bool)]
 
 
-# Result and arguments of every function that is called.
+# Result and argument types of the functions that are called.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_init": (_P, [_InitParams]),
     "ggml_free": (None, [_P]),
@@ -87,7 +87,7 @@ def _functions() -> dict[str, Any]:
 
 
 class GGML(Baseline):
-    """`repacked`: weights in the order that ggml's kernels for eight rows at once read."""
+    """ggml baseline. `repacked`: weights in the order of ggml's kernels for eight rows at once."""
 
     KINDS = (
         ("fp32", "f32", False),
@@ -136,7 +136,7 @@ class GGML(Baseline):
 
 
 class _Weights:
-    """Frees what ggml holds when nobody runs it any more."""
+    """Frees ggml's memory when it is no longer used."""
 
     def __init__(self, backend: int, context: int, buffer: int, tensors: list[int]) -> None:
         self.backend, self.tensors = backend, tensors
@@ -202,7 +202,7 @@ def _context(num_tensors: int) -> int:
 
 
 def _repacking(backend: int) -> int:
-    """The buffer type whose tensors are reordered when they are set."""
+    """Returns the buffer type whose tensors are reordered when they are set."""
     f = _functions()
     registry = f["ggml_backend_dev_backend_reg"](f["ggml_backend_get_device"](backend))
     address = f["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
@@ -216,7 +216,7 @@ def _repacking(backend: int) -> int:
 
 
 def _converted(w: Tensor, kind: str) -> Tensor:
-    """The bytes of [E, O, K] in a format of ggml, expert after expert."""
+    """Returns the bytes of [E, O, K] in a format of ggml, expert after expert."""
     f = _functions()
     if kind in ("f32", "f16", "bf16"):
         dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]

@@ -2,8 +2,8 @@
 
     pip install onnxruntime onnx
 
-The operators route by themselves: they get the logarithms of our routing weights and normalise over
-the chosen experts, which gives those weights back.
+The operators route by themselves: they get the logarithms of our routing weights and normalize over
+the selected experts, which gives those weights back.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class OnnxRuntime(Baseline):
 
 
 def _interleaved(w: Tensor) -> Tensor:
-    """[E, 2I, ...] with gate and up alternating, as the operators want them."""
+    """Returns [E, 2I, ...] with gate and up interleaved, as the operators require."""
     return torch.stack(w.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 

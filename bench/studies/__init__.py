@@ -1,8 +1,8 @@
-"""Small experiments that show, or fail to show, what a system of the zoo claims.
+"""Small experiments that test the published claims of the zoo's models.
 
-One module a system, named as in `moe_ops.zoo`, with an `EXPERIMENT` of studies
-(`bench.studies.study`). ``python -m bench.studies [SYSTEM ...] --hours 2`` runs what is
-missing of them, at the root of the source tree; docs/zoo.md says how, and what a verdict is.
-`subject` trains models that experiments on trained models share. `fp8_training`, `qlora` and
-`quantized_quality` are scripts of their own, about precision.
+One module per model, named as in `moe_ops.zoo`, with an `EXPERIMENT` of studies
+(`bench.studies.study`). ``python -m bench.studies [SYSTEM ...] --hours 2``, at the root of the
+source tree, runs those that are missing; docs/zoo.md explains usage and verdicts. `subject` trains
+models shared by experiments on trained models. `fp8_training`, `qlora` and `quantized_quality` are
+separate scripts about precision.
 """

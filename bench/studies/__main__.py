@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def listed(study: Study) -> str:
-    """A study in a line."""
+    """Returns a study as one line."""
     store = queue.Store(study)
     total, left = len(study.runs) * study.seeds, len(store.missing())
     return (
@@ -98,7 +98,8 @@ def listed(study: Study) -> str:
 
 
 def pilot(study: Study, folder: Path) -> int:
-    """Runs the seeds of pilots, keeps them beside the checkpoints, and says what they promise."""
+    """Runs the pilot seeds, stores them with the checkpoints, and prints the resulting power
+    estimates."""
     path = folder / "pilots" / f"{study.name}.json"
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for seed in PILOT_SEEDS:
@@ -124,7 +125,8 @@ def pilot(study: Study, folder: Path) -> int:
 
 
 def again(name: str, run: str, seed: str) -> int:
-    """Does one run again, without writing anything; 1 if its numbers are not the stored ones."""
+    """Repeats one run without writing anything; returns 1 if its numbers differ from the stored
+    ones."""
     study = registry.study(name)
     if run not in study.runs or not seed.isdecimal() or int(seed) not in study.numbers:
         raise ValueError(

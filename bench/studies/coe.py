@@ -1,7 +1,7 @@
 """Chain-of-Experts: two iterations of K / 2 experts against one of K, gates and residuals.
 
-All arms have the same experts. Iterations run the shared expert again, so two iterations of K / 2
-are 2 + K expert calls a token where one iteration of K is 1 + K.
+All arms have equal experts. Iterations run the shared expert again, so two iterations of K / 2 are
+2 + K expert calls per token, and one iteration of K is 1 + K.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 
 
 def arms_of(base: CoEConfig) -> dict[str, CoEConfig]:
-    """The arms, name -> config; 4 experts a token in one iteration, or 2 in each of two."""
+    """Returns the arms, name -> config; 4 experts per token in one iteration, or 2 in each of
+    two."""
 
     def made(iterations: int, **more: bool) -> CoEConfig:
         return dataclasses.replace(base, num_iterations=iterations, top_k=4 // iterations, **more)
@@ -58,7 +59,7 @@ def text_study(
     hypotheses: Sequence[Hypothesis],
     domains: Sequence[str] = DOMAINS,
 ) -> Study:
-    """Language models; the first arm is the baseline."""
+    """Returns a study of language models; the first arm is the baseline."""
     there = partial(load_domains, domains)
 
     def made() -> dict[str, str]:
@@ -72,7 +73,7 @@ def text_study(
     def pictures(results: Results) -> list[Picture]:
         baseline, *rest = arms
         names = (baseline, *rest)
-        if len(domains) == 1:  # Two numbers, which the table has.
+        if len(domains) == 1:  # Two values, which the table has.
             return []
         return [
             loss_picture(results, rest, baseline),
@@ -97,7 +98,8 @@ def gap(
     column: str = "loss",
     unit: str = "nats a byte",
 ) -> Hypothesis:
-    """Arm a is below arm b; pilot: mean, deviation of a seed's, where they are from."""
+    """Returns the hypothesis that arm a is below arm b; pilot: mean, standard deviation of one
+    seed, source."""
     expected, deviation, said = pilot or (None, None, "")
     return Hypothesis(
         statement,
@@ -110,17 +112,17 @@ def gap(
     )
 
 
-# --- several memorised look-ups in a row
+# Several memorized look-ups in sequence.
 
 
 @dataclass(frozen=True)
 class LookUps:
-    """A task that is `depth` look-ups deep, for one layer without attention.
+    """Task of `depth` nested look-ups, for one layer without attention.
 
-    A token is a symbol and the names of `depth` tables in a row; its class is what the last table
-    has for what the table before has, and so on, for the symbol. Tables are permutations, drawn by
-    seed, that only training tells. `std` is that of the embeddings at first, as in the language
-    models; the routers have the options of the published system.
+    A token is a symbol and the names of `depth` tables; its class is the result of looking up the
+    symbol in the first table, the result in the second, and so on. Tables are permutations, drawn
+    by seed, and can be learned only by training. `std` is the initial standard deviation of the
+    embeddings, as in the language models; the routers have the options of the published model.
     """
 
     symbols: int = 32
@@ -139,7 +141,7 @@ class LookUps:
 
 
 class Chain(nn.Module):
-    """Embeddings of the symbol and of each table's name, layers of experts, a head."""
+    """Model of embeddings of the symbol and of each table's name, layers of experts, and a head."""
 
     def __init__(self, task: LookUps, layers: int, iterations: int, top_k: int, gates: int) -> None:
         super().__init__()
@@ -166,7 +168,8 @@ class Chain(nn.Module):
             nn.init.normal_(embedding.weight, std=task.std)
 
     def forward(self, symbols: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
-        """symbols [N], names [N, depth] to logits [N, symbols] and the sum of balance losses."""
+        """Maps symbols [N], names [N, depth] to logits [N, symbols] and the sum of balance
+        losses."""
         x = self.symbol(symbols) + sum(e(n) for e, n in zip(self.names, names.T, strict=True))
         step = Step(None, None, True)
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
@@ -178,7 +181,7 @@ class Chain(nn.Module):
         return self.head(self.norm(x)), torch.stack(losses).sum()
 
 
-# Name -> layers, iterations, experts in each, gates of a layer.
+# Name -> layers, iterations, experts per iteration, gates of a layer.
 CHAINS = {
     "one iteration of 4": (1, 1, 4, 1),
     "two iterations of 2": (1, 2, 2, 2),
@@ -188,7 +191,7 @@ CHAINS = {
 
 
 def look_up(arm: str, task: LookUps) -> Job:
-    """Trains one arm; cross-entropy and accuracy over all symbols and rows of tables."""
+    """Trains one arm; returns cross-entropy and accuracy over all symbols and rows of tables."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(seed)
@@ -249,7 +252,8 @@ def look_up_study(
     key: str = "looked up",
     pilot: tuple[float, float, str] | None = None,
 ) -> Study:
-    """`key`: of the headline that the first hypothesis decides; pilot: of that."""
+    """Returns the look-up study. `key`: headline that the first hypothesis decides; pilot: its
+    pilot."""
     one, two, single, deep = CHAINS
     early = "loss, mean of looks"
 
@@ -289,7 +293,7 @@ def look_up_study(
 
 ONE, TWO = "one iteration", "two iterations"
 PUBLISHED_ONE, PUBLISHED_TWO = f"{ONE}, published residual", f"{TWO}, published residual"
-# The published comparison in small: 63 experts and a shared one, its residual.
+# The published comparison in small: 63 experts and a shared one, with its residual.
 MATHS = CoEConfig(
     hidden_size=64, num_layers=2, num_heads=4, kv_rank=32, intermediate_size=16, num_experts=63,
     outer_residual=False,

@@ -1,4 +1,4 @@
-"""Series of pictures that compare arms: means over seeds, with their standard errors."""
+"""Data series of figures that compare arms: means over seeds, with standard errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Series = dict[str, dict[str, Any]]
 
 
 def series(x: Sequence[Any], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """One series from one row of numbers a seed."""
+    """Returns a series from one row of numbers per seed."""
     return means(x, list(zip(*rows, strict=True)))
 
 
 def bars(results: Results, arms: Sequence[str], columns: Mapping[str, str]) -> Series:
-    """Label -> one bar an arm, of a column."""
+    """Returns for each label one bar per arm, from a column."""
     return {
         label: means(list(arms), [results.of(arm, column) for arm in arms])
         for label, column in columns.items()
@@ -28,7 +28,7 @@ def bars(results: Results, arms: Sequence[str], columns: Mapping[str, str]) -> S
 def bars_against(
     results: Results, arms: Sequence[str], baseline: str, columns: Mapping[str, str]
 ) -> Series:
-    """The same, minus that of the baseline with the same seed."""
+    """Returns the bars minus the baseline's values for each seed."""
     return {
         label: means(list(arms), [results.gap(arm, baseline, column) for arm in arms])
         for label, column in columns.items()
@@ -36,7 +36,7 @@ def bars_against(
 
 
 def over_steps(arms: Mapping[str, Sequence[Sequence[float]]], steps: int) -> Series:
-    """Arm -> one thinned curve a seed, of so many steps."""
+    """Returns for each arm one thinned curve per seed, over `steps` steps."""
     found = {}
     for arm, curves in arms.items():
         count = len(curves[0])
@@ -46,9 +46,9 @@ def over_steps(arms: Mapping[str, Sequence[Sequence[float]]], steps: int) -> Ser
 
 
 def against(results: Results, arms: Sequence[str], baseline: str) -> Series:
-    """Held-out loss minus that of the baseline with the same seed: of each domain and the mean.
+    """Returns held-out loss minus the baseline's for each seed, by domain and on average.
 
-    Arms are runs of the same name.
+    Arms are run names.
     """
     found = {}
     for arm in arms:
@@ -74,6 +74,6 @@ def loss_picture(results: Results, arms: Sequence[str], baseline: str) -> Pictur
 def curves_picture(
     results: Results, arms: Sequence[str], steps: int, name: str, title: str, unit: str, of: str
 ) -> Picture:
-    """Of what the runs have under `of`, over the steps of training."""
+    """Returns a picture of the runs' values under `of`, over the steps of training."""
     curves = {arm: results.every(arm, of) for arm in arms}
     return Picture(name, title, "step", unit, "lines", over_steps(curves, steps))

@@ -1,6 +1,6 @@
-"""DeepSeekMoE: finer and shared experts at equal compute, and balance by a bias.
+"""DeepSeekMoE: fine-grained and shared experts at equal compute, and balance by a bias.
 
-Three layouts with the same expert parameters, all and a token's: 8 experts of which 2 are used
+Three layouts have equal total and active expert parameters: 8 experts of which 2 are used
 (GShard's); 7, of which 1 is used, and a shared one; 31 of a quarter of the width, of which 7 are
 used, and a shared one. The fourth and fifth arm are the third with sigmoid scores, balanced by a
 loss or by a bias.
@@ -45,7 +45,7 @@ WITHOUT_SHARED, WITHOUT_FIRST, WITHOUT_RANDOM = (
 )
 
 BALANCE = 0.01
-# Published runs move the bias by 0.001 in each of many thousand steps.
+# Published runs update the bias by 0.001 in each of many thousand steps.
 BIAS_RATE = 0.01
 WIDTH = 64
 BASE = DeepSeekConfig(
@@ -61,14 +61,14 @@ BASE = DeepSeekConfig(
 RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 LONG = dataclasses.replace(RECIPE, steps=2000)
 MAX_VIOLATION_FACTOR = 3.0
-# The bias moves once in so many steps, at first by so much.
+# Steps between bias updates, and the initial update size.
 POOLED_STEPS, POOLED_RATE = 16, 0.05
-# Of 9 x 128 tokens: 0.29 million.
+# From 9 x 128 tokens to 0.29 million.
 MIXTURE_BATCHES = 250
 
 
 def layouts(base: DeepSeekConfig, width: int = WIDTH) -> dict[str, DeepSeekConfig]:
-    """The arms, name -> config."""
+    """Returns the arms, name -> config."""
 
     def made(experts: int, top_k: int, shared: int, part: int, **more: object) -> DeepSeekConfig:
         return dataclasses.replace(
@@ -94,10 +94,10 @@ def layouts(base: DeepSeekConfig, width: int = WIDTH) -> dict[str, DeepSeekConfi
 
 
 class Pooled:
-    """Moves the bias by the counts of `every` steps together, by a rate that falls to 0.
+    """Updates the bias from the combined counts of `every` steps, with a rate that decays to 0.
 
-    The sign rule evens the medians of the loads it sees; those of a small batch are skewed, so that
-    their mean stays uneven. Large runs see large batches, and set the rate to 0 at the end (V3).
+    The sign rule balances the medians of the loads; those of a small batch are skewed, so that
+    their mean stays uneven. Large runs use large batches, and set the rate to 0 at the end (V3).
     """
 
     def __init__(self, model: DeepSeek, rate: float, every: int, steps: int) -> None:
@@ -124,8 +124,8 @@ def balance_each_step(model: DeepSeek, optimizer: torch.optim.Optimizer) -> None
 
 
 def runs(base: DeepSeekConfig, recipe: Recipe, width: int, arms: Sequence[str]) -> dict[str, Job]:
-    """The arms of these names; from the fine one experts are taken away, and of those that are
-    balanced MaxVio is counted over training text too."""
+    """Returns the runs of these arms; the fine arm is also measured with experts removed, and
+    balanced arms also with MaxVio over training text."""
     layout = layouts(base, width)
     found: dict[str, Job] = {}
     for arm in arms:
@@ -155,7 +155,7 @@ def _pool(model: DeepSeek, optimizer: torch.optim.Optimizer, steps: int) -> Pool
 def _balanced(
     trained: Trained, domains: Sequence[Domain], recipe: Recipe
 ) -> dict[str, dict[str, float]]:
-    # No training seed is as large.
+    # Larger than any training seed.
     seed = 1_000_000
     value = mixture_violation(trained.model, domains, recipe, MIXTURE_BATCHES, seed)
     return {"row": {"MaxVio, training text": value}}
@@ -174,7 +174,7 @@ def _removed(
 
 @contextmanager
 def one_more_expert(model: DeepSeek) -> Iterator[list[Router]]:
-    """Routers that choose one more expert than they were trained to."""
+    """Makes routers select one more expert than in training."""
     routers = [m for m in model.modules() if isinstance(m, Router)]
     try:
         for router in routers:
@@ -188,8 +188,8 @@ def one_more_expert(model: DeepSeek) -> Iterator[list[Router]]:
 def loss_without_routed_expert(
     trained: Trained, domains: Sequence[Domain], recipe: Recipe, *, first: bool
 ) -> float:
-    """Held-out loss when each token lacks the routed expert that it weights most, or one of its
-    routed experts at random, and has the next best instead."""
+    """Returns the held-out loss when each token lacks its highest-weighted routed expert, or a
+    random one of its routed experts, and uses the next best instead."""
     generator = torch.Generator().manual_seed(0)
 
     def drop(router: Router, args: object, out: Routing) -> Routing:
@@ -197,7 +197,7 @@ def loss_without_routed_expert(
         if first:
             which = order[:, :1]
         else:
-            # The last in the order is the one that steps in.
+            # The last in the order is the replacement.
             place = torch.randint(order.shape[1] - 1, (len(order), 1), generator=generator)
             which = order.gather(1, place)
         return out._replace(topk_ids=out.topk_ids.scatter(1, which, -1))
@@ -216,7 +216,7 @@ def loss_without_routed_expert(
 def loss_without_shared_expert(
     trained: Trained, domains: Sequence[Domain], recipe: Recipe
 ) -> float:
-    """Held-out loss without the shared expert and with one more routed one."""
+    """Returns the held-out loss without the shared expert and with one more routed one."""
     layers = [block.mlp for block in trained.model.layers]
     shared = [layer.shared_experts for layer in layers]
     changed = Trained(trained.model, {})
@@ -259,7 +259,7 @@ def settings_of(
 
 
 def layout_hypotheses(pilots: Mapping[str, tuple[float, float, str]]) -> list[Hypothesis]:
-    """Pilots by the key of the hypothesis: mean, deviation, where they are from."""
+    """Returns the hypotheses; pilots are by key: mean, standard deviation, source."""
 
     def made(key: str, statement: str, of: Callable[[Results], list[float]], below: bool = True):
         expected, deviation, said = pilots.get(key, (None, None, ""))
@@ -298,7 +298,7 @@ def layout_study(
     base: DeepSeekConfig = BASE,
     width: int = WIDTH,
 ) -> Study:
-    """Coarse, shared and fine experts at one size."""
+    """Returns the study of coarse, shared and fine experts at one size."""
     arms = (COARSE, SHARED, FINE)
 
     def pictures(results: Results) -> list[Picture]:
@@ -337,7 +337,7 @@ def balance_study(
     base: DeepSeekConfig = BASE,
     width: int = WIDTH,
 ) -> Study:
-    """A bias against a balance loss; `pooled`: the bias in both ways."""
+    """Returns the study of a bias against a balance loss; `pooled`: with both bias update rules."""
     by_loss, by_bias = "balance by a loss", "balance by a bias"
     arms = (by_loss, by_bias, *([POOLED] if pooled else []))
     best = POOLED if pooled else by_bias

@@ -1,7 +1,7 @@
-"""ExpertFlow: hit rates of caches of experts, with predicted routes and without, on routes of
-trained models; and how many experts a batch uses once sequences are regrouped by prediction.
+"""ExpertFlow: hit rates of expert caches with and without predicted routes, on routes of trained
+models; and the experts used per batch after regrouping sequences by prediction.
 
-Caches are run without time: between two calls as many experts are fetched as a token uses in one.
+Cache simulations ignore time: between two calls as many experts are fetched as a token uses in one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .text import heldout_batches
 
 SHARES = (0.25, 0.5)
 STREAMS = (1, 8)
-STEPS = 600  # Of the predictor.
-TRAINED = 96  # Sequences of each domain that it is trained on.
+STEPS = 600  # The predictor's parameters.
+TRAINED = 96  # Sequences of each domain for its training.
 TESTED = 2  # Held-out sequences of each domain.
-PROMPT = 32  # Tokens that sequences are regrouped by.
+PROMPT = 32  # Tokens used for regrouping sequences.
 SEED = "all arms of a seed"
 
 
@@ -49,7 +49,7 @@ EXPERTS = "experts a step of both halves"
 
 
 class TokenTable:
-    """How often each token went to each expert: what the predictor has to beat."""
+    """Counts of each token's experts: the predictor's baseline."""
 
     def __init__(self, trace: ExpertTrace, vocab_size: int) -> None:
         hot = trace.multi_hot().float()
@@ -71,7 +71,7 @@ def routes_of(model: torch.nn.Module, batches: list[Tensor]) -> ExpertTrace:
 
 
 def steps_of(trace: ExpertTrace, streams: list[int], length: int) -> ExpertTrace:
-    """The routes of some sequences of a trace, as decoding them side by side gives them."""
+    """Returns the routes of some sequences of a trace in the order of batched decoding."""
     rows = [trace.sequences()[stream] for stream in streams]
     order = torch.stack(rows, 1).flatten()  # Step by step, all streams of a step.
     steps = torch.tensor([[len(streams), 1]] * length)
@@ -79,11 +79,11 @@ def steps_of(trace: ExpertTrace, streams: list[int], length: int) -> ExpertTrace
 
 
 def hit_rate(trace: ExpertTrace, share: float, policy: CachePolicy | str, fetches: int) -> float:
-    """Of the experts that calls need, the part that is in a slot."""
+    """Returns the fraction of the experts needed by calls that are in the cache."""
     num_banks, num_experts = len(trace.banks), trace.num_experts
     store = MemoryStore([{"w_down": (torch.zeros(num_experts, 1, 1),)}] * num_banks)
     cache = ExpertCache(store, round(share * num_banks * num_experts), policy)
-    cache.policy.prefetches = False  # There is no time, so there is no thread.
+    cache.policy.prefetches = False  # Time is not simulated, so no thread is needed.
     calls = iter(trace.calls())
     for tokens in trace.tokens.split(trace.steps[:, 0].tolist()):
         cache.begin(tokens[:, None])
@@ -99,7 +99,7 @@ def hit_rate(trace: ExpertTrace, share: float, policy: CachePolicy | str, fetche
 
 
 def whole(name: str) -> Job:
-    """All arms of a seed: they share the model and its routes."""
+    """Runs all arms of a seed: they share the model and its routes."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         there = load(name, seed, run)
@@ -146,7 +146,7 @@ def whole(name: str) -> Job:
 def hits(
     test: ExpertTrace, streams: int, share: float, table: TokenTable, predictor: Any
 ) -> dict[str, float]:
-    """Arm -> hit rate, the mean over groups of so many sequences, neighbours of different kinds."""
+    """Returns the hit rate by arm, the mean over groups of sequences of mixed domains."""
     length, top_k = len(test.sequences()[0]), test.ids.shape[2]
     num = len(test.sequences())
     groups = [list(range(first, num, num // streams))[:streams] for first in range(num // streams)]
@@ -170,8 +170,8 @@ def hits(
 def regrouped(
     there: Loaded, chances: Tensor, test: ExpertTrace, seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """Experts in use after the prompts: all sequences in two halves, by what their prompts are
-    predicted to use, by what they use in fact, and at random."""
+    """Returns the experts in use after the prompts, with sequences split into two halves by
+    predicted use, by actual use, and at random."""
     num, length = len(chances), chances.shape[1]
     used = test.multi_hot().view(num, length, *chances.shape[2:])
     generator = torch.Generator().manual_seed(seed)
@@ -238,7 +238,7 @@ def study(name: str, size: str, rank: int, minutes: float, model: str) -> Study:
 
 
 def pictures(results: Results) -> list[Picture]:
-    """Hit rates of one stream, by the size of the cache."""
+    """Returns pictures of hit rates of one stream, by the size of the cache."""
     lines: Series = {}
     for arm in ("LRU", "LFU", "table of tokens", "predicted", "optimum"):
         rows = zip(*(results.of(arm, column(share, 1)) for share in SHARES), strict=True)

@@ -1,10 +1,12 @@
-"""What fp8 products cost in training: the demo's language model, wider, from one start and on one
-text with the products of its experts in float32, bfloat16 and fp8 (`Experts.fp8_training`).
+"""Cost of fp8 GEMMs in training: the demo's language model, widened, trained from one
+initialization and one text with its experts' GEMMs in float32, bfloat16 and fp8
+(`Experts.fp8_training`).
 
     python -m bench.studies.fp8_training --steps 300 --seeds 2
 
-Everything else is under autocast to bfloat16 in the last two. Bits a byte on held-out text; the
-difference of two seeds says what a difference of two precisions means.
+Everything else is under autocast to bfloat16 in the last two. The metric is bits per byte on
+held-out text; the difference of two seeds shows the significance of a difference between
+precisions.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from moe_ops.demo.train import ModelConfig, TrainConfig, Trainer
 from moe_ops.layers import Experts
 
 PRECISIONS = ("float32", "bfloat16", "fp8")
-# Two blocks of scales in every direction.
+# Two blocks of scales in every dimension.
 MODEL = ModelConfig(num_layers=2, hidden_size=256, intermediate_size=256, context=128)
 
 

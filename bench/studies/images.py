@@ -1,4 +1,4 @@
-"""How good images are, and what experts tell about what an image is of."""
+"""Image quality metrics, and mutual information of experts and image content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image, [B]; infinite where it equals its truth.
+    """Returns the peak signal-to-noise ratio in dB of each image, [B]; infinite for equal images.
 
     images, truth: [B, ...] of numbers in [0, 1].
     """
@@ -19,7 +19,7 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each image, [B], at most 1.
+    """Returns the structural similarity of each image, [B], at most 1.
 
     images, truth: [B, 3, H, W] of numbers in [0, 1], H and W at least 11.
 
@@ -32,7 +32,7 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def import_ssim() -> Any:
-    """torchmetrics' function, or ImportError with the extra that brings it."""
+    """Returns torchmetrics' function; an ImportError names the extra to install."""
     try:
         module = importlib.import_module("torchmetrics.functional.image")
     except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ def import_ssim() -> Any:
 
 
 def mutual_information(counts: Tensor) -> float:
-    """Of the row and the column of a table of counts, in nats."""
+    """Returns the mutual information of the row and the column of a table of counts, in nats."""
     joint = counts.double() / counts.sum()
     independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
     return float((torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum())

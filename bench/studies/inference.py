@@ -1,7 +1,7 @@
-"""What a handful of paired differences says: intervals, verdicts, and power before a run.
+"""Statistics of few paired differences: intervals, verdicts, and power before a run.
 
-Seeds are few, so quantiles are Student's and not the normal's. Degrees of freedom are whole
-numbers, for which the distribution is a finite sum: no library beside Python's own is needed.
+Seeds are few, so quantiles are Student's instead of the normal's. Degrees of freedom are integers,
+for which the distribution is a finite sum, so only Python's standard library is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
 
 
 def t_cdf(t: float, degrees: int) -> float:
-    """P(T <= t) of Student's distribution with a whole number of degrees of freedom, at least 1.
+    """Returns P(T <= t) of Student's distribution with integer degrees of freedom, at least 1.
 
     Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
     """
@@ -39,7 +39,7 @@ def t_cdf(t: float, degrees: int) -> float:
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """The t with P(T <= t) = p, for 0 < p < 1."""
+    """Returns the t with P(T <= t) = p, for 0 < p < 1."""
     if not 0 < p < 1:
         raise ValueError(f"t_quantile: p must be in (0, 1), got {p}.")
     if p < 0.5:
@@ -54,7 +54,7 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 class Interval(NamedTuple):
-    """The mean of some numbers and the ends of its two-sided interval."""
+    """Mean of some values and the ends of its two-sided interval."""
 
     mean: float
     low: float
@@ -62,7 +62,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Student's interval of the mean; without end where there are fewer than two values."""
+    """Returns Student's interval of the mean; infinite for fewer than two values."""
     mean, n = fmean(values), len(values)
     if n < 2:
         return Interval(mean, -math.inf, math.inf)
@@ -71,8 +71,9 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def verdict(found: Interval, bound: float, *, below: bool) -> str:
-    """The claim is that the mean is below (or above) the bound: shown where the whole interval is,
-    contradicted where the whole interval is on the other side, not shown otherwise."""
+    """Returns the verdict on the claim that the mean is below (or above) the bound: shown if the
+    whole interval is, contradicted if the whole interval is on the other side, otherwise not
+    shown."""
     left, right = found.high < bound, found.low > bound
     if left or right:
         return SHOWN if left == below else CONTRADICTED
@@ -80,11 +81,11 @@ def verdict(found: Interval, bound: float, *, below: bool) -> str:
 
 
 def power(effect: float, deviation: float, seeds: int, level: float = LEVEL) -> float:
-    """The chance that a difference is shown.
+    """Returns the probability that a difference is shown.
 
     Args:
-        effect: how far the mean is beyond the bound, on the claimed side.
-        deviation: of a single pair's difference.
+        effect: distance of the mean beyond the bound, on the claimed side.
+        deviation: standard deviation of a single pair's difference.
         seeds: pairs, at least 2.
         level: of the two-sided interval.
     """
@@ -95,8 +96,8 @@ def power(effect: float, deviation: float, seeds: int, level: float = LEVEL) -> 
     degrees = seeds - 1
     needed = t_quantile((1 + level) / 2, degrees)
     shift = effect / deviation * math.sqrt(seeds)
-    # The noncentral t: over s, the sample's deviation over the true one, the chance that a normal
-    # number of mean `shift` is above needed * s. s^2 * degrees is chi-squared.
+    # The noncentral t: over s, the ratio of sample to true deviation, the probability that a normal
+    # variate of mean `shift` is above needed * s. s^2 * degrees is chi-squared.
     scale = math.log(2) + degrees / 2 * math.log(degrees / 2) - math.lgamma(degrees / 2)
     steps, end, normal = 2000, 1 + 10 / math.sqrt(degrees), NormalDist()
     width, total = end / steps, 0.0
@@ -109,8 +110,8 @@ def power(effect: float, deviation: float, seeds: int, level: float = LEVEL) -> 
 
 @cache
 def detectable(seeds: int, chance: float = 0.8) -> float:
-    """How far from the bound, in deviations of a single pair, a mean must be to be found by so many
-    seeds with that chance."""
+    """Returns the distance from the bound, in deviations of a single pair, at which `seeds` pairs
+    find a mean with this probability."""
     low, high = 0.0, 1.0
     while power(high, 1.0, seeds) < chance:
         high *= 2

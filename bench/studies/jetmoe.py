@@ -1,8 +1,8 @@
 """JetMoE against a dense model of the same active parameters, and its two losses.
 
 The dense model is a JetMoE with one expert in each half: (K + 1) / 2 times the heads and K times
-the width of an expert, so that a token passes through as many parameters and a query sees as many
-features. It has no router to learn.
+the width of an expert, so that a token uses as many parameters and a query reads as many features.
+Its router has nothing to learn.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ LONGER = dataclasses.replace(RECIPE, steps=3500)
 
 
 def dense(config: JetMoEConfig) -> JetMoEConfig:
-    """One expert in each half, with the active parameters of `config`.
+    """Returns a config with one expert in each half and the active parameters of `config`.
 
-    Attention of K experts: K (2 n d H) + 2 n d H parameters a token; of one with n' heads:
-    4 n' d H.
+    Attention of K experts has K (2 n d H) + 2 n d H parameters per token; one expert with n' heads
+    has 4 n' d H.
     """
     heads = config.num_kv_heads * (config.top_k + 1)
     if heads % 2:
@@ -54,11 +54,11 @@ def dense(config: JetMoEConfig) -> JetMoEConfig:
 
 
 def runs(config: JetMoEConfig, recipe: Recipe) -> dict[str, Job]:
-    """JetMoE, dense, JetMoE without either of its losses."""
+    """Returns runs of JetMoE, dense, and JetMoE without each of its losses."""
     both = config.aux_coefficients()
 
     def made(arm: str, sizes: JetMoEConfig, coefficients: dict[str, float]) -> Job:
-        # The routers of the dense one have nothing to choose.
+        # The dense model's routers have only one expert.
         columns = ("loss",) if arm == "dense" else ("loss", "MaxVio", "z")
         return job(
             arm,
@@ -89,8 +89,8 @@ def study(
     losses: bool = True,
     pilot: tuple[float, float, str] | None = None,
 ) -> Study:
-    """At one size; `losses`: with the arms that lack a loss. pilot: JetMoE's loss minus that of
-    dense, the deviation of a seed's, and where they are from."""
+    """Returns a study at one size; `losses`: includes the arms that lack a loss. pilot: JetMoE's
+    loss minus the dense model's, the deviation of one seed, and the source."""
     every = runs(config, recipe)
     arms = every if losses else {arm: every[arm] for arm in ("JetMoE", "dense")}
     expected, deviation, said = pilot or (None, None, "")

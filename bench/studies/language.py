@@ -1,4 +1,4 @@
-"""Small language models on texts: what the commands of several systems train and judge."""
+"""Training and evaluation of small language models on texts, shared by several models' commands."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def fit_once(
     loss: Callable[[Tensor], Tensor] | None = None,
     progress: bool = True,
 ) -> Model:
-    """The model after training; it is kept in a folder of its name in `folder`.
+    """Returns the trained model, stored in a folder of its name in `folder`.
 
-    A model that is there is not trained again; one that was cut goes on from its checkpoint.
+    A finished model is not trained again; an interrupted one continues from its checkpoint.
 
     Args:
         texts: each step draws rows from one of them, in turn.
-        length: bytes of a row that are predicted.
+        length: predicted bytes per row.
         loss: of rows [batch_size, length + 1]; None: the model's own.
     """
 
@@ -77,8 +77,8 @@ def fit_once(
 
 @torch.no_grad()
 def judge(model: Any, texts: Mapping[str, Text], rows: int, length: int) -> dict[str, float]:
-    """Held-out nats a byte by text, their mean as "loss", and as "accuracy" the share of bytes that
-    were the likeliest."""
+    """Returns held-out nats per byte by text, their mean as "loss", and as "accuracy" the fraction
+    of bytes that were the most likely."""
     before = model.training
     model.eval()
     losses, hits = {}, []
@@ -122,10 +122,11 @@ def train(
     texts: Mapping[str, Text] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains a language model of the zoo on texts that Python has; writes and returns report.json.
+    """Trains a language model of the zoo on texts from Python's standard library; writes and
+    returns report.json.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder has other settings.
     """
     settings = settings or Settings()
     folder, now = settings_folder(folder, settings, "models", ("rows",))

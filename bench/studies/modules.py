@@ -22,7 +22,7 @@ KINDS = ("attention", "mlp")  # The attributes of a block that hold experts.
 def insert_experts(
     model: ModuleFormer, attention: int = 0, mlp: int = 0, *, init: str = "random"
 ) -> dict[str, int]:
-    """Adds experts to every block, in place; the layers are replaced, so make the optimiser
+    """Adds experts to every block, in place; the layers are replaced, so make the optimizer
     afterwards.
 
     Args:
@@ -62,9 +62,9 @@ def prune(
 ) -> dict[str, list[int]]:
     """Drops, in place, the experts used by fewer than `threshold` of the tokens.
 
-    The K most used experts of a layer always stay, for the router needs K. The rest is as if
-    the others did not exist: routing probabilities are those among the experts that are left.
-    The layers are replaced, so make optimisers afterwards.
+    The K most used experts of a layer always stay, for the router needs K. The rest is as if the
+    others did not exist: routing probabilities are those among the experts that are left. The
+    layers are replaced, so make optimizers afterwards.
 
     Args:
         frequencies: of `expert_frequencies`; layers that are not in it are left alone.
@@ -106,9 +106,9 @@ def prune(
 class FrozenRows:
     """The first rows of a parameter stay as they are while the others are trained.
 
-    Their gradient is zero. That alone does not stop weight decay, nor optimisers with a memory of
+    Their gradient is zero. That alone does not stop weight decay, nor optimizers with a memory of
     earlier gradients: `restore` puts the rows back, and `hold_frozen` calls it after every step of
-    an optimiser.
+    an optimizer.
     """
 
     def __init__(self, parameter: nn.Parameter, rows: int) -> None:
@@ -146,7 +146,7 @@ def freeze_old(model: ModuleFormer, grown: Mapping[str, int]) -> dict[str, Froze
 
 
 def hold_frozen(frozen: Mapping[str, FrozenRows], optimizer: Optimizer) -> RemovableHandle:
-    """Puts the frozen rows back after every step of the optimiser from now on.
+    """Puts the frozen rows back after every step of the optimizer from now on.
 
     Returns:
         A handle whose `remove()` ends it.
@@ -167,7 +167,7 @@ def unfreeze(model: ModuleFormer, frozen: Mapping[str, FrozenRows]) -> None:
 
 
 def new_rows_penalty(frozen: Mapping[str, FrozenRows]) -> Tensor:
-    """Sum of squares of the new experts' rows in the routers, to add to a loss with a small
+    """Sums of squares of the new experts' rows in the routers, to add to a loss with a small
     coefficient: it keeps the routers from preferring the new experts on old domains."""
     rows = [r.new_rows() for name, r in frozen.items() if "router" in name]
     return torch.stack([r.square().sum() for r in rows]).sum()

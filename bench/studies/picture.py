@@ -11,7 +11,7 @@ from typing import Any
 from moe_ops._files import write_text
 
 KINDS = ("lines", "points", "intervals", "bars", "heatmap")
-# Okabe and Ito's colours, told apart by everybody; the yellow is too pale for lines.
+# Okabe and Ito's colors, told apart by everybody; the yellow is too pale for lines.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#222222")
 
 

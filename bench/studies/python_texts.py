@@ -117,7 +117,7 @@ def _maths() -> bytes:
 def _names() -> bytes:
     found = (unicodedata.name(chr(i), "") for i in range(0x3000))
     lines = [name for name in found if name]
-    # Neighbours stay together, but not whole scripts, of which the last would all be held out.
+    # Neighbors stay together, but not whole scripts, of which the last would all be held out.
     blocks = [lines[i : i + 16] for i in range(0, len(lines), 16)]
     random.Random(0).shuffle(blocks)
     lines = [name for block in blocks for name in block]

@@ -3,7 +3,7 @@
     moe-ops demo --no-hf --out moe_demo        # trains the model that is judged, in minutes
     python -m bench.studies.quantized_quality moe_demo
 
-Scales are found on the training files, errors and bits a byte are measured on the held-out files.
+Scales are found on the training files, errors and bits per byte are measured on the held-out files.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def whole_model(folder: Path) -> Iterator[str]:
 
 def _in_transformers(folder: Path, context: int) -> torch.nn.Module:
     """The demo's model is what transformers calls a Mixtral: attention with a key-value head for
-    each query head, experts chosen by softmax and renormalised."""
+    each query head, experts chosen by softmax and renormalized."""
     from safetensors.torch import load_file
     from transformers import MixtralConfig, MixtralForCausalLM
 

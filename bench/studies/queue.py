@@ -71,7 +71,7 @@ class Store:
         write_text(self.path, self.text())
 
     def text(self) -> str:
-        """The file: JSON with a line a run."""
+        """The file: JSON with a line per run."""
         rest = {key: value for key, value in self.data.items() if key != "runs"}
         runs = []
         for run, found in self.data["runs"].items():

@@ -17,11 +17,11 @@ MIN_SEEDS = 5
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about a difference, one number a seed.
+    """A statement about a difference, one number per seed.
 
     Attributes:
         statement: what should hold, in a sentence.
-        differences: one a seed, in `unit`: what the statement is about, for instance the loss of
+        differences: one per seed, in `unit`: what the statement is about, for instance the loss of
             one arm minus that of another with the same seed.
         unit: of the differences.
         bound: what the difference is compared with.
@@ -68,7 +68,7 @@ class Report:
         system: its name in the zoo.
         setting: data, sizes, steps, machine: what a reader needs to run it again.
         columns: headings of the table's numbers.
-        arms: name of an arm -> one row of numbers a seed; None where an arm has no such number.
+        arms: name of an arm -> one row of numbers per seed; None where an arm has no such number.
         claims: what is concluded.
         pictures: what is to be drawn.
         title: of this run among those of the system; "" where it is the only one.
@@ -116,7 +116,7 @@ def gaps(
     i: int,
     j: int | None = None,
 ) -> list[float]:
-    """Column i of arm a minus column j (None: i) of arm b, one a seed; both have all numbers."""
+    """Column i of arm a minus column j (None: i) of arm b, one per seed; both have all numbers."""
 
     def column(arm: str, of: int) -> list[float]:
         return [x for row in arms[arm] if (x := row[of]) is not None]

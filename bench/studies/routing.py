@@ -2,8 +2,8 @@
 one neuron, blocks that tokens pass by, and mixtures of tokens.
 
 All are put into small language models of the same trunk, but for mixtures of tokens, which see all
-of a sequence: those fill in bytes that are hidden. What is compared has the same multiplications a
-token, or, where that is said, the same in the whole training.
+of a sequence: those fill in bytes that are hidden. What is compared has the same multiplications
+per token, or, where that is said, the same in the whole training.
 """
 
 from __future__ import annotations

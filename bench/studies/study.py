@@ -149,7 +149,7 @@ class Hypothesis:
 
     Attributes:
         statement, unit, bound, below, key: see `report.Claim`.
-        of: the differences, one a seed.
+        of: the differences, one per seed.
         expected: their mean, and `deviation` that of a single one, by the pilot; None without one.
         pilot: what the two were taken from.
     """

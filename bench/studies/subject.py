@@ -43,7 +43,7 @@ BOS = 256
 DOMAINS = (
     "code", "scripture", "brown", "reference", "maths", "spanish", "turkish", "russian",
 )  # fmt: skip
-# 12.3 MB: two sequences of each domain a step. By 8 MB experts have specialised.
+# 12.3 MB: two sequences of each domain a step. By 8 MB experts have specialized.
 RECIPE = Recipe(steps=6_000, batch=16, rate=3e-3, warmup=60, heldout_batches=16)
 REPORT = "report.json"
 SECONDS_BETWEEN_SAVES = 300.0

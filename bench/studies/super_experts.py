@@ -102,7 +102,7 @@ def plant(model: DeepSeek, layer: str, tokens: Tensor, size: float) -> int:
 
 
 def planted(name: str) -> Job:
-    """One expert a model, in each of the first layers; then a short training around it."""
+    """One expert per model, in each of the first layers; then a short training around it."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         rows: dict[str, dict[str, float]] = {}

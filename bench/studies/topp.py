@@ -31,7 +31,7 @@ PARTS = 10
 
 
 def top_two(config: TopPConfig) -> DeepSeekConfig:
-    """The same trunk and experts with the 2 likeliest experts for every token."""
+    """The same trunk and experts with the 2 most likely experts for every token."""
     return DeepSeekConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -107,7 +107,7 @@ def study(
 ) -> Study:
     """Top-p against top-2.
 
-    target: of a controller of the experts a token; None: p stays as it is, and there is an arm
+    target: of a controller of the experts per token; None: p stays as it is, and there is an arm
     without the entropy loss. tolerance: of the loss. fewer: what experts a token must be below.
     """
     options: dict[str, Any] = {"domains": partial(load_domains, domains), "watch": step_experts}
@@ -200,7 +200,7 @@ def _two(
 
 
 def step_experts(out: LMLoss) -> float:
-    """To watch: experts a token, the mean over layers."""
+    """To watch: experts per token, the mean over layers."""
     counts = torch.stack(list(experts_per_token(out.routing).values()))
     return counts.double().mean().item()
 
@@ -214,7 +214,7 @@ def by_difficulty(losses: Tensor, experts: Tensor) -> list[float]:
 def by_token(
     model: CausalLM, domains: Sequence[Domain], recipe: Recipe
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of every held-out token of each domain: the loss of the byte after it, and its experts a
+    """Of every held-out token of each domain: the loss of the byte after it, and its experts per
     layer (mean)."""
     model.eval()
     losses: list[Tensor] = []

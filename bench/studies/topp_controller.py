@@ -33,7 +33,7 @@ class TopPController:
 
     Args:
         model: a module with `TopPRouter`s.
-        target: experts a token.
+        target: experts per token.
         proportional, integral: gains; p moves by `integral` a step for an error of one expert.
         lowest, highest: range of p.
 

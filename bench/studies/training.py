@@ -54,8 +54,8 @@ class Trained:
     """A model after training.
 
     heldout: domain -> cross-entropy in nats a byte. curve: training cross-entropy a step. watched:
-    what `train` was asked to watch, one number a step. of_domain: counts over the held-out text of
-    each. z: mean over layers of the router z-loss there.
+    what `train` was asked to watch, one number per step. of_domain: counts over the held-out text
+    of each. z: mean over layers of the router z-loss there.
     """
 
     model: CausalLM
@@ -201,7 +201,7 @@ def train(
 ) -> Trained:
     """Trains the model of `make`, built under the seed, on batches that the seed decides.
 
-    `prepare` is called with model and optimiser before the first step, and may return what acts
+    `prepare` is called with model and optimizer before the first step, and may return what acts
     after each; `watch` is called with what each step computes. A `run` whose state was saved goes
     on from it, with the bits of one that was not cut.
     """

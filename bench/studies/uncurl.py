@@ -34,7 +34,7 @@ def column(count: int, tuned: bool) -> str:
 def smaller(
     model: DeepSeek, found: surgery.ExpertProfile, arm: str, count: int, seed: int
 ) -> DeepSeek:
-    """A copy of the model with so many experts a layer."""
+    """A copy of the model with so many experts per layer."""
     result = copy.deepcopy(model)
     if arm in DROPS:
         keep = surgery.select_experts(result, surgery.score_experts(found, arm), count)

@@ -1,8 +1,8 @@
-"""Times whole models, contenders in turns.
+"""Times whole models, baselines in turns.
 
     python -m bench.whole_models --model qwen3_moe --threads 1 --json FILE
 
-Each contender is a process that stays; every round takes one sample of each, in rotating order.
+Each baseline is a process that stays; every round takes one sample of each, in rotating order.
 Before anything is timed, logits are compared with those of transformers' eager experts. Models in 8
 and 4 bits are loaded from checkpoints that were saved so, as llama.cpp's are. llama.cpp takes part
 where llama-cpp-python and gguf are installed (an environment apart: --llama-python):

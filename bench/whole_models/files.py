@@ -1,4 +1,4 @@
-"""GGUF files of a saved model: bfloat16, and what llama.cpp's own quantiser makes of it."""
+"""GGUF files of a saved model: bfloat16, and what llama.cpp's own quantizer makes of it."""
 
 from __future__ import annotations
 

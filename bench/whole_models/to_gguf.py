@@ -141,7 +141,7 @@ def _mixtral(own: dict[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]
     yield from _norms(own)
     for theirs, name in _ATTENTION.items():
         weight = own[f"self_attn.{theirs}.weight"]
-        if theirs in ("q_proj", "k_proj"):  # Halves of a head to pairs of neighbours.
+        if theirs in ("q_proj", "k_proj"):  # Halves of a head to pairs of neighbors.
             heads = weight.shape[0] // config.head_dim
             weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).flatten(0, 2)
         yield f"{name}.weight", weight

@@ -1,4 +1,4 @@
-"""One contender in a process of its own: answers a line of JSON for each line that it is given.
+"""One baseline in a process of its own: answers a line of JSON for each line that it is given.
 
     python -m bench.whole_models.worker CONTENDER FOLDER THREADS TOKENS
 

@@ -68,7 +68,7 @@ def test_ids_are_distinct_and_in_range(shape, routing):
         assert counts.max() > counts.min()
         assert counts.max() < 257 * shape.K / shape.E + 6 * (257 * shape.K / shape.E) ** 0.5
     else:
-        # The favourite has more than its share, or most tokens where E is small.
+        # The favorite has more than its share, or most tokens where E is small.
         assert counts[0] >= min(0.8 * 257, 1.5 * 257 * shape.K / shape.E)
         assert counts[0] > counts[-1]
     assert torch.equal(ids, cases.make_ids(shape, 257, routing))

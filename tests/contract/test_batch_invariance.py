@@ -1,5 +1,5 @@
-"""The batch-invariant mode: a token's output has the same bits alone, among 6 others and among 512,
-wherever it stands, however the others are routed, with one thread and with two.
+"""The batch-invariant mode: a token's output has bitwise identical results alone, among 6 others
+and among 512, wherever it stands, however the others are routed, with one thread and with two.
 
 Every registered op that maps tokens to tokens has cases in CASES, at least that of its test file
 (`by_token` in OP_CASES); a new one fails test_every_op_is_covered until it has, or is named in

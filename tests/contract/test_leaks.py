@@ -4,7 +4,7 @@ A process of its own calls every registered op with the arguments that the publi
 forward and backward, and every public function with its backward. It prints by how much memory
 grew: what malloc has handed out, which shows a leak that fits between freed blocks, Python's
 objects, and resident memory. What grows once (a cache, an arena) does not grow again: of some
-attempts the smallest counts. A leak of torch's strings was 48 bytes a call.
+attempts the smallest counts. A leak of torch's strings was 48 bytes per call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 ATTEMPTS = 4
-# Calls of an op, steps of a public function, bytes a call.
+# Calls of an op, steps of a public function, bytes per call.
 SHORT = (2_500, 1_000, 16.0)
 FULL = (100_000, 100_000, 1.0)
 

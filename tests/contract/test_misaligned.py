@@ -1,5 +1,5 @@
 """Operands whose memory begins at an odd address, as a tensor's may that lies in a file or a
-buffer: the same bits as from aligned memory."""
+buffer: bitwise identical results as from aligned memory."""
 
 from __future__ import annotations
 

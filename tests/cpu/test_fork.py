@@ -30,8 +30,8 @@ def run_python(code: str, *arguments: str) -> str:
 
 # Two threads take and give back large outputs, so that at any moment one of them is likely to hold
 # a lock of the allocator, while a third one forks. A child that inherits a lock which nobody will
-# release waits for ever: it is given a minute, in which it needs milliseconds. What torch
-# and Python initialise at their first calls has no such protection, so the main thread makes those
+# release waits for ever: it is given a minute, in which it needs milliseconds. What torch and
+# Python initialize at their first calls has no such protection, so the main thread makes those
 # before, with an output that is small enough to stay out of the cache.
 FORKS = """
     import os, signal, sys, threading

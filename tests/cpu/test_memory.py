@@ -241,7 +241,7 @@ def call(bank: torch.nn.Module, tokens: int = 64) -> torch.Tensor:
 
 def test_banks_move_once_they_have_been_read_often(moved: list[tuple[int, int]]):
     bank = layers.Experts(2, 512, 1024)
-    call(bank).sum().backward()  # 16 rows an expert count.
+    call(bank).sum().backward()  # 16 rows per expert count.
     assert moved == []
     for _ in range(4):
         call(bank)

@@ -1,8 +1,9 @@
 """moe_ffn of small experts, which the CPU runs in blocks of 128 tokens (cpu/moe_ffn/blocks.cpp).
 
-Rows of at most 128 numbers, at most 2^17 weights, 16 slots an expert in a block, and for backward
-48 in a chunk of two: sizes on both sides of each border, and what the operation can be asked for
-on this one."""
+Rows of at most 128 numbers, at most 2^17 weights, 16 slots per expert in a block, and for backward
+48 in a chunk of two: sizes on both sides of each border, and what the operation can be asked for on
+this one.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Simulator:
         return [line.split()[1] for line in lines if re.match(r"ptxsim: \S+ grid \(", line)]
 
     def warnings(self) -> str:
-        """The warnings since the last time (races, missing fences), one a line; clears them."""
+        """The warnings since the last time (races, missing fences), one per line; clears them."""
         buffer = ctypes.create_string_buffer(1 << 16)
         self._lib.ptxsim_warnings(buffer, len(buffer), 1)
         return buffer.value.decode()

@@ -39,7 +39,7 @@ def router_bwd() -> Call:
 
 
 def topp_router() -> Call:
-    """More than 32 experts taken, renormalised."""
+    """More than 32 experts taken, renormalized."""
     logits = 0.1 * torch.randn(3, 60)
     return lambda: moe_ops.topp_router(logits, 0.8, renormalize=True)
 

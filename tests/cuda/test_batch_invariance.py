@@ -1,5 +1,5 @@
-"""The batch-invariant mode on CUDA: a token has the same bits alone, among 6, 63 and 512 others,
-wherever it stands, and the same kernels make them.
+"""The batch-invariant mode on CUDA: a token has bitwise identical results alone, among 6, 63 and
+512 others, wherever it stands, and the same kernels make them.
 
 The second half is asked apart: the simulator adds up in one order whatever the shape of a tensor
 core's product is, which a card need not do. Cases are those of tests/contract, with sizes that a
@@ -37,7 +37,7 @@ def add(
 
 
 ffn = functools.partial(contract.ffn_case, op=moe_ops.moe_ffn)
-# Rows of 16 bytes: wgmma, with own kernels for halves and for neighbours; else mma.sync.
+# Rows of 16 bytes: wgmma, with own kernels for halves and for neighbors; else mma.sync.
 add("moe_ffn", ALL, ffn, hidden=64, intermediate=64)
 add("moe_ffn-deep", (BF16,), ffn, hidden=200, intermediate=72, bias=True)
 add(

@@ -79,9 +79,9 @@ def test_schedules_of_unaligned_rows(simulator):
 
 @pytest.mark.parametrize("tile", TILES)
 def test_bytes(simulator, tile):
-    """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formula: A once a column tile, in boxes that hold
-    rows of the expert; B once a row tile, or once a pair of them; the result once, in boxes where
-    the tile is large."""
+    """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formula: A once per column tile, in boxes that
+    hold rows of the expert; B once per row tile, or once a pair of them; the result once, in boxes
+    where the tile is large."""
     rows, columns, box, cluster = {
         "2x128x256": (128, 256, 64, 2),
         "128x256": (128, 256, 64, 1),
@@ -177,8 +177,8 @@ def test_odd_sizes_go_to_the_generic_kernel(simulator, k, o):
     [((3, 2, 1, 4), "64x128"), ((80, 60), "128x256"), ((250, 270), "2x128x256")],
 )
 def test_choice_of_the_tile(simulator, monkeypatch, counts, chosen):
-    # Three column tiles: of an even number a row tile that has no partner costs a pair of blocks no
-    # more than blocks alone.
+    # Three column tiles: of an even number per row tile that has no partner costs a pair of blocks
+    # no more than blocks alone.
     call = fp8_gemm_operands(counts, 256, 520)
     seen = {}
     for tile in ("", *TILES):
@@ -237,8 +237,8 @@ def test_wgrad_schedules(simulator, tile):
 
 
 def test_wgrad_bytes(simulator):
-    """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formula: grad once a column tile, in boxes of 64
-    features; a once a pair of row tiles; the result once."""
+    """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formula: grad once per column tile, in boxes of
+    64 features; a once a pair of row tiles; the result once."""
     counts, o, k = (129, 0, 3, 256), 200, 264
     call = fp8_wgrad_operands(counts, o, k)
     counted = simulator.counted(

@@ -121,8 +121,8 @@ def test_schedules(simulator, monkeypatch, product, tile):
 
 @kernels
 def test_bytes(simulator, monkeypatch, product, tile):
-    """csrc/cuda/grouped_gemm/NOTES.md has the formula: A once a column tile, in boxes that hold
-    rows of the group; B once a row tile, or once a pair of them; the result once, with 128x256 in
+    """csrc/cuda/grouped_gemm/NOTES.md has the formula: A once per column tile, in boxes that hold
+    rows of the group; B once per row tile, or once a pair of them; the result once, with 128x256 in
     boxes of 16 rows x 64 columns."""
     monkeypatch.setenv("MOE_OPS_GEMM_TILE", str(tile))
     counts, n, k, tail = (tile.m + 1, 0, 3, 2 * tile.m, 70), tile.n + 8, 136, 3

@@ -84,7 +84,7 @@ def test_one_load_of_keys_serves_all_slots(simulator, kind):
     assert theirs == slots * cache + queries
 
 
-# The TMA + wgmma kernels: bfloat16 and float16, d 64 and 128, more than 16 rows a head.
+# The TMA + wgmma kernels: bfloat16 and float16, d 64 and 128, more than 16 rows per head.
 WIDE = {64: {"tokens": 83, "slots": 2, "keys": 150}, 128: {"tokens": 45, "slots": 3, "keys": 270}}
 
 

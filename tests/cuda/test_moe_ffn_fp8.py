@@ -74,7 +74,7 @@ def test_values_of_the_fused_product(simulator, monkeypatch, dtype, kind, bias_o
     # The pre-activation, and what the large tiles store in boxes: h, rows of 16 bits.
     boxed = 256 + (0 if dtype == torch.float32 else 2 * 272)
     for fused in LARGE:
-        # The simulator sums products in the order of k: the same bits in both.
+        # The simulator sums products in the order of k: bitwise identical results in both.
         assert_identical(results[fused], results["64x128"])
         assert stored["64x128"] - stored[fused] == rows * (2 * 256 * 4 + boxed)
     assert simulator.warnings() == ""

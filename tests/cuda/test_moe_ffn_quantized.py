@@ -66,7 +66,7 @@ def test_values(simulator, kernel, bits_group, dtype, kind):
 @pytest.mark.parametrize("dtype", HALVES, ids=short)
 @formats
 def test_tall_tiles(simulator, bits_group, dtype, rows):
-    """64 rows an expert and more take tiles of 128."""
+    """64 rows per expert and more take tiles of 128."""
     call = quantized_operands(Routing(rows, 2, 1), 192 + 64, 128, dtype, *bits_group)
     check_moe_ffn_quantized(call)
     assert simulator.warnings() == ""
@@ -174,7 +174,7 @@ def test_few_tokens_read_each_code_once(simulator, bits_group, experts, tokens):
         tiles = lines // 32
         loads += len(rows) * lines * line_bytes(depth, bits)  # each code once
         loads += sum(scale_bytes(lines, depth, bits, r) for r in rows)
-        # x, once a block, 8 rows at a time; 8 bits take steps of 64 codes.
+        # x, once per block, 8 rows at a time; 8 bits take steps of 64 codes.
         read = depth if bits == 4 else -(-depth // 64) * 64
         loads += sum(-(-r // 8) * 8 for r in rows) * read * 2 * tiles
         if gathered:

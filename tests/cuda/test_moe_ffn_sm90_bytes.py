@@ -118,7 +118,7 @@ def overhead_bytes(case, columns, tile, producer):
 
 
 def gathered_bytes(case, features, columns):
-    """Rows that exist, once a column tile; each of the 8 threads of a row reads its index."""
+    """Rows that exist, once per column tile; each of the 8 threads of a row reads its index."""
     return case.rows * columns * (2 * features + 8 * 4)
 
 
@@ -138,8 +138,8 @@ def combine_bytes(case, weighted):
 @layouts
 @pytest.mark.parametrize("tile", UP_TILES)
 def test_forward(simulator, monkeypatch, tile, layout, names):
-    """Weights once a row tile, x once a column tile, h and the rows of the result once, h in boxes;
-    no copy of x by rows."""
+    """Weights once per row tile, x once per column tile, h and the rows of the result once, h in
+    boxes; no copy of x by rows."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
     case = Case(layout, 136, 264, names)
     counted = simulator.counted(lambda: moe_ops.moe_ffn(**case.call), *COUNTERS)
@@ -194,8 +194,8 @@ def saved_for_backward(case):
 @layouts
 @pytest.mark.parametrize("tile", DOWN_BWD_TILES)
 def test_backward_down_projection(simulator, monkeypatch, tile, layout, names):
-    """Where only the gradient of the routing weights is wanted, the stage is alone: w_down once a
-    row tile, grad_y once a column tile, the pre-activation once."""
+    """Where only the gradient of the routing weights is wanted, the stage is alone: w_down once per
+    row tile, grad_y once per column tile, the pre-activation once."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
     case = Case(layout, 136, 264, names, apply_router_weight_on_input=False)
     arguments = saved_for_backward(case)
@@ -239,7 +239,7 @@ def test_backward(simulator, monkeypatch, tile, on_input, layout, names):
     )
     by_rows = 2 * (P * (1 + on_input) + I + H) + (0 if on_input else 4 * ceil(I, 128))
     gradients = 2 * E * (P * H + H * I + P + H) + 2 * H * case.num_slots + 4 * case.num_slots
-    # Weight gradients: the operand that is not gathered, once a tile of 128 of the other one's.
+    # Weight gradients: the operand that is not gathered, once per tile of 128 of the other one's.
     summed = sum(ceil(r, 64) for r in case.counts) * 64 * 128 * 2 * ceil(H, 128)
     assert counted == {
         "tma_ld_bytes": gemm_tma_bytes(case.counts, I, H, DOWN_BWD_TILES[tile])

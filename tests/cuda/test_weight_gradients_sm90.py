@@ -29,7 +29,7 @@ def set_tile(request, monkeypatch):
 
 
 def operands(counts, hidden_size, intermediate_size, dtype=torch.bfloat16, dropped=4):
-    """A call with two slots a token, so many of them for each expert; some slots have none."""
+    """A call with two slots per token, so many of them for each expert; some slots have none."""
     ids = [e for e, rows in enumerate(counts) for _ in range(rows)]
     ids += [-1] * (dropped + len(ids) % 2)
     ids = torch.tensor(ids, dtype=torch.int32)[torch.randperm(len(ids))].view(-1, 2)
@@ -80,8 +80,8 @@ def test_schedules(simulator, tile):
 
 @tiles
 def test_bytes(simulator, tile):
-    """What TMA loads: the side that is not gathered, once a tile of the other; what is stored: each
-    gradient once, and what the stage before writes for it."""
+    """What TMA loads: the side that is not gathered, once per tile of the other; what is stored:
+    each gradient once, and what the stage before writes for it."""
     m, n, cluster = TILES[tile]
     counts, H, I = (129, 0, 3, 320, 70), 264, 136
     arguments = saved_for_backward(operands(counts, H, I))

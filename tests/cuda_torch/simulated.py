@@ -10,7 +10,7 @@ import torch_cuda  # type: ignore[import-not-found]  # of the simulator
 from moe_ops.ops._library import cuda_formulas
 
 torch_cuda.install()
-# Kernels that take lists of tensors have no CPU version; optimisers then go tensor by tensor.
+# Kernels that take lists of tensors have no CPU version; optimizers then go tensor by tensor.
 for _name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
     importlib.import_module(_name)._get_foreach_kernels_supported_devices = lambda: []
 

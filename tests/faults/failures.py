@@ -1,9 +1,9 @@
 """Fails each allocation of a call in turn: python -m tests.faults.failures, with failing.cpp
 preloaded. Prints a line of JSON for each call: how many allocations it makes, and what went wrong.
 
-After a failure the same call is made again, in the same thread, and must give the same bits. Each
-try has a thread of its own, because a thread keeps its scratch memory: in a used one there is
-nothing left to allocate.
+After a failure the same call is made again, in the same thread, and must give bitwise identical
+results. Each try has a thread of its own, because a thread keeps its scratch memory: in a used one
+there is nothing left to allocate.
 """
 
 from __future__ import annotations

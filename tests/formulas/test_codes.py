@@ -1,4 +1,5 @@
-"""Quantized weights in the formulas beside the reference: the same bits in every format."""
+"""Quantized weights in the formulas beside the reference: bitwise identical results in every
+format."""
 
 from __future__ import annotations
 

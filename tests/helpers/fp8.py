@@ -41,7 +41,7 @@ def fp8_gemm_operands(
 
     a, a_scale = reference.quantize_fp8(spread(n, in_features))
     b, b_scale = quantize_fp8_blocks(spread(e, out_features, in_features))
-    # Neighbouring blocks would otherwise have nearly the same scale.
+    # Neighboring blocks would otherwise have nearly the same scale.
     a_scale = a_scale * 2 ** (2 * torch.rand(a_scale.shape))
     b_scale = b_scale * 2 ** (2 * torch.rand(b_scale.shape))
     call: Kwargs = {
@@ -78,7 +78,7 @@ def fp8_wgrad_operands(
     for name, features in (("grad", out_features), ("a", in_features)):
         x = torch.randn(sum(counts) + tail, features) * 10 ** (4 * torch.rand(features) - 2)
         call[name], scale = reference.quantize_fp8_columns(x, offsets)
-        # Neighbouring groups would otherwise have nearly the same scale.
+        # Neighboring groups would otherwise have nearly the same scale.
         call[f"{name}_scale"] = scale * 2 ** (2 * torch.rand(scale.shape))
     return {**call, "expert_offsets": offsets}
 

@@ -1,4 +1,4 @@
-"""Published formats of quantised weights written down element by element, apart from the code that
+"""Published formats of quantized weights written down element by element, apart from the code that
 reads them: what a checkpoint has on disk, and the weight that it stands for."""
 
 from __future__ import annotations

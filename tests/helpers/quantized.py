@@ -86,7 +86,7 @@ def quantized_operands(
     x_scale: bool = False,
     **options: Any,
 ) -> Kwargs:
-    """ffn_operands with quantised weights."""
+    """ffn_operands with quantized weights."""
     call = ffn_operands(routing, hidden_size, intermediate_size, dtype, **options)
     for name in ("w_gate_up", "w_down"):
         call[name], call[f"{name}_scale"] = quantized(call[name], bits, group)

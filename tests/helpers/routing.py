@@ -53,7 +53,7 @@ class Routing:
             popularity = -2.0 * torch.arange(1, e + 1).log()
         elif self.kind == "half_empty":
             popularity[1::2] = -1e4
-        # Gumbel top-k: k distinct experts a token, drawn by popularity.
+        # Gumbel top-k: k distinct experts per token, drawn by popularity.
         gumbel = -torch.empty(t, e).exponential_().log()
         ids = (popularity + gumbel).argsort(1, descending=True)[:, :k].to(torch.int64)
         if self.kind == "half_empty" and e > 1:

@@ -187,7 +187,7 @@ NUM_BLOCKS = dict.fromkeys(MODEL_TYPES, 2) | {
     "glm4_moe": 1,
     "llama4_text": 1,
 }
-# Of these the ones whose experts are feed-forward networks, which pack and quantise.
+# Of these the ones whose experts are feed-forward networks, which pack and quantize.
 NUM_FFNS = NUM_BLOCKS | {"jetmoe": 2}
 
 
@@ -196,7 +196,7 @@ def build(
 ) -> PreTrainedModel:
     """A model in eval mode whose weights, seeded by nothing but 0, make every branch matter.
 
-    Every parameter is redrawn: transformers leaves some uninitialised and others tiny, and zero
+    Every parameter is redrawn: transformers leaves some uninitialized and others tiny, and zero
     biases would hide a forgotten one.
     """
     config = AutoConfig.for_model(model_type, **{**(CONFIGS | NEWER)[model_type], **overrides})

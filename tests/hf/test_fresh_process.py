@@ -1,4 +1,4 @@
-"""Checkpoints with quantised experts, saved here and loaded in processes of their own: what an
+"""Checkpoints with quantized experts, saved here and loaded in processes of their own: what an
 earlier call in a process has cached can hide what loading lacks."""
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def on_disk(folder: Path) -> dict[str, object]:
     device = str(torch.get_default_device())
     return {
         "device_map": {**dict.fromkeys(IN_MEMORY, device), "model.layers.1": "disk"},
-        "offload_buffers": True,  # Quantised weights are buffers.
+        "offload_buffers": True,  # Quantized weights are buffers.
         "offload_folder": str(folder),
     }
 

@@ -54,7 +54,7 @@ def test_outputs_and_gradients_equal_eager(model_type):
 
 @newer
 def test_generate_gives_the_same_tokens(model_type):
-    """Optimised too; then the model is as it was."""
+    """Optimized too; then the model is as it was."""
     model, prompt = build(model_type), tokens(2, 5)
     arguments = {"max_new_tokens": 4, "do_sample": False}
     expected = model.generate(prompt, **arguments)

@@ -165,7 +165,7 @@ def test_saved_and_loaded(tmp_path, weights):
     if weights is None:
         assert list(loaded.state_dict()) == names
     torch.testing.assert_close(logits(loaded, ids), want, rtol=2e-2, atol=2e-2)
-    # Quantising what codes stand for gives the codes again.
+    # Quantizing what codes stand for gives the codes again.
     if weights is not None:
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):

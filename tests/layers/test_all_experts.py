@@ -206,7 +206,7 @@ def test_bad_calls(bad_input):
         mix_outputs(bank.outputs(x), torch.rand(T, 2, E + 1, dtype=torch.float64))
 
 
-# ------------------------------------------------------------------------------ normalisation
+# ------------------------------------------------------------------------------ normalization
 
 
 def separate(norm: ExpertBatchNorm) -> list[nn.BatchNorm1d]:

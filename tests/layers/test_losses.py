@@ -267,7 +267,7 @@ def test_update_expert_bias_accumulates_over_forwards():
 
 def test_loss_free_updates_balance_a_skewed_router():
     moe = build_moe(8, 4, E, 2, score_func="sigmoid", expert_bias=True)
-    x = torch.randn(64, 8) + 1.0  # a common direction makes some experts everyone's favourite
+    x = torch.randn(64, 8) + 1.0  # a common direction makes some experts everyone's favorite
 
     def violation() -> float:
         load = count_tokens_per_expert(moe(x, return_routing=True).topk_ids, E).float()

@@ -17,7 +17,7 @@ OPTIONS = {"score_func": "sigmoid", "expert_bias": True, "bias_bins": BINS}
 
 
 def skewed(num_tokens: int = 512) -> Tensor:
-    return torch.randn(num_tokens, H) + 1.0  # a common direction makes favourites
+    return torch.randn(num_tokens, H) + 1.0  # a common direction makes favorites
 
 
 def exact(scores: Tensor, bias: Tensor, top_k: int) -> Tensor:

@@ -86,7 +86,7 @@ def test_same_bits_where_a_call_fits(kind, where):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounds(kind, num_slots):
     """More experts in a call than slots. What is rounded more than once is the fp32 sum alone,
-    except that quantised experts round each round's output, and their input by its rows alone."""
+    except that quantized experts round each round's output, and their input by its rows alone."""
     for on_input in (False, True):
         x = inputs(kind)
         with torch.no_grad(), moe_ops.batch_invariant():

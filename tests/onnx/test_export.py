@@ -131,7 +131,7 @@ def test_layers_with_a_dynamic_number_of_tokens():
 
 
 class Others(nn.Module):
-    """Quantised, soft and dense experts."""
+    """Quantized, soft and dense experts."""
 
     def __init__(self) -> None:
         super().__init__()

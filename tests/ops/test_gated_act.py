@@ -191,7 +191,8 @@ def test_same_bits_for_any_thread_count(dtype, set_threads):
 @pytest.mark.parametrize("size", [61, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_a_value_does_not_depend_on_its_place(dtype, size):
-    """Four vectors at once, the vector body and the tail of a line compute the same bits."""
+    """Four vectors at once, the vector body and the tail of a line compute bitwise identical
+    results."""
     line = torch.randn(2, size).to(dtype).requires_grad_()
     whole = moe_ops.gated_act(line.reshape(1, -1))
     (grad,) = torch.autograd.grad(whole.sum(), line)

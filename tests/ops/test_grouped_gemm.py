@@ -223,7 +223,7 @@ def test_offsets_of_either_dtype(index_dtype, view):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_nan_stays_in_its_row(dtype):
-    """Neither a tile's neighbours nor the zero tail see the NaN of a row or of an expert."""
+    """Neither a tile's neighbors nor the zero tail see the NaN of a row or of an expert."""
     call = gemm_operands((7, 5, 6), 20, 24, dtype, tail=3)
     call["a"][8] = torch.nan
     call["a"][18:] = torch.nan

@@ -84,7 +84,7 @@ def magnitude(
 ):
     """Bounds values and, as a function of every operand, their derivatives.
 
-    |act| <= 1 + |n| with slopes of at most 1.1. Batch statistics: a normalised feature and the
+    |act| <= 1 + |n| with slopes of at most 1.1. Batch statistics: a normalized feature and the
     derivatives of it move with the features of all tokens, by at most what 3 / deviation times the
     feature and its mean over tokens do.
     """

@@ -696,8 +696,8 @@ INVARIANT = {
 @pytest.mark.parametrize("head_size", [7, 16, 40, 130])
 @pytest.mark.parametrize("options", INVARIANT)
 def test_batch_invariance(options, head_size, dtype, kind, set_threads):
-    """A token has the same bits in a prefill, in one in steps, in a sequence of its own and alone
-    against its cache, in the batch-invariant mode."""
+    """A token has bitwise identical results in a prefill, in one in steps, in a sequence of its own
+    and alone against its cache, in the batch-invariant mode."""
     options = INVARIANT[options]
     bounds = options.get("cu_seqlens", torch.tensor([0, 513])).tolist()
     steps = (  # of queries, and where they end

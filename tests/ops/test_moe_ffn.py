@@ -188,7 +188,7 @@ def test_one_gradient_at_a_time(dtype, wanted):
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])
-@pytest.mark.parametrize("sizes", [(9, 12), (72, 136)], ids=str)  # of 16 bytes a row, or not
+@pytest.mark.parametrize("sizes", [(9, 12), (72, 136)], ids=str)  # of 16 bytes per row, or not
 def test_small_float16_gradients(sizes, activation, on_input):
     """Gradients on the way may be kept in float16, whose values below 2^-14 are 2^-24 apart. That
     moves u = w_down^T grad_y, the gradients of the pre-activation and those of x by rows by 2^-25
@@ -260,7 +260,8 @@ def test_out_dtype_of_routings(routing):
 @pytest.mark.parametrize("routing", [SMALL, Routing(700, 4, 2, "dropped")], ids=str)
 @pytest.mark.parametrize("dtype", HALF, ids=short)
 def test_the_sum_is_rounded_once(dtype, routing, on_input):
-    """In float32 it is what is rounded without out_dtype, and gradients have the same bits."""
+    """In float32 it is what is rounded without out_dtype, and gradients have bitwise identical
+    results."""
     call = ffn_operands(routing, 40, 24, dtype, bias=True)
     call["apply_router_weight_on_input"] = on_input
     leaves = [call[name].requires_grad_() for name in differentiable(call)]
@@ -603,7 +604,7 @@ def test_no_grad_saves_nothing():
 
 
 def test_activation_checkpoint():
-    """Recomputed in backward, the block gives the same bits."""
+    """Recomputed in backward, the block gives bitwise identical results."""
     call = ffn_operands(SMALL, 9, 12, torch.float32, bias=True)
     names = differentiable(call)
     leaves = [call[name].requires_grad_() for name in names]

@@ -211,7 +211,7 @@ def test_two_python_threads_at_once():
         assert_identical(y, want[i % 3], f"call {i}")
 
 
-# --- tokens that are quantised already, and the type of the result
+# --- tokens that are quantized already, and the type of the result
 
 
 def quantised(call, out_dtype=None):

@@ -132,7 +132,7 @@ def test_opcheck_of_any_number_of_rows(num_rows):
 
 @pytest.mark.parametrize("slot", [0, 77, 89])
 def test_one_slot_for_all_rows(slot):
-    """40 slots a token: two batches of lanes."""
+    """40 slots per token: two batches of lanes."""
     call = operands(Routing(3, 50, 40, "dropped"), 24, torch.float32)
     call["row_to_slot"] = torch.full((120,), slot, dtype=torch.int32)
     check_against_reference(moe_ops.permute, reference.permute, call, ["x"], sum_length=120)

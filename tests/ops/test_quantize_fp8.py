@@ -1,4 +1,4 @@
-"""quantize_fp8, quantize_fp8_columns, and the quantiser of weights beside them."""
+"""quantize_fp8, quantize_fp8_columns, and the quantizer of weights beside them."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_views_of_columns(view):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_columns_that_are_not_finite(value):
-    """A group of a column is spoilt, and neither its neighbours nor what no row fills."""
+    """A group of a column is spoilt, and neither its neighbors nor what no row fills."""
     x = torch.randn(205, 70)
     offsets = offsets_of((130, 70))
     clean_q, clean_scale = moe_ops.quantize_fp8_columns(x, offsets)

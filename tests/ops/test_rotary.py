@@ -33,7 +33,7 @@ OP_CASES = {
 
 
 def operands(*shape, dtype=torch.float32, batched=False, **options):
-    """A call with angles of all sizes, one a token and pair of features."""
+    """A call with angles of all sizes, one per token and pair of features."""
     lead = shape[:2] if batched else shape[1:2]
     angles = 7 * torch.randn(*lead, shape[-1] // 2, dtype=torch.float64)
     acc = torch.float64 if dtype == torch.float64 else torch.float32

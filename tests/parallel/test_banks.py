@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_said(processes):
         assert text.endswith("moe_ops.parallel.shard_experts shares it out."), text
 
 
-# ----------------------------------------------------------------------- packing, quantising
+# ----------------------------------------------------------------------- packing, quantizing
 
 
 def pack(rank):
@@ -182,7 +182,7 @@ def quantise(rank, format):
     bank = layer.experts
     assert isinstance(bank, QuantizedExperts)
     y = results(layer, rank)[1]
-    # The other way round: first quantised, then shared out.
+    # The other way round: first quantized, then shared out.
     other = moe_ops.quantize_experts(make_layer(), format, group_size=GROUPS[format])
     shard_experts(other, ep_mesh)
     buffers = {name: whole(b) for name, b in bank.named_buffers()}

@@ -30,7 +30,8 @@ def load_and_save_again(rank, ep, source, target):
 
 
 def test_a_checkpoint_fits_other_layouts(processes, tmp_path):
-    """Four ranks, then two, then one, each from the files of the one before: the same bits."""
+    """Four ranks, then two, then one, each from the files of the one before: bitwise identical
+    results."""
     folders = [tmp_path / str(i) for i in range(4)]
     (want, *_) = processes.run(save_after_steps, 2, folders[0])
     assert sum("exp_avg_sq" in name for name in want) == sum(" " not in name for name in want)

@@ -136,7 +136,7 @@ def test_as_one_process(results, name, case_name, dtype):
 
 
 # What was measured over dispatchers, shapes and ranks: of the difference from one process, its norm
-# beside that of the result. 0 is the same bits.
+# beside that of the result. 0 is bitwise identical results.
 FIGURES = {
     ("slots", torch.float32): (0.0, 4e-7, 3e-7, 5e-7),
     ("tokens", torch.float32): (8e-8, 5e-8, 0.0, 3e-7),

@@ -158,7 +158,7 @@ class Unsteady(nn.Module):
 def recompute(
     rank: int, name: str, reentrant: bool, freeze: bool, noise: bool
 ) -> tuple[int, int, list[Tensor], Tensor, Tensor]:
-    """Count exchanges of a forward and of its backward, the ids that were seen, and gradients."""
+    """Counts exchanges of a forward and of its backward, the ids that were seen, and gradients."""
     torch.manual_seed(0)
     moe = layer(name, torch.float32, freeze_routing_in_recompute=freeze)
     seen: list[Tensor] = []

@@ -281,7 +281,7 @@ def test_routing_says_where_experts_should_be(processes):
 
 
 def other_things(rank):
-    """Surgery, quantised banks, and packed copies of a bank that has been moved."""
+    """Surgery, quantized banks, and packed copies of a bank that has been moved."""
     torch.manual_seed(0)
     layer = build_moe(32, 32, EXPERTS, 2, bias=True)
     whole_layer = build_moe(32, 32, EXPERTS, 2, bias=True)

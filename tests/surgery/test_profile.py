@@ -23,7 +23,7 @@ def expert(layer: MoE, e: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def by_loops(layer: MoE, sequences: torch.Tensor, positions: int) -> surgery.LayerProfile:
-    """A layer with two experts a token, softmax over all and no renormalisation."""
+    """A layer with two experts per token, softmax over all and no renormalization."""
     count, hidden = layer.router.num_experts, layer.router.hidden_size
     sums = surgery.LayerProfile.empty(count, 2, hidden, positions)
     for sequence in sequences:

@@ -91,7 +91,7 @@ def test_losses_are_what_they_say(model):
 
 
 def test_cache_holds_untiled_keys(model):
-    """n key-value heads a token whatever K is, not K * n."""
+    """n key-value heads per token whatever K is, not K * n."""
     cache = model.new_cache()
     model(tokens_of(model, 2, 7), cache=cache)
     assert isinstance(cache[0], KVCache) and cache[0].length == 7
@@ -204,7 +204,7 @@ def test_bad_calls(model, call, words):
 
 
 def test_learns(model):
-    """A repeated sentence is learnt by heart in a few steps."""
+    """A repeated sentence is learned by heart in a few steps."""
     torch.manual_seed(0)
     model = zoo.create_model("jetmoe", hidden_size=32, head_size=8, intermediate_size=32)
     text = torch.tensor([list(b"the quick brown fox jumps over it ")]).repeat(2, 1)

@@ -1,8 +1,8 @@
-"""Makes a package of the tree that children import, with CMake alone: no pip, no network.
+"""Builds a package of the tree for child processes, with CMake alone: no pip, no network.
 
-The package is build/lease/package: a copy of python/moe_ops and the library. Three ways: everything
-is compiled, for which the CUTLASS headers are carried; the library is carried, which serves every
-Python, and nothing compiled; or a whole package is carried.
+The package is build/lease/package: a copy of python/moe_ops and the library. There are three ways:
+everything is compiled, with the provided CUTLASS headers; the library is provided, which works with
+every Python version, and nothing is compiled; or a whole package is provided.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CUTLASS = FOLDER / "cutlass"
 
 @dataclass(frozen=True)
 class Sources:
-    """What is carried along. `cutlass`: the nvidia-cutlass wheel, a folder with cutlass_library in
-    it, or the headers (a folder with cute in it). `library`: libmoe_ops.so of this tree. `package`:
-    a folder with a built moe_ops in it. `defines`: settings of CMake, NAME=VALUE."""
+    """Provided files. `cutlass`: the nvidia-cutlass wheel, a folder with cutlass_library in it, or
+    the headers (a folder with cute in it). `library`: libmoe_ops.so of this tree. `package`: a
+    folder with a built moe_ops in it. `defines`: CMake settings, NAME=VALUE."""
 
     cutlass: Path | None = None
     library: Path | None = None
@@ -38,7 +38,7 @@ class Sources:
 
 
 def package_of(sources: Sources) -> Path:
-    """The folder for PYTHONPATH."""
+    """Returns the folder for PYTHONPATH."""
     return sources.package.resolve() if sources.package else PACKAGE
 
 
@@ -50,7 +50,8 @@ def is_built(sources: Sources) -> bool:
 
 
 def fingerprint() -> str:
-    """Of the sources of the library: measurements of different ones do not belong together."""
+    """Returns a hash of the library's sources, which separates measurements of different
+    versions."""
     digest = hashlib.sha256()
     for folder in ("csrc", "python/moe_ops"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -60,7 +61,7 @@ def fingerprint() -> str:
 
 
 def build(sources: Sources, limit_s: float) -> Outcome:
-    """The outcome of the step."""
+    """Builds the package and returns the outcome of the step."""
     if sources.package is not None:
         if not is_built(sources):
             return _outcome("failed", 0.0, f"{sources.package} holds no built moe_ops")
@@ -94,13 +95,14 @@ def configure(sources: Sources) -> list[str]:
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
     if capability := _capability():
-        # The code of the kernels for any card takes half of the time, once for each.
+        # Kernels for any GPU take half of the build time, once for each architecture.
         command.append(f"-DMOE_OPS_CUDA_SASS={capability}")
     return [*command, *(f"-D{define}" for define in sources.defines)]
 
 
 def _capability() -> str:
-    """Compute capability of the first card without its dot; "" where nvidia-smi tells none."""
+    """Returns the compute capability of the first GPU without its dot; "" if nvidia-smi prints
+    none."""
     lines = said(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
     told = lines[0].strip().replace(".", "") if lines else ""
     return told if told.isdecimal() else ""
@@ -119,8 +121,8 @@ def _assemble(sources: Sources) -> None:
 
 
 def _refusal(package: Path, limit_s: float) -> str:
-    """Why this Python cannot import the package; "" if it can. A library of other sources lacks
-    functions that the package calls."""
+    """Returns the reason why this Python cannot import the package; "" if it can. A library built
+    from other sources lacks functions that the package calls."""
     path = os.pathsep.join([str(package.resolve()), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", "import moe_ops"]
     status, _, log = steps.run_logged("import", command, max(5.0, limit_s), {"PYTHONPATH": path})
@@ -130,7 +132,7 @@ def _refusal(package: Path, limit_s: float) -> str:
 
 
 def _stamp_of(sources: Sources) -> str:
-    """What a package is made of: one of another library or other settings is another one."""
+    """Returns an identifier of a package's inputs: another library or other settings change it."""
     library = "" if sources.library is None else str(sources.library.resolve())
     return " ".join([fingerprint(), library, *sources.defines])
 
@@ -141,7 +143,7 @@ def _stamp() -> str:
 
 
 def _python_path(sources: Sources) -> str:
-    """With the folder in which CMake finds cutlass_library."""
+    """Returns a Python path with the folder in which CMake finds cutlass_library."""
     parts = [os.environ.get("PYTHONPATH", "")]
     if (folder := _cutlass_folder(sources.cutlass)) is not None:
         parts.insert(0, str(folder))
@@ -172,7 +174,7 @@ def _cutlass_folder(given: Path | None) -> Path | None:
 
 
 def _tool(name: str) -> str:
-    """From PATH, or beside the Python that runs."""
+    """Finds a tool on PATH, or next to the running Python."""
     beside = Path(sys.executable).parent / name
     return shutil.which(name) or str(beside)
 

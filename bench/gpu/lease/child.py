@@ -1,7 +1,7 @@
 """The process of a step: ``python -m bench.gpu.lease.child PROGRAM STEP``.
 
-Ends with status 0, 1 if something is wrong, 3 if the time was too short for everything; its last
-line says what was found.
+It ends with status 0, 1 on failure, or 3 if the time was too short for everything; its last line
+summarizes the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROGRAMS = ("machine", "smoke", "tiles", "measure", "decode", "small", "result")
 
 @dataclass(frozen=True)
 class Task:
-    """A step as its process sees it."""
+    """Step as seen by its process."""
 
     step: str
     journal: Journal
@@ -35,7 +35,7 @@ class Task:
 
     @property
     def device(self) -> str:
-        """cuda; a walk without a card runs on the CPU."""
+        """Returns "cuda", or "cpu" in a run without a GPU."""
         return "cpu" if self.dry and not torch.cuda.is_available() else "cuda"
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args(arguments)
     if given.dry and importlib.util.find_spec("torch_cuda"):
-        # A simulator: torch's own kernels run on the CPU.
+        # On a simulator, torch's own kernels run on the CPU.
         importlib.import_module("tests.cuda_torch.simulated")
     task = Task(given.step, Journal(given.out), given.out, given.seconds, given.dry)
     if task.device == "cuda" and not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _small(task: Task) -> int:
-    """What compute-sanitizer looks at."""
+    """Runs the calls that compute-sanitizer checks."""
     from bench.gpu import small
 
     wrong = small.run(task.device)
@@ -74,8 +74,8 @@ def _small(task: Task) -> int:
 if __name__ == "__main__":
     status = main()
     if "torch_cuda" in sys.modules:
-        # The simulator's kernels of torch are Python, in threads of autograd too; one that still
-        # waits for the interpreter while it ends would abort the process.
+        # The simulator's versions of torch kernels are Python, in autograd threads too; one that
+        # still waits for the interpreter at exit would abort the process.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -1,8 +1,8 @@
-"""Step decode: a whole model of transformers with random weights, its experts done in turn by
-moe_ops and by what transformers has: a step of decoding in a CUDA graph, and `generate`. moe_ops
-also without kernels that start before the last one has ended, and in the batch-invariant mode.
+"""Step decode: a whole transformers model with random weights. Its experts run alternately on
+moe_ops and on transformers' implementations, for a decode step in a CUDA graph and for `generate`.
+moe_ops also runs without programmatic dependent launch and in batch-invariant mode.
 
-The model has the layers of Qwen3-30B-A3B, a few of them.
+The model has a few layers of Qwen3-30B-A3B's sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SERIAL, INVARIANT = "moe_ops, one by one", "moe_ops, batch-invariant"
 WAYS = ("moe_ops", SERIAL, INVARIANT, "grouped_mm", "batched_mm", "eager")
 _LAYERS, _PROMPT, _NEW = 4, 128, 64
 _BATCHES = (1, 16)
-# Logits after some layers in bf16, which round at other places.
+# Tolerance of logits after some bf16 layers with different rounding.
 _TOLERANCE = 0.05
 
 
@@ -87,7 +87,7 @@ def _measure(
     prepared: dict[str, Prepared] = {}
     found: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
-    for way in reversed(WAYS):  # eager is what the others are compared with
+    for way in reversed(WAYS):  # eager is the reference of the others
         try:
             with _experts(model, way):
                 logits = model(prompt).logits[:, -1].float()
@@ -109,7 +109,7 @@ def _measure(
 
 @contextlib.contextmanager
 def _experts(model: Any, way: str) -> Iterator[None]:
-    """The model's experts done so; a CUDA graph keeps what it captured."""
+    """Runs the model's experts on this implementation; a CUDA graph keeps the one it captured."""
     model.set_experts_implementation(way.partition(",")[0])
     if way == SERIAL:
         os.environ["MOE_OPS_OVERLAP"] = "off"
@@ -121,7 +121,7 @@ def _experts(model: Any, way: str) -> Iterator[None]:
 
 
 def _step(model: Any, prompt: Tensor, way: str) -> Any:
-    """The step after the prompt, again and again: a static cache stays where it is."""
+    """Returns the repeatable step after the prompt; a static cache keeps its addresses."""
     from transformers import StaticCache
 
     batch, length = prompt.shape
@@ -148,7 +148,8 @@ def _step(model: Any, prompt: Tensor, way: str) -> Any:
 
 
 def _generated(model: Any, prompt: Tensor, new: int, task: Task) -> float:
-    """Tokens a second of greedy `generate`, by the host's clock: the second of two calls."""
+    """Returns tokens per second of greedy `generate`, by the host's clock: the second of two
+    calls."""
     seconds = 0.0
     for _ in range(2):
         _wait(task)

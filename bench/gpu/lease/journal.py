@@ -1,8 +1,8 @@
-"""What is known so far: a file of JSON lines, each written to disk before the next thing begins.
+"""Journal of results: a file of JSON lines, each written to disk before the next task begins.
 
 A line has `kind` and `step`. "outcome" ends a step: status (passed, failed, unfinished, skipped),
-seconds, text. Other kinds are what a step found: "machine", "check", "tile", "limits", "cell",
-"decode". A line that was cut off, because the machine went away while it was written, is left out.
+seconds, text. Other kinds are results of a step: "machine", "check", "tile", "limits", "cell",
+"decode". A line that was cut off by the loss of the machine is ignored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """The journal of a folder, which is made if it is not there. Several processes may write, one
-    at a time."""
+    """Journal of a folder, which is created if missing. Several processes may write, one at a
+    time."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Journal:
                 yield record
 
     def outcome(self, step: str) -> Record | None:
-        """The last one of the step."""
+        """Returns the last outcome of the step."""
         outcomes = list(self.records("outcome", step))
         return outcomes[-1] if outcomes else None
 

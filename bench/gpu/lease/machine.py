@@ -1,4 +1,4 @@
-"""Step machine: what was lent. Needs no build."""
+"""Step machine: description of the machine. Needs no build."""
 
 from __future__ import annotations
 

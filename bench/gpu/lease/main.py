@@ -17,9 +17,9 @@ from bench.gpu.lease.plan import Lease, Step, child, steps_of_a_lease
 from bench.gpu.steps import Outcome
 from bench.harness.files import ROOT
 
-# Kept back for the table and the result.
+# Reserved for the table and the result.
 _RESERVE_S = 20.0
-# Lines of each step's output that log.txt keeps.
+# Lines of each step's output kept in log.txt.
 _KEPT_LINES = 150
 _TRACE = ("failed", "unfinished")
 
@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if every step that was asked for has passed, 1 if not."""
+    """Returns 0 if every requested step has passed, 1 if not."""
     options = parse(arguments)
     started = time.time()
     sources = Sources(options.cutlass, options.library, options.package, tuple(options.define))
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def outcomes(journal: Journal) -> str:
-    """A line a step: what became of it."""
+    """Returns one line per step with its outcome."""
     lines = []
     for step in steps_of_a_lease():
         outcome = journal.outcome(step.name)
@@ -88,7 +88,7 @@ def outcomes(journal: Journal) -> str:
 
 
 def enter(lease: Lease) -> None:
-    """Children find the package, the tree and the peers."""
+    """Sets the environment in which children find the package, the tree and the peers."""
     parts = [str(build.package_of(lease.sources)), str(ROOT)]
     if lease.peers is not None:
         parts.append(str(lease.peers.resolve()))
@@ -104,11 +104,11 @@ def walk(
     log: Callable[[str], None] = lambda line: None,
     now: Callable[[], float] = time.time,
 ) -> bool:
-    """Runs the steps that have not passed yet; whether all have in the end.
+    """Runs the steps that have not passed yet; returns whether all have passed.
 
-    A step gets its limit, or the time that is left if that is less, and its outcome is written
-    down before the next one begins. One that fails does not end the walk; without a build only
-    those run that need none.
+    A step gets its limit or the remaining time, whichever is less, and its outcome is recorded
+    before the next one begins. A failure does not stop the run; without a build only the steps that
+    need none run.
     """
     journal, built = lease.journal, build.is_built(lease.sources)
     good = True
@@ -150,7 +150,8 @@ def _run(step: Step, lease: Lease, limit_s: float) -> Outcome:
 
 
 def _keep_log(lease: Lease, name: str, outcome: Outcome) -> None:
-    """The end of a step's output, in one file for all steps: a lent machine may give back few."""
+    """Appends the end of a step's output to one file for all steps: a lent machine may return only
+    few files."""
     for log in (steps.log_of(f"lease-{name}"), steps.log_of(name)):
         if outcome["status"] in _TRACE and log.exists():
             lines = log.read_text(errors="replace").splitlines()[-_KEPT_LINES:]

@@ -1,4 +1,4 @@
-"""Steps that measure: a selection of cases each, by the loop of bench.gpu.run."""
+"""Steps that measure a selection of cases each, with the loop of bench.gpu.run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def options_of(task: Task) -> Options:
     if task.dry:
         shapes = (cases.SMALL,)
         selection = replace(selection, tokens=(64,))
-    # A case whose time is known is done, one that failed is tried again.
+    # A case with a recorded time is done, a failed one is retried.
     done = frozenset(
         record["case"]
         for record in task.journal.records("cell", task.step)

@@ -16,16 +16,16 @@ from bench.gpu.lease.journal import Journal
 from bench.gpu.steps import Outcome
 from bench.harness.files import ROOT
 
-# Seconds that a child that measures leaves to itself: it begins no case that would take longer.
+# Seconds that a measuring child reserves: it begins no case that would take longer.
 _CHILD_RESERVE_S = 15.0
-# Names of failing tests that an outcome tells.
+# Failing tests listed in an outcome.
 _TOLD = 20
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What the command was asked for. `dry`: tiny layers, and without a card too. `peers`: a folder
-    with the sources of other libraries."""
+    """Options of the command. `dry`: tiny layers, also without a GPU. `peers`: a folder with the
+    sources of other libraries."""
 
     out: Path
     sources: Sources = field(default_factory=Sources)
@@ -39,8 +39,8 @@ class Lease:
 
 @dataclass(frozen=True)
 class Step:
-    """`limit_s`: it is stopped after so long. `least_s`: with less time left it does not begin.
-    `stays`: whether what a step that passed has made is still there."""
+    """Step of a lease. `limit_s`: time limit. `least_s`: minimum remaining time to start. `stays`:
+    returns whether the output of a passed step still exists."""
 
     name: str
     limit_s: float
@@ -50,7 +50,7 @@ class Step:
     stays: Callable[[Lease], bool] = lambda lease: True
 
 
-# The parts of the tests, what matters most first.
+# Groups of tests, most important first.
 TESTS: dict[str, tuple[str, ...]] = {
     "tests_routers": ("topk_router", "topp_router", "expert_choice_router", "sort_by_expert"),
     "tests_products": ("grouped_gemm", "grouped_sum", "permute", "unpermute", "gated_act"),
@@ -67,7 +67,7 @@ MEASURED = {
 
 
 def steps_of_a_lease() -> list[Step]:
-    """All of them; compute-sanitizer comes last, as it is slow and finds what is rare."""
+    """Returns all steps; compute-sanitizer is last, because it is slow and finds rare errors."""
     return [
         Step("machine", 60, child("machine"), least_s=5, needs_build=False),
         Step("build", 420, _build, 30, needs_build=False, stays=_still_built),
@@ -89,11 +89,11 @@ def _still_built(lease: Lease) -> bool:
     return build.is_built(lease.sources)
 
 
-# ---------------------------------------------------------------------------------- children
+# Children.
 
 
 def child(program: str) -> Callable[[Lease, float, str], Outcome]:
-    """A step that is a process of bench.gpu.lease.child. It writes what it finds to the journal
+    """Returns a step that is a process of bench.gpu.lease.child. It writes results to the journal
     itself; its last line of output is the text of the outcome."""
 
     def run(lease: Lease, limit_s: float, name: str) -> Outcome:
@@ -116,11 +116,11 @@ def child_command(lease: Lease, program: str, name: str, limit_s: float) -> list
     return [*command, *(["--dry"] if lease.dry else [])]
 
 
-# ------------------------------------------------------------------------------------- tests
+# Tests.
 
 
 def test_files(name: str) -> list[str]:
-    """Those of a part; the rest are those of no other."""
+    """Returns the test files of a group; "rest" has the files of no other group."""
     if name == "tests_torch":
         return ["tests/cuda_torch"]
     every = sorted(path.name for path in (ROOT / "tests" / "ops").glob("test_*.py"))
@@ -139,7 +139,7 @@ def test_files(name: str) -> list[str]:
 
 
 def test_command(lease: Lease, name: str) -> tuple[list[str], list[str]]:
-    """The command, and what is left out for want of a package."""
+    """Returns the command, and the tests omitted because of missing packages."""
     has = {
         p: importlib.util.find_spec(p) is not None for p in ("expecttest", "xdist", "torch_cuda")
     }
@@ -151,7 +151,7 @@ def test_command(lease: Lease, name: str) -> tuple[list[str], list[str]]:
         selected.append("not opcheck")
         left_out.append("tests of opcheck (expecttest is not installed)")
     if lease.dry:
-        # A test or two of each file.
+        # One or two tests of each file.
         selected.append("(empty or misaligned or test_new_thread)")
         command += ["-p", "no:xdist"]
         if has["torch_cuda"]:
@@ -176,7 +176,7 @@ def _tests(lease: Lease, limit_s: float, name: str) -> Outcome:
     failed = re.findall(r"^FAILED (\S+)", text, re.MULTILINE)
     said = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no result"
     said += "".join(f"; without {what}" for what in left_out)
-    # pytest's 5: nothing was selected, which only a walk may do.
+    # pytest's 5: nothing was selected, which is allowed only in a dry run.
     good = (status == 0 and counts.get("passed", 0) > 0) or (lease.dry and status in (0, 5))
     word = "passed" if good else "failed"
     if status is None:
@@ -185,11 +185,11 @@ def _tests(lease: Lease, limit_s: float, name: str) -> Outcome:
     return {"status": word, "seconds": round(seconds, 1), "text": said, **more}
 
 
-# --------------------------------------------------------------------------------- sanitizer
+# Sanitizer.
 
 
 def _sanitize(lease: Lease, limit_s: float, name: str) -> Outcome:
-    """memcheck or synccheck over a handful of calls of every op. A walk makes the calls alone."""
+    """Runs memcheck or synccheck over a few calls of every op. A dry run makes only the calls."""
     if lease.dry:
         return child("small")(lease, limit_s, name)
     return steps.sanitize(name, limit_s)

@@ -1,4 +1,4 @@
-"""The result of a lease: what the journal holds, in the form of bench/results, and its tables."""
+"""Result of a lease: the journal in the form of bench/results, and its tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_ops.bench.report import table as markdown_table
 
 
 def run(task: Task) -> tuple[int, str]:
-    """Writes CARD.json and CARD.md to the folder, and to bench/results if it was no walk."""
+    """Writes CARD.json and CARD.md to the folder, and to bench/results unless it was a dry run."""
     result = assemble(task.journal, dry=task.dry)
     if result is None:
         return 0, "nothing has been measured"
@@ -26,7 +26,7 @@ def run(task: Task) -> tuple[int, str]:
     text = f"{report.HOW}\n\n{report.markdown(result)}\n{more_tables(result)}"
     write_text(task.out / f"{name}.json", dumps(result))
     write_text(task.out / f"{name}.md", text)
-    # A part of a lease is no result to keep.
+    # An incomplete lease gives no result.
     if not task.dry and result["complete"]:
         write_text(RESULTS / f"{name}.json", dumps(result))
     report.print_result(result)
@@ -47,7 +47,7 @@ def more_tables(result: dict[str, Any]) -> str:
 
 
 def _peaks(cells: list[Record]) -> list[list[str]]:
-    """What a call of each baseline needs beside its operands, where that was measured."""
+    """Returns the additional memory of a call of each baseline, where measured."""
     rows = []
     for cell in cells:
         peaks = [
@@ -62,7 +62,7 @@ def _peaks(cells: list[Record]) -> list[list[str]]:
 
 
 def assemble(journal: Journal, *, dry: bool) -> dict[str, Any] | None:
-    """None where nothing has been measured."""
+    """Returns the result, or None if nothing was measured."""
     measured = list(journal.records("measured"))
     cells = {r["case"]: r["cell"] for r in journal.records("cell")}
     if not measured or not cells:
@@ -99,7 +99,7 @@ def _notes(measured: list[Record]) -> list[str]:
 
 
 def _outcomes(journal: Journal) -> dict[str, Record]:
-    """The last one of each step, in the order of the first."""
+    """Returns the last outcome of each step, in the order of the first."""
     found: dict[str, Record] = {}
     for record in journal.records("outcome"):
         found[record["step"]] = record

@@ -1,4 +1,4 @@
-"""Step smoke: whether the library works on the card at all, and in the ways torch may call it."""
+"""Step smoke: checks that the library works on the GPU in all the ways torch may call it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bench.gpu.lease.child import Task
 from bench.gpu.problem import relative
 from moe_ops.bench.measure import in_a_sentence
 
-# A product of numbers rounded to 8 bits.
+# A GEMM of values rounded to bf16.
 _TOLERANCE = 2.0**-7
 
 
 def run(task: Task) -> tuple[int, str]:
-    """Every check runs, whatever the others find, but none after the device has failed."""
+    """Runs every check, whatever the results of others, until the device fails."""
     checks: dict[str, Callable[[str], None]] = {
         "import": _import,
         "one op": _forward,
-        # The first backward of a process runs on a thread that has no context yet.
+        # The first backward of a process runs on a thread without a CUDA context.
         "backward on a cold thread": _cold_backward,
         "an op with TMA and wgmma": _block,
         "graph": _graph,
@@ -128,7 +128,7 @@ def _side_stream(device: str) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # The op must follow this copy, which no other stream waits for.
+        # The op must follow this copy, for which no other stream waits.
         a.copy_(_normal(7, device, 192, 64))
         out = moe_ops.grouped_gemm(a, b, offsets)
     torch.cuda.current_stream().wait_stream(stream)

@@ -1,8 +1,9 @@
-"""Step tiles: products and blocks with every tile that can be forced, and with the one that the
-library chooses: what the models of choose.h are fitted to.
+"""Step tiles: GEMMs and blocks with every tile that can be forced, and with the library's
+selection. The models of choose.h are fitted to these times.
 
-Twelve products, up and down projection and weight gradient of four layers, and the fused block of
-each; with `MOE_OPS_GEMM_TILE` and `MOE_OPS_FFN_TILE`, which the library reads at every call.
+There are twelve GEMMs, up and down projection and weight gradient of four layers, and the fused
+block of each. `MOE_OPS_GEMM_TILE` and `MOE_OPS_FFN_TILE` force tiles; the library reads them in
+every call.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ GEMM, FFN = "MOE_OPS_GEMM_TILE", "MOE_OPS_FFN_TILE"
 TILES = {GEMM: ("128x256", "128x128", "64x128", "64x64"), FFN: ("low", "high", "pair", "composed")}
 _TOKENS = (4096, 32768, 64)
 _ROUNDS = 5
-# Two ways of one product, in fp32 sums, rounded to 8 bits.
+# Two orders of one GEMM's fp32 sums, rounded to bf16.
 _TOLERANCE = 2.0**-7
 
 
 @dataclass(frozen=True)
 class Product:
-    """`m`, `n`, `k` as in GemmDesc of choose.h; rows are of all experts."""
+    """GEMM with `m`, `n`, `k` as in GemmDesc of choose.h; rows are of all experts."""
 
     name: str
     setting: str
@@ -102,7 +103,7 @@ def run(task: Task) -> tuple[int, str]:
 
 
 def _times(clock: Clock, product: Product) -> tuple[dict[str, float], dict[str, str]]:
-    """Microseconds with each tile, and why one has none."""
+    """Returns microseconds for each tile, and the reasons of failures."""
     prepared: dict[str, Prepared] = {}
     skipped: dict[str, str] = {}
     want: Tensor | None = None
@@ -126,7 +127,7 @@ def _times(clock: Clock, product: Product) -> tuple[dict[str, float], dict[str, 
 
 
 def forced(product: Product, tile: str) -> Callable[[], Tensor]:
-    """The call with the setting in force, whenever it is made: now, or in a later round."""
+    """Returns the call with the setting applied whenever it runs: now, or in a later round."""
 
     def job() -> Tensor:
         if tile != CHOSEN:
@@ -140,7 +141,7 @@ def forced(product: Product, tile: str) -> Callable[[], Tensor]:
 
 
 def table(records: list[dict]) -> tuple[str, list[str], list[list[str]]]:
-    """A row a product: times, and how much longer the chosen tile takes than the fastest."""
+    """Returns one row per GEMM: times, and the selected tile's time over the fastest."""
     names = list(dict.fromkeys(tile for r in records for tile in r["us"]))
     rows = []
     for r in records:

@@ -1,1 +1,1 @@
-"""The lab of `moe_ops.zoo.adamoe`: data, training, measures, and claims with their plan."""
+"""Experiments on `moe_ops.zoo.adamoe`: data, training, measurements, and claims with their plan."""

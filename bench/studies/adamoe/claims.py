@@ -1,4 +1,4 @@
-"""AdaMoE: a flow-matching policy made sparse, with weights that follow the choice or do not, under
+"""AdaMoE: a flow-matching policy made sparse, with weights coupled to the selection or not, under
 weak and strong balance losses."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..zoo_fits import resumed
 DENSE, ALL = "dense", "all arms of a seed"
 SUCCESS, LOSS, CORRELATION = "success, %", "action loss", "correlation"
 PUBLISHED, STRONG, STRONGEST = 0.01, 0.1, 1.0
-# Of each way to weigh, the weights of the balance loss; half of each after the early steps.
+# Balance loss weights for each kind of weighting; halved after the early steps.
 WEIGHTS = {
     "coupled": (0.0, PUBLISHED, STRONG, STRONGEST),
     "additive": (0.0, PUBLISHED, STRONG, STRONGEST),
@@ -32,7 +32,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of pre-training and of each arm, states of a step, rates, and rollouts of the test."""
+    """Steps of pre-training and of each arm, states per step, rates, and test rollouts."""
 
     pretrain: int = 1200
     tune: int = 800
@@ -48,7 +48,7 @@ def arm(variant: str, weight: float) -> str:
 
 
 def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
-    """A dense policy, and all arms that are tuned from it."""
+    """Runs a dense policy, and all arms that are tuned from it."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         run.load()

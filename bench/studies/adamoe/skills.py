@@ -1,8 +1,8 @@
-"""Manipulation in small: a point that is pushed to a goal with one of several skills.
+"""Manipulation task in small: a point that is pushed to a goal with one of several skills.
 
-A skill is what the actions do: it turns them by an angle of its own, and every second one mirrors
-them as well. What is seen is the point, the goal and the skill; the same state needs other actions
-in each skill. Letters: N environments, C actions of a chunk.
+A skill rotates the actions by its own angle, and every second one mirrors them as well.
+Observations are the point, the goal and the skill; each skill needs different actions in a given
+state. Letters: N environments, C actions of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REACHED = 0.1
 
 
 class Demonstrations(NamedTuple):
-    """states [N, 4]: point and goal. skills [N]. actions [N, C, 2] of a teacher."""
+    """Teacher demonstrations. states [N, 4]: point and goal. skills [N]. actions [N, C, 2]."""
 
     states: Tensor
     skills: Tensor
@@ -28,12 +28,12 @@ class Demonstrations(NamedTuple):
 
 
 class SkillRobot:
-    """N points in [-1.5, 1.5]^2 at once, each with a goal on the unit circle and a skill.
+    """N points in [-1.5, 1.5]^2, each with a goal on the unit circle and a skill.
 
     Args:
         skills: [N] int in [0, num_skills).
-        goals, points: [N, 2]; points are where episodes start.
-        num_skills: how many there are. horizon: steps of an episode.
+        goals, points: [N, 2]; points are the start positions.
+        num_skills: number of skills. horizon: steps of an episode.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SkillRobot:
         self.skills, self.points, self.horizon = skills, points, horizon
         angles = 2 * math.pi * skills / num_skills
         self.robot = PointRobot(goals, angles, horizon=horizon)
-        # Mirrors: [1, -1] for skills of odd numbers.
+        # Mirrors: [1, -1] for odd skills.
         self.mirror = torch.stack([torch.ones_like(angles), 1.0 - 2.0 * (skills % 2)], dim=-1)
         self.reset()
 
@@ -57,7 +57,7 @@ class SkillRobot:
         return cls(skills, goals, points, num_skills=num_skills)
 
     def reset(self) -> Tensor:
-        """States [N, 4] of a new episode."""
+        """Returns states [N, 4] of a new episode."""
         self.robot.state = self.points.clone()
         return self.states
 
@@ -66,23 +66,23 @@ class SkillRobot:
         return torch.cat([self.robot.state, self.robot.goals], dim=-1)
 
     def step(self, actions: Tensor) -> Tensor:
-        """Actions [N, 2], of length 1 at most, to the next states."""
+        """Applies actions [N, 2], of length at most 1; returns the next states."""
         self.robot.step(actions * self.mirror)
         return self.states
 
     def optimal(self) -> Tensor:
-        """The teacher's actions [N, 2]: straight to the goal."""
+        """Returns the teacher's actions [N, 2]: straight to the goal."""
         return self.robot.optimal() * self.mirror
 
     def distance(self) -> Tensor:
-        """[N], from the goals."""
+        """Returns the distances [N] from the goals."""
         return (self.robot.state - self.robot.goals).norm(dim=-1)
 
 
 def demonstrate(
     count: int, chunk: int, num_skills: int = 8, generator: torch.Generator | None = None
 ) -> Demonstrations:
-    """What the teacher does from `count` random states, `chunk` actions each."""
+    """Returns the teacher's demonstrations from `count` random states, `chunk` actions each."""
     env = SkillRobot.sample(count, num_skills, generator)
     states = env.reset()
     actions = []

@@ -29,7 +29,8 @@ def groups_of(
     router_warm_up: int,
     weight_decay: float = 1e-6,
 ) -> list[Group]:
-    """The three groups of the authors: the base, the experts, and the routers with their scales."""
+    """Returns the authors' three parameter groups: the base, the experts, and the routers with
+    their scales."""
     named = dict(model.named_parameters())
     routers = [n for n in named if ".moe.router." in n]
     experts = [n for n in named if ".moe.experts." in n or ".moe.shared_experts." in n]
@@ -52,11 +53,11 @@ def lesson(
     router_warm_up: int = 5,
     weight_decay: float = 1e-6,
 ) -> Lesson:
-    """Demonstrations; the published run has rates of 2.5e-5 and 5e-5 (router), warm-ups of 1000 and
-    100 steps, and 90,000 steps.
+    """Returns the training on demonstrations; the published run has rates of 2.5e-5 and 5e-5
+    (router), warm-ups of 1000 and 100 steps, and 90,000 steps.
 
     Args:
-        batches: from the generator of the run to a batch.
+        batches: function from the run's generator to a batch.
         router_rate: of routers and scales; None: twice `rate`.
     """
     config = model.config
@@ -81,8 +82,8 @@ def roll_out(
     generator: torch.Generator | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Whether each of N episodes ended within 0.1 of its goal, bool [N]. The policy plans a chunk,
-    plays it without looking, and plans again."""
+    """Returns bool [N]: True if an episode ended within 0.1 of its goal. The policy plans a chunk,
+    plays it open loop, and plans again."""
     before = model.training
     model.eval()
     env.reset()
@@ -102,12 +103,11 @@ def roll_out(
 def decoupling(
     model: ActionTransformer, data: Demonstrations, *, seed: int = 0
 ) -> dict[str, float]:
-    """How far a choice's weight is from its probability, over all tokens and layers.
+    """Measures the difference of weights from selection probabilities, over all tokens and layers.
 
-    Returns:
-        "correlation" of probability and weight of the chosen experts (nan where one of them does
-        not vary), "probability" and "weight", their means, and "max_violation": the largest share
-        of tokens of an expert over the mean share, minus 1, mean over layers.
+    "correlation" of probability and weight of the selected experts (nan if one of them is
+    constant), "probability" and "weight", their means, and "max_violation": the largest fraction of
+    tokens of an expert over the mean fraction, minus 1, mean over layers.
     """
     generator = torch.Generator().manual_seed(seed)
     routing = model.loss(*data, generator=generator).routing
@@ -128,8 +128,8 @@ def decoupling(
 
 
 def gradient_conflict(model: ActionTransformer, data: Demonstrations, *, seed: int = 0) -> float:
-    """Cosine between the gradients of the action loss and of the balance loss by the routers'
-    weights: -1 where balance undoes what the task asks of the choice."""
+    """Returns the cosine between the gradients of the action loss and of the balance loss with
+    respect to the routers' weights: -1 if the losses conflict."""
     layers: Any = model.layers
     weights: list[nn.Parameter] = [layer.ffn.moe.router.weight for layer in layers]
     generator = torch.Generator().manual_seed(seed)
@@ -142,10 +142,10 @@ def gradient_conflict(model: ActionTransformer, data: Demonstrations, *, seed: i
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
-        arms: what the dense policy is turned into: "dense" is trained on as it is.
+        arms: variants made from the dense policy; "dense" continues training it unchanged.
         pretrain_steps, steps: of the dense policy, and of each arm after it.
         batch_size: states of a step. rate: of pre-training; `tune_rate` of the arms.
         balance_weight: of the balance loss, in all steps; the published weights are 0.01, then
@@ -178,13 +178,13 @@ def train(
 ) -> dict[str, Any]:
     """Pre-trains a dense policy, tunes each arm from it, evaluates; writes and returns report.json.
 
-    What is done is not done again; what was cut goes on from its checkpoint.
+    Finished parts are not repeated; interrupted ones continue from their checkpoints.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder has other settings.
     """
     settings = settings or Settings()
-    # More arms and other rollouts need no other policy.
+    # Other arms and rollouts can reuse the policy.
     folder, now = settings_folder(folder, settings, "policies", ("arms", "episodes"))
     config = AdaMoEConfig(
         num_skills=settings.num_skills,
@@ -239,8 +239,8 @@ def train(
 def evaluate(
     model: ActionTransformer, data: Demonstrations, settings: Settings, progress: bool = True
 ) -> dict[str, float]:
-    """Action loss on demonstrations, success of rollouts, and for sparse policies the numbers of
-    `decoupling` and `gradient_conflict`. Every policy meets the same noise and the same tasks."""
+    """Returns the action loss on demonstrations, success of rollouts, and for sparse policies the
+    results of `decoupling` and `gradient_conflict`. All policies use equal noise and tasks."""
     generator = torch.Generator().manual_seed(settings.seed + 20_000)
     with torch.no_grad():
         loss = float(model.loss(*data, generator=generator).action)

@@ -29,7 +29,7 @@ DENSE = BAMConfig(
 SEED = Recipe(steps=3000, batch=16, rate=3e-3, warmup=60)
 SPECIALIST = Recipe(steps=2000, batch=20, rate=1.5e-3)
 MIX = Recipe(steps=1000, batch=16, rate=1.5e-3)
-# Of a specialist's sequences one in ten is of the other text.
+# One in ten of a specialist's sequences is of the other text.
 OWN_SHARE = 9
 ARMS: dict[str, dict[str, Any]] = {
     "BAM, own K/V": {},
@@ -42,7 +42,7 @@ LONGER, CONTINUED, ALL = "BTX, compute of BAM", "dense, continued", "all arms of
 
 
 def whole(dense: BAMConfig, seed_recipe: Recipe, specialist: Recipe, mix: Recipe) -> Job:
-    """The dense models of a seed, and all arms that start from them."""
+    """Runs the dense models of a seed, and all arms that start from them."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         domains = {d.name: d for d in load_domains((*SPECIALISTS, GENERAL))}
@@ -79,7 +79,7 @@ def mixed(
     seed: int,
     run: Run,
 ) -> dict[str, float]:
-    """An arm after training on the mixture, and at its start."""
+    """Measures an arm after training on the mixture, and at its start."""
     before: dict[str, float] = {}
 
     def make() -> BAM:
@@ -92,7 +92,7 @@ def mixed(
 
 
 def compute_ratio(models: list[BAM], recipe: Recipe) -> float:
-    """How many times the FLOPs of BTX a token of BAM takes."""
+    """Returns BAM's FLOPs per token over those of BTX."""
     ours, btx = (BAM.from_dense(models, **ARMS[arm]) for arm in ("BAM, own K/V", "BTX"))
     features = ours.config.num_heads * ours.config.head_size * ours.config.num_layers
     experts = ours.config.num_experts
@@ -102,7 +102,7 @@ def compute_ratio(models: list[BAM], recipe: Recipe) -> float:
 
 
 def _loss(model: BAM, domains: list[Domain], recipe: Recipe) -> float:
-    """Mean over domains of the held-out cross-entropy."""
+    """Returns the held-out cross-entropy, mean over domains."""
     model.eval()
     losses = [
         surgery.super_experts.mean_loss(

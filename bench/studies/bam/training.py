@@ -1,4 +1,4 @@
-"""A dense seed, specialists that go on from it, and mixtures of them, on small texts."""
+"""A dense seed, specialists that continue its training, and mixtures of them, on small texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .. import python_texts
 from ..language import fit_once, judge
 from ..settings import settings_folder
 
-# What the dense models are mixed into; "dense" is the seed trained on.
+# Mixtures made from the dense models; "dense" continues training the seed.
 ARMS: dict[str, dict[str, Any]] = {
     "own K/V": {},
     "shared K/V": {"attention": "shared_kv"},
@@ -27,12 +27,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "BTX": {"attention": "dense"},
     "dense": {},
 }
-OWN_SHARE = 9  # Of ten steps of a specialist; the tenth is of the first domain.
+OWN_SHARE = 9  # Of ten steps of a specialist, the tenth is of the first domain.
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         arms: of `ARMS`.
@@ -73,13 +73,13 @@ def train(
 ) -> dict[str, Any]:
     """Trains the seed, the specialists and all arms, evaluates; writes and returns report.json.
 
-    What is done is not done again; what was cut goes on from its checkpoint.
+    Finished parts are not repeated; interrupted ones continue from their checkpoints.
 
     Args:
-        texts: the domains' texts by name; None: those that Python has.
+        texts: the domains' texts by name; None: texts from Python's standard library.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder has other settings.
     """
     settings = settings or Settings()
     folder, now = settings_folder(folder, settings, "models", ("arms", "rows"))

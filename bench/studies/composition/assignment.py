@@ -1,4 +1,4 @@
-"""Which model serves which category, under a budget: a mixed-integer linear program.
+"""Assignment of models to categories under a budget: a mixed-integer linear program.
 
 Letters: C categories, M models.
 """
@@ -17,8 +17,8 @@ from moe_ops.zoo.composition import Composition
 
 @dataclass(frozen=True)
 class Assignment:
-    """models [C]: the model of each category. kept: models that are used or required, in order.
-    value: sum over categories of count * score."""
+    """Assignment. models [C]: the model of each category. kept: models that are used or required,
+    in order. value: sum over categories of count * score."""
 
     models: Tensor
     kept: tuple[int, ...]
@@ -34,31 +34,31 @@ def assign(
     mean_budget: float | None = None,
     required: Sequence[int] = (),
 ) -> Assignment:
-    """The assignment of categories to models with the highest total score.
+    """Returns the assignment of categories to models with the highest total score.
 
-    Maximises sum_c counts[c] * scores[c, x_c], x_c the model of category c, with HiGHS by
-    scipy.optimize.milp. Where several assignments reach the maximum any of them is returned. HiGHS
-    takes a budget as kept that is exceeded by less than a millionth.
+    Maximizes sum_c counts[c] * scores[c, x_c], x_c the model of category c, with HiGHS by
+    scipy.optimize.milp. If several assignments reach the maximum, any of them is returned. HiGHS
+    accepts budgets exceeded by less than a millionth.
 
     Args:
         scores: [C, M], higher is better: win rates, accuracies, minus losses. Finite.
-        counts: [C], at least 0: prompts of each category, or their shares.
+        counts: [C], at least 0: prompts of each category, or their fractions.
         sizes: parameters of the models, above 0.
-        budget: of the sizes of all kept models together; None: no bound.
-        mean_budget: of the size that a prompt uses in the mean over `counts`; None: no bound.
-        required: models that are kept whether a category uses them or not, such as the one that
-            answers what the router is not sure of. They count in `budget`.
+        budget: maximum total size of all kept models; None: no bound.
+        mean_budget: maximum mean over `counts` of the size used by a prompt; None: no bound.
+        required: models that are kept even if unused, such as the generalist. They count in
+            `budget`.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: shapes or numbers that make no sense, or budgets that no assignment keeps.
+        ValueError: invalid shapes or values, or infeasible budgets.
     """
     scores, counts = scores.double(), counts.double()
     size = torch.as_tensor(sizes, dtype=torch.float64)
     _check(scores, counts, size, required)
     optimize, sparse, np = _scipy()
     num_categories, num_models = scores.shape
-    # Variables: x[c, m], category c goes to model m, then y[m], model m is kept; all 0 or 1.
+    # Variables: x[c, m], category c uses model m, then y[m], model m is kept; all 0 or 1.
     num_x = num_categories * num_models
     value = (counts[:, None] * scores).flatten()
     one_model = sparse.kron(sparse.eye(num_categories), np.ones((1, num_models)))
@@ -73,7 +73,7 @@ def assign(
     def bound(coefficients: Tensor, limit: float) -> None:
         if not limit > 0:
             raise ValueError(f"assign: budget and mean_budget must be above 0, got {limit}.")
-        # In units of the limit: the solver's tolerances are absolute.
+        # Scaled by the limit: the solver's tolerances are absolute.
         rows.append(sparse.csr_matrix((coefficients / limit).numpy()[None]))
         low.append(np.array([-np.inf]))
         high.append(np.array([1.0]))
@@ -110,7 +110,7 @@ def assign(
 def assign_models(
     composition: Composition, scores: Tensor, counts: Tensor, **settings: Any
 ) -> Assignment:
-    """Maps a composition's categories to models under its budget; the generalist is always kept.
+    """Assigns models to a composition's categories under its budget; the generalist is always kept.
 
     Args:
         scores: [C, M], higher is better. counts: [C], prompts of each category.

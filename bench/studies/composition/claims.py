@@ -1,5 +1,5 @@
-"""Composition of Experts: whole models behind a router of categories, against one model and against
-a router that learns which model is best."""
+"""Composition of Experts: whole models behind a category router, against one model and against a
+router that learns the best model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ..training import Recipe, train
 from .labels import propagate_labels
 from .serving import ExpertPool
 
-STRANGE = "names"  # Of the zoo's own texts: prompts that are of no category.
+STRANGE = "names"  # From the zoo's own texts: prompts without a category.
 ALL, LARGE = "all arms of a seed", "one larger generalist"
 KNOWN, UNKNOWN = "loss, categories", "loss, others"
 COMPOSED, ONE_STEP, SINGLE = "composition", "without the threshold", "best single model"
@@ -44,8 +44,8 @@ AGREE, OF_CATEGORIES, OF_PROMPTS = "agreement", "labels of categories", "labels 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained: a specialist a category, a generalist of their size, and one of width
-    `large`. tuned: specialists go on from the generalist, and do not begin anew."""
+    """Trained models: a specialist per category, a generalist of their size, and one of width
+    `large`. tuned: specialists start from the generalist instead of random weights."""
 
     settings: Settings
     specialist: Recipe
@@ -63,24 +63,24 @@ PLAN = Plan(
     Recipe(steps=2000, batch=10, rate=3e-3),
     128,
 )  # fmt: skip
-# Of one kind of text a generalist has seen as much as a specialist of `PLAN`, which knows no more.
+# A generalist has read as much of one kind of text as a specialist of `PLAN`.
 TUNED = dataclasses.replace(PLAN, specialist=Recipe(steps=1000, batch=8, rate=1.5e-3), tuned=True)
 
 
 def domains_of(settings: Settings) -> list[Domain]:
-    """Of the categories, and the strange one."""
+    """Returns the domains of the categories, and the unknown one."""
     strange = python_texts.load([STRANGE])[STRANGE]
     found = load_domains([name for name in settings.domains if name != STRANGE])
     return [*found, Domain(STRANGE, strange.train, strange.held_out)]
 
 
 def begun(settings: Settings, start: CausalLM | None) -> CausalLM:
-    """A model that goes on from another, or a fresh one."""
+    """Returns a model that starts from another, or a newly initialized one."""
     return dense_model(settings) if start is None else copy.deepcopy(start).train()
 
 
 def models_of(plan: Plan, domains: list[Domain], seed: int, run: Run) -> dict[str, CausalLM]:
-    """By name; `LARGE` beside those that are composed."""
+    """Returns models by name, with `LARGE` in addition to the composed ones."""
     settings = plan.settings
     wide = dataclasses.replace(settings, hidden_size=plan.large)
     numbers = {name: number for number, name in enumerate((*settings.models, LARGE))}
@@ -104,7 +104,8 @@ def models_of(plan: Plan, domains: list[Domain], seed: int, run: Run) -> dict[st
 
 @torch.no_grad()
 def losses_by_half(model: CausalLM, prompts: Prompts) -> Tensor:
-    """[N, 2]: mean loss of the first and of the second half of what follows each prompt."""
+    """Returns [N, 2]: mean loss of the first and of the second half of each prompt's
+    continuation."""
     length = prompts.tokens.shape[1] // 2
     parts = []
     for tokens in prompts.tokens.split(64):
@@ -116,9 +117,8 @@ def losses_by_half(model: CausalLM, prompts: Prompts) -> Tensor:
 def agreement(
     settings: Settings, models: dict[str, CausalLM], prompts: Prompts
 ) -> dict[str, dict[str, float]]:
-    """How often two labels of the same training prompt are the same: its category, propagated from
-    two choices of the prompts whose label is given, and its best model, by either half of what
-    follows."""
+    """Returns how often two labels of a training prompt agree: its category, propagated from two
+    selections of labeled prompts, and its best model, by either half of its continuation."""
     embedded = embed_bytes(models[GENERALIST], prompts.prompt)
     centred = F.normalize(embedded - embedded.mean(0), dim=-1)
     place = torch.arange(len(prompts.domains)) % settings.prompts

@@ -1,4 +1,4 @@
-"""Labels of many prompts from a few, and when a prompt should go to the generalist.
+"""Label propagation from a few prompts, and selection of the generalist's threshold.
 
 Letters: N prompts, D size of an embedding.
 """
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5) -> Tensor:
-    """Labels of all prompts from those of a few: semi-supervised labels by nearest neighbours.
+    """Propagates labels from a few prompts to all, by semi-supervised nearest neighbors.
 
-    The unlabelled prompt that is most like a labelled one takes the label that has the largest sum
-    of cosines among its nearest labelled prompts, `neighbours` of them at most, and counts as
-    labelled from then on. Takes time and memory of N^2 for N prompts.
+    The unlabeled prompt most similar to a labeled one takes the label with the largest sum of
+    cosines among its nearest labeled prompts, at most `neighbours` of them, and then counts as
+    labeled. Takes O(N^2) time and memory for N prompts.
 
     Args:
         embeddings: [N, D]. labels: [N] int, -1 where unknown; at least one is known.
 
     Returns:
-        [N], the known labels as they were. Ties go to the smaller label.
+        [N], with the known labels unchanged. Ties go to the smaller label.
     """
     if not bool((labels >= 0).any()):
         raise ValueError("propagate_labels: labels must hold a known one, got none.")
@@ -44,23 +44,23 @@ def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5)
 
 
 def choose_threshold(confidence: Tensor, routed: Tensor, generalist: Tensor) -> float:
-    """The confidence below which prompts should go to the generalist.
+    """Returns the confidence below which prompts should use the generalist.
 
     Args:
-        confidence: [N], of validation prompts. routed, generalist: [N], their losses with the
-            model of their category and with the generalist.
+        confidence: [N], for validation prompts. routed, generalist: [N], their losses with their
+            category's model and with the generalist.
 
     Returns:
         The threshold with the lowest mean loss, the smallest of these: 0 sends no prompt to the
         generalist. Above the largest confidence all go there.
     """
     order = confidence.argsort(stable=True)
-    # After n prompts in order of confidence have gone to the generalist.
+    # Mean loss with the n least confident prompts sent to the generalist.
     gain = (routed - generalist)[order].double().cumsum(0)
     gain = torch.cat([gain.new_zeros(1), gain])
     ordered = confidence[order].double()
     limits = torch.cat([ordered, torch.full_like(ordered[:1], torch.inf)])
     limits[0] = 0.0
-    # Prompts of one confidence go together.
+    # Prompts of equal confidence are sent together.
     whole = torch.cat([torch.tensor([True]), ordered[1:] > ordered[:-1], torch.tensor([True])])
     return float(limits[gain.masked_fill(~whole, -torch.inf).argmax()])

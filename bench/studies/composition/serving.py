@@ -1,4 +1,4 @@
-"""Whole models that are loaded when they are needed and unloaded when others need their place."""
+"""Pool of whole models, loaded on demand and evicted to make room."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from moe_ops.zoo.composition import Composition
 
 @dataclass
 class PoolCounts:
-    """What an `ExpertPool` has done: calls that found their model, loads, evictions, and seconds
-    that loading took."""
+    """Counts of an `ExpertPool`: hits, loads, evictions, and seconds spent loading."""
 
     hits: int = 0
     loads: int = 0
@@ -26,17 +25,16 @@ class PoolCounts:
 
 
 class ExpertPool:
-    """Models of which only some fit into the memory at once.
+    """Pool of models of which only some fit into memory at once.
 
-    `get` loads a model that is not there, after those that have not been asked for the longest
-    have been dropped until it fits. The memory of a dropped model is free once no caller holds it.
-    Not for several threads at once.
+    `get` loads a missing model after dropping the least recently used ones until it fits. The
+    memory of a dropped model is freed once no caller holds it. The pool is not thread-safe.
 
     Args:
-        load: from a name to its model.
+        load: function from a name to its model.
         sizes: name -> size, in any unit; the names are those of the pool.
-        capacity: of the models that are there at once, in the same unit.
-        pinned: models that are never dropped once they are there, such as the generalist.
+        capacity: maximum total size of loaded models, in the unit of sizes.
+        pinned: models that are never dropped once loaded, such as the generalist.
 
     Raises:
         ValueError: an unknown pinned name, or a model that would not fit beside the pinned ones.
@@ -71,11 +69,11 @@ class ExpertPool:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of the models that are there, the one that was asked for last at the end."""
+        """Returns names of the loaded models, the most recently used last."""
         return tuple(self._resident)
 
     def get(self, name: str) -> nn.Module:
-        """The model of a name, in eval mode.
+        """Returns the model of a name, in eval mode.
 
         Raises:
             ValueError: an unknown name.
@@ -98,13 +96,13 @@ class ExpertPool:
         return model
 
     def drop(self, name: str) -> None:
-        """Unloads a model, pinned or not; nothing happens where it is not there."""
+        """Unloads a model, pinned or not; does nothing if it is not loaded."""
         if self._resident.pop(name, None) is not None:
             self.counts.evictions += 1
 
     def _make_room(self, size: float) -> None:
-        """Drops models until one of this size fits. Room for pinned models is kept from the start,
-        so that loading one of them never needs an eviction."""
+        """Drops models until one of this size fits. Room for pinned models is reserved from the
+        start, so that loading one of them never needs an eviction."""
         others = [name for name in self._resident if name not in self.pinned]
         used = self._reserved + sum(self.sizes[name] for name in others)
         for name in others:
@@ -123,14 +121,13 @@ def generate(
     embed: Callable[[Tensor], Tensor],
     **settings: Any,
 ) -> Tensor:
-    """Continues prompts [B, S] of one length, each with the model it goes to.
+    """Continues prompts [B, S] of one length, each with its routed model.
 
-    Each model is asked for once, those that are there already first, so that a call loads no
-    model twice.
+    Each model is requested once, loaded ones first, so that a call loads no model twice.
 
     Args:
         pool: of models with `generate(tokens, num_tokens, **settings)`, by the config's names.
-        embed: from prompts to embeddings [B, D].
+        embed: function from prompts to embeddings [B, D].
         settings: of the models' `generate`.
 
     Returns:
@@ -150,5 +147,5 @@ def generate(
 
 
 def visiting_order(models: Tensor, names: Sequence[str], resident: Sequence[str]) -> list[int]:
-    """The models that are needed, each once: first those that are there, by number in each half."""
+    """Returns the needed models, each once: first the loaded ones, by index within each group."""
     return sorted(set(models.tolist()), key=lambda m: (names[m] not in resident, m))

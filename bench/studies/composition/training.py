@@ -1,8 +1,8 @@
 """A composition of small byte models, from training to evaluation.
 
-Specialists are trained on one domain each and a generalist on all. A domain that is no category
-stands for prompts that the router has never met. A prompt's score with a model is minus the loss of
-the bytes that follow, which makes a table for all prompts and models cheap.
+Specialists are trained on one domain each and a generalist on all. A domain without a category
+represents prompts unknown to the router. A prompt's score with a model is minus the loss of the
+bytes that follow, which makes a table for all prompts and models cheap.
 
 Letters: N prompts, M models, C categories.
 """
@@ -38,20 +38,20 @@ GENERALIST = "general"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
-        domains: names of texts; the last `num_strange` of them are no categories.
+        domains: names of texts; the last `num_strange` of them have no category.
         hidden_size, num_layers: of every model.
         steps, batch_size, length, rate: of the training of every model; the generalist, which has
             all domains to learn, takes `general_steps`.
-        prompts, prompt_length: prompts of a domain for training, for validation and for the test,
-            and bytes of each; as many follow, on which models are scored.
-        labelled: prompts of a category whose label is given; the others' are propagated.
+        prompts, prompt_length: prompts per domain for training, for validation and for the test,
+            and bytes of each; models are scored on an equally long continuation.
+        labelled: prompts per category with given labels; other labels are propagated.
         router_steps: of the classifiers.
-        budget: most models that are kept, the generalist among them; 0: all.
-        unsure: share of the validation prompts of the categories that the generalist gets, those
-            with the least confidence. No strange prompt is used to set the threshold.
+        budget: maximum number of kept models, including the generalist; 0: all.
+        unsure: fraction of the categories' validation prompts sent to the generalist, those with
+            the lowest confidence. Strange prompts do not affect the threshold.
     """
 
     domains: tuple[str, ...] = python_texts.DOMAINS
@@ -88,7 +88,7 @@ class Settings:
 
 
 def dense_model(settings: Settings) -> DeepSeek:
-    """A language model of bytes without experts."""
+    """Returns a language model of bytes without experts."""
     hidden = settings.hidden_size
     return DeepSeek(
         DeepSeekConfig(
@@ -113,9 +113,9 @@ def train_models(
     *,
     progress: bool = True,
 ) -> None:
-    """Trains the specialists and the generalist, each into a folder of its name in `folder`.
+    """Trains the specialists and the generalist, each in a folder of its name in `folder`.
 
-    A model that is there is not trained again; one that was cut goes on from its checkpoint.
+    Finished models are not trained again; interrupted ones continue from their checkpoints.
     """
     for number, name in enumerate(settings.models):
         torch.manual_seed(settings.seed * 1000 + number)
@@ -135,7 +135,8 @@ def train_models(
 
 @dataclass(frozen=True)
 class Prompts:
-    """tokens [N, 2S]: prompts [N, S] and what follows. domains [N]: numbers in the settings."""
+    """Prompts with continuations. tokens [N, 2S]: prompts [N, S] and continuations. domains [N]:
+    indices in the settings."""
 
     tokens: Tensor
     domains: Tensor
@@ -151,8 +152,8 @@ class Prompts:
 def make_prompts(
     settings: Settings, texts: Mapping[str, python_texts.Text], split: str, domains: Sequence[str]
 ) -> Prompts:
-    """Of each domain as many: "train" from the training text, "valid" and "test" the two halves of
-    what is held out, in turns."""
+    """Returns equally many prompts per domain: "train" from the training text, "valid" and "test"
+    from alternating halves of the held-out text."""
     count, length = settings.prompts, 2 * settings.prompt_length
     generator = torch.Generator().manual_seed(settings.seed + 77)
     parts = []
@@ -168,7 +169,7 @@ def make_prompts(
 
 @torch.no_grad()
 def losses_of(model: CausalLM, prompts: Prompts) -> Tensor:
-    """[N]: mean loss, in nats a byte, of what follows each prompt."""
+    """Returns [N]: mean loss, in nats per byte, of each prompt's continuation."""
     length = prompts.tokens.shape[1] // 2
     parts = []
     for tokens in prompts.tokens.split(64):
@@ -179,7 +180,7 @@ def losses_of(model: CausalLM, prompts: Prompts) -> Tensor:
 
 @torch.no_grad()
 def embed_bytes(model: CausalLM, tokens: Tensor) -> Tensor:
-    """[N, 2D]: mean and deviation over a prompt [N, S] of what the model's head reads."""
+    """Returns [N, 2D]: mean and deviation of the head's input over each prompt [N, S]."""
     parts = []
     for rows in tokens.split(256):
         hidden = model(rows, head=False)
@@ -188,7 +189,7 @@ def embed_bytes(model: CausalLM, tokens: Tensor) -> Tensor:
 
 
 def make_pool(settings: Settings, folder: Path | str, capacity: int) -> ExpertPool:
-    """The models of a folder, of which `capacity` and no more are in memory."""
+    """Returns the models of a folder as a pool with at most `capacity` in memory."""
 
     def load(name: str) -> CausalLM:
         return DeepSeek.from_pretrained(Path(folder) / name)
@@ -200,7 +201,7 @@ def make_pool(settings: Settings, folder: Path | str, capacity: int) -> ExpertPo
 def loss_table(
     settings: Settings, pool: ExpertPool, prompts: Prompts, progress: bool = True
 ) -> Tensor:
-    """[N, M]: the loss of each prompt with each model."""
+    """Returns [N, M]: the loss of each prompt with each model."""
     columns = []
     with bar(len(settings.models), "score the models", progress) as shown:
         for name in settings.models:
@@ -223,7 +224,8 @@ def fit_router(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, list[float]]:
-    """Trains it by cross-entropy on prompts [N, D] with labels [N]; returns the loss by step."""
+    """Trains the router by cross-entropy on prompts [N, D] with labels [N]; returns the loss by
+    step."""
     with torch.no_grad():
         router.mean.copy_(embeddings.mean(0))
         router.scale.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
@@ -245,7 +247,7 @@ def compose(
     texts: Mapping[str, python_texts.Text],
     progress: bool = True,
 ) -> tuple[Composition, dict[str, Any]]:
-    """Router, map and threshold from the trained models of a pool, and how good they are.
+    """Creates router, map and threshold from the trained models of a pool, and evaluates them.
 
     Returns:
         The composition, and a dict of JSON: mean test losses, in nats a byte, of the ways to choose
@@ -287,8 +289,8 @@ def compose(
     threshold = float(confidence.double().quantile(settings.unsure)) if settings.unsure else 0.0
     composition.threshold.fill_(threshold)
 
-    # The controls: classifiers of the best model of each prompt, among the same models, by all
-    # training prompts, and by those whose category was given.
+    # The controls: classifiers of the best model of each prompt, among the same models, trained on
+    # all training prompts or on those with given categories.
     kept = torch.tensor(found.kept)
     best = losses[0][:, kept].argmin(-1)
     choices = []
@@ -342,7 +344,7 @@ def _at(losses: Tensor, models: Tensor) -> Tensor:
 
 
 def _few_labels(domains: Tensor, settings: Settings) -> Tensor:
-    """The labels of the first prompts of each category, -1 for the others."""
+    """Returns the labels of the first prompts of each category, -1 for the others."""
     place = torch.arange(len(domains)) % settings.prompts
     return domains.masked_fill(place >= settings.labelled, -1)
 
@@ -354,18 +356,18 @@ def train(
     texts: Mapping[str, python_texts.Text] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Everything: trains what is not trained, composes, evaluates; writes and returns the report.
+    """Trains the missing models, composes and evaluates; writes and returns the report.
 
     Args:
-        folder: of the models and of report.json. Models that are there are used as they are; they
-            must have been made with these settings.
-        texts: the domains' texts by name; None: those that Python has.
+        folder: contains the models and report.json. Existing models are reused; they must have been
+            trained with these settings.
+        texts: the domains' texts by name; None: texts from Python's standard library.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder has other settings.
     """
     settings = settings or Settings()
-    # What is decided after training may differ: another budget needs no other models.
+    # Settings applied after training may differ: another budget can reuse the models.
     free = ("budget", "prompts", "prompt_length", "labelled", "router_steps", "unsure")
     folder, _ = settings_folder(folder, settings, "models", free)
     texts = python_texts.load(settings.domains) if texts is None else texts

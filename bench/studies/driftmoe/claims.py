@@ -1,7 +1,7 @@
-"""DriftMoE beside a random router, one Hoeffding tree and an adaptive random forest, on streams.
+"""DriftMoE against a random router, one Hoeffding tree and an adaptive random forest, on streams.
 
-Every example tests a model and then trains it, so that nothing is held out. A seed draws the
-stream, and is the seed of all models. Needs river.
+Every example tests a model and then trains it, so that no data is held out. A seed determines the
+stream and all models. Needs river.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = (
 )  # fmt: skip
 FOREST = 10
 POINTS = 40
-# Headlines that other streams than the leading one decide.
+# Headlines decided by streams other than the leading one.
 ELSEWHERE = ("random on rbf_m", "tree on rbf_m", "forest on rbf_m", "tree on sea_a")
 EVERY = ("moe_data", "moe_data_vote", "moe_task", "random_router", "tree", "adaptive_forest")
 
@@ -51,7 +51,7 @@ def ahead(
 
 
 def study(name: str, stream: str, rank: int, minutes: float, samples: int, decides: bool) -> Study:
-    """`decides`: the stream whose verdicts the page leads with."""
+    """Returns a study; `decides`: the stream whose verdicts lead the page."""
 
     def key(name: str) -> str:
         there = f"{name} on {stream}"

@@ -10,8 +10,7 @@ from .streams import STREAMS
 
 
 def draw(report: Mapping[str, Any], path: Path | str) -> None:
-    """Writes a picture: accuracy over each stream, a line an arm, sudden and gradual drifts in
-    grey.
+    """Draws accuracy over each stream, one line per arm, with sudden and gradual drifts in gray.
 
     Args:
         report: of `train`. path: of an SVG, PNG or PDF file.

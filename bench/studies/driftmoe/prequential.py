@@ -1,4 +1,4 @@
-"""Prequential evaluation: every example tests the model first, and trains it then."""
+"""Prequential evaluation: every example first tests the model, then trains it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..progress import bar
 
 @dataclass
 class Prequential:
-    """What a run over a stream found.
+    """Results of a run over a stream.
 
     Attributes:
-        hits: whether each prediction was right. labels: the true classes, by number.
+        hits: True for each correct prediction. labels: the true classes, by index.
         curve: accuracy of each whole window, in order. window: its examples.
-        detected: examples at which the detector saw the error drift.
-        oracle, any_expert: share of examples of which some expert was right, and the mean share of
-            experts that were; None for a model without experts that answer the same question. The
-            second is the accuracy of a random one of these same experts.
-        effective_experts: exp of the entropy of the first choices, None as above.
-        seconds: of processor time, which is no part of what `numbers` returns.
+        detected: examples at which the detector found a drift of the error.
+        oracle, any_expert: fraction of examples for which some expert was right, and the mean
+            fraction of experts that were; None for a model without experts for the model's own
+            classes. The second is the accuracy of a randomly selected expert.
+        effective_experts: exp of the entropy of the first experts, None as for oracle.
+        seconds: of processor time, not included in `numbers`.
     """
 
     hits: list[bool] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Prequential:
         return [sum(self.hits[i : i + self.window]) / self.window for i in parts]
 
     def numbers(self, drifts: Sequence[int] = (), span: int | None = None) -> dict[str, Any]:
-        """As JSON. With the places of drifts also the accuracy before and after them."""
+        """Returns the results as JSON, with drifts also the accuracy before and after them."""
         found = {
             "accuracy": self.accuracy,
             "kappa M": kappa_m(self.hits, self.labels),
@@ -73,8 +73,8 @@ class Prequential:
 
 
 def kappa_m(hits: Sequence[bool], labels: Sequence[int]) -> float:
-    """(p - m) / (1 - m), m the prequential accuracy of the most frequent class so far (ties: the
-    one seen first); nan where m is 1.
+    """Returns (p - m) / (1 - m), where m is the prequential accuracy of the most frequent class so
+    far (ties: the earliest); nan if m is 1.
 
     Source: Bifet et al. 2015 (Efficient Online Evaluation of Big Data Stream Classifiers, KDD).
     """
@@ -87,7 +87,7 @@ def kappa_m(hits: Sequence[bool], labels: Sequence[int]) -> float:
 
 
 def kappa_temporal(hits: Sequence[bool], labels: Sequence[int]) -> float:
-    """The same against a classifier that repeats the last class."""
+    """Returns kappa_m's formula with a classifier that repeats the last class as the baseline."""
     return _beyond(hits, sum(a == b for a, b in pairwise(labels)))
 
 
@@ -97,7 +97,8 @@ def _beyond(hits: Sequence[bool], right: int) -> float:
 
 
 def around(hits: Sequence[bool], drifts: Sequence[int], span: int) -> tuple[float, float]:
-    """Mean accuracy of the `span` examples before each drift, and of those from it on."""
+    """Returns the mean accuracy of the `span` examples before each drift, and of the `span`
+    examples from it on."""
     parts: list[list[float]] = [[], []]
     for place in drifts:
         if place < 1 or place >= len(hits):
@@ -126,13 +127,13 @@ def prequential(
         model: with `predict_one` and `learn_one`, ours or one of river.
         stream: pairs of an example and its class.
         total: examples, for the bar.
-        window: examples of a point of the curve.
-        delay: examples until the class of one is known; those of the last ones never are.
+        window: examples per point of the curve.
+        delay: examples until a class is known; the last ones' never are.
         detector: of river.drift, fed with 1 for each wrong prediction, else 0; or None.
         what: name of the run, for its bar.
 
     Raises:
-        ValueError: a window below 1, a negative delay, or an empty stream.
+        ValueError: window below 1, a negative delay, or an empty stream.
     """
     if window < 1 or delay < 0:
         raise ValueError(

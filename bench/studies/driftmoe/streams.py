@@ -1,4 +1,4 @@
-"""Streams of river whose drifts are at known places."""
+"""Streams of river with known drift positions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from moe_ops.zoo.driftmoe.experts import import_river
 
 Example = tuple[Any, Any]
 DRIFTS = (0.25, 0.5, 0.75)
-# Of a gradual drift, as a share of the stream.
+# Width of a gradual drift, as a fraction of the stream.
 WIDTH = 0.05
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream by its name.
+    """Stream by name.
 
     Attributes:
-        summary: what it is, and what drifts.
+        summary: short description with the kind of drift.
         num_features, num_classes: of its examples.
-        make: (examples, seed) -> iterator over so many, or over fewer where there are no more.
-        shares: places of its sudden or gradual drifts, as shares of the stream; empty where it
-            moves all the time, or where nobody knows.
+        make: (examples, seed) -> iterator over that many, or all if there are fewer.
+        shares: positions of its sudden or gradual drifts, as fractions of the stream; empty for
+            continuous or unknown drift.
     """
 
     summary: str
@@ -35,11 +35,11 @@ class Stream:
     shares: tuple[float, ...] = ()
 
     def examples(self, count: int, seed: int = 0) -> Iterator[Example]:
-        """The first `count`; the same for the same seed."""
+        """Returns the first `count` examples; they depend only on the seed."""
         return self.make(count, seed)
 
     def drifts(self, count: int) -> list[int]:
-        """Places of the drifts in a stream of so many examples."""
+        """Returns the drift positions in a stream of `count` examples."""
         return [round(share * count) for share in self.shares]
 
 
@@ -51,15 +51,16 @@ def switching(
     width: float = 0.0,
     seed: int = 0,
 ) -> Iterator[Example]:
-    """`count` examples, of concept i + 1 from place i on.
+    """Yields `count` examples, of concept i + 1 from position i on.
 
     Args:
-        width: 0: at once. Otherwise example t is of a concept behind place p with probability
-            1 / (1 + exp(-4 (t - p) / width)).
+        width: 0: sudden. Otherwise example t is of a concept after position p with probability 1 /
+            (1 + exp(-4 (t - p) / width)).
         seed: of these draws.
 
     Raises:
-        ValueError: not one place fewer than concepts, or places not in order.
+        ValueError: the number of positions is not one less than the concepts, or they are not in
+            order.
 
     Source: Bifet et al. 2009 (New ensemble methods for evolving data streams, KDD).
     """
@@ -82,7 +83,8 @@ def switching(
 
 def _led(width: float) -> Callable[[int, int], Iterator[Example]]:
     def make(count: int, seed: int) -> Iterator[Example]:
-        """LED digits of which 1, 3, 5, 7 attributes have changed places with irrelevant ones."""
+        """Yields LED digits of which 1, 3, 5, 7 attributes have swapped positions with irrelevant
+        ones."""
         synth = import_river().datasets.synth
         concepts = [
             iter(
@@ -102,7 +104,7 @@ def _led(width: float) -> Callable[[int, int], Iterator[Example]]:
 
 def _sea(width: float) -> Callable[[int, int], Iterator[Example]]:
     def make(count: int, seed: int) -> Iterator[Example]:
-        """Thresholds on a sum: functions 1, 2, 4, 1 with a tenth of the classes turned."""
+        """Yields thresholds on a sum: functions 1, 2, 4, 1 with a tenth of the classes flipped."""
         synth = import_river().datasets.synth
         concepts = [
             iter(synth.SEA(variant=variant, noise=0.1, seed=1000 * seed + i))
@@ -122,7 +124,7 @@ def _switched(
 
 def _rbf(speed: float) -> Callable[[int, int], Iterator[Example]]:
     def make(count: int, seed: int) -> Iterator[Example]:
-        """Five classes around 50 centroids that move."""
+        """Yields five classes around 50 moving centroids."""
         synth = import_river().datasets.synth
         stream = synth.RandomRBFDrift(
             seed_model=seed, seed_sample=seed, n_classes=5, n_features=10, n_centroids=50,
@@ -134,8 +136,8 @@ def _rbf(speed: float) -> Callable[[int, int], Iterator[Example]]:
 
 
 def _shuttle(count: int, seed: int) -> Iterator[Example]:
-    """NASA's shuttle sensors in their order, from an offset that the seed decides; the classes are
-    very uneven (79 % are of one)."""
+    """Yields NASA's shuttle sensor data in order, from an offset determined by the seed; the
+    classes are very uneven (79 % are of one)."""
     rows = list(import_river().datasets.Shuttle())
     start = random.Random(seed).randrange(len(rows))
     return iter((rows[start:] + rows[:start])[:count])

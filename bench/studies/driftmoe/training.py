@@ -1,4 +1,4 @@
-"""Every arm over every stream, one after the other, with what is done kept in a folder."""
+"""Runs of every arm over every stream in sequence, with results kept in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .picture import draw
 from .prequential import prequential
 from .streams import STREAMS, Stream
 
-# Name of an arm -> preset and what differs from it; those without are of river.
+# Arm -> preset and changes to it; arms without them are river's.
 ARMS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "moe_data": ("moe_data", {}),
     "moe_data_vote": ("moe_data", {"prediction": "vote"}),
@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]] | None] = {
 
 
 def make_arm(arm: str, stream: Stream, seed: int, forest: int = 10) -> Any:
-    """A fresh classifier of this name: a `DriftMoE`, or one of river.
+    """Returns a new classifier of this name: a `DriftMoE`, or one of river.
 
     Args:
         forest: trees of the adaptive random forest.
@@ -53,12 +53,12 @@ def make_arm(arm: str, stream: Stream, seed: int, forest: int = 10) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         streams: names of `STREAMS`. arms: names of `ARMS`.
         samples: examples of a stream; the published streams have a million.
-        window: examples of a point of the curves. delay: until classes are known.
+        window: examples per point of the curves. delay: until classes are known.
         forest: trees of the adaptive random forest; 100 in the paper.
         picture: 0: draw no curves, which need matplotlib.
     """
@@ -78,10 +78,10 @@ def train(
 ) -> dict[str, Any]:
     """Runs each arm over each stream; writes and returns report.json.
 
-    A pair that is done is not run again; one that was cut is run from its first example.
+    Finished pairs are not repeated; interrupted ones run from their first example.
 
     Raises:
-        ValueError: the folder is of other settings, or an unknown stream or arm.
+        ValueError: the folder has other settings, or an unknown stream or arm.
         ImportError: river is not installed.
     """
     settings = settings or Settings()

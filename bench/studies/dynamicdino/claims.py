@@ -36,8 +36,8 @@ DIFFERENCE, ALL_ARMS = "difference at the start", "all arms of a seed"
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of pre-training and tuning, the step of the early look, scenes of a step and of the
-    test, and rates."""
+    """Steps of pre-training and tuning, the step of the early evaluation, scenes per step and of
+    the test, and rates."""
 
     pretrain: int = 700
     tune: int = 300
@@ -50,7 +50,7 @@ class Plan:
 
 @torch.no_grad()
 def difference(model: DynamicDino, dense: DynamicDino, seed: int) -> float:
-    """The largest one of probabilities and boxes, on 32 scenes."""
+    """Returns the largest difference of probabilities and boxes, on 32 scenes."""
     scenes = draw_scenes(32, ALL, torch.Generator().manual_seed(seed))
     one, other = (m.eval()(scenes.images, scenes.input_ids) for m in (model, dense))
     scores = (one.logits.sigmoid() - other.logits.sigmoid()).abs().max()
@@ -58,7 +58,7 @@ def difference(model: DynamicDino, dense: DynamicDino, seed: int) -> float:
 
 
 def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
-    """A dense detector, and all arms that are tuned from it."""
+    """Runs a dense detector, and all arms that are tuned from it."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         run.load()
@@ -81,8 +81,8 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
                 model = dense.with_experts(generator, **options)
             freeze(model.detector)
             row = {DIFFERENCE: difference(model, dense, seed)}
-            # Two trainings, so that what the early look finds is kept too: one of the whole length
-            # whose rate falls to 0, and one that ends early.
+            # Two trainings, so that the early evaluation's model is kept too: one of full length
+            # whose rate decays to 0, and one that ends early.
             for column, steps in ((EARLY_AP, plan.early), (KNOWN_AP, plan.tune)):
                 tuned = copy.deepcopy(model)
                 known = partial(draw_scenes, plan.batch, KNOWN)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .shapes import TOKENS_A_PHRASE, Scenes
 
-BOXES_AN_IMAGE = 100  # As COCO counts them.
+BOXES_AN_IMAGE = 100  # Sizes defined by COCO.
 
 
 class Found(NamedTuple):
-    """boxes [B, D, 4], centre and size as parts of the side; scores [B, D]; pairs [B, D]."""
+    """Detections. boxes [B, D, 4], center and size as fractions of the side; scores [B, D]; pairs
+    [B, D]."""
 
     boxes: Tensor
     scores: Tensor
@@ -25,7 +26,7 @@ class Found(NamedTuple):
 
 
 def check_installed() -> None:
-    """ImportError where pycocotools is not there, which says how to get it."""
+    """Raises ImportError with installation instructions if pycocotools is missing."""
     if importlib.util.find_spec("pycocotools") is None:
         raise ImportError(
             "bench.studies: average precision needs pycocotools, which is not installed: "
@@ -35,8 +36,8 @@ def check_installed() -> None:
 
 @torch.no_grad()
 def detect(model: Any, scenes: Scenes, *, batch_size: int = 64) -> Found:
-    """The best hundred, or all, of the pairs of a query and a phrase. The score of a phrase is the
-    mean of the probabilities of its tokens."""
+    """Returns the best hundred (or all) pairs of a query and a phrase. The score of a phrase is the
+    mean of its tokens' probabilities."""
     before = model.training
     model.eval()
     parts = []
@@ -58,15 +59,16 @@ def detect(model: Any, scenes: Scenes, *, batch_size: int = 64) -> Found:
 def average_precision(
     found: Found, scenes: Scenes, pairs: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """COCO's box AP: "AP" over IoU 0.5 to 0.95, "AP50" and "AP75"; means over pairs that occur.
+    """Returns COCO's box AP: "AP" over IoU 0.5 to 0.95, "AP50" and "AP75"; means over pairs that
+    occur.
 
     Args:
-        found: of `detect`.
-        pairs: those that count; None: all.
+        found: result of `detect`.
+        pairs: pairs to count; None: all.
 
     Raises:
         ImportError: pycocotools is not installed.
-        ValueError: no object of these pairs.
+        ValueError: there is no object of these pairs.
     """
     check_installed()
     from pycocotools.coco import COCO
@@ -112,15 +114,15 @@ def average_precision(
 
 
 def _corner_and_size(boxes: Tensor, side: int) -> list[list[float]]:
-    """[n, 4] of centre and size to left, top, width and height in pixels."""
+    """Converts [n, 4] of center and size to left, top, width and height in pixels."""
     centre, size = boxes.double().split(2, dim=-1)
     corners: list[list[float]] = (torch.cat([centre - size / 2, size], dim=-1) * side).tolist()
     return corners
 
 
 def co_selection(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """[E, E]: how often two experts were chosen for the same query; the diagonal: how often each
-    was.
+    """Returns [E, E]: how often two experts were selected for one query; the diagonal counts each
+    expert.
 
     Args:
         topk_ids: [T, K].
@@ -130,7 +132,8 @@ def co_selection(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def pairs_kept(topk_ids: Tensor, num_slices: int) -> float:
-    """The share of queries that get whole copies alone, 1 at the published start.
+    """Returns the fraction of queries that use only whole copies, 1 at the published
+    initialization.
 
     Args:
         topk_ids: [T, K].

@@ -1,4 +1,4 @@
-"""A detection task that is generated: coloured shapes, and queries that name some of them.
+"""Generated detection task: colored shapes, and queries that name some of them.
 
 Letters: B scenes, P phrases of each, S side of an image.
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
-# Ids of BERT's vocabulary that Grounding DINO reads as ends of phrases.
+# Ids in BERT's vocabulary that Grounding DINO treats as ends of phrases.
 CLS, SEP, FULL_STOP = 101, 102, 1012
 VOCAB_SIZE = 1030
 _FIRST_COLOUR, _FIRST_SHAPE = 200, 300
 TOKENS_A_PHRASE = 2
 _RGB = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1.0]])
 
-# A pair of a colour and a shape is the number colour * 6 + shape.
+# A pair of a color and a shape has the index color * 6 + shape.
 _DISTANCE = [(s - c) % 6 for c in range(6) for s in range(6)]
-# Every colour and every shape is in each of these.
+# Each of these contains every color and every shape.
 FIRST = tuple(i for i, d in enumerate(_DISTANCE) if d in (1, 2, 3))
 KNOWN = tuple(i for i, d in enumerate(_DISTANCE) if d)
 HELD_OUT = tuple(i for i, d in enumerate(_DISTANCE) if not d)
@@ -29,9 +29,9 @@ ALL = tuple(range(len(_DISTANCE)))
 
 
 class Scenes(NamedTuple):
-    """images [B, 3, S, S]; input_ids [B, 3P + 2]; phrases [B, P]: the pairs that are asked for;
-    labels: a scene's "class_labels" [n], numbers of its phrases, and "boxes" [n, 4], centre and
-    size as parts of the side."""
+    """Scenes. images [B, 3, S, S]; input_ids [B, 3P + 2]; phrases [B, P]: the queried pairs;
+    labels: a scene's "class_labels" [n], indices of its phrases, and "boxes" [n, 4], center and
+    size as fractions of the side."""
 
     images: Tensor
     input_ids: Tensor
@@ -39,7 +39,7 @@ class Scenes(NamedTuple):
     labels: list[dict[str, Tensor]]
 
     def take(self, start: int, end: int) -> Scenes:
-        """Those from `start` to before `end`."""
+        """Returns the scenes from `start` to before `end`."""
         rows = slice(start, end)
         return Scenes(
             self.images[rows], self.input_ids[rows], self.phrases[rows], self.labels[rows]
@@ -47,12 +47,12 @@ class Scenes(NamedTuple):
 
 
 def phrase(pair: int) -> str:
-    """What a pair is called, such as "red circle"."""
+    """Returns a pair's phrase, such as "red circle"."""
     return f"{COLOURS[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"
 
 
 def tokens_of(phrases: Tensor) -> Tensor:
-    """Token ids [B, 3P + 2] of "red circle. blue ring." and so on, for pairs [B, P]."""
+    """Returns token ids [B, 3P + 2] of "red circle. blue ring." and so on, for pairs [B, P]."""
     colours = _FIRST_COLOUR + phrases // len(SHAPES)
     shapes = _FIRST_SHAPE + phrases % len(SHAPES)
     words = torch.stack([colours, shapes, torch.full_like(shapes, FULL_STOP)], dim=-1).flatten(1)
@@ -68,10 +68,10 @@ def draw_scenes(
     side: int = 64,
     num_phrases: int = 6,
 ) -> Scenes:
-    """Scenes of one to four objects, one a quarter of the image, on a background of noise.
+    """Draws scenes of one to four objects, one per quarter of the image, on a noise background.
 
     Args:
-        pairs: of which phrases are drawn; a scene has some of those that it asks for.
+        pairs: pairs from which phrases are drawn; a scene contains some of its queried pairs.
         side: S. num_phrases: P, of different pairs.
 
     Raises:
@@ -116,7 +116,7 @@ def draw_scenes(
 
 
 def _inside(x: Tensor, y: Tensor) -> Tensor:
-    """[6, B, S, S]: the points of each shape; a shape reaches from -1 to 1 on both axes."""
+    """Returns [6, B, S, S]: the points inside each shape; a shape spans -1 to 1 on both axes."""
     x, y = torch.broadcast_tensors(x, y)
     far, round_ = torch.maximum(x.abs(), y.abs()), x.square() + y.square()
     return torch.stack([

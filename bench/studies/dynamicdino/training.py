@@ -1,4 +1,4 @@
-"""Training of a dense detector on generated scenes, MoE-tuning of it, and evaluation."""
+"""Training of a dense detector on generated scenes, MoE tuning, and evaluation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..trainer import Group, Lesson, load_weights, train_steps, write_state
 from .metrics import average_precision, check_installed, co_selection, detect, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
 
-# What is trained, by the names of transformers: attention between image and text, experts, heads.
+# Trained parameters, by transformers' names: attention between image and text, experts, heads.
 _TUNED = (".fusion_layer.", ".fc1.", ".fc2.", "bbox_embed.", "class_embed.")
-# What the dense detector is turned into; "dense" stays as it is.
+# Variants made from the dense detector; "dense" is unchanged.
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": {},
@@ -34,8 +34,8 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def freeze(detector: Any) -> list[str]:
-    """Leaves gradients to what is trained in MoE-tuning alone: attention between image and text in
-    the encoder, the decoder's feed-forward networks or experts, and the heads.
+    """Restricts gradients to the parameters trained in MoE tuning: attention between image and text
+    in the encoder, the decoder's feed-forward networks or experts, and the heads.
 
     Returns:
         Names of the parameters that are trained.
@@ -59,10 +59,10 @@ def lesson(
     warm_up: int = 50,
     weight_decay: float = 1e-4,
 ) -> Lesson:
-    """Scenes, for what requires a gradient (`freeze` leaves that to what MoE-tuning trains).
+    """Returns the training on scenes of all parameters that require a gradient (see `freeze`).
 
     Args:
-        batches: from the generator of the run to scenes.
+        batches: function from the run's generator to scenes.
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -75,9 +75,9 @@ def lesson(
 
 
 def judge(model: DynamicDino, scenes: Scenes) -> dict[str, float]:
-    """AP and AP50 of the pairs that tuning has and of those that it has not, and for a detector
-    with experts what its routers do: means over layers of the share of queries that get whole
-    copies, and of the largest load of an expert over the mean load, minus 1."""
+    """Returns AP and AP50 of the pairs in tuning and of the held-out pairs, and for a detector with
+    experts routing statistics: means over layers of the fraction of queries that use whole copies,
+    and of the largest load of an expert over the mean load, minus 1."""
     with model.recorded() as routing:
         found = detect(model, scenes)
     result: dict[str, float] = {}
@@ -96,16 +96,16 @@ def judge(model: DynamicDino, scenes: Scenes) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         arms: of `ARMS`; all are tuned from one dense detector.
-        pretrain_steps: of the dense detector, on half of the pairs of a colour and a shape.
+        pretrain_steps: of the dense detector, on half of the pairs of a color and a shape.
         steps: of each arm, on all pairs but the held-out ones. batch_size: scenes of a step.
         rate: of pre-training, `tune_rate` of the arms.
         detector, num_copies, num_slices, hidden_size, num_layers, num_queries: see
             `DynamicDinoConfig`.
-        tune_all: 1: train all parameters and not those of MoE-tuning alone.
+        tune_all: 1: train all parameters, not only those of MoE tuning.
         scenes: of the evaluation.
     """
 
@@ -135,15 +135,15 @@ def train(
 ) -> dict[str, Any]:
     """Trains a dense detector, tunes each arm from it, evaluates; writes and returns report.json.
 
-    What is done is not done again; what was cut goes on from its checkpoint.
+    Finished parts are not repeated; interrupted ones continue from their checkpoints.
 
     Raises:
         ImportError: pycocotools is not installed.
-        ValueError: the folder is of other settings.
+        ValueError: the folder has other settings.
     """
     check_installed()
     settings = settings or Settings()
-    # More arms and other scenes of the evaluation need no other detector.
+    # Other arms and evaluation scenes can reuse the detector.
     folder, now = settings_folder(folder, settings, "detectors", ("arms", "scenes"))
 
     def trained(
@@ -189,7 +189,7 @@ def train(
 
 
 def start_arm(base: DynamicDino, arm: str, settings: Settings) -> DynamicDino:
-    """An arm before it is tuned."""
+    """Returns an arm before it is tuned."""
     generator = torch.Generator().manual_seed(settings.seed + 1)
     if arm == "dense":
         model = copy.deepcopy(base)

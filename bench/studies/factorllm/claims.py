@@ -1,4 +1,5 @@
-"""FactorLLM: a dense model's networks cut in four, routers trained in several ways, or not."""
+"""FactorLLM: a dense model's networks cut in four, with routers trained in several ways, or
+untrained."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ DENSE, ALL = "dense", "all arms of a seed"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the sliced models of a study are tuned: so many steps of eight sequences, at most at this
-    learning rate; each of the arms with each of the numbers of slices a token uses."""
+    """Tuning of a study's sliced models: steps of eight sequences, the maximum learning rate, the
+    arms, and the numbers of slices per token."""
 
     steps: int
     rate: float
@@ -44,7 +45,7 @@ class Plan:
     top_ks: tuple[int, ...] = (1, 2)
 
     def text(self, there: Loaded, seed: int) -> list[Tensor]:
-        """Batches of all steps, the domains in turn."""
+        """Returns batches of all steps, the domains in turn."""
         domains = there.domains
         count = BATCH * -(-self.steps // len(domains))
         drawn = [there.profiled(domain, seed + 1, count) for domain in domains]
@@ -52,7 +53,7 @@ class Plan:
 
 
 def dense_of(there: Loaded) -> Llama:
-    """The subject as a model whose networks can be cut; it has the same tensors."""
+    """Returns the subject as a model with sliceable networks and equal tensors."""
     config = there.model.config
     shared = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_size", "norm_eps")
     dense = Llama(
@@ -69,7 +70,7 @@ def dense_of(there: Loaded) -> Llama:
 
 @torch.no_grad()
 def accuracy(model: CausalLM, there: Loaded) -> float:
-    """Share of held-out bytes that are the likeliest, the mean over domains."""
+    """Returns the fraction of held-out bytes that are the most likely, the mean over domains."""
     shares = []
     for name in there.domains:
         hits = [
@@ -125,7 +126,7 @@ def column(name: str, top_k: int) -> str:
 
 
 def job(name: str, plan: Plan, arms: tuple[str, ...]) -> Job:
-    """The dense model of a seed as it is, and these arms."""
+    """Runs the unmodified dense model of a seed and these arms."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         there = load(name, seed, run)
@@ -143,12 +144,12 @@ def job(name: str, plan: Plan, arms: tuple[str, ...]) -> Job:
     return perform
 
 
-# Claim, bound, headline, by the number of slices that a token uses.
+# Claim, bound, headline, by the number of slices per token.
 KEPT = {
     1: ("one slice of four keeps 85 % of the accuracy", 0.85, "kept"),
     2: ("two of four keep 95 %", 0.95, ""),
 }
-# Claim, the arm of lower loss, the other, headline.
+# Claim, the arm of lower loss, the other arm, headline.
 LOWER = (
     (
         "a prior-approximate router has lower loss than one without a gradient",
@@ -164,14 +165,14 @@ LOWER = (
     ),
 )  # fmt: skip
 SHORT = Plan(300, 5e-4)
-# Steps and rate are those that keep most with seed 0, of 1000 steps at 5e-4, 1.5e-3, and 3e-3.
+# Steps and rate with the best results for seed 0, among 1000 steps at 5e-4, 1.5e-3, and 3e-3.
 LONGER = Plan(1000, 1.5e-3, (PRIOR, "straight-through", "as released", "random slices"), (1,))
 
 
 def study(
     name: str, size: str, rank: int, minutes: float, model: str, plan: Plan, *, apart: bool
 ) -> Study:
-    """`apart`: each arm is a run of its own."""
+    """Returns a study; `apart`: each arm is a separate run."""
 
     def kept(k: int) -> Hypothesis:
         statement, bound, key = KEPT[k]

@@ -1,4 +1,4 @@
-"""A dense model, its networks cut into slices, and routers trained in several ways."""
+"""A dense model, its networks cut into slices, with routers trained in several ways."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..settings import settings_folder
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
-        arms: ways to train the router, see `FactorLLMConfig.router_training`.
+        arms: router training methods, see `FactorLLMConfig.router_training`.
         domains: names of texts.
         dense_steps, steps: of the dense model, which is the teacher, and of each arm.
         rate: of the dense model, `tune_rate` of the arms.
@@ -61,15 +61,15 @@ def train(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains the dense model, cuts it, trains all arms against it, evaluates; writes and returns
-    report.json. "accuracy kept" is an arm's share of the dense model's accuracy.
+    report.json. "accuracy kept" is the ratio of an arm's accuracy to the dense model's.
 
-    What is done is not done again; what was cut goes on from its checkpoint.
+    Finished parts are not repeated; interrupted ones continue from their checkpoints.
 
     Args:
-        texts: the domains' texts by name; None: those that Python has.
+        texts: the domains' texts by name; None: texts from Python's standard library.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder has other settings.
     """
     settings = settings or Settings()
     folder, now = settings_folder(folder, settings, "models", ("arms", "rows"))

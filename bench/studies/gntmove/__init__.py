@@ -1,1 +1,2 @@
-"""The lab of `moe_ops.zoo.gntmove`: data, training, measures, and claims with their plan."""
+"""Experiments on `moe_ops.zoo.gntmove`: data, training, measurements, and claims with their
+plan."""

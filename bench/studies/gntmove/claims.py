@@ -1,4 +1,4 @@
-"""GNT-MOVE: view experts against dense networks, on generated scenes that were not trained on."""
+"""GNT-MOVE: view experts against dense networks, on generated scenes outside the training set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..training import Recipe, train_drawn
 
 FULL, FREE, LONE = "GNT-MOVE", "without the consistency loss", "without the permanent expert"
 DENSE, WIDE = "GNT", "GNT, wide"
-# LONE's tokens pass two networks, FULL's three.
+# LONE's tokens use two networks, FULL's three.
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {"ffn": "dense"},
     WIDE: {"ffn": "dense", "dense_ratio": 12},
@@ -28,13 +28,13 @@ ARMS: dict[str, dict[str, Any]] = {
     FREE: {"consistency_weight": 0.0},
     FULL: {},
 }
-# In dB: what the consistency loss may cost.
+# In dB: the allowed cost of the consistency loss.
 COST = 0.1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Training of each arm, and pixels of the test: `pixels` of each of `test` unseen scenes."""
+    """Training of each arm, and test pixels: `pixels` of each of `test` unseen scenes."""
 
     config: GNTMoveConfig
     steps: int
@@ -52,7 +52,7 @@ SMALL = Plan(GNTMoveConfig(num_layers=2), steps=1500)
 
 @torch.no_grad()
 def measure(model: GNTMove, data: Unseen, pixels: Tensor) -> dict[str, float]:
-    """PSNR over pixels [S, N, 2] of each scene, the mean over scenes and by material."""
+    """Returns PSNR over pixels [S, N, 2] of each scene, the mean over scenes and by material."""
     model.eval()
     truth = see(data.scenes, *rays(data.target, pixels))
     values = psnr(model(data.views, data.target, pixels).colors.clamp(0, 1), truth)
@@ -63,7 +63,7 @@ def measure(model: GNTMove, data: Unseen, pixels: Tensor) -> dict[str, float]:
 
 
 def one(arm: str, plan: Plan) -> Job:
-    """A run: one model on the scenes that a seed draws."""
+    """Runs one model on the scenes of a seed."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         fresh = torch.Generator().manual_seed(1_000_000 + seed)

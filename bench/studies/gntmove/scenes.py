@@ -1,7 +1,7 @@
-"""Scenes of spheres and boxes on a floor, and the images that cameras make of them.
+"""Scenes of spheres and boxes on a floor, and rendering of camera images.
 
-Colours follow from the point that a ray meets first: there are no shadows and no reflections of one
-thing in another. Letters: S scenes, O things of a scene, R rays, V views.
+Colors depend on the first point that a ray hits: there are no shadows and no reflections of other
+objects. Letters: S scenes, O objects of a scene, R rays, V views.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ AMBIENT, SHINE, GLOSS = 0.4, 24.0, 0.8
 
 
 class Scenes(NamedTuple):
-    """S scenes of O things each and a floor, y = 0.
+    """S scenes of O objects each and a floor, y = 0.
 
     centers: [S, O, 3]. sizes: [S, O, 3], half the sides of a box; the first is the radius of a
     sphere. spheres: [S, O] bool, False: a box along the axes. colors: [S, O + 1, 3], the floor's
-    last. waves: [S, O + 1, 3], of textures, 0 without one. glossy: [S] bool. light: [S, 3], unit,
-    towards the light. sky: [S, 3]. material: [S], numbers of names in `MATERIALS`.
+    last. waves: [S, O + 1, 3], of textures, 0 for no texture. glossy: [S] bool. light: [S, 3],
+    unit, towards the light. sky: [S, 3]. material: [S], indices of names in `MATERIALS`.
     """
 
     centers: Tensor
@@ -41,8 +41,8 @@ class Scenes(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """What rays [S, R] meet first: depth [S, R] (`FAR` where they meet nothing), normal [S, R, 3],
-    thing [S, R]: its number, O for the floor, O + 1 for nothing."""
+    """First hits of rays [S, R]: depth [S, R] (`FAR` if nothing is hit), normal [S, R, 3], thing
+    [S, R]: object index, O for the floor, O + 1 for nothing."""
 
     depth: Tensor
     normal: Tensor
@@ -56,7 +56,7 @@ def draw_scenes(
     things: int = 3,
     material: int | None = None,
 ) -> Scenes:
-    """Random scenes; their materials are drawn too where none is given."""
+    """Draws random scenes; their materials are drawn too if none is given."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -68,7 +68,7 @@ def draw_scenes(
     spheres = torch.rand(count, things, generator=generator) < 0.5
     sizes = uniform(0.25, 0.55, things, 3)
     sizes = torch.where(spheres[..., None], sizes[..., :1], sizes)
-    # Around the middle, each in a sector of its own.
+    # Around the middle, each in its own sector.
     sector = torch.arange(things) * (2 * math.pi / things)
     angle = sector + uniform(0, 2 * math.pi, 1) + uniform(-0.4, 0.4, things)
     away = uniform(0.4, 0.8, things)
@@ -85,7 +85,7 @@ def draw_scenes(
 
 
 def trace(scenes: Scenes, origins: Tensor, directions: Tensor) -> Hits:
-    """What rays [S, R, 3] of unit directions meet first."""
+    """Returns the first hits of rays [S, R, 3] with unit directions."""
     o, d = origins[:, :, None], directions[:, :, None]
     centers, sizes = scenes.centers[:, None], scenes.sizes[:, None]
     # Spheres: |o + t d - c|^2 = r^2.
@@ -120,8 +120,8 @@ def trace(scenes: Scenes, origins: Tensor, directions: Tensor) -> Hits:
 
 
 def shade(scenes: Scenes, hits: Hits, origins: Tensor, directions: Tensor) -> Tensor:
-    """Colours [S, R, 3] in [0, 1] of what rays meet: Lambert's law, Blinn-Phong's highlight on
-    glossy things, waves on textured ones, and the sky."""
+    """Returns colors [S, R, 3] in [0, 1] of the hits: Lambert's law, Blinn-Phong highlights on
+    glossy objects, waves on textured ones, and the sky."""
     count = scenes.centers.shape[1]
     at = hits.thing.clamp(max=count)[..., None].expand(*hits.thing.shape, 3)
     color, waves = scenes.colors.gather(1, at), scenes.waves.gather(1, at)
@@ -140,12 +140,12 @@ def shade(scenes: Scenes, hits: Hits, origins: Tensor, directions: Tensor) -> Te
 
 
 def see(scenes: Scenes, origins: Tensor, directions: Tensor) -> Tensor:
-    """Colours [S, R, 3] of rays [S, R, 3]."""
+    """Returns colors [S, R, 3] of rays [S, R, 3]."""
     return shade(scenes, trace(scenes, origins, directions), origins, directions)
 
 
 def photograph(scenes: Scenes, cameras: Cameras) -> Tensor:
-    """Images [S, V, 3, h, w] of S scenes by their cameras [S, V]."""
+    """Renders images [S, V, 3, h, w] of S scenes for their cameras [S, V]."""
     count, views = cameras.focal.shape
     height, width = cameras.height, cameras.width
     pixels = all_pixels(height, width).expand(count, views, -1, 2)
@@ -157,8 +157,9 @@ def photograph(scenes: Scenes, cameras: Cameras) -> Tensor:
 def draw_cameras(
     count: int, views: int, size: int, generator: torch.Generator, *, spread: float = 0.5
 ) -> tuple[Cameras, Cameras]:
-    """Target cameras [S], and source cameras [S, V] around each, at most `spread` radians to the
-    sides and half of that up or down. All look at the middle of the scene; images are square."""
+    """Draws target cameras [S], and source cameras [S, V] around each, at most `spread` radians
+    to the sides and half of that up or down. All look at the middle of the scene; images are
+    square."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -176,8 +177,8 @@ def draw_cameras(
 
 
 def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width: int) -> Cameras:
-    """Cameras at position [..., 3] that have target [..., 3] in their middle, upright: the y axis
-    of space is up. focal: [...]."""
+    """Returns cameras at position [..., 3] centered on target [..., 3], upright: the y axis of
+    space is up. focal: [...]."""
     forward = F.normalize(target - position, dim=-1)
     up = position.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
     right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
@@ -186,6 +187,6 @@ def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width:
 
 
 def all_pixels(height: int, width: int) -> Tensor:
-    """[h * w, 2], x and y of each pixel, row by row."""
+    """Returns [h * w, 2], x and y of each pixel, row by row."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([x, y], -1).view(-1, 2).float()

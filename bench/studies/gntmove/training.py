@@ -1,6 +1,6 @@
-"""Training on generated scenes, and what is measured on scenes that were not seen.
+"""Training on generated scenes, and evaluation on unseen scenes.
 
-Letters: S scenes, V source views, R rays of a scene, N pairs of neighbouring rays.
+Letters: S scenes, V source views, R rays of a scene, N pairs of neighboring rays.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .scenes import (
     see,
 )
 
-# Arms of the command: what differs between the models that are compared. A point passes K experts
-# and the permanent one: the network of "wide" has as many active parameters.
+# Arms of the command: differences between the compared models. A point uses K experts and the
+# permanent one: the network of "wide" has as many active parameters.
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {"ffn": "dense"},
     "wide": {"ffn": "dense", "dense_ratio": 12},
@@ -46,8 +46,9 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Batch(NamedTuple):
-    """views: of S scenes. target: cameras [S]. pixels: [S, R, 2], of them; ray 2 i + 1 is the right
-    or lower neighbour of ray 2 i. colors: [S, R, 3]. pairs: [N, 2], N = S R / 2."""
+    """Training batch. views: of S scenes. target: cameras [S]. pixels: [S, R, 2] of the target
+    images; ray 2 i + 1 is the right or lower neighbor of ray 2 i. colors: [S, R, 3]. pairs: [N, 2],
+    N = S R / 2."""
 
     views: Views
     target: Cameras
@@ -57,8 +58,7 @@ class Batch(NamedTuple):
 
 
 class Unseen(NamedTuple):
-    """Scenes for the test: what is known of them, target cameras [S] and their images
-    [S, 3, h, w]."""
+    """Test scenes: source views, target cameras [S] and their images [S, 3, h, w]."""
 
     scenes: Scenes
     views: Views
@@ -77,7 +77,7 @@ def draw_batch(
     count: int = 64,
     size: int = 48,
 ) -> Batch:
-    """Fresh scenes, views of them, and pairs of neighbouring rays of a further view.
+    """Draws new scenes, views of them, and pairs of neighboring rays of a further view.
 
     Args:
         count: rays of a scene, even. size: of images.
@@ -96,7 +96,7 @@ def draw_batch(
 def draw_unseen(
     count: int, generator: torch.Generator, *, views: int = 4, size: int = 48
 ) -> Unseen:
-    """Scenes in turn of each material."""
+    """Draws scenes of each material in turn."""
     parts = [draw_scenes(1, generator, material=i % len(MATERIALS)) for i in range(count)]
     scenes = Scenes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     target, sources = draw_cameras(count, views, size, generator)
@@ -115,7 +115,7 @@ def render(
     depths: Tensor | None = None,
     chunk: int = 1024,
 ) -> Tensor:
-    """Images [S, 3, h, w] of target cameras [S], not clipped.
+    """Renders images [S, 3, h, w] of target cameras [S], not clipped.
 
     Args:
         depths: [S, h * w, P], of the points of each ray. chunk: rays at once.
@@ -144,11 +144,11 @@ def lesson(
     warm_up: int = 50,
     weight_decay: float = 0.0,
 ) -> Lesson:
-    """Batches of rays; the published run has Adam with 5e-4 (1e-3 for the features), halved every
-    50,000 of 250,000 steps, and 2048 rays of one scene a step.
+    """Returns the training on batches of rays; the published run has Adam with 5e-4 (1e-3 for the
+    features), halved every 50,000 of 250,000 steps, and 2048 rays of one scene per step.
 
     Args:
-        batches: from the generator of the run to a batch.
+        batches: function from the run's generator to a batch.
     """
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def lesson(
 def evaluate(
     model: GNTMove, data: Unseen, *, with_ssim: bool = False, progress: bool = True
 ) -> dict[str, float]:
-    """What a model makes of scenes that it has not seen.
+    """Evaluates a model on unseen scenes.
 
     Returns:
         "psnr" in dB, the mean over scenes, and "psnr diffuse" and so on of those of that material;
@@ -187,7 +187,7 @@ def evaluate(
 
 
 def part_of(data: Unseen, number: int) -> Unseen:
-    """One scene."""
+    """Returns one scene."""
     one = slice(number, number + 1)
     views = Views(data.views.images[one], data.views.cameras.at(one))
     scene = Scenes(*(tensor[one] for tensor in data.scenes))
@@ -196,13 +196,13 @@ def part_of(data: Unseen, number: int) -> Unseen:
 
 @torch.no_grad()
 def routing_of(model: GNTMove, data: Unseen, count: int = 128) -> dict[str, float]:
-    """How neighbouring points are routed, over `count` pairs of rays of each scene, the mean over
-    layers.
+    """Measures routing of neighboring points, over `count` pairs of rays of each scene, the mean
+    over layers.
 
     Returns:
         "neighbour divergence": `consistency_loss`. "neighbour agreement": of the experts chosen at
-        a point the share that its neighbour has too. "entropy": of the distribution over experts,
-        in nats; a low divergence means little where it is that of equal shares. "effective
+        a point the share that its neighbor has too. "entropy": of the distribution over experts,
+        in nats; a low divergence is uninformative if the distribution is uniform. "effective
         experts": exp of the entropy of the load. "information": what experts tell about the
         material, in nats.
     """
@@ -242,7 +242,7 @@ def _of_layer(out: Rendered, number: int, pairs: Tensor, material: Tensor) -> di
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         arms: names in `ARMS`.
@@ -285,7 +285,7 @@ class Settings:
         return dataclasses.replace(GNTMoveConfig.tiny(), **{**sizes, **ARMS[arm]})
 
 
-# What may differ between two commands on one folder: the models stay the same.
+# Settings that may differ between two commands on one folder: the models are unaffected.
 _FREE = ("arms", "test_scenes", "ssim", "pictures")
 
 
@@ -295,10 +295,10 @@ def train(
     """Trains each arm, renders unseen scenes, draws novel views beside the true ones (views.png);
     writes and returns report.json.
 
-    What is done is not done again; what was cut goes on from its checkpoint.
+    Finished parts are not repeated; interrupted ones continue from their checkpoints.
 
     Raises:
-        ValueError: the folder is of other settings. ImportError: what SSIM or pictures need is
+        ValueError: the folder has other settings. ImportError: a package for SSIM or pictures is
             missing.
     """
     settings = settings or Settings()
@@ -343,8 +343,8 @@ def train(
 def draw(
     models: dict[str, GNTMove], data: Unseen, count: int, path: Path, *, size: float = 1.6
 ) -> None:
-    """Novel views of the first scenes: the source view nearest to the target, what each model
-    renders, and the true image."""
+    """Draws novel views of the first scenes: the source view nearest to the target, each model's
+    rendering, and the true image."""
     count = min(count, len(data.images))
     columns: dict[str, list[Tensor]] = {name: [] for name in ("a source view", *models, "truth")}
     notes: dict[str, list[str]] = {name: [] for name in models}

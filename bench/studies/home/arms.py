@@ -14,7 +14,7 @@ EXPERTS = {
     "PLE": {"model": "ple", "num_shared": 2, "num_task": 1},
     "HoME": {"model": "home", "num_shared": 2, "num_category": 1, "num_task": 1},
 }
-# HoME* without one part, and the floor: on the generated rows only.
+# HoME* without one part, and the lower bound: on the generated rows only.
 WITHOUT = {
     "HoME* without hierarchy": ("HoME*", {"hierarchy": False}),
     "HoME* without feature gates": ("HoME*", {"feature_gate": "none"}),
@@ -25,7 +25,7 @@ MODELS = tuple(f"{name}{star}" for name in EXPERTS for star in ("", "*"))
 
 
 def parameters(model: MultiTask) -> int:
-    """Without embeddings and towers, which all models share."""
+    """Returns the number of parameters without embeddings and towers, which all models share."""
     return sum(
         p.numel()
         for name, p in model.named_parameters()
@@ -34,7 +34,8 @@ def parameters(model: MultiTask) -> int:
 
 
 def matched(config: RecommenderConfig, target: int) -> RecommenderConfig:
-    """The config with the hidden width of experts that comes nearest to `target` parameters."""
+    """Returns the config with the hidden width of experts that comes nearest to `target`
+    parameters."""
 
     def at(width: int) -> RecommenderConfig:
         return dataclasses.replace(config, expert_hidden=width)
@@ -43,7 +44,8 @@ def matched(config: RecommenderConfig, target: int) -> RecommenderConfig:
 
 
 def with_parts(base: RecommenderConfig) -> dict[str, RecommenderConfig]:
-    """The six models at one number of parameters, then HoME* without one part, then the floor."""
+    """Returns the six models at one number of parameters, then HoME* without one part, then the
+    lower bound."""
     found: dict[str, RecommenderConfig] = {}
     target = parameters(build(dataclasses.replace(base, **EXPERTS["HoME"])))
     for name, experts in EXPERTS.items():

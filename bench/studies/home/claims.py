@@ -1,13 +1,13 @@
-"""HoME beside MMoE and PLE: are experts healthy, and does it help?
+"""HoME against MMoE and PLE: health of experts, and accuracy.
 
-On generated rows, whose structure is known, and on MovieLens 100k where recbole is installed. Each
-model with ReLU experts and with normalised Swish experts (a star), so that structure is compared
-within one kind of expert. Experts of MMoE and PLE are so wide that these models have as many
-parameters as HoME, whose feature gates are the largest part of it where there are many features.
-Epochs are chosen on validation AUC, and numbers are of the test rows. On the generated rows there
-are also HoME* without one of its parts, and MMoE* whose gates stay as they were drawn: what experts
-and towers reach without learning whom to ask. `home_stream` has the same models on rows of which
-each is seen once.
+Data are generated rows with known structure, and MovieLens 100k if recbole is installed. Each model
+is run with ReLU experts and with normalized Swish experts (a star), so that structures are compared
+within one kind of expert. Experts of MMoE and PLE are widened so that these models have as many
+parameters as HoME, whose feature gates are its largest part if there are many features. Epochs are
+chosen on validation AUC, and results are on the test rows. The generated rows are also used for
+HoME* without one of its parts, and for MMoE* with frozen random gates, which shows the accuracy of
+experts and towers without learned gates. `home_stream` has these models on rows that are each used
+once.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def arms(table: Table) -> dict[str, RecommenderConfig]:
 
 
 def flops(model: MultiTask) -> float:
-    """Of a row's forward pass: twice the weights of all matrices but the embeddings, in millions.
+    """Returns millions of FLOPs of a row's forward pass: twice the weights of all matrices except
+    the embeddings.
 
-    Every expert computes for every row, so each weight is used once; mixing and normalisation add a
+    Every expert computes for every row, so each weight is used once; mixing and normalization add a
     few per cent.
     """
     matrices = (
@@ -87,7 +88,7 @@ def flops(model: MultiTask) -> float:
 def measure(
     config: RecommenderConfig, table: Table, seed: int, fixed: bool = False
 ) -> dict[str, Any]:
-    """A row, and the mean weights of the last level's gates on test rows."""
+    """Returns a table row, and the mean weights of the last level's gates on test rows."""
     torch.manual_seed(seed)
     model, schedule = build(config), SCHEDULES[table.name]
     layers = [m for m in model.modules() if isinstance(m, GatedLayer)]
@@ -125,7 +126,7 @@ def measure(
 
 
 def evenness(layers: Sequence[GatedLayer], trace: Sequence[Trace]) -> float:
-    """Mean entropy of the gates as a share of the most they could have; lone experts left out."""
+    """Returns the mean entropy of the gates relative to the maximum; lone experts are excluded."""
     shares = []
     for layer, level in zip(layers, trace, strict=True):
         for entropy, allowed in zip(gate_entropy(level), layer.gates.mask.sum(1), strict=True):
@@ -134,7 +135,7 @@ def evenness(layers: Sequence[GatedLayer], trace: Sequence[Trace]) -> float:
     return sum(shares) / len(shares)
 
 
-# A table is the same for all arms of a seed.
+# All arms of a seed share one table.
 @functools.lru_cache(maxsize=1)
 def drawn(seed: int) -> Table:
     return generated(seed)
@@ -149,7 +150,7 @@ def films() -> Table:
 
 
 def one(name: str, arm: str) -> Job:
-    """A run: one model on one table."""
+    """Runs one model on one table."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         table = drawn(seed) if name == GENERATED else films()
@@ -160,7 +161,7 @@ def one(name: str, arm: str) -> Job:
 
 
 def table_study(name: str, table: str, rank: int, minutes: float, names: Sequence[str]) -> Study:
-    """All models on one of the two tables."""
+    """Returns a study of all models on one of the two tables."""
     schedule = SCHEDULES[table]
 
     def made() -> dict[str, str]:
@@ -263,7 +264,7 @@ def pictures(results: Results, table: str) -> list[Picture]:
     ]  # fmt: skip
 
 
-# Reasons of more than one headline.
+# Reasons for more than one headline.
 GATES = (
     "45 to 83 % of HoME's parameters are gates of features, without which it is no worse; at equal "
     "parameters the others have them in their experts"

@@ -16,7 +16,7 @@ FILM_TASKS = (("like", "love", "hate", "one"), ("continue", "end", "slow"))
 
 
 class Table(NamedTuple):
-    """Rows to train on, to choose the epoch by and to report, and what the config needs to know."""
+    """Rows for training, for epoch selection and for the report, with the sizes for the config."""
 
     name: str
     train: Rows
@@ -31,10 +31,11 @@ class Table(NamedTuple):
 
 
 def generated(seed: int, num_rows: int = 30000, num_features: int = 40) -> Table:
-    """Two categories that use the same features in opposite ways; positive rates 50, 20, 5, 2 %.
+    """Generates two categories that use the features in opposite ways; positive rates 50, 20, 5, 2
+    %.
 
-    A category's tasks share a wave of its own and read the common one with opposite signs; each
-    task adds a linear part. Labels are drawn at these log-odds, shifted to the task's rate.
+    A category's tasks share their own wave and read the common one with opposite signs; each task
+    adds a linear part. Labels are drawn at these log-odds, shifted to the task's rate.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_rows, num_features, generator=generator)
@@ -58,7 +59,7 @@ def generated(seed: int, num_rows: int = 30000, num_features: int = 40) -> Table
 
 def _draw(logit: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     low, high = -30.0, 30.0
-    for _ in range(40):  # The mean rises with the shift.
+    for _ in range(40):  # The mean increases with the shift.
         shift = (low + high) / 2
         low, high = (low, shift) if (logit + shift).sigmoid().mean() > rate else (shift, high)
     return (torch.rand(logit.shape, generator=generator) < (logit + shift).sigmoid()).float()
@@ -73,13 +74,13 @@ def _take(rows: Rows, which: slice | Tensor) -> Rows:
 
 
 def movielens() -> Table | None:
-    """MovieLens 100k from the installed package recbole; None where it is not installed.
+    """Returns MovieLens 100k from the installed package recbole; None if it is not installed.
 
-    The files are read where they lie: GroupLens' terms do not allow passing them on. Rows are
-    ordered by user and time. Tasks of preference: like (rating of at least 4), love (5), hate (at
-    most 2), one (1). Tasks of engagement: continue (the next rating within 15 s), end (none or
-    later than 10 min), slow (1 to 10 min). Each user's last fifth is the test, and the last 12 % of
-    the rest choose the epoch. No feature looks at what comes after the row.
+    The files are read in place: GroupLens' terms do not allow redistribution. Rows are ordered by
+    user and time. Tasks of preference: like (rating of at least 4), love (5), hate (at most 2), one
+    (1). Tasks of engagement: continue (the next rating within 15 s), end (none or later than 10
+    min), slow (1 to 10 min). Each user's last fifth is the test, and the last 12 % of the rest are
+    for epoch selection. No feature uses data after the row.
     """
     folder = files.folder()
     if folder is None:

@@ -1,5 +1,4 @@
-"""The multi-task recommenders that HoME is compared with; they differ in which task may use which
-expert.
+"""Multi-task recommenders compared with HoME; they differ in the experts available to each task.
 
 Letters: T rows, V width of a row's features, K tasks, E experts, O expert output.
 
@@ -22,7 +21,7 @@ from moe_ops.zoo.home.model import SHARED
 
 @dataclass(frozen=True)
 class RecommenderConfig(HoMEConfig):
-    """Sizes, and which model.
+    """Sizes, and the kind of model.
 
     Attributes, beside those of `HoMEConfig` (MMoE has shared experts alone):
         model: "shared_bottom", "mmoe", "cgc", "ple", "adammoe" or "home".
@@ -54,7 +53,7 @@ class _Compared(MultiTask):
 
 
 class SharedBottom(_Compared):
-    """One network for all tasks and a tower for each. Its width is that of one expert."""
+    """One network for all tasks and a tower for each. Its width is the width of one expert."""
 
     def build(self, size: int) -> None:
         mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
@@ -65,7 +64,7 @@ class SharedBottom(_Compared):
 
 
 class MMoE(_Compared):
-    """Shared experts and one softmax gate a task."""
+    """Shared experts and one softmax gate per task."""
 
     def build(self, size: int) -> None:
         shape = len(self.config.tasks), self.config.num_shared
@@ -77,10 +76,10 @@ class MMoE(_Compared):
 
 
 class PLE(_Compared):
-    """Levels of experts of one task and experts of all; a task never sees those of other tasks.
+    """Levels of experts per task and shared experts; a task never uses other tasks' experts.
 
-    Below the last level, one more gate mixes all experts into what the shared experts of the next
-    level read. A gate reads what its task has so far.
+    Below the last level, one more gate mixes all experts into the input of the next level's shared
+    experts. A gate reads its task's current input.
     """
 
     @property
@@ -91,12 +90,12 @@ class PLE(_Compared):
         config = self.config
         num_tasks = len(config.tasks)
         owners = task_owners(config)
-        # Input k is task k's, the last one that of the shared experts.
+        # Input k is task k's, the last one the shared experts'.
         input_ids = [num_tasks if owner == SHARED else int(owner) for owner in owners]
         self.stack = nn.ModuleList()
         for level in range(self.levels):
             wanted = [{str(k), SHARED} for k in range(num_tasks)]
-            # Without shared experts nobody would read their input.
+            # Without shared experts their input would be unused.
             if level + 1 < self.levels and config.num_shared:
                 wanted.append(set(owners))
             width = config.expert_size if level else size
@@ -121,7 +120,8 @@ class CGC(PLE):
 
 
 class AdaMMoE(_Compared):
-    """A gate a task over all experts, those of other tasks too, and a second one over its own."""
+    """One gate per task over all experts, including those of other tasks, and a second one over its
+    own."""
 
     def build(self, size: int) -> None:
         owners = task_owners(self.config)
@@ -152,11 +152,11 @@ MODELS: dict[str, type[MultiTask]] = {
 
 
 def build(config: RecommenderConfig) -> MultiTask:
-    """The model that `config.model` names, with fresh weights."""
+    """Returns the model selected by `config.model`, with newly initialized weights."""
     return MODELS[config.model](config)
 
 
 def task_owners(config: RecommenderConfig) -> list[str]:
-    """Who an expert belongs to: a task's number or "shared", tasks first."""
+    """Returns the owners of experts: a task's index or "shared", tasks first."""
     own = [str(k) for k in range(len(config.tasks)) for _ in range(config.num_task)]
     return own + [SHARED] * config.num_shared

@@ -1,7 +1,7 @@
-"""HoME, MMoE and PLE on generated rows of which each is seen once: structure without over-fitting.
+"""HoME, MMoE and PLE on generated rows that are each used once: structure without overfitting.
 
-The rows come as they are needed, so that there are millions of them, and what the models are
-compared by is not who over-fits last. Categories use the same features in opposite ways.
+Rows are generated on demand, so that there are millions of them, and differences between models are
+not due to overfitting. Categories use the features in opposite ways.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..training import DrawnTraining
 from .arms import LR, parameters, with_parts
 
 ARMS = ("MMoE*", "PLE*", "HoME*", "HoME* without feature gates")
-# A gain in AUC that a recommender would notice.
+# A gain in AUC that is relevant for a recommender.
 WORTH = 0.002
-# Draws of the teacher's biases: enough rows for rates of a thousandth.
+# Samples for the teacher's biases: enough rows for rates of a thousandth.
 CALIBRATION = 200_000
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Where rows come from, and how much of them.
+    """Source and number of rows.
 
     Attributes:
-        rates: of positives, one a task of a category; both categories have the same.
+        rates: of positives, one per task of a category; both categories have the same.
         num_dense, num_ids, cardinality: dense features, categorical ones, values of each.
         expert_hidden, expert_size: of HoME; the others are widened to its parameters.
         steps, batch: of training. test: rows.
@@ -69,7 +69,7 @@ class Stream:
 
 
 SMALL = Stream()
-# Twenty tasks of 0.1 to 5 %, narrow experts, features that are mostly ids: nobody gets to the end.
+# Twenty tasks of 0.1 to 5 %, narrow experts, features that are mostly ids: no model converges.
 RARE = Stream(
     rates=(0.05, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005, 0.003, 0.002, 0.001),
     num_dense=10,
@@ -83,10 +83,10 @@ RARE = Stream(
 
 
 class Teacher:
-    """Draws rows; what it is depends on the seed alone.
+    """Generator of rows, determined by the seed alone.
 
-    A category's tasks share a wave of their own and read the common one with opposite signs; there
-    is a product inside each category, and each task has a linear part and an effect of every id.
+    A category's tasks share their own wave and read the common one with opposite signs; there is a
+    product inside each category, and each task has a linear part and an effect of every id.
     """
 
     def __init__(self, stream: Stream, seed: int) -> None:
@@ -106,7 +106,7 @@ class Teacher:
         logits = self._logits(dense, ids)
         rates = torch.tensor(stream.rates).repeat(2)
         low, high = torch.full((tasks,), -40.0), torch.full((tasks,), 40.0)
-        for _ in range(40):  # The mean rises with the bias.
+        for _ in range(40):  # The mean increases with the bias.
             middle = (low + high) / 2
             above = (logits + middle).sigmoid().mean(0) > rates
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
@@ -139,7 +139,7 @@ class Teacher:
 
 
 def rarest(model: MultiTask, rows: Rows) -> dict[str, float]:
-    """AUC: the mean over tasks, and over the rarest third of each category's."""
+    """Returns AUC: the mean over tasks, and over the rarest third of each category's."""
     areas = evaluate(model, rows).auc
     rare = [
         area
@@ -150,7 +150,7 @@ def rarest(model: MultiTask, rows: Rows) -> dict[str, float]:
 
 
 def one(arm: str, stream: Stream) -> Job:
-    """A run: one model on the rows of a seed."""
+    """Runs one model on the rows of a seed."""
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         teacher = Teacher(stream, seed)
@@ -189,7 +189,7 @@ def one(arm: str, stream: Stream) -> Job:
 def stream_study(
     name: str, size: str, rank: int, minutes: float, stream: Stream, pilot: bool
 ) -> Study:
-    """`pilot`: with what the pilot's seeds of `SMALL` gave."""
+    """Returns a stream study; `pilot`: includes the results of `SMALL`'s pilot seeds."""
 
     def ahead(
         other: str,

@@ -1,4 +1,5 @@
-"""Training and judging multi-task recommenders: batches, AUC and GAUC, a loop that stops early.
+"""Training and evaluation of multi-task recommenders: batches, AUC and GAUC, a loop with early
+stopping.
 
 Letters: N rows, F categorical features, D dense features, K tasks.
 """
@@ -22,13 +23,13 @@ from ..trainer import take_steps
 
 @dataclass
 class Rows:
-    """A table of examples.
+    """Table of examples.
 
     Attributes:
         categorical: [N, F] integers.
         dense: [N, D] floats.
         labels: [N, K] of 0 and 1, NaN where unknown.
-        users: [N] integers, whose impression each row is; for GAUC. None: GAUC is not computed.
+        users: [N] integers, the user of each row; for GAUC. None: GAUC is not computed.
     """
 
     categorical: Tensor
@@ -51,9 +52,9 @@ class Rows:
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, drop_single: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(categorical, dense, labels) in order, or shuffled with a CPU generator.
+        """Yields (categorical, dense, labels) in order, or shuffled with a CPU generator.
 
-        `drop_single` leaves out a last batch of one row, which batch normalisation cannot train on.
+        `drop_single` drops a last batch of one row, which batch normalization cannot train on.
         """
         order = None
         if generator is not None:
@@ -67,13 +68,14 @@ class Rows:
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve: the share of (1, 0) pairs in the right order, ties count half.
+    """Returns the area under the ROC curve: the fraction of (1, 0) pairs in correct order, ties
+    count half.
 
     Args:
         scores, labels: [N]; rows with a NaN label are left out.
 
     Returns:
-        NaN where there is only one class.
+        NaN if there is only one class.
     """
     groups = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
     areas, _ = _auc_by_group(scores, labels, groups)
@@ -81,9 +83,9 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def gauc(scores: Tensor, labels: Tensor, users: Tensor) -> float:
-    """AUC of each user's own impressions, averaged with the number of them as weight.
+    """Returns the mean AUC of users' own impressions, weighted by their number.
 
-    Users with one class are left out. NaN where no user has both.
+    Users with one class are excluded. NaN if no user has both.
 
     Source: Zhou et al. 2018 (Deep Interest Network, arXiv 1706.06978).
     """
@@ -96,7 +98,7 @@ def gauc(scores: Tensor, labels: Tensor, users: Tensor) -> float:
 
 
 def _auc_by_group(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """AUC (fp64, NaN with one class) and number of rows of each group, by the rank sum."""
+    """Returns AUC (fp64, NaN with one class) and number of rows of each group, by the rank sum."""
     known = ~labels.isnan()
     scores, labels, groups = scores[known].double(), labels[known].double(), groups[known]
     _, group = groups.unique(return_inverse=True)
@@ -108,7 +110,7 @@ def _auc_by_group(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tenso
     scores, labels, group = scores[order], labels[order], group[order]
     counts = group.bincount()
     starts = counts.cumsum(0) - counts
-    # Rows of one group and one score share the mean of their ranks.
+    # Rows of equal group and score share the mean of their ranks.
     new = torch.ones_like(group, dtype=torch.bool)
     new[1:] = (scores[1:] != scores[:-1]) | (group[1:] != group[:-1])
     run = new.long().cumsum(0) - 1
@@ -128,7 +130,8 @@ def _auc_by_group(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tenso
 
 @torch.no_grad()
 def predict(model: nn.Module, rows: Rows, batch_size: int = 8192) -> Tensor:
-    """Probabilities [N, K], in `eval()`; the model's mode is put back afterwards."""
+    """Returns probabilities [N, K], computed in `eval()`; the model's mode is restored
+    afterwards."""
     before = model.training
     model.eval()
     try:
@@ -140,7 +143,7 @@ def predict(model: nn.Module, rows: Rows, batch_size: int = 8192) -> Tensor:
 
 @dataclass
 class Scores:
-    """AUC and GAUC by task, and the loss; NaN where a number does not exist."""
+    """AUC and GAUC by task, and the loss; NaN for undefined values."""
 
     auc: dict[str, float]
     gauc: dict[str, float]
@@ -161,7 +164,7 @@ def _mean(values: dict[str, float]) -> float:
 
 
 def evaluate(model: MultiTask, rows: Rows, batch_size: int = 8192) -> Scores:
-    """Scores of a model on a table."""
+    """Returns the scores of a model on a table."""
     probs = predict(model, rows, batch_size)
     tasks = model.config.tasks
     columns = list(zip(tasks, probs.unbind(1), rows.labels.unbind(1), strict=True))
@@ -169,14 +172,14 @@ def evaluate(model: MultiTask, rows: Rows, batch_size: int = 8192) -> Scores:
     by_user = {}
     if rows.users is not None:
         by_user = {task: gauc(p, y, rows.users) for task, p, y in columns}
-    # logit of 1 is infinite in fp32; the loss of what was predicted is finite.
+    # logit of 1 is infinite in fp32; the loss of the prediction is finite.
     logits = probs.double().clamp(1e-12, 1 - 1e-12).logit()
     return Scores(areas, by_user, float(multitask_loss(logits, rows.labels.double())))
 
 
 @dataclass
 class History:
-    """What `fit` saw: losses and validation scores by epoch, and which epoch was kept."""
+    """History of `fit`: losses and validation scores by epoch, and the kept epoch."""
 
     train_loss: list[float] = field(default_factory=list)
     valid: list[Scores] = field(default_factory=list)
@@ -184,7 +187,7 @@ class History:
 
 
 def check_range(model: MultiTask, categorical: Tensor) -> None:
-    """Raises ValueError where a value lies outside its feature's range; reads the data."""
+    """Raises ValueError for a value outside its feature's range; reads the data."""
     limits = model.features.limits
     bad = (categorical < 0) | (categorical >= limits)
     if bool(bad.any()):
@@ -210,24 +213,24 @@ def fit(
     seed: int = 0,
     progress: bool = True,
 ) -> History:
-    """Trains with Adam on the plain sum of the tasks' losses; keeps the best epoch's weights.
+    """Trains with Adam on the unweighted sum of the tasks' losses; keeps the best epoch's weights.
 
     Args:
         model, train, valid: on one device.
-        epochs: at most so many.
+        epochs: maximum.
         batch_size: shuffled anew each epoch; a last batch of one row is left out.
         lr, weight_decay: of Adam.
         patience: epochs without a better score after which training ends; at least 1.
         monitor: "auc" or "gauc" (means over the tasks, higher is better) or "loss" of `valid`.
-        seed: of the shuffling; the model's own numbers are drawn by torch's generator.
+        seed: of the shuffling; the model itself uses torch's generator.
         progress: show a bar.
 
     Returns:
         A History. The model holds the weights and statistics of `best_epoch` (from 0).
 
     Raises:
-        ValueError: bad arguments, values outside a feature's range, a score that does not exist,
-            or a loss that is not finite.
+        ValueError: invalid arguments, values outside a feature's range, an undefined score, or a
+            loss that is not finite.
     """
     check_choice("fit", "monitor", monitor, ("auc", "gauc", "loss"))
     if patience < 1 or epochs < 1 or batch_size < 2:

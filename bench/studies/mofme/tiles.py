@@ -13,9 +13,9 @@ def restore(model: RestorationTransformer, image: Tensor, tile: int, overlap: in
     """An image of any size, [3, h, w], tile by tile; where tiles overlap, their mean.
 
     Args:
-        tile: side of the tiles, a multiple of the patch and not larger than the image: that of
-            the crops in training is best. overlap: pixels that neighbouring tiles share at
-            least, less than `tile`.
+        tile: side of the tiles, a multiple of the patch and not larger than the image: that of the
+            crops in training is best. overlap: pixels that neighboring tiles share at least, less
+            than `tile`.
     """
     if not 0 <= overlap < tile or tile > min(image.shape[1:]):
         raise ValueError(

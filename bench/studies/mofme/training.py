@@ -213,7 +213,7 @@ def train(
 
 
 def count_parameters(model: RestorationTransformer) -> dict[str, int]:
-    """ "total", "experts" (what there is once an expert, in all layers, without routers), "active":
+    """Returns counts by name: "total", "experts" (in all layers, without routers), and "active":
     without those of the experts that a token does not use."""
     config = model.config
     total = sum(p.numel() for p in model.parameters())

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_ops import _reading
 
 WEATHER = ("rain", "snow", "haze")
-# Name, package, file in it. All are read as colours, halved in size.
+# Name, package, file in it. All are read as colors, halved in size.
 PHOTOS = (
     ("chelsea", "skimage", "data/chelsea.png"),
     ("rocket", "skimage", "data/rocket.jpg"),

@@ -192,7 +192,7 @@ def one_by_one(model: Mowst, case: Case, used: Tensor, generator: torch.Generato
     """Share of FLOPs saved where some test nodes are asked for one at a time.
 
     A node then costs the MLP on itself and, where `used` [N] says so, the strong expert on its
-    neighbourhood.
+    neighborhood.
     """
     graph, sizes, backbone = case.graph, model.strong.sizes, model.config.backbone
     edges = model.strong.prepare(graph.edge_index, len(graph.y))

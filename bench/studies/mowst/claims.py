@@ -2,7 +2,7 @@
 
 Three graphs. `two_populations` (drawn anew by seed) needs both experts: an MLP can do its feature
 nodes, a GCN its structure nodes. On `misleading` a GCN is sure of the feature nodes, and wrong. On
-films of MovieLens 100k linked by cast and crew neighbours tell little. Every stage keeps the epoch
+films of MovieLens 100k linked by cast and crew neighbors tell little. Every stage keeps the epoch
 of the lowest validation loss; warm-up and form of the confidence are chosen on validation accuracy;
 numbers are of test nodes. Needs PyTorch Geometric.
 """

@@ -1,4 +1,4 @@
-"""Graphs of the Mowst experiment: one whose neighbours mislead, and films of MovieLens 100k."""
+"""Graphs of the Mowst experiment: one whose neighbors mislead, and films of MovieLens 100k."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def misleading(
     share: float = 0.85,
     generator: torch.Generator | None = None,
 ) -> tuple[Graph, Tensor]:
-    """Half the nodes are told by features and misled by their neighbours, half told by neighbours.
+    """Half the nodes are told by features and misled by their neighbors, half told by neighbors.
 
     Each node reads `degree` others, over edges into it alone, so that it can be told nothing of its
     own class by who reads it. `share` of a structure node's are of its class, of a feature node's

@@ -55,8 +55,8 @@ def two_populations(
 ) -> tuple[Graph, Tensor]:
     """A graph that no single expert can do: half the nodes are told by features, half by structure.
 
-    Feature nodes have features around their class's centre (`signal` deviations from the origin)
-    and neighbours of any class. Structure nodes have little of it (`weak_signal`) and neighbours of
+    Feature nodes have features around their class's center (`signal` deviations from the origin)
+    and neighbors of any class. Structure nodes have little of it (`weak_signal`) and neighbors of
     their own class, but for one. The two halves are not linked, for otherwise structure nodes could
     read their class off feature nodes. Edges go both ways. 40 % of the nodes train, 20 % validate,
     40 % test.

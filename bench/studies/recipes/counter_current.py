@@ -100,7 +100,7 @@ class CounterCurrent(nn.Module):
         return features, signals[::-1]
 
     def losses(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """`local_loss` of layers 1 to L - 1, then the cross-entropy of the logits. Minimise their
+        """`local_loss` of layers 1 to L - 1, then the cross-entropy of the logits. Minimize their
         sum: a block's gradient comes from its own loss alone.
 
         Args:

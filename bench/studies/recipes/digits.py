@@ -1,4 +1,4 @@
-"""Studies of the recipes on digits: small networks, seconds a run."""
+"""Studies of the recipes on digits: small networks, seconds per run."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ GUIDANCE = study(
 
 
 def nearest(z: Tensor, y: Tensor, test_z: Tensor, test_y: Tensor, k: int = 5) -> float:
-    """Accuracy of k nearest neighbours by cosine."""
+    """Accuracy of k nearest neighbors by cosine."""
     near = (F.normalize(test_z, dim=1) @ F.normalize(z, dim=1).T).topk(min(k, len(z)), 1).indices
     votes = F.one_hot(y[near], int(y.max()) + 1).sum(1)
     return float((votes.argmax(1) == test_y).double().mean())

@@ -1,4 +1,4 @@
-"""Studies of the recipes on generated queries and graphs: small networks, seconds a run."""
+"""Studies of the recipes on generated queries and graphs: small networks, seconds per run."""
 
 from __future__ import annotations
 

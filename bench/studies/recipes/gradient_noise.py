@@ -15,7 +15,7 @@ from torch import nn
 class GradientNoise:
     """Adds N(0, eta / (1 + t)^gamma) to the gradients of step t = 0, 1, ...
 
-    To be called between `backward` and the optimiser's step, after gradients are clipped: clipping
+    To be called between `backward` and the optimizer's step, after gradients are clipped: clipping
     afterwards would take the noise out again.
 
     Args:

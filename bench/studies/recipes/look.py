@@ -1,7 +1,7 @@
-"""LOOK: supervised pre-training that asks an example's nearest neighbours alone to be of its class,
+"""LOOK: supervised pre-training that asks an example's nearest neighbors alone to be of its class,
 so that a class may be of several kinds.
 
-Letters: N examples, M examples of a memory, D features, k neighbours.
+Letters: N examples, M examples of a memory, D features, k neighbors.
 
 Source: Feng et al. 2022 (Rethinking Supervised Pre-Training for Better Downstream Transferring,
 ICLR, arXiv 2110.06014).
@@ -33,8 +33,8 @@ def look_loss(
     Args:
         z: [N, D], of any length. y: [N] classes.
         memory: [M, D]. memory_y: [M].
-        k: neighbours, at least 1; all of the memory where it holds fewer. With k >= M this is
-            neighbourhood components analysis.
+        k: neighbors, at least 1; all of the memory where it holds fewer. With k >= M this is
+            neighborhood components analysis.
         own: [N] the place in the memory of each example itself, -1 where it is not there; None:
             nowhere.
 

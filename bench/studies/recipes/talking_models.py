@@ -79,7 +79,7 @@ class Conversation(nn.Module):
         """Mean squared differences, to be added to the student's own loss.
 
         Args:
-            student_upper: [..., D] of the student's upper layer; others as of `understood`.
+            student_upper: [..., D] of the student's upper layer; others see `understood`.
 
         Returns:
             "interact": of student_upper and what was understood. "message": of the messages of both
@@ -122,6 +122,6 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def mix(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Sum of the losses times their weights; those that are not named have 0."""
+    """Sums of the losses times their weights; those that are not named have 0."""
     parts = [weights[name] * loss for name, loss in losses.items() if weights.get(name)]
     return torch.stack(parts).sum() if parts else torch.zeros(())

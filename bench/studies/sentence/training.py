@@ -1,4 +1,4 @@
-"""Training on pairs of neighbouring spans, and retrieval of the right neighbour.
+"""Training on pairs of neighboring spans, and retrieval of the right neighbor.
 
 Letters: B pairs, D size of an embedding.
 """

@@ -186,8 +186,8 @@ def neighbours(known: Tensor, asked: Tensor) -> Tensor:
 
 
 def told(known: Tensor, asked: Tensor, known_env: PointRobot, asked_env: PointRobot) -> list[float]:
-    """How well neighbours tell the task: share of right rotations, mean error of the goal in
-    degrees. Rows are two contexts of each task, as of `contexts`."""
+    """How well neighbors tell the task: share of right rotations, mean error of the goal in
+    degrees. Rows are two contexts of each task, see `contexts`."""
     near = neighbours(known, asked)
     angles = known_env.angles.repeat(2)[near]
     kinds = known_env.angles.unique()

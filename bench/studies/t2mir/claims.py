@@ -3,9 +3,9 @@
 Goals on a circle and actions turned by one of four hidden angles; training, validation and test
 tasks are apart, drawn anew by seed. Beside a dense transformer of as many active parameters: the
 experts without the contrastive loss and with two weights of it. The router is read by its nearest
-neighbours among contexts of validation tasks, and so are routers that were never trained, on the
-same features: what those tell is no merit of the router. `bench.studies.t2mir.long` is the
-same at the authors' size.
+neighbors among contexts of validation tasks, and so are routers that were never trained, on the
+same features: what those tell is no merit of the router. `bench.studies.t2mir.long` is the same at
+the authors' size.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ def to_gymnasium(env: VectorEnv) -> Any:
 
 
 class GymnasiumEnvs:
-    """Several gymnasium environments, one a task, as a vector environment that can be played.
+    """Several gymnasium environments, one per task, as a vector environment that can be played.
 
     An environment that ends early stays in its last state with reward 0 until all have ended.
     There is no teacher: `optimal` raises, so `collect` needs a skill of 0 and `evaluate` works.

@@ -178,7 +178,7 @@ def play(
 
     "ad": the context is its own last episodes, as many as max_steps holds, and the present one.
     "dpt": the query is the present state and the prompt its own last episode; nothing in the first.
-    Discrete actions are the likeliest ones.
+    Discrete actions are the most likely ones.
 
     In the first `explore` episodes actions are random, of the generator: a model of continuous
     actions that knows nothing yet takes their mean, stands still and learns little of the task.

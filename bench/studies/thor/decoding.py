@@ -23,7 +23,7 @@ def translate(
     level: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The likeliest targets that beam search finds, without dropout.
+    """The most likely targets that beam search finds, without dropout.
 
     Args:
         source: [B, S'], each row ended by `EOS` and filled up with `PAD`.

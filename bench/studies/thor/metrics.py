@@ -82,7 +82,7 @@ def _draw(
 def spread(
     model: Thor, batches: Sequence[tuple[Tensor, Tensor]], *, draws: int = 8, seed: int = 0
 ) -> dict[str, float]:
-    """How much depends on which experts are drawn, one a layer for all sentences.
+    """How much depends on which experts are drawn, one per layer for all sentences.
 
     Returns:
         "deviation" of the mean loss over the draws, in nats a token, and the mean "drawn loss".

@@ -203,7 +203,7 @@ def train(
 
 
 def make_tokens(settings: Settings, text: parallel.ParallelText, file: Path) -> Tokens:
-    """Bytes, or pairs of bytes that are learnt from the training text unless the file is there."""
+    """Bytes, or pairs of bytes that are learned from the training text unless the file is there."""
     if settings.tokens == "bytes":
         return ByteTokens()
     try:

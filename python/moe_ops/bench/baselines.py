@@ -1,7 +1,8 @@
-"""Ways to run the experts of a layer, forward and in training: moe_ops, transformers, plain torch.
+"""Implementations of a layer's experts, forward and in training: moe_ops, transformers, plain
+torch.
 
-Formats are those of the weights: fp32, bf16, int8, int4. A baseline prepares its own copy of the
-weights once, binds it to a batch of tokens, and the call that comes out is what is timed.
+Formats are weight formats: fp32, bf16, int8, int4. A baseline prepares its own copy of the weights
+once and binds it to a batch of tokens; the resulting call is timed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ Bind = Callable[[Tokens], Call]
 
 
 class Baseline:
-    """One way to run the layer.
+    """Implementation of the layer.
 
-    `name` is what reports print, `formats` the weight formats it has, `package` the distribution
-    whose version is reported.
+    `name` is printed in reports, `formats` are the supported weight formats, `package` is the
+    distribution whose version is reported.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Baseline:
     package: str = "torch"
 
     def missing(self) -> str | None:
-        """Why it cannot run here, in a few words; None if it can."""
+        """Returns a short reason why it cannot run here, or None if it can."""
         return None
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
@@ -43,13 +44,13 @@ class Baseline:
 
 
 def tolerance(weight_format: str) -> float:
-    """Largest relative error against fp64, beyond which a baseline is refused.
+    """Returns the largest accepted relative error against fp64; a baseline beyond it is rejected.
 
     fp32: a sum of some thousand terms rounds to 1e-6 to 4e-6, and an approximated exponential may
     add as much. bf16: eight roundings of an intermediate. Integers: uniform errors of half a step,
-    where the largest of a row of 2048 normal weights is 4 of their deviations (int8, one scale a
-    row, activations likewise) and of 32 to 128 weights 2.1 to 2.7 (int4); three products in a row;
-    twice that is allowed.
+    where the largest of 2048 normal weights of a row is 4 standard deviations (int8, one scale per
+    row, also for activations) and of 32 to 128 weights 2.1 to 2.7 (int4); three GEMMs in sequence;
+    the tolerance is twice that.
     """
     return {
         "fp32": 1e-5,
@@ -63,7 +64,7 @@ def tolerance(weight_format: str) -> float:
 
 
 class MoeOps(Baseline):
-    """moe_ffn on the weights as they are, but in huge pages, where layers keep them."""
+    """Runs moe_ffn on unpacked weights in huge pages, where layers store them."""
 
     name = "moe_ops"
     package = "torch-moe-ops"
@@ -79,7 +80,7 @@ class MoeOps(Baseline):
 
 
 class MoeOpsPacked(MoeOps):
-    """moe_ffn_packed: what layers do in inference."""
+    """Runs moe_ffn_packed, as layers do in inference."""
 
     name = "moe_ops packed"
 
@@ -101,7 +102,7 @@ class MoeOpsPacked(MoeOps):
 
 
 def hf_experts(bank: Bank, implementation: str) -> Any:
-    """The experts of a Qwen3-MoE block of transformers around the weights of `bank`."""
+    """Returns the experts of transformers' Qwen3-MoE block, with the weights of `bank`."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -136,7 +137,7 @@ class HuggingFace(Baseline):
         experts = hf_experts(bank, self.implementation)
 
         def bind(tokens: Tokens) -> Call:
-            # Its router hands weights over in the dtype of the model.
+            # Its router returns weights in the dtype of the model.
             arguments = (tokens.x, tokens.topk_ids.long(), tokens.topk_weights.to(bank.dtype))
             return lambda: experts(*arguments)
 
@@ -154,11 +155,11 @@ def loop_over_experts(
     topk_ids: Tensor,
     widen: bool = False,
 ) -> Tensor:
-    """The usual PyTorch loop: gather an expert's tokens, two products, add back.
+    """Runs the usual PyTorch loop: gather an expert's tokens, two GEMMs, add back.
 
-    The weights are unbound once: indexing them in the loop, as is often seen, makes the backward
-    pass add a gradient of the size of all experts for every single one. `widen` makes fp32 of each
-    expert's weights first, where bf16 products are slow.
+    The weights are unbound once: indexing them in the loop, as is common, makes the backward pass
+    add a gradient of the size of all experts for every expert. `widen` converts each expert's
+    weights to fp32 first, for machines where bf16 GEMMs are slow.
     """
     dtype = torch.float32 if widen else x.dtype
     y, wide = torch.zeros_like(x, dtype=dtype), x.to(dtype)
@@ -187,7 +188,7 @@ class Loop(Baseline):
         return bind
 
 
-# The last of these that ran in a cell stands for moe_ops.
+# The last of these that ran in a cell represents moe_ops.
 OURS = ("moe_ops", "moe_ops packed", "moe_ops quantized")
 
 
@@ -204,8 +205,8 @@ def builtin_baselines() -> list[Baseline]:
 
 # --------------------------------------------------------------------------------- training
 #
-# Gradients of x, of the routing weights and of both weights are asked for and left fresh in .grad,
-# which is cleared before every step.
+# Gradients of x, of the routing weights and of both weights are computed into new .grad tensors,
+# which are cleared before every step.
 
 Step = Callable[[], dict[str, Tensor]]
 
@@ -217,7 +218,7 @@ def skipped_steps() -> dict[str, str]:
 
 
 def exact_grad_x(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Tensor:
-    """Gradient of x in fp64, from the derivatives written out, expert by expert."""
+    """Returns the gradient of x in fp64, from explicit derivatives, expert by expert."""
     x, weights, ids = tokens.x.double(), tokens.topk_weights.double(), tokens.topk_ids
     grad_x = torch.zeros_like(x)
     for expert in ids.unique().tolist():
@@ -232,7 +233,7 @@ def exact_grad_x(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Tensor:
 
 
 def leaves_of(bank: Bank, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, w_gate_up, w_down and topk_weights, which want gradients."""
+    """Returns x, w_gate_up, w_down and topk_weights, with requires_grad."""
     x, topk_weights = tokens.x.clone(), tokens.topk_weights.to(bank.dtype)
     return (
         x.requires_grad_(),
@@ -273,7 +274,7 @@ def grads_of(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
     return {"x": x.grad, "w_gate_up": w_gate_up.grad, "w_down": w_down.grad}
 
 
-# Each makes a step, which returns the gradients of x, w_gate_up and w_down.
+# Each returns a step, which returns the gradients of x, w_gate_up and w_down.
 STEPS: dict[str, Callable[[Bank, Tokens, Tensor], Step]] = {
     "moe_ops": functools.partial(_fresh, moe_ops.moe_ffn),
     "HF grouped_mm": _hugging_face,

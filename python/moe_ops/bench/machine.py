@@ -1,4 +1,4 @@
-"""The processor, and the environment that holds every library to an instruction set."""
+"""The processor, and the environment that restricts every library to an instruction set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-# What holds torch, oneDNN and MKL to the instruction set of MOE_OPS_CPU_ISA.
+# Restricts torch, oneDNN and MKL to the instruction set of MOE_OPS_CPU_ISA.
 ISA_ENVIRONMENTS = {
     "avx2": {
         "MOE_OPS_CPU_ISA": "avx2",
@@ -20,8 +20,8 @@ ISA_ENVIRONMENTS = {
 
 
 def hold_to_isa(isa: str | None) -> None:
-    """Executes this command again in the environment that holds everything to `isa`, unless this
-    process was started in it."""
+    """Executes this command again in the environment that restricts every library to `isa`, unless
+    this process was started in it."""
     wanted = ISA_ENVIRONMENTS[isa] if isa else {}
     if any(os.environ.get(k) != v for k, v in wanted.items()):
         os.environ.update(wanted)
@@ -29,7 +29,7 @@ def hold_to_isa(isa: str | None) -> None:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Returns the processor's name for itself."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

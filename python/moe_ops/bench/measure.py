@@ -2,7 +2,7 @@
 
 Every baseline is checked against fp64 at every number of tokens before it is timed; one that is
 wrong, fails or would take too long is reported as skipped with the reason. The benchmark of the
-source tree adds modes and baselines of its own; a result has the same form there.
+source tree adds modes and baselines; its results have the form defined here.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from moe_ops.bench.shapes import (
 from moe_ops.bench.timing import measure, speedup
 
 FORMAT = 1
-# A baseline that needs longer is called twice, to be checked and to be timed, and is left out where
-# there are more tokens.
+# A slower baseline is called twice, once to be checked and once to be timed, and is omitted at
+# larger numbers of tokens.
 SLOW_S = 6.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Shapes by name, formats of the weights, numbers of tokens."""
+    """Benchmark plan: shapes by name, weight formats, numbers of tokens."""
 
     modes: tuple[str, ...] = ("forward", "training")
     shapes: tuple[str, ...] = ("a32", "d")
@@ -68,7 +68,7 @@ class Plan:
     limit_s: float = 0.5
 
 
-# About a minute: a small and a medium layer. The defaults take about ten.
+# Takes about a minute: a small and a medium layer. The defaults take about ten.
 QUICK = Plan(
     modes=("forward", "training"),
     shapes=("d", "e"),
@@ -82,7 +82,7 @@ QUICK = Plan(
 
 @dataclass
 class Session:
-    """One run: its plan, its baselines, and where progress is told."""
+    """Benchmark run: its plan, its baselines, and a function for progress messages."""
 
     plan: Plan
     baselines: list[Baseline]
@@ -100,13 +100,13 @@ def run(
     modes: Mapping[str, Callable[[Session], Cells]] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures everything in the plan; the result is what ``--json`` writes. Times are in ms.
+    """Measures everything in the plan; returns the data that ``--json`` writes. Times are in ms.
 
     Args:
-        plan: what to measure; the functions of `modes` may want more of it.
-        baselines: what is compared; the built-in ones if None.
-        modes: name of a mode -> what measures its cells; `MODES` if None.
-        log: called with a line of progress now and then.
+        plan: what to measure; the functions of `modes` may need a subclass.
+        baselines: the baselines; the built-in ones if None.
+        modes: name of a mode -> function that measures its cells; `MODES` if None.
+        log: called with progress messages.
     """
     torch.set_num_threads(plan.threads)
     everyone = builtin_baselines() if baselines is None else baselines
@@ -127,7 +127,8 @@ def run(
     for mode in plan.modes:
         result[mode] = (modes or MODES)[mode](session)
         gc.collect()
-    # Again at the end: on a machine with company the better of the two is nearer to the truth.
+    # Measured again at the end: on a shared machine the better of the two is nearer to the true
+    # rate.
     limits = limits.best(measure_limits(plan.threads, seconds=plan.limit_s))
     result["limits"] = limits.to_dict()
     result["seconds"] = round(time.perf_counter() - started)
@@ -136,10 +137,10 @@ def run(
 
 
 def add_floors(result: dict[str, Any], limits: Limits) -> None:
-    """The time that the limits allow each cell, and every baseline's share of it."""
+    """Adds the minimum time of each cell under the limits, and every baseline's fraction of it."""
     for mode in ("forward", "quantized", "training"):
         for cell in result.get(mode, ()):
-            # Of the three passes over weights that training counts, one writes gradients.
+            # Training counts three passes over weights, one of which writes gradients.
             working_set = cell["bytes"] * (2 / 3 if mode == "training" else 1)
             floor = limits.floor_s(cell["flops"], cell["bytes"], cell["weights"], working_set) * 1e3
             cell["floor_ms"] = floor
@@ -169,7 +170,7 @@ def _of_layers(
 ) -> Cells:
     cells = []
     for shape, weight_format in itertools.product(shapes, formats):
-        # The weights of one layer go before those of the next are made.
+        # The weights of one layer are freed before those of the next are created.
         cells += cells_of(make_bank(SHAPES[shape], DTYPES[weight_format]), weight_format)
         gc.collect()
     return cells
@@ -182,7 +183,7 @@ MODES = {"forward": run_forward, "training": run_training}
 def forward_cells(
     session: Session, bank: Bank, weight_format: str, more: Sequence[Baseline] = ()
 ) -> Cells:
-    """The baselines of this format, and `more`, at each number of tokens."""
+    """Measures the baselines of this format, and `more`, at each number of tokens."""
     plan, bound = session.plan, tolerance(weight_format)
     batch = make_tokens(bank.shape, bank.dtype, max(plan.tokens))
     rows = {T: torch.tensor(checked_rows(T)) for T in plan.tokens}
@@ -217,7 +218,7 @@ def _training_cells(session: Session, bank: Bank, weight_format: str, steps: Ste
         tokens = take(batch, T)
         grad_y = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(2))
         grad_y = grad_y.to(bank.dtype)
-        # dW has no cheap truth in fp64: all baselines must agree with the first, ours.
+        # dW has no cheap fp64 reference: all baselines must agree with the first, moe_ops.
         truth = {"x": exact_grad_x(bank, tokens, grad_y)}
 
         def error_of(gradients: dict[str, Tensor], truth: dict[str, Tensor] = truth) -> float:
@@ -249,7 +250,8 @@ def _cell(
     skipped: dict[str, str],
     slow: set[str],
 ) -> dict[str, Any]:
-    """Checks and times what `makes` makes. `slow` gets those that are not to run on more tokens."""
+    """Checks and times the jobs of `makes`. `slow` collects those to skip at larger numbers of
+    tokens."""
     mode, bank, weight_format, tokens = layer
     jobs: dict[str, Callable[[], Any]] = {}
     errors, first = dict[str, float](), dict[str, float]()
@@ -291,10 +293,10 @@ def _cell(
         "threads": session.plan.threads,
         "experts_used": tokens.experts_used,
         "flops": flops(bank.shape, tokens.count, training=mode == "training"),
-        # A step reads the weights twice and writes gradients of their size once.
+        # A step reads the weights twice and writes gradients of equal size once.
         "bytes": tokens.weight_bytes(bank.shape, weight_format) * (3 if mode == "training" else 1),
         "ours": ours,
-        # Recorded results call the baselines so, ours among them.
+        # Recorded results use this key for all baselines, moe_ops included.
         "contenders": found,
         "skipped": skipped,
     }
@@ -304,14 +306,14 @@ def _cell(
 
 
 def versions(baselines: Sequence[Baseline]) -> dict[str, str]:
-    """Of torch, of this package and of what the baselines come from."""
+    """Returns the versions of torch, of this package and of the baselines' packages."""
     packages = {b.package for b in baselines} - {"torch", "torch-moe-ops"}
     found = {"torch": torch.__version__, "torch-moe-ops": moe_ops.__version__}
     return found | {package: importlib.metadata.version(package) for package in sorted(packages)}
 
 
 def checked_rows(num_tokens: int) -> list[int]:
-    """The first 16 rows and some 16 more over the whole batch."""
+    """Returns the first 16 rows and 16 more across the whole batch."""
     stride = max(1, num_tokens // 16)
     return sorted({*range(min(16, num_tokens)), *range(0, num_tokens, stride), num_tokens - 1})
 

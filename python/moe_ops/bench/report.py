@@ -1,4 +1,4 @@
-"""Markdown of a result. Tables are padded, so that a terminal shows them too."""
+"""Markdown of a result. Tables are padded, so that they are readable in a terminal too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HF = "HF grouped_mm"
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The whole report of one run, headings from the second level on."""
+    """Returns the whole report of one run, headings from the second level on."""
     return join_sections([*head(result), *sections(result), *not_measured(result)])
 
 
@@ -20,7 +20,7 @@ def join_sections(parts: Iterable[str]) -> str:
 
 
 def sections(result: Mapping[str, Any]) -> list[str]:
-    """Headings, explanations and tables of the modes that were measured."""
+    """Returns headings, explanations and tables of the measured modes."""
     parts: list[str] = []
     if result.get("forward"):
         parts += ["### Forward", _FORWARD, summary(result["forward"], HF)]
@@ -41,7 +41,7 @@ writing their gradients once."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int = 1) -> str:
-    """A markdown table; columns from `right_from` on are aligned to the right."""
+    """Returns a markdown table; columns from `right_from` on are right-aligned."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
@@ -59,12 +59,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int 
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Formats a number with three significant digits and no exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def head(result: Mapping[str, Any]) -> list[str]:
-    """Heading and circumstances of a run."""
+    """Returns the heading and conditions of a run."""
     limits = result["limits"]
     rates = ("fp32_flops", "bf16_flops", "read_bytes")
     fp32, bf16, memory = (f"{limits[key] / 1e9:.1f}" for key in rates)
@@ -83,7 +83,7 @@ def head(result: Mapping[str, Any]) -> list[str]:
 
 
 def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
-    """Ours beside the floor, the fastest of all others, and one of them."""
+    """Summarizes moe_ops against the floor, the fastest other baseline, and `other`."""
     rows = []
     for cell in cells:
         contenders, ours = cell["contenders"], cell["ours"]
@@ -102,7 +102,7 @@ def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
 
 
 def best_peer(cell: Mapping[str, Any]) -> str | None:
-    """The fastest baseline that is not ours."""
+    """Returns the fastest baseline other than moe_ops."""
     found = cell["contenders"].items()
     others = {n: c["ms"] for n, c in found if not n.startswith(("moe_ops", "bf16 moe_ops"))}
     return min(others, key=others.__getitem__) if others else None
@@ -130,7 +130,7 @@ def _training(cells: Iterable[Mapping[str, Any]]) -> str:
 
 
 def not_measured(result: Mapping[str, Any]) -> list[str]:
-    """What is not in the tables, and why."""
+    """Lists skipped measurements, with reasons."""
     lines = [f"- {name}: {why}." for name, why in result["absent"].items()]
     reasons: dict[tuple[str, str], list[str]] = {}
     for mode in ("forward", "quantized", "training"):

@@ -1,4 +1,4 @@
-"""The layers that are measured, their weights and tokens, and the work that they hold."""
+"""The measured layers, their weights and tokens, and the amount of work."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from moe_ops import memory
 from moe_ops.ops import topk_router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Bytes of a weight; int8 and int4 have fp32 scales beside them, see `Tokens.weight_bytes`.
+# Bytes per weight; int8 and int4 have separate fp32 scales, see `Tokens.weight_bytes`.
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 INT4_GROUP = 32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """E experts of width I on tokens of width H, K experts a token."""
+    """Layer of E experts of width I on tokens of width H, K experts per token."""
 
     name: str
     H: int
@@ -46,7 +46,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Bank:
-    """The weights of one layer, as Hugging Face stores them."""
+    """Weights of one layer, in Hugging Face's layout."""
 
     shape: Shape
     w_gate_up: Tensor
@@ -58,7 +58,7 @@ class Bank:
 
     @cached_property
     def in_huge_pages(self) -> Bank:
-        """A copy whose weights lie as those of layers of moe_ops do."""
+        """Returns a copy whose weights are stored like those of moe_ops layers."""
 
         def copy(w: Tensor) -> Tensor:
             result = torch.empty_like(w)
@@ -85,7 +85,7 @@ class Tokens:
         return int(self.topk_ids.unique().numel())
 
     def weight_bytes(self, shape: Shape, dtype: str) -> float:
-        """Bytes of the weights of the experts that have tokens."""
+        """Returns the bytes of weights of the experts that have tokens."""
         weights = 3.0 * shape.H * shape.I
         each = weights * _WEIGHT_BYTES[dtype]
         if dtype == "int8":
@@ -96,19 +96,20 @@ class Tokens:
 
 
 def flops(shape: Shape, num_tokens: int, *, training: bool = False) -> float:
-    """Multiplications and additions of the three products; a training step has thrice as many."""
+    """Returns multiplications and additions of the three GEMMs; a training step has three times as
+    many."""
     return num_tokens * shape.K * 6.0 * shape.H * shape.I * (3 if training else 1)
 
 
 def make_bank(
     shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Bank:
-    """Weights with the variance that keeps activations near one."""
+    """Creates weights with a variance that keeps activations near one."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def weights(*size: int) -> Tensor:
         w = torch.empty(size, dtype=dtype, device=device)
-        for expert in w:  # One at a time: no fp32 copy of all experts.
+        for expert in w:  # One at a time, to avoid an fp32 copy of all experts.
             normal = torch.randn(expert.shape, generator=generator, device=device)
             expert.copy_(normal * size[-1] ** -0.5)
         return w
@@ -121,9 +122,9 @@ def make_bank(
 
 
 def make_tokens(shape: Shape, dtype: torch.dtype, num_tokens: int, seed: int = 1) -> Tokens:
-    """Random x, and a routing by random logits: mildly uneven, as a trained router's.
+    """Creates random x and a routing by random logits: mildly uneven, like a trained router's.
 
-    Routing weights are such that `dtype` holds them exactly: some baselines take them in it.
+    Routing weights are exactly representable in `dtype`, because some baselines convert them to it.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, shape.H, generator=generator).to(dtype)
@@ -137,7 +138,8 @@ def take(tokens: Tokens, count: int) -> Tokens:
 
 
 def exact_output(bank: Bank, tokens: Tokens, rows: Tensor) -> Tensor:
-    """The layer in fp64 on the chosen tokens, [len(rows), H]; expert by expert, to save memory."""
+    """Returns the layer's output in fp64 for the chosen tokens, [len(rows), H], computed expert by
+    expert to save memory."""
     x, weights, ids = tokens.x[rows].double(), tokens.topk_weights[rows], tokens.topk_ids[rows]
     y = torch.zeros_like(x)
     for expert in ids.unique().tolist():

@@ -1,11 +1,11 @@
-"""Interleaved measurements: a change of the machine's speed meets everything that is compared.
+"""Interleaved measurements: a change of the machine's speed affects all compared jobs.
 
 Every round takes one sample of each job, in an order that rotates from round to round; `interleave`
-is that loop, for whatever a sample is. `measure` times functions on the CPU with it. A short job
-runs once untimed before its sample: the limits it is compared with are those of warm caches, and
-interleaved it would find there what the job before it left. A sample in which a thread of this
-process waited for a core that another process held is repeated once and, if that one waited too,
-left out. Times are medians, ratios the medians of the ratios of a round.
+is that loop, for any kind of sample. `measure` uses it to time functions on the CPU. A short job
+runs once untimed before its sample: its limits are measured with warm caches, and interleaving
+would leave another job's data there. A sample in which a thread of this process waited for a core
+held by another process is repeated once and, if it waited again, left out. Times are medians,
+ratios the medians of per-round ratios.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from pathlib import Path
 from typing import Any
 
 _TASKS = Path("/proc/self/task")
-# A round of a fast job repeats it, so that the clock and the scheduler do not decide.
+# A round of a fast job repeats it, to reduce the influence of the clock and the scheduler.
 _SAMPLE_S = 0.01
 _MAX_REPEATS = 200
-# A job that takes longer reads more than a cache holds, or computes longer than reading it takes.
+# A longer job reads more than a cache holds, or computes longer than reading it takes.
 _SHORT_S = 0.02
-# A share of a sample's time. Waiting that takes less is lost in the noise.
+# Fraction of a sample's time. Shorter waiting is lost in the noise.
 _WAIT_SHARE = 0.02
 
 
 @dataclass
 class Samples:
-    """Seconds of one job, by round. `waited` are the rounds in which it had to wait for a core."""
+    """Seconds of one job, by round. `waited` are the rounds in which it waited for a core."""
 
     seconds: dict[int, float] = field(default_factory=dict)
     waited: dict[int, float] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
-        """Whether the median is of samples that did not wait: three, or all there are."""
+        """Returns whether the median is over samples that did not wait: at least three, or all
+        samples."""
         return len(self.seconds) >= min(3, len(self.seconds) + len(self.waited))
 
     @property
@@ -59,7 +60,7 @@ class Samples:
 def interleave(
     names: Sequence[str], sample: Callable[[str, int], object], more: Callable[[int], bool]
 ) -> None:
-    """Calls ``sample(name, round)`` once a round for each name, as long as ``more(round)``."""
+    """Calls ``sample(name, round)`` once per round for each name, while ``more(round)`` is true."""
     number = 0
     while more(number):
         shift = number % max(1, len(names))
@@ -81,11 +82,11 @@ def measure(
 
     Args:
         jobs: what to run, by name.
-        budget_s: seconds for all rounds together; warming up comes on top, and `min_rounds` do.
-        min_rounds, max_rounds: of every job but slow ones.
-        slow_s: a job whose second call takes longer is not called again. One that would take a
-            sixth of the budget a round stops after `min_rounds`.
-        first_s: seconds of a first call, of jobs that have been called.
+        budget_s: seconds for all rounds together; warm-up and `min_rounds` may exceed it.
+        min_rounds, max_rounds: for every job except slow ones.
+        slow_s: a job whose second call takes longer is not called again. A job that would take a
+            sixth of the budget per round stops after `min_rounds`.
+        first_s: seconds of the first call, for jobs that were already called.
 
     Returns:
         The samples of each job.
@@ -96,8 +97,9 @@ def measure(
     for name, job in jobs.items():
         known = (first_s or {}).get(name)
         first = _timed(job, 1) if known is None else known
-        # The first call may have loaded, allocated and faulted pages in. That is nothing in half a
-        # second or more, which are worth saving, unless they decide whether the job is slow.
+        # The first call may have loaded, allocated and faulted pages in. That is negligible in half
+        # a second or more, and such calls are worth saving, unless they decide whether the job is
+        # slow.
         is_steady = known is not None and 0.5 < first <= slow_s
         second = first if is_steady else min(first, _timed(job, 1))
         if second > slow_s:
@@ -125,7 +127,7 @@ def measure(
 
 
 def speedup(samples: Mapping[str, Samples], ours: str, other: str) -> float:
-    """Median over rounds of how many times longer `other` took."""
+    """Returns the median over rounds of `other`'s time divided by that of `ours`."""
     a, b = samples[other].used, samples[ours].used
     shared = a.keys() & b.keys()
     if len(shared) < 3:
@@ -134,14 +136,15 @@ def speedup(samples: Mapping[str, Samples], ours: str, other: str) -> float:
 
 
 def waited_s() -> float:
-    """Seconds that the threads of this process stood ready without a core; 0 if nobody counts."""
+    """Returns the seconds that threads of this process were ready without a core; 0 if not measured
+    by the system."""
     total = 0
     try:
         for task in _TASKS.iterdir():
             try:
                 total += int((task / "schedstat").read_text().split()[1])
             except (OSError, IndexError, ValueError):
-                continue  # A thread that has ended meanwhile.
+                continue  # The thread has ended meanwhile.
     except OSError:
         return 0.0
     return total * 1e-9

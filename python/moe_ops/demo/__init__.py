@@ -1,5 +1,5 @@
-"""A demo that trains a sparse mixture-of-experts language model in minutes, on any machine.
+"""Demo that trains a sparse mixture-of-experts language model in minutes, on any machine.
 
-``moe-ops demo`` or ``python -m moe_ops.demo`` runs it, on the source text of Python's standard
-library (or ``--data``); a run that was killed goes on with ``--resume``.
+``moe-ops demo`` or ``python -m moe_ops.demo`` runs it on the source text of Python's standard
+library (or ``--data``); ``--resume`` continues an interrupted run.
 """

@@ -1,4 +1,4 @@
-"""Text for the demo: a corpus of bytes, split by file."""
+"""Text for the demo: a corpus of bytes, split by file into training and held-out text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out bytes (uint8, 1-D), where they are from, and their hash."""
+    """Training and held-out bytes (uint8, 1-D), their source, and their hash."""
 
     train: Tensor
     heldout: Tensor
@@ -30,13 +30,13 @@ def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1
     """Reads the corpus.
 
     Without `path`: the ``*.py`` files of the running Python's standard library, without its test
-    folders and installed packages. A folder: every text file below it. A file: that file, whose
-    tail is held out. Files are held out in the order of a hash of their relative path until
-    `heldout_fraction` of the bytes is reached: the split depends on nothing but the files.
+    folders and installed packages. A folder: every text file below it. A file: the file, with its
+    tail held out. Files are held out in the order of a hash of their relative path until
+    `heldout_fraction` of the bytes is reached: the split depends only on the files.
 
     Raises:
-        ValueError: there is no text.
-        FileNotFoundError: there is no such path.
+        ValueError: no text was found.
+        FileNotFoundError: the path does not exist.
     """
     root = Path(sysconfig.get_path("stdlib") if path is None else path)
     if root.is_dir():
@@ -67,8 +67,8 @@ def training_batch(
 ) -> tuple[Tensor, Tensor]:
     """Returns inputs and targets, int64 [batch_size, context], of one step.
 
-    A pure function of the text, the seed and the step: a resumed run sees the bytes that an
-    uninterrupted one sees, and nothing about the data order has to be saved.
+    The result depends only on the text, the seed and the step: a resumed run reads the bytes that
+    an uninterrupted run reads, and no data order has to be saved.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = torch.from_numpy(rng.integers(0, text.numel() - context, size=batch_size))
@@ -76,7 +76,7 @@ def training_batch(
 
 
 def heldout_windows(text: Tensor, *, count: int, context: int) -> tuple[Tensor, Tensor]:
-    """Returns `count` windows evenly spread over the held-out text (fewer when it is short)."""
+    """Returns `count` windows evenly spread over the held-out text (fewer if it is short)."""
     count = max(1, min(count, (text.numel() - 1) // context))
     starts = torch.linspace(0, text.numel() - context - 1, count, dtype=torch.float64).long()
     return _windows(text, starts, context)
@@ -88,8 +88,7 @@ def _windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor
 
 
 def _read_folder(root: Path, pattern: str, skipped: set[str]) -> dict[str, bytes]:
-    """Reads the text files below a folder, up to a limit; those that cannot be read are left
-    out."""
+    """Reads the text files below a folder, up to a limit, skipping unreadable files."""
     files: dict[str, bytes] = {}
     left = _MAX_BYTES
     for file in sorted(root.rglob(pattern)):
@@ -118,7 +117,7 @@ def _choose_heldout(files: dict[str, bytes], fraction: float) -> set[str]:
     for name in order[:-1]:
         if size >= wanted:
             break
-        # One huge file must not swallow the training text.
+        # One huge file must not displace the other training text.
         if not chosen or size + len(files[name]) <= 2 * wanted:
             chosen.add(name)
             size += len(files[name])

@@ -1,4 +1,4 @@
-"""The demo: text, training, which expert takes which byte, a sample."""
+"""The demo: text, training, the experts of each byte, a sample."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SMOKE = TrainConfig(
     steps=12, batch_size=4, eval_every=5, eval_windows=8,
     model=ModelConfig(2, 32, num_heads=2, num_experts=4, intermediate_size=32, context=64),
 )  # fmt: skip
-_SAVING = 0.05  # Share of the time that checkpoints may take.
+_SAVING = 0.05  # Fraction of the time that checkpoints may take.
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The options of ``moe-ops demo``; None is the default."""
+    """Options of ``moe-ops demo``; None is the default."""
 
     out: Path = Path("moe_demo")
     data: Path | None = None
@@ -40,11 +40,12 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
-    """Runs the demo; returns what it writes to ``summary.json``.
+    """Runs the demo and returns the contents of ``summary.json``.
 
     Raises:
-        ValueError: an unfinished run in the folder, or one of other options, or a damaged file.
-        OSError: what cannot be read or written.
+        ValueError: the folder contains an unfinished run or one with other options, or a damaged
+            file.
+        OSError: a file cannot be read or written.
     """
     before, base = torch.get_num_threads(), _SMOKE if options.smoke else TrainConfig()
     config = dataclasses.replace(
@@ -84,7 +85,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
 
 
 def _train(trainer: Trainer, options: DemoOptions, console: Console) -> None:
-    """Trains to the end, from the checkpoint with --resume, and saves it now and then."""
+    """Trains to the end, from the checkpoint with --resume, and saves it periodically."""
     path, config = options.out / "checkpoint.pt", trainer.config
     about = json.dumps({"config": dataclasses.asdict(config), "text": trainer.corpus.sha256})
     if options.resume:
@@ -116,7 +117,7 @@ def _train(trainer: Trainer, options: DemoOptions, console: Console) -> None:
 
 @torch.no_grad()
 def _draw(trainer: Trainer, out: Path, console: Console) -> list[Path]:
-    """Draws which expert takes which byte of held-out text, and their load over training."""
+    """Draws the expert of each byte of held-out text, and the load of experts over training."""
     try:
         viz._canvas.import_matplotlib()
     except viz._canvas.MissingMatplotlibError as error:

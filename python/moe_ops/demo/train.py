@@ -1,4 +1,4 @@
-"""The demo's model, and its training step by step, from a state that can be saved at any step."""
+"""The demo's model, and its training step by step, resumable at any step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COEFFICIENTS = {"load_balancing": 0.01, "router_z": 1e-3}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model. `context` bytes are read at once in training."""
+    """Sizes of the model. `context` is the number of bytes per training sequence."""
 
     num_layers: int = 4
     hidden_size: int = 128
@@ -32,8 +32,8 @@ class ModelConfig:
 
 
 def make_model(config: ModelConfig) -> DeepSeek:
-    """A DeepSeekMoE over bytes: plain attention and softmax scores, as the first generation has
-    them; every layer routes."""
+    """Returns a DeepSeekMoE over bytes, with plain attention and softmax scores as in the first
+    generation; every layer routes."""
     model: DeepSeek = zoo.create_model(
         "deepseek",
         "tiny_v1",
@@ -59,7 +59,7 @@ def make_model(config: ModelConfig) -> DeepSeek:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the final weights, besides the text and the machine."""
+    """Settings that determine the final weights, besides the text and the machine."""
 
     steps: int = 1800
     batch_size: int = 8
@@ -71,7 +71,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def learning_rate_at(self, step: int) -> float:
-        """Returns the rate of a step: a linear warm-up, then a cosine to a
+        """Returns the learning rate of a step: a linear warm-up, then cosine decay to a
         twentieth."""
         warmup = max(1, round(0.05 * self.steps))
         if step < warmup:
@@ -81,12 +81,12 @@ class TrainConfig:
 
 
 class Trainer:
-    """A training run: the model, its optimizer and its history.
+    """Training run: the model, its optimizer and its history.
 
     Attributes:
-        step: steps that are done.
-        history: one entry a step: "loss", bits a byte; "heldout", the same on held-out text, NaN
-            where it was not measured; "tokens_per_expert" [layers, experts]; "seconds".
+        step: completed steps.
+        history: one entry per step: "loss", bits per byte; "heldout", bits per byte of held-out
+            text, NaN where not measured; "tokens_per_expert" [layers, experts]; "seconds".
     """
 
     def __init__(self, config: TrainConfig, corpus: data.Corpus) -> None:
@@ -128,7 +128,7 @@ class Trainer:
         return self.config.batch_size * self.config.model.context
 
     def train_step(self) -> None:
-        """Makes one update on the bytes of this step; evaluates when the step asks for it."""
+        """Makes one update on the bytes of this step; evaluates at regular intervals."""
         started, config = time.perf_counter(), self.config
         inputs, targets = data.training_batch(
             self.corpus.train,
@@ -172,7 +172,7 @@ class Trainer:
         return total / targets.numel() * _NATS_TO_BITS
 
     def state(self) -> dict[str, Any]:
-        """Returns all that `restore` needs to continue bit for bit."""
+        """Returns the state that `restore` needs to continue with bitwise identical results."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -182,7 +182,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from what `state` returned in a run of this config and text."""
+        """Continues from the result of `state` in a run of this config and text."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["noise"])

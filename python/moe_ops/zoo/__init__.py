@@ -1,10 +1,11 @@
-"""Published mixture-of-experts systems, built from the layers and ops of this package.
+"""Published mixture-of-experts models, built from the layers and ops of this package.
 
     from moe_ops import zoo
 
-    zoo.list_models()                                    # what there is
-    model = zoo.create_model("jetmoe", preset="tiny")      # a model of a named size
-    model = zoo.create_model("jetmoe", preset="tiny", num_experts=4)
+Each model is a module or a package, ``moe_ops.zoo.<name>``, with a frozen config dataclass (its
+presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and a plain `torch.nn.Module`.
+``moe_ops.zoo.lm`` contains the code that the language models share. Modules are imported on first
+use.
 
 Each system is a module or a package, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its
 presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`.
@@ -28,15 +29,15 @@ __all__ = ["System", "create_model", "get", "list_models", "preset", "register"]
 
 @dataclass(frozen=True)
 class System:
-    """One entry of the zoo.
+    """Entry of the zoo.
 
     Attributes:
-        name: what `create_model` and the command line call it; the stem of its page in docs/zoo and
-            of its experiment in bench/studies, where it has one.
-        module: the module that holds it, imported when first used.
-        config: name of its config dataclass there, whose attributes made by `preset` are its
+        name: name for `create_model` and the command line; the stem of its page in docs/zoo and of
+            its experiment in bench/studies, if it has one.
+        module: the module that defines it, imported when first used.
+        config: name of its config dataclass in that module; its attributes made by `preset` are the
             presets.
-        model: name of the class there that is built from a config.
+        model: name of the model class in that module, built from a config.
         summary: one line for lists.
         needs: the extra of this distribution that its module needs, or "".
     """
@@ -49,7 +50,8 @@ class System:
     needs: str = ""
 
     def load(self) -> ModuleType:
-        """Its module. ImportError says which extra to install where something is missing."""
+        """Imports and returns the module. An ImportError names the extra to install if a dependency
+        is missing."""
         try:
             return importlib.import_module(self.module)
         except ModuleNotFoundError as error:
@@ -61,11 +63,11 @@ class System:
             ) from error
 
     def presets(self) -> tuple[str, ...]:
-        """Names of its presets, "tiny" first."""
+        """Returns the names of its presets, "tiny" first."""
         return presets_of(getattr(self.load(), self.config))
 
     def make_config(self, preset: str = "tiny", **overrides: Any) -> Any:
-        """The config of a preset, with other values for some of its fields.
+        """Returns the config of a preset, with some fields replaced.
 
         Raises:
             ValueError: an unknown preset or field.
@@ -76,7 +78,7 @@ class System:
         return dataclasses.replace(getattr(config_class, preset)(), **overrides)
 
     def create(self, preset: str = "tiny", **overrides: Any) -> Any:
-        """The model of `make_config`, with fresh weights."""
+        """Returns the model of `make_config`, with newly initialized weights."""
         return getattr(self.load(), self.model)(self.make_config(preset, **overrides))
 
 
@@ -84,7 +86,7 @@ _SYSTEMS: dict[str, System] = {}
 
 
 def register(system: System) -> System:
-    """Adds a system, yours or one of ours.
+    """Adds a model to the zoo, from this package or elsewhere.
 
     Raises:
         ValueError: the name is taken.
@@ -96,22 +98,22 @@ def register(system: System) -> System:
 
 
 def list_models() -> tuple[str, ...]:
-    """Names of all systems, in the order of `moe-ops zoo list`."""
+    """Returns the names of all models, in the order of `moe-ops zoo list`."""
     return tuple(_SYSTEMS)
 
 
 def get(name: str) -> System:
-    """The entry of a system.
+    """Returns the entry of a model.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no model has this name.
     """
     check_choice("moe_ops.zoo", "name", name, _SYSTEMS)
     return _SYSTEMS[name]
 
 
 def create_model(name: str, preset: str = "tiny", **overrides: Any) -> Any:
-    """A model with fresh weights.
+    """Returns a model with newly initialized weights.
 
     Args:
         name: one of `list_models()`.

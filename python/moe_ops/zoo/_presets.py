@@ -10,12 +10,12 @@ Config = TypeVar("Config")
 
 
 class preset:
-    """Values of a config's fields under a name, an attribute of its class.
+    """Named values of a config's fields, used as an attribute of its class.
 
         tiny = preset("Bytes, two blocks.", hidden_size=64)
         wide = tiny.but("Twice as wide.", hidden_size=128)
 
-    `Config.tiny()` is the config with these values, and those of the class for all other fields.
+    `Config.tiny()` is the config with these values and the class defaults for all other fields.
     """
 
     def __init__(self, about: str, **values: Any) -> None:

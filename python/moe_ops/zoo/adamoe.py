@@ -1,5 +1,5 @@
-"""AdaMoE: a feed-forward network made sparse, whose router chooses by one number and weighs by
-another, in the action expert of a vision-language-action model.
+"""AdaMoE: a dense feed-forward network converted to experts in the action expert of a
+vision-language-action model. The router selects experts by one score and weighs them by another.
 
     policy = zoo.create_model("adamoe", ffn="dense")          # train it, then
     sparse = policy.made_sparse("additive", num_experts=4)
@@ -7,7 +7,7 @@ another, in the action expert of a vision-language-action model.
 Source: Shen et al. 2025 (Expertise need not monopolize: Action-Specialized Mixture of Experts for
 Vision-Language-Action Learning, arXiv 2510.14300); Black et al. 2024 (pi0, arXiv 2410.24164).
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, B states, C
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, B states, C
 actions of a chunk, A size of an action.
 """
 
@@ -36,14 +36,14 @@ VARIANTS = ("coupled", "additive", "concat")
 
 
 class ScaledRouter(TopKRouter):
-    """Top-K of r = softmax(x W_r^T), with weights that are not those of the choice.
+    """Top-K of r = softmax(x W_r^T), with weights that differ from the selection scores.
 
-    - "coupled": weight r of the chosen expert, not renormalised; no scale adapter.
-    - "additive": r + s with s = x W_s^T + b_s, of any sign and size.
-    - "concat": softmax([x, r] W_s^T) over all experts, at those chosen.
+    - "coupled": weight r of the chosen expert, not renormalized; no scale adapter. - "additive": r
+    + s with s = x W_s^T + b_s, of any sign and size. - "concat": softmax([x, r] W_s^T) over all
+    experts, at those chosen.
 
-    The gradient of a balance loss then moves W_r alone, and the size of an expert's output can
-    follow the task through W_s whatever the balance asks of the choice.
+    A balance loss then has gradients for W_r alone, and W_s can scale an expert's output by task,
+    independently of what balance requires from the selection.
 
     Parameters: weight [E, H]; scale_weight [E, H] ("additive") or [E, H + E] ("concat");
         scale_bias [E] ("additive").
@@ -53,7 +53,7 @@ class ScaledRouter(TopKRouter):
         preserve: for "additive": scale_bias starts at 1/K - 1/E instead of 0. The weights of a
             token then add up to about 1, since r is about 1/E at the start: a layer whose experts
             are copies of one network starts close to it.
-        hidden_size, num_experts, top_k, options: as of `Router`.
+        hidden_size, num_experts, top_k, options: see `Router`.
 
     Raises:
         ValueError: an unknown variant, or `preserve` with another one than "additive".
@@ -91,7 +91,7 @@ class ScaledRouter(TopKRouter):
         nn.init.normal_(self.weight, std=self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        # The base calls this before there are scales.
+        # The base class calls this before the scale weights exist.
         scale_weight, scale_bias = (getattr(self, f"scale_{n}", None) for n in ("weight", "bias"))
         if scale_weight is not None:
             nn.init.normal_(scale_weight, std=self.init_std)
@@ -106,7 +106,8 @@ class ScaledRouter(TopKRouter):
         return routing._replace(topk_weights=self.scaled(x, routing))
 
     def scaled(self, x: Tensor, routing: Routing) -> Tensor:
-        """The weights [T, K] of a choice whose own weights are those of the router, r."""
+        """Returns weights [T, K] for a top-k selection whose own weights are the router's scores
+        r."""
         ids = routing.topk_ids.long()
         empty = (ids < 0) | (ids >= self.num_experts)
         ids = ids.masked_fill(empty, 0)
@@ -132,9 +133,9 @@ class ScaledRouter(TopKRouter):
 class AdaMoE(nn.Module):
     """y = (shared(x) + sum_k w_k expert_k(x)) / 2, a feed-forward network made sparse.
 
-    With copies of a dense network as experts y starts at (1 + sum of weights) / 2 times what the
-    dense network says: 0.625 of it at E = 4, K = 1 and weights of 1/E, as published, and about all
-    of it with `preserve`.
+    With copies of a dense network as experts, y starts at (1 + sum of weights) / 2 times the dense
+    output: 0.625 times at E = 4, K = 1 and weights of 1/E, as published, and about 1 times with
+    `preserve`.
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
@@ -179,11 +180,11 @@ class AdaMoE(nn.Module):
         noise: float = 0.0,
         **options: Any,
     ) -> AdaMoE:
-        """Experts and the shared network are copies of a dense one.
+        """Creates experts and the shared network as copies of a dense one.
 
         Args:
-            noise: deviation of what is added to every weight of the experts; the authors' text has
-                0, the default of their code is 0.01.
+            noise: standard deviation of the noise added to every expert weight; 0 in the paper,
+                0.01 by default in the authors' code.
             options: variant, init_std, preserve.
         """
         made = cls(
@@ -205,13 +206,14 @@ class AdaMoE(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x [..., H] to y of its shape, and the routing of its T tokens."""
+        """Returns y, with the shape of x [..., H], and the routing of its T tokens."""
         out: Any = self.moe(x, return_routing=True)
         return 0.5 * out.y, out.routing
 
 
 def adamoe_balance_loss(routing: Routing) -> Tensor:
-    """mean_e(f_e P_e), f_e the tokens on expert e over all tokens, P_e the mean of r_e.
+    """Returns mean_e(f_e P_e), where f_e is the fraction of tokens on expert e and P_e the mean of
+    r_e.
 
     The balance loss of the Switch Transformer times K / E^2: 1 at perfect balance becomes K / E^2.
     """
@@ -225,10 +227,10 @@ FFNS = ("dense", *VARIANTS)
 
 @dataclass(frozen=True)
 class AdaMoEConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
-        state_size, num_skills: of what the policy sees. action_size: A. chunk: C.
+        state_size, num_skills: sizes of the policy's inputs. action_size: A. chunk: C.
         hidden_size, num_layers, num_heads, intermediate_size: of the transformer.
         ffn: "dense", or a variant of `ScaledRouter`, in every layer.
         num_experts, top_k: E and K. init_std, preserve: of `ScaledRouter`.
@@ -276,9 +278,9 @@ class AdaMoEConfig:
 
 
 class FlowLoss(NamedTuple):
-    """loss = action + weight * balance. action: flow matching, mean over all numbers of a chunk.
+    """Loss = action + weight * balance. action: flow matching, mean over all elements of a chunk.
     balance: summed over layers, 0 for dense networks. z: mean of the routers' squared logsumexp,
-    for watching. routing: of each sparse layer."""
+    for monitoring only. routing: one entry per sparse layer."""
 
     loss: Tensor
     action: Tensor
@@ -288,7 +290,7 @@ class FlowLoss(NamedTuple):
 
 
 class ActionBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); every token sees every other one."""
+    """Computes x + attention(norm(x)), then x + ffn(norm(x)), with attention between all tokens."""
 
     def __init__(self, config: AdaMoEConfig) -> None:
         super().__init__()
@@ -313,9 +315,9 @@ class ActionBlock(nn.Module):
 
 
 class ActionTransformer(nn.Module):
-    """The velocity of a noisy chunk of actions, given a state, a skill and a time.
+    """Model of the velocity of a noisy chunk of actions, given a state, a skill and a time.
 
-    Tokens: the state, the skill, and each action of the chunk with the time and its place.
+    Tokens: the state, the skill, and each action of the chunk with the time and its position.
     """
 
     def __init__(self, config: AdaMoEConfig) -> None:
@@ -334,8 +336,8 @@ class ActionTransformer(nn.Module):
     def forward(
         self, states: Tensor, skills: Tensor, noisy: Tensor, time: Tensor
     ) -> tuple[Tensor, list[Routing]]:
-        """states [B, S], skills [B], noisy [B, C, A], time [B] in [0, 1] to the velocity
-        [B, C, A] and the routing of each sparse layer."""
+        """Returns the velocity [B, C, A] and the routing of each sparse layer, for states [B, S],
+        skills [B], noisy [B, C, A] and time [B] in [0, 1]."""
         moment = self.time(time_features(time, self.config.hidden_size))
         actions = self.action(noisy) + self.place + moment[:, None]
         x = torch.cat([self.state(states)[:, None], self.skill(skills)[:, None], actions], dim=1)
@@ -358,7 +360,8 @@ class ActionTransformer(nn.Module):
         balance_weight: float | None = None,
         generator: torch.Generator | None = None,
     ) -> FlowLoss:
-        """Flow matching: at x = t noise + (1 - t) actions the velocity should be noise - actions.
+        """Computes the flow matching loss: at x = t noise + (1 - t) actions the velocity should be
+        noise - actions.
 
         Args:
             actions: [B, C, A]. noise: like actions, standard normal; None: drawn.
@@ -385,7 +388,8 @@ class ActionTransformer(nn.Module):
     def act(
         self, states: Tensor, skills: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Chunks of actions [B, C, A]: from noise at t = 1 to t = 0 by Euler's method."""
+        """Returns chunks of actions [B, C, A], integrated from noise at t = 1 to t = 0 by Euler's
+        method."""
         config = self.config
         shape = (len(states), config.chunk, config.action_size)
         x = torch.randn(shape, generator=generator).to(states)
@@ -395,7 +399,8 @@ class ActionTransformer(nn.Module):
         return x
 
     def made_sparse(self, variant: str, *, noise: float = 0.0, **changes: Any) -> ActionTransformer:
-        """A copy of this dense policy whose feed-forward networks are AdaMoE layers of copies.
+        """Returns a copy of this dense policy with AdaMoE layers, made from copies of its
+        feed-forward networks.
 
         Args:
             variant: of `ScaledRouter`. noise: see `AdaMoE.from_dense`.
@@ -422,7 +427,8 @@ class ActionTransformer(nn.Module):
 
 
 def time_features(time: Tensor, size: int) -> Tensor:
-    """[B] to [B, size]: sines and cosines of periods from 0.004 to 4, as pi0 has them."""
+    """Returns [B, size] features of time [B]: sines and cosines of periods from 0.004 to 4, as in
+    pi0."""
     share = torch.linspace(0, 1, size // 2, dtype=torch.float64, device=time.device)
     period = 0.004 * (4.0 / 0.004) ** share
     angle = 2 * math.pi * time.double()[:, None] / period

@@ -1,4 +1,4 @@
-"""BAM: attention and feed-forward experts from dense models that were trained apart.
+"""BAM: attention and feed-forward experts from dense models that were trained separately.
 
 Zhang et al. 2024, BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of
 Experts, arXiv 2408.08274. With dense attention it is Branch-Train-MiX (BTX; Sukhbaatar et al. 2024,
@@ -36,14 +36,14 @@ ATTENTION = ("expert_kv", "shared_kv", "dense")
 
 @dataclass(frozen=True)
 class BAMConfig(LMConfig):
-    """Sizes and options of a BAM, and of the dense models it is made of.
+    """Sizes and options of a BAM and of the dense models it is built from.
 
     Attributes, beside those of `LMConfig`:
         num_experts: E; 1 is a dense model.
-        top_k: feed-forward experts a token.
+        top_k: feed-forward experts per token.
         attention: "expert_kv": attention experts with keys and values of their own; "shared_kv":
             with common ones; "dense": no attention experts (BTX).
-        attention_top_k: attention experts a token, None: all of them, weighted by a softmax.
+        attention_top_k: attention experts per token, None: all of them, weighted by a softmax.
         num_heads, num_kv_heads, head_size: of dense attention. Attention experts have as many heads
             of keys and values as of queries.
         intermediate_size: I.
@@ -51,7 +51,7 @@ class BAMConfig(LMConfig):
         norm_eps: of all norms.
         tie_embeddings: the embedding is also the output's weight.
         load_balancing_coefficient, router_z_coefficient: of the losses, summed over the layers that
-            choose experts. The paper does not give them.
+            route tokens. The paper does not give them.
     """
 
     KEYS: ClassVar[dict[str, Any]] = {
@@ -123,7 +123,7 @@ class BAMConfig(LMConfig):
 
 
 class BAMBlock(nn.Module):
-    """x + attention(norm(x)) + mlp(norm(x)), with one norm; [B, S, H] to [B, S, H]."""
+    """Computes x + attention(norm(x)) + mlp(norm(x)), with one norm; [B, S, H] to [B, S, H]."""
 
     attention: Attention | AttentionExperts
     mlp: SharedExperts | MoE
@@ -156,7 +156,7 @@ class BAMBlock(nn.Module):
         y, cache = self.norm(x), step.cache(index)
         if isinstance(self.attention, Attention):
             attended = self.attention(y, step.rotation, cache)
-        elif self.attention.soft_routing:  # It chooses no experts, whose load one could balance.
+        elif self.attention.soft_routing:  # It has no router, so there is no load to balance.
             attended = self.attention(y, cache=cache, angles=step.rotation)
         else:
             name = f"layers.{index}.attention"
@@ -167,7 +167,7 @@ class BAMBlock(nn.Module):
 
 
 class BAM(CausalLM):
-    """The language model; see `CausalLM` for what it can do. With one expert it is dense."""
+    """The language model; see `CausalLM` for its methods. With one expert it is dense."""
 
     config_class = BAMConfig
     config: BAMConfig
@@ -189,10 +189,12 @@ class BAM(CausalLM):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, models: Sequence[BAM], **options: Any) -> BAM:
-        """One expert from each dense model: a seed, and continuations of it on several domains.
+        """Creates one expert from each dense model: a seed, and continuations of it on several
+        domains.
 
-        Their feed-forward networks become experts, and so does their attention, unless it is dense:
-        it is then averaged, as everything else is. Routers are drawn.
+        Their feed-forward networks become experts. Their attention also becomes experts unless it
+        is dense: dense attention is averaged, like all other parameters. Routers are initialized
+        randomly.
 
         Args:
             models: dense models (num_experts = 1) of one config, at least two.
@@ -215,7 +217,7 @@ class BAM(CausalLM):
         model = cls(config).to(dense[0].embed_tokens.weight)
         states = [m.state_dict() for m in dense]
         mixed = {name: upcycle.attention.mean_of([s[name] for s in states]) for name in states[0]}
-        # Experts and routers have other names, which the dense models lack.
+        # Expert and router keys do not exist in the dense models.
         own = model.state_dict()
         fitting = {name: t for name, t in mixed.items() if name in own and ".mlp." not in name}
         if config.attention != "dense":

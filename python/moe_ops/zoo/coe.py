@@ -1,10 +1,11 @@
-"""Chain-of-Experts: the experts of a layer run several times in a row, each time routed anew.
+"""Chain-of-Experts: the experts of a layer run several times in sequence, with routing repeated
+each time.
 
 Wang et al. 2025, Chain-of-Experts: Unlocking the Communication Power of Mixture-of-Experts Models,
 arXiv 2506.18945.
 
-Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts a token and
-iteration, C iterations.
+Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts per token
+and iteration, C iterations.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .lm.model import CausalLM
 
 __all__ = ["ChainOfExperts", "CoE", "CoEConfig"]
 
-# What the published config calls the residuals: (inner, outer).
+# The published config names the residuals (inner, outer).
 RESIDUALS = {"inner": (True, False), "outer": (False, True), "none": (False, False)}
 
 
@@ -42,13 +43,13 @@ class CoEConfig(LMConfig):
         rope_theta, yarn: see `moe_ops.layers.rotary.Rope`.
         intermediate_size: I, of one expert.
         num_experts, top_k: E routed experts, K of them in each iteration.
-        num_shared_experts: experts that every token passes in each iteration.
+        num_shared_experts: experts applied to every token in each iteration.
         num_iterations: C.
         own_gates: a router for each iteration; False: one for all.
         inner_residual: an iteration adds its result to its input.
-        outer_residual: the chain's result is added to the residual stream. The published code does
-            not do so with an inner residual: the stream is then replaced by the chain's result,
-            which goes on from the *normalised* state.
+        outer_residual: the chain's result is added to the residual stream. The published code omits
+            this with an inner residual: the chain's result then replaces the stream, which goes on
+            from the *normalized* state.
         renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
         sequence_balance_coefficient: of the loss, summed over layers and iterations.
         norm_eps: of all norms but those inside the attention (1e-6).
@@ -133,7 +134,7 @@ class CoEConfig(LMConfig):
         return dict(zip(("inner_residual", "outer_residual"), RESIDUALS[residual], strict=True))
 
     def write_more(self) -> dict[str, Any]:
-        # The published code has no name for both residuals at once.
+        # The published config has no value for both residuals together.
         residuals = (self.inner_residual, self.outer_residual and not self.inner_residual)
         return {
             "architectures": ["CoeForCausalLM"],
@@ -145,14 +146,14 @@ class CoEConfig(LMConfig):
 
 
 class ChainOfExperts(nn.Module):
-    """x_t = sum_i g_i E_i(x_(t-1)) + shared(x_(t-1)) [+ x_(t-1)], t = 1 .. C; returns x_C.
+    """Computes x_t = sum_i g_i E_i(x_(t-1)) + shared(x_(t-1)) [+ x_(t-1)], t = 1 .. C; returns x_C.
 
-    The experts are the same in all iterations; the gates g are iteration t's own, or shared.
+    All iterations use the same experts; the gates g belong to iteration t or are shared.
 
     Args:
         routers: one for each iteration, or one for all.
         experts: those of all iterations.
-        shared_experts: a module that every token passes in each iteration, or None.
+        shared_experts: a module applied to every token in each iteration, or None.
         num_iterations: C >= 1.
         inner_residual: add x_(t-1).
     """
@@ -184,7 +185,7 @@ class ChainOfExperts(nn.Module):
         return router
 
     def forward(self, x: Tensor, step: Step | None = None, name: str = "") -> Tensor:
-        """x [..., H] to [..., H]. Each iteration's routing is noted in `step` as
+        """Returns a tensor shaped like x [..., H]. `step` records each iteration's routing as
         `name.iteration.t`."""
         flat = x.reshape(-1, x.shape[-1])
         for t in range(self.num_iterations):
@@ -200,7 +201,7 @@ class ChainOfExperts(nn.Module):
 
 
 class CoEBlock(nn.Module):
-    """x + attention(norm(x)), then x + chain(norm(x)), or chain(norm(x)) alone."""
+    """Computes x + attention(norm(x)), then x + chain(norm(x)), or chain(norm(x)) alone."""
 
     def __init__(self, config: CoEConfig, rope: Rope) -> None:
         super().__init__()
@@ -238,7 +239,7 @@ class CoEBlock(nn.Module):
 
 
 class CoE(CausalLM):
-    """The language model; see `CausalLM` for what it can do."""
+    """The language model; see `CausalLM` for its methods."""
 
     config_class = CoEConfig
     config: CoEConfig
@@ -254,7 +255,8 @@ class CoE(CausalLM):
         )
 
     def reset_parameters(self) -> None:
-        """Weights N(0, init_std); those of routers uniform in +-1/sqrt(H) as published; norms 1."""
+        """Draws weights from N(0, init_std) and router weights uniformly in +-1/sqrt(H), as
+        published; norms are 1."""
         for name, parameter in self.named_parameters():
             if ".routers." in name:
                 bound = self.config.hidden_size**-0.5
@@ -265,7 +267,8 @@ class CoE(CausalLM):
                 nn.init.ones_(parameter)
 
     def idle_parameters(self) -> int:
-        """Parameters of experts that a token does not use if its C * K choices are all distinct."""
+        """Returns the expert parameters that a token does not use if its C * K experts are all
+        distinct."""
         config, idle = self.config, 0
         used = min(config.num_experts, config.top_k * config.num_iterations)
         for block in self.layers:

@@ -1,4 +1,4 @@
-"""Composition of Experts: whole language models behind a router of categories.
+"""Composition of Experts: whole language models behind a router that classifies prompts.
 
     composition = zoo.create_model("composition")
     composition.route(embeddings).models             # which model answers each prompt
@@ -29,9 +29,9 @@ class CompositionConfig:
     Attributes:
         categories: names of the C categories.
         models: names of the M models. sizes: their parameters.
-        generalist: the model of prompts whose category is not sure.
+        generalist: the model for prompts with an uncertain category.
         embedding_size: D. hidden_size: of the classifier; 0: it is linear.
-        budget: parameters of all models that are kept; 0: no bound.
+        budget: maximum total parameters of the kept models; 0: no bound.
         threshold: confidence below which the generalist answers, in [0, 1] or above: 0 is never.
     """
 
@@ -78,10 +78,10 @@ class CompositionConfig:
 
 
 class CategoryRouter(nn.Module):
-    """A classifier of embeddings [B, D]: logits [B, C].
+    """Classifier of embeddings [B, D] with logits [B, C].
 
-    Embeddings are standardised with `mean` and `scale` [D], buffers to be filled. With
-    `hidden_size` 0 the classifier is linear, else a network of one hidden layer.
+    Embeddings are standardized with `mean` and `scale` [D], buffers that the caller fills. With
+    `hidden_size` 0 the classifier is linear, otherwise it has one hidden layer.
     """
 
     mean: Tensor
@@ -106,7 +106,8 @@ class CategoryRouter(nn.Module):
 
 
 class Routed(NamedTuple):
-    """models [B]: where prompts go. categories [B]: the likeliest. confidence [B]: of these."""
+    """Routing of prompts. models [B]: selected model. categories [B]: the most likely category.
+    confidence [B]: its probability."""
 
     models: Tensor
     categories: Tensor
@@ -114,9 +115,9 @@ class Routed(NamedTuple):
 
 
 class Composition(nn.Module):
-    """Two steps: a prompt's category by `router`, then the category's model by `model_of`.
+    """Two-stage router: `router` predicts a prompt's category, and `model_of` maps it to a model.
 
-    Buffers, to be filled: model_of [C] int64, the generalist's number at first, and threshold, a
+    Buffers to be filled: model_of [C] int64, initially the generalist's index, and threshold, a
     scalar. bench/studies/composition has the paper's assignment under a budget.
     """
 
@@ -133,12 +134,12 @@ class Composition(nn.Module):
 
     @property
     def generalist(self) -> int:
-        """Its number."""
+        """Returns the index of the generalist."""
         return self.config.models.index(self.config.generalist)
 
     @torch.no_grad()
     def route(self, embeddings: Tensor) -> Routed:
-        """Where prompts with embeddings [B, D] go."""
+        """Routes prompts with embeddings [B, D]."""
         confidence, categories = self.router(embeddings).softmax(-1).max(-1)
         models = self.model_of[categories]
         unsure = confidence.double() < self.threshold

@@ -1,4 +1,4 @@
-"""Dynamic-DINO: an open-vocabulary detector whose decoder's networks become experts.
+"""Dynamic-DINO: an open-vocabulary detector whose decoder networks become experts.
 
     dense = zoo.create_model("dynamicdino", num_copies=0)     # train it, or take one of
     transformers sparse = dense.with_experts(num_copies=4, num_slices=2)
@@ -7,8 +7,8 @@ Source: Lu et al. 2025 (Dynamic-DINO: Fine-Grained Mixture of Experts Tuning for
 Open-Vocabulary Object Detection, arXiv 2507.17436); Liu et al. 2023 (Grounding DINO, arXiv
 2303.05499).
 
-Letters: B images, Q queries of the decoder, H hidden size, N copies of a network, n slices of
-each, E = N * n experts, K experts a query, P phrases.
+Letters: B images, Q queries of the decoder, H hidden size, N copies of a network, n slices of each,
+E = N * n experts, K experts per query, P phrases.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from ._presets import preset
 
 __all__ = ["DynamicDino", "DynamicDinoConfig", "moe_tuning"]
 
-CLASS_WEIGHT = 2.0  # As in transformers; the weights of the boxes are in the config.
+CLASS_WEIGHT = 2.0  # As in transformers; the box weights are in the config.
 
 
 def detection_loss(out: Any, labels: Sequence[dict[str, Tensor]], config: Any) -> Tensor:
-    """Focal, L1 and GIoU losses of all decoder layers (or the last, by the config's
-    auxiliary_loss), and of the proposals: a scalar.
+    """Returns the focal, L1 and GIoU losses of all decoder layers (or only the last, if the config
+    disables auxiliary_loss) and of the proposals: a scalar.
 
-    transformers' own loss of the proposals has no gradient by their boxes, and its scores are of
-    query embeddings that have not seen the image: it is left out. Proposals are matched with the
-    objects as the queries are instead, which trains the choice of queries as in the authors' code.
+    transformers' proposal loss has no gradient for their boxes, and its scores are of query
+    embeddings computed without the image, so it is omitted. Instead, proposals are matched with
+    objects like queries, which trains query selection as in the authors' code.
 
-    transformers' loss takes the phrases of the second image for those of all later ones. Phrases of
-    all images must have as many tokens.
+    transformers' loss uses the phrases of the second image for all later ones. Phrases of all
+    images must have equal numbers of tokens.
 
     Args:
-        out: what the detector returned for these labels.
+        out: output of the detector for these labels.
         labels: an image's "class_labels" and "boxes".
 
     Raises:
-        ValueError: phrases of other numbers of tokens.
+        ValueError: phrases have different numbers of tokens.
     """
     maps: Sequence[Tensor] = build_label_maps(out.logits, out.input_ids)
     if any(m.shape != maps[0].shape or not torch.equal(m, maps[0]) for m in maps[1:]):
@@ -107,20 +107,20 @@ DETECTORS: dict[str, tuple[Any, Any]] = {
     "grounding-dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
 }
 STARTS = ("paired", "random_router", "random_experts")
-# The log-odds of 1 in 100: a fresh detector finds nothing rather than everything.
+# The log-odds of 1 in 100: a new detector finds nothing rather than everything.
 _RARE = -4.6
 
 
 @dataclass(frozen=True)
 class DynamicDinoConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
         detector: "mm-grounding-dino" or "grounding-dino", of transformers.
         num_copies: N; 0: a dense detector.
         num_slices: n.
         top_k: K; 0: n, as many neurons as the dense network has.
-        start: "paired": the published start, which computes what the dense detector does;
+        start: "paired": the published initialization, which matches the dense detector;
             "random_router": slices of a copy have different rows in the router; "random_experts":
             experts are drawn too.
         router_std: of the router's rows.
@@ -167,7 +167,7 @@ class DynamicDinoConfig:
     )
 
     def make_detector(self) -> Any:
-        """The dense detector, with fresh weights."""
+        """Returns the dense detector, with newly initialized weights."""
         config_class, model_class = DETECTORS[self.detector]
         sizes: dict[str, Any] = {
             f"{part}_{name}": value
@@ -214,8 +214,8 @@ class DynamicDinoConfig:
 
 
 class DecoderExperts(nn.Module):
-    """x [B, Q, H] to [B, Q, H]: what a decoder layer has in the place of its first linear map. The
-    activation and the second map behind it do nothing."""
+    """Module that replaces the first linear map of a decoder layer; x [B, Q, H] to [B, Q, H]. The
+    activation and the second map after it become identities."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -236,12 +236,12 @@ def moe_tuning(
     router_std: float = 0.02,
     generator: torch.Generator | None = None,
 ) -> list[MoE]:
-    """Puts experts in the place of the feed-forward networks of a detector's decoder.
+    """Replaces the feed-forward networks of a detector's decoder with experts.
 
     Each network is copied N times and each copy cut into n slices (granularity decomposition): the
     output's bias is divided by n, so that the slices of a copy add up to the network. With `start`
-    "paired" the slices of a copy share a row of the router and are chosen together, and where n
-    divides K the detector computes what it did before, to rounding.
+    "paired" the slices of a copy share a router row and are selected together, and if n divides K
+    the detector's outputs are unchanged, up to rounding.
 
     Args:
         detector: a GroundingDino or MMGroundingDino of transformers with its head; changed in
@@ -255,8 +255,8 @@ def moe_tuning(
         The layers' mixtures, first layer first.
 
     Raises:
-        ValueError: another model, one that has experts already, dropout between the two maps of
-            the networks, or numbers that do not fit.
+        ValueError: not a supported model, one that already has experts, dropout between the two
+            maps of the networks, or incompatible numbers.
 
     Source: Lu et al. 2025 (Dynamic-DINO, arXiv 2507.17436).
     """
@@ -293,7 +293,7 @@ def moe_tuning(
 
 
 def _draw_anew(experts: Experts, generator: torch.Generator | None) -> None:
-    """Weights as `Experts` draws them, biases 0."""
+    """Reinitializes weights like `Experts`, with biases 0."""
     for weight in (experts.w_gate_up, experts.w_down):
         bound = weight.shape[-1] ** -0.5
         weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
@@ -303,10 +303,10 @@ def _draw_anew(experts: Experts, generator: torch.Generator | None) -> None:
 
 
 def decoder_layers(detector: Any) -> Any:
-    """The layers of its decoder.
+    """Returns the decoder layers.
 
     Raises:
-        ValueError: another model than GroundingDinoForObjectDetection and the like.
+        ValueError: the model is not GroundingDinoForObjectDetection or similar.
     """
     known: Any = tuple(model for _, model in DETECTORS.values())
     if not isinstance(detector, known):
@@ -319,7 +319,7 @@ def decoder_layers(detector: Any) -> Any:
 
 @dataclass(frozen=True)
 class DinoLoss:
-    """loss = detection + coefficient * balance; scalars. routing: one a decoder layer."""
+    """Loss = detection + coefficient * balance; scalars. routing: one entry per decoder layer."""
 
     loss: Tensor
     detection: Tensor
@@ -328,10 +328,10 @@ class DinoLoss:
 
 
 class DynamicDino(nn.Module):
-    """A detector whose decoder has experts.
+    """Detector whose decoder has experts.
 
     Args:
-        config: builds a detector with fresh weights, where none is given.
+        config: builds a newly initialized detector, if none is given.
         detector: of transformers; changed in place, and config's sizes are not used.
         generator: see `moe_tuning`.
     """
@@ -364,12 +364,12 @@ class DynamicDino(nn.Module):
 
     @property
     def mixtures(self) -> list[MoE]:
-        """Of the decoder's layers; none in a dense detector."""
+        """Returns the experts of the decoder's layers; empty for a dense detector."""
         layers = decoder_layers(self.detector)
         return [layer.fc1.moe for layer in layers if isinstance(layer.fc1, DecoderExperts)]
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, **more: Any) -> Any:
-        """What the detector gives: "logits" [B, Q, tokens], "pred_boxes" [B, Q, 4], and the rest.
+        """Returns the detector's output: "logits" [B, Q, tokens], "pred_boxes" [B, Q, 4], and more.
 
         Args:
             pixel_values: [B, 3, height, width]. input_ids: [B, tokens], phrases that end with full
@@ -379,7 +379,7 @@ class DynamicDino(nn.Module):
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Routing]]:
-        """A list that gets the routing of every layer that runs inside the block."""
+        """Yields a list that collects the routing of every layer that runs inside the block."""
         found: list[Routing] = []
 
         def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -395,7 +395,7 @@ class DynamicDino(nn.Module):
     def loss(
         self, images: Tensor, input_ids: Tensor, labels: Sequence[dict[str, Tensor]]
     ) -> DinoLoss:
-        """See `detection_loss`; the balance loss is summed over layers.
+        """Computes `detection_loss` plus the balance loss summed over layers.
 
         Args:
             images: [B, 3, height, width]. input_ids: [B, tokens]; the phrases of all images have
@@ -413,7 +413,7 @@ class DynamicDino(nn.Module):
         return DinoLoss(total, detection, balance, routing)
 
     def with_experts(self, generator: torch.Generator | None = None, **options: Any) -> DynamicDino:
-        """A copy of this dense detector with experts.
+        """Returns a copy of this dense detector with experts.
 
         Args:
             options: fields of the config: num_copies, num_slices, top_k, start and so on.

@@ -1,9 +1,9 @@
-"""FactorLLM: the networks of a dense model cut into slices, of which a token uses some.
+"""FactorLLM: the networks of a dense model are cut into slices, of which each token uses some.
 
 Zhao et al. 2024, FactorLLM: Factorizing Knowledge via Mixture of Experts for Large Language Models,
 arXiv 2408.11855.
 
-Letters: T tokens, H hidden size, I intermediate size, N slices of a network, K of them a token.
+Letters: T tokens, H hidden size, I intermediate size, N slices of a network, K of them per token.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class FactorLLMConfig(LlamaConfig):
     Attributes, beside those of `LlamaConfig` (whose I is that of the whole network):
         num_slices: N, a divisor of I.
         top_k: K. With K = N the model is the dense one.
-        router_training: where the router's gradient comes from. "prior": from the losses of
-            `FactorLLM.distill`, which say which slices are nearest to the dense network.
-            "straight_through": from the loss of the language model, as if the weight of a slice
-            were its probability. "released": from nowhere, as in the published training code, whose
-            routers stay what they are at the start.
+        router_training: source of the router's gradient. "prior": the losses of
+            `FactorLLM.distill`, whose labels are the slices nearest to the dense network.
+            "straight_through": the language model loss, as if the weight of a slice were its
+            probability. "released": none, as in the published training code, whose routers keep
+            their initial values.
         route_coefficient, balance_coefficient: of the losses of `distill`, summed over layers.
     """
 
@@ -56,14 +56,14 @@ class FactorLLMConfig(LlamaConfig):
 
 
 class SliceRouter(TopKRouter):
-    """The K slices of the largest logits, each with the weight N / K.
+    """Router that selects the K slices of the largest logits, each with the weight N / K.
 
-    No gradient comes through the weights, which are constants, unless `straight_through`: backward
-    then takes them for N / K times the slices' probabilities.
+    The weights are constants without gradient, unless `straight_through`: backward then treats them
+    as N / K times the slices' probabilities.
 
     Args:
         straight_through: see above.
-        hidden_size, num_experts, top_k, options: as of `Router`; num_experts is N.
+        hidden_size, num_experts, top_k, options: see `Router`; num_experts is N.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class SliceRouter(TopKRouter):
 
 
 def nearest_slices(outputs: Tensor, target: Tensor, top_k: int) -> Tensor:
-    """Which K slices, each times N / K, are nearest to the dense network's output.
+    """Returns the K slices that, each times N / K, are nearest to the dense network's output.
 
     Args:
-        outputs: [T, N, H], what each slice makes of each token.
-        target: [T, H], what the dense network does.
+        outputs: [T, N, H], output of each slice for each token.
+        target: [T, H], output of the dense network.
         top_k: K.
 
     Returns:
@@ -114,7 +114,7 @@ def nearest_slices(outputs: Tensor, target: Tensor, top_k: int) -> Tensor:
 
 
 def route_loss(router_logits: Tensor, label: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(label)), mean over tokens: a scalar.
+    """Computes KL(softmax(logits) || softmax(label)), mean over tokens: a scalar.
 
     Args:
         router_logits: [T, N]. label: [T, N], of `nearest_slices`.
@@ -125,7 +125,8 @@ def route_loss(router_logits: Tensor, label: Tensor) -> Tensor:
 
 
 def slice_balance_loss(router_logits: Tensor, topk_ids: Tensor) -> Tensor:
-    """Mean over slices of the share of tokens that use one times its mean probability: a scalar.
+    """Returns the mean over slices of the fraction of tokens that use a slice times its mean
+    probability: a scalar.
 
     Args:
         router_logits: [T, N]. topk_ids: [T, K].
@@ -136,7 +137,7 @@ def slice_balance_loss(router_logits: Tensor, topk_ids: Tensor) -> Tensor:
 
 
 class FactorLLM(Llama):
-    """The language model; see `CausalLM` for what it can do."""
+    """The language model; see `CausalLM` for its methods."""
 
     config_class: ClassVar[type[LMConfig]] = FactorLLMConfig
     config: FactorLLMConfig
@@ -162,12 +163,13 @@ class FactorLLM(Llama):
     def from_dense(
         cls, dense: Llama, *, orders: Sequence[Tensor] | None = None, **options: Any
     ) -> FactorLLM:
-        """The model `dense` with its networks cut; with top_k = num_slices the same function.
+        """Returns the model `dense` with its networks cut; with top_k = num_slices it is the same
+        function.
 
         Args:
-            dense: stays as it is.
-            orders: [1, I] a layer, how neurons are ordered before the cut (`moe_ops.upcycle`
-                finds clusters); None: as they are, as published.
+            dense: unchanged.
+            orders: [1, I] a layer, order of neurons before the cut (`moe_ops.upcycle` finds
+                clusters); None: unchanged, as published.
             options: fields of `FactorLLMConfig`, such as num_slices and top_k.
 
         Raises:
@@ -187,11 +189,11 @@ class FactorLLM(Llama):
         return model.train(dense.training)
 
     def distill(self, tokens: Tensor, teacher: Llama) -> LMLoss:
-        """The loss of the language model and those of the prior-approximate router.
+        """Computes the language model loss and the losses of the prior-approximate router.
 
-        The teacher's networks say, token by token, which slices are nearest to them on what they
-        read; routers learn to say the same of what the teacher's networks read. Labels have no
-        gradient.
+        The label of each token is the set of slices nearest to the teacher's networks on the
+        slices' own inputs; routers learn to predict it from the inputs of the teacher's networks.
+        Labels have no gradient.
 
         Args:
             tokens: [B, S].
@@ -219,7 +221,7 @@ class FactorLLM(Llama):
 
     @torch.no_grad()
     def _teacher_states(self, tokens: Tensor, teacher: Llama) -> list[tuple[Tensor, Tensor]]:
-        """What the teacher's networks read and make of it, [T, H] each, by layer."""
+        """Returns inputs and outputs of the teacher's networks, [T, H] each, by layer."""
         found: list[tuple[Tensor, Tensor]] = []
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:

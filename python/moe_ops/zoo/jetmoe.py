@@ -2,7 +2,7 @@
 
 Shen et al. 2024, JetMoE: Reaching Llama2 Performance with 0.1M Dollars, arXiv 2404.07413.
 
-Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts a token,
+Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts per token,
 n key-value heads, d head size.
 """
 
@@ -25,7 +25,7 @@ from .lm.model import CausalLM
 
 __all__ = ["JetMoE", "JetMoEConfig"]
 
-# The published code gives its block norms no eps from the config; the last norm has it.
+# The published block norms do not use the config's eps; only the last norm does.
 BLOCK_NORM_EPS = 1e-6
 
 
@@ -38,15 +38,15 @@ class JetMoEConfig(LMConfig):
         intermediate_size: I.
         num_experts, top_k: E and K, of the attention and of the feed-forward experts.
         rope_theta: base of the rotary embeddings.
-        norm_eps: of the last norm; those of the blocks have 1e-6.
+        norm_eps: eps of the last norm; block norms have 1e-6.
         tie_embeddings: the embedding is also the output's weight.
         init_std: of all weights; biases start at 0.
         load_balancing_coefficient, router_z_coefficient: of the losses, which are summed over both
             kinds of experts of all blocks.
     """
 
-    # The names of transformers, then of the code released with the checkpoint: it calls I, E
-    # and K otherwise.
+    # Names in transformers, then in the code released with the checkpoint, which has other names
+    # for I, E and K.
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_kv_heads": size("num_key_value_heads"),
@@ -104,9 +104,9 @@ class JetMoEConfig(LMConfig):
 
 
 class JetMoEBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) + bias.
+    """Computes x + attention(norm(x)), then x + mlp(norm(x)) + bias.
 
-    What a half of a block adds to x is added by the norm after it, in one pass.
+    The following norm adds the output of each half of a block to x, in one pass.
     """
 
     def __init__(self, config: JetMoEConfig) -> None:
@@ -130,7 +130,7 @@ class JetMoEBlock(nn.Module):
     def forward(
         self, x: Tensor, delta: Tensor | None, bias: Tensor | None, step: Step, index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From x + delta + bias, what came in, to the same three of what goes out."""
+        """Maps (x, delta, bias) of the previous block to those of this block."""
         y, x = self.attention_norm(x, delta, bias)
         attended = step.through(
             f"layers.{index}.attention",
@@ -145,9 +145,9 @@ class JetMoEBlock(nn.Module):
 
 
 class JetMoE(CausalLM):
-    """The language model; see `CausalLM` for what it can do.
+    """The language model; see `CausalLM` for its methods.
 
-    Equals transformers' JetMoeForCausalLM with the same weights.
+    Matches transformers' JetMoeForCausalLM with equal weights.
     """
 
     config_class = JetMoEConfig
@@ -156,13 +156,14 @@ class JetMoE(CausalLM):
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
         if config.tie_embeddings:
-            # Some writers store it as well; the embedding is what counts.
+            # Some writers also store the output weight; the embedding takes precedence.
             self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
         self.assemble(
             config,
             (JetMoEBlock(config) for _ in range(config.num_layers)),
             AddRMSNorm(config.hidden_size, eps=config.norm_eps),
-            # The attention experts rotate by themselves; angles are the same in all blocks.
+            # The attention experts apply rotary embeddings themselves; all blocks have equal
+            # angles.
             Rope(config.head_size, config.rope_theta),
         )
 

@@ -1,4 +1,4 @@
-"""A dense language model in Llama's layout: what upcycling starts from, and is compared with.
+"""Dense language model in Llama's layout: the starting point and the baseline of upcycling.
 
 Touvron et al. 2023, Llama 2, arXiv 2307.09288; Zhang et al. 2024, TinyLlama, arXiv 2401.02385.
 
@@ -94,7 +94,7 @@ class LlamaConfig(LMConfig):
 
 
 class LlamaBlock(Block):
-    """Attention and a feed-forward network, or what stands in its place."""
+    """Attention and a feed-forward network, or its replacement."""
 
     def __init__(self, config: Any, rope: Rope, mlp: MoE | SharedExperts) -> None:
         hidden, kv_heads = config.hidden_size, config.num_kv_heads
@@ -105,9 +105,9 @@ class LlamaBlock(Block):
 
 
 class Llama(CausalLM):
-    """The language model; see `CausalLM` for what it can do.
+    """The language model; see `CausalLM` for its methods.
 
-    Equals transformers' LlamaForCausalLM with the same weights.
+    Matches transformers' LlamaForCausalLM with equal weights.
     """
 
     config_class: ClassVar[type[LMConfig]] = LlamaConfig
@@ -116,7 +116,7 @@ class Llama(CausalLM):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         if config.tie_embeddings:
-            # Some writers store it as well; the embedding is what counts.
+            # Some writers also store the output weight; the embedding takes precedence.
             self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
         rope = Rope(config.head_size, config.rope_theta)
         self.assemble(
@@ -127,7 +127,7 @@ class Llama(CausalLM):
         )
 
     def make_mlp(self, config: Any) -> MoE | SharedExperts:
-        """The feed-forward part of a block."""
+        """Returns the feed-forward part of a block."""
         return SharedExperts(config.hidden_size, config.intermediate_size)
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:

@@ -1,8 +1,8 @@
-"""ModuleFormer: sparse attention and feed-forward modules that can be added and taken away.
+"""ModuleFormer: sparse attention and feed-forward modules that can be added and removed.
 
 Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXiv 2306.04640.
 
-Letters: H hidden size, I intermediate size, E experts, K experts a token, n heads of an attention
+Letters: H hidden size, I intermediate size, E experts, K experts per token, n heads of an attention
 expert, d head size.
 """
 
@@ -25,7 +25,7 @@ from .lm.model import CausalLM
 
 __all__ = ["ModuleFormer", "ModuleFormerConfig"]
 
-# Ours -> what the published config calls the gate.
+# Our gate names -> names in the published config.
 GATE_TYPES = {"mlp": "mlp", "linear": "linear", "cosine": "gmm"}
 
 
@@ -43,8 +43,8 @@ class ModuleFormerConfig(LMConfig):
             kinds of experts of all blocks. The first is for pre-training; the second for
             fine-tuning to a domain, where it gathers the load on few experts.
         init_std: of embedding and linear maps; experts are uniform in +-1/inputs.
-        experts_of_layers: (attention, mlp) experts of every block where they differ from the
-            numbers above, as they do after pruning.
+        experts_of_layers: (attention, mlp) experts of every block if they differ from the numbers
+            above, for example after pruning.
     """
 
     KEYS: ClassVar[dict[str, Any]] = {
@@ -113,7 +113,7 @@ class ModuleFormerConfig(LMConfig):
     molm_700m_8b = preset("MoLM-700M-8B: twice the blocks.", num_layers=48)
 
     def aux_coefficients(self) -> dict[str, float]:
-        """The losses that are in use."""
+        """Returns the coefficients of the losses in use."""
         coefficients = {
             "mutual_information": self.mutual_information_coefficient,
             "concentration": self.concentration_coefficient,
@@ -121,7 +121,7 @@ class ModuleFormerConfig(LMConfig):
         return {name: value for name, value in coefficients.items() if value}
 
     def experts_of(self, layer: int) -> tuple[int, int]:
-        """Attention and feed-forward experts of a block."""
+        """Returns the numbers of attention and feed-forward experts of a block."""
         if self.experts_of_layers is None:
             return self.num_attention_experts, self.num_mlp_experts
         attention, mlp = self.experts_of_layers[layer]
@@ -153,7 +153,7 @@ class ModuleFormerConfig(LMConfig):
         }
 
 
-# Keys of a router's tensors, by the kind of its gate.
+# Router keys by the kind of gate.
 _GATES = {
     "linear": {"weight": "w_gate.0.weight"},
     "mlp": {
@@ -171,8 +171,8 @@ _NORM = {"weight": "weight", "bias": "bias"}
 
 
 class ModuleFormerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Attention breaks sticks and knows no
-    positions; the weights of experts are not renormalised."""
+    """Computes x + attention(norm(x)), then x + mlp(norm(x)). Stick-breaking attention has no
+    positions; expert weights are not renormalized."""
 
     def __init__(self, config: ModuleFormerConfig, experts: tuple[int, int]) -> None:
         super().__init__()
@@ -215,10 +215,10 @@ class ModuleFormerBlock(nn.Module):
 
 
 class ModuleFormer(CausalLM):
-    """The language model; see `CausalLM` for what it can do.
+    """The language model; see `CausalLM` for its methods.
 
-    Layers of its blocks may be replaced by what `append` and `select` of `MoE` and
-    `AttentionExperts` make of them; `note_experts` comes afterwards.
+    Layers of its blocks may be replaced by results of `append` and `select` of `MoE` and
+    `AttentionExperts`; call `note_experts` afterwards.
     """
 
     config_class = ModuleFormerConfig
@@ -242,8 +242,8 @@ class ModuleFormer(CausalLM):
         )
 
     def reset_parameters(self) -> None:
-        """Experts uniform in +-1/inputs; rows of cosine gates N(0, 1); other weights N(0,
-        init_std); biases and temperatures 0, norms 1."""
+        """Draws experts uniformly in +-1/inputs, rows of cosine gates from N(0, 1) and other
+        weights from N(0, init_std); biases and temperatures are 0, norms 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 3:
                 bound = 1 / parameter.shape[-1]

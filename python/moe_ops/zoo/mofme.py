@@ -1,4 +1,4 @@
-"""MoFME: images restored by experts that are modulations of one shared network.
+"""MoFME: image restoration by experts that modulate one shared network.
 
     model = zoo.create_model("mofme")                                # or preset="e8", experts="ffn"
     restored, routing = model(images)
@@ -6,7 +6,7 @@
 Source: Zhang et al. 2024 (Efficient Deweather Mixture-of-Experts with Uncertainty-aware
 Feature-wise Linear Modulation, AAAI, arXiv 2312.16610).
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, M passes of
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, M passes of
 the router, B images, S tokens of an image, C channels of the convolutions.
 """
 
@@ -31,10 +31,10 @@ __all__ = ["FiLMExperts", "MoFME", "MoFMEConfig", "RestorationTransformer", "Unc
 
 
 class FiLMExperts(nn.Module):
-    """y = sum_k w_k (a_k * h + c_k), a_k = W1_e h + b1_e and c_k = W2_e h + b2_e: experts that are
-    feature-wise modulations of one h.
+    """FiLM experts, feature-wise modulations of one h: y = sum_k w_k (a_k * h + c_k), a_k = W1_e h
+    + b1_e and c_k = W2_e h + b2_e.
 
-    The sum over experts is of their modulations, which h takes once: one product a slot.
+    The modulations are summed over experts, then applied to h once: one matmul per slot.
 
     Parameters:
         weight: [E, 2H, H], W1 first. bias: [E, 2H].
@@ -43,7 +43,7 @@ class FiLMExperts(nn.Module):
         num_experts, hidden_size: E and H, at least 1.
         device, dtype: of the parameters.
 
-    Initialisation: each map as `nn.Linear`, uniform in +-1/sqrt(H).
+    Initialization: each map as `nn.Linear`, uniform in +-1/sqrt(H).
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class FiLMExperts(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, h: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """h [T, H], topk_weights and topk_ids [T, K] to y [T, H], in the dtype of h; ids outside
-        [0, E) contribute nothing."""
+        """Maps h [T, H], topk_weights and topk_ids [T, K] to y [T, H], in the dtype of h; ids
+        outside [0, E) contribute nothing."""
         slots = h[:, None].expand(-1, topk_ids.shape[1], -1)
         modulation = moe_linear_reduce(slots, self.weight, topk_weights, topk_ids, bias=self.bias)
         scale, shift = modulation.chunk(2, dim=-1)
@@ -82,14 +82,15 @@ class FiLMExperts(nn.Module):
 
 
 class UncertaintyRouter(TopKRouter):
-    """Softmax over the K best logits; in training by M passes with dropout (Monte-Carlo dropout).
+    """Softmax over the K best logits; in training, averaged over M passes with dropout (Monte-Carlo
+    dropout).
 
-    A pass m drops features of x and gives logits z_m. The experts chosen are the K best of mean_m
-    z_m. Each pass has weights softmax(z_m) over those; w = mean_m / (1 + deviation_m), divided by
-    its sum: experts of which the passes disagree weigh less. No gradient goes through the
-    deviation. In eval mode one pass without dropout.
+    Pass m drops features of x and gives logits z_m. The K best experts by mean_m z_m are selected.
+    Each pass has weights softmax(z_m) over those; w = mean_m / (1 + deviation_m), divided by its
+    sum: experts on which the passes disagree weigh less. No gradient flows through the deviation.
+    Eval mode uses one pass without dropout.
 
-    With dropout 0 all passes are the same, and the router is `TopKRouter(..., topk_first=True)`.
+    With dropout 0 all passes are equal, and the router is `TopKRouter(..., topk_first=True)`.
 
     Args:
         hidden_size, num_experts, top_k, options: see `TopKRouter`.
@@ -132,20 +133,20 @@ class UncertaintyRouter(TopKRouter):
         return Routing(mean, calibrated(each), ids)
 
     def pass_logits(self, x: Tensor) -> Tensor:
-        """Logits of M passes with dropout, [M, T, E]."""
+        """Returns logits of M passes with dropout, [M, T, E]."""
         dropped = F.dropout(x.expand(self.passes, *x.shape), self.dropout, training=True)
         return self.logits(dropped.flatten(0, 1)).unflatten(0, (self.passes, -1))
 
 
 def calibrated(weights: Tensor) -> Tensor:
-    """Weights [T, K] of M passes [M, T, K]: their mean over 1 + their deviation, divided by the
-    sum; 0 where a token has none."""
+    """Returns weights [T, K] from M passes [M, T, K]: their mean over 1 + their deviation, divided
+    by the sum; 0 for a token without weights."""
     made = weights.mean(0) / (1 + weights.detach().std(0))
     return made / made.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 class SharedBase(nn.Module):
-    """h = gelu(W_a x) * (W_b x), what all FiLM experts modulate."""
+    """Base of all FiLM experts: h = gelu(W_a x) * (W_b x)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -158,8 +159,8 @@ class SharedBase(nn.Module):
 
 
 class MoFME(nn.Module):
-    """y = adaptor(sum_k w_k FiLM_e(h)), h = base(norm(x)): a mixture in the place of a feed-forward
-    network. With experts="ffn" the mixture that it is compared with, y = sum_k w_k FFN_e(norm(x)).
+    """Mixture that replaces a feed-forward network: y = adaptor(sum_k w_k FiLM_e(h)), h =
+    base(norm(x)). With experts="ffn" it is the baseline y = sum_k w_k FFN_e(norm(x)).
 
     The router reads x itself, as published.
 
@@ -206,7 +207,7 @@ class MoFME(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x [..., H] to y of its shape, and the routing of its T tokens."""
+        """Returns y, shaped like x [..., H], and the routing of its T tokens."""
         flat = x.flatten(0, -2)
         routing = self.router(flat)
         h = self.base(self.norm(flat))
@@ -215,7 +216,7 @@ class MoFME(nn.Module):
 
 
 def feed_forward(hidden_size: int, intermediate_size: int) -> nn.Sequential:
-    """Linear, gelu, linear."""
+    """Returns a network of linear map, gelu and linear map."""
     return nn.Sequential(
         nn.Linear(hidden_size, intermediate_size),
         nn.GELU(),
@@ -229,7 +230,7 @@ ROUTERS = ("uncertainty", "plain")
 
 @dataclass(frozen=True)
 class MoFMEConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
         channels: of the convolutions before the transformer; those behind it have `tail_scale`
@@ -241,8 +242,8 @@ class MoFMEConfig:
         num_experts, top_k: E and K.
         router: "uncertainty" or "plain". passes, router_dropout: of `UncertaintyRouter`.
         dropout: behind attention and networks, in training.
-        residual: the network's output is added to the image, and starts as 0; False, as published:
-            it is the image, by a sigmoid.
+        residual: if true, the network's output is added to the image and starts at 0; if false, as
+            published, a sigmoid of it is the image.
     """
 
     channels: int = 8
@@ -284,7 +285,7 @@ class MoFMEConfig:
 
 
 class Attention(JointAttention):
-    """Softmax attention of all tokens of an image to each other, behind a norm."""
+    """Softmax attention between all tokens of an image, after a norm."""
 
     def __init__(self, config: MoFMEConfig) -> None:
         super().__init__(config.hidden_size, config.num_heads, config.head_size)
@@ -297,7 +298,7 @@ class Attention(JointAttention):
 
 
 class DenseFFN(nn.Module):
-    """A feed-forward network behind a norm."""
+    """Feed-forward network after a norm."""
 
     def __init__(self, config: MoFMEConfig) -> None:
         super().__init__()
@@ -311,7 +312,7 @@ class DenseFFN(nn.Module):
 
 
 class RestorationBlock(nn.Module):
-    """x + attention(x), then x + what follows it."""
+    """Computes x + attention(x), then x + the feed-forward part."""
 
     def __init__(self, config: MoFMEConfig) -> None:
         super().__init__()
@@ -339,7 +340,7 @@ class RestorationBlock(nn.Module):
 
 
 class ResidualConvolutions(nn.Module):
-    """x + conv(relu(conv(x)))."""
+    """Computes x + conv(relu(conv(x)))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -351,10 +352,10 @@ class ResidualConvolutions(nn.Module):
 
 
 class RestorationTransformer(nn.Module):
-    """Images [B, 3, h, w] in [0, 1], h and w multiples of the patch, to images of their shape.
+    """Restores images [B, 3, h, w] in [0, 1], h and w multiples of the patch.
 
-    Convolutions, patches to tokens, blocks, tokens to patches, convolutions. There is no positional
-    embedding, as published: images of any size are fine.
+    It consists of convolutions, patches to tokens, blocks, tokens to patches, and convolutions.
+    There is no positional embedding, as published: images of any size are supported.
     """
 
     def __init__(self, config: MoFMEConfig) -> None:
@@ -380,11 +381,11 @@ class RestorationTransformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Routing]]:
-        """The restored images, and the routing of each layer that has experts, whose tokens are
-        those of the first image, row by row, then those of the second, and so on.
+        """Returns the restored images, and the routing of each layer that has experts. Tokens are
+        ordered by image, then by row.
 
         Raises:
-            ValueError: a shape that does not fit.
+            ValueError: unsupported shape.
         """
         patch = self.config.patch_size
         if images.dim() != 4 or images.shape[1] != 3 or any(n % patch for n in images.shape[2:]):

@@ -1,4 +1,4 @@
-"""Sentence experts: an encoder of sentences whose feed-forward networks are experts of domains.
+"""Sentence experts: an encoder of sentences with feed-forward experts per domain.
 
     model = zoo.create_model("sentence")                       # fresh, or:
     model = SentenceExperts(config, bert)                # a BERT or ModernBERT of transformers
@@ -37,13 +37,13 @@ SIMILARITIES = ("cosine", "dot")
 
 @dataclass(frozen=True)
 class SentenceConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
         domains: names of the E domains, each of which has an expert.
         moe_layers: numbers of the layers that have experts; None: all. (): a dense encoder.
         head: "mlp", as published: mean over tokens, LayerNorm, Linear, Tanh, Linear; "mean": the
-            mean alone, which keeps what an encoder has learnt.
+            mean alone, which keeps what an encoder has learned.
         embedding_size: D of "mlp"; 0: H.
         vocab_size, cls_id, pad_id: of the tokens. hidden_size, num_layers, num_heads,
             intermediate_size, max_length: of the encoder, transformers' BertModel.
@@ -85,13 +85,13 @@ class SentenceConfig:
 
 
 class Given:
-    """The domains of the sentences of the call that runs, one for all layers of a model."""
+    """Domains of the sentences of the current call, shared by all layers of a model."""
 
     domains: Tensor | None = None
 
 
 class DomainExperts(nn.Module):
-    """A feed-forward network for each domain; all tokens of a sentence go to that of its domain.
+    """Feed-forward network per domain; all tokens of a sentence use their domain's network.
 
     x [B, S, H] to [B, S, H]; `given` holds the domains [B].
     """
@@ -116,7 +116,7 @@ class DomainExperts(nn.Module):
 
 
 class BertDomainOutput(nn.Module):
-    """In the place of a BERT layer's `output`: experts, dropout, residual and LayerNorm."""
+    """Replacement for a BERT layer's `output`: experts, dropout, residual and LayerNorm."""
 
     def __init__(self, mlp: DomainExperts, output: nn.Module) -> None:
         super().__init__()
@@ -130,18 +130,18 @@ class BertDomainOutput(nn.Module):
 
 
 class SentenceExperts(nn.Module):
-    """Embeddings [B, D] of sentences whose domains are known; nothing is routed by a router.
+    """Encoder that computes embeddings [B, D] of sentences with known domains, without a router.
 
     The first token of a sentence, CLS, is replaced by a token of its domain, whose embedding starts
-    as that of CLS. Experts start as copies of the encoder's networks.
+    as a copy of CLS's. Experts start as copies of the encoder's networks.
 
-    Not for several threads at once, and not with recomputation of activations: the domains of a
-    call are kept for all layers while it runs.
+    It does not support several threads or activation recomputation: the domains of a call are
+    stored for all layers while it runs.
 
     Args:
-        config: builds a BertModel with fresh weights, where no encoder is given.
-        encoder: a BertModel or ModernBertModel of transformers to be changed in place, of which
-            config's sizes are not used. Its dropout stays as it is.
+        config: builds a newly initialized BertModel, if no encoder is given.
+        encoder: a BertModel or ModernBertModel of transformers that is changed in place; config's
+            sizes are not used. Its dropout is unchanged.
     """
 
     def __init__(self, config: SentenceConfig, encoder: Any = None) -> None:
@@ -180,7 +180,7 @@ class SentenceExperts(nn.Module):
         self._make_experts()
 
     def _make_experts(self) -> None:
-        """Experts in the layers that the config names."""
+        """Creates experts in the layers that the config lists."""
         config, layers = self.config, layers_of(self.encoder)
         chosen = range(len(layers)) if config.moe_layers is None else config.moe_layers
         for number in chosen:
@@ -198,7 +198,7 @@ class SentenceExperts(nn.Module):
             weight[self.first_domain_id :] = weight[cls]
 
     def domain_ids(self, names: Sequence[str]) -> Tensor:
-        """[B] int64 of names.
+        """Returns the ids [B] int64 of domain names.
 
         Raises:
             ValueError: an unknown name.
@@ -208,7 +208,7 @@ class SentenceExperts(nn.Module):
         return torch.tensor([self.config.domains.index(name) for name in names])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, domains: Tensor) -> Tensor:
-        """Embeddings [B, D].
+        """Returns embeddings [B, D].
 
         Args:
             input_ids: [B, S] int64, the first token of each is CLS. attention_mask: [B, S], 0 where
@@ -237,10 +237,10 @@ class SentenceExperts(nn.Module):
         return pooled
 
     def with_experts(self, moe_layers: Sequence[int] | None = None) -> SentenceExperts:
-        """A copy of this dense model with experts that are copies of its networks.
+        """Returns a copy of this dense model with experts that are copies of its networks.
 
         Raises:
-            ValueError: this model has experts already.
+            ValueError: this model already has experts.
         """
         if self.config.moe_layers != ():
             raise ValueError("SentenceExperts: the model must be dense, got one with experts.")
@@ -252,7 +252,7 @@ class SentenceExperts(nn.Module):
 
 
 def layers_of(encoder: Any) -> Any:
-    """The layers of a BertModel or a ModernBertModel.
+    """Returns the layers of a BertModel or a ModernBertModel.
 
     Raises:
         ValueError: another encoder.
@@ -268,7 +268,7 @@ def layers_of(encoder: Any) -> Any:
 
 
 def make_domain_experts(layer: Any, num_domains: int, given: Given) -> None:
-    """Puts copies of a layer's feed-forward network in its place, one a domain.
+    """Replaces a layer's feed-forward network with copies of it, one per domain.
 
     Raises:
         ValueError: an activation that `Experts` does not have.
@@ -277,7 +277,7 @@ def make_domain_experts(layer: Any, num_domains: int, given: Given) -> None:
         first, second = layer.intermediate.dense, layer.output.dense
         activation = _activation(layer.intermediate.intermediate_act_fn)
     else:
-        # GeGLU: the activation is of the first half of Wi's output, as in `Experts`.
+        # GeGLU: the activation applies to the first half of Wi's output, as in `Experts`.
         first, second = layer.mlp.Wi, layer.mlp.Wo
         activation = {"gelu": "geglu", "gelu_tanh": "geglu_tanh"}.get(
             _activation(layer.mlp.act), ""
@@ -306,7 +306,7 @@ def make_domain_experts(layer: Any, num_domains: int, given: Given) -> None:
 
 
 def _activation(function: Any) -> str:
-    """Its name among those of `Experts`, found by what it does."""
+    """Returns the activation's name in `Experts`, found by comparing outputs."""
     x = torch.linspace(-3, 3, 13)
     known = {
         "gelu": F.gelu(x),
@@ -326,13 +326,14 @@ def _activation(function: Any) -> str:
 def ranking_loss(
     left: Tensor, right: Tensor, *, similarity: str = "cosine", scale: float = 20.0
 ) -> Tensor:
-    """Multiple negatives ranking, both directions: the right partner among all of the batch.
+    """Computes the multiple negatives ranking loss in both directions: the correct partner among
+    the whole batch.
 
     Cross-entropy of the rows and of the columns of the similarities [B, B], averaged.
 
     Args:
         left, right: [B, D].
-        similarity: "cosine", multiplied by `scale`; "dot", the authors', taken as it is.
+        similarity: "cosine", multiplied by `scale`; "dot", as in the authors' code, unscaled.
     """
     check_choice("ranking_loss", "similarity", similarity, SIMILARITIES)
     if similarity == "cosine":

@@ -1,4 +1,4 @@
-"""Dynamic routing: a token uses as many experts as it takes to gather a share p of its routing.
+"""Dynamic routing: a token uses as many experts as needed to reach a total routing probability p.
 
 Huang et al. 2024, Harder Tasks Need More Experts: Dynamic Routing in MoE Models, arXiv 2403.07652.
 
@@ -31,15 +31,15 @@ class TopPConfig(LMConfig):
     """Sizes and options of a model with dynamic routing.
 
     Attributes, beside those of `LMConfig`:
-        num_layers: blocks; those whose number `expert_frequency` divides have experts (the first
-            one, number 0, always), the others a dense network of the same width I.
-        expert_frequency: see there.
+        num_layers: blocks; blocks with an index divisible by `expert_frequency` have experts
+            (always the first, index 0), the others a dense network of the same width I.
+        expert_frequency: see num_layers.
         num_heads: attention heads, each of H / num_heads features.
         intermediate_size: I.
         num_experts: E.
-        top_p: p, the probability that the experts of a token must gather.
-        max_experts: most experts of a token; None is E.
-        expected_experts: what parameters a token uses are counted with.
+        top_p: p, the total probability that a token's experts must reach.
+        max_experts: maximum experts per token; None is E.
+        expected_experts: experts per token assumed when counting active parameters.
         rope_theta: base of the rotary embeddings.
         norm_eps: of all norms.
         load_balancing_coefficient, entropy_coefficient: of the losses, summed over layers. Without
@@ -91,7 +91,7 @@ class TopPConfig(LMConfig):
 
 
 class TopPBlock(Block):
-    """A block with experts, or with a dense network."""
+    """Block with experts, or with a dense network."""
 
     def __init__(self, config: TopPConfig, rope: Rope, *, dense: bool) -> None:
         hidden = config.hidden_size
@@ -112,7 +112,7 @@ class TopPBlock(Block):
 
 
 class TopP(CausalLM):
-    """The language model; see `CausalLM` for what it can do."""
+    """The language model; see `CausalLM` for its methods."""
 
     config_class = TopPConfig
     config: TopPConfig

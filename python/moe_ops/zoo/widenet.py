@@ -1,4 +1,4 @@
-"""WideNet: one block of attention and experts, used at every depth with norms of that depth.
+"""WideNet: one block of attention and experts, reused at every depth with separate norms per depth.
 
     model = zoo.create_model("widenet")                          # a language model
     model = zoo.create_model("widenet", preset="tiny_vision")    # a classifier of images
@@ -7,7 +7,7 @@
 
 Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 
-Letters: B sequences, S places of each, T = B * S, H hidden size, E experts, K experts a token, L
+Letters: B sequences, S places of each, T = B * S, H hidden size, E experts, K experts per token, L
 depths, C classes.
 """
 
@@ -42,23 +42,23 @@ POOLINGS = ("mean", "token")
 
 @dataclass(frozen=True)
 class WideNetConfig(LMConfig):
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes, beside those of `LMConfig`:
-        vocab_size: of the language model; not used by images.
-        num_layers: depth: how often the block is used.
+        vocab_size: of the language model; unused for images.
+        num_layers: depth: number of uses of the block.
         trunk: "language", causal, or "vision", which classifies images.
         sharing: "own_norms", one block with norms of each depth; "shared_norms", one block and one
             pair of norms (as in ALBERT); "none", a block of each depth.
         num_heads, intermediate_size: the latter of one expert.
         num_experts, top_k: E and K; with E = 1 the block has a dense network and no router.
-        noise: in training, deviation of what is added to router logits; None: 1 / E.
+        noise: in training, deviation of the noise added to router logits; None: 1 / E.
         capacity_factor: in training, see `moe_ops.layers.CapacityRouter`; None drops no token.
-        dropout: of what attention and experts add to the stream.
+        dropout: on the outputs of attention and experts.
         balance_coefficient: of the balance loss, summed over depths.
         rope_theta: base of the positions of "language".
         image_size, patch_size, channels, num_classes: of "vision"; images are square.
-        pooling: "mean" over all places, that of the class token among them, or the "token" alone.
+        pooling: "mean" over all positions including the class token, or the class "token" alone.
         representation: a dense layer with tanh before the classifier.
         norm_eps: of all norms.
     """
@@ -131,11 +131,12 @@ class WideNetConfig(LMConfig):
 
 
 class NoisyRouter(CapacityMixin, TopKRouter):
-    """Top-K of softmax(x W^T + noise), not renormalised; noise in training, N(0, deviation^2).
+    """Router with Top-K of softmax(x W^T + noise), not renormalized; noise in training, N(0,
+    deviation^2).
 
     Args:
         noise: the deviation, at least 0.
-        hidden_size, num_experts, top_k, options: as of `CapacityRouter`.
+        hidden_size, num_experts, top_k, options: see `CapacityRouter`.
     """
 
     draws_random_numbers = True
@@ -153,7 +154,7 @@ class NoisyRouter(CapacityMixin, TopKRouter):
 
 
 class DenseNetwork(nn.Module):
-    """The network of one expert, for every token; x [..., H] to its shape."""
+    """Network of one expert, for every token; maps x [..., H] to its shape."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -167,7 +168,8 @@ class DenseNetwork(nn.Module):
 
 
 def make_ffn(config: WideNetConfig) -> MoE | DenseNetwork:
-    """Experts with GELU and biases behind a noisy router; a dense network with one expert."""
+    """Returns experts with GELU and biases behind a noisy router, or a dense network for one
+    expert."""
     hidden, count = config.hidden_size, config.num_experts
     experts = Experts(count, hidden, config.intermediate_size, activation="gelu_tanh", bias=True)
     if count == 1:
@@ -180,7 +182,7 @@ def make_ffn(config: WideNetConfig) -> MoE | DenseNetwork:
 
 
 class DepthNorms(nn.Module):
-    """The two norms that go with a use of the block."""
+    """The two norms of one use of the block."""
 
     def __init__(self, config: WideNetConfig) -> None:
         super().__init__()
@@ -189,7 +191,7 @@ class DepthNorms(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), with norms that are given."""
+    """Computes x + attention(norm(x)), then x + ffn(norm(x)), with the given norms."""
 
     def __init__(self, config: WideNetConfig, attention: Attention | MultiHeadAttention) -> None:
         super().__init__()
@@ -198,11 +200,11 @@ class WideBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, norms: DepthNorms, step: Step, depth: int, name: str) -> Tensor:
-        """x [B, S, H] to its shape.
+        """Returns a tensor shaped like x [B, S, H].
 
         Args:
-            step: positions and caches of causal attention; notes what the router says under
-                `name` with its depth.
+            step: positions and caches of causal attention; records routing under `name` with its
+                depth.
         """
         y = norms.attention_norm(x)
         if isinstance(self.attention, Attention):
@@ -221,7 +223,8 @@ class WideBlock(nn.Module):
 
 
 def through_depths(blocks: Any, norms: Any, depth: int, x: Tensor, step: Step) -> Tensor:
-    """x through `depth` blocks with their norms, of which there is one for all depths or each."""
+    """Applies `depth` blocks with their norms to x; there is one of each for all depths, or one per
+    depth."""
     for i in range(depth):
         block, norm = i % len(blocks), i % len(norms)
         x = blocks[block](x, norms[norm], step, i, f"blocks.{block}")
@@ -229,13 +232,13 @@ def through_depths(blocks: Any, norms: Any, depth: int, x: Tensor, step: Step) -
 
 
 def counts(config: WideNetConfig) -> tuple[int, int]:
-    """How many blocks and how many pairs of norms there are."""
+    """Returns the numbers of blocks and of pairs of norms."""
     blocks = config.num_layers if config.sharing == "none" else 1
     return blocks, 1 if config.sharing == "shared_norms" else config.num_layers
 
 
 class _WideNet(Pretrained):
-    """What both trunks share.
+    """Base of both models.
 
     Parameters: blocks.0 (with sharing "none" one of each depth) and layers.0 to layers.(L - 1),
     the norms of each depth (with "shared_norms" layers.0 alone).
@@ -246,7 +249,7 @@ class _WideNet(Pretrained):
     layers: Any
 
     def reset_parameters(self) -> None:
-        """Weights N(0, init_std), norms 1, biases 0."""
+        """Draws weights from N(0, init_std); norms are 1, biases 0."""
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[2] in ("bias", "b_gate_up", "b_down"):
                 nn.init.zeros_(parameter)
@@ -256,12 +259,13 @@ class _WideNet(Pretrained):
                 nn.init.ones_(parameter)
 
     def entries(self) -> list[Entry]:
-        """Every tensor under its own name: there is no published checkpoint to agree with. The
-        first one is whatever the model made first."""
+        """Returns every tensor under its own name, since there is no published checkpoint to match.
+        The first entry is the first tensor created."""
         return [Entry(name, (name,)) for name in self.state_dict()]
 
     def idle_parameters(self) -> int:
-        """Of experts that a token does not use if its choices at all depths of a block differ."""
+        """Returns the expert parameters that a token does not use if its experts differ at all
+        depths of a block."""
         config, uses = self.config, self.config.num_layers // len(self.blocks)
         idle = max(config.num_experts - config.top_k * uses, 0)
         banks = sum(p.numel() for block in self.blocks for p in block.ffn.experts.parameters())
@@ -269,7 +273,7 @@ class _WideNet(Pretrained):
 
 
 class WideNetLM(_WideNet, CausalLM):
-    """The language model; see `CausalLM` for what it can do. Routing is that of each depth."""
+    """The language model; see `CausalLM` for its methods. It has one routing per depth."""
 
     free_fields = ("context", "image_size", "patch_size", "channels", "num_classes")
     config: WideNetConfig
@@ -294,19 +298,19 @@ class WideNetLM(_WideNet, CausalLM):
         return out
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for a sequence of calls, one a depth."""
+        """Returns an empty cache for a sequence of calls, one entry per depth."""
         return [KVCache() for _ in range(self.config.num_layers)]
 
 
 class ViTOutput(NamedTuple):
-    """logits [B, C], and the routing of each depth."""
+    """Logits [B, C], and the routing of each depth."""
 
     logits: Tensor
     routing: list[Routed]
 
 
 class ViTLoss(NamedTuple):
-    """What training minimises, and its parts.
+    """Training loss and its parts.
 
     loss: smoothed cross-entropy plus each auxiliary loss times its coefficient, a scalar.
     cross_entropy: mean over images, in nats, not smoothed.
@@ -322,7 +326,7 @@ class ViTLoss(NamedTuple):
 
 
 class WideNetViT(_WideNet):
-    """The classifier of images: patches, a class token that starts at 0, learnt positions."""
+    """Image classifier: patches, a class token that starts at 0, learned positions."""
 
     free_fields = ("context", "vocab_size", "image_size")
     config: WideNetConfig
@@ -347,10 +351,10 @@ class WideNetViT(_WideNet):
         self.reset_parameters()
 
     def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | ViTOutput:
-        """images [B, channels, image_size, image_size] to logits [B, C], or to a ViTOutput.
+        """Maps images [B, channels, image_size, image_size] to logits [B, C], or to a ViTOutput.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: images have another shape.
         """
         config = self.config
         wanted = (config.channels, config.image_size, config.image_size)
@@ -360,7 +364,7 @@ class WideNetViT(_WideNet):
                 f"{list(images.shape)}."
             )
         x = self.patches(images).flatten(2).transpose(1, 2)
-        # The class token is a place without a patch.
+        # The class token is a position without a patch.
         x = self.dropout(F.pad(x, (0, 0, 1, 0)) + self.positions)
         step = Step(None, None, return_routing)
         x = self.norm(through_depths(self.blocks, self.layers, config.num_layers, x, step))
@@ -371,7 +375,8 @@ class WideNetViT(_WideNet):
         return logits if step.routing is None else ViTOutput(logits, step.routing)
 
     def loss(self, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> ViTLoss:
-        """Cross-entropy of labels [B] in [0, C), plus the auxiliary losses of routing."""
+        """Computes the cross-entropy of labels [B] in [0, C), plus the auxiliary losses of
+        routing."""
         found: Any = self(images, return_routing=True)
         logits, routing = found
         total = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -387,5 +392,5 @@ WideNet = WideNetLM | WideNetViT
 
 
 def build(config: WideNetConfig) -> WideNetLM | WideNetViT:
-    """The model of a config."""
+    """Builds the model of a config."""
     return WideNetLM(config) if config.trunk == "language" else WideNetViT(config)

@@ -276,7 +276,7 @@ def test_a_routed_expert_that_is_taken_away_has_one_in_its_place():
 def test_coe_runs():
     arms = coe.arms_of(coe.BASE)
     per_token = {c.num_iterations * c.top_k for c in arms.values()}
-    assert per_token == {4}  # Routed experts a token, in all arms.
+    assert per_token == {4}  # Routed experts per token, in all arms.
     base = dataclasses.replace(
         coe.BASE, hidden_size=32, num_layers=1, kv_rank=16, intermediate_size=16
     )

@@ -1,4 +1,5 @@
-"""Studies and their queue: the plan is fixed, a run that is cut goes on with the same bits."""
+"""Studies and their queue: the plan is fixed, a run that is cut goes on with bitwise identical
+results."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ OF_PRODUCT = {
         ("nt", 8192, 8, 0, 28672, 4096, LARGE),
         ("nn", 65536, 8, 0, 4096, 28672, LARGE),
         ("tn", 65536, 8, 28672, 4096, 0, LARGE),
-        # Qwen3-30B-A3B: 64 rows an expert, then the weights are what is read.
+        # Qwen3-30B-A3B: 64 rows per expert, then the weights are what is read.
         ("nt", 8192, 128, 0, 1536, 2048, FEW_ROWS),
         # 128 rows an expert would leave half of a cluster idle.
         ("nt", 8192, 64, 0, 2048, 2048, MIDDLE),
@@ -51,7 +51,7 @@ OF_PRODUCT = {
         ("gather_tn", 262144, 128, 2048, 768, 0, LARGE),
         ("tn_gather", 262144, 128, 1536, 2048, 0, LARGE_ALONE),
         ("tn_gather", 262144, 256, 4096, 7168, 0, LARGE_ALONE),
-        # 32 rows an expert: what is written counts, and its end should be hidden.
+        # 32 rows per expert: what is written counts, and its end should be hidden.
         ("gather_tn", 4096, 128, 2048, 768, 0, MIDDLE),
         ("tn_gather", 4096, 128, 1536, 2048, 0, MIDDLE),
     ],

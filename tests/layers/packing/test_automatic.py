@@ -42,7 +42,7 @@ def small(monkeypatch):
 def test_auto_packs_after_enough_use(small, counted):
     with moe_ops.set_packing_policy("auto"):
         bank = make()
-        slots(bank, tokens=16, times=8)  # 64 rows an expert
+        slots(bank, tokens=16, times=8)  # 64 rows per expert
         assert not is_packed(bank)
         assert_right(bank)
         assert is_packed(bank)

@@ -234,7 +234,7 @@ def test_network_equals_a_plain_transcription():
 
 
 def passing_colors():
-    """A model whose weights pass the colour on that the source views show: everything behind the
+    """A model whose weights pass the color on that the source views show: everything behind the
     first map adds 0, and a large constant among the features keeps the last norm's scale."""
     size, large = 8, 100.0
     model = GNTMove(zoo.get("gntmove").make_config(**{**SMALL, "num_points": 2}))
@@ -293,9 +293,9 @@ def rendered_by_oracle(size):
 
 
 def test_renders_a_known_scene():
-    """With points at the true depths and weights that pass colours on, the renderer gives the
-    image that the ray tracer makes, up to the pixels of its sources: cameras, projections,
-    sampling and the order of pixels are right."""
+    """With points at the true depths and weights that pass colors on, the renderer gives the image
+    that the ray tracer makes, up to the pixels of its sources: cameras, projections, sampling and
+    the order of pixels are right."""
     truth, coarse, mixed = rendered_by_oracle(48)
     fine = rendered_by_oracle(144)[1]
     # Edges are a pixel of the sources wide: their share falls to a third, 4.8 dB.

@@ -152,7 +152,7 @@ def test_slots_without_an_expert_and_no_tokens():
 
 
 def test_published_presets_have_fewer_expert_parameters():
-    """The claim is of more than 72 %: 2 H^2 numbers an expert instead of 8 H^2."""
+    """The claim is of more than 72 %: 2 H^2 numbers per expert instead of 8 H^2."""
     for preset, experts in (("e4", 4), ("e8", 8), ("e16", 16)):
         with torch.device("meta"):
             film = count_parameters(zoo.create_model("mofme", preset=preset))

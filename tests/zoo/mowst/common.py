@@ -21,7 +21,7 @@ geometric = pytest.mark.skipif(not has_geometric, reason="PyTorch Geometric is n
 
 
 class Neighbours(nn.Module):
-    """A strong expert without PyTorch Geometric: the mean of the neighbours through an MLP.
+    """A strong expert without PyTorch Geometric: the mean of the neighbors through an MLP.
 
     It does not see a node's own features.
     """

@@ -79,7 +79,7 @@ def network(w, name, x, expert):
 
 
 def by_hand(w, config, tokens, side, experts, memory=None):
-    """Hidden states [S, H] of one sequence without padding; experts: a number a layer, "mean"."""
+    """Hidden states [S, H] of one sequence without padding; experts: a number per layer, "mean"."""
     hidden = config.hidden_size
     rates = [10_000 ** (-i / (hidden // 2 - 1)) for i in range(hidden // 2)]
     places = torch.tensor(

@@ -1,6 +1,6 @@
-"""Sizes, options and presets of DeepSeekMoE, and the config.json of V1, V2 and V3.
+"""Sizes, options and presets of DeepSeekMoE, and reading of the config.json of V1, V2 and V3.
 
-Letters: V vocabulary, H hidden size, I intermediate size, E experts, K experts a token.
+Letters: V vocabulary, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ARCHITECTURES = dict(zip(MODEL_TYPES, ("Deepseek", "DeepseekV2", "DeepseekV3"), 
 
 @dataclass(frozen=True)
 class DeepSeekConfig(LMConfig):
-    """Sizes and options of a DeepSeekMoE, of any of its three generations.
+    """Sizes and options of a DeepSeekMoE of any of the three generations.
 
     Attributes, beside those of `LMConfig`:
         num_layers: blocks; the first `num_dense_layers` have a dense network of width
@@ -31,14 +31,15 @@ class DeepSeekConfig(LMConfig):
             plain attention (V1) with heads of `head_size`.
         rope_theta, rope_interleaved, yarn: see `moe_ops.layers.rotary.Rope`.
         intermediate_size: I, of one expert.
-        num_experts, top_k: E routed experts, K of them a token.
-        num_shared_experts: experts that every token passes.
+        num_experts, top_k: E routed experts, K of them per token.
+        num_shared_experts: experts applied to every token.
         score_func: "softmax" (V1, V2) or "sigmoid" (V3).
         renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
-        num_groups, num_topk_groups, group_score: groups of experts, and how many a token may use.
-        expert_bias: balance by a bias of the choice, which `moe_ops.layers.update_expert_bias`
-            moves after each step of an optimizer.
-        bias_update_rate: size of its steps.
+        num_groups, num_topk_groups, group_score: groups of experts, and the groups available to a
+            token.
+        expert_bias: balance by a selection bias, which `moe_ops.layers.update_expert_bias` updates
+            after each optimizer step.
+        bias_update_rate: size of its updates.
         expert_balance_coefficient, device_balance_coefficient, sequence_balance_coefficient: of the
             losses, each summed over layers.
         num_devices: groups of the device loss.
@@ -46,7 +47,7 @@ class DeepSeekConfig(LMConfig):
         tie_embeddings: the embedding is also the output's weight.
     """
 
-    # What all three generations have.
+    # Entries that all three generations have.
     KEYS: ClassVar[dict[str, Any]] = {
         **LLAMA_KEYS,
         "num_dense_layers": size("first_k_dense_replace", default=0, least=0),
@@ -218,7 +219,7 @@ class DeepSeekConfig(LMConfig):
     )
 
     def aux_coefficients(self) -> dict[str, float]:
-        """The losses that are in use."""
+        """Returns the coefficients of the losses in use."""
         coefficients = {
             "load_balancing": self.expert_balance_coefficient,
             "device_balance": self.device_balance_coefficient,
@@ -228,14 +229,15 @@ class DeepSeekConfig(LMConfig):
 
     @property
     def model_type(self) -> str:
-        """What config.json calls it: the generation that has this attention and this balancing."""
+        """Returns the model type in config.json: the generation with this attention and
+        balancing."""
         if not self.latent:
             return MODEL_TYPES[0]
         return MODEL_TYPES[2] if self.expert_bias else MODEL_TYPES[1]
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
-        """Fields whose names or meaning depend on the generation."""
+        """Reads fields whose names or meaning depend on the generation."""
         kind = published.choice("model_type", of=MODEL_TYPES)
         latent, biased = kind != "deepseek", kind == "deepseek_v3"
         fields: dict[str, Any] = {
@@ -246,7 +248,7 @@ class DeepSeekConfig(LMConfig):
                 of=("softmax", "sigmoid"),
                 default="sigmoid" if biased else "softmax",
             ),
-            # The code of V2 in transformers never renormalises, and no V2 checkpoint asks for it.
+            # The V2 code in transformers never renormalizes, and no V2 checkpoint requests it.
             "renormalize": kind != "deepseek_v2"
             and published.flag("norm_topk_prob", default=False),
             "group_score": "top2_sum" if biased else "max",
@@ -268,7 +270,7 @@ class DeepSeekConfig(LMConfig):
         return fields
 
     def write_more(self) -> dict[str, Any]:
-        """The entries that `read_more` reads, and those that only other readers want."""
+        """Returns the entries that `read_more` reads, and those that only other readers need."""
         kind = self.model_type
         published: dict[str, Any] = {
             "architectures": [f"{ARCHITECTURES[kind]}ForCausalLM"],

@@ -20,7 +20,7 @@ from .config import DeepSeekConfig
 
 
 class DeepSeekBlock(Block):
-    """A block with experts, or with a dense network."""
+    """Block with experts, or with a dense network."""
 
     def __init__(self, config: DeepSeekConfig, rope: Rope, *, dense: bool) -> None:
         hidden = config.hidden_size
@@ -60,9 +60,9 @@ def _experts(config: DeepSeekConfig) -> MoE:
 
 
 class DeepSeek(CausalLM):
-    """The language model of all three generations; see `CausalLM` for what it can do.
+    """The language model of all three generations; see `CausalLM` for its methods.
 
-    Equals transformers' DeepseekV2ForCausalLM and DeepseekV3ForCausalLM with the same weights.
+    Matches transformers' DeepseekV2ForCausalLM and DeepseekV3ForCausalLM with equal weights.
     """
 
     config_class = DeepSeekConfig
@@ -70,7 +70,7 @@ class DeepSeek(CausalLM):
 
     def __init__(self, config: DeepSeekConfig) -> None:
         super().__init__()
-        # Prediction heads for later tokens are further layers of V3's checkpoints.
+        # Heads that predict later tokens are extra layers in V3's checkpoints.
         first = config.num_layers
         later = "|".join(str(index) for index in range(first, first + 8))
         self.ignored_keys = (*self.ignored_keys, rf"model\.layers\.(?:{later})\..*")

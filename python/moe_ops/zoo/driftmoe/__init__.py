@@ -1,11 +1,11 @@
-"""DriftMoE: a router network over trees that learn from a stream, one example at a time.
+"""DriftMoE: a router network over trees that learn online, one example at a time.
 
     model = zoo.create_model("driftmoe", preset="moe_data", num_features=24, num_classes=10)
     model.learn_one(x, y)
 
-A model has `predict_one`, `predict_proba_one` and `learn_one`, as classifiers of river have, and
-its experts are anything that has them. Trees come from river (the extra `streams`); a model of
-experts of your own runs without it.
+A model has `predict_one`, `predict_proba_one` and `learn_one`, like classifiers of river, and
+experts are any objects with these methods. Trees come from river (the extra `streams`); a model
+with custom experts runs without it.
 
 Source: Aspis et al. 2025 (DriftMoE: A Mixture of Experts Approach to Handle Concept Drifts, ECML
 PKDD workshops, arXiv 2507.18464).

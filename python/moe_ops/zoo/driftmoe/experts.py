@@ -1,4 +1,4 @@
-"""Experts that learn from one example at a time, and the labels that they give the router.
+"""Experts that learn from one example at a time, and their labels for training the router.
 
 Letters: E experts, C classes.
 """
@@ -16,17 +16,18 @@ EXPERTS = ("tree", "adaptive_tree")
 
 
 class StreamExpert(Protocol):
-    """What an expert must have; every classifier of river has it."""
+    """Interface of an expert; every classifier of river has it."""
 
     def predict_proba_one(self, x: Any) -> Mapping[Any, float]:
-        """Class -> probability; classes that it does not name have 0. Empty: it knows nothing."""
+        """Returns class -> probability; missing classes have 0, and an untrained expert returns
+        {}."""
         ...
 
     def learn_one(self, x: Any, y: Any) -> Any: ...
 
 
 def import_river() -> Any:
-    """The package.
+    """Imports river.
 
     Raises:
         ImportError: it is not installed.
@@ -48,13 +49,13 @@ def import_river() -> Any:
 def hoeffding_tree(
     kind: str = "tree", grace_period: int = 50, delta: float = 1e-7, seed: int = 0
 ) -> StreamExpert:
-    """A tree of river.
+    """Creates a tree of river.
 
     Args:
-        kind: "tree", a Hoeffding tree; "adaptive_tree", which replaces branches whose error an
-            ADWIN detector sees rise.
-        grace_period: examples that a leaf sees between two looks at whether to split.
-        delta: chance that a split is the wrong one.
+        kind: "tree", a Hoeffding tree; "adaptive_tree", which replaces branches when an ADWIN
+            detector finds a rising error.
+        grace_period: examples that a leaf receives between two attempts to split.
+        delta: probability that a split is wrong.
         seed: of an adaptive tree.
 
     Raises:
@@ -68,24 +69,25 @@ def hoeffding_tree(
 
 
 def probability_row(said: Mapping[Hashable, float], classes: Mapping[Hashable, int]) -> list[float]:
-    """What an expert said, a number for each of the classes in their order."""
+    """Returns an expert's prediction as a list with one value per class, in the order of
+    `classes`."""
     return [float(said.get(label, 0.0)) for label in classes]
 
 
 def right_experts(probabilities: Tensor, y: int) -> Tensor:
-    """[E] bool: the experts whose likeliest class is `y` (ties: the smaller number), among those
-    that have said anything at all; of [E, C]."""
+    """Returns [E] bool: True for experts of [E, C] whose most likely class is `y` (ties: the
+    smaller index), among those with any prediction."""
     top, likeliest = probabilities.max(dim=1)
     return (likeliest == y) & (top > 0)
 
 
 def cooperative_labels(probabilities: Tensor, y: int) -> Tensor:
-    """Which experts the router should have liked: those that are right (`right_experts`), and where
-    none is, the one that gives the true class the most.
+    """Returns the router's target experts: the correct ones (`right_experts`), or, if there are
+    none, the one that gives the true class the highest probability.
 
     Args:
-        probabilities: [E, C] floats, a row of zeros for an expert that knows nothing.
-        y: number of the true class, in [0, C).
+        probabilities: [E, C] floats, a row of zeros for an untrained expert.
+        y: index of the true class, in [0, C).
 
     Returns:
         [E] of 0 and 1, in the type of `probabilities`, with at least one 1 (ties of experts that

@@ -1,6 +1,6 @@
-"""The router network, and the model that routes, predicts and learns example by example.
+"""The router network, and the model that routes, predicts and learns one example at a time.
 
-Letters: D features, E experts, K experts a token, C classes.
+Letters: D features, E experts, K experts per token, C classes.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ ROUTINGS = ("learned", "random")
 
 @dataclass(frozen=True)
 class DriftMoEConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
-        num_features: D, numbers of an example. num_classes: C, the most that may appear.
-        variant: "data": experts are trained on what the router sends them, and tell it which of
-            them were right. "task": expert c learns class c against the rest, from all examples,
-            and the router learns the class; `num_experts` and `top_k` are then C.
+        num_features: D, features per example. num_classes: C, the maximum number of classes.
+        variant: "data": experts train on examples that the router sends them, and the correct
+            experts are the router's labels. "task": expert c learns class c against the rest, from
+            all examples, and the router learns the class; `num_experts` and `top_k` are then C.
         num_experts, top_k: E, and K experts that learn from an example.
-        prediction: "first": of the router's first expert ("task": the router's class, on which the
-            experts have no influence). "vote": of the K experts ("task": of all), weighted by the
+        prediction: "first": the router's first expert predicts ("task": the router's class,
+            independent of the experts). "vote": of the K experts ("task": of all), weighted by the
             router.
         routing: "random": the control, whose router draws its logits.
         expert: "tree" or "adaptive_tree", see `hoeffding_tree`; grace_period, delta: of it.
         hidden_sizes: of the router's layers. dropout: in its training steps.
         temperature: logits are divided by it.
         rate: of Adam. batch_size: examples of a router step; 1 in the published MoE-Task.
-        standardize: the router sees features with the mean and deviation of the stream so far taken
-            out.
+        standardize: the router gets features standardized with the mean and deviation of the stream
+            so far.
         seed: of the router's weights, dropout, random routing and adaptive trees.
     """
 
@@ -102,19 +102,20 @@ class DriftMoEConfig:
 
     @property
     def experts(self) -> int:
-        """E."""
+        """Returns E."""
         return self.num_classes if self.variant == "task" else self.num_experts
 
     @property
     def trained(self) -> int:
-        """K."""
+        """Returns K."""
         return self.num_classes if self.variant == "task" else self.top_k
 
 
 class RunningScale(nn.Module):
-    """Takes out mean and deviation of all that `update` has seen (Welford's method, fp64).
+    """Standardization by mean and deviation of all examples given to `update` (Welford's method,
+    fp64).
 
-    What has not varied so far is shifted only.
+    Features without variation so far are only shifted.
     """
 
     count: Tensor
@@ -129,22 +130,22 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """One example, [D]."""
+        """Adds one example, [D]."""
         self.count += 1
         away = x - self.mean
         self.mean += away / self.count
         self.squares += away * (x - self.mean)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] fp64 to fp32."""
+        """Maps [..., D] fp64 to fp32."""
         deviation = (self.squares / self.count.clamp(min=1)).sqrt()
         return ((x - self.mean) / deviation.masked_fill(deviation == 0, 1.0)).float()
 
 
 class StreamRouter(nn.Module):
-    """A network D -> hidden sizes -> E: linear maps, ReLU and dropout, then a `TopKRouter`.
+    """Network D -> hidden sizes -> E: linear maps, ReLU and dropout, then a `TopKRouter`.
 
-    Weights are Xavier's, biases 0.
+    Weights have Xavier's initialization, biases start at 0.
     """
 
     def __init__(self, config: DriftMoEConfig) -> None:
@@ -162,17 +163,16 @@ class StreamRouter(nn.Module):
         nn.init.xavier_uniform_(self.router.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """router_logits [T, E] of features [T, D] fp64."""
+        """Returns router_logits [T, E] of features [T, D] fp64."""
         return self.router.logits(self.trunk(self.scale(x) if self.scale else x.float()))
 
 
 class Step(NamedTuple):
-    """What an example did.
+    """Result of one example.
 
-    label: predicted before anything learned from it; None where nothing was known.
-    topk_ids: [K] the experts that learned from it, in the router's order.
-    right: [E] bool, the experts that would have been right; None under "task", whose experts are
-        asked other questions.
+    label: prediction before learning from it; None if there was none. topk_ids: [K] the experts
+    that learned from it, in the router's order. right: [E] bool, the experts that would have been
+    right; None under "task", whose experts answer other questions.
     """
 
     label: Any
@@ -181,18 +181,18 @@ class Step(NamedTuple):
 
 
 class DriftMoE(nn.Module):
-    """A classifier of a stream: experts that learn example by example, and a router over them.
+    """Classifier of a stream: experts that learn online, and a router over them.
 
-    The router's parameters are those of the module. The experts hold no tensors, and are not in its
-    state dict.
+    The module's parameters are the router's. The experts hold no tensors and are not in its state
+    dict.
 
     Args:
         config: sizes and choices.
-        make_expert: number of the expert -> a `StreamExpert`; None: trees of river. Under "task"
-            its classes are True and False.
+        make_expert: expert index -> a `StreamExpert`; None: trees of river. Under "task" its
+            classes are True and False.
 
     Raises:
-        ImportError: trees are wanted and river is not installed.
+        ImportError: trees are needed and river is not installed.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class DriftMoE(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network = StreamRouter(config)
-            # Dropout draws from torch's own generator, of which the model keeps a state.
+            # Dropout uses torch's global generator; the model stores its state.
             self._noise = torch.get_rng_state()
         self.experts: list[StreamExpert] = [
             hoeffding_tree(config.expert, config.grace_period, config.delta, config.seed + i)
@@ -218,21 +218,23 @@ class DriftMoE(nn.Module):
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self.eval()
 
-    # ------------------------------------------------------------------------------- prediction
+    # Prediction.
 
     def predict_one(self, x: Mapping[Any, Any]) -> Any:
-        """The likeliest class, None before the first example."""
+        """Returns the most likely class, None before the first example."""
         return self._label(self._scores(*self._routed(x)[1:], x))
 
     def predict_proba_one(self, x: Mapping[Any, Any]) -> dict[Any, float]:
-        """Class -> probability, of the classes seen so far; empty before the first example."""
+        """Returns class -> probability for the classes seen so far; empty before the first
+        example."""
         scores = self._scores(*self._routed(x)[1:], x)
         total = sum(scores) or 1.0
         return {label: scores[i] / total for label, i in self.classes.items()}
 
     @torch.no_grad()
     def _routed(self, x: Mapping[Any, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """features [D], logits [E] over the temperature, topk_weights and topk_ids [K]."""
+        """Returns features [D], logits [E] divided by the temperature, topk_weights and topk_ids
+        [K]."""
         features = self._features(x)
         if self.config.routing == "random":
             logits = torch.randn(1, self.config.experts, generator=self.generator)
@@ -265,7 +267,7 @@ class DriftMoE(nn.Module):
     def _scores(
         self, logits: Tensor, weights: Tensor, ids: Tensor, x: Mapping[Any, Any]
     ) -> list[float]:
-        """A number for each class seen so far; asks the experts that it needs alone."""
+        """Returns a score for each class seen so far; calls only the experts that it needs."""
         config = self.config
         if config.variant == "task":
             likely: list[float] = F.softmax(logits[: len(self.classes)], dim=0).tolist()
@@ -290,14 +292,14 @@ class DriftMoE(nn.Module):
         number = scores.index(best)
         return next(label for label, i in self.classes.items() if i == number)
 
-    # --------------------------------------------------------------------------------- learning
+    # Learning.
 
     def learn_one(self, x: Mapping[Any, Any], y: Any) -> None:
-        """One example whose class is known."""
+        """Learns from one labeled example."""
         self._learn(x, y, self._routed(x))
 
     def observe(self, x: Mapping[Any, Any], y: Any) -> Step:
-        """`predict_one`, then `learn_one`, with one pass of the router."""
+        """Runs `predict_one`, then `learn_one`, with one pass of the router."""
         routed = self._routed(x)
         label = self._label(self._scores(*routed[1:], x))
         right = self._learn(x, y, routed)
@@ -337,7 +339,7 @@ class DriftMoE(nn.Module):
         return right
 
     def _router_step(self) -> None:
-        """One step of Adam on the binary cross-entropy of what has gathered."""
+        """Makes one Adam step on the binary cross-entropy of the collected examples."""
         features, labels = (torch.stack(part) for part in zip(*self._waiting, strict=True))
         self._waiting.clear()
         self.network.train()

@@ -1,4 +1,5 @@
-"""GNT-MOVE: novel views of scenes that were not trained on, by transformers with experts of views.
+"""GNT-MOVE: novel view synthesis for scenes outside the training set, by transformers with view
+experts.
 
     model = zoo.create_model("gntmove")                        # ffn="dense": GNT
     colors = model(Views(images, cameras), target, pixels).colors

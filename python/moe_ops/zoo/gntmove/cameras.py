@@ -1,8 +1,8 @@
-"""Pinhole cameras: rays through pixels, and where points of space are seen.
+"""Pinhole cameras: rays through pixels, and projection of points to pixels.
 
-Axes of a camera: x to the right, y down, z where it looks. A pixel (0, 0) is the centre of the
-first one of the first row. Letters: ... leading dimensions, V views, R rays, P points of a ray,
-h and w height and width of an image.
+Axes of a camera: x to the right, y down, z forward. Pixel (0, 0) is the center of the first pixel
+of the first row. Letters: ... leading dimensions, V views, R rays, P points of a ray, h and w
+height and width of an image.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 class Cameras(NamedTuple):
-    """position: [..., 3]. rotation: [..., 3, 3], whose columns are the camera's axes in space.
-    focal: [...], in pixels. height, width: of the images of all of them."""
+    """Cameras. position: [..., 3]. rotation: [..., 3, 3], whose columns are the camera's axes in
+    space. focal: [...], in pixels. height, width: of all images."""
 
     position: Tensor
     rotation: Tensor
@@ -25,13 +25,14 @@ class Cameras(NamedTuple):
     width: int
 
     def at(self, index: object) -> Cameras:
-        """Those of an index into the leading dimensions."""
+        """Returns the cameras at an index into the leading dimensions."""
         parts = (self.position[index], self.rotation[index], self.focal[index])  # type: ignore[index]
         return Cameras(*parts, self.height, self.width)
 
 
 def rays(cameras: Cameras, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Origins and unit directions, [..., R, 3] each, of the rays through pixels [..., R, 2]."""
+    """Returns origins and unit directions, [..., R, 3] each, of the rays through pixels [..., R,
+    2]."""
     middle = pixels.new_tensor([cameras.width - 1, cameras.height - 1]) / 2
     offset = (pixels - middle) / cameras.focal[..., None, None]
     local = torch.cat([offset, torch.ones_like(offset[..., :1])], -1)
@@ -40,23 +41,23 @@ def rays(cameras: Cameras, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project(cameras: Cameras, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels [..., N, 2] at which cameras [...] see points [..., N, 3], and whether they are in the
-    image and in front of the camera, bool [..., N]."""
+    """Returns pixels [..., N, 2] at which cameras [...] see points [..., N, 3], and bool [..., N],
+    True if they are inside the image and in front of the camera."""
     local = (points - cameras.position[..., None, :]) @ cameras.rotation
     depth = local[..., 2:]
     pixels = cameras.focal[..., None, None] * local[..., :2] / depth.clamp(min=1e-6)
     size = points.new_tensor([cameras.width - 1, cameras.height - 1])
-    # Far outside it is all the same, and infinite numbers make none of a gradient.
+    # Clamping far outside changes nothing and keeps infinite values, which give NaN gradients, out.
     pixels = (pixels + size / 2).clamp(-1e4, 1e4)
     inside = ((pixels >= 0) & (pixels <= size)).all(-1)
     return pixels, inside & (depth[..., 0] > 0)
 
 
 def sample_images(images: Tensor, pixels: Tensor, height: int, width: int) -> Tensor:
-    """images [B, C, h', w'] at pixels [B, N, 2], to [B, N, C], between pixels by the mean of the
-    four around, weighted by distance; outside by those of the border.
+    """Samples images [B, C, h', w'] at pixels [B, N, 2] bilinearly, [B, N, C]; the border value is
+    used outside.
 
-    height, width: in which the pixels are counted; images of other sizes show the same.
+    height, width: image size in pixel coordinates; images of other sizes are scaled to it.
     """
     size = pixels.new_tensor([width - 1, height - 1])
     grid = (2 * pixels / size - 1)[:, None]
@@ -65,9 +66,9 @@ def sample_images(images: Tensor, pixels: Tensor, height: int, width: int) -> Te
 
 
 def ray_differences(points: Tensor, target: Tensor, sources: Tensor) -> Tensor:
-    """How the directions from points [..., N, 3] to a target camera at [..., 3] and to source
-    cameras at [..., V, 3] differ, [..., N, V, 4]: the direction of the difference of the two unit
-    vectors, and their inner product."""
+    """Returns the difference of the directions from points [..., N, 3] to a target camera at [...,
+    3] and to source cameras at [..., V, 3], as [..., N, V, 4]: the direction of the difference of
+    the two unit vectors, and their inner product."""
     to_target = F.normalize(target[..., None, :] - points, dim=-1)[..., None, :]
     to_source = F.normalize(sources[..., None, :, :] - points[..., None, :], dim=-1)
     difference = to_target - to_source

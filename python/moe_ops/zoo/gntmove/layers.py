@@ -1,6 +1,6 @@
-"""GNT-MOVE's layer: view experts behind a cosine router, beside an expert that is always used.
+"""GNT-MOVE's layer: view experts behind a cosine router, and a permanent expert.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, R rays, P
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rays, P
 points of a ray, N pairs of rays.
 """
 
@@ -21,7 +21,8 @@ from ..t2mir.routers import load_probability, squared_cv
 
 
 class ViewRouter(GateRouter):
-    """The K best of softmax over e of exp(s_e) (cos(x R, w_e) + noise), not renormalised.
+    """Router that selects the K best of softmax over e of exp(s_e) (cos(x R, w_e) + noise), not
+    renormalized.
 
     R maps H to max(E / 2, 1) features. In training the noise is normal with deviation 1 / E; in
     eval mode there is none. exp(s_e) is an expert's inverse temperature, 1 at the start.
@@ -47,13 +48,13 @@ class ViewRouter(GateRouter):
         return self.noise > 0
 
     def clean_logits(self, x: Tensor) -> Tensor:
-        """Logits [T, E] of x [T, H] without noise."""
+        """Returns logits [T, E] of x [T, H] without noise."""
         assert self.stem is not None and self.temperature is not None
         z, rows = F.normalize(self.stem(x), dim=-1), F.normalize(self.weight, dim=-1)
         return linear(z, rows) * self.temperature.exp()
 
     def noise_scale(self) -> Tensor:
-        """Deviation [E] of the noise of each expert's logit."""
+        """Returns the noise deviation [E] of each expert's logit."""
         assert self.temperature is not None
         return self.noise / self.num_experts * self.temperature.exp()
 
@@ -71,10 +72,10 @@ class ViewRouter(GateRouter):
 
 
 class ViewRouted(NamedTuple):
-    """What `ViewExperts` says of its tokens.
+    """Routing of `ViewExperts`.
 
-    routing: as of any router. logits: [T, E] without noise. balance: CV^2 of the experts' summed
-    weights plus CV^2 of the tokens to be expected on each, a scalar; 0 outside training.
+    routing: as for any router. logits: [T, E] without noise. balance: CV^2 of the experts' summed
+    weights plus CV^2 of each expert's expected number of tokens, a scalar; 0 outside training.
     """
 
     routing: Routing
@@ -83,7 +84,7 @@ class ViewRouted(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """Linear, relu, linear."""
+    """Linear map, relu, linear map."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -96,11 +97,12 @@ class FeedForward(nn.Module):
 
 
 class ViewExperts(nn.Module):
-    """y = (sum_k w_k expert_k(x) + permanent(x)) / 2; without the permanent expert the sum alone.
+    """Computes y = (sum_k w_k expert_k(x) + permanent(x)) / 2, or the sum alone without the
+    permanent expert.
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I (of every network), E, K.
-        permanent: an expert that every token passes.
+        permanent: if true, adds an expert applied to every token.
         noise: of `ViewRouter`.
     """
 
@@ -122,7 +124,7 @@ class ViewExperts(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ViewRouted]:
-        """x [..., H] to y of its shape."""
+        """Returns y, shaped like x [..., H], and the routing."""
         out: Any = self.moe(x, return_routing=True)
         y = out.y if self.moe.shared_experts is None else 0.5 * out.y
         router: Any = self.moe.router
@@ -138,7 +140,7 @@ class ViewExperts(nn.Module):
         importance = clean.new_zeros(clean.shape).scatter(1, ids, weights.to(clean.dtype)).sum(0)
         loss = squared_cv(importance)
         if router.noise:
-            # Threshold and noise are in the space of the noisy logits.
+            # Threshold and noise are both on the scale of the noisy logits.
             scale = router.noise_scale().expand_as(clean)
             loss = loss + squared_cv(
                 load_probability(clean, routing.router_logits, scale, router.top_k).sum(0)
@@ -147,7 +149,7 @@ class ViewExperts(nn.Module):
 
 
 class Neighbours(NamedTuple):
-    """For each point of the first ray of N pairs the nearest of the second.
+    """Nearest points of the second ray of N pairs, for each point of the first.
 
     nearest: [N, P] int64. weight: [N, P], softmax over the ray of minus the distance.
     """
@@ -157,19 +159,20 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(points: Tensor, pairs: Tensor) -> Neighbours:
-    """Of points [R, P, 3] of rays, for pairs [N, 2] of rays."""
+    """Returns neighbors for points [R, P, 3] of rays and pairs [N, 2] of rays."""
     a, b = points[pairs[:, 0]], points[pairs[:, 1]]
     distance, nearest = torch.cdist(a, b).min(-1)
     return Neighbours(nearest, (-distance).softmax(-1))
 
 
 def consistency_loss(logits: Tensor, pairs: Tensor, near: Neighbours) -> Tensor:
-    """How much the routing of neighbouring points differs: half the symmetric Kullback-Leibler
-    divergence of their distributions over experts, weighted mean over a ray, mean over pairs.
+    """Computes how much the routing of neighboring points differs: half the symmetric
+    Kullback-Leibler divergence of their distributions over experts, weighted mean over a ray, mean
+    over pairs.
 
     Args:
-        logits: [R, P, E] of one layer. pairs: [N, 2] of neighbouring rays; 0 without any.
-        near: what `neighbours` says of them.
+        logits: [R, P, E] of one layer. pairs: [N, 2] of neighboring rays; 0 without any.
+        near: result of `neighbours`.
 
     Source: Cong et al. 2023 (GNT-MOVE, arXiv 2308.11793).
     """

@@ -1,4 +1,4 @@
-"""A transformer that renders novel views, with view experts in every second view transformer.
+"""Transformer that renders novel views, with view experts in every second view transformer.
 
 Letters: S scenes, V source views, R rays, P points of a ray, H hidden size, F image features, h and
 w height and width of an image.
@@ -25,7 +25,7 @@ FFNS = ("moe", "dense")
 
 @dataclass(frozen=True)
 class GNTMoveConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
         hidden_size, num_layers, num_heads: H, pairs of a view and a ray transformer, heads of the
@@ -34,9 +34,9 @@ class GNTMoveConfig:
         num_points: P.
         mlp_ratio: inner size of networks and experts over H.
         ffn: "moe": view experts in the view transformers 1, 3, ...; "dense": GNT.
-        dense_ratio: inner size over H of the networks in whose place the experts are, with "dense";
-            0: `mlp_ratio`. A matched baseline is wider there.
-        num_experts, top_k: E and K. permanent: an expert beside them that every point passes.
+        dense_ratio: inner size over H of the networks that replace the experts, with "dense"; 0:
+            `mlp_ratio`. A baseline of equal compute is wider.
+        num_experts, top_k: E and K. permanent: if true, adds an expert applied to every point.
         noise: of the routers in training, times 1 / E.
         balance_weight, consistency_weight: of the two losses, mean over layers.
         dropout: behind attention and networks, in training.
@@ -81,15 +81,15 @@ class GNTMoveConfig:
 
 
 class Views(NamedTuple):
-    """What is known of S scenes: images [S, V, 3, h, w] in [0, 1], and their cameras [S, V]."""
+    """Input views of S scenes: images [S, V, 3, h, w] in [0, 1], and their cameras [S, V]."""
 
     images: Tensor
     cameras: Cameras
 
 
 class Rendered(NamedTuple):
-    """colors: [S, R, 3]. points: [S * R, P, 3], those looked at. routed: of each layer of experts,
-    whose tokens are the points, ray by ray."""
+    """Rendered rays. colors: [S, R, 3]. points: [S * R, P, 3], the sampled points. routed: one
+    entry per layer of experts, whose tokens are the points, ray by ray."""
 
     colors: Tensor
     points: Tensor
@@ -97,7 +97,7 @@ class Rendered(NamedTuple):
 
 
 class RenderLoss(NamedTuple):
-    """loss = color + balance_weight * balance + consistency_weight * consistency. color: mean
+    """Loss = color + balance_weight * balance + consistency_weight * consistency. color: mean
     squared error. balance, consistency: mean over layers, 0 for a dense model."""
 
     loss: Tensor
@@ -107,8 +107,8 @@ class RenderLoss(NamedTuple):
 
 
 class ViewAttention(nn.Module):
-    """Each point attends to the source views, feature by feature: weights are softmax over views of
-    a network of k - q + p, p a network of how directions differ."""
+    """Attention of each point to the source views, per feature: weights are softmax over views of a
+    network of k - q + p, where p is a network of the direction differences."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -120,19 +120,20 @@ class ViewAttention(nn.Module):
         self.out = nn.Linear(size, size)
 
     def forward(self, x: Tensor, views: Tensor, differences: Tensor, seen: Tensor) -> Tensor:
-        """x [..., P, H], views [..., P, V, H], differences [..., P, V, 4], seen [..., P, V]."""
+        """Computes attention of x [..., P, H] to views [..., P, V, H], with differences [..., P, V,
+        4] and seen [..., P, V]."""
         k = self.k(views)
         v = self.v(k)
         place = self.place(differences)
         scores = self.score(k - self.q(x)[..., None, :] + place)
-        # As in GNT a large negative number: a point that no view sees averages all of them.
+        # A large negative number as in GNT: a point that no view sees averages all of them.
         weights = scores.masked_fill(~seen[..., None], -1e9).softmax(-2)
         out: Tensor = self.out(((v + place) * weights).sum(-2))
         return out
 
 
 class ViewBlock(nn.Module):
-    """x + view attention(norm(x)), then x + ffn(norm(x))."""
+    """Computes x + view attention(norm(x)), then x + ffn(norm(x))."""
 
     def __init__(self, config: GNTMoveConfig, with_experts: bool) -> None:
         super().__init__()
@@ -162,7 +163,7 @@ class ViewBlock(nn.Module):
 
 
 class RayBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """Computes x + attention(norm(x)), then x + ffn(norm(x))."""
 
     def __init__(self, config: GNTMoveConfig) -> None:
         super().__init__()
@@ -180,11 +181,11 @@ class RayBlock(nn.Module):
 
 
 class GNTMove(nn.Module):
-    """Colours of rays, from images of a scene that was not seen in training.
+    """Colors of rays, from images of a scene outside the training set.
 
-    A point of a ray is projected into the source images; what they show there, colours and features
-    of a small convolutional network, is mixed by view transformers, and the points of a ray are
-    mixed by ray transformers. The colour is a linear map of the mean over points.
+    Each point of a ray is projected into the source images. View transformers mix the colors and
+    convolutional features sampled there; ray transformers mix the points of a ray. The color is a
+    linear map of the mean over points.
     """
 
     def __init__(self, config: GNTMoveConfig) -> None:
@@ -217,11 +218,11 @@ class GNTMove(nn.Module):
         features: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Rendered:
-        """The colours of pixels [S, R, 2] of target cameras [S].
+        """Returns the colors of pixels [S, R, 2] of target cameras [S].
 
         Args:
-            depths: of the points, [S, R, P]; None: as of `draw_depths`.
-            features: of the source images, as of `image_features`; None: computed.
+            depths: of the points, [S, R, P]; None: see `draw_depths`.
+            features: of the source images, see `image_features`; None: computed.
             generator: of the depths in training; None: torch's.
         """
         if features is None:
@@ -236,15 +237,15 @@ class GNTMove(nn.Module):
         return Rendered(colors, points.flatten(0, 1), routed)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """[S, V, F, h', w'] of images [S, V, 3, h, w], at half their size."""
+        """Returns features [S, V, F, h', w'] of images [S, V, 3, h, w], at half their size."""
         made: Tensor = self.features(images.flatten(0, 1))
         return made.unflatten(0, images.shape[:2])
 
     def draw_depths(
         self, scenes: int, count: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """[S, R, P]: the middles of equal parts of the depths from near to far; in training a
-        random place in each."""
+        """Returns depths [S, R, P]: the midpoints of equal intervals from near to far; in training
+        a random position in each."""
         config = self.config
         place = torch.full((scenes, count, config.num_points), 0.5)
         if self.training:
@@ -256,8 +257,9 @@ class GNTMove(nn.Module):
     def look(
         self, views: Views, features: Tensor, target: Cameras, points: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What source views show at points [S, R, P, 3]: colours and features [S * R, P, V, 3 + F],
-        differences of directions [S * R, P, V, 4], whether they are in the image [S * R, P, V]."""
+        """Samples source views at points [S, R, P, 3]: colors and features [S * R, P, V, 3 + F],
+        differences of directions [S * R, P, V, 4], and bool [S * R, P, V], True inside the
+        image."""
         count, num_views = views.images.shape[:2]
         rows, places = points.shape[1:3]
         flat = points.flatten(1, 2)
@@ -305,10 +307,10 @@ class GNTMove(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> RenderLoss:
-        """The loss of pixels [S, R, 2] that should have colors [S, R, 3].
+        """Computes the loss of pixels [S, R, 2] with target colors [S, R, 3].
 
         Args:
-            pairs: [N, 2], numbers in [0, S * R) of neighbouring rays.
+            pairs: [N, 2], indices in [0, S * R) of neighboring rays.
         """
         out = self(views, target, pixels, generator=generator)
         color = F.mse_loss(out.colors, colors)
@@ -324,7 +326,7 @@ class GNTMove(nn.Module):
         )
 
     def disagreement(self, out: Rendered, pairs: Tensor) -> Tensor:
-        """`consistency_loss`, the mean over layers of experts."""
+        """Computes `consistency_loss`, averaged over layers of experts."""
         near = neighbours(out.points, pairs)
         shape = out.points.shape[:2]
         found = [consistency_loss(r.logits.unflatten(0, shape), pairs, near) for r in out.routed]
@@ -332,7 +334,7 @@ class GNTMove(nn.Module):
 
 
 def encode(x: Tensor, num_freqs: int) -> Tensor:
-    """[..., 3] to [..., 3 (1 + 2 n)]: x, then sin and cos of x, 2 x, 4 x, ..."""
+    """Encodes [..., 3] as [..., 3 (1 + 2 n)]: x, then sin and cos of x, 2 x, 4 x, ..."""
     parts = [x]
     for number in range(num_freqs):
         parts += [(2**number * x).sin(), (2**number * x).cos()]
@@ -340,5 +342,5 @@ def encode(x: Tensor, num_freqs: int) -> Tensor:
 
 
 def small_network(inputs: int, inner: int, outputs: int) -> nn.Sequential:
-    """Linear, relu, linear."""
+    """Returns a network of linear map, relu and linear map."""
     return nn.Sequential(nn.Linear(inputs, inner), nn.ReLU(), nn.Linear(inner, outputs))

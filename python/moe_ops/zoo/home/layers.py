@@ -1,4 +1,4 @@
-"""Parts that multi-task models share: features, gates over experts, towers.
+"""Building blocks that multi-task models share: features, gates over experts, towers.
 
 Letters: T rows of a batch, V width of a row's features, G inputs, E experts, M mixtures, K tasks.
 """
@@ -19,7 +19,8 @@ from moe_ops.layers.all_experts import grouped_linear, low_rank_maps, segments
 
 
 def spread(x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
-    """x[:, input_ids] for numbers that do not fall: views, where indexing gathers and scatters."""
+    """Returns x[:, input_ids] for non-decreasing ids, as views: indexing would gather and
+    scatter."""
     if input_ids is None:
         return x
     counts = Counter(input_ids)
@@ -27,7 +28,7 @@ def spread(x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
 
 
 class Features(nn.Module):
-    """One row of features: embeddings of the categorical ones, then the dense ones.
+    """Feature vector: embeddings of the categorical features, then the dense ones.
 
     Args:
         cardinalities: number of values of each categorical feature.
@@ -37,11 +38,11 @@ class Features(nn.Module):
     Attributes:
         size: V = embedding_size * len(cardinalities) + num_dense.
 
-    All embeddings are one table, read by one lookup. Initialised normal with deviation 0.01, so
-    that interactions start small, as is the custom in recommenders.
+    All embeddings are in one table, read by one lookup. They are normal with deviation 0.01, so
+    that interactions start small, as is common in recommenders.
 
     Raises:
-        ValueError: no feature at all, or a size below 1 (0 for num_dense).
+        ValueError: no features, or a size below 1 (0 for num_dense).
     """
 
     offsets: Tensor
@@ -65,10 +66,10 @@ class Features(nn.Module):
         self.register_buffer("offsets", limits.cumsum(0) - limits, persistent=False)
 
     def forward(self, categorical: Tensor, dense: Tensor) -> Tensor:
-        """categorical [T, F] of integers and dense [T, D] to [T, V].
+        """Maps categorical [T, F] of integers and dense [T, D] to [T, V].
 
         Raises:
-            ValueError: another number of features.
+            ValueError: wrong number of features.
         """
         wide = (self.limits.shape[0], self.num_dense)
         if (categorical.shape[-1], dense.shape[-1]) != wide:
@@ -83,9 +84,9 @@ class Features(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """G linear maps of one shape, each with an input of its own: one batched product.
+    """G linear maps of one shape, each with its own input, as one batched matmul.
 
-    Parameters: weight [G, O, H], bias [G, O]. Initialised as `nn.Linear`, bias 0.
+    Parameters: weight [G, O, H], bias [G, O]. Initialized as `nn.Linear`, bias 0.
     """
 
     def __init__(self, groups: int, in_size: int, out_size: int, *, bias: bool = True) -> None:
@@ -97,7 +98,7 @@ class GroupedLinear(nn.Module):
     def forward(
         self, x: Tensor, input_ids: Sequence[int] | None = None, closed: Tensor | None = None
     ) -> Tensor:
-        """[T, H], read by all, or [T, G, H], to [T, G, O].
+        """Maps [T, H], read by all, or [T, G, H], to [T, G, O].
 
         With input_ids, map g reads x[:, id]; where closed [G, O] is True, results are -inf.
         """
@@ -110,7 +111,7 @@ class GroupedLinear(nn.Module):
 def linear_maps(
     x: Tensor, weight: Tensor, bias: Tensor | None, input_ids: Sequence[int] | None
 ) -> Tensor:
-    """[T, H], read by all, or [T, G, H] (with input_ids map g reads x[:, id]) to [T, G, O], by
+    """Maps [T, H], read by all, or [T, G, H] (with input_ids map g reads x[:, id]) to [T, G, O], by
     weight [G, O, H] and bias [G, O]."""
     if x.dim() == 3:
         plan = None if input_ids is None else segments(input_ids)
@@ -121,11 +122,11 @@ def linear_maps(
 
 
 class Gates(nn.Module):
-    """M gates over E experts, each allowed some of them.
+    """M gates over E experts, each restricted to some of them.
 
     weights[m] = softmax over the experts allowed to gate m of a linear map of its input. Experts
     not allowed get weight 0 exactly, and no gradient reaches them or the logit. A gate with one
-    expert is a sigmoid with `lone="sigmoid"` (HoME: so that a lone expert can be switched off), or
+    expert is a sigmoid with `lone="sigmoid"` (HoME: so that the gate can disable a lone expert), or
     the constant 1 with `lone="one"`.
 
     Args:
@@ -148,19 +149,19 @@ class Gates(nn.Module):
         self.lone = lone
         few = mask.sum(1) < 2
         self.has_lone, self.all_lone = bool(few.any()), bool(few.all())
-        # Gates that are all the constant 1 have nothing to learn.
+        # Gates with constant weight 1 have no parameters.
         constant = self.all_lone and lone == "one"
         self.linear = None if constant else GroupedLinear(mask.shape[0], in_size, mask.shape[1])
-        # A row of nothing but -inf has no softmax: such rows, and lone ones, go another way.
+        # A row of only -inf has no softmax: such rows, and lone experts, are handled separately.
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("closed", ~mask & ~few[:, None], persistent=False)
         self.register_buffer("lone_rows", few[:, None], persistent=False)
 
     def forward(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
-        """[T, H] or [T, M, H] to weights [T, M, E]; with input_ids, gate m reads x[:, id]."""
+        """Maps [T, H] or [T, M, H] to weights [T, M, E]; with input_ids, gate m reads x[:, id]."""
         if self.linear is None:
             return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
-        # A bias of -inf closes a logit, whose softmax or sigmoid and their gradients are then 0.
+        # A bias of -inf disables a logit: its softmax or sigmoid and their gradients are then 0.
         if not self.has_lone:
             return softmax_of_rows(self.linear(x, input_ids, closed=self.closed))
         if self.all_lone and self.lone == "sigmoid":
@@ -175,10 +176,10 @@ class Gates(nn.Module):
 
 
 def softmax_of_rows(x: Tensor) -> Tensor:
-    """Softmax over the last dimension of [T, M, E].
+    """Computes softmax over the last dimension of [T, M, E].
 
-    torch's softmax is slow on rows that are shorter than a vector. Transposed, the tokens lie side
-    by side and fill the vectors, which is faster even with both transpositions.
+    torch's softmax is slow on rows shorter than a vector register. After transposing, tokens are
+    contiguous and fill the registers, which is faster even with both transpositions.
     """
     if x.shape[-1] >= 16 or x.device.type != "cpu":
         return x.softmax(-1)
@@ -208,18 +209,17 @@ class FeatureGate(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, v: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
-        """v times its gates, [T, G, V].
+        """Returns v times its gates, [T, G, V].
 
         Args:
             v: [T, V], read by all gates, or [T, G, V].
-            input_ids: which of the inputs each gate reads, numbers that do not fall; None: each its
-                own.
+            input_ids: index of the input of each gate, non-decreasing; None: gate g reads input g.
         """
-        # A gate of a token is a token.
+        # Each gate of a token is treated as a token.
         maps = self._maps(v, input_ids).reshape(-1, self.num_lora, v.shape[-1])
         share = self._share(v, input_ids).reshape(-1, self.num_lora)
         if v.dim() == 3 and input_ids is not None:
-            # Inputs that all have as many gates need not be copied for each.
+            # If all inputs have equally many gates, they need not be copied for each.
             counts = Counter(input_ids)
             even = len(set(counts.values())) == 1 and len(counts) == v.shape[1]
             v = v if even else spread(v, input_ids)
@@ -227,10 +227,10 @@ class FeatureGate(nn.Module):
         return gated.view(v.shape[0], self.groups, v.shape[-1])
 
     def _share(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
-        """Twice the softmax over pairs, [T, G, L]."""
+        """Returns twice the softmax over pairs, [T, G, L]."""
         if self.num_lora != 2:
             return 2 * self.select(v, input_ids).softmax(-1)
-        # The softmax of two numbers is the sigmoid of their difference, again a linear map.
+        # The softmax of two values is the sigmoid of their difference, again a linear map.
         assert self.select.bias is not None
         weight = self.select.weight[:, :1] - self.select.weight[:, 1:]
         bias = self.select.bias[:, :1] - self.select.bias[:, 1:]
@@ -238,20 +238,21 @@ class FeatureGate(nn.Module):
         return 2 * torch.cat([apart, -apart], dim=-1).sigmoid()
 
     def _maps(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
-        """v B_l A_l of every gate and pair: [T, G * L, V]."""
+        """Returns v B_l A_l of every gate and pair: [T, G * L, V]."""
         down = self.down.weight.unflatten(1, (self.num_lora, self.rank)).flatten(0, 1)
         if self.num_lora > 2:
             reads = range(self.groups) if input_ids is None else input_ids
             ids = [g if v.dim() == 3 else 0 for g in reads for _ in range(self.num_lora)]
             return low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
-        # A map of rank V / 2 costs a token as much in two products of V * V / 2 as in one of V * V
-        # with the product of the two, which is made once a batch and keeps nothing for backward.
+        # Two matmuls with a map of rank V / 2 cost V * V / 2 each per token, as much as one with
+        # their V * V product, which is computed once per batch and saves no activation for
+        # backward.
         full = torch.bmm(self.up.weight, down).view(self.groups, -1, v.shape[-1])
         return linear_maps(v, full, None, input_ids)
 
 
 class Trace(NamedTuple):
-    """What a `GatedLayer` computed: outputs [T, E, O] and gate weights [T, M, E] (no self gate)."""
+    """Outputs [T, E, O] and gate weights [T, M, E] (without self gate) of a `GatedLayer`."""
 
     outputs: Tensor
     weights: Tensor
@@ -261,12 +262,12 @@ class GatedLayer(nn.Module):
     """Experts and M gated mixtures of their outputs.
 
     Args:
-        in_size, hidden_size, out_size: of an expert: in_size -> hidden_size, ReLU, -> out_size, and
-            then what `norm` says.
-        input_ids: which input each of the E experts reads.
-        mask: [M, E], what each mixture may use.
+        in_size, hidden_size, out_size: of an expert: in_size -> hidden_size, ReLU, -> out_size,
+            followed by `norm`.
+        input_ids: index of the input of each of the E experts.
+        mask: [M, E], True where a mixture may use an expert.
         gate_size: width of the gates' inputs.
-        norm: True: batch normalisation and Swish on an expert's output (HoME); False: ReLU.
+        norm: True: batch normalization and Swish on an expert's output (HoME); False: ReLU.
         self_mask: [M, E], experts of a second gate whose mixture is added (HoME's self gate), or
             None.
         self_gate_size: width of the self gates' inputs; None: `gate_size`.
@@ -312,14 +313,14 @@ class GatedLayer(nn.Module):
         gate_ids: Sequence[int] | None = None,
         trace: list[Trace] | None = None,
     ) -> Tensor:
-        """Mixtures [T, M, O].
+        """Returns mixtures [T, M, O].
 
         Args:
-            x: [T, G, H], the inputs that `input_ids` number.
+            x: [T, G, H], the inputs, indexed by `input_ids`.
             gate_x: [T, Hg], read by all gates, or [T, M, Hg].
-            self_x: the same for the self gates; None: `gate_x`.
-            gate_ids: which of the inputs each gate (and self gate) reads; None: each its own.
-            trace: a list that gets a `Trace` appended.
+            self_x: input of the self gates, shaped like gate_x; None: `gate_x`.
+            gate_ids: index of the input of each gate (and self gate); None: gate m reads input m.
+            trace: a list to which a `Trace` is appended.
         """
         same_input = x.shape[1] == 1
         y = self.experts.outputs(
@@ -339,9 +340,9 @@ class GatedLayer(nn.Module):
 
 
 class Towers(nn.Module):
-    """K small networks, one a task with its own input: [T, K, O] to logits [T, K].
+    """K small networks, one per task with its own input: [T, K, O] to logits [T, K].
 
-    They are K experts, each of which reads its own input and has one output.
+    They are K experts, each with its own input and one output.
     """
 
     def __init__(self, num_tasks: int, in_size: int, hidden_size: int) -> None:
@@ -355,5 +356,5 @@ class Towers(nn.Module):
 
 
 def ownership(owners: Sequence[str], wanted: Sequence[Collection[str]]) -> Tensor:
-    """[M, E] mask: mixture m may use the experts whose owner is in wanted[m]."""
+    """Returns an [M, E] mask: mixture m may use the experts whose owner is in wanted[m]."""
     return torch.tensor([[owner in some for owner in owners] for some in wanted], device="cpu")

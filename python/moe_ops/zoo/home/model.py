@@ -1,4 +1,4 @@
-"""HoME, and what multi-task models with gated experts have in common.
+"""HoME, and the base of multi-task models with gated experts.
 
 Letters: T rows, V width of a row's features, K tasks, C categories, E experts, O expert output.
 """
@@ -22,7 +22,7 @@ SHARED = "shared"
 
 @dataclass(frozen=True)
 class HoMEConfig:
-    """Sizes, and what of HoME to use.
+    """Sizes, and the parts of HoME to use.
 
     Attributes:
         cardinalities: values of each categorical feature. num_dense: number of dense features.
@@ -32,7 +32,7 @@ class HoMEConfig:
         num_shared: experts for all tasks; 0: "without shared experts".
         num_category: experts of each category, in each of HoME's two levels.
         num_task: experts of each task alone.
-        expert_norm: batch normalisation and Swish on experts' outputs, instead of ReLU.
+        expert_norm: batch normalization and Swish on experts' outputs, instead of ReLU.
         hierarchy: HoME's masks; without them every gate may use every expert of its level.
         feature_gate: "both", "first" (the first level only) or "none".
         num_lora: low-rank pairs of a feature gate.
@@ -66,13 +66,13 @@ class HoMEConfig:
         self.check_experts()
 
     def check_experts(self) -> None:
-        """Raises ValueError for numbers of experts that the model cannot have."""
+        """Raises ValueError for impossible numbers of experts."""
         for name, least in (("num_shared", 0), ("num_category", 1), ("num_task", 1)):
             check_least("HoMEConfig", name, getattr(self, name), least)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order of the logits' columns."""
+        """Returns task names, in the order of the logits' columns."""
         return tuple(task for category in self.categories for task in category)
 
     tiny = preset(
@@ -92,9 +92,9 @@ class HoMEConfig:
 
 
 class MultiTask(nn.Module):
-    """Features, what a model makes of them for each task, and the tasks' towers.
+    """Base of multi-task models: features, a representation per task, and the tasks' towers.
 
-    A subclass says how [T, V] becomes the towers' inputs [T, K, O].
+    A subclass maps [T, V] to the towers' inputs [T, K, O].
     """
 
     def __init__(self, config: HoMEConfig) -> None:
@@ -105,17 +105,17 @@ class MultiTask(nn.Module):
         self.build(self.features.size)
 
     def build(self, size: int) -> None:
-        """Makes the layers for inputs of width `size`."""
+        """Creates the layers for inputs of width `size`."""
         raise NotImplementedError
 
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
-        """[T, V] to [T, K, O]."""
+        """Maps [T, V] to [T, K, O]."""
         raise NotImplementedError
 
     def forward(
         self, categorical: Tensor, dense: Tensor, trace: list[Trace] | None = None
     ) -> Tensor:
-        """Logits [T, K].
+        """Returns logits [T, K].
 
         Args:
             categorical: [T, F] integers, column f in [0, cardinalities[f]).
@@ -127,7 +127,8 @@ class MultiTask(nn.Module):
     def layer(
         self, in_size: int, input_ids: list[int], mask: Tensor, gate_size: int, **options: Any
     ) -> GatedLayer:
-        """Experts and gates of the config's sizes; `options` are the others of `GatedLayer`."""
+        """Returns experts and gates with the config's sizes; `options` are other options of
+        `GatedLayer`."""
         config = self.config
         sizes = (in_size, config.expert_hidden, config.expert_size)
         options = {"norm": config.expert_norm, "lone": "one", **options}
@@ -135,10 +136,10 @@ class MultiTask(nn.Module):
 
 
 class HoME(MultiTask):
-    """Two levels: experts of a category and of all, then of a task, its category and of all.
+    """Two levels of experts: shared and per category, then shared, per category and per task.
 
-    Inputs are numbered by category, then the shared one (if there are shared experts), then by
-    task in the second level.
+    Inputs are numbered by category, then the shared one (if there are shared experts), then, in the
+    second level, by task.
     """
 
     def build(self, size: int) -> None:
@@ -191,9 +192,9 @@ class HoME(MultiTask):
 
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
         x = v[:, None] if self.feature_gate is None else self.feature_gate(v)
-        # The gates read the features as they are, not through the feature gate.
+        # The gates read the unmodified features, not the feature gate's output.
         z = self.meta(x, v, trace=trace)
-        # Tasks of a category read the same: gates are products over categories, not over tasks.
+        # Tasks of a category have one input: gates are matmuls over categories, not over tasks.
         own = gate_x = z[:, : len(self.config.categories)]
         if self.config.num_shared:
             gate_x = torch.cat([own, z[:, -1:].expand_as(own)], dim=-1)
@@ -206,7 +207,7 @@ class HoME(MultiTask):
 
 
 def multitask_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tasks of the mean binary cross-entropy; labels that are NaN do not count.
+    """Returns the sum over tasks of the mean binary cross-entropy, ignoring labels that are NaN.
 
     Args:
         logits: [T, K]. labels: [T, K] in [0, 1], or NaN where unknown.

@@ -1,1 +1,1 @@
-"""What the language models of the zoo share: attention, the trunk, its loss, checkpoints."""
+"""Code shared by the language models of the zoo: attention, the backbone, its loss, checkpoints."""

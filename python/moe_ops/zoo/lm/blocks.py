@@ -1,4 +1,4 @@
-"""Blocks of the zoo's language models, and what they need besides hidden states.
+"""Blocks of the zoo's language models, and their inputs besides hidden states.
 
 Letters: B sequences, S tokens of each, H hidden size.
 """
@@ -19,13 +19,13 @@ from moe_ops.layers.self_attention import Attention, LatentAttention
 from .checkpoint import Entry, renamed
 from .losses import Routed
 
-# Of latent attention, ours and DeepSeek's.
+# MLA's norm eps, here and in DeepSeek's code.
 LATENT_NAMES = (("_a_norm", "_a_layernorm"), ("kv_a_proj", "kv_a_proj_with_mqa"))
 LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class Step:
-    """What blocks need besides hidden states: positions, caches, a list for what routers say."""
+    """Inputs of blocks besides hidden states: positions, caches, a list that records routing."""
 
     def __init__(
         self, rotation: Rotation | None, caches: Sequence[KVCache] | None, record: bool
@@ -38,13 +38,13 @@ class Step:
         return None if self.caches is None else self.caches[layer]
 
     def record(self, layer: str, router: Router, output: Any) -> None:
-        """Notes a MoEOutput, AttentionExpertsOutput or Routing."""
+        """Records a MoEOutput, AttentionExpertsOutput or Routing."""
         if self.routing is not None:
             routing = Routing(output.router_logits, output.topk_weights, output.topk_ids)
             self.routing.append(Routed(layer, router, routing))
 
     def through(self, layer: str, module: Any, x: Tensor, **options: Any) -> Tensor:
-        """What a MoE or AttentionExperts makes of x; its routing is noted, if it is wanted."""
+        """Applies a MoE or AttentionExperts to x and records its routing, if enabled."""
         if self.routing is None:
             return module(x, **options)
         output = module(x, return_routing=True, **options)
@@ -53,7 +53,8 @@ class Step:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms; [B, S, H] to [B, S, H].
+    """Computes x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms; [B, S, H] to [B, S,
+    H].
 
     Args:
         hidden_size, eps: H, and of the norms.
@@ -83,7 +84,7 @@ class Block(nn.Module):
 
 
 def attend(block: Any, x: Tensor, step: Step, index: int) -> Tensor:
-    """x + attention(norm(x)) of a block."""
+    """Computes x + attention(norm(x)) of a block."""
     y: Tensor = block.attention(block.attention_norm(x), step.rotation, step.cache(index))
     return x + y
 
@@ -91,7 +92,8 @@ def attend(block: Any, x: Tensor, step: Step, index: int) -> Tensor:
 def attention_entries(
     block: Any, ours: str, theirs: str, *, norms: tuple[str, str] = LLAMA_NORMS
 ) -> list[Entry]:
-    """Of the attention and the two norms of a block like Llama's, given its name here and there."""
+    """Returns entries of the attention and the two norms of a Llama-like block, given its name in
+    the model and in the checkpoint."""
     return [
         Entry(f"{ours}.attention_norm.weight", (f"{theirs}.{norms[0]}.weight",)),
         *projection_entries(block.attention, f"{ours}.attention", f"{theirs}.self_attn"),
@@ -100,7 +102,7 @@ def attention_entries(
 
 
 def projection_entries(attention: nn.Module, ours: str, theirs: str) -> list[Entry]:
-    """Returns the entries of an attention's own tensors: as Llama, DeepSeek and fairseq call them,
+    """Returns the entries of an attention's own tensors, named as in Llama, DeepSeek and fairseq,
     given both prefixes."""
     there = [name for name, _ in attention.named_parameters()]
     keys = [reduce(lambda key, pair: key.replace(*pair), LATENT_NAMES, name) for name in there]

@@ -1,7 +1,7 @@
 """Published checkpoints: safetensors files, sharded or not, and their key names and layouts.
 
-A model says in a list of `Entry` how its tensors are called and laid out in the checkpoints that
-were published; reading and writing both follow that list, so that they cannot drift apart.
+A model lists an `Entry` per tensor with its name and layout in published checkpoints; reading and
+writing both use that list, so that they cannot diverge.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ("same", "transposed", "rows", "experts")
-# Companion of an fp8 weight: the factors of its 128 x 128 blocks (DeepSeek-V3).
+# Companion of an fp8 weight: the scales of its 128 x 128 blocks (DeepSeek-V3).
 _SCALES = "_scale_inv"
 _FP8_BLOCK = 128
 _FP8 = "F8_E4M3"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8
-_MARKS = "checksums"  # In the metadata: JSON, the checksum of each tensor of the file by its key.
-# The largest size that is believed where no tensor of an incomplete checkpoint confirms it. Every
-# vocabulary is smaller.
+_MARKS = "checksums"  # Metadata key: JSON with the checksum of each tensor of the file by its key.
+# The largest size accepted if no tensor of an incomplete checkpoint confirms it. Every vocabulary
+# is smaller.
 _MAX_UNSEEN = 2**18
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a model and where it is in a published checkpoint.
+    """Tensor of a model and its location in a published checkpoint.
 
     Attributes:
         name: in the model's state_dict().
         keys: in the checkpoint.
-        layout: "same": one key, as it is; "transposed": one key, its last two dimensions swapped;
-            "rows": keys of one shape, below each other along dimension 0; "experts": keys expert
-            by expert, `parts` an expert, each expert's below each other, all stacked to [E, ...].
+        layout: "same": one key, unchanged; "transposed": one key, its last two dimensions swapped;
+            "rows": keys of one shape, below each other along dimension 0; "experts": keys expert by
+            expert, `parts` per expert, concatenated along dimension 0 and stacked to [E, ...].
         parts: of "experts".
     """
 
@@ -64,7 +64,7 @@ class Entry:
     parts: int = 1
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The model's tensor from those of `keys`."""
+        """Returns the model's tensor from the tensors of `keys`."""
         if self.layout == "same":
             return tensors[0]
         if self.layout == "transposed":
@@ -77,7 +77,7 @@ class Entry:
         return torch.stack(experts)
 
     def shapes(self, shape: Sequence[int]) -> list[list[int]]:
-        """Those of the tensors of `keys` from that of the model's: what `split` would give."""
+        """Returns the shapes that `split` would give for a model tensor of this shape."""
         whole = list(shape)
         if self.layout == "transposed":
             whole[-2:] = whole[:-3:-1]
@@ -88,7 +88,7 @@ class Entry:
         return [whole] * len(self.keys)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of `keys` from the model's: the inverse of `join`."""
+        """Returns the tensors of `keys` from the model's: the inverse of `join`."""
         if self.layout == "same":
             return [tensor]
         if self.layout == "transposed":
@@ -99,13 +99,13 @@ class Entry:
 
 
 def renamed(ours: str, theirs: str, names: Mapping[str, str]) -> list[Entry]:
-    """Of a module whose tensors have one key each, from its name, theirs, and a table: names within
-    it -> keys within theirs."""
+    """Returns entries of a module whose tensors have one key each, from its name, its prefix in the
+    checkpoint, and a table: names in the module -> keys after the prefix."""
     return [Entry(f"{ours}.{name}", (f"{theirs}.{key}",)) for name, key in names.items()]
 
 
 def dense_entries(ours: str, theirs: str) -> list[Entry]:
-    """Of a `SharedExperts` published as gate_proj, up_proj and down_proj."""
+    """Returns entries of a `SharedExperts` published as gate_proj, up_proj and down_proj."""
     gate_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
     return [
         Entry(f"{ours}.w_gate_up", gate_up, "rows"),
@@ -114,7 +114,8 @@ def dense_entries(ours: str, theirs: str) -> list[Entry]:
 
 
 def expert_entries(ours: str, theirs: str, num_experts: int) -> list[Entry]:
-    """Of an `Experts` published expert by expert as gate_proj, up_proj and down_proj."""
+    """Returns entries of an `Experts` published expert by expert as gate_proj, up_proj and
+    down_proj."""
     gate_up = [
         f"{theirs}.{e}.{name}_proj.weight" for e in range(num_experts) for name in ("gate", "up")
     ]
@@ -127,12 +128,12 @@ def expert_entries(ours: str, theirs: str, num_experts: int) -> list[Entry]:
 
 @dataclass
 class LoadReport:
-    """What became of the keys of a checkpoint.
+    """Result of loading a checkpoint's keys.
 
     Attributes:
         missing: keys the model needs and the checkpoint lacks.
-        unexpected: keys of the checkpoint that the model does not know.
-        ignored: keys that are known to be of no use here (position tables, prediction heads).
+        unexpected: keys of the checkpoint that the model lacks.
+        ignored: keys known to be unused (position tables, prediction heads).
         loaded: number of the model's tensors that were read.
     """
 
@@ -154,7 +155,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the header of a file says about a tensor: the file's name, the type, the shape."""
+    """Header entry of a stored tensor: the file's name, the type, the shape."""
 
     file: str
     dtype: str
@@ -162,25 +163,25 @@ class Stored:
 
 
 class Reader:
-    """The tensors of a checkpoint folder, each read when asked for.
+    """Reader of a checkpoint folder's tensors, each read on demand.
 
-    Reads the files named by model.safetensors.index.json where there is one, else all
+    Reads the files listed in model.safetensors.index.json if it exists, otherwise all
     *.safetensors. Only files inside the folder are read; see `moe_ops._files.inside`. A weight with
-    `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is given in bfloat16. A tensor that
-    `save` has written is compared with its checksum.
+    `<key>_scale_inv` is fp8 in 128 x 128 blocks and is returned as bfloat16. Tensors written by
+    `save` are verified against their checksums.
 
-    All files are opened at once, and stay what they are when others take their names.
+    All files are opened at once and keep their contents when other files replace them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an index or a file that is damaged or is something else, or an index that names
-            a file outside the folder or a tensor that its file lacks.
+        ValueError: an index or a file is damaged or has another format, or an index names a file
+            outside the folder or a tensor missing from its file.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
-        self.marks: dict[str, str] = {}  # Checksums of tensors in files of `save`.
+        self.marks: dict[str, str] = {}  # Checksums of tensors in files written by `save`.
         self.stored: dict[str, Stored] = {}
         if (self.folder / INDEX).exists():
             self._open_indexed()
@@ -236,19 +237,19 @@ class Reader:
         self.stored[key] = Stored(name, str(entry.get_dtype()), tuple(entry.get_shape()))
 
     def keys(self) -> list[str]:
-        """All keys but the scales of fp8 weights."""
+        """Returns all keys except scales of fp8 weights."""
         return [key for key in self.stored if key not in self._scaled]
 
     def largest(self) -> int:
-        """The largest dimension of a tensor, or the number of tensors if that is more."""
+        """Returns the largest dimension of a tensor, or the number of tensors if that is larger."""
         sizes = (size for stored in self.stored.values() for size in stored.shape)
         return max(len(self.stored), max(sizes, default=0))
 
     def check(self, key: str, shape: Sequence[int]) -> None:
-        """Checks from the header that `get` will give a float tensor of this shape.
+        """Checks from the header that `get` will return a float tensor of this shape.
 
         Raises:
-            ValueError: it will not.
+            ValueError: it would not.
         """
         stored = self.stored[key]
         if list(stored.shape) != list(shape):
@@ -272,7 +273,7 @@ class Reader:
         raise ValueError(f"from_pretrained: {key} must be {wanted}, got {got} in {path}.")
 
     def dtype(self, key: str) -> torch.dtype:
-        """That of what `get` gives, once `check` has passed."""
+        """Returns the dtype of the result of `get`, once `check` has passed."""
         return _FLOATS.get(self.stored[key].dtype, torch.bfloat16)
 
     def get(self, key: str) -> Tensor:
@@ -300,10 +301,10 @@ def _marks_in(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
-    """config.json of a checkpoint folder.
+    """Reads config.json of a checkpoint folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such file.
         ValueError: it is not a JSON object in a file of this folder.
     """
     folder = Path(folder)
@@ -328,13 +329,13 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_sizes(sizes: Mapping[str, Any], reader: Reader, *, strict: bool) -> None:
-    """Checks sizes of a config against the tensors, before a model of that size is made.
+    """Checks sizes of a config against the tensors, before a model of that size is created.
 
-    Neither a dimension nor a number of layers, experts and the like can be larger than everything
-    that a complete checkpoint holds.
+    No dimension or number of layers, experts and so on can be larger than everything in a complete
+    checkpoint.
 
     Raises:
-        ValueError: one is.
+        ValueError: a size is larger.
     """
     most = reader.largest() if strict else max(reader.largest(), _MAX_UNSEEN)
     for name, value in sizes.items():
@@ -346,7 +347,8 @@ def check_sizes(sizes: Mapping[str, Any], reader: Reader, *, strict: bool) -> No
 
 
 def compare(reader: Reader, entries: Iterable[Entry], ignored: Sequence[str]) -> LoadReport:
-    """Which keys are missing, unexpected or ignored (regular expressions that match at the end)."""
+    """Returns missing, unexpected and ignored keys (ignored: regular expressions that match at the
+    end)."""
     there = set(reader.keys())
     wanted = [key for entry in entries for key in entry.keys]
     known = set(wanted)
@@ -358,16 +360,17 @@ def compare(reader: Reader, entries: Iterable[Entry], ignored: Sequence[str]) ->
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name. Not a state dict, which offloaded experts have none of."""
+    """Returns parameters and buffers by name. Unlike a state dict, it includes offloaded
+    experts."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def check(model: nn.Module, reader: Reader, entries: Iterable[Entry], report: LoadReport) -> None:
-    """Checks by the headers that the tensors fit the model, which may be on the meta device.
+    """Checks from the headers that the tensors fit the model, which may be on the meta device.
 
     Raises:
-        ValueError: one has another shape than the model's, or no floats.
+        ValueError: a tensor has another shape than the model's, or is not of floats.
     """
     state = _tensors(model)
     missing = set(report.missing)
@@ -380,7 +383,7 @@ def check(model: nn.Module, reader: Reader, entries: Iterable[Entry], report: Lo
 
 @torch.no_grad()
 def load(model: nn.Module, reader: Reader, entries: Iterable[Entry], report: LoadReport) -> None:
-    """Copies every tensor whose keys are all there into the model, in the model's dtype.
+    """Copies every tensor whose keys all exist into the model, in the model's dtype.
 
     Raises:
         ValueError: a tensor of another shape than the model's.
@@ -410,11 +413,11 @@ def save(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Writes config.json and the tensors under their published keys, in shards when too large.
+    """Writes config.json and the tensors under their published keys, sharded above a size limit.
 
     Raises:
-        ValueError: a tensor that is not of floats, of quantised experts: published keys have no
-            place for scales.
+        ValueError: a tensor that is not of floats, of quantized experts: published layouts have no
+            scales.
     """
     state, entries = model.state_dict(), list(entries)
     for entry in entries:

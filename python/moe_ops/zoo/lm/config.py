@@ -10,12 +10,12 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers.rotary import Yarn
 
-# Given as a default, it stands for the default of the config's field.
+# As a default, it stands for the default of the config's field.
 OWN: Any = object()
 
 
 class Key(NamedTuple):
-    """How a field is called in config.json and read from there.
+    """Name of a field in config.json and the method that reads it.
 
     method: of `Fields`. names: the first one is written, all are read. options: of the method.
     """
@@ -41,7 +41,7 @@ def flag(*names: str, **options: Any) -> Key:
     return Key("flag", names, options)
 
 
-# Names that descend from Llama's config.
+# Names derived from Llama's config.
 LLAMA_KEYS = {
     "vocab_size": size("vocab_size"),
     "hidden_size": size("hidden_size"),
@@ -64,17 +64,17 @@ Config = TypeVar("Config", bound="LMConfig")
 
 @dataclass(frozen=True)
 class LMConfig:
-    """Sizes and options of a language model: what all of them have, and the reading and writing.
+    """Sizes and options shared by all language models, with reading and writing.
 
     Attributes:
         vocab_size: V.
         hidden_size: H.
         num_layers: blocks.
-        context: tokens it was trained on; nothing is limited by it.
+        context: context length in training; not enforced.
         init_std: of the weights.
-        KEYS: field -> its place in config.json. `rope_theta` and `yarn` are not in it: a config
+        KEYS: field -> its `Key` in config.json. `rope_theta` and `yarn` are not in it: a config
             that has them reads and writes them as `published_rope` and `publish_rope` do.
-        FIXED: entries of config.json of which one value alone is supported.
+        FIXED: entries of config.json with only one supported value.
     """
 
     KEYS: ClassVar[Mapping[str, Key]]
@@ -87,21 +87,21 @@ class LMConfig:
     init_std: float = field(default=0.02, kw_only=True)
 
     def aux_coefficients(self) -> dict[str, float]:
-        """Name of an auxiliary loss -> its coefficient."""
+        """Returns coefficients of auxiliary losses by name."""
         raise NotImplementedError
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
-        """Values of fields that `KEYS` does not read."""
+        """Returns values of fields that `KEYS` does not read."""
         return {}
 
     def write_more(self) -> dict[str, Any]:
-        """Entries of config.json beside those of `KEYS`, or in their place."""
+        """Returns entries of config.json in addition to `KEYS`, or replacing them."""
         return {}
 
     @classmethod
     def from_published(cls: type[Config], published: Mapping[str, Any], **overrides: Any) -> Config:
-        """From the contents of a published config.json, with other values for some fields.
+        """Creates a config from the contents of a published config.json, with some fields replaced.
 
         Raises:
             ValueError: an entry that is missing, of another type or range, or not supported.
@@ -121,7 +121,7 @@ class LMConfig:
         return overridden(cls(**values), {n: _tuples(value) for n, value in overrides.items()})
 
     def to_published(self) -> dict[str, Any]:
-        """The contents of config.json, with the published names."""
+        """Returns the contents of config.json, with the published names."""
         written = {key.names[0]: getattr(self, name) for name, key in self.KEYS.items()}
         written |= self.FIXED
         if "rope_theta" in _names(type(self)):
@@ -134,16 +134,16 @@ def _names(config_class: Any) -> set[str]:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists where configs have tuples."""
+    """Converts lists to tuples: JSON has lists where configs have tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def published_rope(config: Fields) -> tuple[float, Yarn | None]:
-    """theta and stretching from a published config.json, which has them in `rope_parameters`, or in
-    `rope_theta` and `rope_scaling`.
+    """Returns theta and YaRN scaling from a published config.json, stored in `rope_parameters`, or
+    in `rope_theta` and `rope_scaling`.
 
     Raises:
-        ValueError: a stretching other than YaRN.
+        ValueError: a scaling other than YaRN.
     """
     older, newer = config.section("rope_scaling"), config.section("rope_parameters")
     read = Fields({**older.values, **newer.values}, config.reader, "rope_scaling")
@@ -169,7 +169,7 @@ def published_rope(config: Fields) -> tuple[float, Yarn | None]:
 
 
 def publish_rope(theta: float, yarn: Yarn | None) -> dict[str, Any]:
-    """The entries of config.json that `published_rope` reads, old and new style."""
+    """Returns the entries of config.json that `published_rope` reads, in both styles."""
     kind, fields, scaling = "default", {}, None
     if yarn is not None:
         kind, fields = "yarn", dataclasses.asdict(yarn)

@@ -1,4 +1,4 @@
-"""The embedding of tokens, with a gradient that compiled code leaves to torch's kernel."""
+"""Token embedding whose gradient uses torch's kernel in compiled code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TokenEmbedding(nn.Embedding):
     """nn.Embedding, [...] int64 in [0, V) to [..., H].
 
     In code compiled for a CPU its gradient is the kernel of eager code, because the compiler's own
-    one adds numbers one by one, with atomic operations if there are several threads.
+    kernel adds elements one by one, with atomic operations if there are several threads.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a language model: of one call of a router, and summed over all of them."""
+"""Auxiliary losses of a language model: per router call, and summed over calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_ops.layers.routing import Routing
 
 
 class Routed(NamedTuple):
-    """One call of a router in a forward pass.
+    """Router call in a forward pass.
 
     layer: name of the routed module, as in `named_modules`; a chain of experts adds its iteration.
     router: the router that was called.
@@ -26,8 +26,8 @@ class Routed(NamedTuple):
     routing: Routing
 
 
-# Each takes one `Routed`, the number of sequences and a token mask; those that can be of the tokens
-# of several ranks also `group`.
+# Each takes one `Routed`, the number of sequences and a token mask; those that support tokens of
+# several ranks also take `group`.
 AuxLoss = Callable[..., Tensor]
 
 
@@ -38,7 +38,7 @@ def _of_layer(name: str) -> AuxLoss:
 
 
 def _sequence_balance(routed: Routed, batch: int, mask: Tensor | None, group: Any = None) -> Tensor:
-    # Of whole sequences, which no two ranks share.
+    # These are per sequence, and no two ranks share a sequence.
     return sequence_balance_loss(
         routed.routing.router_logits,
         routed.routing.topk_ids,
@@ -62,8 +62,8 @@ def sum_over_layers(
     mask: Tensor | None,
     group: Any = None,
 ) -> Tensor:
-    """The loss of every layer, summed; of layers that route alike in one go, since a loss is a
-    dozen small operations. routing: at least one."""
+    """Returns the loss summed over layers. Layers with equal routers are computed together, since a
+    loss is a dozen small operations. routing: not empty."""
     together = TOTAL_LOSSES.get(name) if loss is OF_LAYERS.get(name) else None
     first = routing[0]
     score_func = getattr(first.router, "score_func", None)

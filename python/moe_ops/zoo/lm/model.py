@@ -1,4 +1,4 @@
-"""What the language models of the zoo have in common: the trunk, losses, generation.
+"""Common parts of the zoo's language models: the backbone, losses, generation.
 
 Letters: B sequences, S tokens of each, T = B * S, V vocabulary.
 """
@@ -25,14 +25,14 @@ from .pretrained import Pretrained
 
 
 class LMOutput(NamedTuple):
-    """logits [B, S, V] and the routing of every routed layer, in the order of computation."""
+    """Logits [B, S, V] and the routing of every routed layer, in the order of computation."""
 
     logits: Tensor
     routing: list[Routed]
 
 
 class LMLoss(NamedTuple):
-    """What training minimises, and its parts.
+    """Training loss and its parts.
 
     loss: cross_entropy plus each auxiliary loss times its coefficient, a scalar.
     cross_entropy: mean over the predicted tokens, in nats.
@@ -47,13 +47,13 @@ class LMLoss(NamedTuple):
 
 
 class CausalLM(Pretrained):
-    """A decoder: embedding, blocks, a norm, and the logits of the next token.
+    """Decoder: embedding, blocks, a norm, and the logits of the next token.
 
     A subclass calls `assemble` with its blocks, each of which takes (x, step, index) and returns x,
-    and says in `block_entries` how the tensors of a block are called in published checkpoints.
+    and lists the published names of a block's tensors in `block_entries`.
     """
 
-    # Keys of published checkpoints that are of no use here, as regular expressions.
+    # Regular expressions of published keys that are unused.
     ignored_keys: tuple[str, ...] = (r"rotary_emb\.inv_freq",)
 
     embed_tokens: nn.Embedding
@@ -65,14 +65,14 @@ class CausalLM(Pretrained):
     def assemble(
         self, config: Any, blocks: Iterable[nn.Module], norm: nn.Module, rope: Rope | None
     ) -> None:
-        """Makes the trunk, with fresh weights.
+        """Creates the backbone, with newly initialized weights.
 
         Args:
-            config: with `vocab_size`, `hidden_size`, and `tie_embeddings` where the embedding can
-                also be the output's weight.
+            config: with `vocab_size`, `hidden_size`, and `tie_embeddings` if the embedding can also
+                be the output's weight.
             blocks: made one after the other, after the embedding.
             norm: the last one.
-            rope: None without positions.
+            rope: None for no positions.
         """
         self.config = config
         self.rope = rope
@@ -85,7 +85,7 @@ class CausalLM(Pretrained):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights N(0, init_std), norms 1, biases 0."""
+        """Draws weights from N(0, init_std); norms are 1, biases 0."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=self.config.init_std)
@@ -103,17 +103,17 @@ class CausalLM(Pretrained):
         last: int | None = None,
         head: bool = True,
     ) -> Tensor | LMOutput:
-        """Logits of the next token, [B, S, V], or an LMOutput with `return_routing=True`.
+        """Returns logits of the next token, [B, S, V], or an LMOutput with `return_routing=True`.
 
         Args:
             tokens: [B, S] integers in [0, V).
-            cache: of `new_cache`, holding the tokens before these; these are appended.
-            return_routing: also return what every router chose.
-            last: logits of the last so many positions only.
-            head: False: in place of logits the hidden states [B, S, H] that the head reads.
+            cache: from `new_cache`, with the preceding tokens; these are appended.
+            return_routing: also return every router's routing.
+            last: number of last positions for which logits are computed.
+            head: False: returns the head's input, hidden states [B, S, H], in place of logits.
 
         Raises:
-            ValueError: tokens that are not two-dimensional integers.
+            ValueError: tokens are not two-dimensional integers.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             kind = str(tokens.dtype).removeprefix("torch.")
@@ -138,12 +138,12 @@ class CausalLM(Pretrained):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H]."""
+        """Returns the output weight, [V, H]."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
-        """Blocks and last norm: embedded tokens [B, S, H] to the hidden states [B, S', H] that the
-        output's weight reads, of the `last` positions or of all."""
+        """Applies blocks and the last norm to embedded tokens [B, S, H]; returns the hidden states
+        [B, S', H] of the `last` positions or of all."""
         for index, layer in enumerate(self.layers):
             x = layer(x, step, index)
         if last is not None:
@@ -151,10 +151,11 @@ class CausalLM(Pretrained):
         out: Tensor = self.norm(x)
         return out
 
-    # ------------------------------------------------------------------------------- training
+    # Training.
 
     def auxiliary_losses(self) -> Mapping[str, AuxLoss]:
-        """Name -> function of one `Routed`, the number of sequences and a token mask."""
+        """Returns auxiliary losses by name: functions of one `Routed`, the number of sequences and
+        a token mask."""
         return OF_LAYERS
 
     def loss(
@@ -166,17 +167,17 @@ class CausalLM(Pretrained):
         coefficients: Mapping[str, float] | None = None,
         group: Any = None,
     ) -> LMLoss:
-        """Cross-entropy of the next token plus the auxiliary losses of routing.
+        """Computes the next-token cross-entropy plus the auxiliary losses of routing.
 
         Args:
             tokens: [B, S].
-            targets: [B, S], the token after each; None: `tokens` moved by one, and the model then
+            targets: [B, S], the token after each; None: `tokens` shifted by one; the model then
                 runs on the first S - 1 tokens.
             token_mask: bool like the model's input, True where a token counts in both losses.
             coefficients: name -> coefficient, instead of the config's. With coefficient 0 a loss
                 is computed and returned, and adds nothing.
-            group: process group over whose tokens the auxiliary losses balance experts; None is
-                this process. The cross-entropy is of this process's tokens.
+            group: process group over whose tokens the auxiliary losses balance experts; None: this
+                process only. The cross-entropy covers this process's tokens.
 
         Raises:
             ValueError: an unknown auxiliary loss.
@@ -213,10 +214,10 @@ class CausalLM(Pretrained):
                 total = total + weight * aux[name]
         return LMLoss(total, cross_entropy, aux, output.routing)
 
-    # ----------------------------------------------------------------------------- generation
+    # Generation.
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for a sequence of calls, one a layer."""
+        """Returns an empty cache for a sequence of calls, one entry per layer."""
         return [KVCache() for _ in self.layers]
 
     @torch.no_grad()
@@ -232,23 +233,23 @@ class CausalLM(Pretrained):
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Continues each sequence, with a cache of keys and values.
+        """Continues each sequence, with a KV cache.
 
         Args:
             tokens: [B, S], S >= 1, prompts of one length (there is no padding).
-            num_tokens: tokens to add at most.
-            temperature: 0 takes the likeliest token; otherwise tokens are drawn from
+            num_tokens: maximum number of tokens to add.
+            temperature: 0 takes the most likely token; otherwise tokens are drawn from
                 softmax(logits / temperature).
-            top_k: draw from the k likeliest only.
+            top_k: draw from the k most likely tokens.
             top_p: draw from the smallest set of tokens that has this probability.
-            stop_token: a sequence that has produced it goes on with it alone, and generation ends
-                when all have.
+            stop_token: a sequence that has produced it is filled with it, and generation ends when
+                all have.
             generator: for the draws.
-            logits_processor: called at each step with the tokens so far [B, S] and the logits
-                [B, V] of the next one; returns the logits to use, as one of transformers does.
+            logits_processor: called at each step with the tokens so far [B, S] and the logits [B,
+                V] of the next one; returns the logits to use, as in transformers.
 
         Returns:
-            [B, S + n], n <= num_tokens: the prompts and what was added.
+            [B, S + n], n <= num_tokens: the prompts and the added tokens.
 
         Raises:
             ValueError: an empty prompt, or options out of range.
@@ -283,10 +284,10 @@ class CausalLM(Pretrained):
         finally:
             self.train(training)
 
-    # ---------------------------------------------------------------------------- checkpoints
+    # Checkpoints.
 
     def entries(self) -> list[Entry]:
-        """Each tensor of the model with its keys in published checkpoints."""
+        """Returns each tensor of the model with its keys in published checkpoints."""
         entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
         for i, block in enumerate(self.layers):
             entries += self.block_entries(block, f"layers.{i}", f"model.layers.{i}")
@@ -296,7 +297,7 @@ class CausalLM(Pretrained):
         return entries
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
-        """Those of a block, given its name here and there."""
+        """Returns entries of a block, given its prefix in the model and in the checkpoint."""
         raise NotImplementedError
 
 
@@ -307,7 +308,7 @@ def _next_token(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """[B, 1] from logits [B, V]."""
+    """Returns the next tokens [B, 1] from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)

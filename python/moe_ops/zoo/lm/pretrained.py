@@ -1,4 +1,4 @@
-"""Models of the zoo in folders: reading and writing of published checkpoints, and counting."""
+"""Saving and loading of zoo models as published checkpoints, and parameter counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import checkpoint
 from .checkpoint import Entry, LoadReport
 from .config import LMConfig
 
-# Entry of config.json for fields of ours that have no published name.
+# Entry of config.json for fields without a published name.
 OWN_FIELDS = "moe_ops"
 _CANNOT_BE_BUILT = (
     ArithmeticError,
@@ -35,15 +35,15 @@ Model = TypeVar("Model", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
-    """A model that is built from a config and kept in a folder.
+    """Model that is built from a config and saved in a folder.
 
-    A subclass has `config_class`, sets `config`, and says in `entries` how its tensors are called
-    in published checkpoints.
+    A subclass has `config_class`, sets `config`, and lists the published names of its tensors in
+    `entries`.
     """
 
-    # Keys of published checkpoints that are of no use here, as regular expressions.
+    # Regular expressions of published keys that are unused.
     ignored_keys: tuple[str, ...] = ()
-    # Fields of the config that are no sizes of tensors, such as the tokens it was trained on.
+    # Config fields that are not tensor sizes, such as the training context.
     free_fields: tuple[str, ...] = ("context",)
     config_class: ClassVar[type[LMConfig]]
 
@@ -51,8 +51,8 @@ class Pretrained(nn.Module):
     load_report: LoadReport | None = None
 
     def entries(self) -> list[Entry]:
-        """Each tensor of the model with its keys in published checkpoints; the first one's dtype is
-        that of a checkpoint."""
+        """Returns each tensor of the model with its keys in published checkpoints. The first one's
+        dtype is the checkpoint's dtype."""
         raise NotImplementedError
 
     @classmethod
@@ -135,10 +135,10 @@ class Pretrained(nn.Module):
 
     @classmethod
     def _without_memory(cls: type[Model], config: Any, folder: Path) -> tuple[Model, list[Entry]]:
-        """The model on the meta device.
+        """Creates the model on the meta device.
 
-        Sizes that a file gives may contradict each other in ways that only building shows, such as
-        a product beyond 2^63 or a number of heads that does not divide.
+        Sizes from a file may be inconsistent in ways that only construction reveals, such as a
+        product beyond 2^63 or a number of heads that does not divide.
         """
         try:
             with torch.device("meta"):
@@ -154,17 +154,17 @@ class Pretrained(nn.Module):
         """Writes config.json and safetensors with the published keys and layouts.
 
         Args:
-            folder: made if it is not there. An earlier checkpoint in it is replaced once the new
-                one is on the disk.
+            folder: created if missing. An earlier checkpoint in it is replaced once the new one is
+                on disk.
             max_shard_bytes: tensors of one file, unless a single one is larger.
 
         Raises:
-            OSError: it could not be written; the earlier checkpoint is then still there.
-            ValueError: quantised experts, for whose scales published layouts have no place.
+            OSError: it could not be written; the earlier checkpoint is then unchanged.
+            ValueError: quantized experts, published layouts have no scales.
         """
         published = self.config.to_published()
         published["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
-        # What the published names cannot say, such as coefficients of losses.
+        # Fields without published names, such as loss coefficients.
         plain = type(self.config).from_published(published)
         own = {
             field.name: getattr(self.config, field.name)
@@ -175,15 +175,15 @@ class Pretrained(nn.Module):
             published[OWN_FIELDS] = own
         checkpoint.save(self, folder, self.entries(), published, max_shard_bytes=max_shard_bytes)
 
-    # ------------------------------------------------------------------------------- counting
+    # Parameter counts.
 
     def num_parameters(self) -> dict[str, int]:
-        """All parameters, and those that a token passes through (of K experts in E)."""
+        """Returns the numbers of all parameters and of the active ones (K experts of E)."""
         total = sum(p.numel() for p in self.parameters())
         return {"total": total, "active": total - self.idle_parameters()}
 
     def idle_parameters(self) -> int:
-        """Parameters of experts that a token does not use."""
+        """Returns the number of expert parameters that a token does not use."""
         idle = 0
         for module in self.modules():
             router = getattr(module, "router", None)
@@ -197,7 +197,7 @@ class Pretrained(nn.Module):
 
 
 def _check_memory(name: str, model: nn.Module, dtype: torch.dtype) -> None:
-    """Before a model is made whose sizes no tensor of the checkpoint confirms."""
+    """Checks available memory for a model with sizes that no tensor of the checkpoint confirms."""
     wanted = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     available = available_memory()
     if 0 < available < wanted:

@@ -1,4 +1,4 @@
-"""Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.
+"""Mowst: a weak and a strong expert on a graph, mixed by the weak expert's confidence.
 
     model = Mowst(MowstConfig(in_size=16, num_classes=4, backbone="gcn"))
     prediction = model.predict(graph.x, graph.edge_index)

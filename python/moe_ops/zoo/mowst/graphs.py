@@ -1,4 +1,4 @@
-"""Graph networks on PyTorch Geometric's convolutions, of all nodes or of some.
+"""Graph networks on PyTorch Geometric's convolutions, for all nodes or a subset.
 
 Letters: N nodes, L layers, F features of a node.
 """
@@ -19,7 +19,8 @@ BACKBONES = ("gcn", "sage", "gat", "gin")
 
 
 class MLP(nn.Module):
-    """L linear maps with batch normalisation, ReLU and dropout between them: [N, F] to logits."""
+    """MLP of L linear maps with batch normalization, ReLU and dropout between them: [N, F] to
+    logits."""
 
     def __init__(
         self, in_size: int, hidden_size: int, out_size: int, num_layers: int, dropout: float
@@ -38,7 +39,7 @@ class MLP(nn.Module):
 
 @dataclass
 class Edges:
-    """Edges as a backbone wants them, made once a graph by `GNN.prepare`.
+    """Edges in the form a backbone needs, created once per graph by `GNN.prepare`.
 
     With weights, edges are in order of their targets, as `neighbour_sum` needs them.
     """
@@ -48,12 +49,12 @@ class Edges:
     _turned: Edges | None = None
 
     def into(self, targets: Tensor) -> Edges:
-        """The edges that end in a node of the mask `targets` [N]."""
+        """Returns the edges that end in a node of the mask `targets` [N]."""
         keep = targets[self.index[1]]
         return Edges(self.index[:, keep], None if self.weight is None else self.weight[keep])
 
     def turned(self) -> Edges:
-        """The edges with weights in the other direction; found once."""
+        """Returns the edges with weights in the reverse direction; computed once."""
         if self._turned is None:
             assert self.weight is not None
             order = self.index[0].argsort(stable=True)
@@ -62,9 +63,9 @@ class Edges:
 
 
 def neighbour_sum(x: Tensor, edges: Edges) -> Tensor:
-    """[N, F]: at each node the sum of weight x[source] over the edges that end in it.
+    """Returns [N, F]: for each node the sum of weight x[source] over its incoming edges.
 
-    One pass over the edges, without a row for each of them, forward and backward.
+    One pass over the edges, without a row per edge, forward and backward.
     """
     return _NeighbourSum.apply(x, edges)
 
@@ -92,11 +93,11 @@ def _bags(x: Tensor, edges: Edges) -> Tensor:
 
 
 class GNN(nn.Module):
-    """Graph convolutions, and between them batch normalisation, ReLU (ELU for "gat") and dropout.
+    """Graph convolutions with batch normalization, ReLU (ELU for "gat") and dropout between them.
 
     Args:
         backbone: "gcn", "sage", "gat" or "gin", convolutions of PyTorch Geometric.
-        in_size, hidden_size, out_size, num_layers, dropout: as of `MLP`.
+        in_size, hidden_size, out_size, num_layers, dropout: see `MLP`.
         heads: of "gat"; hidden layers split their width among them.
 
     Raises:
@@ -131,7 +132,7 @@ class GNN(nn.Module):
     def _conv(self, a: int, b: int, heads: int, *, last: bool) -> nn.Module:
         convs = _geometric().nn
         if self.backbone == "gcn":
-            # Weights come from `prepare`: degrees are those of the whole graph, also in a part.
+            # `prepare` computes the weights: degrees belong to the whole graph, even for a subset.
             return convs.GCNConv(a, b, normalize=False)
         if self.backbone == "sage":
             return convs.SAGEConv(a, b)
@@ -142,9 +143,9 @@ class GNN(nn.Module):
         return convs.GINConv(inner)
 
     def prepare(self, edge_index: Tensor, num_nodes: int) -> Edges:
-        """The edges of a graph for this backbone.
+        """Returns the edges of a graph in the form this backbone needs.
 
-        For "gcn" with self loops and weights, for "sage" with the weights of a mean.
+        "gcn" adds self loops and weights, "sage" the weights of a mean.
         """
         if self.backbone not in ("gcn", "sage"):
             return Edges(edge_index, None)
@@ -159,17 +160,17 @@ class GNN(nn.Module):
         return Edges(index[:, order], weight[order])
 
     def forward(self, x: Tensor, edges: Edges) -> Tensor:
-        """[N, F] to logits [N, classes]."""
+        """Maps [N, F] to logits [N, classes]."""
         for i in range(len(self.convs)):
             x = self._layer(i, x, edges)
         return x
 
     def at(self, nodes: Tensor, x: Tensor, edges: Edges) -> Tensor:
-        """Logits of the nodes of the mask `nodes` [N] only, in their order: the same numbers for
-        less work.
+        """Returns logits of only the nodes of the mask `nodes` [N], in their order, with less work
+        than `forward`.
 
-        Layer l is computed on the nodes from which a path of at most L - l edges leads to one asked
-        for. Only in `eval()`: batch normalisation in training reads all nodes.
+        Layer l is computed on the nodes from which a path of at most L - l edges leads to a
+        requested node. Only in `eval()`: batch normalization in training reads all nodes.
         """
         if self.training:
             raise ValueError("GNN.at: the network must be in eval(), got train().")
@@ -187,7 +188,8 @@ class GNN(nn.Module):
         return x
 
     def needed(self, nodes: Tensor, edges: Edges) -> list[Tensor]:
-        """Masks [N] of what must be known after 0 to L layers for `nodes` to be known after L."""
+        """Returns masks [N] of the nodes needed after 0 to L layers for `nodes` to be known after
+        L."""
         found = [nodes]
         for _ in self.convs:
             wanted = found[-1].clone()
@@ -197,7 +199,7 @@ class GNN(nn.Module):
 
     def _layer(self, i: int, x: Tensor, edges: Edges) -> Tensor:
         conv: Any = self.convs[i]
-        # The convolution's own equations, with a sum that makes no row for each edge.
+        # The convolution's own equations, with a sum that creates no row per edge.
         if self.backbone == "gcn":
             x = neighbour_sum(conv.lin(x), edges) + conv.bias
         elif self.backbone == "sage":

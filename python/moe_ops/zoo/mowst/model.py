@@ -1,7 +1,7 @@
 """The two experts of Mowst, the confidence that mixes them, and the loss.
 
 The weak expert is an MLP on a node's own features, the strong one a graph network. The confidence C
-is a function of how far the weak expert's prediction is from uniform.
+is a function of the distance between the weak expert's prediction and a uniform one.
 
 Letters: N nodes, n classes, p the weak and q the strong expert's probabilities.
 """
@@ -26,7 +26,7 @@ CONFIDENCES = ("variance", "entropy", "monotone", "free")
 
 @dataclass(frozen=True)
 class MowstConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
         in_size, num_classes: features of a node and classes.
@@ -77,7 +77,8 @@ class MowstConfig:
 
 
 def dispersion(logits: Tensor) -> Tensor:
-    """[N, n] logits to [N, 2]: how far softmax(logits) is from uniform, by two measures in [0, 1].
+    """Returns [N, 2] for logits [N, n]: the distance of softmax(logits) from uniform, by two
+    measures in [0, 1].
 
     The first is the variance of the probabilities over that of a one-hot vector, (n - 1) / n^2;
     the second is 1 - entropy / log n. Both are 0 for a uniform and 1 for a one-hot prediction.
@@ -86,13 +87,13 @@ def dispersion(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     variance = p.var(-1, correction=0) * (num_classes**2 / (num_classes - 1))
-    # Where p rounds to 0, log_p is finite and the product is 0.
+    # Where p rounds to 0, log_p is finite and their product is 0.
     entropy = -(p * log_p).sum(-1) / math.log(num_classes)
     return torch.stack([variance, 1 - entropy], dim=-1)
 
 
 class FixedConfidence(nn.Module):
-    """C is one of the dispersions; nothing is learned."""
+    """Confidence equal to one of the dispersions, without parameters."""
 
     def __init__(self, column: int) -> None:
         super().__init__()
@@ -103,15 +104,17 @@ class FixedConfidence(nn.Module):
 
 
 class MonotoneConfidence(nn.Module):
-    """C = (f(d) - f(0)) / (f(1) - f(0)), with f a network that never falls in either dispersion.
+    """Learned confidence C = (f(d) - f(0)) / (f(1) - f(0)), where f is monotone in both
+    dispersions.
 
-    f sums sigmoid units with positive weights, so it never falls; the quotient makes C(0) = 0 and
-    C(1) = 1 whatever the weights. Starts near the mean of the two dispersions.
+    f sums sigmoid units with positive weights, so it never decreases; the quotient makes C(0) = 0
+    and C(1) = 1 for any weights. It starts near the mean of the two dispersions.
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        # softplus(0.54) is 1: units of slope about 1 with thresholds over the range of d.
+        # softplus(0.54) is 1: units start with slope about 1 and thresholds spread over the range
+        # of d.
         self.slope = nn.Parameter(torch.full((hidden_size, 2), 0.54))
         self.threshold = nn.Parameter(torch.linspace(-2, 0, hidden_size))
         self.height = nn.Parameter(torch.zeros(hidden_size))
@@ -127,7 +130,7 @@ class MonotoneConfidence(nn.Module):
 
 
 class FreeConfidence(nn.Module):
-    """A two-layer network with batch normalisation and a sigmoid, as in the authors' code."""
+    """A two-layer network with batch normalization and a sigmoid, as in the authors' code."""
 
     def __init__(self, hidden_size: int, dropout: float) -> None:
         super().__init__()
@@ -144,19 +147,19 @@ class FreeConfidence(nn.Module):
 
 
 class MowstOutput(NamedTuple):
-    """weak_logits, strong_logits [N, n]; confidence [N] in [0, 1]."""
+    """Output of both experts. weak_logits, strong_logits [N, n]; confidence [N] in [0, 1]."""
 
     weak_logits: Tensor
     strong_logits: Tensor
     confidence: Tensor
 
     def log_probs(self) -> Tensor:
-        """log(C p + (1 - C) q): [N, n]."""
+        """Returns log(C p + (1 - C) q): [N, n]."""
         return mixed_log_probs(*self)
 
 
 class Prediction(NamedTuple):
-    """What `Mowst.predict` found.
+    """Result of `Mowst.predict`.
 
     probs: [N, n]. confidence: [N]. used_strong: [N] bool, nodes whose strong expert was computed.
     """
@@ -176,18 +179,18 @@ class Mowst(nn.Module):
         self.weak = MLP(*sizes, config.dropout)
         if strong is None:
             strong = GNN(config.backbone, *sizes, config.dropout, config.heads)
-        # Any, for mypy knows of a module's attributes only that they are tensors or modules.
+        # Any, because mypy knows only that a module's attributes are tensors or modules.
         self.strong: Any = strong
         self.gate = make_confidence(config)
 
     def confidence(self, weak_logits: Tensor) -> Tensor:
-        """C [N] of the weak expert's logits [N, n]."""
+        """Returns C [N] from the weak expert's logits [N, n]."""
         if self.config.detach_dispersion:
             weak_logits = weak_logits.detach()
         return self.gate(dispersion(weak_logits))
 
     def forward(self, x: Tensor, edges: Edges) -> MowstOutput:
-        """Both experts on all nodes; `edges` is `model.strong.prepare(edge_index, N)`."""
+        """Runs both experts on all nodes; `edges` is `model.strong.prepare(edge_index, N)`."""
         weak = self.weak(x)
         return MowstOutput(weak, self.strong(x, edges), self.confidence(weak))
 
@@ -201,18 +204,18 @@ class Mowst(nn.Module):
         threshold: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Prediction:
-        """Predicts all nodes; the strong expert is computed only where it is needed.
+        """Predicts all nodes; the strong expert is computed only where needed.
 
         Args:
             x, edge_index: the graph.
-            mode: "mixed": C p + (1 - C) q. "stochastic": p with probability C, else q, so a share
-                of about C of the nodes costs nothing. None: "mixed" for Mowst*, "stochastic" for
-                Mowst, as they are trained.
-            threshold: of "mixed": nodes with C >= threshold get p alone. A probability is then off
-                by at most 1 - threshold.
+            mode: "mixed": C p + (1 - C) q. "stochastic": p with probability C, else q, so a
+                fraction of about C of the nodes skips the strong expert. None: "mixed" for Mowst*,
+                "stochastic" for Mowst, as they are trained.
+            threshold: for "mixed": nodes with C >= threshold get p alone. The error of a
+                probability is then at most 1 - threshold.
             generator: of the draws of "stochastic".
 
-        Runs in `eval()`; the mode of the model is put back.
+        Runs in `eval()`; the model's mode is restored afterwards.
         """
         mode = mode or ("mixed" if self.config.joint else "stochastic")
         check_choice("Mowst", "mode", mode, ("mixed", "stochastic"))
@@ -249,7 +252,7 @@ def make_confidence(config: MowstConfig) -> nn.Module:
 
 
 def mixed_log_probs(weak_logits: Tensor, strong_logits: Tensor, confidence: Tensor) -> Tensor:
-    """log(C p + (1 - C) q) [N, n], finite for C = 0 and C = 1, as are its gradients."""
+    """Returns log(C p + (1 - C) q) [N, n]; it and its gradients are finite for C = 0 and C = 1."""
     tiny = torch.finfo(confidence.dtype).tiny
     log_c = confidence.clamp(min=tiny).log()[:, None]
     log_rest = (1 - confidence).clamp(min=tiny).log()[:, None]
@@ -259,10 +262,10 @@ def mixed_log_probs(weak_logits: Tensor, strong_logits: Tensor, confidence: Tens
 
 
 def mowst_loss(output: MowstOutput, labels: Tensor, *, joint: bool) -> Tensor:
-    """The loss of some nodes, a scalar.
+    """Returns the loss of a set of nodes, a scalar.
 
     Mowst: mean of C L(p, y) + (1 - C) L(q, y). Mowst* (joint): mean of L(C p + (1 - C) q, y), which
-    is never larger, L being convex.
+    is never larger, since L is convex.
     """
     if joint:
         return F.nll_loss(output.log_probs(), labels)

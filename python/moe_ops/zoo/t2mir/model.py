@@ -25,12 +25,12 @@ from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
 
 @dataclass(frozen=True)
 class T2MIRConfig:
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes:
-        variant: "ad": the context is a history of episodes and each step's action is predicted from
-            its state. "dpt": a query state comes first, then a prompt of steps; every prediction is
-            of the query's best action.
+        variant: "ad": the context is a history of episodes, and each step's action is predicted
+            from its state. "dpt": a query state comes first, then a prompt of steps; every
+            prediction is of the query's best action.
         state_size: width of a state. num_actions: number of discrete actions, 0 for continuous ones
             of width action_size in [-1, 1].
         hidden_size, num_layers, num_heads, dropout: of the transformer.
@@ -74,7 +74,7 @@ class T2MIRConfig:
 
     @property
     def output_size(self) -> int:
-        """Width of a prediction: logits of discrete actions, or the action."""
+        """Returns the width of a prediction: logits of discrete actions, or the action."""
         return self.num_actions or self.action_size
 
     tiny = preset(
@@ -102,13 +102,12 @@ class T2MIRConfig:
 
 
 class T2MIROutput(NamedTuple):
-    """What T2MIR returns.
+    """Output of T2MIR.
 
     actions: [B, P, A] with P = S ("ad") or 1 + S ("dpt": at the query, then at each state); logits
-        of discrete actions, or actions in [-1, 1].
-    representation: [B, E] of the task router, or None without one.
-    balance_loss: of the token router; 0 without one and outside training.
-    contrastive_loss: 0 unless asked for.
+        of discrete actions, or actions in [-1, 1]. representation: [B, E] of the task router, or
+        None without one. balance_loss: of the token router; 0 without one and outside training.
+        contrastive_loss: 0 unless requested.
     """
 
     actions: Tensor
@@ -118,7 +117,7 @@ class T2MIROutput(NamedTuple):
 
 
 class Attention(JointAttention):
-    """Causal attention with heads of one size; normalised after (NormFormer) as well as before."""
+    """Causal attention with heads of one size, normalized before and after (NormFormer)."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__(hidden_size, num_heads, bias=True)
@@ -189,7 +188,7 @@ class T2MIR(nn.Module):
         self.embed_action = nn.Linear(config.output_size, size)
         self.embed_reward = nn.Linear(1, size)
         self.embed_kind = nn.Parameter(torch.zeros(3, size))
-        # One more than the steps: the query of "dpt".
+        # One more than the steps, for the query of "dpt".
         self.embed_step = nn.Embedding(config.max_steps + 1, size)
         nn.init.normal_(self.embed_step.weight, std=0.02)
         self.attention = nn.ModuleList(
@@ -198,7 +197,7 @@ class T2MIR(nn.Module):
         dense = config.num_layers - (config.moe != "none")
         widths = [4 * size] * dense
         if config.moe == "none":
-            widths[-1] = 6 * size  # About what the experts a token uses amount to.
+            widths[-1] = 6 * size  # Approximately the total width of the experts that a token uses.
         self.dense = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(size),
@@ -226,11 +225,11 @@ class T2MIR(nn.Module):
 
         Args:
             states: [B, S, state_size]; S may be 0 with "dpt".
-            actions: [B, S] int (discrete) or [B, S, A]. With "ad" the last step's may be anything:
-                a prediction sees the steps before its own, and its own state.
+            actions: [B, S] int (discrete) or [B, S, A]. With "ad" the last step's action is unused:
+                a prediction reads the previous steps and its own state.
             rewards: [B, S].
             query: [B, state_size], with "dpt" and only then.
-            contrastive: compute the contrastive loss: rows i and i + B / 2 are of one task.
+            contrastive: compute the contrastive loss; rows i and i + B / 2 belong to one task.
 
         Raises:
             ValueError: shapes that do not fit, a context longer than max_steps.
@@ -251,7 +250,7 @@ class T2MIR(nn.Module):
     def _tokens(
         self, states: Tensor, actions: Tensor, rewards: Tensor, query: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, H] and which of them predict."""
+        """Returns tokens [B, L, H] and the positions of those that predict."""
         config = self.config
         batch, steps = states.shape[:2]
         wanted = (batch, steps) if config.num_actions else (batch, steps, config.action_size)
@@ -286,14 +285,15 @@ class T2MIR(nn.Module):
         return x, positions
 
     def update_target(self) -> None:
-        """Moves the slow router; call it after each optimiser step."""
+        """Updates the slow router; call it after each optimizer step."""
         if self.experts is not None and self.experts.contrast is not None:
             assert self.experts.task_router is not None
             self.experts.contrast.update(self.experts.task_router)
 
 
 def action_loss(predicted: Tensor, target: Tensor, num_actions: int) -> Tensor:
-    """Imitation: cross-entropy of [..., A] logits, or mean squared error of actions."""
+    """Returns the imitation loss: cross-entropy of [..., A] logits, or mean squared error of
+    actions."""
     if num_actions:
         return F.cross_entropy(predicted.flatten(0, -2), target.long().flatten())
     return F.mse_loss(predicted, target)

@@ -1,6 +1,6 @@
 """T2MIR's two routers and the contrastive loss of the second.
 
-Letters: B sequences, L tokens of a sequence, T = B * L, H width, E experts, K experts a token.
+Letters: B sequences, L tokens of a sequence, T = B * L, H width, E experts, K experts per token.
 
 Sources: Shazeer et al. 2017 (noisy top-k, arXiv 1701.06538); Wu et al. 2025 (T2MIR, arXiv
 2506.05426).
@@ -22,7 +22,7 @@ ROUTING = ("causal", "token", "sequence")
 
 
 def gate_network(hidden_size: int, num_experts: int) -> nn.Sequential:
-    """H -> E -> tanh -> E without biases: logits of both routers."""
+    """Returns a network H -> E -> tanh -> E without biases: logits of both routers."""
     return nn.Sequential(
         nn.Linear(hidden_size, num_experts, bias=False),
         nn.Tanh(),
@@ -31,19 +31,20 @@ def gate_network(hidden_size: int, num_experts: int) -> nn.Sequential:
 
 
 def squared_cv(values: Tensor) -> Tensor:
-    """Squared coefficient of variation over experts (variance over E - 1); 0 when all are equal."""
+    """Returns the squared coefficient of variation over experts (variance over E - 1); 0 if all are
+    equal."""
     if values.shape[0] == 1:
         return values.new_zeros(())
     return values.var() / (values.mean().square() + 1e-10)
 
 
 def load_probability(clean: Tensor, noisy: Tensor, scale: Tensor, top_k: int) -> Tensor:
-    """P(expert is among the K best if its own noise were drawn anew), [T, E].
+    """Returns P(expert is among the K best if its own noise were redrawn), [T, E].
 
-    clean, noisy = clean + scale * normal, and scale are [T, E]. All of the comparison is in the
-    space of noisy logits: an expert is in where its noisy logit exceeds the K-th best of the
-    others, so P = Phi((clean - threshold) / scale), with the threshold the (K+1)-th best of all for
-    an expert that is in now, and the K-th best for one that is not.
+    clean, noisy = clean + scale * normal, and scale are [T, E]. The comparison uses noisy logits:
+    an expert is selected if its noisy logit exceeds the K-th best of the others, so P = Phi((clean
+    - threshold) / scale). The threshold is the (K+1)-th best of all for a selected expert, and the
+    K-th best for others.
     """
     num_experts = clean.shape[-1]
     if top_k >= num_experts:
@@ -55,7 +56,8 @@ def load_probability(clean: Tensor, noisy: Tensor, scale: Tensor, top_k: int) ->
 
 
 class TokenRouting(NamedTuple):
-    """topk_weights [T, K]; topk_ids [T, K]; balance_loss, a scalar (0 outside training)."""
+    """Routing by token. topk_weights [T, K]; topk_ids [T, K]; balance_loss, a scalar (0 outside
+    training)."""
 
     topk_weights: Tensor
     topk_ids: Tensor
@@ -63,9 +65,9 @@ class TokenRouting(NamedTuple):
 
 
 class NoisyTopKRouter(nn.Module):
-    """Token-wise: the K best of logits with learned noise, weights softmax over those K.
+    """Token-wise router: the K best of logits with learned noise, weights softmax over those K.
 
-    In training logits get softplus(x W) + 0.01 times a normal number, W starting at 0. The loss is
+    In training logits get softplus(x W) + 0.01 times a normal variate, W starting at 0. The loss is
     CV^2 of the experts' summed weights (importance) plus CV^2 of their expected tokens (load).
     """
 
@@ -78,7 +80,7 @@ class NoisyTopKRouter(nn.Module):
         nn.init.zeros_(self.noise.weight)
 
     def forward(self, x: Tensor) -> TokenRouting:
-        """x [T, H]."""
+        """Routes x [T, H]."""
         clean = self.gate(x)
         noisy = clean
         if self.training:
@@ -95,7 +97,8 @@ class NoisyTopKRouter(nn.Module):
 
 
 class TaskRouting(NamedTuple):
-    """topk_weights, topk_ids [B * L, K]; representation [B, E], for the contrastive loss."""
+    """Routing by task. topk_weights, topk_ids [B * L, K]; representation [B, E], for the
+    contrastive loss."""
 
     topk_weights: Tensor
     topk_ids: Tensor
@@ -103,13 +106,12 @@ class TaskRouting(NamedTuple):
 
 
 class TaskRouter(nn.Module):
-    """Task-wise: what a sequence is about decides.
+    """Task-wise router: routes by the content of a sequence.
 
-    routing="causal": token t goes by the mean logits of tokens 0..t. "sequence": all tokens go by
-    the mean over the whole sequence, as in the authors' `task_hard_router`; an early token then
-    depends on later ones, so training sees the future. "token": each goes by its own logits.
-    The representation is the mean over the sequence of the logits (of their softmax, with
-    `softmax_representation`).
+    routing="causal": token t uses the mean logits of tokens 0..t. "sequence": all tokens use the
+    mean over the whole sequence, as in the authors' `task_hard_router`; early tokens then depend on
+    later ones, so training sees the future. "token": each uses its own logits. The representation
+    is the mean over the sequence of the logits (of their softmax, with `softmax_representation`).
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class TaskRouter(nn.Module):
         self.gate = gate_network(hidden_size, num_experts)
 
     def forward(self, x: Tensor) -> TaskRouting:
-        """x [B, L, H]."""
+        """Routes x [B, L, H]."""
         logits = self.gate(x)
         if self.routing == "causal":
             count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=logits.dtype)
@@ -149,12 +151,12 @@ class TaskRouter(nn.Module):
 class MomentumContrast(nn.Module):
     """InfoNCE between routers of two sequences of one task: a bound on I(task; router).
 
-    Row i and row i + B / 2 of a batch are the same task; all other rows are other tasks. Queries
-    are the router's representations, keys those of a slow copy of its gate, and their similarity is
-    q W k^T with a learned W [E, E].
+    Rows i and i + B / 2 of a batch have equal tasks; all other rows have other tasks. Queries are
+    the router's representations, keys those of a slow copy of its gate, and their similarity is q W
+    k^T with a learned W [E, E].
 
-    The copy has no gradient and is no parameter of an optimiser: call `update(router)` after each
-    optimiser step.
+    The copy has no gradient and is not an optimizer parameter: call `update(router)` after each
+    optimizer step.
     """
 
     def __init__(self, router: TaskRouter, tau: float = 0.005) -> None:
@@ -167,11 +169,11 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:
-        """Representations [B, E] by the slow copy of what the router reads, [B, L, H]."""
+        """Returns representations [B, E] of the router's input [B, L, H] by the slow copy."""
         return self.target.represent(self.target.gate(x))
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The loss, a scalar, of [B, E] and [B, E]; B even."""
+        """Returns the loss, a scalar, of queries and keys [B, E]; B even."""
         if queries.shape[0] % 2 or queries.shape != keys.shape:
             raise ValueError(
                 "MomentumContrast: queries and keys must be [B, E] with B even, got shapes "
@@ -188,7 +190,7 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update(self, router: TaskRouter) -> None:
-        """Moves the slow copy: tau * router + (1 - tau) * copy."""
+        """Updates the slow copy: tau * router + (1 - tau) * copy."""
         for slow, fast in zip(self.target.parameters(), router.parameters(), strict=True):
             slow.lerp_(fast, self.tau)
 

@@ -1,4 +1,4 @@
-"""THOR: transformers whose experts are drawn at random, and taught to agree.
+"""THOR: transformers whose experts are selected at random and trained to agree.
 
     model = zoo.create_model("thor")                       # an encoder and a decoder
     out = model.loss(target, source)                 # two passes with other experts each

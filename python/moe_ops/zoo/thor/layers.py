@@ -1,4 +1,4 @@
-"""THOR's layers: feed-forward experts that are drawn, not routed to, in encoder and decoder.
+"""THOR's layers: randomly selected feed-forward experts, without a router, in encoder and decoder.
 
 Letters: B sequences, S tokens of each, T = B * S, H hidden size, I intermediate size, E experts.
 """
@@ -18,7 +18,8 @@ from ..lm.checkpoint import Entry, renamed
 
 
 class RandomExperts(nn.Module):
-    """y = FFN_e(x), with ReLU and biases, e given; without one the mean of all experts.
+    """Computes y = FFN_e(x), with ReLU and biases, for a given e; without it the mean of all
+    experts.
 
     Args:
         hidden_size, intermediate_size, num_experts: H, I and E. With E = 1 it is a dense network.
@@ -29,7 +30,7 @@ class RandomExperts(nn.Module):
         self.experts = relu_experts(hidden_size, intermediate_size, num_experts)
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """x [B, S, H] to its shape.
+        """Returns a tensor shaped like x [B, S, H].
 
         Args:
             chosen: int64 in [0, E), [B] for whole sequences or [B, S] for tokens; None: each expert
@@ -51,14 +52,14 @@ def relu_experts(hidden_size: int, intermediate_size: int, num_experts: int) -> 
 
 
 def switch(hidden_size: int, intermediate_size: int, num_experts: int) -> MoE:
-    """The layer of the Switch Transformer: the best expert, times its probability."""
+    """Returns the Switch Transformer's layer: the best expert, times its probability."""
     experts = relu_experts(hidden_size, intermediate_size, num_experts)
     return MoE(TopKRouter(hidden_size, num_experts, 1), experts)
 
 
 class ThorBlock(nn.Module):
-    """norm(x + attention(x)), in a decoder with an encoder norm(x + attention(x, memory)), then
-    norm(x + ffn(x)): norms behind the additions, dropout before them.
+    """Computes norm(x + attention(x)), in a decoder with an encoder norm(x + attention(x, memory)),
+    then norm(x + ffn(x)): norms after the additions, dropout before them.
 
     Args:
         config: a `ThorConfig`.
@@ -92,12 +93,12 @@ class ThorBlock(nn.Module):
         memory: tuple[Tensor, Tensor] | None = None,
         memory_seen: Tensor | None = None,
     ) -> Tensor:
-        """x [B, S, H] to its shape.
+        """Returns a tensor shaped like x [B, S, H].
 
         Args:
-            step: notes what a router says, under `name`.
+            step: records routing under `name`.
             chosen: see `RandomExperts`.
-            seen, memory_seen: bool [B, S] and [B, S'], True where no padding is.
+            seen, memory_seen: bool [B, S] and [B, S'], False at padding.
             cache: of the sequence itself. memory: keys and values of the encoder's output.
         """
         y = self.attention(x, causal=self.decoder, seen=seen, cache=cache)
@@ -114,7 +115,7 @@ class ThorBlock(nn.Module):
         return out
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
-        """Keys of the published checkpoints, given both prefixes."""
+        """Returns the keys of published checkpoints, given both prefixes."""
         entries = projection_entries(self.attention, f"{ours}.attention", f"{theirs}.self_attn")
         norms = {"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"}
         if self.cross_attention is not None:

@@ -1,4 +1,4 @@
-"""THOR, an encoder and a decoder or a decoder alone, and its loss.
+"""THOR as an encoder and a decoder or as a decoder alone, and its loss.
 
 Letters: B sequences, S tokens of each, S' tokens of a source, H hidden size, E experts, M layers
 with experts, V vocabulary.
@@ -28,14 +28,14 @@ from .layers import RandomExperts, ThorBlock
 
 ROUTINGS = ("random", "switch")
 LEVELS = ("batch", "sentence", "token")
-# Tokens that every vocabulary has in these places, as fairseq's.
+# Tokens that every vocabulary has at these ids, as in fairseq.
 BOS, PAD, EOS, UNKNOWN = range(4)
 NUM_SPECIAL = 4
 
 
 @dataclass(frozen=True)
 class ThorConfig(LMConfig):
-    """Sizes and choices.
+    """Sizes and options.
 
     Attributes, beside those of `LMConfig`:
         vocab_size: with the four special tokens. num_layers: of the decoder.
@@ -115,15 +115,15 @@ class ThorConfig(LMConfig):
 
 
 class Memory(NamedTuple):
-    """What a decoder reads of a source: keys and values of each of its layers, [B, S', n, d] each,
-    and seen, bool [B, S'], True where the source is no padding."""
+    """Source of a decoder: keys and values of each of its layers, [B, S', n, d] each, and seen,
+    bool [B, S'], False at padding."""
 
     keys_values: list[tuple[Tensor, Tensor]]
     seen: Tensor
 
 
 class ThorLoss(NamedTuple):
-    """What training minimises, and its parts, scalars.
+    """Training loss and its parts, scalars.
 
     loss: the smoothed cross-entropies of all passes, added, plus alpha * consistency plus the
         balance loss times its coefficient.
@@ -139,10 +139,10 @@ class ThorLoss(NamedTuple):
 
 
 class Thor(Pretrained):
-    """The model. Embeddings of source, target and output are one matrix.
+    """THOR model. Embeddings of source, target and output are one matrix.
 
-    Sequences end with `EOS` and are filled up with `PAD`; what a decoder reads begins with `EOS`.
-    Experts are drawn by whoever calls (`draw_experts`): `loss` draws one a layer for a whole pass.
+    Sequences end with `EOS` and are padded with `PAD`; the decoder's input begins with `EOS`. The
+    caller draws experts (`draw_experts`): `loss` draws one per layer for a whole pass.
 
     Parameters: embed_tokens.weight [V, H]; encoder_layers and decoder_layers of `ThorBlock`s.
     """
@@ -173,7 +173,8 @@ class Thor(Pretrained):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1 / H), matrices as Glorot has them, norms 1, biases 0."""
+        """Draws embeddings from N(0, 1 / H) and matrices with Glorot's initialization; norms are 1,
+        biases 0."""
         for name, parameter in self.named_parameters():
             if name.startswith("embed"):
                 nn.init.normal_(parameter, std=self.config.hidden_size**-0.5)
@@ -185,7 +186,7 @@ class Thor(Pretrained):
                 bound = math.sqrt(6 / sum(parameter.shape[-2:]))
                 nn.init.uniform_(parameter, -bound, bound)
 
-    # ------------------------------------------------------------------------------ the experts
+    # Experts.
 
     def draw_experts(
         self,
@@ -195,11 +196,11 @@ class Thor(Pretrained):
         length: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Random experts of the layers that have some.
+        """Draws random experts for the layers that have experts.
 
         Args:
-            level: "batch", one a layer, as in training; "sentence", one a layer and sequence;
-                "token", one a layer and token, which is the paper's other way to infer.
+            level: "batch", one per layer, as in training; "sentence", one per layer and sequence;
+                "token", one per layer and token, which is the paper's other way to infer.
             side: "encoder" or "decoder".
             batch, length: B, and S of "token".
 
@@ -220,7 +221,7 @@ class Thor(Pretrained):
         check_choice("Thor", "side", side, ("encoder", "decoder"))
         return self.encoder_layers if side == "encoder" else self.decoder_layers
 
-    # ------------------------------------------------------------------------------- the passes
+    # Forward passes.
 
     def _embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         x = self.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
@@ -232,8 +233,8 @@ class Thor(Pretrained):
         """Reads sources [B, S'] for the decoder.
 
         Args:
-            experts: of `draw_experts` for the encoder; None: the mean of all.
-            routing: gets what routers say.
+            experts: from `draw_experts` for the encoder; None: the mean of all.
+            routing: list that collects the routing.
         """
         if not len(self.encoder_layers):
             raise ValueError("Thor.encode: num_encoder_layers must be above 0, got 0.")
@@ -255,16 +256,16 @@ class Thor(Pretrained):
         cache: list[KVCache] | None = None,
         routing: list[Routed] | None = None,
     ) -> Tensor:
-        """Logits [B, S, V] of the token after each of tokens [B, S].
+        """Returns logits [B, S, V] of the token after each of tokens [B, S].
 
         Args:
-            memory: of `encode`; None in a decoder alone.
+            memory: from `encode`; None for a decoder alone.
             experts: of `draw_experts` for the decoder; None: the mean of all.
             cache: of `new_cache`, with the tokens before these; these are appended.
-            routing: gets what routers say.
+            routing: list that collects the routing.
 
         Raises:
-            ValueError: a memory that is missing, or one that is not wanted.
+            ValueError: a memory is missing or unexpected.
         """
         if (memory is None) != (not len(self.encoder_layers)):
             wanted = "None" if memory is not None else "what encode gives"
@@ -289,7 +290,7 @@ class Thor(Pretrained):
     def new_cache(self) -> list[KVCache]:
         return [KVCache() for _ in self.decoder_layers]
 
-    # ---------------------------------------------------------------------------------- the loss
+    # The loss.
 
     def loss(
         self,
@@ -300,15 +301,15 @@ class Thor(Pretrained):
         passes: int | None = None,
         generator: torch.Generator | None = None,
     ) -> ThorLoss:
-        """One training step's loss of pairs, or of text alone.
+        """Computes the loss of one training step on pairs, or on text alone.
 
-        Passes run as one batch of that many times the sequences, each with its own dropout and its
-        own experts.
+        Passes run as one batch with that many times the sequences, each with its own dropout and
+        experts.
 
         Args:
-            target: [B, S], each row ended by `EOS` and filled up with `PAD`.
-            source: [B, S'] likewise. A decoder alone reads it before the target, and its tokens do
-                not count.
+            target: [B, S], each row ends with `EOS` and is padded with `PAD`.
+            source: [B, S'] in the format of target. A decoder alone reads it before the target, and
+                its tokens do not count in the loss.
             experts: of encoder and decoder, [M, passes * B] and so on; None: drawn for each pass,
                 or in `eval` the mean of all.
             passes: None: the config's; 1 to evaluate.
@@ -353,7 +354,7 @@ class Thor(Pretrained):
             plain = smoothed if not config.label_smoothing else F.cross_entropy(flat, wanted)
         return ThorLoss(total, plain.detach(), consistency, balance)
 
-    # ------------------------------------------------------------------- checkpoints and counting
+    # Checkpoints and counts.
 
     def entries(self) -> list[Entry]:
         entries = [Entry("embed_tokens.weight", ("encoder.embed_tokens.weight",))]
@@ -363,7 +364,7 @@ class Thor(Pretrained):
         return entries
 
     def idle_parameters(self) -> int:
-        """Parameters of experts that a token does not use."""
+        """Returns the number of expert parameters that a token does not use."""
         idle = super().idle_parameters()
         for module in self.modules():
             if isinstance(module, RandomExperts):
@@ -379,13 +380,13 @@ def _step(routing: list[Routed] | None) -> Step:
 
 
 def _of_layer(experts: Tensor | None, layer: int) -> Tensor | None:
-    """Every second layer has experts, from the first one on."""
+    """Returns the experts of a layer: every second layer has experts, starting with the first."""
     return None if experts is None or layer % 2 else experts[layer // 2]
 
 
 def positions(start: int, length: int, like: Tensor) -> Tensor:
-    """Sinusoids [length, H] of the places from `start` on, sines first, as fairseq has them: the
-    first token of a sequence is at 2, and frequencies fall from 1 to 1/10000."""
+    """Returns sinusoids [length, H] of the positions from `start` on, sines first, as in fairseq:
+    the first token of a sequence has position 2, and frequencies decrease from 1 to 1/10000."""
     half = like.shape[-1] // 2
     place = torch.arange(start, start + length, device=like.device, dtype=torch.float64) + 2
     falls = torch.arange(half, device=like.device, dtype=torch.float64) / (half - 1)
@@ -394,15 +395,15 @@ def positions(start: int, length: int, like: Tensor) -> Tensor:
 
 
 def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
-    """(KL(p || q) + KL(q || p)) / 2 of p = softmax(a) and q = softmax(b), [N, V] each: the mean
-    over N."""
+    """Returns (KL(p || q) + KL(q || p)) / 2 of p = softmax(a) and q = softmax(b), [N, V] each,
+    averaged over N."""
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
 
 
 def join(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Each source [B, S'] and its target [B, S] in a row, [B, S''], filled up with `PAD`, and bool
-    [B, S''], True where a token is the target's."""
+    """Concatenates each source [B, S'] and its target [B, S] to [B, S''], padded with `PAD`; also
+    returns bool [B, S''], True at the target's tokens."""
     rows = [
         torch.cat([s[s != PAD], t[t != PAD]]) for s, t in zip(source, target, strict=True)
     ]  # fmt: skip

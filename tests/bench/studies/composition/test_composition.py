@@ -21,7 +21,7 @@ from moe_ops.zoo.composition import CategoryRouter
 
 
 def test_labels_spread_over_a_chain():
-    # Two fans of directions: each unlabelled one is nearest to the one before it.
+    # Two fans of directions: each unlabeled one is nearest to the one before it.
     angles = torch.tensor([0.0, 0.1, 0.2, 0.3, 3.0, 2.9, 2.8])
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     labels = torch.tensor([1, -1, -1, -1, 0, -1, -1])

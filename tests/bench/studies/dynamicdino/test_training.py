@@ -41,7 +41,7 @@ def test_scenes_show_what_the_labels_say():
             x, y, w, h = box
             inside = ((grid - x).abs() <= w / 2)[None] & ((grid - y).abs() <= h / 2)[:, None]
             covered |= inside
-            # A colour has channels that are 0, which the background never has.
+            # A color has channels that are 0, which the background never has.
             off = [c for c in range(3) if image[c][inside].min() == -1]
             rgb = ["gb", "rb", "rg", "b", "g", "r"][colour]
             assert "".join("rgb"[c] for c in off) == rgb

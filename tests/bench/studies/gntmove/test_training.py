@@ -36,7 +36,7 @@ def test_evaluate():
 
 
 def test_routing_of_known_choices(monkeypatch):
-    """Experts by material: neighbours agree, and what they tell is all of it."""
+    """Experts by material: neighbors agree, and what they tell is all of it."""
     data = draw_unseen(3, generator(), views=1, size=12)
     model = zoo.create_model("gntmove", **{**SMALL, "top_k": 1})
     points = torch.rand(3 * 2 * 4, 2, 3)

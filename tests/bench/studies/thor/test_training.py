@@ -138,7 +138,7 @@ def test_tokens(tmp_path):
     assert len(made.numbers("the señal")) < len("the señal")
     settings = training.Settings(tokens="280")
     text = parallel.ParallelText([(word, word) for word in words], [], [])
-    for _ in range(2):  # Learnt, then read.
+    for _ in range(2):  # Learned, then read.
         again = training.make_tokens(settings, text, tmp_path / "tokens.json")
         assert isinstance(again, PairTokens)
     assert again.numbers("other") == made.numbers("other") and again.vocab_size == made.vocab_size
