@@ -117,7 +117,7 @@ def test_rows_of_weights_are_read_whole_where_their_sums_fit(rows, features, wid
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("intel", [OTHERS, INTEL])
 def test_batch_invariant_algorithms_add_in_one_order(isa, intel):
-    """By layout, what a count of rows may choose between (NOTES.md, Threads and bits)."""
+    """By layout, what a count of rows may choose between (NOTES.md, Threads and determinism)."""
     may = {
         "dense_k": {"gemv", "gemv_blocked"},
         "dense_features": {"outer", "row_major_b"},
