@@ -45,6 +45,7 @@ SHARED = {
         "router_bwd",
         "routing",
         "score_func",
+        "weight_format",
     },
     "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
     "csrc/torch": {"device", "library", "router", "tensor_utils"},

@@ -36,7 +36,7 @@ from moe_ops._files import make_folder, write_json
 from moe_ops.demo.data import heldout_windows, load_corpus, training_batch
 from moe_ops.hf import lora
 from moe_ops.quant.bank import find_banks
-from moe_ops.quant.formats import WeightFormat
+from moe_ops.weight_formats import WeightFormat
 
 PEFT = "peft, float experts"
 ARMS = (PEFT, "fuse_adapters, float experts", "int8", "int4", "mxfp4")
@@ -143,9 +143,7 @@ def tuned(
     elif arm == "mxfp4":
         for bank in find_banks(model):
             how = WeightFormat("mxfp4")
-            experts = bank.hook.new_quantized(
-                bank.module, bank.bank, format=how.name, group_size=None, x_scale=False
-            )
+            experts = bank.hook.new_quantized(bank.module, bank.bank, format=how.label)
             fill_rounded(experts, bank.bank, how)
             bank.hook.install(model, bank.module, experts)
     before = judged(model, heldout)

@@ -26,7 +26,7 @@ from moe_ops.demo.train import TrainConfig, Trainer
 from moe_ops.expert_weights import ExpertWeights
 from moe_ops.layers import Experts, QuantizedExperts
 from moe_ops.quant.bank import find_banks
-from moe_ops.quant.formats import WeightFormat
+from moe_ops.weight_formats import WeightFormat
 from moe_ops.zoo.deepseek import DeepSeek
 
 FORMATS = (("int8", None), ("int4", 32), ("int4", 64), ("int4", 128))
@@ -142,10 +142,7 @@ def published_formats(steps: int) -> Iterator[str]:
 
 
 def _stored(bank: ExpertWeights, how: WeightFormat) -> QuantizedExperts:
-    options = {"scale_dtype": how.scale_dtype, "zero_points": how.zero_points}
-    experts = QuantizedExperts.for_weights(
-        bank, format=how.name, group_size=how.group_size, x_scale=False, **options
-    )
+    experts = QuantizedExperts.for_weights(bank, format=how.label)
     fill_rounded(experts, bank, how)
     return experts
 
@@ -167,7 +164,7 @@ def _rounded(
     if how.name == "fp8":
         return *quant.quantize_fp8_blocks(w), None
     if how.name == "int8" and how.group_size is None:
-        return *quant.quantize(w, "int8"), None
+        return *quant.quantize_weight(w, "int8"), None
     if how.name in ("q4_k", "q6_k"):
         return *(_rounded_q4_k(w) if how.name == "q4_k" else _rounded_q6_k(w)), None
     groups = w.unflatten(-1, (-1, how.group_size or 32))

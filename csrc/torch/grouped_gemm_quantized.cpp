@@ -7,12 +7,13 @@ namespace {
 
 // exact: a is not rounded. transposed: a [N, O] -> [N, K].
 Tensor run(const Op& op, const Tensor& a, const Tensor& b, const Tensor& b_scale,
-           const Tensor& expert_offsets, const OptTensor& bias, const OptTensor& b_zero, bool exact,
-           bool transpose) {
+           const Tensor& expert_offsets, const std::string& format, const OptTensor& bias,
+           const OptTensor& b_zero, bool exact, bool transpose) {
   const DType type = check_float(op, "a", a);
   MOE_CHECK(type != DType::kFloat64, op, ": a must be float32, bfloat16 or float16, got float64.");
   check_dim(op, "a", a, 2, "[N, K]");
-  const Quantized weights = quantized_of(op, "b", "b_scale", b, b_scale, Formats::kAll, b_zero);
+  const Quantized weights =
+      quantized_of(op, "b", b, b_scale, b_zero, format_of(op, "format", format), format);
   const int64_t in = transpose ? weights.features : weights.depth;
   const int64_t out_features = transpose ? weights.depth : weights.features;
   MOE_CHECK(in == a.size(1), op, ": b must have ", transpose ? "" : "rows of ", "K = ", a.size(1),
@@ -45,15 +46,17 @@ Tensor run(const Op& op, const Tensor& a, const Tensor& b, const Tensor& b_scale
 }
 
 Tensor grouped_gemm_quantized(const Tensor& a, const Tensor& b, const Tensor& b_scale,
-                              const Tensor& expert_offsets, const OptTensor& bias,
-                              const OptTensor& b_zero) {
-  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, bias, b_zero, false, false);
+                              const Tensor& expert_offsets, std::string format,
+                              const OptTensor& bias, const OptTensor& b_zero) {
+  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, format, bias, b_zero, false,
+             false);
 }
 
 Tensor grouped_gemm_quantized_exact(const Tensor& a, const Tensor& b, const Tensor& b_scale,
-                                    const Tensor& expert_offsets, const OptTensor& bias,
-                                    const OptTensor& b_zero, bool transposed) {
-  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, bias, b_zero, true,
+                                    const Tensor& expert_offsets, std::string format,
+                                    const OptTensor& bias, const OptTensor& b_zero,
+                                    bool transposed) {
+  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, format, bias, b_zero, true,
              transposed);
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* kOp = "moe_ffn_quantized";
 
-// What one call has after all checks.
+// Validated sizes and weights of one call.
 struct Call {
   Sizes sizes;
   Quantized up, down;
@@ -20,8 +20,14 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
            const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
            const Tensor& topk_ids, const OptTensor& x_scale, const OptTensor& b_gate_up,
            const OptTensor& b_down, const std::string& activation, bool interleaved, double alpha,
-           double limit, Formats formats, const OptTensor& up_zero, const OptTensor& down_zero) {
+           double limit, const std::string& format, const OptTensor& up_zero,
+           const OptTensor& down_zero) {
   Call call;
+  const std::vector<std::string> names = format_names(op, "format", format, 2);
+  const WeightFormat up = format_of(op, "format", names[0]);
+  const WeightFormat down = format_of(op, "format", names[1]);
+  MOE_CHECK(!op.on_cuda || (up.has_kernels() && down.has_kernels()), op,
+            ": format must have CUDA kernels, got '", format, "'.");
   Sizes& s = call.sizes;
   s.act = check_activation(op, activation, interleaved, alpha, limit, false);
   const bool gated = is_gated(s.act.kind);
@@ -34,8 +40,7 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
   s.T = x.size(0);
   s.H = x.size(1);
   s.K = topk_ids.size(1);
-  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale, formats,
-                         up_zero);
+  call.up = quantized_of(op, "w_gate_up", w_gate_up, w_gate_up_scale, up_zero, up, names[0]);
   s.E = call.up.experts;
   s.width = call.up.features;
   MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
@@ -46,7 +51,7 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
             ": w_gate_up must have an even number 2I of features, got shape ",
             shape_string(w_gate_up), ".");
   s.I = gated ? s.width / 2 : s.width;
-  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, w_down_scale, formats, down_zero);
+  call.down = quantized_of(op, "w_down", w_down, w_down_scale, down_zero, down, names[1]);
   check_size(op, "w_down", w_down, 0, s.E, "E");
   check_size(op, "w_down", w_down, 1, s.H, "H");
   MOE_CHECK(call.down.depth == s.I, op, ": w_down must have rows of I = ", s.I, " weights, got ",
@@ -96,14 +101,14 @@ struct Operands {
 
 Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
                          const Tensor& w_down, const Tensor& w_down_scale,
-                         const Tensor& topk_weights, const Tensor& topk_ids,
+                         const Tensor& topk_weights, const Tensor& topk_ids, std::string format,
                          const OptTensor& x_scale, const OptTensor& b_gate_up,
                          const OptTensor& b_down, std::string activation, bool interleaved,
                          bool apply_router_weight_on_input, double alpha, double limit,
                          const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
   const Call call = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
                           topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
-                          limit, Formats::kAll, w_gate_up_zero, w_down_zero);
+                          limit, format, w_gate_up_zero, w_down_zero);
   const Sizes& s = call.sizes;
   const SlotIds slots = slot_ids(kOp, topk_ids, s.E);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
@@ -116,14 +121,14 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
 FfnOutputs moe_ffn_quantized_fwd(const Tensor& x, const Tensor& w_gate_up,
                                  const Tensor& w_gate_up_scale, const Tensor& w_down,
                                  const Tensor& w_down_scale, const Tensor& topk_weights,
-                                 const Tensor& topk_ids, const OptTensor& x_scale,
-                                 const OptTensor& b_gate_up, const OptTensor& b_down,
-                                 std::string activation, bool interleaved,
+                                 const Tensor& topk_ids, std::string format,
+                                 const OptTensor& x_scale, const OptTensor& b_gate_up,
+                                 const OptTensor& b_down, std::string activation, bool interleaved,
                                  bool apply_router_weight_on_input, double alpha, double limit,
                                  const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
   const Call call = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
                           topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
-                          limit, Formats::kAll, w_gate_up_zero, w_down_zero);
+                          limit, format, w_gate_up_zero, w_down_zero);
   const Sizes& s = call.sizes;
   const SortedSlots slots = sorted_slots(kOp, topk_ids, s.E);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
@@ -140,14 +145,14 @@ std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
     const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
     const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
     const Tensor& preact, const Tensor& expert_offsets, const Tensor& row_to_slot,
-    const Tensor& slot_to_row, const OptTensor& b_gate_up, const OptTensor& b_down,
-    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
-    double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero, bool need_x,
-    bool need_topk_weights) {
+    const Tensor& slot_to_row, std::string format, const OptTensor& b_gate_up,
+    const OptTensor& b_down, std::string activation, bool interleaved,
+    bool apply_router_weight_on_input, double alpha, double limit, const OptTensor& w_gate_up_zero,
+    const OptTensor& w_down_zero, bool need_x, bool need_topk_weights) {
   constexpr const char* kBwdOp = "moe_ffn_quantized_bwd";
   const Call call = check(kBwdOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
                           slot_to_row, {}, b_gate_up, b_down, activation, interleaved, alpha, limit,
-                          Formats::kAll, w_gate_up_zero, w_down_zero);
+                          format, w_gate_up_zero, w_down_zero);
   const Sizes& s = call.sizes;
   check_saved(kBwdOp, s, grad_y, x, preact, expert_offsets, row_to_slot, slot_to_row);
   const int64_t N = s.T * s.K;
@@ -183,18 +188,19 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
 
 #ifdef MOE_OPS_WITH_CUDA
 
-static Tensor moe_ffn_quantized_cuda(
-    const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale, const Tensor& w_down,
-    const Tensor& w_down_scale, const Tensor& topk_weights, const Tensor& topk_ids,
-    const OptTensor& x_scale, const OptTensor& b_gate_up, const OptTensor& b_down,
-    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
-    double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
+static Tensor moe_ffn_quantized_cuda(const Tensor& x, const Tensor& w_gate_up,
+                                     const Tensor& w_gate_up_scale, const Tensor& w_down,
+                                     const Tensor& w_down_scale, const Tensor& topk_weights,
+                                     const Tensor& topk_ids, std::string format,
+                                     const OptTensor& x_scale, const OptTensor& b_gate_up,
+                                     const OptTensor& b_down, std::string activation,
+                                     bool interleaved, bool apply_router_weight_on_input,
+                                     double alpha, double limit, const OptTensor& w_gate_up_zero,
+                                     const OptTensor& w_down_zero) {
   const Op op(kOp, x);
   const Call call = check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
                           topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
-                          limit, Formats::kWithKernels, w_gate_up_zero, w_down_zero);
-  MOE_CHECK(!w_gate_up_zero.has_value() && !w_down_zero.has_value(), op,
-            ": CUDA kernels have no zero points.");
+                          limit, format, w_gate_up_zero, w_down_zero);
   const Sizes& s = call.sizes;
   const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());

@@ -172,7 +172,7 @@ def test_saved_and_loaded(tmp_path, weights):
                 other = loaded.get_submodule(name)
                 assert type(other) is nn.Linear
                 assert torch.equal(other.weight, layer.weight)
-                again = QuantizedLinear(other, layer.format, group_size=layer.group_size)
+                again = QuantizedLinear(other, layer.format)
                 torch.testing.assert_close(again.weight, layer.weight, rtol=1e-5, atol=1e-7)
 
 

@@ -132,7 +132,7 @@ def test_what_is_refused(tmp_path):
         load(tmp_path)
     for layers, message in (
         ({"model.norm": "int8"}, "must be banks of experts and dense layers"),
-        ({"model.layers.0.mlp.experts": "int4 h64"}, "label must be of a format"),
+        ({"model.layers.0.mlp.experts": "int4 h64"}, "group_size must be given for int4"),
         ([3], "layers must be formats by name"),
     ):
         config["quantization_config"] = {"quant_method": "moe_ops", "layers": layers}

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_ops.layers import QuantizedLinear, linear
-from moe_ops.quant import dequantize, quantize
+from moe_ops.quant import dequantize_weight, quantize_weight
 from moe_ops.testing import assert_identical, eps, short
 
-FORMATS = [("int8", None), ("int4", 32), ("int4", 64), ("int4", 128)]
-formats = pytest.mark.parametrize(("format", "group_size"), FORMATS)
+FORMATS = ("int8", "int4 g32", "int4 g64", "int4 g128")
+formats = pytest.mark.parametrize("format", FORMATS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
@@ -52,12 +52,12 @@ def test_which_rows_go_where(monkeypatch):
 
 
 @formats
-def test_a_quantised_layer(format, group_size):
+def test_a_quantised_layer(format):
     layer = nn.Linear(256, 72)
-    quantized = QuantizedLinear(layer, format, group_size=group_size)
-    q, scale = quantize(layer.weight, format, group_size)
+    quantized = QuantizedLinear(layer, format)
+    q, scale = quantize_weight(layer.weight, format)
     assert torch.equal(quantized.q, q) and torch.equal(quantized.scale, scale)
-    assert_identical(quantized.weight, dequantize(q, scale))
+    assert_identical(quantized.weight, dequantize_weight(q, scale, format))
     x = torch.randn(3, 40, 256)
     with torch.no_grad():
         y, want = quantized(x), F.linear(x, quantized.weight, layer.bias)
@@ -70,14 +70,14 @@ def test_a_quantised_layer(format, group_size):
 
 
 @formats
-def test_state_dict_is_that_of_a_linear_layer(format, group_size):
+def test_state_dict_is_that_of_a_linear_layer(format):
     layer = nn.Linear(128, 24, dtype=torch.bfloat16)
-    quantized = QuantizedLinear(layer, format, group_size=group_size)
+    quantized = QuantizedLinear(layer, format)
     state = quantized.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
         k: (v.shape, v.dtype) for k, v in layer.state_dict().items()
     }
-    other = QuantizedLinear(nn.Linear(128, 24), format, group_size=group_size)
+    other = QuantizedLinear(nn.Linear(128, 24), format)
     model = nn.Sequential(other)
     model.load_state_dict({f"0.{k}": v for k, v in layer.state_dict().items()})
     assert torch.equal(other.q, quantized.q) and torch.equal(other.scale, quantized.scale)
@@ -85,7 +85,7 @@ def test_state_dict_is_that_of_a_linear_layer(format, group_size):
         other.load_state_dict({**state, "weight": torch.zeros(3, 3)})
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         other.load_state_dict({"bias": state["bias"]})
-    untied = QuantizedLinear(layer, format, group_size=group_size, saved=False)
+    untied = QuantizedLinear(layer, format, saved=False)
     assert list(untied.state_dict()) == ["bias"]
     assert torch.equal(copy.deepcopy(quantized).weight, quantized.weight)
 
@@ -105,9 +105,9 @@ def assert_same(a, b):
 
 
 @formats
-def test_the_gradient_goes_through_the_dequantised_weight(format, group_size):
+def test_the_gradient_goes_through_the_dequantised_weight(format):
     layer = nn.Linear(128, 24)
-    quantized = QuantizedLinear(layer, format, group_size=group_size)
+    quantized = QuantizedLinear(layer, format)
     x = torch.randn(5, 128, requires_grad=True)
     grad = torch.randn(5, 24)
     (quantized(x) * grad).sum().backward()
@@ -125,9 +125,11 @@ def test_compiles():
 
 
 def test_bad_calls():
-    with pytest.raises(ValueError, match=r"must be a multiple of group_size = 32, got 40"):
-        QuantizedLinear(nn.Linear(40, 8), "int4")
-    with pytest.raises(ValueError, match=r"format must be 'int8' or 'int4', got 'fp4'"):
+    with pytest.raises(
+        ValueError, match=r"must be a multiple of 64 for int4 g64, got 40; use int8"
+    ):
+        QuantizedLinear(nn.Linear(40, 8))
+    with pytest.raises(ValueError, match=r"format must be one of int8, int4, .*, got 'fp4'"):
         QuantizedLinear(nn.Linear(64, 8), "fp4")
     layer = nn.Linear(64, 8)
     layer.weight.data[3, 3] = torch.nan

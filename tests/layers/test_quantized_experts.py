@@ -192,12 +192,12 @@ def test_float_weights_are_not_loaded():
 def test_another_format_is_not_loaded():
     state = QuantizedExperts.from_experts(make(), group_size=32).state_dict()
     with pytest.raises(RuntimeError, match=r"w_gate_up_scale must be float32 .*\[5, 512, 2\], got"):
-        QuantizedExperts(E, H, I, group_size=64).load_state_dict(state)
+        QuantizedExperts(E, H, I, format="int4 g64").load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"w_down must be int8 of shape .* got uint8"):
         QuantizedExperts(E, H, I, format="int8").load_state_dict(state)
     halves = {k: v.half() if k.endswith("scale") else v for k, v in state.items()}
     with pytest.raises(RuntimeError, match=r"must be float32 .* got float16"):
-        QuantizedExperts(E, H, I, group_size=32).load_state_dict(halves)
+        QuantizedExperts(E, H, I, format="int4 g32").load_state_dict(halves)
 
 
 def test_missing_keys_are_reported():
@@ -302,10 +302,10 @@ def test_pack_weights_skips_with_a_word():
     ("kwargs", "message"),
     [
         ({"format": "int2"}, r"format must be one of int8, int4, mxfp4, .*, got 'int2'"),
-        ({"format": "mxfp4", "group_size": 32}, r"group_size and scale_dtype must not be given"),
-        ({"format": "int8", "group_size": 64}, r"group_size must be None for int8.* got 64"),
-        ({"group_size": 48}, r"group_size must be 32, 64 or 128, got 48"),
-        ({"hidden_size": 96}, r"features of w_gate_up must be a multiple.* got 96; .*size 32"),
+        ({"format": "mxfp4 g32"}, r"group_size and zero_points must not be given for mxfp4"),
+        ({"format": "int8, int8, int8"}, r"format must be one name or two, got 'int8, int8, int8'"),
+        ({"format": "int4 g48"}, r"group_size must be a multiple of 32, got 48"),
+        ({"hidden_size": 96}, r"features of w_gate_up must be a multiple.* got 96; .*int4 g32"),
         ({"intermediate_size": 40}, r"features of w_down must be a multiple.*got 40; use int8"),
         ({"num_experts": 0}, r"num_experts must be at least 1, got 0"),
         ({"activation": "tanh"}, r"activation must be one of .* got 'tanh'"),

@@ -15,7 +15,9 @@ O, D, G = 24, 256, 64
 
 
 def value(weight):
-    return dequantized(weight.codes, weight.scale, weight.zero, torch.float64)
+    return dequantized(
+        weight.codes, weight.scale, weight.zero, format=weight.format.label, dtype=torch.float64
+    )
 
 
 def stored_as_said(weight):

@@ -40,7 +40,7 @@ def bank_and_inputs(outliers: float, tokens: int = 96):
 
 def test_scales_help_where_channels_differ():
     bank, inputs = bank_and_inputs(30.0)
-    choice = quant.find_x_scale(bank, inputs, "int4", 32)
+    choice = quant.find_x_scale(bank, inputs, "int4 g32")
     errors = dict(choice.errors)
     assert 0.0 < choice.exponent <= 1.0
     assert errors[choice.exponent] == min(errors.values()) < 0.5 * errors[0.0]
@@ -51,7 +51,7 @@ def test_scales_help_where_channels_differ():
 
 def test_scales_are_never_worse_than_none_on_their_inputs():
     bank, inputs = bank_and_inputs(1.0)
-    choice = quant.find_x_scale(bank, inputs, "int8", None, grid=4)
+    choice = quant.find_x_scale(bank, inputs, "int8", grid=4)
     errors = dict(choice.errors)
     assert list(errors) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert errors[choice.exponent] <= errors[0.0]
@@ -59,7 +59,7 @@ def test_scales_are_never_worse_than_none_on_their_inputs():
 
 def test_exponent_zero_is_no_scale():
     bank, inputs = bank_and_inputs(3.0)
-    choice = quant.find_x_scale(bank, inputs, "int4", 32, grid=1)
+    choice = quant.find_x_scale(bank, inputs, "int4 g32", grid=1)
     assert choice.exponent in (0.0, 1.0)
     assert choice.errors[0][0] == 0.0
     if choice.exponent == 0.0:
@@ -73,14 +73,14 @@ def test_inputs_that_say_nothing():
         inputs._replace(x=torch.zeros_like(inputs.x)),
         ExpertInputs(inputs.x[:0], inputs.topk_weights[:0], inputs.topk_ids[:0]),
     ):
-        choice = quant.find_x_scale(bank, useless, "int4", 32)
+        choice = quant.find_x_scale(bank, useless, "int4 g32")
         assert torch.equal(choice.x_scale, torch.ones(H)) and choice.errors == []
 
 
 def test_channels_that_are_always_zero():
     bank, inputs = bank_and_inputs(10.0)
     inputs.x[:, 7] = 0
-    choice = quant.find_x_scale(bank, inputs, "int4", 32)
+    choice = quant.find_x_scale(bank, inputs, "int4 g32")
     assert torch.isfinite(choice.x_scale).all() and (choice.x_scale > 0).all()
 
 
@@ -199,7 +199,7 @@ def test_skip():
     assert isinstance(model.first.experts, QuantizedExperts)
     assert isinstance(model.second.experts, Experts)
     moe_ops.quantize_experts(model, "int4", group_size=32)
-    assert model.second.experts.format == "int4" and model.first.experts.format == "int8"
+    assert model.second.experts.format == "int4 g32" and model.first.experts.format == "int8"
 
 
 def test_skip_that_matches_no_bank():
@@ -213,7 +213,7 @@ def test_skip_that_matches_no_bank():
         (lambda: torch.nn.Linear(2, 2), {}, r"hold a bank of float experts, got Linear without"),
         (lambda: moe_ops.quantize_experts(Net(), "int8"), {}, r"got Net without one"),
         (Net, {"format": "int3"}, r"format must be 'int8' or 'int4', got 'int3'"),
-        (Net, {}, r"first.experts's w_down must be a multiple of group_size = 64, got 96; .* 32"),
+        (Net, {}, r"first.experts's w_down must be a multiple of 64 for int4 g64, got 96; .* g32"),
         (Net, {"format": "int8", "group_size": 32}, r"group_size must be None for int8"),
         (
             lambda: Net().to("meta"),

@@ -51,7 +51,6 @@ class ExpertsHook:
         self,
         root: nn.Module,
         format: str,
-        group_size: int | None,
         x_scale: bool,
         skip: Sequence[str],
     ) -> None:

@@ -10,28 +10,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_ops.weight_formats import WeightFormat
+
 # Rows and columns of a weight, or columns of a row of tokens, that share a scale in fp8.
 FP8_BLOCK = 128
 
 
-def format_of(w: Tensor, scale: Tensor) -> str:
-    """Returns the format of a weight [..., O, *], which dtypes and shapes determine."""
-    if w.dtype == torch.float8_e4m3fn:
-        return "fp8"
-    if w.dtype == torch.int8:
-        return "int8" if scale.dim() == w.dim() - 1 else "int8 groups"
-    if scale.dtype == torch.uint8:
-        if scale.dim() == w.dim():
-            return "mxfp4"
-        # Bytes of a record of scales.
-        return "q4_k" if scale.shape[-1] == 16 else "q6_k"
-    return "int4"
-
-
 def dequantized(
-    w: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns the weight [..., O, D] that codes, scales and zero points stand for.
+    """Returns the weight [..., O, D] of the format `format` that codes, scales and zero points
+    stand for.
 
     It is computed in float32 (float64 for float64) and rounded to `dtype` once; None is the dtype
     of floating scales, or float32.
@@ -39,10 +33,12 @@ def dequantized(
     if dtype is None:
         dtype = scale.dtype if scale.is_floating_point() else torch.float32
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    kind = format_of(w, scale)
-    if kind == "int4":
+    kind = WeightFormat.from_label(format)
+    if kind.name == "int4":
         return _int4(w, scale.to(acc), zero).to(dtype)
-    return _DECODERS[kind](w, scale, acc).to(dtype)
+    if kind.name == "int8" and kind.group_size is not None:
+        return _scaled(w.to(acc), scale.to(acc)).to(dtype)
+    return _DECODERS[kind.name](w, scale, acc).to(dtype)
 
 
 def dequantized_rows(codes: Tensor, scale: Tensor) -> Tensor:
@@ -63,10 +59,6 @@ def _fp8(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
 
 def _int8(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
     return w.to(acc).mul_(scale.to(acc).unsqueeze(-1))
-
-
-def _int8_groups(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
-    return _scaled(w.to(acc), scale.to(acc))
 
 
 def _int4(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -134,7 +126,6 @@ def _q6_k(w: Tensor, record: Tensor, acc: torch.dtype) -> Tensor:
 _DECODERS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
     "fp8": _fp8,
     "int8": _int8,
-    "int8 groups": _int8_groups,
     "mxfp4": _mxfp4,
     "q4_k": _q4_k,
     "q6_k": _q6_k,

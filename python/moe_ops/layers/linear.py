@@ -6,7 +6,7 @@ Letters: N rows, I input features, O output features.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from moe_ops import memory
 from moe_ops._private_torch import is_plain_eager
 from moe_ops.ops import grouped_gemm, grouped_gemm_quantized
 from moe_ops.ops._checks import dtype_name
-from moe_ops.quant.formats import GROUP_SIZES, check_format, dequantize, quantize
+from moe_ops.quant.formats import dequantize_weight, quantize_weight
+from moe_ops.weight_formats import GROUP_SIZES
 
 from .inputs import Proxy, as_leaf, jagged_parts
 
@@ -89,27 +90,34 @@ def in_inference_on_few_rows(x: Tensor) -> bool:
     )
 
 
-def dense_operands(
-    layer: nn.Module, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """Weight or codes, scales, and bias of a dense layer for ops that read them themselves; None
-    where calling it does something else, or it has another type."""
+class DenseOperands(NamedTuple):
+    """A dense layer for ops that read its weight themselves; `format` as they take it."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    format: str
+
+
+def dense_operands(layer: nn.Module, dtype: torch.dtype) -> DenseOperands | None:
+    """Returns weight, scales, bias and format of a dense layer; None where calling it does
+    something else, or it has another type."""
     kind = type(layer)
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return None
-    if kind is QuantizedLinear:
+    if isinstance(layer, QuantizedLinear) and kind is QuantizedLinear:
         if dtype == torch.float64:
             return None
         buffers: Any = layer._buffers
         bias: Any = layer.bias
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        return buffers["q"], buffers["scale"], bias
+        return DenseOperands(buffers["q"], buffers["scale"], bias, layer.format)
     if kind is FewRowsLinear or kind is nn.Linear:
         parameters: Any = layer._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         if type(weight) in _TENSORS and weight.dtype == dtype:
-            return weight, None, bias
+            return DenseOperands(weight, None, bias, "float")
     return None
 
 
@@ -150,13 +158,11 @@ class QuantizedLinear(nn.Linear):
 
     Buffers:
         q: int8 [O, I], or uint8 [O, I/2] with two numbers of 4 bits a byte.
-        scale: fp32 [O], or [O, I/G]. `moe_ops.quant.quantize` defines both formats.
+        scale: fp32 [O], or [O, I/G]. `moe_ops.quant.quantize_weight` defines both formats.
 
     Args:
         layer: what it takes the place of.
-        format: "int8" or "int4".
-        group_size: of int4: 32, 64 or 128, a divisor of I. None is 64, or where that does not
-            divide I, 32.
+        format: "int8", or "int4 g32", "int4 g64" or "int4 g128" with groups that divide I.
         saved: whether the state dict has the weight; not where it is tied to an embedding's.
 
     Raises:
@@ -169,17 +175,13 @@ class QuantizedLinear(nn.Linear):
     def __init__(
         self,
         layer: nn.Linear,
-        format: str = "int4",
+        format: str = "int4 g64",
         *,
-        group_size: int | None = None,
         saved: bool = True,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        if format == "int4" and group_size is None:
-            group_size = 64 if self.in_features % 64 == 0 else 32
         self.format = format
-        self.group_size = check_format("QuantizedLinear", format, group_size) or None
         self.weight_dtype = layer.weight.dtype
         self.saved = saved
         self.bias = layer.bias
@@ -191,7 +193,7 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         """Rounds a weight [O, I] into the buffers, some rows at a time."""
-        parts = [quantize(w, self.format, self.group_size) for w in weight.detach().split(1024)]
+        parts = [quantize_weight(w, self.format) for w in weight.detach().split(1024)]
         first_q, first_scale = parts[0]
         shape = (self.out_features, first_q.shape[1])
         self.q = memory.new_zeros(*shape, dtype=first_q.dtype, device=weight.device)
@@ -202,7 +204,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight [O, I] that is computed with, made anew at every look."""
-        return dequantize(self.q, self.scale, self.weight_dtype)
+        return dequantize_weight(self.q, self.scale, self.format, self.weight_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -215,7 +217,8 @@ class QuantizedLinear(nn.Linear):
         if verify.takes_own_forward():
             return self._dequantized(input)
         offsets = one_expert(rows.shape[0], rows.device)
-        y = grouped_gemm_quantized(rows, self.q[None], self.scale[None], offsets, bias=bias)
+        q, scale = self.q[None], self.scale[None]
+        y = grouped_gemm_quantized(rows, q, scale, offsets, format=self.format, bias=bias)
         y = y.view(*input.shape[:-1], self.out_features)
         if verify.is_due(self):
             verify.compare(
@@ -228,15 +231,10 @@ class QuantizedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
-    @property
-    def format_name(self) -> str:
-        """ "int8", or "int4" with its group size: "int4 g64"."""
-        return self.format if self.group_size is None else f"int4 g{self.group_size}"
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format_name!r}"
+            f"bias={self.bias is not None}, format={self.format!r}"
         )
 
     # ------------------------------------------------------------------------------ module hooks
@@ -305,9 +303,11 @@ def replace_linears(
             report[name] = "few rows"
             continue
         saved = id(layer.weight) not in tied
-        quantized = QuantizedLinear(layer, weights, group_size=group, saved=saved)
+        quantized = QuantizedLinear(
+            layer, weights if group is None else f"{weights} g{group}", saved=saved
+        )
         model.get_submodule(".".join(parts[:-1]))._modules[parts[-1]] = quantized
-        report[name] = quantized.format_name
+        report[name] = quantized.format
     return report
 
 

@@ -22,6 +22,7 @@ from .trace import tokens_of
 
 _QUANTIZED = ("w_gate_up", "w_down", "w_gate_up_scale", "w_down_scale")
 _BIASES = ("b_gate_up", "b_down")
+_OPTIONAL = ("w_gate_up_zero", "w_down_zero", *_BIASES)
 
 
 class _Bank(NamedTuple):
@@ -32,6 +33,7 @@ class _Bank(NamedTuple):
     tensors: Parts
     activation: Mapping[str, Any]
     x_scale: Tensor | None
+    format: str  # Of quantised banks, otherwise empty.
     hook: Any  # What installs another one in its place; None of quantised banks.
 
 
@@ -98,7 +100,7 @@ def offload_experts(
     cache = ExpertCache(store, num_slots, policy, device=target)
     numbers: dict[int, OffloadedExperts] = {}
     for number, bank in enumerate(banks):
-        experts = OffloadedExperts(cache, number, bank.activation, bank.x_scale)
+        experts = OffloadedExperts(cache, number, bank.activation, bank.x_scale, bank.format)
         experts.train(bank.module.training)
         numbers[number] = experts
         if bank.hook is None:
@@ -122,7 +124,7 @@ def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[
             check_weights("offload_experts", bank.name, bank.module, bank.bank)
         weights = bank.bank
         found[id(bank.module)] = _Bank(
-            bank.name, bank.module, parts_of(weights), weights.activation, None, bank.hook
+            bank.name, bank.module, parts_of(weights), weights.activation, None, "", bank.hook
         )
     # The order of the model, in which it most likely calls them.
     for module in root.modules():
@@ -131,10 +133,10 @@ def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[
 
 
 def _quantized(name: str, module: Any) -> _Bank:
-    names = (*_QUANTIZED, *(b for b in _BIASES if getattr(module, b) is not None))
+    names = (*_QUANTIZED, *(n for n in _OPTIONAL if getattr(module, n) is not None))
     tensors = {n: (getattr(module, n),) for n in names}
     activation = {option: getattr(module, option) for option in ACTIVATION_OPTIONS}
-    return _Bank(name, module, tensors, activation, module.x_scale, None)
+    return _Bank(name, module, tensors, activation, module.x_scale, module.format, None)
 
 
 def parts_of(weights: ExpertWeights) -> Parts:

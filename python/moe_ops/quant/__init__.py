@@ -10,7 +10,7 @@ from moe_ops.expert_weights import ExpertInputs, ExpertWeights
 
 from .calibration import BankRecord, CalibrationData, collect_calibration, perplexity
 from .convert import quantize_experts
-from .formats import dequantize, quantize
+from .formats import dequantize_weight, quantize_weight
 from .fp8 import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_blocks
 from .report import BankQuality, QuantizationReport, compare_quality
 from .scales import ScaleChoice, find_x_scale
@@ -25,12 +25,12 @@ __all__ = [
     "ScaleChoice",
     "collect_calibration",
     "compare_quality",
-    "dequantize",
     "dequantize_fp8_blocks",
+    "dequantize_weight",
     "find_x_scale",
     "fuse_fp8_gate_up",
     "perplexity",
-    "quantize",
     "quantize_experts",
     "quantize_fp8_blocks",
+    "quantize_weight",
 ]

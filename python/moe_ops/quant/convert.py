@@ -11,10 +11,11 @@ from torch import nn
 
 from moe_ops._sharded import has_own_experts
 from moe_ops.expert_weights import ExpertWeights, hooks_for
+from moe_ops.weight_formats import WeightFormat
 
 from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
 from .calibration import CalibrationData, collect_calibration
-from .formats import check_divides, check_format, quantize
+from .formats import check_divides, door_format, quantize_weight
 from .scales import GRID, ScaleChoice, find_x_scale
 
 
@@ -63,7 +64,7 @@ def quantize_experts(
             before that one are done.
         ImportError: a model of a transformers that is too old for moe_ops.hf.
     """
-    groups = check_format("quantize_experts", format, group_size) or None
+    how = door_format("quantize_experts", format, group_size)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     known = hooks_for(model)
     for hook in known:
@@ -84,7 +85,7 @@ def quantize_experts(
                 f"processes, got one for {found.name or 'the bank'}; quantise the whole model."
             )
         check_weights("quantize_experts", found.name, found.module, bank)
-        check_sizes(found.name, bank, groups)
+        check_sizes(found.name, bank, how)
         del found, bank
     if not names:
         raise ValueError(
@@ -108,11 +109,11 @@ def quantize_experts(
         choice = None
         if baseline is not None:
             record = baseline.banks[found.name]
-            choice = find_x_scale(bank, record.inputs, format, groups, grid=grid)
-        model = replace_bank(model, found, format, groups, choice)
+            choice = find_x_scale(bank, record.inputs, how.label, grid=grid)
+        model = replace_bank(model, found, how.label, choice)
         del found, bank
     for hook in known:
-        hook.mark_quantized(model, format, groups, baseline is not None, patterns)
+        hook.mark_quantized(model, how.label, baseline is not None, patterns)
     return model
 
 
@@ -120,7 +121,6 @@ def replace_bank(
     model: nn.Module,
     found: FoundBank,
     format: str,
-    group_size: int | None,
     choice: ScaleChoice | None = None,
 ) -> nn.Module:
     """Puts the quantised form of one bank where the bank is; returns the model."""
@@ -129,7 +129,6 @@ def replace_bank(
         found.module,
         bank,
         format=format,
-        group_size=group_size,
         x_scale=choice is not None,
     )
     fill(experts, bank, None if choice is None else choice.x_scale)
@@ -152,7 +151,6 @@ def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
 @torch.no_grad()
 def fill(experts: Any, bank: ExpertWeights, x_scale: torch.Tensor | None = None) -> None:
     """Rounds the weights of `bank` into the buffers of `experts`, an expert at a time."""
-    groups = experts.group_size
     if x_scale is not None:
         experts.x_scale.copy_(x_scale)
     for e in range(bank.num_experts):
@@ -160,7 +158,7 @@ def fill(experts: Any, bank: ExpertWeights, x_scale: torch.Tensor | None = None)
         if x_scale is not None:
             weight /= x_scale
         for name, w in (("w_gate_up", weight), ("w_down", bank.down_of(e))):
-            q, scale = quantize(w, experts.format, groups)
+            q, scale = quantize_weight(w, experts.formats[name].label)
             getattr(experts, name)[e].copy_(q)
             getattr(experts, f"{name}_scale")[e].copy_(scale)
     for name in ("b_gate_up", "b_down"):
@@ -169,9 +167,7 @@ def fill(experts: Any, bank: ExpertWeights, x_scale: torch.Tensor | None = None)
             getattr(experts, name).copy_(bias)
 
 
-def check_sizes(name: str, bank: ExpertWeights, group_size: int | None) -> None:
-    if group_size is None:
-        return
+def check_sizes(name: str, bank: ExpertWeights, how: WeightFormat) -> None:
     for what, size in (("w_gate_up", bank.hidden_size), ("w_down", bank.intermediate_size)):
         where = f"{name}'s {what}" if name else what
-        check_divides("quantize_experts", where, size, group_size)
+        check_divides("quantize_experts", where, size, how)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._checks import dtype_name
-
-from .formats import WeightFormat
+from moe_ops.weight_formats import WeightFormat
 
 _SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)  # of the codes of 4 bits in a word
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each, in AWQ's words
@@ -24,7 +23,7 @@ _GGML = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 2
 
 
 class StoredWeight(NamedTuple):
-    """What a layer holds of a weight: `moe_ops.quant.formats.WeightFormat.tensors` has shapes."""
+    """What a layer holds of a weight: `moe_ops.weight_formats.WeightFormat.tensors` has shapes."""
 
     format: WeightFormat
     codes: Tensor

@@ -47,14 +47,13 @@ class TransformersHook(ExpertsHook):
         self,
         root: nn.Module,
         format: str,
-        group_size: int | None,
         x_scale: bool,
         skip: Sequence[str],
     ) -> None:
         if not isinstance(root, PreTrainedModel):
             return
         if _method_of(root) is None:
-            mark_quantized(root, format, group_size, x_scale, skip)
+            mark_quantized(root, format, x_scale, skip)
         else:
             refuse_to_save(root)
 

@@ -35,8 +35,8 @@ from moe_ops.hf.checkpoints.quantizer import (
 )
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
-from moe_ops.quant.formats import WeightFormat, options_of_label
 from moe_ops.quant.published import StoredWeight
+from moe_ops.weight_formats import WeightFormat
 
 METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4", "fp8")
 _SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -296,9 +296,7 @@ class PublishedQuantizer(HfQuantizer):
                 f"{down.label}."
             )
         with files.reading(bank.prefix):
-            experts = found.hook.new_quantized(
-                found.module, weights, x_scale=False, **options_of_label(up.label)
-            )
+            experts = found.hook.new_quantized(found.module, weights, format=up.label)
         experts._is_hf_initialized = True
         found.hook.install(model, found.module, experts)
 

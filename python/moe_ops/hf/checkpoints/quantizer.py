@@ -23,7 +23,8 @@ from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.stored_linear import StoredLinear
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
 from moe_ops.quant.convert import check_sizes, quantize_experts, replace_bank
-from moe_ops.quant.formats import WeightFormat, check_format, options_of_label
+from moe_ops.quant.formats import door_format
+from moe_ops.weight_formats import WeightFormat
 
 METHOD = "moe_ops"
 _CONFIG = "quantization_config of config.json"
@@ -43,7 +44,7 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
             loading cannot do: use `moe_ops.quantize_experts` for that.
         skip: shell patterns of module names whose banks stay float.
         layers: of a checkpoint that was saved from one of another method: the name of each bank
-            and dense layer that is quantised -> its format ("int4 g128 float16 zero", "q4_k, down
+            and dense layer that is quantised -> its format ("int4 g128 float16 zero", "q4_k,
             q6_k"). Nothing else counts then.
 
     Raises:
@@ -86,9 +87,13 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         self.layers = layers
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format = format
-        self.group_size = check_format(type(self).__name__, format, group_size) or None
+        self.group_size = door_format(type(self).__name__, format, group_size).group_size
         self.x_scale = x_scale
         self.skip = [skip] if isinstance(skip, str) else list(skip)
+
+    @property
+    def label(self) -> str:
+        return WeightFormat(self.format, self.group_size).label
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if k != "layers" or v is not None}
@@ -184,7 +189,7 @@ class ExpertsQuantizer(BankReader):
         except ValueError:
             return  # quantize_experts says it once all has been read.
         config = self.quantization_config
-        replace_bank(model, found, config.format, config.group_size)
+        replace_bank(model, found, config.label)
         self._num_quantized += 1
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -203,7 +208,7 @@ class ExpertsQuantizer(BankReader):
                     stacklevel=2,
                 )
             for found in find_banks(model, tuple(config.skip)):
-                check_sizes(found.name, found.bank, config.group_size)
+                check_sizes(found.name, found.bank, WeightFormat.from_label(config.label))
                 self.expect(found)
             return model
         if config.layers is not None:
@@ -214,12 +219,11 @@ class ExpertsQuantizer(BankReader):
             return model
         count = 0
         for found in find_banks(model, tuple(config.skip)):
-            check_sizes(found.name, found.bank, config.group_size)
+            check_sizes(found.name, found.bank, WeightFormat.from_label(config.label))
             experts = found.hook.new_quantized(
                 found.module,
                 found.bank,
-                format=config.format,
-                group_size=config.group_size,
+                format=config.label,
                 x_scale=config.x_scale,
             )
             found.hook.install(model, found.module, experts)
@@ -243,7 +247,7 @@ class ExpertsQuantizer(BankReader):
                     model, config.format, group_size=config.group_size, skip=config.skip
                 )
             else:
-                mark_quantized(model, config.format, config.group_size, False, config.skip)
+                mark_quantized(model, config.label, False, config.skip)
             self.pre_quantized = True
             return model
         for name, module in model.named_modules():
@@ -286,8 +290,7 @@ def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
     for found in find_banks(model, unsupported="skip"):
         label = left.pop(found.name, None)
         if label is not None:
-            options = options_of_label(label)
-            bank = found.hook.new_quantized(found.module, found.bank, x_scale=False, **options)
+            bank = found.hook.new_quantized(found.module, found.bank, format=label)
             found.hook.install(model, found.module, bank)
     modules = dict(model.named_modules())
     for name, label in left.items():
@@ -335,11 +338,10 @@ def _bank_at(model: nn.Module, name: str) -> FoundBank | None:
     return None if found is None or found.module is not module else found._replace(name=name)
 
 
-def mark_quantized(
-    model: Any, format: str, group_size: int | None, x_scale: bool, skip: Sequence[str]
-) -> None:
+def mark_quantized(model: Any, format: str, x_scale: bool, skip: Sequence[str]) -> None:
     """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs."""
-    _mark(model, ExpertsQuantizationConfig(format, group_size, x_scale, list(skip)))
+    how = WeightFormat.from_label(format)
+    _mark(model, ExpertsQuantizationConfig(how.name, how.group_size, x_scale, list(skip)))
 
 
 def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -> None:

@@ -19,6 +19,7 @@ from moe_ops.hf.models.attention import HeadAttention, LatentAttention
 from moe_ops.hf.models.cache_argument import cache_name
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.hf.models.norms import epsilon_of
+from moe_ops.layers.linear import DenseOperands
 from moe_ops.ops import (
     add_rms_norm,
     attention_decode,
@@ -225,7 +226,9 @@ def _latents(attention: Any, entry: LatentAttention) -> float | None:
     operands = entry.operands(
         attention,
         {
-            name: (m.weight, None, m.bias) if isinstance(m, nn.Linear) else m.weight
+            name: DenseOperands(m.weight, None, m.bias, "float")
+            if isinstance(m, nn.Linear)
+            else m.weight
             for name, m in parts.items()
         },
     )

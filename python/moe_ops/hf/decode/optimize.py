@@ -218,9 +218,8 @@ def _restore(model: nn.Module) -> None:
 def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
     """Returns whether all experts have this format already, as after loading such a checkpoint."""
     found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
-    fits = all(
-        m.format == format and (group_size is None or m.group_size == group_size) for m in found
-    )
+    label = format if group_size is None else f"{format} g{group_size}"
+    fits = all(label in (m.format, m.format.partition(" ")[0]) for m in found)
     return bool(found) and fits and next(find_banks(model, ()), None) is None
 
 

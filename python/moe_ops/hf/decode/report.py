@@ -56,7 +56,7 @@ def report(model: nn.Module) -> Report:
             else:
                 found.left[name] = "the code of its class was replaced"
         elif isinstance(module, QuantizedLinear):
-            found[name] = module.format_name
+            found[name] = module.format
         elif isinstance(module, FewRowsLinear):
             found[name] = "few rows"
         if kind == KIND and (reason := reason_of(module)) is not None:

@@ -165,6 +165,7 @@ class Attention(nn.Module):
             w_k_scale=k[1],
             w_v_scale=v[1],
             w_o_scale=o[1],
+            formats=[part.format for part in (q, k, v, o)],
         )
         cache.length += length
         return y
@@ -275,7 +276,7 @@ class LatentAttention(nn.Module):
         if self.watcher is not None or not _is_step(self, x, norm, cache):
             return None
         parts: dict[str, Any] = self._modules
-        names = {"q": "q_proj", "kv_a": "kv_a_proj", "kv_b": "kv_b_proj", "o": "o_proj"}
+        names = {"q": "q_proj", "kv_a": "kv_a_proj", "o": "o_proj", "kv_b": "kv_b_proj"}
         norms = [self.kv_a_norm]
         if self.q_a_norm is not None:
             names |= {"q": "q_b_proj", "q_a": "q_a_proj"}
@@ -286,13 +287,14 @@ class LatentAttention(nn.Module):
             return None
         if any(m.weight.dtype != x.dtype or m.eps != eps for m in norms):
             return None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"formats": []}
         for name, operands in dense.items():
             if operands is None or (name == "kv_b" and operands[1] is not None):
                 return None
             options[f"w_{name}"] = operands[0]
             if name != "kv_b":
                 options[f"w_{name}_scale"] = operands[1]
+                options["formats"].append(operands.format)
         if self.q_a_norm is not None:
             options["q_norm"] = self.q_a_norm.weight
         batch, length, _ = x.shape
