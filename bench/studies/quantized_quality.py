@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tests.helpers.quantized import weight_config
 
 import moe_ops
 from bench.studies.fp8_training import MODEL
@@ -24,7 +25,8 @@ from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpointer
 from moe_ops.demo.train import TrainConfig, Trainer
 from moe_ops.expert_weights import ExpertWeights
-from moe_ops.layers import Experts, QuantizedExperts
+from moe_ops.layers import Experts
+from moe_ops.quant import QuantizedExperts
 from moe_ops.quant.bank import find_banks
 from moe_ops.weight_formats import WeightFormat
 from moe_ops.zoo.deepseek import DeepSeek
@@ -79,10 +81,9 @@ def demo_model(folder: Path) -> Iterator[str]:
     yield f"| fp32 | | | {math.log2(before):.4f} | {before:.4f} | | 100 % |"
     for format, group_size in FORMATS:
         for scales in (False, True):
-            copied = moe_ops.quantize_experts(
+            copied = moe_ops.quantize(
                 copy.deepcopy(model),
-                format,
-                group_size=group_size,
+                weight_config(format, group_size),
                 calibration=calibration if scales else None,
             )
             report = quant.compare_quality(copied, baseline)
@@ -253,7 +254,7 @@ def whole_model(folder: Path) -> Iterator[str]:
     for weights, group_size in ((None, None), *FORMATS):
         model = _in_transformers(folder, trained.config.context)
         if weights is not None:
-            moe_ops.hf.optimize(model, weights, group_size=group_size)
+            moe_ops.hf.optimize(model, quantization=weight_config(weights, group_size))
         after = quant.perplexity(model, text, context=trained.config.context)
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         if weights is None:
@@ -318,8 +319,8 @@ def random_bank() -> Iterator[str]:
         for format, group_size in FORMATS:
             errors = []
             for scales in (None, calibration):
-                quantized = moe_ops.quantize_experts(
-                    experts, format, group_size=group_size, calibration=scales
+                quantized = moe_ops.quantize(
+                    experts, weight_config(format, group_size), calibration=scales
                 )
                 errors.append(quant.compare_quality(quantized, baseline).banks[0].error)
             name = quantized.format_name

@@ -28,6 +28,7 @@ from tests.helpers.quantized import (
     label_of,
     moe_ffn_in_integers,
     quantized,
+    weight_config,
 )
 from torch import Tensor
 
@@ -39,7 +40,6 @@ from moe_ops.layers import (
     Experts,
     GateRouter,
     KVCache,
-    QuantizedExperts,
     Router,
     TopKRouter,
 )
@@ -701,7 +701,7 @@ def moe(dtype: torch.dtype, pack_weights: bool = False, **options: Any) -> torch
 
 def quantized_bank(dtype: torch.dtype, format: str, group: int | None = None) -> torch.nn.Module:
     layer = moe(dtype, intermediate_size=64)
-    layer.experts = QuantizedExperts.from_experts(layer.experts, format, group_size=group)
+    layer.experts = moe_ops.quantize(layer.experts, weight_config(format, group))
     return layer
 
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from moe_ops import _library, is_batch_invariant_enabled, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.quant import quantize_fp8_blocks
+from moe_ops.quant import (
+    Fp8WeightConfig,
+    Int4WeightConfig,
+    Int8WeightConfig,
+    WeightConfig,
+    quantize_fp8_blocks,
+)
 from moe_ops.reference._codes import dequantized as dequantized_weight
 from moe_ops.reference._codes import formats_of
 from moe_ops.reference.gated_act import plain_act
@@ -34,6 +40,15 @@ INTEGER_ROWS = 8
 def label_of(bits: int, group: int = 32) -> str:
     """Returns the name of the format of `quantized`."""
     return "int8" if bits == 8 else f"int4 g{group}"
+
+
+def weight_config(format: str | None, group_size: int | None = None) -> WeightConfig | None:
+    """Returns the config of "int8", "int4" with a group size (None: 64), or "fp8"; None of None."""
+    if format is None:
+        return None
+    if format == "int4":
+        return Int4WeightConfig(group_size or 64)
+    return {"int8": Int8WeightConfig, "fp8": Fp8WeightConfig}[format]()
 
 
 def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
-from moe_ops.layers import QuantizedExperts
+from moe_ops.quant import QuantizedExperts
 
 from . import published_checkpoints
 from .published_checkpoints import write
@@ -47,7 +47,7 @@ for folder in sys.argv[1:]:
     ids = torch.load(folder.removesuffix("/again") + "/ids.pt")
     with torch.no_grad():
         torch.save(model(ids).logits, folder + "/logits.pt")
-    buffers = [m for m in model.modules() if isinstance(m, moe_ops.layers.QuantizedExperts)]
+    buffers = [m for m in model.modules() if isinstance(m, moe_ops.quant.QuantizedExperts)]
     results[folder] = {
         "status": moe_ops.hf.status(model),
         "bytes": sum(b.num_bytes for b in buffers),

@@ -136,8 +136,8 @@ class Others(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         bank = layers.Experts(E, 64, 64, bias=True)
-        self.int8 = layers.QuantizedExperts.from_experts(bank, "int8")
-        self.int4 = layers.QuantizedExperts.from_experts(bank, "int4", group_size=32)
+        self.int8 = moe_ops.quantize(bank, moe_ops.Int8WeightConfig())
+        self.int4 = moe_ops.quantize(bank, moe_ops.Int4WeightConfig(32))
         self.soft = layers.SoftMoE(layers.Experts(E, 64, 3, activation="gelu"), 2)
         self.dense = layers.Experts(E, 64, 3, activation="relu", bias=True)
         self.norm = layers.ExpertBatchNorm(E, 64)

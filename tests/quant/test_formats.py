@@ -78,6 +78,16 @@ def test_int4_of_a_positive_largest_number():
     assert quant.dequantize_weight(q, scale, "int4 g32")[0, :3].tolist() == [8.0, -7.0, 3.0]
 
 
+def test_fp8_is_that_of_blocks():
+    w = torch.randn(2, 130, 200)
+    q, scale = quant.quantize_weight(w, "fp8")
+    want, want_scale = quant.quantize_fp8_blocks(w)
+    assert torch.equal(q.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(scale, want_scale)
+    back = quant.dequantize_weight(q, scale, "fp8")
+    assert torch.equal(back, quant.dequantize_fp8_blocks(q, scale))
+
+
 @pytest.mark.parametrize("format", ["int8", "int4 g32"])
 def test_extreme_numbers(format):
     for value in (0.0, 1e-45, 1e-30, 3e38):
@@ -122,7 +132,10 @@ def test_finer_groups_are_better():
             lambda: quant.quantize_weight(torch.ones(4, 96), "int4 g64"),
             r"must be a multiple of 64 for int4 g64, got 96; use int4 g32",
         ),
-        (lambda: quant.quantize_weight(torch.ones(4, 32), "mxfp4"), r"'int8' or .*, got 'mxfp4'"),
+        (
+            lambda: quant.quantize_weight(torch.ones(4, 32), "mxfp4"),
+            r"one of fp8, .*, int8, got 'mxfp4'",
+        ),
         (
             lambda: quant.dequantize_weight(torch.ones(4, 32), torch.ones(4), "int8"),
             r"dequantize_weight: q must be int8 .* for int8, got float32",

@@ -12,12 +12,7 @@ from .view import ExpertInputs, ExpertWeights
 
 
 class ExpertsHook:
-    """Knows a kind of module that holds float expert weights.
-
-    quantized: class of the layer that can take the place of these, as `QuantizedExperts`.
-    """
-
-    quantized: Any = None
+    """Knows a kind of module that holds float expert weights."""
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         """The weights of `module`; None for a module of another kind.
@@ -36,9 +31,10 @@ class ExpertsHook:
         """What a call of `module` with these arguments gives its experts."""
         raise NotImplementedError
 
-    def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
-        """The layer that can take the place of `weights`, its buffers not filled."""
-        return self.quantized.for_weights(weights, **config)
+    def quantized_class(self, module: nn.Module) -> Any:
+        """Returns the class of the quantized experts that take the place of `module`'s, where they
+        are called in a way of their own; None: as `Experts` are."""
+        return None
 
     def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
         """Puts `experts` where `module` has its weights; returns the root, which may be new."""

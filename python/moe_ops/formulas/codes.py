@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.weight_formats import WeightFormat
 
 # Rows and columns of a weight, or columns of a row of tokens, that share a scale in fp8.
 FP8_BLOCK = 128
+_FP8_MAX = 448.0
+# As in the kernels: the scale of a block is at least 2^-126, the smallest normal fp32 number.
+_MIN_AMAX = _FP8_MAX * 2.0**-126
 
 
 def dequantized(
@@ -149,3 +153,37 @@ def _grouped(numbers: Tensor, groups: int) -> Tensor:
 def _scaled(numbers: Tensor, scale: Tensor) -> Tensor:
     """Multiplies each group of the last dimension by its scale, in place."""
     return _grouped(numbers, scale.shape[-1]).mul_(scale.unsqueeze(-1)).flatten(-2)
+
+
+# Experts whose numbers are at most so many together are rounded at once; fp32 copies take memory.
+_ROUNDED_AT_ONCE = 1 << 24
+
+
+def round_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a weight [..., O, D] as `moe_ops.quant.quantize_fp8_blocks` does, without waiting for
+    the device: a block with a NaN or an infinity gets the scale NaN and codes NaN."""
+    matrix = w.shape[-2] * w.shape[-1]
+    if w.dim() == 3 and w.numel() > _ROUNDED_AT_ONCE and w.shape[0] > 1:
+        parts = w.split(max(1, _ROUNDED_AT_ONCE // matrix))
+        codes, scales = zip(*(_round_at_once(part) for part in parts), strict=True)
+        joined = torch.cat([c.view(torch.uint8) for c in codes])
+        return joined.view(torch.float8_e4m3fn), torch.cat(scales)
+    return _round_at_once(w)
+
+
+def _round_at_once(w: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _fp8_blocks(w.float())  # [..., O/128, 128, D/128, 128]
+    amax = blocks.abs().amax((-3, -1))
+    finite = amax.isfinite()
+    amax = torch.where(finite, amax.clamp(min=_MIN_AMAX), torch.nan)
+    full = torch.full_like(amax, _FP8_MAX)
+    codes = (blocks * (full / amax)[..., :, None, :, None]).to(torch.float8_e4m3fn)
+    codes = codes.flatten(-4, -3).flatten(-2)[..., : w.shape[-2], : w.shape[-1]]
+    return codes.contiguous(), amax / full
+
+
+def _fp8_blocks(w: Tensor) -> Tensor:
+    rows, columns = w.shape[-2:]
+    padded = F.pad(w, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    size = (padded.shape[-2] // FP8_BLOCK, FP8_BLOCK, padded.shape[-1] // FP8_BLOCK, FP8_BLOCK)
+    return padded.reshape(*w.shape[:-2], *size)

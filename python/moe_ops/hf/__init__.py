@@ -9,7 +9,7 @@ and ``model.set_experts_implementation("moe_ops")`` work for every model whose e
 transformers' experts interface. :func:`enable` switches a live model instead, and also JetMoE, DBRX
 and Llama 4, whose blocks are outside that interface and ignore the argument silently. It also
 registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
-`moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
+`moe_ops.quantize` has quantised, and an attention implementation ``"moe_ops"``, torch's
 attention without the masks that would keep JetMoE's attention experts from compiled code. Where
 transformers has a registry of expert-parallel implementations (5.23), ``"moe_ops"`` is one.
 :func:`load_offloaded` loads models whose experts are larger than the memory.
@@ -39,7 +39,7 @@ from moe_ops.expert_weights import register_hook
 from moe_ops.hf.checkpoints import published
 from moe_ops.hf.checkpoints.hook import TransformersHook
 from moe_ops.hf.checkpoints.offloading import load_offloaded
-from moe_ops.hf.checkpoints.quantizer import ExpertsQuantizationConfig
+from moe_ops.hf.checkpoints.quantizer import MoeOpsConfig
 from moe_ops.hf.decode import attention
 from moe_ops.hf.decode.optimize import optimize, restore
 from moe_ops.hf.decode.report import report
@@ -65,7 +65,7 @@ if Interface is not None and "moe_ops" not in Interface():  # It is, where this 
 register_hook(TransformersHook())
 
 __all__ = [
-    "ExpertsQuantizationConfig",
+    "MoeOpsConfig",
     "assert_used",
     "disable",
     "enable",

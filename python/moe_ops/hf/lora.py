@@ -305,7 +305,7 @@ class QuantizedExpertsLora(ParamWrapper):
         for how in experts.formats.values():
             if not how.has_kernels:
                 raise ValueError(
-                    f"merge: experts must be of int8 or int4 as quantize_experts makes them, got "
+                    f"merge: experts must be of int8 or int4 as quantize makes them, got "
                     f"{how.label}; merge the adapter into the float model."
                 )
         if names:

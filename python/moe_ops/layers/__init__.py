@@ -13,7 +13,6 @@ from .expert_lora import ExpertLoRA
 from .experts import Experts
 from .fp8 import clear_fp8_cache, fp8_ffn
 from .latent import LatentProjection
-from .linear import QuantizedLinear
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -28,7 +27,6 @@ from .mixture_of_depths import MixtureOfDepths, MixtureOfDepthsOutput
 from .moe import MoE, MoEOutput
 from .norm import AddRMSNorm
 from .peer import PEER, PEEROutput
-from .quantized import QuantizedExperts
 from .record import RoutingRecord, record_routing, replay_routing
 from .router import (
     CapacityMixin,
@@ -77,8 +75,6 @@ __all__ = [
     "MoEConfig",
     "MoEOutput",
     "PEEROutput",
-    "QuantizedExperts",
-    "QuantizedLinear",
     "ReLURouter",
     "Router",
     "RouterConfig",

@@ -479,6 +479,11 @@ class Experts(nn.Module):
         )
 
 
+def activation_of(experts: Any) -> dict[str, Any]:
+    """Returns the arguments of a layer of experts that say what is between its products."""
+    return {name: getattr(experts, name) for name in ACTIVATION_OPTIONS}
+
+
 def check_activation(name: str, activation: str, interleaved: bool) -> bool:
     """Whether the activation is gated; raises ValueError when unknown or laid out wrongly."""
     if activation not in GATED_ACTIVATIONS + PLAIN_ACTIVATIONS:

@@ -55,7 +55,7 @@ def offload_experts(
         model.generate(tokens, 32)
         print(cache.stats.hit_rate)
 
-    Known are the banks that `moe_ops.quantize_experts` knows, and those that it has made. The model
+    Known are the banks that `moe_ops.quantize` knows, and those that it has made. The model
     computes what it did, up to rounding: bits are the same where the kernels are batch-invariant
     (`moe_ops.batch_invariant`) and a call's experts fit into the slots. It is for inference.
 

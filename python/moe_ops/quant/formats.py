@@ -1,4 +1,4 @@
-"""How weights get into the formats that `quantize_experts` makes, and out of any format.
+"""How weights get into the formats that `quantize` makes, and out of any format.
 
 Letters: E experts, O output features, D input features of a weight [..., O, D], G group size.
 """
@@ -11,6 +11,9 @@ from torch import Tensor
 from moe_ops.formulas.codes import dequantized
 from moe_ops.ops._checks import dtype_name
 from moe_ops.weight_formats import GROUP_SIZES, WeightFormat, split_formats
+
+from .config import config_named
+from .fp8 import quantize_fp8_blocks
 
 WEIGHTS = ("w_gate_up", "w_down")  # of experts
 _PIECE = 2**17  # Numbers that are rounded at a time: 512 KiB in fp32.
@@ -26,7 +29,8 @@ def quantize_weight(w: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
     Args:
         w: [..., O, D], float; any strides.
-        format: "int8", or "int4 g32", "int4 g64" or "int4 g128" with groups that divide D.
+        format: "int8", or "int4 g32", "int4 g64" or "int4 g128" with groups that divide D; or
+            "fp8", as `quantize_fp8_blocks`.
 
     Returns:
         q: int8 [..., O, D], or uint8 [..., O, D/2]: byte j holds the number of k = 2j in its low
@@ -36,7 +40,9 @@ def quantize_weight(w: Tensor, format: str) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another format, groups that do not divide D, a number that is not finite.
     """
-    how = produced_format("quantize_weight", format)
+    how = config_named("quantize_weight", format).format
+    if how.name == "fp8":
+        return quantize_fp8_blocks(w)
     group_size = how.group_size or 0
     if not w.is_floating_point() or w.dim() < 2:
         raise ValueError(
@@ -112,30 +118,6 @@ def format_named(owner: str, name: str) -> WeightFormat:
         return WeightFormat.from_label(name)
     except ValueError as error:
         raise ValueError(f"{owner}: {str(error).removeprefix('WeightFormat: ')}") from None
-
-
-def produced_format(owner: str, name: str) -> WeightFormat:
-    """Returns the format of a name, which must be one that `quantize_weight` makes."""
-    how = format_named(owner, name)
-    if not how.has_kernels:
-        raise ValueError(
-            f"{owner}: format must be 'int8' or 'int4 g32', 'int4 g64' or 'int4 g128', got "
-            f"{name!r}."
-        )
-    return how
-
-
-def door_format(owner: str, format: str, group_size: int | None) -> WeightFormat:
-    """Returns int8, or int4 with groups of 32, 64 (None) or 128."""
-    if format not in ("int8", "int4"):
-        raise ValueError(f"{owner}: format must be 'int8' or 'int4', got {format!r}.")
-    if format == "int8":
-        if group_size is not None:
-            raise ValueError(f"{owner}: group_size must be None for int8, got {group_size}.")
-        return WeightFormat("int8")
-    if group_size not in (None, *GROUP_SIZES):
-        raise ValueError(f"{owner}: group_size must be 32, 64 or 128, got {group_size}.")
-    return WeightFormat("int4", 64 if group_size is None else group_size)
 
 
 def check_divides(owner: str, what: str, in_features: int, how: WeightFormat) -> None:

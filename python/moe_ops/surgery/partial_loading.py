@@ -44,7 +44,7 @@ def load_pruned(
     The model is the one that `prune_experts` makes of the whole one, in the memory of what is kept:
     of experts with tensors of their own the others are never read, and of tensors that hold all
     experts, and of routers, only some rows. Of a checkpoint of transformers whose experts
-    `moe_ops.quantize_experts` has quantised, these are the codes and scales of the experts kept.
+    `moe_ops.quantize` has quantised, these are the codes and scales of the experts kept.
 
     Args:
         folder: config.json and safetensors, sharded or not, as transformers or the zoo write it.
@@ -115,11 +115,11 @@ def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, n
         if method != "moe_ops":
             raise ValueError(
                 f"load_pruned: {folder} must hold a float checkpoint, or one whose experts "
-                f"moe_ops.quantize_experts has quantised, got quant_method {shown(method)}."
+                f"moe_ops.quantize has quantised, got quant_method {shown(method)}."
             )
         if quantized.get("layers") is not None:
             raise ValueError(
-                f"load_pruned: {folder} must have experts of moe_ops.quantize_experts, got those "
+                f"load_pruned: {folder} must have experts of moe_ops.quantize, got those "
                 "of a checkpoint of another method."
             )
         # transformers learns from it how such a checkpoint is read.

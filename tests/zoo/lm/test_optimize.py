@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import moe_ops
 from moe_ops import zoo
-from moe_ops.layers.linear import QuantizedLinear
+from moe_ops.quant import QuantizedLinear
 from moe_ops.zoo.lm import attention
 from moe_ops.zoo.lm.optimize import optimize
 
@@ -41,7 +42,7 @@ def test_codes(name):
     prompt = tokens_of(model, 1, 5)
     with torch.no_grad():
         want = model(prompt)
-    report = optimize(model, "int8")
+    report = optimize(model, quantization=moe_ops.Int8WeightConfig())
     quantized = {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert {n for n, how in report.items() if how == "int8"} == quantized
     assert "lm_head" in quantized and not any("kv_b_proj" in n for n in quantized)
@@ -72,5 +73,5 @@ def test_steps_take_one_call_of_attention(name, op, monkeypatch):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="weights must be None, 'int8' or 'int4', got 'int2'"):
-        optimize(build("topp"), "int2")
+    with pytest.raises(ValueError, match=r"config must be an Int8WeightConfig, .*, got 'int8'"):
+        optimize(build("topp"), quantization="int8")

@@ -26,6 +26,7 @@ from moe_ops.hf.checkpoints.gguf_header import GgufTensor, check_gguf
 from moe_ops.hf.checkpoints.quantizer import mark_stored
 from moe_ops.quant import published
 from moe_ops.quant.bank import find_banks
+from moe_ops.quant.convert import new_experts
 from moe_ops.quant.published import StoredWeight
 from moe_ops.weight_formats import joined_label
 
@@ -123,7 +124,7 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
                 )
             label = joined_label({"w_gate_up": kinds["up"], "w_down": kinds["down"]})
             with _reading(file):
-                experts = found.hook.new_quantized(found.module, bank, format=label)
+                experts = new_experts(found, label, bank=bank)
             experts._is_hf_initialized = True
             found.hook.install(model, found.module, experts)
             self._banks[found.name] = layer

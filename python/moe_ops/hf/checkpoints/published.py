@@ -35,6 +35,7 @@ from moe_ops.hf.checkpoints.quantizer import (
 )
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
+from moe_ops.quant.convert import new_experts
 from moe_ops.quant.published import StoredWeight
 from moe_ops.weight_formats import WeightFormat
 
@@ -296,7 +297,7 @@ class PublishedQuantizer(HfQuantizer):
                 f"{down.label}."
             )
         with files.reading(bank.prefix):
-            experts = found.hook.new_quantized(found.module, weights, format=up.label)
+            experts = new_experts(found, up.label)
         experts._is_hf_initialized = True
         found.hook.install(model, found.module, experts)
 

@@ -19,7 +19,6 @@ from moe_ops.hf.models.attention import HeadAttention, LatentAttention
 from moe_ops.hf.models.cache_argument import cache_name
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.hf.models.norms import epsilon_of
-from moe_ops.layers.linear import DenseOperands
 from moe_ops.ops import (
     add_rms_norm,
     attention_decode,
@@ -28,6 +27,7 @@ from moe_ops.ops import (
     router_linear,
     topk_router,
 )
+from moe_ops.quant.linear import DenseOperands
 
 _SIZES = (1e-3, 1.0, 30.0, 1e4)
 _TOLERANCE = 1e-5

@@ -19,15 +19,15 @@ from moe_ops.hf.decode.known_parts import LayerParts
 from moe_ops.hf.decode.report import Report
 from moe_ops.hf.decode.stock import take_stock
 from moe_ops.hf.experts.switch import enable, interface_of, set_implementation
-from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import replace_linears
 from moe_ops.memory import register_holder
-from moe_ops.quant import quantize_experts
+from moe_ops.quant import QuantizedExperts, WeightConfig, quantize
 from moe_ops.quant.bank import find_banks
+from moe_ops.quant.config import check_config
+from moe_ops.quant.linear import quantize_linears
 
-FORMATS = (None, "int8", "int4")
 # mla_decode multiplies queries by this weight, and not latents.
-_FLOAT_OF_LATENTS = ("kv_b_proj",)
+_FLOAT_OF_LATENTS = ("*kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -59,9 +59,8 @@ register_holder("original weights", lambda: sum(b.kept_bytes for b in _optimized
 
 def optimize(
     model: nn.Module,
-    weights: str | None = None,
     *,
-    group_size: int | None = None,
+    quantization: WeightConfig | None = None,
     keep_original: bool = False,
     compile: bool | str = False,
     verify: int | str | None = None,
@@ -70,8 +69,8 @@ def optimize(
 
     - Experts run on moe_ops (:func:`moe_ops.hf.enable`).
     - Dense layers (attention projections, shared experts, the head): products of up to 64 rows
-      are read at the speed of memory. With `weights` they are stored in 8 or 4 bits, and so are
-      experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float, and
+      are read at the speed of memory. With `quantization` they are quantized, and so are experts
+      (`moe_ops.quantize`). Routers, embeddings and norms stay float, and
       `kv_b_proj` of latent attention.
     - RMS norms and routers are one or two ops each; a decoder layer runs few tokens in a few calls,
       its attention in one.
@@ -84,18 +83,16 @@ def optimize(
 
     Attention stays what the model has: torch's, unless "eager" was asked for. Parameters, their
     names and checkpoints stay those of the model; with
-    `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
-    layers as floats with the values that are computed with. A model that was saved so is loaded in
-    the time that its bytes take; `optimize` with the same `weights` rounds its dense layers again,
-    to the same numbers.
+    `quantization`, `save_pretrained` writes quantised experts as after `quantize`, and dense layers
+    as floats with the values that are computed with. A model that was saved so is loaded in the
+    time that its bytes take; `optimize` with the same config rounds its dense layers again, to the
+    same numbers.
 
     Args:
         model: a transformers model, or any module that holds MoE blocks of one.
-        weights: None, "int8" (a scale an output feature) or "int4" (a scale for `group_size`
-            inputs).
-        group_size: of int4: 32, 64 or 128; None is 64. Dense layers whose rows it does not divide
-            take the next smaller one, and stay float if none does.
-        keep_original: with `weights`, whether the float weights stay in memory, so that
+        quantization: `moe_ops.quant.Int8WeightConfig()` or one of its kin. Dense layers whose rows
+            its groups do not divide take the next smaller ones, and stay float if none does.
+        keep_original: with `quantization`, whether the float weights stay in memory, so that
             :func:`restore` can bring them back; `moe_ops.memory.held_bytes` counts them.
         compile: True, or the name of a backend of torch.compile; the setting is in
             `model.generation_config`. Assisted decoding needs a cache that is not static.
@@ -108,13 +105,11 @@ def optimize(
         same kinds that did not.
 
     Raises:
-        ValueError: unknown `weights` or `verify`, a model that is optimised already or that cannot
-            generate where `compile` is asked for; what `enable` and `quantize_experts` refuse.
+        ValueError: another `quantization` or `verify`, a model that is optimised already or that
+            cannot generate where `compile` is asked for; what `enable` and `quantize` refuse.
     """
-    if weights not in FORMATS:
-        raise ValueError(f"optimize: weights must be None, 'int8' or 'int4', got {weights!r}.")
-    if group_size is not None and weights != "int4":
-        raise ValueError(f"optimize: group_size belongs to 'int4', got weights={weights!r}.")
+    if quantization is not None:
+        check_config("optimize", quantization)
     every, warn = parse_verify(verify)
     with _lock:
         if model in _optimized:
@@ -124,7 +119,7 @@ def optimize(
                 f"optimize: model must be one that generates to compile its steps, got "
                 f"{type(model).__name__}."
             )
-        report = _optimize(model, weights, group_size, keep_original, compile)
+        report = _optimize(model, quantization, keep_original, compile)
         if every:
             watch(_watched(model, report), every, warn)
         return report
@@ -132,12 +127,11 @@ def optimize(
 
 def _optimize(
     model: nn.Module,
-    weights: str | None,
-    group_size: int | None,
+    quantization: WeightConfig | None,
     keep_original: bool,
     compile: bool | str,
 ) -> Report:
-    keeps = weights is None or keep_original
+    keeps = quantization is None or keep_original
     before = _Before(
         modules=dict(_snapshot(model)) if keeps else None,
         after={},
@@ -151,10 +145,13 @@ def _optimize(
 
     found = take_stock(model)
     report = Report()
-    if weights is not None and not _experts_are(model, weights, group_size):
-        quantize_experts(model, weights, group_size=group_size)
+    if quantization is not None and not _experts_are(model, quantization.label):
+        quantize(model, quantization)
     report |= enable(model)
-    report |= replace_linears(model, weights, group_size, _FLOAT_OF_LATENTS if found.latent else ())
+    if quantization is not None:
+        skip = _FLOAT_OF_LATENTS if found.latent else ()
+        report |= quantize_linears(model, quantization, skip)
+    report |= replace_linears(model)
     for name, module in model.named_modules():
         for kind, entries in (("norm", found.norms), ("router", found.routers)):
             if name in entries:
@@ -190,8 +187,8 @@ def _restore(model: nn.Module) -> None:
         raise ValueError(f"restore: model must be optimised, got {type(model).__name__}.")
     if before.modules is None:
         raise ValueError(
-            "restore: model must have its float weights, which optimize(weights=...) lets go; give "
-            "it keep_original=True, or load the model again."
+            "restore: model must have its float weights, which optimize(quantization=...) lets go; "
+            "give it keep_original=True, or load the model again."
         )
     now = {name: module for name, module in model.named_modules() if name}
     changed = before.after.keys() ^ now.keys()
@@ -215,11 +212,10 @@ def _restore(model: nn.Module) -> None:
     del _optimized[model]
 
 
-def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
+def _experts_are(model: nn.Module, format: str) -> bool:
     """Returns whether all experts have this format already, as after loading such a checkpoint."""
     found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
-    label = format if group_size is None else f"{format} g{group_size}"
-    fits = all(label in (m.format, m.format.partition(" ")[0]) for m in found)
+    fits = all(m.format == format for m in found)
     return bool(found) and fits and next(find_banks(model, ()), None) is None
 
 

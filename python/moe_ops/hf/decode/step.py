@@ -40,9 +40,10 @@ from moe_ops.hf.models.attention import (
 )
 from moe_ops.hf.models.gates import fused_activation
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
-from moe_ops.layers import QuantizedExperts
-from moe_ops.layers.linear import FEW_ROWS, dense_operands, in_inference_on_few_rows
+from moe_ops.layers.linear import FEW_ROWS, in_inference_on_few_rows
 from moe_ops.ops import add_rms_norm, attention_decode, gated_mlp_decode, mla_decode
+from moe_ops.quant import QuantizedExperts
+from moe_ops.quant.linear import dense_operands
 
 # Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
 _KNOWN = frozenset(

@@ -44,7 +44,7 @@ def enable(model: nn.Module) -> dict[str, str]:
 
     Returns:
         Name of each block that runs on moe_ops now -> how: ``"experts_implementation"``,
-        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts` and
+        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize` and
         ``"offloaded"`` for one of `moe_ops.offload`, which run on nothing else. Blocks that already
         did are listed too.
 
@@ -184,7 +184,7 @@ def assert_used(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Returns whether `moe_ops.quantize_experts` or `moe_ops.offload` made this block."""
+    """Returns whether `moe_ops.quantize` or `moe_ops.offload` made this block."""
     return getattr(type(module), "quantized_block", False)
 
 

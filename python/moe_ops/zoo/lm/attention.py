@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache
-from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
+from moe_ops.layers.linear import in_inference_on_few_rows
 from moe_ops.layers.rotary import Rope, Rotation
 from moe_ops.ops import attention_decode, mla_decode
+from moe_ops.quant.linear import dense_operands
 
 from .checkpoint import Entry, renamed
 

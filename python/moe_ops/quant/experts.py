@@ -15,15 +15,14 @@ from moe_ops import memory, packing
 from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights import ExpertWeights
 from moe_ops.formulas.codes import dequantized
+from moe_ops.layers.expert_ops.rows import as_ids
+from moe_ops.layers.experts import ACTIVATION_OPTIONS, Experts, activation_of, check_activation
+from moe_ops.layers.inputs import takes_dense
 from moe_ops.ops import moe_ffn_fp8, moe_ffn_quantized
 from moe_ops.ops._checks import check_positive, dtype_name
-from moe_ops.quant.convert import quantize_experts
-from moe_ops.quant.formats import WEIGHTS, formats_of
 from moe_ops.weight_formats import joined_label
 
-from .expert_ops.rows import as_ids
-from .experts import ACTIVATION_OPTIONS, Experts, check_activation
-from .inputs import takes_dense
+from .formats import WEIGHTS, formats_of
 
 _FROZEN = (*(name + part for name in WEIGHTS for part in ("", "_scale", "_zero")), "x_scale")
 
@@ -50,7 +49,8 @@ class QuantizedExperts(nn.Module):
         device: of the buffers.
         dtype: of the biases.
 
-    A new layer computes zeros. `from_experts` fills one from a bank, `load_state_dict` from a file.
+    A new layer computes zeros. `moe_ops.quantize` makes one of `Experts`; `load_state_dict` fills
+    one from a file.
 
     Raises:
         ValueError: a size below 1, an unknown format or activation, groups that do not divide.
@@ -101,7 +101,7 @@ class QuantizedExperts(nn.Module):
         self.interleaved = interleaved
         self.alpha = alpha
         self.limit = limit
-        # Which exponent `quantize_experts` found best; not kept in the state dict.
+        # Which exponent `quantize` found best; not kept in the state dict.
         self.scale_exponent: float | None = None
 
         width = intermediate_size * (2 if self.gated else 1)
@@ -122,37 +122,6 @@ class QuantizedExperts(nn.Module):
         for b, size in (("b_gate_up", width), ("b_down", hidden_size)):
             values = torch.zeros(num_experts, size, dtype=dtype, **where) if bias else None
             self.register_buffer(b, values)
-
-    @classmethod
-    def from_experts(
-        cls,
-        experts: Experts,
-        format: str = "int4",
-        *,
-        group_size: int | None = None,
-        calibration: Any = None,
-    ) -> QuantizedExperts:
-        """The quantised form of a bank, which is left alone; `moe_ops.quantize_experts` of it.
-
-        Args:
-            experts: the bank.
-            format, group_size: as of the class.
-            calibration: batches of the bank's own arguments, (x, topk_weights, topk_ids) each, or
-                what `moe_ops.quant.collect_calibration` returned; None for no x_scale.
-        """
-        if not isinstance(experts, Experts):
-            raise ValueError(
-                f"QuantizedExperts: experts must be a moe_ops.layers.Experts, got "
-                f"{type(experts).__name__}."
-            )
-        if experts.output_size != experts.hidden_size:
-            raise ValueError(
-                f"QuantizedExperts: experts must have output_size = {experts.hidden_size} like "
-                f"their input, got {experts.output_size}."
-            )
-        result = quantize_experts(experts, format, group_size=group_size, calibration=calibration)
-        assert isinstance(result, QuantizedExperts)
-        return result
 
     @classmethod
     def for_weights(
@@ -425,10 +394,6 @@ class QuantizedExperts(nn.Module):
             error_messages.extend(problems)
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
-
-
-def activation_of(bank: Any) -> dict[str, Any]:
-    return {name: getattr(bank, name) for name in ACTIVATION_OPTIONS}
 
 
 def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:

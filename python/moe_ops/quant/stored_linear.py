@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from moe_ops._private_torch import disabled_torch_function
 from moe_ops.formulas.codes import dequantized
+from moe_ops.layers.linear import one_expert
 from moe_ops.ops import grouped_gemm_quantized
 from moe_ops.weight_formats import WeightFormat
-
-from .linear import one_expert
 
 _CODES = ("codes", "scale", "zero")
 
