@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,15 @@ def table() -> list[str]:
 def test_the_documents_have_the_table():
     text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
     assert "\n".join(table()) in text
+
+
+def test_the_walk_to_the_op_is_one_of_files():
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "quantization.md").read_text()
+    walk = text.split("## From a checkpoint to the op")[1].split("\n## ")[0]
+    files = re.findall(r"^\| `(.*?)`", walk, re.MULTILINE)
+    assert len(files) == 10
+    assert all((root / file).is_file() for file in files)
 
 
 if __name__ == "__main__":
