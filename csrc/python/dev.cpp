@@ -115,13 +115,15 @@ std::string gemm_config(const std::string& product, int64_t rows, int64_t num_ex
 
 // ---- formats of quantized weights
 
-std::vector<std::tuple<std::string, int, int64_t, int64_t, int64_t, std::string, bool, bool>>
-weight_formats() {
+using FormatTuple =
+    std::tuple<std::string, int, int64_t, int64_t, int64_t, int64_t, std::string, bool, bool>;
+
+std::vector<FormatTuple> weight_formats() {
   constexpr std::array kScales = {"float", "float32", "uint8"};
-  std::vector<std::tuple<std::string, int, int64_t, int64_t, int64_t, std::string, bool, bool>> all;
+  std::vector<FormatTuple> all;
   for (const FormatRow& r : kFormats) {
-    all.emplace_back(r.name, r.bits, r.group, r.rows, r.record, kScales[static_cast<int>(r.scale)],
-                     r.row_scales, r.zeros);
+    all.emplace_back(r.name, r.bits, r.group, r.rows, r.record, r.head,
+                     kScales[static_cast<int>(r.scale)], r.row_scales, r.zeros);
   }
   return all;
 }
@@ -162,7 +164,8 @@ PYBIND11_MODULE(moe_ops_dev, m) {
         "and layout (dense_k, dense_features, packed, int8, int4, fp8, codes, turned_codes): "
         "algorithm, operand and size of work items, on a processor of Intel's or another.");
   m.def("weight_formats", &weight_formats,
-        "Returns (name, bits, group, rows, record, scales, row_scales, zeros) of each format of "
+        "Returns (name, bits, group, rows, record, head, scales, row_scales, zeros) of each format "
+        "of "
         "quantized weights, as moe_ops.weight_formats.FORMATS has them.");
   m.def("weight_format", &weight_format, arg("name"),
         "Returns None, or (name, group, dtype of scales, zero points, multiple, has_kernels) of "

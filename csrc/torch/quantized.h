@@ -92,7 +92,7 @@ inline Quantized quantized_of(const Op& op, const std::string& what, const Tenso
   std::vector<int64_t> shape;
   if (dims == 3) shape.push_back(experts);
   shape.push_back(scale_rows);
-  if (how.group != 0) shape.push_back(groups);
+  if (how.group != 0) shape.push_back(row.head + groups);
   const std::vector<int64_t> zero_shape = shape;
   if (row.record != 0) shape.push_back(row.record);
   check_part(op, scale_name, scale, type_of(how.scale), shape, name);
@@ -108,7 +108,7 @@ inline Quantized quantized_of(const Op& op, const std::string& what, const Tenso
   format.has_kernels = how.has_kernels();
   format.scales = out.scale.const_data_ptr();
   format.scale = static_cast<const float*>(format.scales);
-  format.scale_stride_o = groups * std::max<int64_t>(row.record, 1);
+  format.scale_stride_o = row.head + groups * std::max<int64_t>(row.record, 1);
   format.scale_stride_e = format.scale_stride_o * scale_rows;
   out.matrices.data = out.tensor.const_data_ptr();
   out.matrices.stride_e = dims == 3 ? out.tensor.stride(0) : 0;

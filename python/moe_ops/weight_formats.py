@@ -33,6 +33,7 @@ class Format(NamedTuple):
     group: consecutive inputs that share a scale; 0: the name says it ("int4 g64").
     rows: consecutive outputs that share a scale.
     record: bytes of the scales of a group; 0: one number.
+    head: bytes in front of the scales of a row.
     scales: the dtype of scales, "float" for one of float32, bfloat16 and float16.
     row_scales: whether the name may lack a group, which means one scale per output.
     zeros: whether groups may have zero points.
@@ -44,6 +45,7 @@ class Format(NamedTuple):
     group: int
     rows: int
     record: int
+    head: int
     scales: str
     row_scales: bool
     zeros: bool
@@ -55,31 +57,31 @@ class Format(NamedTuple):
 _DECODED = "weights decoded to float32"
 FORMATS = {
     "int8": Format(
-        8, torch.int8, 0, 1, 0, "float", True, False,
+        8, torch.int8, 0, 1, 0, 0, "float", True, False,
         "a byte per weight", "q * scale",
         "integer kernels with a float32 scale per output; else " + _DECODED,
     ),
     "int4": Format(
-        4, torch.uint8, 0, 1, 0, "float", False, True,
+        4, torch.uint8, 0, 1, 0, 0, "float", False, True,
         "two per byte, the even input in the low half",
         "(code - 8) * scale, or (code - zero) * scale",
         "integer kernels with float32 scales, g32, g64 or g128, no zero points; else " + _DECODED,
     ),
     "mxfp4": Format(
-        4, torch.uint8, 32, 1, 0, "uint8", False, False,
+        4, torch.uint8, 32, 1, 0, 0, "uint8", False, False,
         "two per byte, the even input in the low half", "e2m1 * 2^(scale - 127)", _DECODED,
     ),
     "fp8": Format(
-        8, torch.float8_e4m3fn, 128, 128, 0, "float32", False, False,
+        8, torch.float8_e4m3fn, 128, 128, 0, 0, "float32", False, False,
         "a byte per weight", "e4m3 * scale", "fp8 kernels of moe_ffn_fp8; else " + _DECODED,
     ),
     "q4_k": Format(
-        4, torch.uint8, 256, 1, 16, "uint8", False, False,
+        4, torch.uint8, 256, 1, 16, 0, "uint8", False, False,
         "ggml's q4_K: 128 bytes of values per block, its 16 bytes of scales apart",
         "code * step - low", _DECODED,
     ),
     "q6_k": Format(
-        6, torch.uint8, 256, 1, 18, "uint8", False, False,
+        6, torch.uint8, 256, 1, 18, 0, "uint8", False, False,
         "ggml's q6_K: 192 bytes of values per block, its 18 bytes of scales apart",
         "(code - 32) * scale", _DECODED,
     ),
@@ -188,7 +190,7 @@ class WeightFormat:
         group = self.group_size or row.group
         shape: tuple[int, ...] = (-(-out_features // row.rows),)
         if group:
-            shape = (*shape, -(-in_features // group))
+            shape = (*shape, row.head - (-in_features // group))
         return (*shape, row.record) if row.record else shape
 
     def tensors(

@@ -213,7 +213,7 @@ def test_no_labels(label):
 def test_both_tables_are_the_same():
     dev = pytest.importorskip("bench.harness.dev").moe_ops_dev
     wanted = [
-        (name, r.bits, r.group, r.rows, r.record, r.scales, r.row_scales, r.zeros)
+        (name, r.bits, r.group, r.rows, r.record, r.head, r.scales, r.row_scales, r.zeros)
         for name, r in FORMATS.items()
     ]
     assert dev.weight_formats() == wanted
@@ -238,7 +238,7 @@ def table() -> list[str]:
     lines.append("|---|---|---|---|---|---|")
     for name, r in FORMATS.items():
         size = {8: "D", 4: "D/2", 6: "3D/4"}[r.bits]
-        groups = f"D/{r.group or 'G'}"
+        groups = (f"{r.head} + " if r.head else "") + f"D/{r.group or 'G'}"
         outputs = "O" if r.rows == 1 else f"O/{r.rows}"
         shape = ", ".join([outputs, groups, *([str(r.record)] if r.record else [])])
         also = ", or float32 [O]" if r.row_scales else ""

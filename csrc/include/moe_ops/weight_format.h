@@ -22,18 +22,19 @@ struct FormatRow {
   int64_t group;   // inputs that share a scale; 0: the name says it ("int4 g64")
   int64_t rows;    // outputs that share a scale
   int64_t record;  // bytes of the scales of a group; 0: one number
+  int64_t head;    // bytes in front of the scales of a row
   ScaleKind scale;
   bool row_scales;  // a name without a group: one scale per output
   bool zeros;       // groups may have zero points
 };
 
 inline constexpr std::array kFormats = {
-    FormatRow{"int8", Codes::kInt8, 8, 0, 1, 0, ScaleKind::kFloat, true, false},
-    FormatRow{"int4", Codes::kInt4, 4, 0, 1, 0, ScaleKind::kFloat, false, true},
-    FormatRow{"mxfp4", Codes::kMxfp4, 4, 32, 1, 0, ScaleKind::kBytes, false, false},
-    FormatRow{"fp8", Codes::kFp8, 8, kFp8Block, kFp8Block, 0, ScaleKind::kFloat32, false, false},
-    FormatRow{"q4_k", Codes::kQ4K, 4, 256, 1, 16, ScaleKind::kBytes, false, false},
-    FormatRow{"q6_k", Codes::kQ6K, 6, 256, 1, 18, ScaleKind::kBytes, false, false},
+    FormatRow{"int8", Codes::kInt8, 8, 0, 1, 0, 0, ScaleKind::kFloat, true, false},
+    FormatRow{"int4", Codes::kInt4, 4, 0, 1, 0, 0, ScaleKind::kFloat, false, true},
+    FormatRow{"mxfp4", Codes::kMxfp4, 4, 32, 1, 0, 0, ScaleKind::kBytes, false, false},
+    FormatRow{"fp8", Codes::kFp8, 8, kFp8Block, kFp8Block, 0, 0, ScaleKind::kFloat32, false, false},
+    FormatRow{"q4_k", Codes::kQ4K, 4, 256, 1, 16, 0, ScaleKind::kBytes, false, false},
+    FormatRow{"q6_k", Codes::kQ6K, 6, 256, 1, 18, 0, ScaleKind::kBytes, false, false},
 };
 
 // What a name stands for.
