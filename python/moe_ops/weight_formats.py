@@ -85,6 +85,11 @@ FORMATS = {
         "ggml's q6_K: 192 bytes of values per block, its 18 bytes of scales apart",
         "(code - 32) * scale", _DECODED,
     ),
+    "nvfp4": Format(
+        4, torch.uint8, 16, 1, 0, 4, "uint8", False, False,
+        "two per byte, the even input in the low half",
+        "e2m1 * e4m3 * the float32 of the row, the four bytes ahead of its scales", _DECODED,
+    ),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ FORMATS = (
     "fp8",
     "q4_k",
     "q6_k",
+    "nvfp4",
 )
 DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +67,19 @@ def test_every_code_of_mxfp4_with_every_scale():
         got = codes.dequantized(w, scale, **how)
         assert_identical(got, _codes.dequantized(w, scale, **how))
     assert bool(got[-16:].isnan().all()) and bool(got[:-16].isfinite().all())
+
+
+def test_every_code_of_nvfp4_with_every_scale():
+    w = torch.arange(256, dtype=torch.uint8).view(32, 8).repeat(256, 1)  # Groups of 16 codes.
+    head = torch.tensor([0.75]).view(torch.uint8).expand(256 * 32, 4)
+    steps = torch.arange(256, dtype=torch.uint8).repeat_interleave(32)[:, None]
+    scale = torch.cat((head, steps), -1)
+    for dtype in (torch.float32, torch.float64):
+        how = {"format": "nvfp4", "dtype": dtype}
+        got = codes.dequantized(w, scale, **how)
+        assert_identical(got, _codes.dequantized(w, scale, **how))
+    nan = (steps & 127)[:, 0] == 127
+    assert bool(got[nan].isnan().all()) and bool(got[~nan].isfinite().all())
 
 
 @pytest.mark.parametrize("depth", [128, 300, 1, 0])

@@ -279,7 +279,7 @@ STORED_GROUPS = {
     "int4 g256": (4, 256, torch.float32, False),
 }
 # Others: what the length of a row is a multiple of.
-STORED_RECORDS = {"mxfp4": 32, "fp8": 1, "q4_k": 256, "q6_k": 256}
+STORED_RECORDS = {"mxfp4": 32, "fp8": 1, "q4_k": 256, "q6_k": 256, "nvfp4": 16}
 STORED = ("int8 g32 float16", "int4 g64 bfloat16 zero", "int4 g32 float16", *STORED_RECORDS)
 
 
@@ -302,6 +302,12 @@ def stored(
     if kind == "mxfp4":
         exponents = torch.randint(121, 124, (experts, features, depth // 32), dtype=torch.uint8)
         return codes(depth // 2), exponents, None
+    if kind == "nvfp4":
+        steps = (torch.rand(experts, features, depth // 16) * 440 + 1).to(torch.float8_e4m3fn)
+        factor = (torch.rand(experts, features, 1) + 0.5) * size / 448
+        head = factor.flatten().view(torch.uint8).view(experts, features, 4)
+        parts = (head, steps.view(torch.uint8))
+        return codes(depth // 2), torch.cat(parts, -1), None
     if kind == "fp8":
         return *quantize_fp8_blocks(torch.randn(experts, features, depth) * size), None
     record = codes(depth // 256, {"q4_k": 16, "q6_k": 18}[kind])

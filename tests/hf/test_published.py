@@ -28,6 +28,8 @@ CASES = {
     ("qwen3_moe", "compressed-tensors", False): ("int4 g64", 0.08),
     ("qwen3_moe", "fp8", False): ("fp8", 0.08),
     ("gpt_oss", "mxfp4", False): ("mxfp4", 1e-4),
+    ("qwen3_moe", "nvfp4", False): ("nvfp4", 1e-4),
+    ("mixtral", "modelopt", False): ("nvfp4", 1e-4),
 }
 LOAD = """
 import json, sys

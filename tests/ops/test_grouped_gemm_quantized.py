@@ -155,6 +155,11 @@ def test_weights_that_are_not_finite_or_subnormal(rows):
     call["a"].abs_()
     y = moe_ops.grouped_gemm_quantized(**call)[:rows]
     assert y[:, 4].isnan().all() and y.isnan().sum() == rows
+    two = stored_gemm_call("nvfp4", (rows,), 96, 9, torch.float32)
+    for byte, row in ((0x7F, 4), (0xFF, 6)):  # e4m3's NaN of either sign
+        two["b_scale"][0, row, 4 + 2] = byte
+    y = moe_ops.grouped_gemm_quantized(**two)[:rows]
+    assert y[:, [4, 6]].isnan().all() and y.isnan().sum() == 2 * rows
     call["a"] *= 2.0**120
     call["b_scale"][:] = torch.arange(3, dtype=torch.uint8)
     check_stored_gemm(call)

@@ -35,6 +35,7 @@ inline constexpr std::array kFormats = {
     FormatRow{"fp8", Codes::kFp8, 8, kFp8Block, kFp8Block, 0, 0, ScaleKind::kFloat32, false, false},
     FormatRow{"q4_k", Codes::kQ4K, 4, 256, 1, 16, 0, ScaleKind::kBytes, false, false},
     FormatRow{"q6_k", Codes::kQ6K, 6, 256, 1, 18, 0, ScaleKind::kBytes, false, false},
+    FormatRow{"nvfp4", Codes::kNvfp4, 4, 16, 1, 0, 4, ScaleKind::kBytes, false, false},
 };
 
 // What a name stands for.

@@ -74,8 +74,8 @@ def _int4(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return groups.mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
-def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
-    """E2M1 numbers with a power of two per group.
+def _doubled_e2m1(w: Tensor) -> Tensor:
+    """Returns twice the E2M1 numbers in int8.
 
     A code is a sign, two bits of exponent and one of mantissa. Twice its magnitude is an integer:
     the mantissa with its leading bit (exponent zero has none), shifted by the exponent.
@@ -83,7 +83,20 @@ def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
     codes = _nibbles(w)
     exponent = codes >> 1 & 3
     doubled = (codes & 1 | exponent.clamp(max=1) << 1) << (exponent.clamp(min=1) - 1)
-    numbers = torch.where(codes < 8, doubled.view(torch.int8), -doubled.view(torch.int8))
+    return torch.where(codes < 8, doubled.view(torch.int8), -doubled.view(torch.int8))
+
+
+def _nvfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
+    """E2M1 numbers with a number of E4M3 per group and the float32 of the row ahead of these."""
+    # A copy: where few rows are, a slice may be contiguous and have strides that no float has.
+    head = scale[..., :4].clone(memory_format=torch.contiguous_format).view(torch.float32).to(acc)
+    steps = scale[..., 4:].contiguous().view(torch.float8_e4m3fn).to(acc)
+    return _scaled(_doubled_e2m1(w).to(acc), steps.mul_(head.mul_(0.5)))
+
+
+def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
+    """E2M1 numbers with a power of two per group."""
+    numbers = _doubled_e2m1(w)
     # Scales are the exponents of float32 as they are stored. The lowest is 2^-127, which float32
     # has as a subnormal number, and the highest is NaN, as which float32 reads it with a mantissa.
     bits = scale.to(torch.int32) << 23
@@ -133,6 +146,7 @@ _DECODERS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
     "mxfp4": _mxfp4,
     "q4_k": _q4_k,
     "q6_k": _q6_k,
+    "nvfp4": _nvfp4,
 }
 
 

@@ -42,9 +42,20 @@ def dequantized(
     if kind == "q6_k":
         return _q6_k(w, scale, dtype)
     codes = torch.stack([w & 15, w >> 4], -1).flatten(-2)
-    if kind == "mxfp4":
+    if kind in ("mxfp4", "nvfp4"):
         table = torch.tensor(_E2M1, dtype=dtype, device=w.device)
         values = torch.where(codes < 8, 1.0, -1.0).to(dtype) * table[(codes & 7).int()]
+        if kind == "nvfp4":  # The float32 of a row, then a number of e4m3 for each 16.
+            factor = (
+                scale[..., :4]
+                .flatten()
+                .clone()
+                .view(torch.float32)
+                .view(*scale.shape[:-1], 1)
+                .to(dtype)
+            )
+            steps = scale[..., 4:].contiguous().view(torch.float8_e4m3fn).to(dtype)
+            return _scaled(values, steps * factor)
         # 2^(e - 127); 255 is NaN.
         powers = torch.exp2(scale.to(torch.float64) - 127).masked_fill(scale == 255, torch.nan)
         return _scaled(values, powers.to(dtype))
