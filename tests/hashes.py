@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from bench.harness.dev import moe_ops_dev
 from tests.helpers.moe import build_router
+from tests.helpers.quantized import weight_config
 from torch import Tensor, nn
 
 import moe_ops
@@ -150,7 +151,7 @@ def hash_of_layer(text: str) -> str:
     if kind == "packed":
         moe_ops.pack_weights(moe)
     else:
-        moe_ops.quantize_experts(moe, kind)
+        moe_ops.quantize(moe, weight_config(kind))
     with torch.no_grad():
         results.add("output", moe.eval()(x))
     return results.digest()

@@ -45,6 +45,7 @@ SHARED = {
         "router_bwd",
         "routing",
         "score_func",
+        "weight_format",
     },
     "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
     "csrc/torch": {"device", "library", "router", "tensor_utils"},
@@ -59,13 +60,15 @@ FAMILY = {
 }
 # Public names that are no ops.
 TOOLS = {
+    "Int4WeightConfig",
+    "Int8WeightConfig",
     "__version__",
     "batch_invariant",
     "is_batch_invariant_enabled",
     "packed_weight_bytes",
     "pack_weights",
     "set_packing_policy",
-    "quantize_experts",
+    "quantize",
     "set_batch_invariant",
     "unpack_weights",
 }

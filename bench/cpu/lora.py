@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.helpers.quantized import weight_config
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -62,7 +63,7 @@ def build(kind: str, dtype: torch.dtype) -> nn.Module:
     model.set_experts_implementation("grouped_mm" if kind == PEFT else "moe_ops")
     options: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": []}
     if " int" in kind:
-        moe_ops.quantize_experts(model, kind.split()[1])
+        moe_ops.quantize(model, weight_config(kind.split()[1]))
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(**options, target_parameters=targets))
     if kind.startswith(FUSED):

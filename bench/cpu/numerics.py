@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from tests.helpers.ffn import ffn_operands
-from tests.helpers.quantized import dequantized, quantized
+from tests.helpers.quantized import dequantized, label_of, quantized
 from tests.helpers.routing import Routing
 from torch import Tensor
 
@@ -80,6 +80,7 @@ def ffn(
         op = moe_ops.moe_ffn_quantized
         for name in names:
             call[name], call[f"{name}_scale"] = quantized(call[name], int(form[3:]), 64)
+        call["format"] = label_of(int(form[3:]), 64)
     elif form == "fp8":
         op = moe_ops.moe_ffn_fp8
         for name in names:

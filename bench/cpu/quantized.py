@@ -2,28 +2,28 @@
 and all formats of moe_ffn_quantized, including those of published checkpoints:
 
     python -m bench.cpu.quantized --seconds 2
-    python -m bench.cpu.quantized --formats int4-64 q4_k --tokens 1 --isa avx2
+    python -m bench.cpu.quantized --formats "int4 g64" q4_k --tokens 1 --isa avx2
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable, Iterator
 
 import torch
-from tests.helpers.quantized import STORED, any_format
+from tests.helpers.quantized import STORED, any_format, label_of
 from torch import Tensor
 
 import moe_ops
 from bench.harness.arguments import seconds, whole
-from moe_ops import _library, memory
+from moe_ops import _library, memory, quant
 from moe_ops.bench import machine
 from moe_ops.bench.baselines import Bind, Call, MoeOps, MoeOpsPacked
 from moe_ops.bench.measure import Cells, Session, forward_cells
 from moe_ops.bench.shapes import INT4_GROUP, SHAPES, Bank, Shape, Tokens, make_bank
 from moe_ops.bench.timing import measure
-from moe_ops.quant import formats
 
 
 def run_quantized(session: Session) -> Cells:
@@ -54,6 +54,7 @@ class MoeOpsQuantized(MoeOps):
     formats = ("int8", "int4")
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        name = label_of(int(weight_format[3:]), INT4_GROUP)
         weights = (
             *quantize(bank.w_gate_up, weight_format, INT4_GROUP),
             *quantize(bank.w_down, weight_format, INT4_GROUP),
@@ -62,23 +63,22 @@ class MoeOpsQuantized(MoeOps):
 
         def bind(tokens: Tokens) -> Call:
             routing = (tokens.topk_weights, tokens.topk_ids)
-            return lambda: moe_ops.moe_ffn_quantized(tokens.x, *weights, *routing)
+            return lambda: moe_ops.moe_ffn_quantized(tokens.x, *weights, *routing, format=name)
 
         return bind
 
 
 def quantize(w: Tensor, weight_format: str, group: int) -> tuple[Tensor, Tensor]:
-    """Runs `moe_ops.quant.quantize` on [E, O, K] expert by expert, since each is widened to
-    fp32."""
-    groups = group if weight_format == "int4" else None
-    experts = [formats.quantize(expert, weight_format, groups) for expert in w]
+    """Runs `quantize_weight` on [E, O, K] expert by expert, since each is widened to fp32."""
+    name = label_of(int(weight_format[3:]), group)
+    experts = [quant.quantize_weight(expert, name) for expert in w]
     return torch.stack([q for q, _ in experts]), torch.stack([scale for _, scale in experts])
 
 
 # All formats, one by one.
 
 # float32 is the reference: the weights that the formats replace.
-ALL = ("float32", "int8", "int4-32", "int4-64", *STORED)
+ALL = ("float32", "int8", "int4 g32", "int4 g64", *STORED)
 
 
 class Layer:
@@ -97,7 +97,9 @@ class Layer:
                 all_experts = torch.empty(shape.E, *value.shape[1:], dtype=value.dtype)
                 memory.use_huge_pages(all_experts)
                 self.weights[weight + part] = all_experts.copy_(value.expand_as(all_experts))
-        self.op = moe_ops.moe_ffn if name == "float32" else moe_ops.moe_ffn_quantized
+        self.op: Callable[..., Tensor] = moe_ops.moe_ffn
+        if name != "float32":
+            self.op = functools.partial(moe_ops.moe_ffn_quantized, format=name)
 
     @property
     def expert_bytes(self) -> float:

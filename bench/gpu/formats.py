@@ -34,12 +34,13 @@ def format_problem(case: Case, layer: Layer) -> Problem:
 def _integers(case: Case, layer: Layer) -> Problem:
     tokens, bank = layer.tokens, layer.bank
     weights = layer.weights.int8 if case.dtype == "int8" else layer.weights.int4
+    format = "int8" if case.dtype == "int8" else "int4 g64"
     routing = (tokens.topk_weights, tokens.topk_ids)
     rows = sampled(case.T, layer.device)
     truth = exact_output(bank, tokens, rows)
     arguments = (tokens.x, bank.w_gate_up, bank.w_down, *routing)
     jobs: dict[str, Callable[[], Any]] = {
-        OURS: lambda: moe_ops.moe_ffn_quantized(tokens.x, *weights, *routing),
+        OURS: lambda: moe_ops.moe_ffn_quantized(tokens.x, *weights, *routing, format=format),
         BF16: lambda: moe_ops.moe_ffn(*arguments),
         GROUPED: lambda: torch_grouped_mm(*arguments),
     }

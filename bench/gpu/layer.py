@@ -44,15 +44,15 @@ class Weights:
     @cached_property
     def int4(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns int4 weights in the order of `int8`, with one scale per 64 weights."""
-        return self._integers("int4")
+        return self._integers("int4 g64")
 
     def _integers(self, format: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from moe_ops.quant.formats import quantize
+        from moe_ops.quant import quantize_weight
 
         bank = self.bank
         return (
-            *_quantized(bank.w_gate_up, lambda w: quantize(w, format)),
-            *_quantized(bank.w_down, lambda w: quantize(w, format)),
+            *_quantized(bank.w_gate_up, lambda w: quantize_weight(w, format)),
+            *_quantized(bank.w_down, lambda w: quantize_weight(w, format)),
         )
 
     @cached_property

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tests.helpers.quantized import weight_config
 from torch import Tensor
 
 import moe_ops
@@ -89,7 +90,7 @@ def training(shape: str, dtype: str, count: int) -> Job:
 
 def quantized(shape: str, dtype: str, count: int, format: str) -> Job:
     module, (x, weights, ids) = experts(shape, dtype), tokens(shape, dtype, count)
-    integers = layers.QuantizedExperts.from_experts(module, format)
+    integers = moe_ops.quantize(module, weight_config(format))
     return lambda: integers(x, weights, ids)
 
 

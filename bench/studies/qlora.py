@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.helpers.quantized import weight_config
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -36,7 +37,8 @@ from moe_ops._files import make_folder, write_json
 from moe_ops.demo.data import heldout_windows, load_corpus, training_batch
 from moe_ops.hf import lora
 from moe_ops.quant.bank import find_banks
-from moe_ops.quant.formats import WeightFormat
+from moe_ops.quant.convert import new_experts
+from moe_ops.weight_formats import WeightFormat
 
 PEFT = "peft, float experts"
 ARMS = (PEFT, "fuse_adapters, float experts", "int8", "int4", "mxfp4")
@@ -139,13 +141,11 @@ def tuned(
     if arm == PEFT:
         moe_ops.hf.disable(model)
     elif arm in ("int8", "int4"):
-        moe_ops.quantize_experts(model, arm)
+        moe_ops.quantize(model, weight_config(arm))
     elif arm == "mxfp4":
         for bank in find_banks(model):
             how = WeightFormat("mxfp4")
-            experts = bank.hook.new_quantized(
-                bank.module, bank.bank, format=how.name, group_size=None, x_scale=False
-            )
+            experts = new_experts(bank, how.label)
             fill_rounded(experts, bank.bank, how)
             bank.hook.install(model, bank.module, experts)
     before = judged(model, heldout)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tests.helpers.quantized import weight_config
 
 import moe_ops
 from bench.studies.fp8_training import MODEL
@@ -23,9 +24,10 @@ from moe_ops import _files, quant
 from moe_ops.demo import data
 from moe_ops.demo.train import TrainConfig, Trainer
 from moe_ops.expert_weights import ExpertWeights
-from moe_ops.layers import Experts, QuantizedExperts
+from moe_ops.layers import Experts
+from moe_ops.quant import QuantizedExperts
 from moe_ops.quant.bank import find_banks
-from moe_ops.quant.formats import WeightFormat
+from moe_ops.weight_formats import WeightFormat
 from moe_ops.zoo.deepseek import DeepSeek
 
 FORMATS = (("int8", None), ("int4", 32), ("int4", 64), ("int4", 128))
@@ -78,10 +80,9 @@ def demo_model(folder: Path) -> Iterator[str]:
     yield f"| fp32 | | | {math.log2(before):.4f} | {before:.4f} | | 100 % |"
     for format, group_size in FORMATS:
         for scales in (False, True):
-            copied = moe_ops.quantize_experts(
+            copied = moe_ops.quantize(
                 copy.deepcopy(model),
-                format,
-                group_size=group_size,
+                weight_config(format, group_size),
                 calibration=calibration if scales else None,
             )
             report = quant.compare_quality(copied, baseline)
@@ -141,10 +142,7 @@ def published_formats(steps: int) -> Iterator[str]:
 
 
 def _stored(bank: ExpertWeights, how: WeightFormat) -> QuantizedExperts:
-    options = {"scale_dtype": how.scale_dtype, "zero_points": how.zero_points}
-    experts = QuantizedExperts.for_weights(
-        bank, format=how.name, group_size=how.group_size, x_scale=False, **options
-    )
+    experts = QuantizedExperts.for_weights(bank, format=how.label)
     fill_rounded(experts, bank, how)
     return experts
 
@@ -166,7 +164,7 @@ def _rounded(
     if how.name == "fp8":
         return *quant.quantize_fp8_blocks(w), None
     if how.name == "int8" and how.group_size is None:
-        return *quant.quantize(w, "int8"), None
+        return *quant.quantize_weight(w, "int8"), None
     if how.name in ("q4_k", "q6_k"):
         return *(_rounded_q4_k(w) if how.name == "q4_k" else _rounded_q6_k(w)), None
     groups = w.unflatten(-1, (-1, how.group_size or 32))
@@ -255,7 +253,7 @@ def whole_model(folder: Path) -> Iterator[str]:
     for weights, group_size in ((None, None), *FORMATS):
         model = _in_transformers(folder, trained.config.context)
         if weights is not None:
-            moe_ops.hf.optimize(model, weights, group_size=group_size)
+            moe_ops.hf.optimize(model, quantization=weight_config(weights, group_size))
         after = quant.perplexity(model, text, context=trained.config.context)
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         if weights is None:
@@ -320,8 +318,8 @@ def random_bank() -> Iterator[str]:
         for format, group_size in FORMATS:
             errors = []
             for scales in (None, calibration):
-                quantized = moe_ops.quantize_experts(
-                    experts, format, group_size=group_size, calibration=scales
+                quantized = moe_ops.quantize(
+                    experts, weight_config(format, group_size), calibration=scales
                 )
                 errors.append(quant.compare_quality(quantized, baseline).banks[0].error)
             name = quantized.format_name

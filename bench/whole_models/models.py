@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.helpers.quantized import weight_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _COMMON: dict[str, Any] = {
@@ -123,7 +124,7 @@ def quantize(folder: Path, weights: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, experts_implementation="moe_ops"
     )
-    moe_ops.hf.optimize(model, weights)
+    moe_ops.hf.optimize(model, quantization=weight_config(weights))
     model.save_pretrained(folder / weights)
 
 

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from tests.helpers.quantized import weight_config
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,7 +66,7 @@ def build(name: str, contender: str) -> Any:
     model = model.to(torch.bfloat16).eval()
     if contender != "eager":
         weights = None if contender == "float" else contender
-        moe_ops.hf.optimize(model, weights, group_size=32 if weights == "int4" else None)
+        moe_ops.hf.optimize(model, quantization=weight_config(weights, 32))
     return model
 
 

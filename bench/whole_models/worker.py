@@ -61,6 +61,10 @@ class Transformers:
             experts_implementation=experts,
         ).eval()
         if ours:
+            if weights:
+                from tests.helpers.quantized import weight_config
+
+                options["quantization"] = weight_config(options.pop("weights"))
             moe_ops.hf.optimize(self.model, **options)
             moe_ops.memory.release_file_pages()
 

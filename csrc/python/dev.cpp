@@ -19,6 +19,7 @@
 #include "cpu/isa/isa.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
+#include "moe_ops/weight_format.h"
 
 namespace py = pybind11;
 using namespace moe_ops;
@@ -112,6 +113,31 @@ std::string gemm_config(const std::string& product, int64_t rows, int64_t num_ex
       product + ".");
 }
 
+// ---- formats of quantized weights
+
+using FormatTuple =
+    std::tuple<std::string, int, int64_t, int64_t, int64_t, int64_t, std::string, bool, bool>;
+
+std::vector<FormatTuple> weight_formats() {
+  constexpr std::array kScales = {"float", "float32", "uint8"};
+  std::vector<FormatTuple> all;
+  for (const FormatRow& r : kFormats) {
+    all.emplace_back(r.name, r.bits, r.group, r.rows, r.record, r.head,
+                     kScales[static_cast<int>(r.scale)], r.row_scales, r.zeros);
+  }
+  return all;
+}
+
+std::optional<std::tuple<std::string, int64_t, std::string, bool, int64_t, bool>> weight_format(
+    const std::string& name) {
+  constexpr std::array kScales = {"float32", "bfloat16", "float16", "uint8"};
+  const std::optional<WeightFormat> f = parse_weight_format(name);
+  if (!f.has_value()) return std::nullopt;
+  return std::tuple(std::string(f->row.name), f->group,
+                    std::string(kScales[static_cast<int>(f->scale)]), f->zero, f->multiple(),
+                    f->has_kernels());
+}
+
 std::array<unsigned, 3> row_blocks(int64_t rows, int64_t accesses, int64_t stretch) {
   const cuda::RowBlocks b = cuda::row_blocks(rows, accesses, stretch);
   return {b.x, b.y, b.z};
@@ -137,6 +163,13 @@ PYBIND11_MODULE(moe_ops_dev, m) {
         "Returns how the CPU multiplies the `rows` rows of an expert with a weight of that type "
         "and layout (dense_k, dense_features, packed, int8, int4, fp8, codes, turned_codes): "
         "algorithm, operand and size of work items, on a processor of Intel's or another.");
+  m.def("weight_formats", &weight_formats,
+        "Returns (name, bits, group, rows, record, head, scales, row_scales, zeros) of each format "
+        "of "
+        "quantized weights, as moe_ops.weight_formats.FORMATS has them.");
+  m.def("weight_format", &weight_format, arg("name"),
+        "Returns None, or (name, group, dtype of scales, zero points, multiple, has_kernels) of "
+        "the format that a name stands for.");
   m.def("ffn_config", &ffn_config, arg("stage"), arg("rows"), arg("num_experts"), arg("n"),
         arg("k"), arg("num_sms") = kSmsOfH100, arg("invariant") = false,
         "Returns the tile that a stage of moe_ffn, up or down_bwd, gets on a GPU: n columns of its "

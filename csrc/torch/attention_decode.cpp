@@ -16,7 +16,8 @@ Tensor attention_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_k, c
                         const OptTensor& w_q_scale, const OptTensor& w_k_scale,
                         const OptTensor& w_v_scale, const OptTensor& w_o_scale,
                         const OptTensor& q_norm, const OptTensor& k_norm, double head_eps,
-                        const OptTensor& mask, const OptTensor& sinks, double residual_scale) {
+                        const OptTensor& mask, const OptTensor& sinks, double residual_scale,
+                        std::string formats) {
   AttentionDecodeParams p;
   const int64_t end = take_tokens(kOp, p, x, start);
   Kept own_keys = kept_heads(kOp, "keys", keys, x, end);
@@ -32,15 +33,16 @@ Tensor attention_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_k, c
   check_size(kOp, "values", values, 1, p.kv_heads, "m");
   check_size(kOp, "values", values, 3, d, "d");
   const int64_t H = p.hidden_size, kv_width = p.kv_heads * d;
-  const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q}, x, p.type, -1, H);
+  const std::vector<std::string> names = format_names(kOp, "formats", formats, 4);
+  const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q, names[0]}, x, p.type, -1, H);
   const int64_t q_width = q.layer.out_features;
   MOE_CHECK(q_width > 0 && q_width % kv_width == 0, kOp,
             ": w_q must have a multiple of m d = ", kv_width, " features, got shape ",
             shape_string(w_q), ".");
   p.heads = q_width / d;
-  const Dense k = dense_layer(kOp, {"w_k", w_k, w_k_scale, b_k}, x, p.type, kv_width, H);
-  const Dense v = dense_layer(kOp, {"w_v", w_v, w_v_scale, b_v}, x, p.type, kv_width, H);
-  const Dense o = dense_layer(kOp, {"w_o", w_o, w_o_scale, b_o}, x, p.type, H, q_width);
+  const Dense k = dense_layer(kOp, {"w_k", w_k, w_k_scale, b_k, names[1]}, x, p.type, kv_width, H);
+  const Dense v = dense_layer(kOp, {"w_v", w_v, w_v_scale, b_v, names[2]}, x, p.type, kv_width, H);
+  const Dense o = dense_layer(kOp, {"w_o", w_o, w_o_scale, b_o, names[3]}, x, p.type, H, q_width);
   MOE_CHECK(head_eps >= 0, kOp, ": head_eps must be at least 0, got ", head_eps, ".");
   MOE_CHECK(q_norm.has_value() == k_norm.has_value(), kOp,
             ": q_norm and k_norm must be given together, got one.");

@@ -15,7 +15,8 @@ Tensor gated_mlp_decode(const Tensor& x, const Tensor& w_gate, const Tensor& w_u
                         const Tensor& w_down, const OptTensor& w_gate_scale,
                         const OptTensor& w_up_scale, const OptTensor& w_down_scale,
                         const OptTensor& norm_weight, double eps, const OptTensor& output_gate,
-                        const OptTensor& residual, double residual_scale, std::string activation) {
+                        const OptTensor& residual, double residual_scale, std::string activation,
+                        std::string formats) {
   GatedMlpDecodeParams p;
   p.type = check_float(kOp, "x", x);
   check_dim(kOp, "x", x, 2, "[T, H]");
@@ -25,10 +26,13 @@ Tensor gated_mlp_decode(const Tensor& x, const Tensor& w_gate, const Tensor& w_u
   MOE_CHECK(!has_limit(p.activation), kOp,
             ": activation must be one of swiglu, geglu, geglu_tanh, reglu, got '", activation,
             "'.");
-  const Dense gate = dense_layer(kOp, {"w_gate", w_gate, w_gate_scale, {}}, x, p.type, -1, H);
+  const std::vector<std::string> names = format_names(kOp, "formats", formats, 3);
+  const Dense gate =
+      dense_layer(kOp, {"w_gate", w_gate, w_gate_scale, {}, names[0]}, x, p.type, -1, H);
   const int64_t I = gate.layer.out_features;
-  const Dense up = dense_layer(kOp, {"w_up", w_up, w_up_scale, {}}, x, p.type, I, H);
-  const Dense down = dense_layer(kOp, {"w_down", w_down, w_down_scale, {}}, x, p.type, -1, I);
+  const Dense up = dense_layer(kOp, {"w_up", w_up, w_up_scale, {}, names[1]}, x, p.type, I, H);
+  const Dense down =
+      dense_layer(kOp, {"w_down", w_down, w_down_scale, {}, names[2]}, x, p.type, -1, I);
   const int64_t O = down.layer.out_features;
   check_vector(kOp, "norm_weight", norm_weight, x, H, "H");
   check_vector(kOp, "output_gate", output_gate, x, H, "H");

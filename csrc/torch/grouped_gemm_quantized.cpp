@@ -9,8 +9,9 @@ namespace {
 struct Inputs {
   const Tensor& a;               // [N, K]; transpose: [N, O]
   const Tensor& b;               // [E, O, K], quantized
-  const Tensor& b_scale;         // its shape depends on the format (quantized.h)
+  const Tensor& b_scale;         // of its format
   const Tensor& expert_offsets;  // [E+1]
+  const std::string& format;     // of b
   const OptTensor& bias;         // [E, O] or none; transpose: [E, K]
   const OptTensor& b_zero;       // zero points of b, or none
   bool exact = false;            // a is not rounded
@@ -18,11 +19,12 @@ struct Inputs {
 };
 
 Tensor run(const Op& op, const Inputs& given) {
-  const auto& [a, b, b_scale, expert_offsets, bias, b_zero, exact, transpose] = given;
+  const auto& [a, b, b_scale, expert_offsets, format, bias, b_zero, exact, transpose] = given;
   const DType type = check_float(op, "a", a);
   MOE_CHECK(type != DType::kFloat64, op, ": a must be float32, bfloat16 or float16, got float64.");
   check_dim(op, "a", a, 2, "[N, K]");
-  const Quantized weights = quantized_of(op, "b", "b_scale", b, b_scale, Formats::kAll, b_zero);
+  const Quantized weights =
+      quantized_of(op, "b", b, b_scale, b_zero, format_of(op, "format", format), format);
   const int64_t in = transpose ? weights.features : weights.depth;
   const int64_t out_features = transpose ? weights.depth : weights.features;
   MOE_CHECK(in == a.size(1), op, ": b must have ", transpose ? "" : "rows of ", "K = ", a.size(1),
@@ -55,18 +57,20 @@ Tensor run(const Op& op, const Inputs& given) {
 }
 
 Tensor grouped_gemm_quantized(const Tensor& a, const Tensor& b, const Tensor& b_scale,
-                              const Tensor& expert_offsets, const OptTensor& bias,
-                              const OptTensor& b_zero) {
-  return run("grouped_gemm_quantized", {a, b, b_scale, expert_offsets, bias, b_zero});
+                              const Tensor& expert_offsets, std::string format,
+                              const OptTensor& bias, const OptTensor& b_zero) {
+  return run("grouped_gemm_quantized", {a, b, b_scale, expert_offsets, format, bias, b_zero});
 }
 
 Tensor grouped_gemm_quantized_exact(const Tensor& a, const Tensor& b, const Tensor& b_scale,
-                                    const Tensor& expert_offsets, const OptTensor& bias,
-                                    const OptTensor& b_zero, bool transposed) {
+                                    const Tensor& expert_offsets, std::string format,
+                                    const OptTensor& bias, const OptTensor& b_zero,
+                                    bool transposed) {
   return run("grouped_gemm_quantized", {.a = a,
                                         .b = b,
                                         .b_scale = b_scale,
                                         .expert_offsets = expert_offsets,
+                                        .format = format,
                                         .bias = bias,
                                         .b_zero = b_zero,
                                         .exact = true,

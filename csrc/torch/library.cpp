@@ -113,28 +113,27 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool need_x, bool need_weight, bool need_bias) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
-  // grouped_gemm with weights int8 [E,O,K] with scales [E,O], or uint8 [E,O,K/2], two 4-bit ones a
-  // byte, with scales [E,O,K/G], or of one of the formats of torch/quantized.h, with zero points of
-  // 4-bit weights; they have no gradient.
+  // grouped_gemm of quantized weights; `format` names one of moe_ops/weight_format.h, which says
+  // what dtypes and shapes b, b_scale and b_zero have: "int4 g64" is uint8 [E,O,K/2] with float32
+  // [E,O,K/64]. They have no gradient.
   m.def(
       "grouped_gemm_quantized(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
-      "Tensor? bias=None, Tensor? b_zero=None) -> Tensor");
+      "str format, Tensor? bias=None, Tensor? b_zero=None) -> Tensor");
   // grouped_gemm_quantized without rounding of a; transposed: a [N,O] -> [N,K], which is the
   // gradient of a.
   m.def(
       "grouped_gemm_quantized_exact(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
-      "Tensor? bias=None, Tensor? b_zero=None, bool transposed=False) -> Tensor");
+      "str format, Tensor? bias=None, Tensor? b_zero=None, bool transposed=False) -> Tensor");
 
   // --- whole blocks x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down
-  // (act(w_gate norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] float, or int8
-  // or uint8 with scales like grouped_gemm_quantized. Operands that are None are left out.
-  // Inference only.
+  // (act(w_gate norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] in
+  // `formats`, where "float" is x's dtype. Operands that are None are left out. Inference only.
   m.def(
       "gated_mlp_decode(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? "
       "w_gate_scale=None, "
       "Tensor? w_up_scale=None, Tensor? w_down_scale=None, Tensor? norm_weight=None, "
       "float eps=1e-06, Tensor? output_gate=None, Tensor? residual=None, "
-      "float residual_scale=1.0, str activation=\"swiglu\") -> Tensor");
+      "float residual_scale=1.0, str activation=\"swiglu\", str formats=\"float\") -> Tensor");
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   // in out_dtype: x's, or the one it is summed in, as grad_y is then.
   m.def(
@@ -153,21 +152,22 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? b_down=None, str activation=\"swiglu\", bool interleaved=False, "
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, ScalarType? "
       "out_dtype=None) -> Tensor");
-  // moe_ffn of weights int8 [E,O,D] with scales [E,O], or uint8 [E,O,D/2], two 4-bit ones a byte,
-  // with scales [E,O,D/G], or of one of the formats of torch/quantized.h; x_scale [H]: factors of
-  // x; *_zero [E,O,D/G]: zero points of 4-bit weights. Gradients of x and topk_weights only.
+  // moe_ffn of quantized weights; `format` names that of both, or of each: "q4_k, q6_k"; x_scale
+  // [H]: factors of x. Gradients of x and topk_weights only.
   m.def(
       "moe_ffn_quantized(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
-      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
-      "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
-      "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
+      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, str format, "
+      "Tensor? x_scale=None, Tensor? b_gate_up=None, Tensor? b_down=None, "
+      "str activation=\"swiglu\", bool interleaved=False, "
+      "bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) -> Tensor");
   // moe_ffn_quantized for training: also returns the pre-activation [N,2I] and the routing.
   m.def(
       "moe_ffn_quantized_fwd(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
-      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
-      "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
-      "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
+      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, str format, "
+      "Tensor? x_scale=None, Tensor? b_gate_up=None, Tensor? b_down=None, "
+      "str activation=\"swiglu\", bool interleaved=False, "
+      "bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) "
       "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor "
       "slot_to_row)");
@@ -175,7 +175,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "moe_ffn_quantized_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, "
       "Tensor w_down, Tensor w_down_scale, Tensor topk_weights, Tensor preact, "
-      "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? b_gate_up, "
+      "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, str format, "
+      "Tensor? b_gate_up, "
       "Tensor? b_down, str activation, bool interleaved, bool apply_router_weight_on_input, "
       "float alpha, float limit, Tensor? w_gate_up_zero, Tensor? w_down_zero, bool need_x, "
       "bool need_topk_weights) -> (Tensor grad_x, Tensor grad_topk_weights)");
@@ -289,8 +290,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // rotated as a pair.
   m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   // x [B,S,H] -> x + residual_scale * attention of norm(x) over keys and values [B,m,L,d], whose
-  // positions from `start` on get those of x. w_q [n d,H], w_k and w_v [m d,H], w_o [H,n d] float,
-  // or int8 or uint8 with scales as of grouped_gemm_quantized. cos and sin [B or 1,S,r], the first
+  // positions from `start` on get those of x. w_q [n d,H], w_k and w_v [m d,H], w_o [H,n d];
+  // `formats` as of gated_mlp_decode. cos and sin [B or 1,S,r], the first
   // rotary_size / 2 of a row count; mask [B or 1,1,S,start + S] bool or float. Inference only.
   m.def(
       "attention_decode(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_o, Tensor cos, "
@@ -299,10 +300,11 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? b_v=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_k_scale=None, "
       "Tensor? w_v_scale=None, Tensor? w_o_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
       "float head_eps=1e-06, Tensor? mask=None, Tensor? sinks=None, "
-      "float residual_scale=1.0) -> Tensor");
+      "float residual_scale=1.0, str formats=\"float\") -> Tensor");
   // attention_decode for MLA. latents [B,1,L,r] and rope_keys [B,1,L,d_r] are the caches: the
   // normalized and the rotated part of w_kv_a x, [r + d_r,H]. w_q [n (d_n + d_r),H], or [..,r_q]
-  // after w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v].
+  // after w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v]. `formats` of
+  // w_q, w_kv_a, w_o and w_q_a.
   m.def(
       "mla_decode(Tensor x, Tensor w_q, Tensor w_kv_a, Tensor kv_norm, Tensor w_kv_b, "
       "Tensor w_o, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) rope_keys, int start, "
@@ -310,7 +312,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? q_norm=None, float latent_eps=1e-06, Tensor? b_q=None, Tensor? b_q_a=None, "
       "Tensor? b_kv_a=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_q_a_scale=None, "
       "Tensor? w_kv_a_scale=None, Tensor? w_o_scale=None, bool interleaved=False, "
-      "bool interleaved_keys=False, Tensor? mask=None, float residual_scale=1.0) -> Tensor");
+      "bool interleaved_keys=False, Tensor? mask=None, float residual_scale=1.0, "
+      "str formats=\"float\") -> Tensor");
   // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
   // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
   m.def(

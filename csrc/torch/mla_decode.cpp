@@ -16,7 +16,8 @@ Tensor mla_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_kv_a, cons
                   const OptTensor& b_q_a, const OptTensor& b_kv_a, const OptTensor& b_o,
                   const OptTensor& w_q_scale, const OptTensor& w_q_a_scale,
                   const OptTensor& w_kv_a_scale, const OptTensor& w_o_scale, bool interleaved,
-                  bool interleaved_keys, const OptTensor& mask, double residual_scale) {
+                  bool interleaved_keys, const OptTensor& mask, double residual_scale,
+                  std::string formats) {
   MlaDecodeParams p;
   const int64_t end = take_tokens(kOp, p, x, start);
   Kept own_latents = kept_heads(kOp, "latents", latents, x, end);
@@ -37,10 +38,13 @@ Tensor mla_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_kv_a, cons
   p.rank = r;
   p.half = rope / 2;
 
+  // Of w_q, w_kv_a, w_o and w_q_a.
+  const std::vector<std::string> names =
+      format_names(kOp, "formats", formats, w_q_a.has_value() ? 4 : 3);
   std::optional<Dense> down;
   OptTensor inner_norm;
   if (w_q_a.has_value()) {
-    down = dense_layer(kOp, {"w_q_a", *w_q_a, w_q_a_scale, b_q_a}, x, p.type, -1, H);
+    down = dense_layer(kOp, {"w_q_a", *w_q_a, w_q_a_scale, b_q_a, names[3]}, x, p.type, -1, H);
     p.query_down = down->layer;
     p.query_rank = p.query_down.out_features;
     MOE_CHECK(p.query_rank >= 1, kOp, ": w_q_a must have at least one feature, got shape ",
@@ -52,22 +56,23 @@ Tensor mla_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_kv_a, cons
               ": q_norm, b_q_a and w_q_a_scale must be None without w_q_a, got one.");
   }
   const int64_t depth = w_q_a.has_value() ? p.query_rank : H;
-  const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q}, x, p.type, -1, depth);
+  const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q, names[0]}, x, p.type, -1, depth);
   const int64_t q_size = q.layer.out_features / n;
   MOE_CHECK(q_size > rope && q_size * n == q.layer.out_features, kOp, ": w_q must have more than ",
             rope, " features for each of num_heads = ", n, " heads, got shape ", shape_string(w_q),
             ".");
   p.nope_size = q_size - rope;
   const Dense kv_a =
-      dense_layer(kOp, {"w_kv_a", w_kv_a, w_kv_a_scale, b_kv_a}, x, p.type, r + rope, H);
+      dense_layer(kOp, {"w_kv_a", w_kv_a, w_kv_a_scale, b_kv_a, names[1]}, x, p.type, r + rope, H);
   check_vector(kOp, "kv_norm", kv_norm, x, r, "r");
   check_same_dtype(kOp, "w_kv_b", w_kv_b, "x", x);
-  const Dense kv_b = dense_layer(kOp, {"w_kv_b", w_kv_b, {}, {}}, x, p.type, -1, r);
+  const Dense kv_b = dense_layer(kOp, {"w_kv_b", w_kv_b, {}, {}, kFloatWeight}, x, p.type, -1, r);
   p.value_size = kv_b.layer.out_features / n - p.nope_size;
   MOE_CHECK(p.value_size >= 1 && (p.nope_size + p.value_size) * n == kv_b.layer.out_features, kOp,
             ": w_kv_b must have more than ", p.nope_size, " features for each of num_heads = ", n,
             " heads, got shape ", shape_string(w_kv_b), ".");
-  const Dense o = dense_layer(kOp, {"w_o", w_o, w_o_scale, b_o}, x, p.type, H, n * p.value_size);
+  const Dense o =
+      dense_layer(kOp, {"w_o", w_o, w_o_scale, b_o, names[2]}, x, p.type, H, n * p.value_size);
   MOE_CHECK(latent_eps >= 0, kOp, ": latent_eps must be at least 0, got ", latent_eps, ".");
   const BlockOperands own = take_block(kOp, p,
                                        {.x = x,

@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kOp = "moe_ffn_quantized";
 
 // Arguments of a call in either direction. P = 2I for gated activations, else I; scales and zero
-// points have the shapes of the weights' format (quantized.h).
+// points have the shapes of the weights' formats.
 struct Inputs {
   const Tensor& x;                // [T, H]
   const Tensor& w_gate_up;        // [E, P, H]
@@ -24,8 +24,8 @@ struct Inputs {
   const OptTensor& b_gate_up;     // [E, P] or none
   const OptTensor& b_down;        // [E, H] or none
   ActivationParams act;
-  bool on_input;  // apply_router_weight_on_input
-  Formats formats;
+  bool on_input;                    // apply_router_weight_on_input
+  const std::string& format;        // names of the formats of both weights
   const OptTensor& w_gate_up_zero;  // zero points of w_gate_up, or none
   const OptTensor& w_down_zero;     // zero points of w_down, or none
 };
@@ -39,7 +39,13 @@ struct Call {
 Call check(const Op& op, const Inputs& in) {
   const Tensor &x = in.x, &topk_weights = in.topk_weights;
   const Tensor &w_gate_up = in.w_gate_up, &w_down = in.w_down;
+  const std::string& format = in.format;
   Call call;
+  const std::vector<std::string> names = format_names(op, "format", format, 2);
+  const WeightFormat up = format_of(op, "format", names[0]);
+  const WeightFormat down = format_of(op, "format", names[1]);
+  MOE_CHECK(!op.on_cuda || (up.has_kernels() && down.has_kernels()), op,
+            ": format must have CUDA kernels, got '", format, "'.");
   Sizes& s = call.sizes;
   s.act = in.act;
   const bool gated = is_gated(s.act.kind);
@@ -52,8 +58,8 @@ Call check(const Op& op, const Inputs& in) {
   s.T = x.size(0);
   s.H = x.size(1);
   s.K = in.topk_ids.size(1);
-  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, in.w_gate_up_scale,
-                         in.formats, in.w_gate_up_zero);
+  call.up =
+      quantized_of(op, "w_gate_up", w_gate_up, in.w_gate_up_scale, in.w_gate_up_zero, up, names[0]);
   s.E = call.up.experts;
   s.width = call.up.features;
   MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
@@ -64,8 +70,7 @@ Call check(const Op& op, const Inputs& in) {
             ": w_gate_up must have an even number 2I of features, got shape ",
             shape_string(w_gate_up), ".");
   s.I = gated ? s.width / 2 : s.width;
-  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, in.w_down_scale, in.formats,
-                           in.w_down_zero);
+  call.down = quantized_of(op, "w_down", w_down, in.w_down_scale, in.w_down_zero, down, names[1]);
   check_size(op, "w_down", w_down, 0, s.E, "E");
   check_size(op, "w_down", w_down, 1, s.H, "H");
   MOE_CHECK(call.down.depth == s.I, op, ": w_down must have rows of I = ", s.I, " weights, got ",
@@ -113,7 +118,7 @@ struct Operands {
 
 Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
                          const Tensor& w_down, const Tensor& w_down_scale,
-                         const Tensor& topk_weights, const Tensor& topk_ids,
+                         const Tensor& topk_weights, const Tensor& topk_ids, std::string format,
                          const OptTensor& x_scale, const OptTensor& b_gate_up,
                          const OptTensor& b_down, std::string activation, bool interleaved,
                          bool apply_router_weight_on_input, double alpha, double limit,
@@ -130,7 +135,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
                      .b_down = b_down,
                      .act = check_activation(kOp, activation, interleaved, alpha, limit, false),
                      .on_input = apply_router_weight_on_input,
-                     .formats = Formats::kAll,
+                     .format = format,
                      .w_gate_up_zero = w_gate_up_zero,
                      .w_down_zero = w_down_zero};
   const Call call = check(kOp, in);
@@ -145,9 +150,9 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
 FfnOutputs moe_ffn_quantized_fwd(const Tensor& x, const Tensor& w_gate_up,
                                  const Tensor& w_gate_up_scale, const Tensor& w_down,
                                  const Tensor& w_down_scale, const Tensor& topk_weights,
-                                 const Tensor& topk_ids, const OptTensor& x_scale,
-                                 const OptTensor& b_gate_up, const OptTensor& b_down,
-                                 std::string activation, bool interleaved,
+                                 const Tensor& topk_ids, std::string format,
+                                 const OptTensor& x_scale, const OptTensor& b_gate_up,
+                                 const OptTensor& b_down, std::string activation, bool interleaved,
                                  bool apply_router_weight_on_input, double alpha, double limit,
                                  const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
   const Inputs in = {.x = x,
@@ -162,7 +167,7 @@ FfnOutputs moe_ffn_quantized_fwd(const Tensor& x, const Tensor& w_gate_up,
                      .b_down = b_down,
                      .act = check_activation(kOp, activation, interleaved, alpha, limit, false),
                      .on_input = apply_router_weight_on_input,
-                     .formats = Formats::kAll,
+                     .format = format,
                      .w_gate_up_zero = w_gate_up_zero,
                      .w_down_zero = w_down_zero};
   const Call call = check(kOp, in);
@@ -182,10 +187,10 @@ std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
     const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
     const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
     const Tensor& preact, const Tensor& expert_offsets, const Tensor& row_to_slot,
-    const Tensor& slot_to_row, const OptTensor& b_gate_up, const OptTensor& b_down,
-    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
-    double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero, bool need_x,
-    bool need_topk_weights) {
+    const Tensor& slot_to_row, std::string format, const OptTensor& b_gate_up,
+    const OptTensor& b_down, std::string activation, bool interleaved,
+    bool apply_router_weight_on_input, double alpha, double limit, const OptTensor& w_gate_up_zero,
+    const OptTensor& w_down_zero, bool need_x, bool need_topk_weights) {
   constexpr const char* kBwdOp = "moe_ffn_quantized_bwd";
   const Inputs in = {.x = x,
                      .w_gate_up = w_gate_up,
@@ -199,7 +204,7 @@ std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
                      .b_down = b_down,
                      .act = check_activation(kBwdOp, activation, interleaved, alpha, limit, false),
                      .on_input = apply_router_weight_on_input,
-                     .formats = Formats::kAll,
+                     .format = format,
                      .w_gate_up_zero = w_gate_up_zero,
                      .w_down_zero = w_down_zero};
   const Call call = check(kBwdOp, in);
@@ -238,12 +243,15 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
 
 #ifdef MOE_OPS_WITH_CUDA
 
-static Tensor moe_ffn_quantized_cuda(
-    const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale, const Tensor& w_down,
-    const Tensor& w_down_scale, const Tensor& topk_weights, const Tensor& topk_ids,
-    const OptTensor& x_scale, const OptTensor& b_gate_up, const OptTensor& b_down,
-    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
-    double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
+static Tensor moe_ffn_quantized_cuda(const Tensor& x, const Tensor& w_gate_up,
+                                     const Tensor& w_gate_up_scale, const Tensor& w_down,
+                                     const Tensor& w_down_scale, const Tensor& topk_weights,
+                                     const Tensor& topk_ids, std::string format,
+                                     const OptTensor& x_scale, const OptTensor& b_gate_up,
+                                     const OptTensor& b_down, std::string activation,
+                                     bool interleaved, bool apply_router_weight_on_input,
+                                     double alpha, double limit, const OptTensor& w_gate_up_zero,
+                                     const OptTensor& w_down_zero) {
   const Op op(kOp, x);
   const Inputs in = {.x = x,
                      .w_gate_up = w_gate_up,
@@ -257,12 +265,10 @@ static Tensor moe_ffn_quantized_cuda(
                      .b_down = b_down,
                      .act = check_activation(op, activation, interleaved, alpha, limit, false),
                      .on_input = apply_router_weight_on_input,
-                     .formats = Formats::kWithKernels,
+                     .format = format,
                      .w_gate_up_zero = w_gate_up_zero,
                      .w_down_zero = w_down_zero};
   const Call call = check(op, in);
-  MOE_CHECK(!w_gate_up_zero.has_value() && !w_down_zero.has_value(), op,
-            ": CUDA kernels have no zero points.");
   const Sizes& s = call.sizes;
   const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());

@@ -27,15 +27,16 @@ from moe_ops.numerics import (  # noqa: E402
 from moe_ops.ops import *  # noqa: E402, F403
 from moe_ops.ops import __all__ as _ops  # noqa: E402
 from moe_ops.packing import pack_weights, packed_weight_bytes, set_packing_policy, unpack_weights  # noqa: E402
-from moe_ops.quant import quantize_experts  # noqa: E402
 
 __all__ = [
+    "Int4WeightConfig",
+    "Int8WeightConfig",
     "__version__",
     "batch_invariant",
     "is_batch_invariant_enabled",
     "pack_weights",
     "packed_weight_bytes",
-    "quantize_experts",
+    "quantize",
     "set_batch_invariant",
     "set_packing_policy",
     "unpack_weights",
@@ -44,12 +45,19 @@ __all__ += _ops
 
 if TYPE_CHECKING:
     from moe_ops import reference as reference
+    from moe_ops.quant import Int4WeightConfig as Int4WeightConfig
+    from moe_ops.quant import Int8WeightConfig as Int8WeightConfig
+    from moe_ops.quant import quantize as quantize
 else:
 
     def __getattr__(name: str) -> Any:
-        """Imports the reference on first use: no op needs it."""
+        """Imports the reference and quantization on first use: no op needs them."""
         if name == "reference":
             import moe_ops.reference
 
             return moe_ops.reference
+        if name in ("Int4WeightConfig", "Int8WeightConfig", "quantize"):
+            import moe_ops.quant
+
+            return getattr(moe_ops.quant, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -209,11 +209,11 @@ def _with_int8(layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _grouped_gemm_int8(m: Any, a: Tensor, b: Tensor, expert_offsets: Tensor) -> Any:
-    return m.grouped_gemm_quantized(a, *_int8(b), expert_offsets)
+    return m.grouped_gemm_quantized(a, *_int8(b), expert_offsets, format="int8")
 
 
 def _quantized_ffn(m: Any, *t: Tensor) -> Any:
-    return m.moe_ffn_quantized(*t[:7], b_gate_up=t[7], b_down=t[8])
+    return m.moe_ffn_quantized(*t[:7], format="int8", b_gate_up=t[7], b_down=t[8])
 
 
 def _quantize_fp8(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tests.helpers.attention_block import Call, run
 from tests.helpers.isas import ISAS, has_own_kernels, run_python_at
-from tests.helpers.quantized import quantized
+from tests.helpers.quantized import label_of, quantized
 from tests.ops import test_attention_decode, test_mla_decode
 from torch import Tensor
 
@@ -108,11 +108,15 @@ def random_call(op: str, dtype: torch.dtype, rng: random.Random, masks: tuple[An
         start=rng.choice((0, 1, 9, 60, 200)),
         **options,
     )
+    kinds = {}
     for name in WEIGHTS[op] if codes else ():
         bits = rng.choice((0, 8, 4))
         if bits:
             weight, scale = quantized(call[f"w_{name}"].float()[None], bits)
             call |= {f"w_{name}": weight[0], f"w_{name}_scale": scale[0]}
+            kinds[name] = label_of(bits)
+    order = ("q", "kv_a", "o", "q_a") if op == "mla_decode" else "qkvo"
+    call["formats"] = [kinds.get(name, "float") for name in order]
     kind = rng.choice(masks)
     if kind is not None:
         call["mask"] = mask_of(call, kind, rng)

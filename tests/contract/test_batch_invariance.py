@@ -23,8 +23,10 @@ from tests.helpers.isas import ISAS, has_own_kernels, run_python_at
 from tests.helpers.moe import build_moe
 from tests.helpers.quantized import (
     check_grouped_gemm_quantized,
+    label_of,
     moe_ffn_in_integers,
     quantized,
+    weight_config,
 )
 from torch import Tensor
 
@@ -36,12 +38,11 @@ from moe_ops.layers import (
     Experts,
     GateRouter,
     KVCache,
-    QuantizedExperts,
     Router,
     TopKRouter,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.quant import quantize, quantize_fp8_blocks
+from moe_ops.quant import quantize_fp8_blocks, quantize_weight
 from moe_ops.testing import (
     DTYPES,
     acc_dtype,
@@ -224,6 +225,7 @@ def moe_ffn_quantized_case(
     for name in ("w_gate_up", "w_down"):
         codes, scale = quantized(case.fixed[name], bits, group)
         case.fixed |= {name: codes, f"{name}_scale": scale}
+    case.fixed["format"] = label_of(bits, group)
     if x_scale:
         case.fixed["x_scale"] = torch.rand(sizes["hidden"]) + 0.5
 
@@ -283,8 +285,8 @@ for label, options in {
     "int8-deep": {"bits": 8, "hidden": 1100, "intermediate": 72},
     "int8-scaled": {"bits": 8, "hidden": 96, "intermediate": 160, "x_scale": True},
     "int4": {"bits": 4, "group": 32, "hidden": 96, "intermediate": 160},
-    "int4-64": {"bits": 4, "group": 64, "hidden": 1088, "intermediate": 64},
-    "int4-128": {"bits": 4, "group": 128, "hidden": 128, "intermediate": 256},
+    "int4 g64": {"bits": 4, "group": 64, "hidden": 1088, "intermediate": 64},
+    "int4 g128": {"bits": 4, "group": 128, "hidden": 128, "intermediate": 256},
 }.items():
     add("moe_ffn_quantized", label, moe_ffn_quantized_case, NOT_DOUBLE, **options)
 for label, options in {
@@ -364,9 +366,9 @@ def grouped_gemm_quantized_case(dtype: torch.dtype, k: int, o: int, bits: int) -
     op = by_expert(moe_ops.grouped_gemm_quantized, 4)
     order = tokens["expert"].argsort(stable=True)
     counts = torch.bincount(tokens["expert"], minlength=4)
-    call = {"a": tokens["a"][order], "b": b, "b_scale": b_scale}
+    fixed: Kwargs = {"b": b, "b_scale": b_scale, "format": label_of(bits)}
+    call = {"a": tokens["a"][order], **fixed}
     call["expert_offsets"] = torch.tensor([0, *counts]).cumsum(0).int()
-    fixed: Kwargs = {"b": b, "b_scale": b_scale}
     return Case(op, tokens, fixed, lambda: check_grouped_gemm_quantized(call))
 
 
@@ -701,7 +703,7 @@ def moe(dtype: torch.dtype, pack_weights: bool = False, **options: Any) -> torch
 
 def quantized_bank(dtype: torch.dtype, format: str, group: int | None = None) -> torch.nn.Module:
     layer = moe(dtype, intermediate_size=64)
-    layer.experts = QuantizedExperts.from_experts(layer.experts, format, group_size=group)
+    layer.experts = moe_ops.quantize(layer.experts, weight_config(format, group))
     return layer
 
 
@@ -846,18 +848,20 @@ def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", ["int8", "int4 g64"])
 def test_training_through_quantised_experts(bits, dtype):
     """Values and gradients of x, which are other products than those of inference."""
     weights = [
-        t for shape in ((4, 128, 128), (4, 128, 64)) for t in quantize(torch.randn(shape), bits)
+        t
+        for shape in ((4, 128, 128), (4, 128, 64))
+        for t in quantize_weight(torch.randn(shape), bits)
     ]
     x, routing = torch.randn(513, 128).to(dtype), torch.rand(513, 2)
     ids = torch.randint(4, (513, 2))
 
     def run(count: int) -> tuple[Tensor, Tensor]:
         tokens = x[:count].clone().requires_grad_()
-        y = moe_ops.moe_ffn_quantized(tokens, *weights, routing[:count], ids[:count])
+        y = moe_ops.moe_ffn_quantized(tokens, *weights, routing[:count], ids[:count], format=bits)
         y.float().square().sum().backward()
         return y.detach(), tokens.grad
 

@@ -81,7 +81,7 @@ def test_quantising():
         bank = Experts(4, 32, 32)
         with context():
             baseline = quant.collect_calibration(bank, [(x, weights, ids)])
-            quantized = moe_ops.quantize_experts(bank, "int4", group_size=32, calibration=baseline)
+            quantized = moe_ops.quantize(bank, moe_ops.Int4WeightConfig(32), calibration=baseline)
             error = quant.compare_quality(quantized, baseline).banks[0].error
         results.append((error, quantized.x_scale, baseline.banks[""].y))
     assert results[0][0] == results[1][0]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import moe_ops
-from moe_ops.quant import quantize
+from moe_ops.quant import quantize_weight
 
 # Sort, gather, score, activate, round or lay out: no products.
 WITHOUT_PRODUCTS = {
@@ -76,12 +76,12 @@ def test_moe_ffn(activation, training):
     assert ours == flops(lambda: one_by_one(x, w_gate_up, w_down, ids, gated), training)
     if not training:
         codes, scales = zip(
-            *(quantize(w.detach(), "int8") for w in (w_gate_up, w_down)), strict=True
+            *(quantize_weight(w.detach(), "int8") for w in (w_gate_up, w_down)), strict=True
         )
         assert ours == flops(
             lambda: moe_ops.moe_ffn_quantized(
                 x.detach(), codes[0], scales[0], codes[1], scales[1], weights, ids,
-                activation=activation,
+                format="int8", activation=activation,
             ),
             False,
         )  # fmt: skip
@@ -91,7 +91,8 @@ def test_moe_ffn(activation, training):
         )
         assert wanted == flops(
             lambda: moe_ops.moe_ffn_quantized(
-                x, codes[0], scales[0], codes[1], scales[1], weights, ids, activation=activation
+                x, codes[0], scales[0], codes[1], scales[1], weights, ids, format="int8",
+                activation=activation,
             ),
             True,
         )  # fmt: skip

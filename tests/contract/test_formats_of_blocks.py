@@ -15,27 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.quant import dequantize
-from moe_ops.reference._codes import format_of
+from moe_ops.quant import dequantize_weight
 from moe_ops.testing import seed_from
+from moe_ops.weight_formats import FORMATS
 
 pytestmark = pytest.mark.cpu_only
 
 Call = dict[str, Any]
-TAKEN = ("int8", "int4-32", "int4-64", "int4-128")
-# What the sentence calls the others.
-REFUSED = {
-    "int8 groups": "int8 in groups",
-    "int8 g160": "int8 in groups",
-    "int4 zero": "4 bits with scales in bfloat16",
-    "int4 float16": "4 bits with scales in float16",
-    "int4 g96 zero": "4 bits in groups of 96",
-    "int4 g256": "4 bits in groups of 256",
-    "mxfp4": "MXFP4",
-    "fp8": "fp8 in blocks",
-    "q4_k": "q4_K",
-    "q6_k": "q6_K",
-}
+TAKEN = ("int8", "int4 g32", "int4 g64", "int4 g128")
+REFUSED = (*STORED_GROUPS, *STORED_RECORDS)
 WEIGHTS = {
     "gated_mlp_decode": ("gate", "up", "down"),
     "attention_decode": ("q", "k", "v", "o"),
@@ -63,6 +51,25 @@ def parts_of(kind: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {part: t[0] for part, t in parts.items() if part != "_zero"}
 
 
+def formats(op: str, name: str, kind: str) -> list[str]:
+    """The argument `formats` of a call in which one weight is of this format."""
+    order = ("w_q", "w_kv_a", "w_o", "w_q_a") if op == "mla_decode" else _names(op)
+    return [kind if other == name else "float" for other in order]
+
+
+def _names(op: str) -> tuple[str, ...]:
+    return tuple(f"w_{name}" for name in WEIGHTS[op])
+
+
+def fake_and_real(op: str, call: Call, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        getattr(moe_ops, op)(**call)
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(t) if torch.is_tensor(t) else t for n, t in call.items()}
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            getattr(moe_ops, op)(**fake)
+
+
 each = pytest.mark.parametrize(
     ("op", "name"), [(op, f"w_{name}") for op, names in WEIGHTS.items() for name in names]
 )
@@ -70,16 +77,11 @@ each = pytest.mark.parametrize(
 
 def depth_of(kind: str) -> int:
     """Length of a row in whole groups of the format."""
-    return 800 if kind == "int8 g160" else 768
+    return 800 if "g160" in kind else 768
 
 
 def test_every_format_is_here():
-    assert set(REFUSED) == {*STORED_GROUPS, *STORED_RECORDS}
-    found = set()
-    for kind in (*TAKEN, *REFUSED):
-        parts = any_format(kind, 1, 8, depth_of(kind))
-        found.add(format_of(parts[""], parts["_scale"]))
-    assert found == {"int8", "int8 groups", "int4", "mxfp4", "fp8", "q4_k", "q6_k"}
+    assert {kind.split(" ")[0] for kind in (*TAKEN, *REFUSED)} == set(FORMATS)
 
 
 @each
@@ -88,48 +90,57 @@ def test_taken(op, name, kind):
     call = call_of(op, 256)
     torch.manual_seed(seed_from(op))
     parts = parts_of(kind, call[name])
-    weight = dequantize(parts[""][None], parts["_scale"][None])[0]
-    got = getattr(moe_ops, op)(**{**call, name: parts[""], f"{name}_scale": parts["_scale"]})
+    weight = dequantize_weight(parts[""], parts["_scale"], kind)
+    changed = {name: parts[""], f"{name}_scale": parts["_scale"]}
+    got = getattr(moe_ops, op)(**{**call, **changed, "formats": formats(op, name, kind)})
     want = getattr(reference, op)(**{**wide(call), name: weight.double()})
     # Rows become integers of 8 bits, which costs about 1 % of their norm.
     assert (got.double() - want).norm() <= 0.03 * want.norm()
 
 
 @each
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", (*REFUSED, "int4", "fp4", ""))
 def test_refused(op, name, kind):
+    known = kind in REFUSED
     call = call_of(op, depth_of(kind))
-    parts = parts_of(kind, call[name])
-    weight, scale = parts[""], parts["_scale"]
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in (weight, scale)]
+    parts = parts_of(kind if known else "int8", call[name])
+    changed = {name: parts[""], f"{name}_scale": parts["_scale"]}
     message = (
-        f"{op}: {name} must be bfloat16 like x, int8 with float32 scales [O], or 4 bits (uint8) "
-        f"with float32 scales [O, K/G] of G = 32, 64 or 128, got {REFUSED[kind]} ({dtypes[0]} of "
-        f"shape {list(weight.shape)} with {dtypes[1]} scales of shape {list(scale.shape)})."
+        f"{op}: formats must have 'float', 'int8' or 'int4 g32', 'int4 g64' or 'int4 g128' for "
+        f"{name}, got '{kind}'."
     )
-    changed = {**call, name: weight, f"{name}_scale": scale}
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        getattr(moe_ops, op)(**changed)
-    with FakeTensorMode() as mode:
-        fake = {n: mode.from_tensor(t) if torch.is_tensor(t) else t for n, t in changed.items()}
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-            getattr(moe_ops, op)(**fake)
+    fake_and_real(op, {**call, **changed, "formats": formats(op, name, kind)}, message)
 
 
 @each
-def test_codes_without_scales_and_scales_without_codes(op, name):
+def test_what_does_not_fit_the_format_is_refused(op, name):
     call = call_of(op, 256)
-    function = getattr(moe_ops, op)
+    features = call[name].shape[0]
     codes = torch.zeros(call[name].shape, dtype=torch.int8)
-    with pytest.raises(ValueError, match=f"{op}: {name}_scale must be given beside codes, got No"):
-        function(**{**call, name: codes})
-    scale = torch.ones(call[name].shape[0])
-    words = "must be None beside a weight that is no codes, got shape"
-    with pytest.raises(ValueError, match=rf"{op}: {name}_scale {words} \[\d+\] beside bfloat16"):
-        function(**{**call, f"{name}_scale": scale})
+    scale = torch.ones(features)
+    int8 = {"formats": formats(op, name, "int8")}
+    fake_and_real(
+        op, {**call, **int8, name: codes}, f"{op}: {name}_scale must be given for int8, got None."
+    )
+    with_scale = {**call, f"{name}_scale": scale}
+    fake_and_real(op, with_scale, f"{op}: {name}_scale must be None for float, got shape ")
+    message = f"{op}: {name} must be int8 [O, D] for int8, got bfloat16 of shape "
+    fake_and_real(op, {**with_scale, **int8}, message)
+    message = f"{op}: {name}_scale must be float32 [{features}] for int8, got float16 of shape "
+    fake_and_real(op, {**with_scale, **int8, name: codes, f"{name}_scale": scale.half()}, message)
+    four = {name: codes.view(torch.uint8), "formats": formats(op, name, "int4 g32")}
+    groups = codes.shape[1] * 2 // 32
+    message = f"{op}: {name}_scale must be float32 [{features}, {groups}] for int4 g32, got float32"
+    fake_and_real(op, {**with_scale, **four}, message)
     fp8 = call[name].to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=f"{op}: {name} must be bfloat16 .*got fp8.*without scale"):
-        function(**{**call, name: fp8})
+    fake_and_real(op, {**call, name: fp8}, f"{op}: {name} must be bfloat16 like x, got float8_e4")
+
+
+@pytest.mark.parametrize("op", WEIGHTS)
+def test_number_of_names(op):
+    call, count = call_of(op, 256), len(WEIGHTS[op])
+    message = f"{op}: formats must be one name or one for each of {count} weights, got 'float, int8"
+    fake_and_real(op, {**call, "formats": ["float", "int8", "int8", "int8", "int8"]}, message)
 
 
 def test_the_weight_of_latents_is_a_float():

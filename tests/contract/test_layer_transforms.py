@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
-from moe_ops import layers
+import moe_ops
+from moe_ops import layers, quant
 
 from .every_op import OPS
 from .test_transforms import close, pytestmark, refused  # noqa: F401
@@ -132,8 +133,8 @@ def module_of(name: str):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     if name == "QuantizedExperts":
-        return layers.QuantizedExperts.from_experts(module)
-    return layers.QuantizedLinear(module) if name == "QuantizedLinear" else module
+        return moe_ops.quantize(module, moe_ops.Int4WeightConfig())
+    return quant.QuantizedLinear(module) if name == "QuantizedLinear" else module
 
 
 def run(name: str, module, x: Tensor) -> Tensor:

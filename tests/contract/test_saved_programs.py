@@ -17,16 +17,19 @@ pytestmark = pytest.mark.cpu_only
 
 # Names that programs hold as strings; a number in their place would refuse those programs.
 STRINGS = {
+    "attention_decode": ("formats",),
+    "grouped_gemm_quantized": ("format",),
+    "mla_decode": ("formats",),
     "all_experts_ffn": ("activation",),
     "expert_choice_router": ("score_func",),
     "gated_act": ("activation",),
-    "gated_mlp_decode": ("activation",),
+    "gated_mlp_decode": ("activation", "formats"),
     "mix_expert_outputs": ("activation",),
     "moa_attention": ("kind",),
     "moe_ffn": ("activation",),
     "moe_ffn_fp8": ("activation",),
     "moe_ffn_packed": ("activation",),
-    "moe_ffn_quantized": ("activation",),
+    "moe_ffn_quantized": ("format", "activation"),
     "peer_ffn": ("activation",),
     "topk_router": ("score_func", "group_score"),
 }

@@ -16,7 +16,7 @@ import torch
 from tests.helpers import fresh_python
 
 import moe_ops
-from moe_ops import layers, memory, reference
+from moe_ops import layers, memory, quant, reference
 from moe_ops.testing import assert_close_by_norm, assert_identical
 
 MIB = 2**20
@@ -299,13 +299,13 @@ def test_quantised_banks_ask_for_huge_pages_before_they_are_filled(
 
     monkeypatch.setattr(memory, "madvise", madvise)
     bank = layers.Experts(4, 1024, 2048)
-    quantized = layers.QuantizedExperts.from_experts(bank, "int8")
+    quantized = moe_ops.quantize(bank, moe_ops.Int8WeightConfig())
     for w in (quantized.w_gate_up, quantized.w_down):
         assert any(
             0 <= address - w.data_ptr() < 2 * MIB and address + size == w.data_ptr() + w.nbytes
             for address, size in asked
         )
-    other = layers.QuantizedExperts(4, 1024, 2048, format="int8")
+    other = quant.QuantizedExperts(4, 1024, 2048, format="int8")
     asked.clear()
     other.load_state_dict(quantized.state_dict())
     for _ in range(4):

@@ -20,7 +20,7 @@ from moe_ops.testing import assert_identical, short
 
 FORMATS = ((8, 0), (4, 32), (4, 64), (4, 128))
 formats = pytest.mark.parametrize(
-    "bits_group", FORMATS, ids=["int8", "int4-32", "int4-64", "int4-128"]
+    "bits_group", FORMATS, ids=["int8", "int4 g32", "int4 g64", "int4 g128"]
 )
 kernels = pytest.mark.parametrize("kernel", ["few", "tiles"])
 HALVES = (torch.bfloat16, torch.float16)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tests.contract.every_op import operands_of
+from tests.helpers.quantized import weight_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
@@ -142,8 +143,8 @@ def test_quantised_experts(format, group):
     with torch.device("cpu"):
         layer.experts = Experts(4, 32, 64)
     moved, layer = copy.deepcopy(layer).eval(), layer.eval().cuda()
-    moe_ops.quantize_experts(layer, format, group_size=group)
-    moe_ops.quantize_experts(moved, format, group_size=group)
+    moe_ops.quantize(layer, weight_config(format, group))
+    moe_ops.quantize(moved, weight_config(format, group))
     with torch.no_grad():
         y = output_of(layer(x.cuda()))
         assert torch.equal(output_of(moved.cuda()(x.cuda())), y)

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
+from tests.helpers.quantized import weight_config
 
 import moe_ops
 from moe_ops import layers
@@ -65,7 +66,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Fn]]:
         torch.manual_seed(1)
         experts = layers.Experts(4, 64, 64)
         if form is not None:
-            experts = moe_ops.quantize_experts(experts, form)
+            experts = moe_ops.quantize(experts, weight_config(form))
 
         def pack_weights(experts=experts) -> list[torch.Tensor]:
             moe_ops.unpack_weights(experts)
@@ -79,10 +80,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Fn]]:
         plain = layers.Experts(4, 64, 64)
 
         def quantize(plain=plain, form=form) -> list[torch.Tensor]:
-            made = moe_ops.quantize_experts(plain, form)
+            made = moe_ops.quantize(plain, weight_config(form))
             return [t for t in made.state_dict().values() if isinstance(t, torch.Tensor)]
 
-        yield f"quantize_experts, {form}", quantize
+        yield f"quantize, {form}", quantize
     # Outputs from 8 MiB on come from the cache of buffers.
     large = torch.randn(2200, 2048)
 

@@ -102,7 +102,7 @@ def _make_own(folder: Path) -> Any:
 
     with _quiet():
         model = build("qwen3_moe")
-        moe_ops.quantize_experts(model, "int4")
+        moe_ops.quantize(model, moe_ops.Int4WeightConfig())
         model.save_pretrained(folder)
     return _config(folder)
 

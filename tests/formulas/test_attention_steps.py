@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.helpers.attention_block import run
 from tests.helpers.nearness import check
-from tests.helpers.quantized import quantized
+from tests.helpers.quantized import label_of, quantized
 from tests.ops import test_attention_decode as heads
 from tests.ops import test_mla_decode as latent
 
@@ -96,6 +96,10 @@ def test_codes(op, bits, group):
     for name in ("w_q", "w_o"):
         q, scale = quantized(call[name][None], bits, group)
         call |= {name: q[0], f"{name}_scale": scale[0]}
+    kind = label_of(bits, group)
+    mla = op == "mla_decode"
+    kinds = [kind, "float", kind, "float"] if mla else [kind, "float", "float", kind]
+    call["formats"] = ", ".join(kinds)
     compare(op, call)
 
 

@@ -129,3 +129,21 @@ def ggml_meaning(kind: str, data: Tensor) -> Tensor:
     blocks = data.reshape(-1, size)
     values = [ggml_block(kind, bytes(block.tolist())) for block in blocks]
     return torch.tensor(values, dtype=torch.float64).view(data.shape[0], -1)
+
+
+def nvfp4(codes: Tensor, scale: Tensor, factor: float, library: str) -> dict[str, Tensor]:
+    """NVFP4 of compressed-tensors or ModelOpt: codes [O, D] of e2m1, scales of e4m3 [O, D/16]."""
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    if library == "modelopt":
+        return {"weight": packed, "weight_scale": scale, "weight_scale_2": torch.tensor(factor)}
+    return {
+        "weight_packed": packed,
+        "weight_scale": scale,
+        "weight_global_scale": torch.tensor([1 / factor]),
+    }
+
+
+def nvfp4_meaning(codes: Tensor, scale: Tensor, factor: float) -> Tensor:
+    """The weight in fp32 (a product of fp32 numbers)."""
+    steps = scale.float() * torch.tensor(factor)
+    return (e2m1(codes).double() * steps.double().repeat_interleave(16, 1)).float()

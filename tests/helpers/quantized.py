@@ -13,9 +13,15 @@ from torch import Tensor
 
 from moe_ops import _library, is_batch_invariant_enabled, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.quant import quantize_fp8_blocks
+from moe_ops.quant import (
+    Fp8WeightConfig,
+    Int4WeightConfig,
+    Int8WeightConfig,
+    WeightConfig,
+    quantize_fp8_blocks,
+)
 from moe_ops.reference._codes import dequantized as dequantized_weight
-from moe_ops.reference._codes import format_of
+from moe_ops.reference._codes import formats_of
 from moe_ops.reference.gated_act import plain_act
 from moe_ops.testing import (
     Kwargs,
@@ -29,6 +35,20 @@ from moe_ops.testing import (
 
 # Most tokens of an expert whose products are of integers whatever their dtype (moe_ffn_quantized).
 INTEGER_ROWS = 8
+
+
+def label_of(bits: int, group: int = 32) -> str:
+    """Returns the name of the format of `quantized`."""
+    return "int8" if bits == 8 else f"int4 g{group}"
+
+
+def weight_config(format: str | None, group_size: int | None = None) -> WeightConfig | None:
+    """Returns the config of "int8", "int4" with a group size (None: 64), or "fp8"; None of None."""
+    if format is None:
+        return None
+    if format == "int4":
+        return Int4WeightConfig(group_size or 64)
+    return {"int8": Int8WeightConfig, "fp8": Fp8WeightConfig}[format]()
 
 
 def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
@@ -90,6 +110,7 @@ def quantized_operands(
     call = ffn_operands(routing, hidden_size, intermediate_size, dtype, **options)
     for name in ("w_gate_up", "w_down"):
         call[name], call[f"{name}_scale"] = quantized(call[name], bits, group)
+    call["format"] = label_of(bits, group)
     if x_scale:
         call["x_scale"] = torch.rand(hidden_size) + 0.5
     return call
@@ -98,9 +119,10 @@ def quantized_operands(
 def dequantized(call: Kwargs) -> Kwargs:
     """The moe_ffn call in fp64 that a moe_ffn_quantized call stands for."""
     exact = widened({name: v for name, v in call.items() if not name.startswith("w_")})
-    for name in ("w_gate_up", "w_down"):
+    formats = formats_of(exact.pop("format"), 2)
+    for name, format in zip(("w_gate_up", "w_down"), formats, strict=True):
         parts = (call[name], call[f"{name}_scale"], call.get(f"{name}_zero"))
-        exact[name] = dequantized_weight(*parts, torch.float64)
+        exact[name] = dequantized_weight(*parts, format=format, dtype=torch.float64)
     factors = exact.pop("x_scale", None)
     if factors is not None:
         exact["x"] = exact["x"] * factors
@@ -195,6 +217,7 @@ def quantized_gemm_operands(
         "b": b,
         "b_scale": b_scale,
         "expert_offsets": torch.tensor([0, *counts]).cumsum(0).int(),
+        "format": label_of(bits, group),
     }
     if bias:
         call["bias"] = torch.randn(len(counts), out_features).to(dtype)
@@ -233,7 +256,8 @@ def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
     expected = reference.grouped_gemm_quantized(**exact)
     sizes = {name: exact[name].abs() for name in ("a", "bias") if name in exact}
     parts = (call["b"], call["b_scale"], call.get("b_zero"))
-    codes = {"b": dequantized_weight(*parts, torch.float64).abs()}
+    weights = dequantized_weight(*parts, format=call["format"], dtype=torch.float64)
+    codes = {"b": weights.abs()}
     offsets = {"expert_offsets": call["expert_offsets"]}
     magnitude = reference.grouped_gemm(**sizes, **codes, **offsets)
     with poisoned(expected.to(call["a"].dtype)):
@@ -247,16 +271,16 @@ def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
 
 # Integers in groups: bits, group, dtype of the scales, whether there are zero points.
 STORED_GROUPS = {
-    "int8 groups": (8, 32, torch.float16, False),
-    "int8 g160": (8, 160, torch.bfloat16, False),
-    "int4 zero": (4, 64, torch.bfloat16, True),
-    "int4 float16": (4, 32, torch.float16, False),
+    "int8 g32 float16": (8, 32, torch.float16, False),
+    "int8 g160 bfloat16": (8, 160, torch.bfloat16, False),
+    "int4 g64 bfloat16 zero": (4, 64, torch.bfloat16, True),
+    "int4 g32 float16": (4, 32, torch.float16, False),
     "int4 g96 zero": (4, 96, torch.float32, True),
     "int4 g256": (4, 256, torch.float32, False),
 }
 # Others: what the length of a row is a multiple of.
-STORED_RECORDS = {"mxfp4": 32, "fp8": 1, "q4_k": 256, "q6_k": 256}
-STORED = ("int8 groups", "int4 zero", "int4 float16", *STORED_RECORDS)
+STORED_RECORDS = {"mxfp4": 32, "fp8": 1, "q4_k": 256, "q6_k": 256, "nvfp4": 16}
+STORED = ("int8 g32 float16", "int4 g64 bfloat16 zero", "int4 g32 float16", *STORED_RECORDS)
 
 
 def stored(
@@ -278,6 +302,12 @@ def stored(
     if kind == "mxfp4":
         exponents = torch.randint(121, 124, (experts, features, depth // 32), dtype=torch.uint8)
         return codes(depth // 2), exponents, None
+    if kind == "nvfp4":
+        steps = (torch.rand(experts, features, depth // 16) * 440 + 1).to(torch.float8_e4m3fn)
+        factor = (torch.rand(experts, features, 1) + 0.5) * size / 448
+        head = factor.flatten().view(torch.uint8).view(experts, features, 4)
+        parts = (head, steps.view(torch.uint8))
+        return codes(depth // 2), torch.cat(parts, -1), None
     if kind == "fp8":
         return *quantize_fp8_blocks(torch.randn(experts, features, depth) * size), None
     record = codes(depth // 256, {"q4_k": 16, "q6_k": 18}[kind])
@@ -289,14 +319,14 @@ def stored(
 
 def any_format(kind: str, experts: int, features: int, depth: int) -> dict[str, Tensor]:
     """The parts of a weight, by what is behind its name: those of `stored`, or of "float32",
-    "int8", "int4-64" and its like."""
+    "int8", "int4 g64" and its like."""
     if kind in STORED_GROUPS or kind in STORED_RECORDS:
         parts = stored(kind, experts, features, depth)
     else:
         w = torch.randn(experts, features, depth) * depth**-0.5
         if kind == "float32":
             return {"": w}
-        bits, _, group = kind.removeprefix("int").partition("-")
+        bits, _, group = kind.removeprefix("int").partition(" g")
         parts = (*quantized(w, int(bits), int(group or 0)), None)
     names = ("", "_scale", "_zero")
     return {name: t for name, t in zip(names, parts, strict=True) if t is not None}
@@ -315,7 +345,7 @@ def stored_call(
     for name in ("w_gate_up", "w_down"):
         parts = any_format(kind, *call[name].shape)
         call |= {f"{name}{part}": value for part, value in parts.items()}
-    return call
+    return call | {"format": kind}
 
 
 def stored_gemm_call(
@@ -324,20 +354,22 @@ def stored_gemm_call(
     """grouped_gemm_quantized with a weight of such a format, a bias and two rows of no expert."""
     call = quantized_gemm_operands(counts, in_features, out_features, dtype, 8, tail=2, bias=True)
     parts = any_format(kind, *call["b"].shape)
-    return call | {f"b{part}": value for part, value in parts.items()}
+    return call | {f"b{part}": value for part, value in parts.items()} | {"format": kind}
 
 
 def check_stored_gemm(call: Kwargs, wrt: Sequence[str] = ()) -> None:
     """Against its reference in fp64: rows are not rounded. The bound is that of sums whose weights
     are a value and an offset, which may be larger than what they add up to: a weight of zero point
     15 and code 15 is 7 * scale - 7 * scale."""
-    codes = {name: v for name, v in call.items() if name.startswith("b_") or name == "b"}
-    parts = (codes["b_scale"], codes.get("b_zero"), torch.float64)
-    weights = dequantized_weight(codes["b"], *parts)
+    names = {"b", "b_scale", "b_zero", "format"}
+    codes = {name: v for name, v in call.items() if name in names}
+    parts = (codes["b_scale"], codes.get("b_zero"))
+    how = {"format": codes["format"], "dtype": torch.float64}
+    weights = dequantized_weight(codes["b"], *parts, **how)
     has_zero = codes.get("b_zero") is not None
-    if has_zero or format_of(codes["b"], codes["b_scale"]) == "q4_k":
+    if has_zero or codes["format"] == "q4_k":
         codes_of_zero = torch.full_like(codes["b"], 0x88 if has_zero else 0)
-        weights = weights.abs() + 2 * dequantized_weight(codes_of_zero, *parts).abs()
+        weights = weights.abs() + 2 * dequantized_weight(codes_of_zero, *parts, **how).abs()
     check_against_reference(
         functools.partial(ops.grouped_gemm_quantized, **codes),
         functools.partial(reference.grouped_gemm_quantized, **codes),

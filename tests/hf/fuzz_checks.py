@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from tests.helpers.quantized import weight_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -78,7 +79,7 @@ def _check(mode: str, draw: Draw, plain: PreTrainedModel, wanted: Runs) -> str:
             raise Refused(f"eager in bfloat16: {type(error).__name__}") from error
     weights = mode if mode.startswith("int") else None
     try:
-        moe_ops.hf.optimize(model, weights, group_size=32 if mode == "int4" else None)
+        moe_ops.hf.optimize(model, quantization=weight_config(weights, 32))
     except ValueError as error:
         raise Refused(f"optimize: {error}") from error
     except Exception as error:

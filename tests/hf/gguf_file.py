@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 # Types of gate, up and down, a layer each, and what the banks are called.
 LAYERS = (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q8_0", "Q8_0"), ("Q4_0", "Q4_0", "Q4_0"))
-KINDS = ("q4_k, down q6_k", "int8 g32 float16", "int4 g32 float16")
+KINDS = ("q4_k, q6_k", "int8 g32 float16", "int4 g32 float16")
 
 
 def write_gguf(gguf: Any, path: Path) -> tuple[Any, tuple[str, ...]]:

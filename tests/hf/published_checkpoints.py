@@ -42,6 +42,17 @@ QUANTIZATION = {
     },
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
     "mxfp4": {"quant_method": "mxfp4"},
+    "nvfp4": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "float", "group_size": 16},
+            }
+        },
+    },
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
 }
 
 
@@ -56,6 +67,14 @@ def quantise(method: str, weight: torch.Tensor, zeros: bool) -> tuple[dict, torc
     if method == "fp8":
         q, scale = quantize_fp8_blocks(weight)
         return {"weight": q, "weight_scale_inv": scale}, dequantize_fp8_blocks(q, scale)
+    if method in ("nvfp4", "modelopt"):
+        codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
+        scale = (torch.rand(weight.shape[0], weight.shape[1] // 16) * 400 + 40).to(
+            torch.float8_e4m3fn
+        )
+        factor = 2.0**-13
+        parts = layout.nvfp4(codes, scale, factor, method)
+        return parts, layout.nvfp4_meaning(codes, scale, factor)
     codes, zero, scale = layout.random_codes(*weight.shape, GROUP, zeros)
     zero = zero.clamp(min=1)
     meaning = layout.meaning(codes, zero, scale)

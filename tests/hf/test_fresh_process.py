@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.helpers.fresh_python import run_python
+from tests.helpers.quantized import weight_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -54,7 +55,9 @@ for name in options["names"]:
         kwargs = {"attn_implementation": "eager", **options["kwargs"]}
         source, _, format = name.partition(" as ")
         if format:
-            kwargs["quantization_config"] = moe_ops.hf.ExpertsQuantizationConfig(format)
+            kwargs["quantization_config"] = moe_ops.hf.MoeOpsConfig(
+                moe_ops.quant.config.config_named("", format)
+            )
             name = source.replace("float", format)
         model = AutoModelForCausalLM.from_pretrained(folder / source, **kwargs)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -86,7 +89,7 @@ def saved(tmp_path_factory) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             float_folder, attn_implementation="eager", dtype=dtype
         )
-        moe_ops.quantize_experts(model, format, group_size=group_size)
+        moe_ops.quantize(model, weight_config(format, group_size))
         target = folder / f"{model_type}-{format}"
         model.save_pretrained(target)
         save_logits(model, ids, target)
@@ -120,7 +123,13 @@ def load_elsewhere(folder: Path, **changes) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def printed(saved) -> str:
     """The lines that `moe-ops quantize` prints to load what it has written."""
-    arguments = ["quantize", str(saved / "mixtral-float"), str(saved / "command"), "--bits", "8"]
+    arguments = [
+        "quantize",
+        str(saved / "mixtral-float"),
+        str(saved / "command"),
+        "--format",
+        "int8",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     _, _, after = result.output.partition("Load it with\n")

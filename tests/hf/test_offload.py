@@ -46,7 +46,7 @@ def test_quantized(model_type):
         sizes["moe_intermediate_size"] = 32
     models = [build(model_type, **sizes) for _ in range(2)]
     for model in models:
-        moe_ops.quantize_experts(model, "int4", group_size=32)
+        moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
     offload_experts(models[1], 3)
     assert torch.equal(generate(models[1]), generate(models[0]))
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from tests.helpers.quantized import weight_config
 from torch import nn
 from transformers import AutoModelForCausalLM, TextStreamer
 
@@ -15,7 +16,9 @@ import moe_ops.hf
 from moe_ops import memory
 from moe_ops.hf.decode.fused import set_fused
 from moe_ops.hf.models.known import find
-from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
+from moe_ops.layers.linear import FewRowsLinear
+from moe_ops.quant import QuantizedLinear
+from moe_ops.quant.config import config_named
 
 from .models import MODEL_TYPES, VOCAB, build, router_is_unknown, skip_unknown_router, tokens
 from .test_quantize import WIDE, logits, make, relative
@@ -77,7 +80,7 @@ def test_quantised(model_type, weights, most):
     before = num_bytes(model)
     calls = recorded_calls(model, ids)
     group = 32 if weights == "int4" else None
-    report = moe_ops.hf.optimize(model, weights, group_size=group)
+    report = moe_ops.hf.optimize(model, quantization=weight_config(weights, group))
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert "lm_head" in quantized
     assert quantized.keys() == {n for n, how in report.items() if how in ("int8", "int4 g32")}
@@ -105,15 +108,15 @@ def test_a_saved_model_is_optimised_again(weights, tmp_path):
     make("mixtral").save_pretrained(tmp_path / "float")
     model, ids = load("float"), tokens()
     group = 32 if weights == "int4" else None
-    moe_ops.hf.optimize(model, weights, group_size=group)
+    moe_ops.hf.optimize(model, quantization=weight_config(weights, group))
     model.save_pretrained(tmp_path / "saved")
     loaded = load("saved")
-    report = moe_ops.hf.optimize(loaded, weights, group_size=group)
+    report = moe_ops.hf.optimize(loaded, quantization=weight_config(weights, group))
     assert report["lm_head"] == {"int8": "int8", "int4": "int4 g32"}[weights]
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     other = "int4" if weights == "int8" else "int8"
     with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
-        moe_ops.hf.optimize(load("saved"), other)
+        moe_ops.hf.optimize(load("saved"), quantization=weight_config(other))
 
 
 def recorded_calls(model, ids):
@@ -141,7 +144,7 @@ def test_original_weights_come_back_where_they_are_kept(model_type):
     model, ids = make(model_type), tokens()
     want, names = logits(model, ids), list(model.state_dict())
     before, held = num_bytes(model), memory.memory_stats()["original weights"]
-    moe_ops.hf.optimize(model, "int8", keep_original=True)
+    moe_ops.hf.optimize(model, quantization=moe_ops.Int8WeightConfig(), keep_original=True)
     kept = memory.memory_stats()["original weights"] - held
     left = sum(p.nbytes for p in model.parameters())
     assert abs(kept - (before - left)) <= 0.02 * before, "reported: all that is not the model's"
@@ -151,14 +154,14 @@ def test_original_weights_come_back_where_they_are_kept(model_type):
     assert memory.memory_stats()["original weights"] == held
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
-    moe_ops.hf.optimize(model, "int8")
+    moe_ops.hf.optimize(model, quantization=moe_ops.Int8WeightConfig())
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_saved_and_loaded(tmp_path, weights):
     model, ids = make("qwen3_moe"), tokens()
     names = list(model.state_dict())
-    moe_ops.hf.optimize(model, weights, group_size=32 if weights == "int4" else None)
+    moe_ops.hf.optimize(model, quantization=weight_config(weights, 32))
     want = logits(model, ids)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -172,14 +175,14 @@ def test_saved_and_loaded(tmp_path, weights):
                 other = loaded.get_submodule(name)
                 assert type(other) is nn.Linear
                 assert torch.equal(other.weight, layer.weight)
-                again = QuantizedLinear(other, layer.format, group_size=layer.group_size)
+                again = QuantizedLinear(other, config_named("", layer.format))
                 torch.testing.assert_close(again.weight, layer.weight, rtol=1e-5, atol=1e-7)
 
 
 def test_a_tied_head(tmp_path):
     model, ids = make("mixtral", tie_word_embeddings=True), tokens()
     model.tie_weights()
-    moe_ops.hf.optimize(model, "int8")
+    moe_ops.hf.optimize(model, quantization=moe_ops.Int8WeightConfig())
     assert isinstance(model.lm_head, QuantizedLinear)
     assert "lm_head.weight" not in model.state_dict()
     want = logits(model, ids)
@@ -255,7 +258,9 @@ def test_adapters_on_top_are_trained(quantize):
     moe_ops.hf.optimize(model)
     if quantize:
         for layer in model.model.layers:
-            layer.self_attn.q_proj = QuantizedLinear(layer.self_attn.q_proj, "int8")
+            layer.self_attn.q_proj = QuantizedLinear(
+                layer.self_attn.q_proj, moe_ops.Int8WeightConfig()
+            )
     grads = []
     for m in (plain, model):
         torch.manual_seed(0)
@@ -322,18 +327,10 @@ def test_router_of_a_wide_model(model_type, change):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"weights": "int2"}, r"weights must be None, 'int8' or 'int4', got 'int2'"),
-        ({"weights": "int8", "group_size": 32}, r"group_size belongs to 'int4'"),
-        ({"weights": "int4", "group_size": 48}, r"group_size must be 32, 64 or 128"),
-    ],
-)
-def test_bad_arguments(arguments, message):
+def test_bad_arguments():
     model = build("mixtral")
-    with pytest.raises(ValueError, match=message):
-        moe_ops.hf.optimize(model, **arguments)
+    with pytest.raises(ValueError, match=r"optimize: config must be an Int8WeightConfig, .*'int8'"):
+        moe_ops.hf.optimize(model, quantization="int8")
 
 
 def test_out_of_turn():
@@ -390,14 +387,14 @@ def test_threads_take_turns():
 
 def test_one_block():
     layer = build("mixtral").model.layers[0]
-    report = moe_ops.hf.optimize(layer, "int8")
+    report = moe_ops.hf.optimize(layer, quantization=moe_ops.Int8WeightConfig())
     assert report["self_attn.q_proj"] == "int8" and report["mlp.gate"] == "fused router"
 
 
 def test_sizes_that_no_group_divides():
     model = build("mixtral", **WIDE["mixtral"])
     model.model.layers[0].self_attn.q_proj = nn.Linear(40, 32)
-    report = moe_ops.hf.optimize(model, "int4", group_size=32)
+    report = moe_ops.hf.optimize(model, quantization=moe_ops.Int4WeightConfig(32))
     assert report["model.layers.0.self_attn.q_proj"] == "few rows"
     assert report["model.layers.1.self_attn.q_proj"] == "int4 g32"
     assert VOCAB == model.lm_head.out_features

@@ -14,7 +14,7 @@ from tests.helpers.fresh_python import run_python
 from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
-from moe_ops.layers import QuantizedExperts
+from moe_ops.quant import QuantizedExperts
 
 from . import published_checkpoints
 from .published_checkpoints import write
@@ -27,6 +27,8 @@ CASES = {
     ("qwen3_moe", "compressed-tensors", False): ("int4 g64", 0.08),
     ("qwen3_moe", "fp8", False): ("fp8", 0.08),
     ("gpt_oss", "mxfp4", False): ("mxfp4", 1e-4),
+    ("qwen3_moe", "nvfp4", False): ("nvfp4", 1e-4),
+    ("mixtral", "modelopt", False): ("nvfp4", 1e-4),
 }
 LOAD = """
 import json, sys
@@ -46,7 +48,7 @@ for folder in sys.argv[1:]:
     ids = torch.load(folder.removesuffix("/again") + "/ids.pt")
     with torch.no_grad():
         torch.save(model(ids).logits, folder + "/logits.pt")
-    buffers = [m for m in model.modules() if isinstance(m, moe_ops.layers.QuantizedExperts)]
+    buffers = [m for m in model.modules() if isinstance(m, moe_ops.quant.QuantizedExperts)]
     results[folder] = {
         "status": moe_ops.hf.status(model),
         "bytes": sum(b.num_bytes for b in buffers),
@@ -126,7 +128,7 @@ def test_what_is_refused(tmp_path):
         load(tmp_path)
     for layers, message in (
         ({"model.norm": "int8"}, "must be banks of experts and dense layers"),
-        ({"model.layers.0.mlp.experts": "int4 h64"}, "label must be of a format"),
+        ({"model.layers.0.mlp.experts": "int4 h64"}, "group_size must be given for int4"),
         ([3], "layers must be formats by name"),
     ):
         config["quantization_config"] = {"quant_method": "moe_ops", "layers": layers}

@@ -57,7 +57,7 @@ def float_model():
 def trained():
     """A quantised model, with trained adapters, and the losses beside float experts."""
     ids = torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(1))
-    base = moe_ops.quantize_experts(float_model(), "int8")
+    base = moe_ops.quantize(float_model(), moe_ops.Int8WeightConfig())
     quantised, with_floats = adapted(copy.deepcopy(base)), adapted(float_model())
     before = float(quantised(ids, labels=ids).loss.detach())
     losses = train(quantised, ids), train(with_floats, ids)
@@ -136,7 +136,7 @@ def test_names_of_before(trained, tmp_path):
 def test_interleaved_experts_with_biases(tmp_path):
     model = test_lora.adapted("gpt_oss", 3)
     model.save_pretrained(tmp_path)
-    base = moe_ops.quantize_experts(build("gpt_oss"), "int8")
+    base = moe_ops.quantize(build("gpt_oss"), moe_ops.Int8WeightConfig())
     quantised = peft.PeftModel.from_pretrained(base, tmp_path)
     ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import moe_ops
 import moe_ops.hf
-from moe_ops.hf import ExpertsQuantizationConfig
+from moe_ops.hf import MoeOpsConfig
 from moe_ops.hf.checkpoints.quantizer import ExpertsQuantizer
 
 from .models import build
@@ -37,7 +37,7 @@ def settings():
 def quantised(folder, **options):
     saved(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    return moe_ops.quantize_experts(model, "int4", group_size=32)
+    return moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
 
 
 def config_of(package):
@@ -74,8 +74,10 @@ def test_attention_of_another_package(package, tmp_path):
 def test_two_methods_are_not_saved(tmp_path):
     model = build("mixtral")
     model.quantization_method = "another"
-    model.hf_quantizer = ExpertsQuantizer(ExpertsQuantizationConfig("int8"), pre_quantized=True)
-    moe_ops.quantize_experts(model, "int8")
+    model.hf_quantizer = ExpertsQuantizer(
+        MoeOpsConfig(moe_ops.Int8WeightConfig()), pre_quantized=True
+    )
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     with pytest.raises(ValueError, match="by one method, got another and moe_ops; save its adap"):
         copy.deepcopy(model).save_pretrained(tmp_path)
 

@@ -8,14 +8,15 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers.quantized import weight_config
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import moe_ops.hf
 from moe_ops import quant
 from moe_ops.cli.app import app
-from moe_ops.hf import ExpertsQuantizationConfig
-from moe_ops.layers import QuantizedExperts
+from moe_ops.hf import MoeOpsConfig
+from moe_ops.quant import QuantizedExperts
 
 from .models import CONFIGS, DECORATED, MODEL_TYPES, NUM_BLOCKS, NUM_FFNS, VOCAB, build, tokens
 
@@ -61,7 +62,7 @@ def test_blocks_compute_what_they_did(model_type, format, group_size):
     baseline = quant.collect_calibration(model, [tokens()])
     assert len(baseline.banks) == NUM_FFNS[model_type]
     before = moe_ops.hf.status(model)
-    assert moe_ops.quantize_experts(model, format, group_size=group_size) is model
+    assert moe_ops.quantize(model, weight_config(format, group_size)) is model
     report = quant.compare_quality(model, baseline)
     assert [b.name for b in report.banks] == list(baseline.banks)
     for bank in report.banks:
@@ -92,7 +93,7 @@ def test_recorded_outputs_are_the_blocks(model_type):
     baseline = quant.collect_calibration(model, [ids])
     exact = logits(model, ids)
     assert not torch.equal(exact, want)
-    moe_ops.quantize_experts(model, "int8")
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     for bank in quant.compare_quality(model, baseline).banks:
         assert bank.error < 0.03
     assert torch.isfinite(logits(model, ids)).all()
@@ -104,7 +105,7 @@ def test_saved_and_loaded(tmp_path, model_type, format, group_size):
     model = make(model_type)
     ids = tokens()
     calibration = [ids] if format == "int4" else None
-    moe_ops.quantize_experts(model, format, group_size=group_size, calibration=calibration)
+    moe_ops.quantize(model, weight_config(format, group_size), calibration=calibration)
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     ours, theirs = model.state_dict(), loaded.state_dict()
@@ -112,7 +113,7 @@ def test_saved_and_loaded(tmp_path, model_type, format, group_size):
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     config = loaded.config.quantization_config
-    assert (config.format, config.group_size) == (format, group_size)
+    assert config.config == weight_config(format, group_size)
     assert all((b.x_scale is not None) == (format == "int4") for b in banks(loaded))
     assert moe_ops.hf.status(loaded) == moe_ops.hf.status(model)
     # And once more, from what was loaded.
@@ -126,7 +127,7 @@ def test_half_precision(tmp_path, model_type):
     # Not .to(bfloat16), which would round the frequencies of the positions too.
     model = load(tmp_path / "float", dtype=torch.bfloat16)
     ids = tokens()
-    moe_ops.quantize_experts(model, "int4", group_size=32, calibration=[ids])
+    moe_ops.quantize(model, moe_ops.Int4WeightConfig(32), calibration=[ids])
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
@@ -144,9 +145,9 @@ def test_while_loading(tmp_path, model_type):
     model = make(model_type)
     ids = tokens()
     model.save_pretrained(tmp_path / "float")
-    config = ExpertsQuantizationConfig("int4", group_size=32)
+    config = MoeOpsConfig(moe_ops.Int4WeightConfig(32))
     loaded = load(tmp_path / "float", quantization_config=config)
-    moe_ops.quantize_experts(model, "int4", group_size=32)
+    moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     loaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved"), ids), logits(model, ids))
@@ -159,7 +160,7 @@ def test_switched_models(model_type):
     plain, switched = make(model_type), make(model_type)
     moe_ops.hf.enable(switched)
     for model in (plain, switched):
-        moe_ops.quantize_experts(model, "int4", group_size=32, calibration=[ids])
+        moe_ops.quantize(model, moe_ops.Int4WeightConfig(32), calibration=[ids])
     for a, b in zip(banks(plain), banks(switched), strict=True):
         torch.testing.assert_close(a.x_scale, b.x_scale, rtol=1e-3, atol=1e-3)
     enabled = moe_ops.hf.enable(plain)
@@ -174,14 +175,14 @@ def test_switched_models(model_type):
 
 def test_generate():
     model = make("mixtral")
-    moe_ops.quantize_experts(model, "int8")
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     y = model.generate(tokens(), max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert y.shape == (2, 18)
 
 
 def test_pack_weights_skips():
     model = make("mixtral")
-    moe_ops.quantize_experts(model, "int8", skip="*.0.*")
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip="*.0.*")
     moe_ops.hf.enable(model)
     with pytest.warns(UserWarning, match="skipped 1 bank of quantised experts"):
         assert moe_ops.pack_weights(model) > 0
@@ -191,7 +192,7 @@ def test_pack_weights_skips():
 def test_skipped_blocks_stay_float_through_a_checkpoint(tmp_path):
     model = make("qwen3_moe")
     ids = tokens()
-    moe_ops.quantize_experts(model, "int8", skip=["*layers.0.*"])
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip=["*layers.0.*"])
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path, experts_implementation="eager")
     assert moe_ops.hf.status(loaded)["model.layers.0.mlp.experts"] != "moe_ops (int8)"
@@ -201,17 +202,17 @@ def test_skipped_blocks_stay_float_through_a_checkpoint(tmp_path):
 
 def test_one_block_or_one_bank():
     model = make("mixtral")
-    bank = moe_ops.quantize_experts(model.model.layers[0].mlp.experts, "int8")
+    bank = moe_ops.quantize(model.model.layers[0].mlp.experts, moe_ops.Int8WeightConfig())
     assert isinstance(bank, QuantizedExperts)
     layer = model.model.layers[1]
-    assert moe_ops.quantize_experts(layer, "int8") is layer
+    assert moe_ops.quantize(layer, moe_ops.Int8WeightConfig()) is layer
     assert isinstance(layer.mlp.experts, QuantizedExperts)
     assert not hasattr(model, "hf_quantizer")
 
 
 def test_gradients_pass_through():
     model = make("mixtral")
-    moe_ops.quantize_experts(model, "int8")
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     before = dict(model.named_buffers())
     model(tokens(), labels=tokens()).loss.backward()
     for name, p in model.named_parameters():
@@ -224,17 +225,17 @@ def test_an_unknown_activation_is_named(model_type):
     model = make(model_type)
     name = next(iter(moe_ops.hf.status(model)))
     model.get_submodule(name)._apply_gate = lambda x: x
-    with pytest.raises(ValueError, match=rf"quantize_experts: {name} must have an activation"):
-        moe_ops.quantize_experts(model, "int8")
+    with pytest.raises(ValueError, match=rf"quantize: {name} must have an activation"):
+        moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     if NUM_FFNS[model_type] > 1:
-        moe_ops.quantize_experts(model, "int8", skip=[name])
+        moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip=[name])
 
 
 def test_quantising_twice():
     model = make("mixtral")
-    moe_ops.quantize_experts(model, "int8", skip=["*layers.0.*"])
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip=["*layers.0.*"])
     with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
-        moe_ops.quantize_experts(model, "int4", group_size=32)
+        moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
 
 
 # --- checkpoints that do not fit
@@ -243,7 +244,7 @@ def test_quantising_twice():
 @pytest.fixture
 def saved(tmp_path):
     model = make("mixtral")
-    moe_ops.quantize_experts(model, "int4", group_size=32)
+    moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
     model.save_pretrained(tmp_path)
     return tmp_path
 
@@ -314,24 +315,33 @@ def test_a_config_without_banks(saved):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"format": "fp8"}, r"format must be 'int8' or 'int4', got 'fp8'"),
-        ({"group_size": 16}, r"group_size must be 32, 64 or 128, got 16"),
-        ({"format": ["int4"]}, r"format must be 'int8' or 'int4', got a list of 1"),
-        ({"group_size": "64"}, r"group_size must be a number, got '64'"),
-        ({"x_scale": "no"}, r"x_scale must be true or false, got 'no'"),
-        ({"skip": 5}, r"skip must be names, got 5"),
-        ({"skip": [5]}, r"skip must be names, got a list of 1"),
-        ({"bits": 4}, r"fields must be .*, got bits"),
+        ({}, r"format must be a name, got None"),
+        ({"format": "q4_k"}, r"format must be one of fp8, int4 g128, .*, got 'q4_k'"),
+        ({"format": "int4 g16"}, r"format must be one of .*, got 'int4 g16'"),
+        ({"format": ["int4"]}, r"format must be a name, got a list of 1"),
+        ({"format": "int8", "x_scale": "no"}, r"x_scale must be true or false, got 'no'"),
+        ({"format": "int8", "skip": 5}, r"skip must be names, got 5"),
+        ({"format": "int8", "skip": [5]}, r"skip must be names, got a list of 1"),
+        ({"format": "int8", "bits": 4}, r"fields must be .*, got bits"),
     ],
 )
 def test_a_bad_config(kwargs, message):
-    with pytest.raises(ValueError, match=rf"ExpertsQuantizationConfig: {message}"):
-        ExpertsQuantizationConfig(**kwargs)
+    with pytest.raises(ValueError, match=rf"MoeOpsConfig: {message}"):
+        MoeOpsConfig.from_dict(kwargs)
+
+
+def test_what_config_json_holds():
+    config = MoeOpsConfig(moe_ops.Int4WeightConfig(32), skip="*.0.*")
+    held = config.to_dict()
+    assert held["format"] == "int4 g32"
+    assert MoeOpsConfig.from_dict(held).to_dict() == held
+    with pytest.raises(ValueError, match=r"MoeOpsConfig: config must be an Int8WeightConf"):
+        MoeOpsConfig("int8")
 
 
 def test_scales_cannot_be_found_while_loading(tmp_path):
     make("mixtral").save_pretrained(tmp_path)
-    config = ExpertsQuantizationConfig("int4", group_size=32, x_scale=True)
+    config = MoeOpsConfig(moe_ops.Int4WeightConfig(32), x_scale=True)
     with pytest.raises(ValueError, match=r"must have x_scale=False for a float checkpoint"):
         load(tmp_path, quantization_config=config)
 
@@ -369,7 +379,7 @@ def test_command(tmp_path, checkpoint):
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.output and "int4 g32" in result.output
     model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
-    assert all(b.x_scale is not None and b.group_size == 32 for b in banks(model))
+    assert all(b.x_scale is not None and b.format == "int4 g32" for b in banks(model))
     assert (target / "tokenizer.json").is_file()
     report = json.loads((target / "moe_ops_quantization.json").read_text())
     assert report["model_bytes_after"] < report["model_bytes_before"]
@@ -384,7 +394,7 @@ def test_command(tmp_path, checkpoint):
 
 def test_command_without_a_text(tmp_path, checkpoint):
     target = tmp_path / "int8"
-    arguments = ["quantize", str(checkpoint[0]), str(target), "--bits", "8", "--json"]
+    arguments = ["quantize", str(checkpoint[0]), str(target), "--format", "int8", "--json"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(result.output[result.output.index("{") :])
@@ -395,10 +405,10 @@ def test_command_without_a_text(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--bits", "3"], "--bits must be 4 or 8, got 3"),
+        (["--format", "int3"], "--format must be int4, int8 or fp8, got 'int3'"),
         (["--scales"], "--scales must come with --text"),
-        (["--group-size", "64"], "must be a multiple of group_size = 64, got 32"),
-        (["--bits", "8", "--group-size", "64"], "group_size must be None for int8"),
+        (["--group-size", "64"], "must be a multiple of 64 for int4 g64, got 32"),
+        (["--format", "int8", "--group-size", "64"], "--group-size must come with int4"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (
             ["--skip", "*layers.0.*", "--skip", "*.mlp"],
@@ -423,7 +433,7 @@ def test_command_refuses_folders(tmp_path, checkpoint):
     target = tmp_path / "full"
     target.mkdir()
     (target / "note").write_text("keep")
-    arguments = ["quantize", str(folder), str(target), "--bits", "8"]
+    arguments = ["quantize", str(folder), str(target), "--format", "int8"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1 and "empty or new without --overwrite" in result.output
     assert runner.invoke(app, [*arguments, "--overwrite"]).exit_code == 0
@@ -470,7 +480,7 @@ def test_command_says_what_is_damaged(tmp_path, checkpoint, damage):
 def test_command_replaces_all_files_or_none(tmp_path, checkpoint, monkeypatch):
     folder, _ = checkpoint
     target = tmp_path / "quantised"
-    line = ["quantize", str(folder), str(target), "--bits", "8", "--overwrite"]
+    line = ["quantize", str(folder), str(target), "--format", "int8", "--overwrite"]
     assert runner.invoke(app, line).exit_code == 0
     (target / "model-00001-of-00002.safetensors").write_text("of an earlier checkpoint")
     before = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -480,12 +490,11 @@ def test_command_replaces_all_files_or_none(tmp_path, checkpoint, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails)
-        result = runner.invoke(app, [*line, "--bits", "4", "--group-size", "32"])
+        result = runner.invoke(app, [*line, "--format", "int4", "--group-size", "32"])
     assert result.exit_code == 1 and "cannot be written: No space left" in result.output
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-    assert runner.invoke(app, [*line, "--bits", "4", "--group-size", "32"]).exit_code == 0
+    assert runner.invoke(app, [*line, "--format", "int4", "--group-size", "32"]).exit_code == 0
     after = {path.name for path in target.iterdir()}
     assert after == set(before) - {"model-00001-of-00002.safetensors"}
-    assert (
-        json.loads((target / "config.json").read_text())["quantization_config"]["format"] == "int4"
-    )
+    config = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int4 g32"

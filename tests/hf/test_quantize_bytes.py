@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_ops.hf import ExpertsQuantizationConfig
+import moe_ops
+from moe_ops.hf import MoeOpsConfig
 from moe_ops.hf.checkpoints import quantizer
 from moe_ops.quant.bank import find_banks
 
@@ -27,6 +28,6 @@ def test_one_bank_is_float_at_a_time(tmp_path, model_type, monkeypatch):
         most.append(sum(w.nbytes for w in weights))
 
     monkeypatch.setattr(quantizer.ExpertsQuantizer, "take", watched)
-    load(tmp_path, quantization_config=ExpertsQuantizationConfig("int8"))
+    load(tmp_path, quantization_config=MoeOpsConfig(moe_ops.Int8WeightConfig()))
     assert most and most[-1] == 0
     assert max(most) < max(sizes)

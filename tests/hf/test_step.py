@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tests.helpers.quantized import weight_config
 from torch import nn
 from transformers import DynamicCache
 
@@ -296,7 +297,7 @@ def test_half_precision_and_codes(calls):
     ids = tokens(1, 5)
     for weights in (None, "int8", "int4"):
         model = copy.deepcopy(plain)
-        moe_ops.hf.optimize(model, weights, group_size=32 if weights == "int4" else None)
+        moe_ops.hf.optimize(model, quantization=weight_config(weights, 32))
         calls.clear()
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
@@ -367,7 +368,7 @@ def test_codes_of_latent_attention(calls):
     ids = tokens(1, 5)
     for weights, group_size in (("int8", None), ("int4", 32)):
         model = build("deepseek_v3", hidden_size=64, moe_intermediate_size=32)
-        report = moe_ops.hf.optimize(model, weights, group_size=group_size)
+        report = moe_ops.hf.optimize(model, quantization=weight_config(weights, group_size))
         assert report["model.layers.0.self_attn.kv_b_proj"] == "few rows"
         assert report["model.layers.0.self_attn.kv_a_proj_with_mqa"].startswith(weights)
         calls.clear()

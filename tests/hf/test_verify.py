@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.quantized import weight_config
 from transformers import DynamicCache
 
 import moe_ops.hf
@@ -37,7 +38,7 @@ def compared(monkeypatch):
 def test_a_model_in_use_agrees(model_type, weights, compared):
     model = make(model_type)
     group = 32 if weights == "int4" else None
-    moe_ops.hf.optimize(model, weights, group_size=group, verify=1)
+    moe_ops.hf.optimize(model, quantization=weight_config(weights, group), verify=1)
     want = build(model_type) if weights is None else None
     got = model.generate(**padded(), **GREEDY)
     if want is not None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.layers import ExpertBatchNorm, Experts, MoE, QuantizedExperts, TopKRouter, mix_outputs
+import moe_ops
+from moe_ops.layers import ExpertBatchNorm, Experts, MoE, TopKRouter, mix_outputs
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN = {
@@ -182,8 +183,8 @@ def test_what_another_output_size_rules_out():
         bank.pack_weights()
     with pytest.raises(ValueError, match=r"^MoE: experts must have output_size = 8 .*got 4"):
         MoE(TopKRouter(8, E, 2), bank)
-    with pytest.raises(ValueError, match=r"^QuantizedExperts: experts must have output_size = 8"):
-        QuantizedExperts.from_experts(bank, "int8")
+    with pytest.raises(ValueError, match=r"^quantize: model must hold float experts, got Exp"):
+        moe_ops.quantize(bank, moe_ops.Int8WeightConfig())
     assert "output_size=4" in repr(bank)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
+from tests.helpers.quantized import weight_config
 
 import moe_ops
 from moe_ops import reference
@@ -106,7 +107,7 @@ def test_an_adapter_a_token(shared):
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_quantised_banks(format):
     layer = make(dtype=torch.float32, sizes=(E, 64, 64))
-    moe_ops.quantize_experts(layer, format, group_size=32 if format == "int4" else None)
+    moe_ops.quantize(layer, weight_config(format, 32 if format == "int4" else None))
     args = call(torch.float32, 64)
     wanted = gradients(expected(layer, *args), layer, *args[:2])
     compare(gradients(layer(*args), layer, *args[:2]), wanted, 1e-5)

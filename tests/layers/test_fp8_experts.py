@@ -15,7 +15,7 @@ from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import Experts, QuantizedExperts, clear_fp8_cache
+from moe_ops.layers import Experts, clear_fp8_cache
 from moe_ops.layers.fp8 import fp8_ffn, fp8_weight
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import assert_identical, eps, short, widened
@@ -262,7 +262,7 @@ def test_many_experts_are_rounded_in_parts(monkeypatch):
     w = torch.randn(5, 40, 30)
     want = fp8_weight(w)
     clear_fp8_cache()
-    monkeypatch.setattr("moe_ops.quant.fp8._NUMBERS_AT_ONCE", 2500)
+    monkeypatch.setattr("moe_ops.formulas.codes._ROUNDED_AT_ONCE", 2500)
     for got, wanted in zip(fp8_weight(w), want, strict=True):
         assert_identical(got.float(), wanted.float())
 
@@ -343,7 +343,7 @@ def test_precision_goes_along():
     assert copy.deepcopy(experts).fp8_training
     with pytest.raises(ValueError, match="pack_weights"):
         experts.pack_weights()
-    quantised = QuantizedExperts.from_experts(experts, "int8")
+    quantised = moe_ops.quantize(experts, moe_ops.Int8WeightConfig())
     assert quantised.dequantize().fp8_training is False
     assert build_moe(40, 24, 4, 2, fp8_training=True).experts.fp8_training
 

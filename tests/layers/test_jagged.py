@@ -7,7 +7,7 @@ import torch
 from tests.helpers.moe import build_moe, build_router
 from torch import Tensor, nn
 
-from moe_ops import layers
+from moe_ops import layers, quant
 
 H, E, K = 8, 4, 2
 LENGTHS = (3, 0, 5, 1)
@@ -39,7 +39,7 @@ DENSE = {
     "Router": router,
     "Experts": lambda: layers.Experts(E, H, 6, **WHERE),
     "ExpertLoRA": lambda: layers.ExpertLoRA(layers.Experts(E, H, 6), 2),
-    "QuantizedExperts": lambda: layers.QuantizedExperts(E, 64, 64),
+    "QuantizedExperts": lambda: quant.QuantizedExperts(E, 64, 64),
     "ZeroComputationExperts": lambda: layers.ZeroComputationExperts(layers.Experts(E, H, 6)),
     "MixtureOfDepths": lambda: layers.MixtureOfDepths(Block(), H, predictor_size=0, **WHERE),
 }
@@ -113,7 +113,7 @@ def test_what_else_layers_return():
     norm = layers.AddRMSNorm(H, **WHERE)
     y, total = norm(x, x)
     torch.testing.assert_close((y.values(), total.values()), norm(x.values(), x.values()))
-    linear = layers.QuantizedLinear(nn.Linear(64, 16))
+    linear = quant.QuantizedLinear(nn.Linear(64, 16))
     x = torch.nested.nested_tensor_from_jagged(torch.randn(9, 64), x.offsets())
     assert torch.equal(linear(x).values(), linear(x.values()))
 

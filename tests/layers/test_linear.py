@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_ops.layers import QuantizedLinear, linear
-from moe_ops.quant import dequantize, quantize
+import moe_ops
+from moe_ops.layers import linear
+from moe_ops.quant import QuantizedLinear, dequantize_weight, quantize_weight
+from moe_ops.quant.config import config_named
 from moe_ops.testing import assert_identical, eps, short
 
-FORMATS = [("int8", None), ("int4", 32), ("int4", 64), ("int4", 128)]
-formats = pytest.mark.parametrize(("format", "group_size"), FORMATS)
+FORMATS = ("int8", "int4 g32", "int4 g64", "int4 g128")
+formats = pytest.mark.parametrize("format", FORMATS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
@@ -52,12 +54,12 @@ def test_which_rows_go_where(monkeypatch):
 
 
 @formats
-def test_a_quantised_layer(format, group_size):
+def test_a_quantised_layer(format):
     layer = nn.Linear(256, 72)
-    quantized = QuantizedLinear(layer, format, group_size=group_size)
-    q, scale = quantize(layer.weight, format, group_size)
+    quantized = QuantizedLinear(layer, config_named("", format))
+    q, scale = quantize_weight(layer.weight, format)
     assert torch.equal(quantized.q, q) and torch.equal(quantized.scale, scale)
-    assert_identical(quantized.weight, dequantize(q, scale))
+    assert_identical(quantized.weight, dequantize_weight(q, scale, format))
     x = torch.randn(3, 40, 256)
     with torch.no_grad():
         y, want = quantized(x), F.linear(x, quantized.weight, layer.bias)
@@ -70,14 +72,14 @@ def test_a_quantised_layer(format, group_size):
 
 
 @formats
-def test_state_dict_is_that_of_a_linear_layer(format, group_size):
+def test_state_dict_is_that_of_a_linear_layer(format):
     layer = nn.Linear(128, 24, dtype=torch.bfloat16)
-    quantized = QuantizedLinear(layer, format, group_size=group_size)
+    quantized = QuantizedLinear(layer, config_named("", format))
     state = quantized.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
         k: (v.shape, v.dtype) for k, v in layer.state_dict().items()
     }
-    other = QuantizedLinear(nn.Linear(128, 24), format, group_size=group_size)
+    other = QuantizedLinear(nn.Linear(128, 24), config_named("", format))
     model = nn.Sequential(other)
     model.load_state_dict({f"0.{k}": v for k, v in layer.state_dict().items()})
     assert torch.equal(other.q, quantized.q) and torch.equal(other.scale, quantized.scale)
@@ -85,13 +87,13 @@ def test_state_dict_is_that_of_a_linear_layer(format, group_size):
         other.load_state_dict({**state, "weight": torch.zeros(3, 3)})
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         other.load_state_dict({"bias": state["bias"]})
-    untied = QuantizedLinear(layer, format, group_size=group_size, saved=False)
+    untied = QuantizedLinear(layer, config_named("", format), saved=False)
     assert list(untied.state_dict()) == ["bias"]
     assert torch.equal(copy.deepcopy(quantized).weight, quantized.weight)
 
 
 def test_casts_keep_codes_and_scales():
-    quantized = QuantizedLinear(nn.Linear(64, 16), "int8")
+    quantized = QuantizedLinear(nn.Linear(64, 16), moe_ops.Int8WeightConfig())
     q, scale = quantized.q.clone(), quantized.scale.clone()
     quantized.to(torch.bfloat16)
     assert torch.equal(quantized.q, q) and assert_same(quantized.scale, scale)
@@ -105,9 +107,9 @@ def assert_same(a, b):
 
 
 @formats
-def test_the_gradient_goes_through_the_dequantised_weight(format, group_size):
+def test_the_gradient_goes_through_the_dequantised_weight(format):
     layer = nn.Linear(128, 24)
-    quantized = QuantizedLinear(layer, format, group_size=group_size)
+    quantized = QuantizedLinear(layer, config_named("", format))
     x = torch.randn(5, 128, requires_grad=True)
     grad = torch.randn(5, 24)
     (quantized(x) * grad).sum().backward()
@@ -117,7 +119,9 @@ def test_the_gradient_goes_through_the_dequantised_weight(format, group_size):
 
 def test_compiles():
     torch.compiler.reset()
-    model = nn.Sequential(linear.FewRowsLinear(64, 64), QuantizedLinear(nn.Linear(64, 32), "int8"))
+    model = nn.Sequential(
+        linear.FewRowsLinear(64, 64), QuantizedLinear(nn.Linear(64, 32), moe_ops.Int8WeightConfig())
+    )
     x = torch.randn(1, 3, 64)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -125,11 +129,11 @@ def test_compiles():
 
 
 def test_bad_calls():
-    with pytest.raises(ValueError, match=r"must be a multiple of group_size = 32, got 40"):
-        QuantizedLinear(nn.Linear(40, 8), "int4")
-    with pytest.raises(ValueError, match=r"format must be 'int8' or 'int4', got 'fp4'"):
-        QuantizedLinear(nn.Linear(64, 8), "fp4")
+    with pytest.raises(
+        ValueError, match=r"must be a multiple of 64 for int4 g64, got 40; use int8"
+    ):
+        QuantizedLinear(nn.Linear(40, 8))
     layer = nn.Linear(64, 8)
     layer.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"must be finite"):
-        QuantizedLinear(layer, "int8")
+        QuantizedLinear(layer, moe_ops.Int8WeightConfig())

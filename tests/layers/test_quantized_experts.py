@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.helpers.moe import build_moe
+from tests.helpers.quantized import weight_config
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import Experts, QuantizedExperts
+from moe_ops.layers import Experts
+from moe_ops.quant import QuantizedExperts
 
 FORMATS = [("int8", None), ("int4", 32), ("int4", 64), ("int4", 128)]
 E, H, I, K, T = 5, 128, 256, 2, 23
@@ -62,7 +64,7 @@ def test_computes_what_its_float_form_does(
     activation, bias, interleaved, format, group_size, on_input
 ):
     experts = make(activation, bias, interleaved, alpha=1.5, limit=1.0)
-    quantized = QuantizedExperts.from_experts(experts, format, group_size=group_size)
+    quantized = moe_ops.quantize(experts, weight_config(format, group_size))
     x, weights, ids = routing()
     with torch.no_grad():
         got = quantized(x, weights, ids, apply_router_weight_on_input=on_input)
@@ -77,7 +79,7 @@ def test_computes_what_its_float_form_does(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("format", "group_size"), FORMATS[:2])
 def test_x_keeps_its_dtype(dtype, format, group_size):
-    quantized = QuantizedExperts.from_experts(make(bias=True), format, group_size=group_size)
+    quantized = moe_ops.quantize(make(bias=True), weight_config(format, group_size))
     x, weights, ids = routing(dtype=dtype)
     with torch.no_grad():
         y = quantized(x, weights, ids)
@@ -87,7 +89,7 @@ def test_x_keeps_its_dtype(dtype, format, group_size):
 
 
 def test_no_tokens_and_no_experts_for_a_token():
-    quantized = QuantizedExperts.from_experts(make())
+    quantized = moe_ops.quantize(make(), moe_ops.Int4WeightConfig())
     x, weights, ids = routing()
     with torch.no_grad():
         assert quantized(x[:0], weights[:0], ids[:0]).shape == (0, H)
@@ -97,7 +99,7 @@ def test_no_tokens_and_no_experts_for_a_token():
 @pytest.mark.parametrize(("format", "group_size"), FORMATS)
 def test_memory(format, group_size):
     experts = make(bias=True)
-    quantized = QuantizedExperts.from_experts(experts, format, group_size=group_size)
+    quantized = moe_ops.quantize(experts, weight_config(format, group_size))
     numbers = experts.w_gate_up.numel() + experts.w_down.numel()
     bits = 8 if format == "int8" else 4
     scales = E * (2 * I + H) if format == "int8" else numbers // group_size
@@ -108,7 +110,7 @@ def test_memory(format, group_size):
 
 
 def test_buffers_and_no_parameters():
-    quantized = QuantizedExperts.from_experts(make())
+    quantized = moe_ops.quantize(make(), moe_ops.Int4WeightConfig())
     assert not list(quantized.parameters())
     assert quantized.w_gate_up.dtype == torch.uint8
     assert quantized.w_gate_up.shape == (E, 2 * I, H // 2)
@@ -136,8 +138,8 @@ def test_buffers_and_no_parameters():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_casts_touch_only_biases(cast, calibrated):
     batch = [routing()]
-    quantized = QuantizedExperts.from_experts(
-        make(bias=True), calibration=batch if calibrated else None
+    quantized = moe_ops.quantize(
+        make(bias=True), moe_ops.Int4WeightConfig(), calibration=batch if calibrated else None
     )
     before = copy.deepcopy(quantized)
     after = cast(quantized)
@@ -151,7 +153,9 @@ def test_casts_touch_only_biases(cast, calibrated):
 
 
 def test_a_cast_keeps_the_numbers():
-    quantized = QuantizedExperts.from_experts(make(bias=True), calibration=[routing()])
+    quantized = moe_ops.quantize(
+        make(bias=True), moe_ops.Int4WeightConfig(), calibration=[routing()]
+    )
     before = copy.deepcopy(quantized)
     quantized.to(torch.bfloat16).float()
     for name, buffer in quantized.named_buffers():
@@ -163,10 +167,9 @@ def test_a_cast_keeps_the_numbers():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_state_dict_round_trip(tmp_path, format, group_size, calibrated):
     batch = routing()
-    quantized = QuantizedExperts.from_experts(
+    quantized = moe_ops.quantize(
         make(bias=True),
-        format,
-        group_size=group_size,
+        weight_config(format, group_size),
         calibration=[batch] if calibrated else None,
     )
     save_file(quantized.state_dict(), tmp_path / "experts.safetensors")
@@ -190,18 +193,18 @@ def test_float_weights_are_not_loaded():
 
 
 def test_another_format_is_not_loaded():
-    state = QuantizedExperts.from_experts(make(), group_size=32).state_dict()
+    state = moe_ops.quantize(make(), moe_ops.Int4WeightConfig(32)).state_dict()
     with pytest.raises(RuntimeError, match=r"w_gate_up_scale must be float32 .*\[5, 512, 2\], got"):
-        QuantizedExperts(E, H, I, group_size=64).load_state_dict(state)
+        QuantizedExperts(E, H, I, format="int4 g64").load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"w_down must be int8 of shape .* got uint8"):
         QuantizedExperts(E, H, I, format="int8").load_state_dict(state)
     halves = {k: v.half() if k.endswith("scale") else v for k, v in state.items()}
     with pytest.raises(RuntimeError, match=r"must be float32 .* got float16"):
-        QuantizedExperts(E, H, I, group_size=32).load_state_dict(halves)
+        QuantizedExperts(E, H, I, format="int4 g32").load_state_dict(halves)
 
 
 def test_missing_keys_are_reported():
-    state = QuantizedExperts.from_experts(make()).state_dict()
+    state = moe_ops.quantize(make(), moe_ops.Int4WeightConfig()).state_dict()
     del state["w_down_scale"]
     with pytest.raises(RuntimeError, match=r"Missing key.*w_down_scale"):
         QuantizedExperts(E, H, I).load_state_dict(state)
@@ -210,7 +213,7 @@ def test_missing_keys_are_reported():
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_gradients_are_those_of_the_dequantised_layer(format):
     """The forward has the bits of inference; gradients know nothing of its rounding of x."""
-    quantized = QuantizedExperts.from_experts(make(), format)
+    quantized = moe_ops.quantize(make(), weight_config(format))
     x, weights, ids = routing()
     with torch.no_grad():
         want = quantized(x, weights, ids)
@@ -224,15 +227,15 @@ def test_gradients_are_those_of_the_dequantised_layer(format):
         assert (ours - theirs).norm() <= 0.03 * theirs.norm()
 
 
-def test_from_experts_leaves_the_bank_alone():
+def test_experts_alone_are_left_as_they_are():
     experts = make()
     before = copy.deepcopy(experts.state_dict())
-    quantized = QuantizedExperts.from_experts(experts)
+    quantized = moe_ops.quantize(experts, moe_ops.Int4WeightConfig())
     assert all(torch.equal(experts.state_dict()[k], v) for k, v in before.items())
     assert not quantized.training
-    assert QuantizedExperts.from_experts(experts.train()).training
-    with pytest.raises(ValueError, match=r"experts must be a moe_ops.layers.Experts, got Linear"):
-        QuantizedExperts.from_experts(torch.nn.Linear(2, 2))
+    assert moe_ops.quantize(experts.train(), moe_ops.Int4WeightConfig()).training
+    with pytest.raises(ValueError, match=r"model must hold float experts, got Linear"):
+        moe_ops.quantize(torch.nn.Linear(2, 2), moe_ops.Int4WeightConfig())
 
 
 def test_dequantize_is_close_to_the_bank():
@@ -240,7 +243,7 @@ def test_dequantize_is_close_to_the_bank():
     x, weights, ids = routing()
     x *= torch.logspace(-1, 1, H)
     for calibration in (None, [(x, weights, ids)]):
-        quantized = QuantizedExperts.from_experts(experts, "int8", calibration=calibration)
+        quantized = moe_ops.quantize(experts, moe_ops.Int8WeightConfig(), calibration=calibration)
         back = quantized.dequantize(torch.float64)
         assert relative(back.w_gate_up, experts.w_gate_up) < 0.01
         assert relative(back.w_down, experts.w_down) < 0.01
@@ -251,7 +254,7 @@ def test_dequantize_is_close_to_the_bank():
 
 def test_select():
     batch = routing()
-    quantized = QuantizedExperts.from_experts(make(bias=True), calibration=[batch])
+    quantized = moe_ops.quantize(make(bias=True), moe_ops.Int4WeightConfig(), calibration=[batch])
     x, weights, _ = batch
     few = quantized.select([3, 1])
     ids = torch.randint(0, 2, (T, K))
@@ -265,7 +268,7 @@ def test_select():
 
 @pytest.mark.parametrize("operation", ["append", "split", "merge"])
 def test_other_bank_operations_need_floats(operation):
-    quantized = QuantizedExperts.from_experts(make())
+    quantized = moe_ops.quantize(make(), moe_ops.Int4WeightConfig())
     with pytest.raises(NotImplementedError, match=rf"{operation} needs float weights; call deq"):
         getattr(quantized, operation)(1)
 
@@ -276,7 +279,7 @@ def test_in_a_moe():
     x = torch.randn(2, 9, H)
     with torch.no_grad():
         want = layer(x)
-        returned = moe_ops.quantize_experts(layer, "int8")
+        returned = moe_ops.quantize(layer, moe_ops.Int8WeightConfig())
         assert returned is layer and isinstance(layer.experts, QuantizedExperts)
         assert relative(layer(x), want) < 0.05
         small = layer.select([0, 2, 4])
@@ -288,7 +291,7 @@ def test_in_a_moe():
 def test_pack_weights_skips_with_a_word():
     layer = build_moe(H, I, E, K).eval()
     both = torch.nn.Sequential(layer, build_moe(H, I, E, K).eval())
-    moe_ops.quantize_experts(layer)
+    moe_ops.quantize(layer, moe_ops.Int4WeightConfig())
     with pytest.warns(UserWarning, match="pack_weights: skipped 1 bank of quantised experts"):
         assert layer.pack_weights() == 0
     with pytest.warns(UserWarning, match="skipped 1 bank"):
@@ -302,10 +305,10 @@ def test_pack_weights_skips_with_a_word():
     ("kwargs", "message"),
     [
         ({"format": "int2"}, r"format must be one of int8, int4, mxfp4, .*, got 'int2'"),
-        ({"format": "mxfp4", "group_size": 32}, r"group_size and scale_dtype must not be given"),
-        ({"format": "int8", "group_size": 64}, r"group_size must be None for int8.* got 64"),
-        ({"group_size": 48}, r"group_size must be 32, 64 or 128, got 48"),
-        ({"hidden_size": 96}, r"features of w_gate_up must be a multiple.* got 96; .*size 32"),
+        ({"format": "mxfp4 g32"}, r"group_size and zero_points must not be given for mxfp4"),
+        ({"format": "int8, int8, int8"}, r"format must be one name or two, got 'int8, int8, int8'"),
+        ({"format": "int4 g48"}, r"group_size must be a multiple of 32, got 48"),
+        ({"hidden_size": 96}, r"features of w_gate_up must be a multiple.* got 96; .*int4 g32"),
         ({"intermediate_size": 40}, r"features of w_down must be a multiple.*got 40; use int8"),
         ({"num_experts": 0}, r"num_experts must be at least 1, got 0"),
         ({"activation": "tanh"}, r"activation must be one of .* got 'tanh'"),
@@ -319,14 +322,14 @@ def test_bad_arguments(kwargs, message):
 
 
 def test_check_names_the_buffer():
-    quantized = QuantizedExperts.from_experts(make())
+    quantized = moe_ops.quantize(make(), moe_ops.Int4WeightConfig())
     quantized.w_down_scale = quantized.w_down_scale.double()
     with pytest.raises(ValueError, match=r"here: w_down_scale must be float32 .* got float64"):
         quantized.check("here")
 
 
 def test_compiles():
-    quantized = QuantizedExperts.from_experts(make())
+    quantized = moe_ops.quantize(make(), moe_ops.Int4WeightConfig())
     batch = routing()
     compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -337,7 +340,7 @@ def test_report_of_a_bank():
     experts = make()
     batches = [routing(), routing()]
     baseline = quant.collect_calibration(experts, batches)
-    quantized = moe_ops.quantize_experts(experts, "int4", group_size=32)
+    quantized = moe_ops.quantize(experts, moe_ops.Int4WeightConfig(32))
     report = quant.compare_quality(quantized, baseline)
     (bank,) = report.banks
     assert bank.name == "experts" and bank.format == "int4 g32" and bank.num_tokens == 2 * T

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tests.helpers.quantized import weight_config
 
 import moe_ops
 from moe_ops.layers import Experts, MoE, TopKRouter
@@ -51,7 +52,7 @@ class Layers(torch.nn.Module):
                 if bias is not None:
                     torch.nn.init.normal_(bias)
         if format is not None:
-            moe_ops.quantize_experts(self, format, group_size=32 if format == "int4" else None)
+            moe_ops.quantize(self, weight_config(format, 32 if format == "int4" else None))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -136,8 +136,8 @@ class Others(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         bank = layers.Experts(E, 64, 64, bias=True)
-        self.int8 = layers.QuantizedExperts.from_experts(bank, "int8")
-        self.int4 = layers.QuantizedExperts.from_experts(bank, "int4", group_size=32)
+        self.int8 = moe_ops.quantize(bank, moe_ops.Int8WeightConfig())
+        self.int4 = moe_ops.quantize(bank, moe_ops.Int4WeightConfig(32))
         self.soft = layers.SoftMoE(layers.Experts(E, 64, 3, activation="gelu"), 2)
         self.dense = layers.Experts(E, 64, 3, activation="relu", bias=True)
         self.norm = layers.ExpertBatchNorm(E, 64)
@@ -210,8 +210,10 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"^gated_act: tensors of an ONNX export must be float32"):
         table[ops.gated_act.default](value(ir.DataType.DOUBLE, T, H))
     single, codes = value(ir.DataType.FLOAT, T, H), value(ir.DataType.UINT8, E, H, H)
-    with pytest.raises(ValueError, match=r"^moe_ffn_quantized: weights .* int8 or int4, got anoth"):
-        table[ops.moe_ffn_quantized.default](single, codes, codes, codes, codes, single, single)
+    with pytest.raises(ValueError, match=r"^moe_ffn_quantized: weights .* int8 or int4, got mxfp4"):
+        table[ops.moe_ffn_quantized.default](
+            single, codes, codes, codes, codes, single, single, "mxfp4"
+        )
     with pytest.raises(
         ValueError, match=r"^mix_expert_outputs: an ONNX export must be of a model in eval"
     ):

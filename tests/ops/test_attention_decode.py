@@ -5,10 +5,10 @@ import torch
 from tests.helpers import attention_block
 from tests.helpers.attention_block import mask_of, sorted_call
 from tests.helpers.op_case import OpCase
-from tests.helpers.quantized import quantized
+from tests.helpers.quantized import label_of, quantized
 
 import moe_ops
-from moe_ops.quant import dequantize
+from moe_ops.quant import dequantize_weight
 from moe_ops.testing import assert_identical, short
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -217,12 +217,12 @@ def test_weights_stored_transposed():
 def test_codes(bits, group):
     """As grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
     call = operands(torch.bfloat16, hidden=128, heads=4, size=32, bias=True, length=2)
-    exact = dict(call)
+    kind, exact = label_of(bits, group), dict(call)
     for name in "qko":  # w_v stays as it is: each is for itself.
         q, scale = quantized(call[f"w_{name}"].float()[None], bits, group)
         call |= {f"w_{name}": q[0], f"w_{name}_scale": scale[0]}
-        exact[f"w_{name}"] = dequantize(q, scale)[0]
-    check(call, exact, 0.03)
+        exact[f"w_{name}"] = dequantize_weight(q, scale, kind)[0]
+    check(call | {"formats": [kind, kind, "float", kind]}, exact, 0.03)
 
 
 def test_no_tokens():
@@ -273,8 +273,8 @@ def test_compiled():
         ({"w_q": torch.zeros(95, 40)}, r"w_q must have a multiple of m d = 32 features"),
         ({"w_k": torch.zeros(32, 39)}, r"w_k must have rows of 40 weights, got 39"),
         ({"w_o": torch.zeros(40, 96).double()}, r"w_o must be float32 like x, got float64"),
-        ({"w_v": torch.zeros(32, 40, dtype=torch.int8)}, r"w_v_scale must be given beside codes"),
-        ({"w_v_scale": torch.zeros(32)}, r"w_v_scale must be None beside a weight that is no"),
+        ({"w_v": torch.zeros(32, 40, dtype=torch.int8)}, r"w_v must be float32 like x, got int8"),
+        ({"w_v_scale": torch.zeros(32)}, r"w_v_scale must be None for float, got shape"),
         ({"k_norm": None}, r"q_norm and k_norm must be given together"),
         ({"q_norm": torch.zeros(96)}, r"k_norm must have"),
         ({"rotary_size": 18}, r"rotary_size must be even and from 0 to d = 16, got 18"),

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.op_case import OpCase
-from tests.helpers.quantized import quantized
+from tests.helpers.quantized import label_of, quantized
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.quant import dequantize
+from moe_ops.quant import dequantize_weight
 from moe_ops.testing import as_strided_copy, assert_identical, eps, short
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -123,11 +123,12 @@ def test_the_same_bits_for_any_layout_and_number_of_threads(dtype, set_threads):
 def test_codes(bits, group):
     """As grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
     call = operands(torch.bfloat16, hidden=128, width=64, features=48)
-    exact = dict(call)
+    kind, exact = label_of(bits, group), dict(call)
+    call["formats"] = [kind, "float", kind]
     for name in ("w_gate", "w_down"):  # w_up stays as it is: each is for itself.
         q, scale = quantized(call[name].float()[None], bits, group)
         call |= {name: q[0], f"{name}_scale": scale[0]}
-        exact[name] = dequantize(q, scale)[0].double()
+        exact[name] = dequantize_weight(q, scale, kind)[0].double()
     want = reference.gated_mlp_decode(**wide(exact))
     assert (moe_ops.gated_mlp_decode(**call).double() - want).norm() <= 0.03 * want.norm()
 
@@ -161,7 +162,7 @@ def test_opcheck_and_compiled():
         ({"w_gate": torch.zeros(24, 39)}, r"w_gate must have rows of 40 weights, got 39"),
         ({"w_up": torch.zeros(23, 40)}, r"w_up must have the number of features = 24"),
         ({"w_down": torch.zeros(40, 23)}, r"w_down must have rows of 24 weights, got 23"),
-        ({"w_up": torch.zeros(24, 40, dtype=torch.int8)}, r"w_up_scale must be given beside codes"),
+        ({"w_up": torch.zeros(24, 40, dtype=torch.int8)}, r"w_up must be float32 like x, got int8"),
         ({"output_gate": torch.zeros(41)}, r"output_gate must have H = 40"),
         ({"residual": torch.zeros(3, 41)}, r"residual must have O = 40"),
         ({"activation": "swiglu_oai"}, r"activation must be one of swiglu, geglu, geglu_tanh, re"),

@@ -9,6 +9,7 @@ from tests.helpers.quantized import (
     check_grouped_gemm_quantized,
     check_grouped_gemm_quantized_on_device,
     check_stored_gemm,
+    label_of,
     quantized,
     quantized_gemm_operands,
     stored_gemm_call,
@@ -17,7 +18,7 @@ from torch.func import grad, jvp, vmap
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.quant import dequantize
+from moe_ops.quant import dequantize_weight
 from moe_ops.testing import as_strided_copy, assert_identical, short
 
 
@@ -28,6 +29,7 @@ def int8_call(s):
         "b_scale": torch.rand(s.e, s.o),
         "expert_offsets": s.offsets(),
         "bias": s.narrow(s.e, s.o),
+        "format": "int8",
     }
 
 
@@ -41,12 +43,13 @@ OP_CASES = {
             torch.empty(1, 2**10, 0, dtype=torch.int8),
             torch.ones(1, 2**10),
             torch.tensor([0, 0]),
+            format="int8",
         ),
     )
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ((8, 32), (4, 32), (4, 64), (4, 128))
-NAMES = ("int8", "int4-32", "int4-64", "int4-128")
+NAMES = ("int8", "int4 g32", "int4 g64", "int4 g128")
 formats = pytest.mark.parametrize(("bits", "group"), FORMATS, ids=NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
@@ -109,7 +112,9 @@ def test_stored_formats(kind, counts, backend):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("kind", ["int4 g96 zero", "int8 groups", "int4-32", "int8", "fp8", "q4_k"])
+@pytest.mark.parametrize(
+    "kind", ["int4 g96 zero", "int8 g32 float16", "int4 g32", "int8", "fp8", "q4_k"]
+)
 def test_gradients_through_stored_formats(kind, counts):
     for dtype in (torch.float32, torch.float16):
         check_stored_gemm(stored_gemm_call(kind, counts, 768, 40, dtype), ["a", "bias"])
@@ -118,13 +123,14 @@ def test_gradients_through_stored_formats(kind, counts):
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", [*STORED_GROUPS, *STORED_RECORDS])
 def test_stored_bits_do_not_depend_on_threads_and_in_one_mode_not_on_neighbours(kind, set_threads):
-    depth = 800 if kind == "int8 g160" else 1536
+    depth = 800 if "g160" in kind else 1536
     call = stored_gemm_call(kind, (1, 3, 8), depth, 70, torch.float32)
     set_threads(1)
     y = moe_ops.grouped_gemm_quantized(**call)
     set_threads(2)
     assert_identical(moe_ops.grouped_gemm_quantized(**call), y)
     one = {name: t[2:] for name, t in call.items() if name[0] == "b"}
+    one["format"] = kind
     with moe_ops.batch_invariant():
         y = moe_ops.grouped_gemm_quantized(**call)
         offsets = torch.tensor([0, 1])
@@ -149,6 +155,11 @@ def test_weights_that_are_not_finite_or_subnormal(rows):
     call["a"].abs_()
     y = moe_ops.grouped_gemm_quantized(**call)[:rows]
     assert y[:, 4].isnan().all() and y.isnan().sum() == rows
+    two = stored_gemm_call("nvfp4", (rows,), 96, 9, torch.float32)
+    for byte, row in ((0x7F, 4), (0xFF, 6)):  # e4m3's NaN of either sign
+        two["b_scale"][0, row, 4 + 2] = byte
+    y = moe_ops.grouped_gemm_quantized(**two)[:rows]
+    assert y[:, [4, 6]].isnan().all() and y.isnan().sum() == 2 * rows
     call["a"] *= 2.0**120
     call["b_scale"][:] = torch.arange(3, dtype=torch.uint8)
     check_stored_gemm(call)
@@ -190,7 +201,7 @@ def test_gradients_are_those_of_the_dequantised_weights(bits, group):
 @formats
 def test_transforms_are_those_of_the_formula(bits, group):
     call = quantized_gemm_operands((5, 12), 128, 24, torch.float32, bits, group, bias=True)
-    weights = dequantize(call["b"], call["b_scale"])
+    weights = dequantize_weight(call["b"], call["b_scale"], call["format"])
 
     def function(a):
         return moe_ops.grouped_gemm_quantized(**{**call, "a": a})
@@ -211,19 +222,35 @@ def test_transforms_are_those_of_the_formula(bits, group):
 def test_weights_are_what_quant_says(bits, group):
     w = torch.randn(1, 16, 128)
     q, scale = quantized(w, bits, group)
+    format = label_of(bits, group)
     eye = torch.eye(128)
-    y = moe_ops.grouped_gemm_quantized(eye, q, scale, torch.tensor([0, 128]))
-    torch.testing.assert_close(y.T, dequantize(q, scale)[0], rtol=1e-5, atol=1e-6)
+    y = moe_ops.grouped_gemm_quantized(eye, q, scale, torch.tensor([0, 128]), format=format)
+    torch.testing.assert_close(y.T, dequantize_weight(q, scale, format)[0], rtol=1e-5, atol=1e-6)
+
+
+BYTES = torch.zeros(1, 8, 64, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"a": torch.randn(5, 64, dtype=torch.float64)}, "a must be float32, bfloat16 or float16"),
-        ({"b": torch.zeros(1, 8, 64)}, "b must be int8, (or )?uint8 with two 4-bit weights a byte"),
+        (
+            {"b": torch.zeros(1, 8, 64)},
+            r"b must be int8 \[E, O, D\] for int8, got float32 of shape \[1, 8, 64\]",
+        ),
         ({"b": torch.zeros(1, 8, 63, dtype=torch.int8)}, "b must have rows of K = 64 weights"),
-        ({"b_scale": torch.zeros(1, 7)}, "b_scale must have"),
+        ({"b_scale": torch.zeros(1, 7)}, r"b_scale must be float32 \[1, 8\] for int8, got float32"),
         ({"b_scale": torch.zeros(1, 8).bfloat16()}, "b_scale must be float32.*, got bfloat16"),
+        (
+            {"b_zero": torch.zeros(1, 8, dtype=torch.uint8)},
+            "b_zero must be None for int8, got shape",
+        ),
+        ({"format": "int4 g64"}, r"b must be uint8 \[E, O, D/2\] for int4 g64, got int8"),
+        ({"format": "int4 g64 zero", "b": BYTES}, r"b_scale must be float32 \[1, 8, 2\] for int4"),
+        ({"format": "int4 g96", "b": BYTES}, "b must have rows of a multiple of 96 weights for"),
+        ({"format": "int4"}, "format must name a format of quantized weights .*, got 'int4'"),
+        ({"format": "int8, int8"}, "format must name a format of quantized weights .*, got 'int8,"),
         ({"bias": torch.zeros(1, 7)}, "bias must have"),
         pytest.param(
             {"expert_offsets": torch.tensor([0, 6])}, "expert_offsets", marks=pytest.mark.cpu_only
@@ -236,6 +263,7 @@ def test_bad_calls(change, message):
         "b": torch.zeros(1, 8, 64, dtype=torch.int8),
         "b_scale": torch.ones(1, 8),
         "expert_offsets": torch.tensor([0, 5]),
+        "format": "int8",
     }
     with pytest.raises(ValueError, match=f"grouped_gemm_quantized: {message}"):
         moe_ops.grouped_gemm_quantized(**call | change)

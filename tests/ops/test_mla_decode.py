@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from tests.helpers import attention_block
 from tests.helpers.attention_block import mask_of, sorted_call
 from tests.helpers.op_case import OpCase
-from tests.helpers.quantized import quantized
+from tests.helpers.quantized import label_of, quantized
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.quant import dequantize
+from moe_ops.quant import dequantize_weight
 from moe_ops.testing import assert_identical, short
 
 OP = "mla_decode"
@@ -216,12 +216,12 @@ def test_weights_stored_transposed_and_angles_for_all_sequences():
 def test_codes(bits, group):
     """As grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
     call = operands(torch.bfloat16, hidden=128, query_rank=64, heads=4, value=16, length=2)
-    exact = dict(call)
+    kind, exact = label_of(bits, group), dict(call)
     for name in ("q_a", "q", "o"):  # w_kv_a stays as it is: each is for itself.
         q, scale = quantized(call[f"w_{name}"].float()[None], bits, group)
         call |= {f"w_{name}": q[0], f"w_{name}_scale": scale[0]}
-        exact[f"w_{name}"] = dequantize(q, scale)[0]
-    check(call, exact, 0.03)
+        exact[f"w_{name}"] = dequantize_weight(q, scale, kind)[0]
+    check(call | {"formats": [kind, "float", kind, kind]}, exact, 0.03)
 
 
 def test_no_tokens():

@@ -47,7 +47,7 @@ def shard(modules):
 model = torch.nn.Sequential(MoE.from_config(MoEConfig(32, 32, 4, 2))).eval()
 fully_shard(model[0], mesh=mesh)
 experts, router = model[0].experts, model[0].router
-record("quantize_experts", lambda: moe_ops.quantize_experts(model, "int8"))
+record("quantize", lambda: moe_ops.quantize(model, moe_ops.Int8WeightConfig()))
 record("pack_weights", lambda: moe_ops.pack_weights(model))
 record("use_huge_pages", lambda: use_huge_pages(model))
 record("use_huge_pages of a tensor", lambda: use_huge_pages(experts.w_down))
@@ -68,7 +68,7 @@ if "hf" in sys.argv:
         model = build(name)
         shard(model.modules())
         moe_ops.hf.enable(model)
-        record(f"quantize_experts {name}", lambda: moe_ops.quantize_experts(model, "int8"))
+        record(f"quantize {name}", lambda: moe_ops.quantize(model, moe_ops.Int8WeightConfig()))
         if name != "dbrx":
             record(f"pack_weights {name}", lambda: moe_ops.pack_weights(model))
 print(json.dumps(said))
@@ -82,7 +82,7 @@ FIRST = {
     "llama4_text": "model.layers.1.feed_forward.experts.gate_up_proj",
 }
 CASES = {
-    "quantize_experts": "quantize_experts: 0.experts.w_gate_up",
+    "quantize": "quantize: 0.experts.w_gate_up",
     "pack_weights": "pack_weights: 0.experts.w_gate_up",
     "use_huge_pages": "use_huge_pages: 0.router.weight",
     "use_huge_pages of a tensor": "use_huge_pages: the tensor",
@@ -93,7 +93,7 @@ CASES = {
 }
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 if HAS_TRANSFORMERS:
-    CASES |= {f"quantize_experts {m}": f"quantize_experts: {name}" for m, name in FIRST.items()}
+    CASES |= {f"quantize {m}": f"quantize: {name}" for m, name in FIRST.items()}
     CASES |= {
         f"pack_weights {m}": f"pack_weights: {name}" for m, name in FIRST.items() if m != "dbrx"
     }

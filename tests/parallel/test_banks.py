@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.helpers.moe import build_moe
+from tests.helpers.quantized import weight_config
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import moe_ops
 from moe_ops import quant
-from moe_ops.layers import Experts, QuantizedExperts
+from moe_ops.layers import Experts
 from moe_ops.parallel.sharding import fully_shard_moe, init_moe_meshes, shard_experts
+from moe_ops.quant import QuantizedExperts
 
 from .common import EXPERTS, whole
 
@@ -99,7 +101,7 @@ def refused_surgery(rank):
     fully_shard_moe(layer, meshes.dp, meshes.efsdp)
     record(lambda: layer.experts.select([0, 1]))
     record(lambda: moe_ops.pack_weights(layer))
-    record(lambda: moe_ops.quantize_experts(layer, "int8"))
+    record(lambda: moe_ops.quantize(layer, moe_ops.Int8WeightConfig()))
     plain = fully_shard(Experts(EXPERTS, HIDDEN, 32), mesh=meshes.dp)
     record(lambda: Experts.forward_local(plain, tokens(), None, None) if rank > 1 else None)
     record(lambda: plain.mix(tokens(), torch.ones(24, EXPERTS)))
@@ -112,7 +114,7 @@ def test_what_cannot_be_done_is_said(processes):
     assert said[0].startswith("shard_experts: the 2 ranks of ep_mesh must divide the experts")
     assert said[1].startswith("Experts: w_gate_up must be a plain tensor, got a DTensor")
     assert said[2].startswith("pack_weights: experts.w_gate_up must be a plain tensor")
-    assert said[3].startswith("quantize_experts: experts.w_gate_up must be a plain tensor")
+    assert said[3].startswith("quantize: experts.w_gate_up must be a plain tensor")
     for text in said[5:]:
         assert text.startswith("Experts: w_gate_up must be a plain tensor"), text
         assert text.endswith("moe_ops.parallel.shard_experts shares it out."), text
@@ -156,9 +158,7 @@ GROUPS = {"int8": None, "int4": 32}
 def with_zero_points():
     """A layer whose bank is as a checkpoint of GPTQ or AWQ has one."""
     layer = make_layer()
-    bank = QuantizedExperts(
-        EXPERTS, HIDDEN, 32, group_size=32, scale_dtype="float16", zero_points=True, bias=True
-    )
+    bank = QuantizedExperts(EXPERTS, HIDDEN, 32, format="int4 g32 float16 zero", bias=True)
     generator = torch.Generator().manual_seed(3)
     for name, buffer in bank.named_buffers():
         if buffer.is_floating_point():
@@ -174,16 +174,16 @@ def quantise(rank, format):
     ep_mesh = init_moe_meshes(2).ep
     layer = shard_experts(make_layer(), ep_mesh)
     try:
-        moe_ops.quantize_experts(layer, format, group_size=GROUPS[format], calibration=[tokens()])
+        moe_ops.quantize(layer, weight_config(format, GROUPS[format]), calibration=[tokens()])
         said = "no error"
     except ValueError as error:
         said = str(error)
-    moe_ops.quantize_experts(layer, format, group_size=GROUPS[format])
+    moe_ops.quantize(layer, weight_config(format, GROUPS[format]))
     bank = layer.experts
     assert isinstance(bank, QuantizedExperts)
     y = results(layer, rank)[1]
     # The other way round: first quantized, then shared out.
-    other = moe_ops.quantize_experts(make_layer(), format, group_size=GROUPS[format])
+    other = moe_ops.quantize(make_layer(), weight_config(format, GROUPS[format]))
     shard_experts(other, ep_mesh)
     buffers = {name: whole(b) for name, b in bank.named_buffers()}
     same = all(torch.equal(whole(b), buffers[name]) for name, b in other.experts.named_buffers())
@@ -211,7 +211,7 @@ def quantise(rank, format):
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_each_rank_quantises_its_experts(processes, format):
-    layer = moe_ops.quantize_experts(make_layer(), format, group_size=GROUPS[format])
+    layer = moe_ops.quantize(make_layer(), weight_config(format, GROUPS[format]))
     _, y = results(layer, 0)
     parts = processes.run(quantise, format, world=2)
     for got in parts:
@@ -219,7 +219,7 @@ def test_each_rank_quantises_its_experts(processes, format):
         assert got["same"]
         for name, buffer in layer.experts.named_buffers():
             assert torch.equal(got["buffers"][name], buffer), name
-        assert got["said"].startswith("quantize_experts: calibration must be None where experts")
+        assert got["said"].startswith("quantize: calibration must be None where experts")
         assert got["refused"][0].startswith("QuantizedExperts.dequantize: w_gate_up must be a")
         assert got["refused"][1].startswith("QuantizedExperts.select: w_gate_up must be a plain")
     for key in ("y", "other"):

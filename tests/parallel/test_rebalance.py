@@ -302,7 +302,7 @@ def other_things(rank):
         move_experts(layer, None, TWICE)
         found.append(torch.allclose(layer(x), whole_layer(x), atol=1e-5))
         for model in (layer, whole_layer):
-            moe_ops.quantize_experts(model, "int8")
+            moe_ops.quantize(model, moe_ops.Int8WeightConfig())
         for placement in (TWICE, OTHERS):
             move_experts(layer, None, placement)
             found.append(torch.allclose(layer(x), whole_layer(x), atol=1e-5))

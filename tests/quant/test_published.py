@@ -15,7 +15,9 @@ O, D, G = 24, 256, 64
 
 
 def value(weight):
-    return dequantized(weight.codes, weight.scale, weight.zero, torch.float64)
+    return dequantized(
+        weight.codes, weight.scale, weight.zero, format=weight.format.label, dtype=torch.float64
+    )
 
 
 def stored_as_said(weight):
@@ -104,6 +106,27 @@ def test_what_cannot_be_held_is_refused():
         adapted(weight, plain)
     with pytest.raises(ValueError, match=r"must be one of Q4_0, Q8_0, Q4_K, Q6_K, got Q5_K"):
         published.from_ggml(torch.zeros(1, 176, dtype=torch.uint8), "Q5_K")
+
+
+@pytest.mark.parametrize("library", ["modelopt", "compressed-tensors"])
+def test_nvfp4(library):
+    codes = torch.randint(0, 16, (O, D), dtype=torch.uint8)
+    scale = (torch.rand(O, D // 16) * 400 + 40).to(torch.float8_e4m3fn)
+    factor = 2.0**-9
+    parts = layout.nvfp4(codes, scale, factor, library).values()
+    weight = published.from_nvfp4(*parts, inverse=library != "modelopt")
+    assert torch.equal(value(weight).float(), layout.nvfp4_meaning(codes, scale, factor))
+    shapes = {part: list(shape) for part, (shape, _) in weight.format.tensors(O, D).items()}
+    assert shapes == {"": list(weight.codes.shape), "_scale": list(weight.scale.shape)}
+    # Gate and up may have factors of their own.
+    other = published.from_nvfp4(*layout.nvfp4(codes, scale, 0.5, "modelopt").values())
+    both = value(concatenated([weight, other]))
+    assert torch.equal(both, torch.cat([value(weight), value(other)]))
+    packed, scale, factor = parts
+    with pytest.raises(ValueError, match=r"from_nvfp4: scale must be for 16 inputs each"):
+        published.from_nvfp4(packed[:, ::2].contiguous(), scale, factor)
+    with pytest.raises(ValueError, match=r"from_nvfp4: scale must be float8_e4m3fn"):
+        published.from_nvfp4(packed, scale.float(), factor)
 
 
 # ------------------------------------------------------------------ files of the libraries' own

@@ -11,12 +11,13 @@ import weakref
 import pytest
 import torch
 from tests.helpers.moe import build_moe
+from tests.helpers.quantized import weight_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops import quant, zoo
-from moe_ops.layers import Experts, MoE, QuantizedExperts
-from moe_ops.quant import ExpertInputs, ExpertWeights
+from moe_ops.layers import Experts, MoE
+from moe_ops.quant import ExpertInputs, ExpertWeights, QuantizedExperts, WeightConfig
 
 H, I, E, K = 64, 96, 6, 2
 
@@ -40,7 +41,7 @@ def bank_and_inputs(outliers: float, tokens: int = 96):
 
 def test_scales_help_where_channels_differ():
     bank, inputs = bank_and_inputs(30.0)
-    choice = quant.find_x_scale(bank, inputs, "int4", 32)
+    choice = quant.find_x_scale(bank, inputs, "int4 g32")
     errors = dict(choice.errors)
     assert 0.0 < choice.exponent <= 1.0
     assert errors[choice.exponent] == min(errors.values()) < 0.5 * errors[0.0]
@@ -51,7 +52,7 @@ def test_scales_help_where_channels_differ():
 
 def test_scales_are_never_worse_than_none_on_their_inputs():
     bank, inputs = bank_and_inputs(1.0)
-    choice = quant.find_x_scale(bank, inputs, "int8", None, grid=4)
+    choice = quant.find_x_scale(bank, inputs, "int8", grid=4)
     errors = dict(choice.errors)
     assert list(errors) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert errors[choice.exponent] <= errors[0.0]
@@ -59,7 +60,7 @@ def test_scales_are_never_worse_than_none_on_their_inputs():
 
 def test_exponent_zero_is_no_scale():
     bank, inputs = bank_and_inputs(3.0)
-    choice = quant.find_x_scale(bank, inputs, "int4", 32, grid=1)
+    choice = quant.find_x_scale(bank, inputs, "int4 g32", grid=1)
     assert choice.exponent in (0.0, 1.0)
     assert choice.errors[0][0] == 0.0
     if choice.exponent == 0.0:
@@ -73,14 +74,14 @@ def test_inputs_that_say_nothing():
         inputs._replace(x=torch.zeros_like(inputs.x)),
         ExpertInputs(inputs.x[:0], inputs.topk_weights[:0], inputs.topk_ids[:0]),
     ):
-        choice = quant.find_x_scale(bank, useless, "int4", 32)
+        choice = quant.find_x_scale(bank, useless, "int4 g32")
         assert torch.equal(choice.x_scale, torch.ones(H)) and choice.errors == []
 
 
 def test_channels_that_are_always_zero():
     bank, inputs = bank_and_inputs(10.0)
     inputs.x[:, 7] = 0
-    choice = quant.find_x_scale(bank, inputs, "int4", 32)
+    choice = quant.find_x_scale(bank, inputs, "int4 g32")
     assert torch.isfinite(choice.x_scale).all() and (choice.x_scale > 0).all()
 
 
@@ -96,8 +97,8 @@ def test_calibrated_output_is_closer_on_other_tokens():
     other = batch()
     with torch.no_grad():
         want = experts(*other)
-        plain = QuantizedExperts.from_experts(experts, group_size=32)
-        aware = QuantizedExperts.from_experts(experts, group_size=32, calibration=[batch()])
+        plain = moe_ops.quantize(experts, moe_ops.Int4WeightConfig(32))
+        aware = moe_ops.quantize(experts, moe_ops.Int4WeightConfig(32), calibration=[batch()])
         # Of the error, what w_down adds stays.
         assert relative(aware(*other), want) < 0.9 * relative(plain(*other), want)
     assert aware.scale_exponent > 0 and plain.scale_exponent is None
@@ -128,7 +129,10 @@ def test_whole_model_in_place():
     with torch.no_grad():
         want = model(x)
         seen = []
-        assert moe_ops.quantize_experts(model, "int8", progress=lambda *a: seen.append(a)) is model
+        assert (
+            moe_ops.quantize(model, moe_ops.Int8WeightConfig(), progress=lambda *a: seen.append(a))
+            is model
+        )
         assert relative(model(x), want) < 0.05
     assert seen == [("first.experts", 0, 2), ("second.experts", 1, 2)]
     assert model.first.experts is model.again.experts
@@ -146,15 +150,17 @@ def test_float_weights_go():
         # The bank before this one is gone before this one is begun.
         assert [ref() is None for ref in alive] == [i < done for i in range(total)]
 
-    moe_ops.quantize_experts(model, progress=progress, group_size=32)
+    moe_ops.quantize(model, moe_ops.Int4WeightConfig(32), progress=progress)
     gc.collect()
     assert all(ref() is None for ref in (*alive, *storages))
 
 
 def test_calibration_of_a_model():
     model = Net().eval()
-    moe_ops.quantize_experts(
-        model, group_size=32, calibration=[torch.randn(2, 8, H), torch.randn(1, 3, H)]
+    moe_ops.quantize(
+        model,
+        moe_ops.Int4WeightConfig(32),
+        calibration=[torch.randn(2, 8, H), torch.randn(1, 3, H)],
     )
     for layer in (model.first, model.second):
         assert layer.experts.x_scale.shape == (H,)
@@ -193,36 +199,61 @@ def test_recorded_output_is_the_banks():
     torch.testing.assert_close(record.y, outputs[0], rtol=1e-5, atol=1e-6)
 
 
+def test_dense_layers_too():
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64), Net().first, torch.nn.Linear(128, 8))
+    experts = model[1].experts
+    config = moe_ops.Int4WeightConfig(64)
+    assert moe_ops.quantize(model, config, modules="linears") is model
+    # Small layers stay float; 96 has no groups of 64.
+    assert isinstance(model[0], quant.QuantizedLinear) and model[0].format == "int4 g32"
+    assert type(model[2]) is torch.nn.Linear and model[1].experts is experts
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64), Net().first, torch.nn.Linear(64, 32))
+    moe_ops.quantize(model, quant.Fp8WeightConfig(), modules="all", skip="2")
+    assert model[0].format == model[1].experts.format == "fp8"
+    assert type(model[2]) is torch.nn.Linear
+    x = torch.randn(5, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model[0](x), torch.nn.functional.linear(x, model[0].weight, model[0].bias)
+        )
+    with pytest.raises(ValueError, match=r"quantize: calibration must be None for linears"):
+        moe_ops.quantize(model, config, modules="linears", calibration=[x])
+
+
 def test_skip():
     model = Net()
-    moe_ops.quantize_experts(model, "int8", skip="sec*")
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip="sec*")
     assert isinstance(model.first.experts, QuantizedExperts)
     assert isinstance(model.second.experts, Experts)
-    moe_ops.quantize_experts(model, "int4", group_size=32)
-    assert model.second.experts.format == "int4" and model.first.experts.format == "int8"
+    moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
+    assert model.second.experts.format == "int4 g32" and model.first.experts.format == "int8"
 
 
 def test_skip_that_matches_no_bank():
-    with pytest.warns(UserWarning, match=r"skip must match the name of a bank, got 'first', which"):
-        moe_ops.quantize_experts(Net(), "int8", skip=["first", "second.*"])
+    with pytest.warns(
+        UserWarning, match=r"skip must match the name of a layer, got 'first', which"
+    ):
+        moe_ops.quantize(Net(), moe_ops.Int8WeightConfig(), skip=["first", "second.*"])
 
 
 @pytest.mark.parametrize(
     ("build", "kwargs", "message"),
     [
-        (lambda: torch.nn.Linear(2, 2), {}, r"hold a bank of float experts, got Linear without"),
-        (lambda: moe_ops.quantize_experts(Net(), "int8"), {}, r"got Net without one"),
-        (Net, {"format": "int3"}, r"format must be 'int8' or 'int4', got 'int3'"),
-        (Net, {}, r"first.experts's w_down must be a multiple of group_size = 64, got 96; .* 32"),
-        (Net, {"format": "int8", "group_size": 32}, r"group_size must be None for int8"),
+        (lambda: torch.nn.Linear(2, 2), {}, r"hold float experts, got Linear without"),
+        (lambda: moe_ops.quantize(Net(), moe_ops.Int8WeightConfig()), {}, r"got Net without any"),
+        (Net, {"config": "int8"}, r"config must be an Int8WeightConfig, .*, got 'int8'"),
+        (Net, {"config": WeightConfig()}, r"config must be an Int8WeightConfig, .*, got WeightC"),
+        (Net, {"modules": "heads"}, r"modules must be one of experts, linears, all, got 'heads'"),
+        (lambda: torch.nn.Sequential(), {"modules": "linears"}, r"must hold dense layers, got Seq"),
+        (Net, {}, r"first.experts's w_down must be a multiple of 64 for int4 g64, got 96; .* g32"),
         (
             lambda: Net().to("meta"),
-            {"format": "int8"},
+            {"config": moe_ops.Int8WeightConfig()},
             r"first.experts.w_gate_up must hold numbers, got a meta tensor",
         ),
         (
             Net,
-            {"format": "int8", "calibration": quant.CalibrationData({})},
+            {"config": moe_ops.Int8WeightConfig(), "calibration": quant.CalibrationData({})},
             r"calibration must come from this model, got none for 'first.experts'",
         ),
     ],
@@ -230,8 +261,8 @@ def test_skip_that_matches_no_bank():
 def test_what_cannot_be_replaced(build, kwargs, message):
     model = build()
     before = list(model.state_dict())
-    with pytest.raises(ValueError, match=rf"quantize_experts: .*{message}"):
-        moe_ops.quantize_experts(model, **kwargs)
+    with pytest.raises(ValueError, match=rf"quantize: .*{message}"):
+        moe_ops.quantize(model, **{"config": moe_ops.Int4WeightConfig(), **kwargs})
     assert list(model.state_dict()) == before
 
 
@@ -257,8 +288,8 @@ def test_weights_that_are_not_here(change, message):
     model = Net()
     experts = model.second.experts
     experts.w_down = torch.nn.Parameter(change(experts.w_down.detach()), requires_grad=False)
-    with pytest.raises(ValueError, match=rf"^quantize_experts: second.experts.w_down {message}"):
-        moe_ops.quantize_experts(model, "int8")
+    with pytest.raises(ValueError, match=rf"^quantize: second.experts.w_down {message}"):
+        moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     assert isinstance(model.first.experts, Experts)
 
 
@@ -271,12 +302,9 @@ def test_numbers_that_are_not_finite(name, value, calibrated):
     calibration = quant.collect_calibration(model, [x], outputs=False) if calibrated else None
     with torch.no_grad():
         getattr(model.second.experts, name)[2, 3, 5] = value
-    message = (
-        f"quantize_experts: second.experts.{name} must be finite, got infinities or NaNs in "
-        "expert 2."
-    )
+    message = f"quantize: second.experts.{name} must be finite, got infinities or NaNs in expert 2."
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
-        moe_ops.quantize_experts(model, "int8", calibration=calibration)
+        moe_ops.quantize(model, moe_ops.Int8WeightConfig(), calibration=calibration)
     assert isinstance(model.first.experts, QuantizedExperts)  # Banks before it are done.
     assert isinstance(model.second.experts, Experts)
 
@@ -356,7 +384,7 @@ def test_report_of_a_language_model():
     for format, group_size in (("int8", None), ("int4", 32)):
         copied = language_model()
         copied.load_state_dict(model.state_dict())
-        moe_ops.quantize_experts(copied, format, group_size=group_size)
+        moe_ops.quantize(copied, weight_config(format, group_size))
         reports[format] = quant.compare_quality(copied, baseline)
     report = reports["int8"]
     assert report.perplexity_before == before
@@ -380,7 +408,7 @@ def test_report_needs_outputs_and_the_same_model():
     good = quant.collect_calibration(model, x)
     with pytest.raises(ValueError, match=r"must hold quantised experts, got Net without any"):
         quant.compare_quality(model, good)
-    moe_ops.quantize_experts(model, "int8")
+    moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     with pytest.raises(ValueError, match=r"baseline must have outputs, got one without"):
         quant.compare_quality(model, without)
     with pytest.raises(ValueError, match=r"must be of this model, got a bank 'first.experts'"):

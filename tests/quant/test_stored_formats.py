@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.quantized import STORED, quantized_operands, stored_call
+from tests.helpers.quantized import STORED, check_stored_ffn, quantized_operands, stored_call
 from tests.helpers.routing import Routing
 
 import moe_ops
@@ -31,7 +31,7 @@ def test_stored_formats(kind, routing):
 @pytest.mark.parametrize(
     "bits_group",
     ((8, 0), (4, 32), (4, 64), (4, 128)),
-    ids=("int8", "int4-32", "int4-64", "int4-128"),
+    ids=("int8", "int4 g32", "int4 g64", "int4 g128"),
 )
 @pytest.mark.parametrize("routing", [FEW, MANY], ids=["few", "many"])
 def test_gradients(bits_group, routing):
@@ -67,15 +67,24 @@ def test_gradients_in_bfloat16_and_of_weights_on_the_input(on_input, set_threads
     assert_identical(*bits)
 
 
+def test_a_format_for_each_weight():
+    call = stored_call("q4_k", FEW, 256, 512, torch.float32)
+    six = stored_call("q6_k", FEW, 256, 512, torch.float32)
+    call |= {name: six[name] for name in ("w_down", "w_down_scale")}
+    check_stored_ffn(call | {"format": ("q4_k", "q6_k")})
+
+
 def test_the_formula_of_cuda():
     """Some experts dequantised at a time; here on the CPU, whose kernels say what is right."""
     from moe_ops.ops._library import cuda_formulas
 
     op = "moe_ffn_quantized"
-    call = stored_call("int4 zero", MANY, 64, 64, torch.float32, bias=True, x_scale=True)
+    call = stored_call(
+        "int4 g64 bfloat16 zero", MANY, 64, 64, torch.float32, bias=True, x_scale=True
+    )
     names = (
-        "x w_gate_up w_gate_up_scale w_down w_down_scale topk_weights topk_ids x_scale b_gate_up "
-        "b_down"
+        "x w_gate_up w_gate_up_scale w_down w_down_scale topk_weights topk_ids format x_scale "
+        "b_gate_up b_down"
     ).split()
     options = (call["activation"], False, False, 1.702, 7.0)
     zeros = (call["w_gate_up_zero"], call["w_down_zero"])
@@ -85,7 +94,7 @@ def test_the_formula_of_cuda():
     torch.testing.assert_close(formula_y, y)
     x = call["x"] * call["x_scale"]
     saved = (x, *args[1:5], call["topk_weights"], preact, *routing)
-    rest = (call["b_gate_up"], call["b_down"], *options, *zeros, True, True)
+    rest = (call["format"], call["b_gate_up"], call["b_down"], *options, *zeros, True, True)
     grads = torch.ops.moe_ops.moe_ffn_quantized_bwd(torch.ones_like(y), *saved, *rest)
     others = cuda_formulas[f"{op}_bwd"](torch.ones_like(y), *saved, *rest)
     for ours, theirs in zip(others, grads, strict=True):

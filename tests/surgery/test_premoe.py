@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from tests.helpers.quantized import weight_config
 from tests.surgery.models import TwoLayers, deepseek, tokens
 
 from moe_ops import surgery
@@ -144,7 +145,7 @@ def test_partly_loaded_quantised_model_is_that_of_the_pruned_one(format, model_t
     keep = {layer.name: [1, 2, 4, 31] for layer in surgery.find_routed_layers(model)}
     group = 32 if format == "int4" else None
     calibration = [ids] if model_type == "mixtral" else None
-    moe_ops.quantize_experts(model, format, group_size=group, calibration=calibration)
+    moe_ops.quantize(model, weight_config(format, group), calibration=calibration)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     got, read, total = surgery.load_pruned(tmp_path, keep)
     with surgery.override_routing(model, surgery.rules.only(keep)):

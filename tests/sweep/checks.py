@@ -22,6 +22,7 @@ from tests.helpers.fp8 import (
 from tests.helpers.logits import random_logits
 from tests.helpers.quantized import (
     check_grouped_gemm_quantized,
+    label_of,
     moe_ffn_in_integers,
     quantized,
     quantized_gemm_operands,
@@ -423,6 +424,7 @@ def moe_ffn_quantized(case: Case) -> None:
     bits, group = case["bits"], case.get("group", 32)
     for name in ("w_gate_up", "w_down"):
         call[name], call[f"{name}_scale"] = quantized(call[name], bits, group)
+    call["format"] = label_of(bits, group)
     if case.get("x_scale", 0):
         call["x_scale"] = torch.rand(case["h"]) + 0.5
     expected = moe_ffn_in_integers(call)

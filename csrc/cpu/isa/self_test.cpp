@@ -28,6 +28,7 @@
 #include "moe_ops/router_linear.h"
 #include "moe_ops/topk_router.h"
 #include "moe_ops/unpermute.h"
+#include "moe_ops/weight_format.h"
 
 namespace moe_ops::cpu {
 
@@ -223,36 +224,34 @@ class Calls {
     constexpr int64_t E = 2, N = 14, O = 9, K = 256;
     static constexpr int32_t kOffsets[E + 1] = {0, 1, N};
     op_ = "grouped_gemm";
-    struct Format {
-      Codes codes;
-      int bits;
-      ScaleType type;
-      int64_t group, row_scales;
-    };
-    for (const Format& f : {Format{Codes::kInt4, 4, ScaleType::kFloat32, 64, 4},
-                            {Codes::kMxfp4, 4, ScaleType::kBytes, 32, 8},
-                            {Codes::kFp8, 8, ScaleType::kFloat32, kFp8Block, K / kFp8Block},
-                            {Codes::kQ4K, 4, ScaleType::kBytes, K, 16},
-                            {Codes::kQ6K, 6, ScaleType::kBytes, K, 18}}) {
-      const int64_t scales = E * O * f.row_scales;
+    for (const FormatRow& f : kFormats) {
+      const int64_t group = f.group == 0 ? 64 : f.group;
+      const bool in_bytes = f.scale == ScaleKind::kBytes;
+      const int64_t row_scales = f.head + K / group * std::max<int64_t>(f.record, 1);
+      const int64_t scales = E * O * row_scales;
       auto* w = static_cast<uint8_t*>(bytes(E * O * K * f.bits / 8));
       for (int64_t i = 0; i < E * O * K * f.bits / 8; ++i) w[i] = static_cast<uint8_t>(i % 126);
       auto* records = static_cast<uint8_t*>(bytes(scales));
       for (int64_t i = 0; i < scales; ++i) {
-        const int64_t byte = i % f.row_scales;
+        const int64_t byte = i % row_scales;
         const bool half = f.codes == Codes::kQ4K ? byte < 4 : f.codes == Codes::kQ6K && byte >= 16;
-        // Upper bytes of a float16 of 1/16 or of an exponent near zero.
+        // Upper bytes of a float16 of 1/16 or of an exponent near zero; behind the float of a head
+        // of 1, numbers of e4m3 from 1 on.
         records[i] = static_cast<uint8_t>(!half ? 126 + i % 3 : byte % 2 == 1 ? 0x2c : 0);
+        if (f.head != 0) {
+          constexpr uint8_t kOne[4] = {0, 0, 0x80, 0x3f};
+          records[i] = byte < f.head ? kOne[byte] : static_cast<uint8_t>(56 + i % 3);
+        }
       }
       ExpertMatrices b = {w, DType::kFloat32, O * K, K, 1};
       b.quant.bits = f.bits;
       b.quant.codes = f.codes;
-      b.quant.scale_type = f.type;
-      b.quant.group = f.group;
-      b.quant.scale_stride_o = f.row_scales;
-      b.quant.scale_stride_e = O * f.row_scales;
-      b.quant.scales = f.type == ScaleType::kBytes ? records : draw(DType::kFloat32, scales);
-      b.quant.zero = f.codes == Codes::kInt4 ? w : nullptr;
+      b.quant.scale_type = in_bytes ? ScaleType::kBytes : ScaleType::kFloat32;
+      b.quant.group = group;
+      b.quant.scale_stride_o = row_scales;
+      b.quant.scale_stride_e = O * row_scales;
+      b.quant.scales = in_bytes ? records : draw(DType::kFloat32, scales);
+      b.quant.zero = f.zeros ? w : nullptr;
       b.quant.has_kernels = false;
       GroupedGemmParams p;
       p.expert_offsets = kOffsets;

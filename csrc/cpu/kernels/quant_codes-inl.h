@@ -117,6 +117,40 @@ struct Q6KCodes {
   }
 };
 
+// Runs of 16, two codes a byte, whose values come in order: pairs of vectors would hold two runs.
+struct Nvfp4Codes {
+  static constexpr int64_t kBlock = 16, kBytes = 8;
+  static constexpr int kRunCount = 1;
+  static constexpr bool kPairs = false, kGroups = false, kOffsets = false, kRagged = false;
+  static const uint8_t* block(const uint8_t* row, int64_t b) { return row + b * kBytes; }
+  static inline Vec<float> value(const uint8_t* block, int, int i) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block));
+    const __m128i codes =
+        _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi16(both, 4)), _mm_set1_epi8(15));
+    return as_float(
+        widen_part(_mm_shuffle_epi8(load_bytes<__m128i>(TwiceE2m1::kValues), codes), i));
+#else
+    Simd<float>::Int v;
+    for (int n = 0; n < kLanes<float>; ++n) {
+      const int step = i * kLanes<float> + n;
+      v[n] = TwiceE2m1::kValues[step % 2 == 0 ? block[step / 2] & 15 : block[step / 2] >> 4];
+    }
+    return as_float(v);
+#endif
+  }
+  // Half of e4m3 times the float of the row, as values are twice those of e2m1.
+  static RunScales scales(const CodeRows& rows, ScaleRuns, int64_t row, int64_t first, int64_t last,
+                          float* scales, float*) {
+    const uint8_t* head = static_cast<const uint8_t*>(rows.scale) + row * rows.ld_scale;
+    const float factor = load_bytes<float>(head) * 0.5f;
+    const auto* steps = reinterpret_cast<const E4m3*>(head + sizeof(float));
+    widen_scales(steps + first, last - first, scales + first);
+    for (int64_t i = first; i < last; ++i) scales[i] *= factor;
+    return {scales};
+  }
+};
+
 struct Int8Codes {
   static constexpr int64_t kBlock = 32, kBytes = 32;
   static constexpr int kRunCount = 1;
@@ -187,6 +221,8 @@ inline void with_decoder(Codes codes, const Fn& fn) {
       return fn.template operator()<Q4KCodes>();
     case Codes::kQ6K:
       return fn.template operator()<Q6KCodes>();
+    case Codes::kNvfp4:
+      return fn.template operator()<Nvfp4Codes>();
   }
 }
 

@@ -38,6 +38,7 @@ enum class Codes : int {
   kFp8,    // float8_e4m3fn
   kQ4K,    // ggml's q4_K: 256 codes of 4 bits, 32 bytes of low and high nibbles for each 64
   kQ6K,    // ggml's q6_K: 256 codes of 6 bits, 128 bytes of their low bits, then 64 of the others
+  kNvfp4,  // e2m1; scales of e4m3, behind the float of a row that multiplies them
 };
 // Scales as they are stored; kBytes: a record of bytes that belongs to the format.
 enum class ScaleType : int { kFloat32, kBFloat16, kFloat16, kBytes };

@@ -138,9 +138,9 @@ def quantize(
         Path, typer.Argument(help="Folder of a Hugging Face causal language model, or a hub id.")
     ],
     target: Annotated[Path, typer.Argument(help="Folder for the quantised checkpoint.")],
-    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    format: Annotated[str, typer.Option(help="int4, int8 or fp8.")] = "int4",
     group_size: Annotated[
-        int | None, typer.Option(help="Of 4 bits: 32, 64 or 128. [default: 64]")
+        int | None, typer.Option(help="Of int4: 32, 64 or 128. [default: 64]")
     ] = None,
     text: Annotated[
         Path | None,
@@ -173,7 +173,7 @@ def quantize(
     options = QuantizeOptions(
         source=source,
         target=target,
-        bits=bits,
+        format=format,
         group_size=group_size,
         text=text,
         scales=scales,

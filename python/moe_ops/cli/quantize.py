@@ -22,7 +22,7 @@ REPORT_NAME = "moe_ops_quantization.json"
 class QuantizeOptions:
     source: Path
     target: Path
-    bits: int = 4
+    format: str = "int4"
     group_size: int | None = None
     text: Path | None = None
     scales: bool = False
@@ -40,6 +40,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         ValueError: invalid options or checkpoint.
         OSError: the target could not be written; its contents are unchanged.
     """
+    config = _config(options)
     hub.check_id("quantize", options.push_to)
     source, context = hub.local_folder("quantize", options.source), options.context
     _check(options, source)
@@ -69,18 +70,16 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     def progress(name: str, done: int, total: int) -> None:
         console.print(f"{done + 1}/{total} {name}", markup=False)
 
-    moe_ops.quantize_experts(
+    moe_ops.quantize(
         model,
-        f"int{options.bits}",
-        group_size=options.group_size,
+        config,
         calibration=calibration,
         skip=options.skip,
         progress=progress,
     )
     result: dict[str, Any] = {
         "source": options.source.name,
-        "format": f"int{options.bits}",
-        "group_size": model.config.quantization_config.group_size,
+        "format": config.label,
         "scales": options.scales,
         "model_bytes_before": size,
         "model_bytes_after": checkpoints.size_of(model),
@@ -106,9 +105,20 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     return result
 
 
+def _config(options: QuantizeOptions) -> quant.WeightConfig:
+    configs = {"int8": quant.Int8WeightConfig, "fp8": quant.Fp8WeightConfig}
+    if options.format not in ("int4", *configs):
+        raise ValueError(f"quantize: --format must be int4, int8 or fp8, got {options.format!r}.")
+    if options.format == "int4":
+        return quant.Int4WeightConfig(options.group_size or 64)
+    if options.group_size is not None:
+        raise ValueError(
+            f"quantize: --group-size must come with int4, got it with {options.format}."
+        )
+    return configs[options.format]()
+
+
 def _check(options: QuantizeOptions, source: Path) -> None:
-    if options.bits not in (4, 8):
-        raise ValueError(f"quantize: --bits must be 4 or 8, got {options.bits}.")
     checkpoints.check_folders("quantize", source, options.target, overwrite=options.overwrite)
     if options.scales and options.text is None:
         raise ValueError("quantize: --scales must come with --text, got it alone.")

@@ -12,12 +12,7 @@ from .view import ExpertInputs, ExpertWeights
 
 
 class ExpertsHook:
-    """Hook for a type of module with float expert weights.
-
-    quantized: class of the layer that can replace these experts, like `QuantizedExperts`.
-    """
-
-    quantized: Any = None
+    """Knows a kind of module that holds float expert weights."""
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         """Returns the weights of `module`, or None for another type of module.
@@ -37,9 +32,10 @@ class ExpertsHook:
         """Returns the experts' inputs in a call of `module` with these arguments."""
         raise NotImplementedError
 
-    def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
-        """Returns a layer that can replace `weights`, with uninitialized buffers."""
-        return self.quantized.for_weights(weights, **config)
+    def quantized_class(self, module: nn.Module) -> Any:
+        """Returns the class of the quantized experts that take the place of `module`'s, where they
+        are called in a way of their own; None: as `Experts` are."""
+        return None
 
     def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
         """Replaces the weights of `module` by `experts`; returns the root, which may be new."""
@@ -52,7 +48,6 @@ class ExpertsHook:
         self,
         root: nn.Module,
         format: str,
-        group_size: int | None,
         x_scale: bool,
         skip: Sequence[str],
     ) -> None:

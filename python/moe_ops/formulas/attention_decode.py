@@ -9,6 +9,7 @@ from moe_ops.formulas.attention_block import attend
 from moe_ops.formulas.dense_layer import linear, rms_norm
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.formulas.rotary import turned
+from moe_ops.weight_formats import split_formats
 
 
 def attention_decode(
@@ -41,6 +42,7 @@ def attention_decode(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
+    formats: str = "float",
 ) -> Tensor:
     """Computes :func:`moe_ops.attention_decode`; writes the new keys and values into the cache.
 
@@ -48,6 +50,7 @@ def attention_decode(
     weighted sums are computed in float32 (float64 for float64). Heads of a group share one copy of
     their keys.
     """
+    kinds = split_formats(formats, 4) or ()
     acc = accumulate_dtype(x.dtype)
     groups, size = keys.shape[1], keys.shape[3]
     end, half = start + x.shape[1], rotary_size // 2
@@ -65,9 +68,9 @@ def attention_decode(
         return torch.cat((turned(pairs, *angles).flatten(-2), t[..., rotary_size:]), -1)
 
     h = rms_norm(x, norm_weight, eps)
-    q = heads(linear(h, w_q, w_q_scale, b_q), q_norm)
-    k = heads(linear(h, w_k, w_k_scale, b_k), k_norm)
-    v = linear(h, w_v, w_v_scale, b_v).unflatten(2, (groups, size))
+    q = heads(linear(h, w_q, w_q_scale, b_q, kinds[0]), q_norm)
+    k = heads(linear(h, w_k, w_k_scale, b_k, kinds[1]), k_norm)
+    v = linear(h, w_v, w_v_scale, b_v, kinds[2]).unflatten(2, (groups, size))
     keys[:, :, start:end] = k.transpose(1, 2).to(keys.dtype)
     values[:, :, start:end] = v.transpose(1, 2)
 
@@ -79,5 +82,5 @@ def attention_decode(
     scores = scores.unflatten(2, q.shape[2:4])
     mixed = attend(scores, values[:, :, :end], mask, start, sinks)
     mixed = mixed.permute(0, 3, 1, 2, 4).flatten(2).to(x.dtype)
-    y = linear(mixed, w_o, w_o_scale, b_o)
+    y = linear(mixed, w_o, w_o_scale, b_o, kinds[3])
     return torch.add(x.to(acc), y, alpha=residual_scale).to(x.dtype)

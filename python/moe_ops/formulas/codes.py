@@ -8,30 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from moe_ops.weight_formats import WeightFormat
 
 # Rows and columns of a weight, or columns of a row of tokens, that share a scale in fp8.
 FP8_BLOCK = 128
-
-
-def format_of(w: Tensor, scale: Tensor) -> str:
-    """Returns the format of a weight [..., O, *], which dtypes and shapes determine."""
-    if w.dtype == torch.float8_e4m3fn:
-        return "fp8"
-    if w.dtype == torch.int8:
-        return "int8" if scale.dim() == w.dim() - 1 else "int8 groups"
-    if scale.dtype == torch.uint8:
-        if scale.dim() == w.dim():
-            return "mxfp4"
-        # Bytes per record of scales.
-        return "q4_k" if scale.shape[-1] == 16 else "q6_k"
-    return "int4"
+_FP8_MAX = 448.0
+# As in the kernels: the scale of a block is at least 2^-126, the smallest normal fp32 number.
+_MIN_AMAX = _FP8_MAX * 2.0**-126
 
 
 def dequantized(
-    w: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns the dequantized weight [..., O, D] of quantized values, scales and zero points.
+    """Returns the weight [..., O, D] of the format `format` that codes, scales and zero points
+    stand for.
 
     It is computed in float32 (float64 for float64) and rounded to `dtype` once; None is the dtype
     of floating-point scales, or float32.
@@ -39,10 +37,12 @@ def dequantized(
     if dtype is None:
         dtype = scale.dtype if scale.is_floating_point() else torch.float32
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    kind = format_of(w, scale)
-    if kind == "int4":
+    kind = WeightFormat.from_label(format)
+    if kind.name == "int4":
         return _int4(w, scale.to(acc), zero).to(dtype)
-    return _DECODERS[kind](w, scale, acc).to(dtype)
+    if kind.name == "int8" and kind.group_size is not None:
+        return _scaled(w.to(acc), scale.to(acc)).to(dtype)
+    return _DECODERS[kind.name](w, scale, acc).to(dtype)
 
 
 def dequantized_rows(codes: Tensor, scale: Tensor) -> Tensor:
@@ -66,10 +66,6 @@ def _int8(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
     return w.to(acc).mul_(scale.to(acc).unsqueeze(-1))
 
 
-def _int8_groups(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
-    return _scaled(w.to(acc), scale.to(acc))
-
-
 def _int4(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Dequantizes int4, whose values are offset by 8, or by the zero point of their group."""
     numbers = _nibbles(w).to(scale.dtype)
@@ -79,8 +75,8 @@ def _int4(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return groups.mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
-def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
-    """Dequantizes E2M1 values with a power of two per group.
+def _doubled_e2m1(w: Tensor) -> Tensor:
+    """Returns twice the E2M1 numbers in int8.
 
     A value has a sign, two exponent bits and one mantissa bit. Twice its magnitude is an integer:
     the mantissa with its leading bit (exponent zero has none), shifted by the exponent.
@@ -88,9 +84,22 @@ def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
     codes = _nibbles(w)
     exponent = codes >> 1 & 3
     doubled = (codes & 1 | exponent.clamp(max=1) << 1) << (exponent.clamp(min=1) - 1)
-    numbers = torch.where(codes < 8, doubled.view(torch.int8), -doubled.view(torch.int8))
-    # Scales are stored as exponents of float32. The lowest is 2^-127, a subnormal float32 number,
-    # and the highest is NaN, which float32 represents with a nonzero mantissa.
+    return torch.where(codes < 8, doubled.view(torch.int8), -doubled.view(torch.int8))
+
+
+def _nvfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
+    """E2M1 numbers with a number of E4M3 per group and the float32 of the row ahead of these."""
+    # A copy: where few rows are, a slice may be contiguous and have strides that no float has.
+    head = scale[..., :4].clone(memory_format=torch.contiguous_format).view(torch.float32).to(acc)
+    steps = scale[..., 4:].contiguous().view(torch.float8_e4m3fn).to(acc)
+    return _scaled(_doubled_e2m1(w).to(acc), steps.mul_(head.mul_(0.5)))
+
+
+def _mxfp4(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
+    """E2M1 numbers with a power of two per group."""
+    numbers = _doubled_e2m1(w)
+    # Scales are the exponents of float32 as they are stored. The lowest is 2^-127, which float32
+    # has as a subnormal number, and the highest is NaN, as which float32 reads it with a mantissa.
     bits = scale.to(torch.int32) << 23
     bits = bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000)
     # The division by 2 comes first: half of 2^-127 would be rounded by hardware that flushes
@@ -137,10 +146,10 @@ def _q6_k(w: Tensor, record: Tensor, acc: torch.dtype) -> Tensor:
 _DECODERS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
     "fp8": _fp8,
     "int8": _int8,
-    "int8 groups": _int8_groups,
     "mxfp4": _mxfp4,
     "q4_k": _q4_k,
     "q6_k": _q6_k,
+    "nvfp4": _nvfp4,
 }
 
 
@@ -161,3 +170,37 @@ def _grouped(numbers: Tensor, groups: int) -> Tensor:
 def _scaled(numbers: Tensor, scale: Tensor) -> Tensor:
     """Multiplies each group of the last dimension by its scale, in place."""
     return _grouped(numbers, scale.shape[-1]).mul_(scale.unsqueeze(-1)).flatten(-2)
+
+
+# Experts whose numbers are at most so many together are rounded at once; fp32 copies take memory.
+_ROUNDED_AT_ONCE = 1 << 24
+
+
+def round_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a weight [..., O, D] as `moe_ops.quant.quantize_fp8_blocks` does, without waiting for
+    the device: a block with a NaN or an infinity gets the scale NaN and codes NaN."""
+    matrix = w.shape[-2] * w.shape[-1]
+    if w.dim() == 3 and w.numel() > _ROUNDED_AT_ONCE and w.shape[0] > 1:
+        parts = w.split(max(1, _ROUNDED_AT_ONCE // matrix))
+        codes, scales = zip(*(_round_at_once(part) for part in parts), strict=True)
+        joined = torch.cat([c.view(torch.uint8) for c in codes])
+        return joined.view(torch.float8_e4m3fn), torch.cat(scales)
+    return _round_at_once(w)
+
+
+def _round_at_once(w: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _fp8_blocks(w.float())  # [..., O/128, 128, D/128, 128]
+    amax = blocks.abs().amax((-3, -1))
+    finite = amax.isfinite()
+    amax = torch.where(finite, amax.clamp(min=_MIN_AMAX), torch.nan)
+    full = torch.full_like(amax, _FP8_MAX)
+    codes = (blocks * (full / amax)[..., :, None, :, None]).to(torch.float8_e4m3fn)
+    codes = codes.flatten(-4, -3).flatten(-2)[..., : w.shape[-2], : w.shape[-1]]
+    return codes.contiguous(), amax / full
+
+
+def _fp8_blocks(w: Tensor) -> Tensor:
+    rows, columns = w.shape[-2:]
+    padded = F.pad(w, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    size = (padded.shape[-2] // FP8_BLOCK, FP8_BLOCK, padded.shape[-1] // FP8_BLOCK, FP8_BLOCK)
+    return padded.reshape(*w.shape[:-2], *size)

@@ -9,10 +9,10 @@ from moe_ops.formulas.codes import dequantized
 from moe_ops.formulas.dtypes import accumulate_dtype
 
 
-def linear(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """Returns `x w^T + bias`; w is in x's dtype, or quantized with scales."""
+def linear(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None, format: str) -> Tensor:
+    """Returns `x w^T + bias`; w is in x's dtype, or of `format` with scales."""
     if scale is not None:
-        w = dequantized(w, scale, None, accumulate_dtype(x.dtype)).to(x.dtype)
+        w = dequantized(w, scale, format=format, dtype=accumulate_dtype(x.dtype)).to(x.dtype)
     return F.linear(x, w, bias)
 
 

@@ -10,7 +10,7 @@ experts interface. :func:`enable` switches a live model instead, including JetMo
 whose blocks do not use that interface and silently ignore the argument.
 
 The module also registers a quantization method, so that ``from_pretrained`` reads checkpoints with
-experts quantized by `moe_ops.quantize_experts`; an attention implementation ``"moe_ops"``, which is
+experts quantized by `moe_ops.quantize`; an attention implementation ``"moe_ops"``, which is
 torch's attention without the masks that prevent compilation of JetMoE's attention experts; and,
 with transformers 5.23 or later, an expert-parallel implementation ``"moe_ops"``.
 
@@ -41,7 +41,7 @@ from moe_ops.expert_weights import register_hook
 from moe_ops.hf.checkpoints import published
 from moe_ops.hf.checkpoints.hook import TransformersHook
 from moe_ops.hf.checkpoints.offloading import load_offloaded
-from moe_ops.hf.checkpoints.quantizer import ExpertsQuantizationConfig
+from moe_ops.hf.checkpoints.quantizer import MoeOpsConfig
 from moe_ops.hf.decode import attention
 from moe_ops.hf.decode.optimize import optimize, restore
 from moe_ops.hf.decode.report import report
@@ -68,7 +68,7 @@ if Interface is not None and "moe_ops" not in Interface():
 register_hook(TransformersHook())
 
 __all__ = [
-    "ExpertsQuantizationConfig",
+    "MoeOpsConfig",
     "assert_used",
     "disable",
     "enable",

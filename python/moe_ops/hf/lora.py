@@ -54,7 +54,7 @@ from moe_ops.layers.expert_adapters import (
     stack_of,
     sum_of,
 )
-from moe_ops.quant.formats import FORMATS, quantize
+from moe_ops.quant.formats import quantize_weight
 
 _KIND = "expert_lora"
 _PARTS = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
@@ -305,9 +305,9 @@ class QuantizedExpertsLora(ParamWrapper):
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in names if n in self.lora_A and n not in self.merged_adapters]
         for how in experts.formats.values():
-            if not how.has_kernels or how.name not in FORMATS:
+            if not how.has_kernels:
                 raise ValueError(
-                    f"merge: experts must be of int8 or int4 as quantize_experts makes them, got "
+                    f"merge: experts must be of int8 or int4 as quantize makes them, got "
                     f"{how.label}; merge the adapter into the float model."
                 )
         if names:
@@ -332,7 +332,7 @@ class QuantizedExpertsLora(ParamWrapper):
         if safe_merge and not bool(weight.isfinite().all()):
             raise ValueError("merge: adapters must be finite, got infinities or NaNs.")
         how = experts.formats[name]
-        q, scale = quantize(weight, how.name, how.group_size)
+        q, scale = quantize_weight(weight, how.label)
         getattr(experts, name)[expert].copy_(q)
         getattr(experts, f"{name}_scale")[expert].copy_(scale)
 

@@ -13,7 +13,6 @@ from .expert_lora import ExpertLoRA
 from .experts import Experts
 from .fp8 import clear_fp8_cache
 from .latent import LatentProjection
-from .linear import QuantizedLinear
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -28,7 +27,6 @@ from .mixture_of_depths import MixtureOfDepths
 from .moe import MoE, MoEOutput
 from .norm import AddRMSNorm
 from .peer import PEER
-from .quantized import QuantizedExperts
 from .record import RoutingRecord, record_routing, replay_routing
 from .router import (
     CapacityMixin,
@@ -71,8 +69,6 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "MoEOutput",
-    "QuantizedExperts",
-    "QuantizedLinear",
     "ReLURouter",
     "Router",
     "RouterConfig",

@@ -52,6 +52,7 @@ class FrozenWeight(NamedTuple):
     bias: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+    format: str = ""
 
     def product(self, rows: Tensor, expert_offsets: Tensor, exact: bool) -> Tensor:
         """Computes [N, out]. With `exact`, quantized weights are multiplied by unrounded rows, as
@@ -59,7 +60,7 @@ class FrozenWeight(NamedTuple):
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         if self.scale is None:
             return grouped_gemm(rows, self.weight.to(rows.dtype), expert_offsets, bias=bias)
-        args = rows, self.weight, self.scale, expert_offsets, bias, self.zero
+        args = rows, self.weight, self.scale, expert_offsets, self.format, bias, self.zero
         if exact:
             return _quantized_exact(*args, False)
         return _quantized(*args)
@@ -69,7 +70,7 @@ class FrozenWeight(NamedTuple):
         if self.scale is None:
             weight = self.weight.to(grad.dtype).transpose(1, 2)
             return _ops.grouped_gemm(grad, weight, expert_offsets, None)
-        args = grad, self.weight, self.scale, expert_offsets, None, self.zero
+        args = grad, self.weight, self.scale, expert_offsets, self.format, None, self.zero
         return _ops.grouped_gemm_quantized_exact(*args, True)
 
 
@@ -115,8 +116,11 @@ def frozen_bank(experts: Any) -> FrozenBank:
     process."""
 
     def weight(part: str) -> FrozenWeight:
-        stored = [getattr(experts, f"w_{part}_{name}", None) for name in ("scale", "zero")]
-        return FrozenWeight(getattr(experts, f"w_{part}"), getattr(experts, f"b_{part}"), *stored)
+        name, formats = f"w_{part}", getattr(experts, "formats", None)
+        scale, zero = (getattr(experts, f"{name}_{more}", None) for more in ("scale", "zero"))
+        format = "" if formats is None else formats[name].label
+        weight, bias = getattr(experts, name), getattr(experts, f"b_{part}")
+        return FrozenWeight(weight, bias, scale, zero, format)
 
     options = (experts.activation, experts.interleaved, experts.alpha, experts.limit)
     return FrozenBank(
@@ -229,7 +233,7 @@ def adapted_experts(
         ]
     tensors = (x, topk_weights, *factors)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    stored = (*bank.gate_up, *bank.down, bank.x_scale)
+    stored = (*bank.gate_up[:4], *bank.down[:4], bank.x_scale)
     if training and any(t is not None and t.requires_grad for t in stored):
         raise ValueError(
             "adapted_experts: the weights and biases of the bank must be frozen, got some that "
@@ -237,6 +241,7 @@ def adapted_experts(
         )
     call = _Call(
         bank.num_experts,
+        (bank.gate_up.format, bank.down.format),
         bank.activation,
         adapter.scaling,
         num_adapters,
@@ -254,6 +259,7 @@ class _Call(NamedTuple):
     """Arguments of a call other than tensors."""
 
     num_experts: int
+    formats: tuple[str, str]
     activation: Any
     scaling: float
     num_adapters: int
@@ -261,8 +267,10 @@ class _Call(NamedTuple):
     training: bool
 
     def bank_of(self, stored: Sequence[Any]) -> FrozenBank:
-        weights = FrozenWeight(*stored[:4]), FrozenWeight(*stored[4:8])
-        return FrozenBank(self.num_experts, *weights, stored[8], self.activation)
+        up, down = self.formats
+        gate_up = FrozenWeight(*stored[:4])._replace(format=up)
+        w_down = FrozenWeight(*stored[4:8])._replace(format=down)
+        return FrozenBank(self.num_experts, gate_up, w_down, stored[8], self.activation)
 
 
 class _Rows(NamedTuple):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops.expert_weights import is_quantized
 from moe_ops.ops._checks import check_index, check_positive
 
 from .expert_adapters import ExpertAdapter, adapted_experts, factors_of_peft, factors_to_peft
 from .experts import Experts
 from .inputs import takes_dense
-from .quantized import QuantizedExperts
 
 FACTORS = ("a_gate_up", "b_gate_up", "a_down", "b_down")
 # Prefixes of a weight's factors in peft, which wraps experts in a layer for w_gate_up, and that in
@@ -174,7 +174,7 @@ class ExpertLoRA(nn.Module):
         The dtype is that of the float experts, and torch's default dtype for quantized ones.
         x_scale of quantized experts is folded into the weights.
         """
-        if isinstance(self.experts, QuantizedExperts):
+        if is_quantized(self.experts):
             bank = self.experts.dequantize()
         else:
             bank = self.experts.select(range(self.num_experts)).requires_grad_(True)
@@ -257,7 +257,7 @@ class ExpertLoRA(nn.Module):
 
 
 def _check_bank(bank: Any) -> None:
-    if not isinstance(bank, Experts | QuantizedExperts):
+    if not (isinstance(bank, Experts) or is_quantized(bank)):
         raise ValueError(
             "ExpertLoRA: experts must be a moe_ops.layers.Experts or QuantizedExperts, got "
             f"{type(bank).__name__}."

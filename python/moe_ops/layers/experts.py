@@ -483,6 +483,11 @@ class Experts(nn.Module):
         )
 
 
+def activation_of(experts: Any) -> dict[str, Any]:
+    """Returns the arguments of a layer of experts that say what is between its products."""
+    return {name: getattr(experts, name) for name in ACTIVATION_OPTIONS}
+
+
 def check_activation(name: str, activation: str, interleaved: bool) -> bool:
     """Returns whether the activation is gated; raises ValueError if it is unknown or cannot be
     interleaved."""

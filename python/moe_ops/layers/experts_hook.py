@@ -1,4 +1,4 @@
-"""Registration of `Experts` for weight packing and quantization."""
+"""The view of `Experts` for packing and quantization."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from torch import nn
 
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights, register_hook
 
-from .experts import Experts
-from .quantized import QuantizedExperts, activation_of
+from .experts import Experts, activation_of
 
 
 class _ExpertsHook(ExpertsHook):
     """Hook for `Experts` with equal input and output sizes."""
-
-    quantized = QuantizedExperts
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, Experts) or module.output_size != module.hidden_size:

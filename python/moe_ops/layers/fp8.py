@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_ops._private_torch import are_functorch_transforms_active, len_torch_dispatch_stack
+from moe_ops.formulas.codes import round_fp8_blocks
 from moe_ops.ops import (
     gated_act,
     grouped_gemm_fp8,
@@ -36,7 +37,6 @@ from moe_ops.ops._checks import (
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing, check_width
-from moe_ops.quant.fp8 import round_blocks
 
 from .functional import plain_activation
 
@@ -408,7 +408,7 @@ def _is_recorded(w: Tensor) -> bool:
 
 @torch.no_grad()
 def _make(w: Tensor) -> Fp8Weight:
-    q, scale = round_blocks(w)
+    q, scale = round_fp8_blocks(w)
     q_t = q.transpose(1, 2)
     if w.device.type != "cpu":
         q_t = q_t.view(torch.uint8).contiguous().view(q.dtype)

@@ -22,6 +22,7 @@ from .trace import tokens_of
 
 _QUANTIZED = ("w_gate_up", "w_down", "w_gate_up_scale", "w_down_scale")
 _BIASES = ("b_gate_up", "b_down")
+_OPTIONAL = ("w_gate_up_zero", "w_down_zero", *_BIASES)
 
 
 class _Bank(NamedTuple):
@@ -32,6 +33,7 @@ class _Bank(NamedTuple):
     tensors: Parts
     activation: Mapping[str, Any]
     x_scale: Tensor | None
+    format: str  # Format of quantized experts; empty for float ones.
     hook: Any  # Hook that installs replacement experts; None for quantized experts.
 
 
@@ -52,7 +54,7 @@ def offload_experts(
         cache = offload_experts(model, max_bytes=2**30, path="experts.safetensors")
         model.generate(tokens, 32) print(cache.stats.hit_rate)
 
-    It supports the experts that `moe_ops.quantize_experts` supports, and those that it has made.
+    It supports the experts that `moe_ops.quantize` supports, and those that it has made.
     The model's results are unchanged up to rounding, and bitwise identical if the kernels are
     batch-invariant (`moe_ops.set_batch_invariant`) and a call's experts fit into the slots. For
     inference only.
@@ -98,7 +100,7 @@ def offload_experts(
     cache = ExpertCache(store, num_slots, policy, device=target)
     numbers: dict[int, OffloadedExperts] = {}
     for number, bank in enumerate(banks):
-        experts = OffloadedExperts(cache, number, bank.activation, bank.x_scale)
+        experts = OffloadedExperts(cache, number, bank.activation, bank.x_scale, bank.format)
         experts.train(bank.module.training)
         numbers[number] = experts
         if bank.hook is None:
@@ -122,7 +124,7 @@ def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[
             check_weights("offload_experts", bank.name, bank.module, bank.bank)
         weights = bank.bank
         found[id(bank.module)] = _Bank(
-            bank.name, bank.module, parts_of(weights), weights.activation, None, bank.hook
+            bank.name, bank.module, parts_of(weights), weights.activation, None, "", bank.hook
         )
     # In the model's order, which is most likely the order of calls.
     for module in root.modules():
@@ -131,10 +133,10 @@ def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[
 
 
 def _quantized(name: str, module: Any) -> _Bank:
-    names = (*_QUANTIZED, *(b for b in _BIASES if getattr(module, b) is not None))
+    names = (*_QUANTIZED, *(n for n in _OPTIONAL if getattr(module, n) is not None))
     tensors = {n: (getattr(module, n),) for n in names}
     activation = {option: getattr(module, option) for option in ACTIVATION_OPTIONS}
-    return _Bank(name, module, tensors, activation, module.x_scale, None)
+    return _Bank(name, module, tensors, activation, module.x_scale, module.format, None)
 
 
 def parts_of(weights: ExpertWeights) -> Parts:

@@ -32,6 +32,7 @@ class OffloadedExperts(nn.Module):
         bank_number: index of these experts in its store.
         activation: the arguments of moe_ffn that define the activation.
         x_scale: [H] fp32, for quantized experts that have one.
+        format: format of quantized experts.
     """
 
     # Expert parallelism is not supported.
@@ -48,11 +49,13 @@ class OffloadedExperts(nn.Module):
         bank_number: int,
         activation: Mapping[str, Any],
         x_scale: Tensor | None = None,
+        format: str = "",
     ) -> None:
         super().__init__()
         self.cache = cache
         self.bank_number = bank_number
         self.activation = dict(activation)
+        self.format = format
         self.num_experts = cache.store.num_experts
         self.hidden_size = cache.store.tensors["w_down"].shape[0]
         self.x_scale = None if x_scale is None else x_scale.detach().to(cache.device)
@@ -123,9 +126,12 @@ class OffloadedExperts(nn.Module):
                 slots["w_down_scale"],
                 topk_weights,
                 slot_ids,
+                format=self.format,
                 x_scale=self.x_scale,
                 b_gate_up=None if biases[0] is None else biases[0].to(x.dtype),
                 b_down=None if biases[1] is None else biases[1].to(x.dtype),
+                w_gate_up_zero=slots.get("w_gate_up_zero"),
+                w_down_zero=slots.get("w_down_zero"),
                 **rest,
             )
             return y.float() if in_fp32 else y

@@ -11,6 +11,7 @@ from typing import Any
 from onnxscript import opset18 as op
 
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.weight_formats import split_formats
 
 from .products import Weights, combined, experts_of, product, quantized_experts_of
 from .routing import sorted_slots
@@ -127,6 +128,7 @@ def moe_ffn_quantized(
     w_down_scale: Value,
     topk_weights: Value,
     topk_ids: Value,
+    format: str,
     x_scale: Value | None = None,
     b_gate_up: Value | None = None,
     b_down: Value | None = None,
@@ -138,8 +140,9 @@ def moe_ffn_quantized(
     w_gate_up_zero: Value | None = None,
     w_down_zero: Value | None = None,
 ) -> Value:
-    up = quantized_experts_of(w_gate_up, w_gate_up_scale, w_gate_up_zero, b_gate_up)
-    down = quantized_experts_of(w_down, w_down_scale, w_down_zero, b_down)
+    names = split_formats(format, 2) or ()
+    up = quantized_experts_of(w_gate_up, w_gate_up_scale, w_gate_up_zero, b_gate_up, names[0])
+    down = quantized_experts_of(w_down, w_down_scale, w_down_zero, b_down, names[1])
     tokens = wide(x) if x_scale is None else op.Mul(wide(x), wide(x_scale))
     act = (activation, interleaved, alpha, limit)
     widths = size(w_gate_up, 1), size(w_down, 1)

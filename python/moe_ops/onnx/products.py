@@ -9,6 +9,8 @@ from typing import Any
 
 from onnxscript import opset18 as op
 
+from moe_ops.weight_formats import WeightFormat
+
 from .routing import sorted_slots
 from .values import (
     INT8,
@@ -42,10 +44,11 @@ def grouped_gemm_quantized(
     b: Value,
     b_scale: Value,
     expert_offsets: Value,
+    format: str,
     bias: Value | None = None,
     b_zero: Value | None = None,
 ) -> Value:
-    weights = quantized_experts_of(b, b_scale, b_zero, bias)
+    weights = quantized_experts_of(b, b_scale, b_zero, bias, format)
     return like(product(wide(a), weights, long(expert_offsets), size(b, 1)), a)
 
 
@@ -60,9 +63,11 @@ def experts_of(w: Value, bias: Value | None) -> Weights:
     return _with_bias(weights, bias)
 
 
-def quantized_experts_of(w: Value, scale: Value, zero: Value | None, bias: Value | None) -> Weights:
-    """Returns weight [O, K] and bias [O] of each int8 or int4 expert, in float32."""
-    return _with_bias([dequantized(e, w, scale, zero) for e in range(size(w, 0))], bias)
+def quantized_experts_of(
+    w: Value, scale: Value, zero: Value | None, bias: Value | None, format: str
+) -> Weights:
+    """Returns the weights and biases of quantized experts in int8 or int4, in float32."""
+    return _with_bias([dequantized(e, w, scale, zero, format) for e in range(size(w, 0))], bias)
 
 
 def _with_bias(weights: list[Value], bias: Value | None) -> Weights:
@@ -83,17 +88,18 @@ def product(rows: Value, weights: Weights, offsets: Value, out: int) -> Value:
     return op.Concat(*parts, axis=0)
 
 
-def dequantized(expert: int, w: Value, scale: Value, zero: Value | None) -> Value:
-    """Returns the weight [O, D] of an int8 or int4 expert, see moe_ops.formulas.codes."""
-    if w.dtype not in (UINT8, INT8) or scale.dtype == UINT8:
+def dequantized(expert: int, w: Value, scale: Value, zero: Value | None, format: str) -> Value:
+    """Returns the weight [O, D] of an expert in int8 or int4, see moe_ops.formulas.codes."""
+    how = WeightFormat.from_label(format)
+    if how.name not in ("int8", "int4"):
         raise ValueError(
             "moe_ffn_quantized: weights of an ONNX export must be of the formats int8 or int4, got "
-            "another one."
+            f"{format}."
         )
     codes, factors = pick(w, expert), wide(pick(scale, expert), scale.dtype)
-    if w.dtype == INT8:
+    if how.name == "int8":
         numbers = wide(codes, INT8)
-        if len(scale.shape) < len(w.shape):
+        if how.group_size is None:
             return op.Mul(numbers, unsqueeze(factors, 1))
     else:
         low = op.BitwiseAnd(codes, byte(15))

@@ -65,7 +65,11 @@ def _ffn(x: Shape, rows_up: int, width: int, num_slots: int) -> int:
     return 2 * num_slots * x[-1] * (rows_up + width)
 
 
-_WITHOUT_GATE = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_WITHOUT_GATE = {"silu", "gelu", "gelu_tanh", "relu", "relu2"}
+
+
+def _names(args: tuple[Any, ...]) -> set[str]:
+    return {a for a in args if isinstance(a, str)}
 
 
 @count_flops("moe_ffn", "moe_ffn_fwd")
@@ -102,9 +106,8 @@ def _moe_ffn_codes(
     activation: str = "swiglu",
     **kwargs: Any,
 ) -> int:
-    # A byte may contain two weights, so the intermediate size comes from w_gate_up.
-    activation = next((a for a in args if isinstance(a, str)), activation)
-    width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
+    # A byte may hold two codes, so that the width between is that of w_gate_up.
+    width = w_gate_up[1] // (1 if {activation, *_names(args)} & _WITHOUT_GATE else 2)
     return _ffn(x, w_gate_up[1], width, prod(topk_weights))
 
 
@@ -112,9 +115,8 @@ def _moe_ffn_codes(
 def _moe_ffn_quantized_bwd(
     grad_y: Shape, x: Shape, w_gate_up: Shape, *args: Any, need_x: bool | None = None, **kwargs: Any
 ) -> int:
-    activation = next(a for a in args if isinstance(a, str))
-    width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
-    slots = prod(args[3])  # topk_weights
+    width = w_gate_up[1] // (1 if _names(args) & _WITHOUT_GATE else 2)
+    slots = prod(args[3])  # Of topk_weights.
     wanted = args[-2] if need_x is None else need_x
     return 2 * slots * x[-1] * (width + (w_gate_up[1] if wanted else 0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_dense
+from moe_ops.ops._quantized import check_dense, check_names, joined
 
 _OP = "attention_decode"
 _attention_decode = direct_call(_OP)
@@ -48,6 +49,7 @@ def attention_decode(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
+    formats: str | Sequence[str] = "float",
 ) -> Tensor:
     """Computes an attention block for S new tokens of sequences with a KV cache.
 
@@ -64,9 +66,8 @@ def attention_decode(
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
-        w_q, w_k, w_v: [n d, H], [m d, H] and [m d, H], m a divisor of n; each in x's dtype, or
-            quantized in a format of :func:`gated_mlp_decode`.
-        w_o: [H, n d], in x's dtype or quantized like the others.
+        w_q, w_k, w_v: [n d, H], [m d, H] and [m d, H], m a divisor of n; each of its format.
+        w_o: [H, n d], of its format.
         cos, sin: [B or 1, S, r] of one float dtype, r at least rotary_size / 2; the first
             rotary_size / 2 of a row are for the angles of the pairs (i, i + rotary_size / 2).
         keys, values: [B, m, L, d] in x's dtype, contiguous in the last dimension, other strides
@@ -77,8 +78,7 @@ def attention_decode(
         norm_weight: [H] in x's dtype, weight of the RMS norm before the projections; None: no norm.
         eps: of that norm, at least 0.
         b_q, b_k, b_v, b_o: in x's dtype, or None.
-        w_q_scale, w_k_scale, w_v_scale, w_o_scale: float32, for quantized weights: [O] for int8,
-            [O, K/G] for 4 bits with G = 32, 64 or 128.
+        w_q_scale, w_k_scale, w_v_scale, w_o_scale: of quantized weights, otherwise None.
         q_norm, k_norm: weights of RMS norms of q and k in x's dtype, both or neither: [d] per head,
             or [n d] and [m d] per token.
         head_eps: of these norms.
@@ -88,6 +88,9 @@ def attention_decode(
             nothing.
         sinks: [n] in x's dtype, a score per head that takes part in softmax and has no value.
         residual_scale: as above.
+        formats: of w_q, w_k, w_v and w_o: one name for all, or one of each.
+            "float" is x's dtype; "int8", "int4 g32", "int4 g64" or "int4 g128" as of
+            :func:`moe_ffn_quantized` have scales.
 
     Returns:
         y [B, S, H] in x's dtype, summed in fp32 (fp64 for fp64).
@@ -130,6 +133,7 @@ def attention_decode(
         mask,
         sinks,
         residual_scale,
+        joined(formats),
     )
 
 
@@ -151,15 +155,16 @@ def _(*row: Any) -> Tensor:
         f"{list(keys.shape)}.",
     )
     kv_width, q_width = kv_heads * size, args["w_q"].shape[0]
-    check_dense(_OP, args, "q", x, None, hidden)
+    names = check_names(_OP, "formats", args["formats"], 4)
+    check_dense(_OP, args, "q", names[0], x, None, hidden)
     check(
         q_width > 0 and q_width % kv_width == 0,
         f"{_OP}: w_q must have a multiple of m d = {kv_width} features, got shape "
         f"{list(args['w_q'].shape)}.",
     )
-    check_dense(_OP, args, "k", x, kv_width, hidden)
-    check_dense(_OP, args, "v", x, kv_width, hidden)
-    check_dense(_OP, args, "o", x, hidden, q_width)
+    check_dense(_OP, args, "k", names[1], x, kv_width, hidden)
+    check_dense(_OP, args, "v", names[2], x, kv_width, hidden)
+    check_dense(_OP, args, "o", names[3], x, hidden, q_width)
     q_norm, k_norm = args["q_norm"], args["k_norm"]
     check(
         (q_norm is None) == (k_norm is None),

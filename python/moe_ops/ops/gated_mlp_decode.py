@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from moe_ops.ops._checks import (
     check_same_device,
 )
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_dense
+from moe_ops.ops._quantized import check_dense, check_names, joined
 
 _OP = "gated_mlp_decode"
 _ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
@@ -41,6 +42,7 @@ def gated_mlp_decode(
     residual: Tensor | None = None,
     residual_scale: float = 1.0,
     activation: str = "swiglu",
+    formats: str | Sequence[str] = "float",
 ) -> Tensor:
     """Computes a dense gated MLP, or shared experts, in a decode step.
 
@@ -52,18 +54,18 @@ def gated_mlp_decode(
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
-        w_gate, w_up: [I, H]; each in x's dtype, or quantized: int8, or 4 bits (uint8, two weights
-            per byte, stored as q + 8). Other formats of :func:`grouped_gemm_quantized` are
-            rejected.
-        w_down: [O, I], in x's dtype or quantized like the others.
-        w_gate_scale, w_up_scale, w_down_scale: float32, for quantized weights: [O] for int8, [O,
-            K/G] for 4 bits with G = 32, 64 or 128, without zero points.
+        w_gate, w_up: [I, H], each of its format.
+        w_down: [O, I], of its format.
+        w_gate_scale, w_up_scale, w_down_scale: of quantized weights, otherwise None.
         norm_weight: [H] in x's dtype, weight of an RMS norm before the GEMMs, or None.
         eps: of that norm, at least 0.
         output_gate: [H] in x's dtype, or None.
         residual: [T, O] in x's dtype, or None.
         residual_scale: finite.
         activation: of the gate: "swiglu" (silu), "geglu", "geglu_tanh" or "reglu".
+        formats: of w_gate, w_up and w_down: one name for all, or one of each.
+            "float" is x's dtype; "int8", "int4 g32", "int4 g64" or "int4 g128" as of
+            :func:`moe_ffn_quantized` have scales.
 
     Returns:
         y [T, O] in x's dtype, summed in fp32 (fp64 for fp64).
@@ -89,6 +91,7 @@ def gated_mlp_decode(
         residual,
         residual_scale,
         activation,
+        joined(formats),
     )
 
 
@@ -102,10 +105,11 @@ def _(*row: Any) -> Tensor:
     check_float(_OP, "x", x, "[T, H]")
     tokens, hidden = x.shape
     check_choice(_OP, "activation", args["activation"], _ACTIVATIONS)
-    check_dense(_OP, args, "gate", x, None, hidden)
+    names = check_names(_OP, "formats", args["formats"], 3)
+    check_dense(_OP, args, "gate", names[0], x, None, hidden)
     width, features = args["w_gate"].shape[0], args["w_down"].shape[0]
-    check_dense(_OP, args, "up", x, width, hidden)
-    check_dense(_OP, args, "down", x, None, width)
+    check_dense(_OP, args, "up", names[1], x, width, hidden)
+    check_dense(_OP, args, "down", names[2], x, None, width)
     for name in ("norm_weight", "output_gate"):
         check_like(_OP, name, args[name], "x", x, "[H]", H=hidden)
     check_like(_OP, "residual", args["residual"], "x", x, "[T, O]", T=tokens, O=features)

@@ -25,7 +25,7 @@ from moe_ops.ops._checks import (
     check_tensor,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_codes
+from moe_ops.ops._quantized import check_weight
 
 _grouped_gemm_quantized = direct_call("grouped_gemm_quantized")
 _exact = direct_call("grouped_gemm_quantized_exact")
@@ -39,6 +39,7 @@ def grouped_gemm_quantized(
     b_scale: Tensor,
     expert_offsets: Tensor,
     *,
+    format: str,
     bias: Tensor | None = None,
     b_zero: Tensor | None = None,
 ) -> Tensor:
@@ -52,25 +53,24 @@ def grouped_gemm_quantized(
 
     Args:
         a: [N, K] rows sorted by expert; float32, bfloat16 or float16, any strides.
-        b: [E, O, K] int8, or [E, O, K/2] uint8 with two weights of 4 bits a byte, or one of the
-            other formats of :func:`moe_ffn_quantized`.
-        b_scale: float32, [E, O], or [E, O, K/G] with G = 32, 64 or 128, or that of such a format.
+        b, b_scale: [E, O, *] and scales of `format`.
         expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
+        format: of b, as of :func:`moe_ffn_quantized`: "int4 g64" for instance.
         bias: [E, O] in a's dtype, or None.
-        b_zero: uint8 [E, O, K/G], zero points of 4-bit weights, or None.
+        b_zero: uint8 [E, O, K/G], zero points where the format has them, or None.
 
     Returns:
         [N, O] in a's dtype; rows from ``expert_offsets[E]`` on are zero.
 
     Raises:
-        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+        ValueError: an unknown format; wrong dtype, rank or size; offsets that fall or end past N.
 
     Source:
         As of :func:`moe_ffn_quantized`.
     """
     if b_zero is None:
-        return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, bias)
-    return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, bias, b_zero)
+        return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, format, bias)
+    return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, format, bias, b_zero)
 
 
 @register_fake(f"{_OP}_exact")
@@ -79,12 +79,13 @@ def _fake_exact(
     b: Tensor,
     b_scale: Tensor,
     expert_offsets: Tensor,
+    format: str,
     bias: Tensor | None,
     b_zero: Tensor | None,
     transposed: bool,
 ) -> Tensor:
     check_tensor(_OP, "a", a, NARROW_FLOATS, "[N, K]")
-    depth = check_codes(_OP, "b", b, b_scale, b_zero)
+    depth = check_weight(_OP, "b", b, b_scale, b_zero, format)
     sizes = (b.shape[1], depth) if transposed else (depth, b.shape[1])
     check(
         sizes[0] == a.shape[1],
@@ -104,20 +105,21 @@ def _(*args: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, b, b_scale, expert_offsets, _, b_zero, transposed = inputs
+    _, b, b_scale, expert_offsets, format, _, b_zero, transposed = inputs
     ctx.save_for_backward(b, b_scale, expert_offsets, b_zero)
-    ctx.transposed = transposed
+    ctx.format, ctx.transposed = format, transposed
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     b, b_scale, expert_offsets, b_zero = ctx.saved_tensors
-    needs = needs_input_grad(ctx, 7)
+    needs = needs_input_grad(ctx, 8)
     grad_a = grad_bias = None
     if needs[0]:
-        grad_a = _exact(grad, b, b_scale, expert_offsets, None, b_zero, not ctx.transposed)
-    if needs[4]:
+        rest = (None, b_zero, not ctx.transposed)
+        grad_a = _exact(grad, b, b_scale, expert_offsets, ctx.format, *rest)
+    if needs[5]:
         grad_bias = torch.ops.moe_ops.grouped_sum(grad, expert_offsets)
-    return grad_a, None, None, None, grad_bias, None, None
+    return grad_a, None, None, None, None, grad_bias, None, None
 
 
 register_autograd(f"{_OP}_exact", _backward, _setup)
@@ -135,6 +137,7 @@ def _(
     b: Tensor,
     b_scale: Tensor,
     expert_offsets: Tensor,
+    format: str,
     bias: Tensor | None,
     b_zero: Tensor | None,
     transposed: bool,
@@ -146,7 +149,8 @@ def _(
     for first in range(0, max(experts, 1), step):
         part = slice(first, min(first + step, experts))
         zero = None if b_zero is None else b_zero[part]
-        w = dequantized(b[part], b_scale[part], zero, torch.float32).to(a.dtype)
+        w = dequantized(b[part], b_scale[part], zero, format=format, dtype=torch.float32)
+        w = w.to(a.dtype)
         w = w.mT.contiguous() if transposed else w
         offsets, own_bias = expert_offsets, bias
         if step < experts:  # Rows of the experts before these meet zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_dense
+from moe_ops.ops._quantized import check_dense, check_names, joined
 
 _OP = "mla_decode"
 _mla_decode = direct_call(_OP)
@@ -50,6 +51,7 @@ def mla_decode(
     interleaved_keys: bool = False,
     mask: Tensor | None = None,
     residual_scale: float = 1.0,
+    formats: str | Sequence[str] = "float",
 ) -> Tensor:
     """Computes a block of multi-head latent attention (MLA) for S new tokens of sequences with
     cached latents.
@@ -68,9 +70,8 @@ def mla_decode(
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
-        w_q: [n (d_n + d_r), H], or [n (d_n + d_r), r_q] with `w_q_a`; in x's dtype, or quantized in
-            a format of :func:`gated_mlp_decode`. Every weight except `w_kv_b` may be quantized,
-            independently of the others.
+        w_q: [n (d_n + d_r), H], or [n (d_n + d_r), r_q] with `w_q_a`; of its format, like every
+            weight except `w_kv_b`.
         w_kv_a: [r + d_r, H].
         kv_norm: [r] in x's dtype, weight of the RMS norm of latents.
         w_kv_b: [n (d_n + d_v), r] in x's dtype, for each head keys first.
@@ -89,8 +90,7 @@ def mla_decode(
         q_norm: [r_q] in x's dtype, weight of an RMS norm after w_q_a, or None.
         latent_eps: of kv_norm and q_norm, at least 0.
         b_q, b_q_a, b_kv_a, b_o: in x's dtype, or None.
-        w_q_scale, w_q_a_scale, w_kv_a_scale, w_o_scale: float32, for quantized weights: [O] for
-            int8, [O, K/G] for 4 bits with G = 32, 64 or 128.
+        w_q_scale, w_q_a_scale, w_kv_a_scale, w_o_scale: of quantized weights, otherwise None.
         interleaved: if True, rotated pairs are (2 i, 2 i + 1) in the outputs of `w_q` and `w_kv_a`;
             otherwise (i, i + d_r / 2).
         interleaved_keys: like interleaved, for `rope_keys`.
@@ -99,6 +99,9 @@ def mla_decode(
             attends to its own token and earlier ones. A query whose keys are all masked attends to
             nothing.
         residual_scale: as above.
+        formats: of w_q, w_kv_a, w_o and, if given, w_q_a: one name for all, or one of each.
+            "float" is x's dtype; "int8", "int4 g32", "int4 g64" or "int4 g128" as of
+            :func:`moe_ffn_quantized` have scales.
 
     Returns:
         y [B, S, H] in x's dtype, summed in fp32 (fp64 for fp64).
@@ -142,6 +145,7 @@ def mla_decode(
         interleaved_keys,
         mask,
         residual_scale,
+        joined(formats),
     )
 
 
@@ -167,8 +171,10 @@ def _(*row: Any) -> Tensor:
     )
     check(heads >= 1, f"{_OP}: num_heads must be from 1 to 2^31 - 1, got {heads}.")
     depth = hidden
+    count = 3 if args["w_q_a"] is None else 4
+    names = check_names(_OP, "formats", args["formats"], count)
     if args["w_q_a"] is not None:
-        check_dense(_OP, args, "q_a", x, None, hidden)
+        check_dense(_OP, args, "q_a", names[3], x, None, hidden)
         depth = args["w_q_a"].shape[0]
         check(
             depth >= 1,
@@ -180,7 +186,7 @@ def _(*row: Any) -> Tensor:
             all(args[n] is None for n in ("q_norm", "b_q_a", "w_q_a_scale")),
             f"{_OP}: q_norm, b_q_a and w_q_a_scale must be None without w_q_a, got one.",
         )
-    check_dense(_OP, args, "q", x, None, depth)
+    check_dense(_OP, args, "q", names[0], x, None, depth)
     width = args["w_q"].shape[0]
     nope = width // heads - rope
     check(
@@ -188,7 +194,7 @@ def _(*row: Any) -> Tensor:
         f"{_OP}: w_q must have more than {rope} features for each of num_heads = {heads} heads, "
         f"got shape {list(args['w_q'].shape)}.",
     )
-    check_dense(_OP, args, "kv_a", x, rank + rope, hidden)
+    check_dense(_OP, args, "kv_a", names[1], x, rank + rope, hidden)
     check_like(_OP, "kv_norm", args["kv_norm"], "x", x, "[r]", r=rank)
     w_kv_b = args["w_kv_b"]
     check_like(_OP, "w_kv_b", w_kv_b, "x", x, "[O, K]", K=rank)
@@ -198,7 +204,7 @@ def _(*row: Any) -> Tensor:
         f"{_OP}: w_kv_b must have more than {nope} features for each of num_heads = {heads} "
         f"heads, got shape {list(w_kv_b.shape)}.",
     )
-    check_dense(_OP, args, "o", x, hidden, heads * value)
+    check_dense(_OP, args, "o", names[2], x, hidden, heads * value)
     check_block(_OP, args, rope, "latent_eps")
     return new_like(x)
 

@@ -1,8 +1,8 @@
-"""moe_ffn_quantized: moe_ffn of weights of few bits."""
+"""moe_ffn_quantized: moe_ffn of quantized weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from moe_ops.ops._checks import (
     new_like,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_codes, has_kernels
+from moe_ops.ops._quantized import check_names, check_weight, have_kernels, joined
 from moe_ops.ops.gated_act import check_activation
 from moe_ops.ops.moe_ffn import (
     DEFAULT_OPTIONS,
@@ -54,6 +54,7 @@ def moe_ffn_quantized(
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
+    format: str | Sequence[str],
     x_scale: Tensor | None = None,
     b_gate_up: Tensor | None = None,
     b_down: Tensor | None = None,
@@ -65,29 +66,31 @@ def moe_ffn_quantized(
     w_gate_up_zero: Tensor | None = None,
     w_down_zero: Tensor | None = None,
 ) -> Tensor:
-    """moe_ffn with frozen expert weights of few bits.
+    """moe_ffn with frozen quantized expert weights.
 
-    The function of :func:`moe_ffn` with each weight an integer times a scale, in one of two
-    formats, told by the dtype of the weight:
+    The function of :func:`moe_ffn` with weights of the formats that `format` names. Two have
+    kernels of integers:
 
-    - 8 bits: int8 [E, O, D] with scales [E, O], one an output feature:
+    - "int8": int8 [E, O, D] with scales [E, O], one per output feature:
       ``w[e, o, k] = q[e, o, k] * scale[e, o]``.
-    - 4 bits: uint8 [E, O, D/2] with scales [E, O, D/G], G = 32, 64 or 128. Byte j of a row holds
-      k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
-      ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
+    - "int4 g32", "int4 g64", "int4 g128": uint8 [E, O, D/2] with scales [E, O, D/G]. Byte j of a
+      row holds k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from
+      -8 to 7: ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    Five more, as checkpoints store them, become float32, in registers where an expert has up to 4
+    The others, as checkpoints store them, become float32, in registers where an expert has up to 4
     tokens (2 without AVX-512) and else in cache, some rows at a time (on CUDA x's type, some
     experts at a time). Rows are not rounded to integers for them:
 
-    - 8 bits in groups: int8 [E, O, D] with scales [E, O, D/G], G a multiple of 32.
-    - 4 bits with scales of float32, bfloat16 or float16 for groups of a multiple of 32, and zero
-      points uint8 [E, O, D/G] or without: ``w[e, o, k] = (code - zero[e, o, k // G]) * scale``, the
-      code from 0 to 15, zero 8 where there is none (GPTQ, AWQ, compressed-tensors, q4_0).
-    - MXFP4: uint8 [E, O, D/2] of e2m1 with uint8 [E, O, D/32] of e8m0 (gpt-oss).
-    - fp8: float8_e4m3fn [E, O, D] with float32 [E, ceil(O/128), ceil(D/128)] (DeepSeek-V3).
-    - ggml's q4_K: uint8 [E, O, D/2] with records uint8 [E, O, D/256, 16] of d, dmin and the packed
-      scales; q6_K: uint8 [E, O, 3D/4] of ql and qh with records [E, O, D/256, 18] of scales and d.
+    - "int8 gG": int8 [E, O, D] with scales [E, O, D/G], G a multiple of 32.
+    - "int4 gG" with another multiple of 32, with scales of "bfloat16" or "float16", or with "zero"
+      points uint8 [E, O, D/G], for instance "int4 g128 float16 zero":
+      ``w[e, o, k] = (code - zero[e, o, k // G]) * scale``, the code from 0 to 15, zero 8 where
+      there is none (GPTQ, AWQ, compressed-tensors, q4_0).
+    - "mxfp4": uint8 [E, O, D/2] of e2m1 with uint8 [E, O, D/32] of e8m0 (gpt-oss).
+    - "fp8": float8_e4m3fn [E, O, D] with float32 [E, ceil(O/128), ceil(D/128)] (DeepSeek-V3).
+    - "q4_k" of ggml: uint8 [E, O, D/2] with records uint8 [E, O, D/256, 16] of d, dmin and the
+      packed scales; "q6_k": uint8 [E, O, 3D/4] of ql and qh with records [E, O, D/256, 18] of
+      scales and d.
 
     x and topk_weights have gradients, through weights that become float32 in cache likewise; the
     rounding of rows counts as none. Weights, scales and biases are frozen.
@@ -115,13 +118,12 @@ def moe_ffn_quantized(
 
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.
-        w_gate_up: [E, 2I, H] int8 or [E, 2I, H/2] uint8, gate half first; I instead of 2I for
-            activations without a gate.
-        w_gate_up_scale: float32, [E, 2I] or [E, 2I, H/G].
-        w_down: [E, H, I] int8 or [E, H, I/2] uint8.
-        w_down_scale: float32, [E, H] or [E, H, I/G].
+        w_gate_up, w_gate_up_scale: a weight [E, 2I, H] of its format, gate half first; I instead
+            of 2I for activations without a gate.
+        w_down, w_down_scale: a weight [E, H, I] of its format.
         topk_weights: [T, K] in any float dtype, used in fp32.
         topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
+        format: the name of both weights' format, or a name of each.
         x_scale: [H] float32, or None: multiplies x in front of w_gate_up. A quantiser that looks at
             activations divides the columns of w_gate_up by it.
         b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None.
@@ -131,13 +133,13 @@ def moe_ffn_quantized(
         apply_router_weight_on_input: multiply the token by the routing weight before the experts
             and add their outputs unweighted (Llama 4).
         alpha, limit: of ``"swiglu_oai"``.
-        w_gate_up_zero, w_down_zero: zero points of 4-bit weights, or None.
+        w_gate_up_zero, w_down_zero: zero points of formats that have them, or None.
 
     Returns:
         [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
 
     Raises:
-        ValueError: wrong dtype, rank, size or activation.
+        ValueError: an unknown format or activation; wrong dtype, rank or size.
         NotImplementedError: a gradient of anything but x and topk_weights, or a second derivative.
 
     Source:
@@ -148,14 +150,12 @@ def moe_ffn_quantized(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     weights = (w_gate_up, w_gate_up_scale, w_down, w_down_scale)
+    rest = (topk_weights, topk_ids, joined(format), x_scale)
     if w_gate_up_zero is not None or w_down_zero is not None:
         options = (*(options or DEFAULT_OPTIONS), w_gate_up_zero, w_down_zero)
-    if x.device.type == "cuda" and not (
-        has_kernels(w_gate_up, w_gate_up_scale, w_gate_up_zero)
-        and has_kernels(w_down, w_down_scale, w_down_zero)
-    ):
-        return _moe_ffn_quantized_fwd(x, *weights, topk_weights, topk_ids, x_scale, *options)[0]
-    return _moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale, *options)
+    if x.device.type == "cuda" and not have_kernels(rest[2], 2):
+        return _moe_ffn_quantized_fwd(x, *weights, *rest, *options)[0]
+    return _moe_ffn_quantized(x, *weights, *rest, *options)
 
 
 def _check_call(
@@ -167,6 +167,7 @@ def _check_call(
     w_down_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
+    format: str,
     x_scale: Tensor | None,
     b_gate_up: Tensor | None,
     b_down: Tensor | None,
@@ -179,10 +180,11 @@ def _check_call(
     w_down_zero: Tensor | None,
 ) -> None:
     check_activation(op, activation, alpha, limit, False)
+    names = check_names(op, "format", format, 2)
     check_index(op, "topk_ids", topk_ids, "[T, K]")
     check_tensor(op, "x", x, NARROW_FLOATS, "[T, H]")
     tokens, hidden = x.shape
-    up_depth = check_codes(op, "w_gate_up", w_gate_up, w_gate_up_scale, w_gate_up_zero)
+    up_depth = check_weight(op, "w_gate_up", w_gate_up, w_gate_up_scale, w_gate_up_zero, names[0])
     num_experts, width, _ = w_gate_up.shape
     check(
         up_depth == hidden,
@@ -190,7 +192,7 @@ def _check_call(
         f"(shape {list(w_gate_up.shape)}).",
     )
     intermediate = check_width(op, w_gate_up, activation)
-    down_depth = check_codes(op, "w_down", w_down, w_down_scale, w_down_zero)
+    down_depth = check_weight(op, "w_down", w_down, w_down_scale, w_down_zero, names[1])
     check_size(op, "w_down", w_down, 0, num_experts, "E")
     check_size(op, "w_down", w_down, 1, hidden, "H")
     check(
@@ -244,10 +246,10 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @register_fake(f"{_OP}_bwd")
 def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     op = f"{_OP}_bwd"
-    x, *weights, topk_weights, preact, _, _, slot_to_row = args[:10]
-    *rest, need_x, need_topk_weights = args[10:]
+    x, *weights, topk_weights, preact, _, _, slot_to_row, format = args[:11]
+    *rest, need_x, need_topk_weights = args[11:]
     check: Any = _check_call
-    check(op, x, *weights, topk_weights, slot_to_row, None, *rest)
+    check(op, x, *weights, topk_weights, slot_to_row, format, None, *rest)
     check_dtype(op, "grad_y", grad_y.dtype, (x.dtype,), " like x")
     check_dtype(op, "preact", preact.dtype, (x.dtype,), " like x")
     return (
@@ -262,9 +264,9 @@ _FROZEN = {
     2: "w_gate_up_scale",
     3: "w_down",
     4: "w_down_scale",
-    7: "x_scale",
-    8: "b_gate_up",
-    9: "b_down",
+    8: "x_scale",
+    9: "b_gate_up",
+    10: "b_down",
 }
 
 
@@ -276,19 +278,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
             f"{_OP}: weights, scales and biases have no gradient, and {', '.join(wanted)} requires "
             f"one; detach it, or use moe_ops.reference.{_OP}, which can be differentiated."
         )
-    x, *weights, topk_weights, _, x_scale, b_gate_up, b_down = inputs[:10]
+    x, *weights, topk_weights, _, format, x_scale, b_gate_up, b_down = inputs[:11]
     _, preact, expert_offsets, row_to_slot, slot_to_row = output
     ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
     ctx.set_materialize_grads(False)
     routing = (preact, expert_offsets, row_to_slot, slot_to_row)
     ctx.save_for_backward(
-        x, *weights, topk_weights, *routing, b_gate_up, b_down, *inputs[15:17], x_scale
+        x, *weights, topk_weights, *routing, b_gate_up, b_down, *inputs[16:18], x_scale
     )
-    ctx.options = inputs[10:15]
+    ctx.format, ctx.options = format, inputs[11:16]
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count = 17
+    count = 18
     needs = needs_input_grad(ctx, count)
     grads: list[Tensor | None] = [None] * count
     if grad_y is None:
@@ -296,7 +298,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, *saved, b_gate_up, b_down, up_zero, down_zero, x_scale = ctx.saved_tensors
     if x_scale is not None:
         x = (x * x_scale).to(x.dtype)
-    rest = (b_gate_up, b_down, *ctx.options, up_zero, down_zero)
+    rest = (ctx.format, b_gate_up, b_down, *ctx.options, up_zero, down_zero)
     grad_x, grad_weights = _moe_ffn_quantized_bwd(grad_y, x, *saved, *rest, needs[0], needs[5])
     if needs[0]:
         grads[0] = grad_x if x_scale is None else (grad_x * x_scale).to(x.dtype)
@@ -321,18 +323,24 @@ _CHUNK_BYTES = 1 << 27
 
 
 def _chunks(
-    x: Tensor, weights: tuple[Any, ...], up_zero: Tensor | None, down_zero: Tensor | None
+    x: Tensor,
+    weights: tuple[Any, ...],
+    format: str,
+    up_zero: Tensor | None,
+    down_zero: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Ranges of experts with w_gate_up and w_down of x's type."""
     w_gate_up, gate_up_scale, w_down, down_scale = weights
+    names = check_names(_OP, "format", format, 2)
     experts, hidden = w_down.shape[:2]
     size = (w_gate_up.shape[1] + w_gate_up.shape[1] // 2) * hidden * x.element_size()
     step = max(1, _CHUNK_BYTES // max(size, 1))
+    exact: Any = {"dtype": torch.float32}
     for first in range(0, experts, step):
         part = slice(first, min(first + step, experts))
         zeros = [None if z is None else z[part] for z in (up_zero, down_zero)]
-        up = dequantized(w_gate_up[part], gate_up_scale[part], zeros[0], torch.float32)
-        down = dequantized(w_down[part], down_scale[part], zeros[1], torch.float32)
+        up = dequantized(w_gate_up[part], gate_up_scale[part], zeros[0], format=names[0], **exact)
+        down = dequantized(w_down[part], down_scale[part], zeros[1], format=names[1], **exact)
         yield part, up.to(x.dtype), down.to(x.dtype)
 
 
@@ -342,17 +350,16 @@ def _bias(bias: Tensor | None, part: slice) -> Tensor | None:
 
 @register_cuda_formula("moe_ffn_quantized_fwd")
 def _(*args: Any) -> tuple[Tensor, ...]:
-    x, *weights, topk_weights, topk_ids, x_scale, b_gate_up, b_down = args[:10]
-    options, up_zero, down_zero = args[10:15], args[15], args[16]
+    x, *weights, topk_weights, topk_ids, format, x_scale, b_gate_up, b_down = args[:11]
+    options, zeros = args[11:16], args[16:18]
     ops = torch.ops.moe_ops
     routing = ops.sort_by_expert(topk_ids, weights[2].shape[0])
     preact = x.new_empty((0, weights[0].shape[1]))
-    w_gate_up, up_scale, w_down, down_scale = weights
-    if has_kernels(w_gate_up, up_scale, up_zero) and has_kernels(w_down, down_scale, down_zero):
+    if have_kernels(format, 2):
         return ops.moe_ffn_quantized(*args), preact, *routing
     scaled = x if x_scale is None else (x * x_scale).to(x.dtype)
     y = x.new_zeros(x.shape, dtype=torch.float32)
-    for part, up, down in _chunks(x, tuple(weights), up_zero, down_zero):
+    for part, up, down in _chunks(x, tuple(weights), format, *zeros):
         biases = _bias(b_gate_up, part), _bias(b_down, part)
         ids = topk_ids - part.start
         y += ops.moe_ffn(scaled, up, down, topk_weights, ids, *biases, *options, torch.float32)
@@ -362,7 +369,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @register_cuda_formula("moe_ffn_quantized_bwd")
 def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     x, *weights, topk_weights, _preact, _, row_to_slot, slot_to_row = args[:10]
-    b_gate_up, b_down, *options, up_zero, down_zero, need_x, need_topk_weights = args[10:]
+    format, b_gate_up, b_down, *options, up_zero, down_zero, need_x, need_topk_weights = args[10:]
     ops = torch.ops.moe_ops
     # From the routing, which expert a slot has; slots without one keep -1.
     expert_offsets = args[7]
@@ -374,7 +381,7 @@ def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     grad_weights = x.new_empty(0, dtype=torch.float32)
     if need_topk_weights:
         grad_weights = x.new_zeros(ids.shape, dtype=torch.float32)
-    for part, up, down in _chunks(x, tuple(weights), up_zero, down_zero):
+    for part, up, down in _chunks(x, tuple(weights), format, up_zero, down_zero):
         biases = _bias(b_gate_up, part), _bias(b_down, part)
         call = (x, up, down, topk_weights)
         here = torch.where(ids < part.stop, ids - part.start, -1)

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_ops.expert_weights.packing import invalidate
-from moe_ops.layers import Experts, QuantizedExperts
+from moe_ops.layers import Experts
+from moe_ops.quant import QuantizedExperts
 
 from .comm import sum_over_group
 from .placement import ExpertPlacement

@@ -27,7 +27,7 @@ def find_banks(
     skip: tuple[str, ...] = (),
     *,
     unsupported: str = "raise",
-    op: str = "quantize_experts",
+    op: str = "quantize",
 ) -> Iterator[FoundBank]:
     """The float banks of a model, one at a time: whoever drops the last one may free it.
 

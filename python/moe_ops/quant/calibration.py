@@ -56,7 +56,7 @@ def collect_calibration(
     """Runs a float model and keeps what its banks of experts saw and gave.
 
     Args:
-        model: a model whose experts `quantize_experts` can replace; not changed.
+        model: a model whose experts `quantize` can replace; not changed.
         inputs: batches to call the model with (a tensor, a tuple of positional or a dict of keyword
             arguments each), or a function that is given the model and runs it.
         max_tokens: tokens kept a bank, spread evenly over the batches and within each.

@@ -14,16 +14,13 @@ Letters: E experts, O output features, D input features of a weight [..., O, D].
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops.formulas.codes import FP8_BLOCK as BLOCK
+from moe_ops.formulas.codes import round_fp8_blocks
 from moe_ops.ops._checks import dtype_name
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-BLOCK = 128
-# As in the kernels: a block's scale is at least 2^-126, the smallest normal fp32 number.
-_MIN_AMAX = FP8_MAX * 2.0**-126
 
 
 def quantize_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,37 +45,10 @@ def quantize_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
             f"quantize_fp8_blocks: w must be a float tensor [..., O, D], got "
             f"{dtype_name(w.dtype)} of shape {list(w.shape)}."
         )
-    codes, scale = round_blocks(w.detach())
+    codes, scale = round_fp8_blocks(w.detach())
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("quantize_fp8_blocks: w must be finite, got infinities or NaNs.")
     return codes, scale
-
-
-# Experts whose numbers are at most so many together are rounded at once; fp32 copies take memory.
-_NUMBERS_AT_ONCE = 1 << 24
-
-
-def round_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8_blocks` that never waits for the device: a block with a NaN or an infinity gets
-    the scale NaN and codes NaN."""
-    matrix = w.shape[-2] * w.shape[-1]
-    if w.dim() == 3 and w.numel() > _NUMBERS_AT_ONCE and w.shape[0] > 1:
-        parts = w.split(max(1, _NUMBERS_AT_ONCE // matrix))
-        codes, scales = zip(*(_round_at_once(part) for part in parts), strict=True)
-        joined = torch.cat([c.view(torch.uint8) for c in codes])
-        return joined.view(FP8), torch.cat(scales)
-    return _round_at_once(w)
-
-
-def _round_at_once(w: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = _blocks(w.float())  # [..., O/128, 128, D/128, 128]
-    amax = blocks.abs().amax((-3, -1))
-    finite = amax.isfinite()
-    amax = torch.where(finite, amax.clamp(min=_MIN_AMAX), torch.nan)
-    full = torch.full_like(amax, FP8_MAX)
-    codes = (blocks * (full / amax)[..., :, None, :, None]).to(FP8)
-    codes = codes.flatten(-4, -3).flatten(-2)[..., : w.shape[-2], : w.shape[-1]]
-    return codes.contiguous(), amax / full
 
 
 def dequantize_fp8_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -137,10 +107,3 @@ def check_fp8_pair(name: str, what: str, q: Tensor, scale: Tensor) -> None:
             f"{name}: the scale of {what} must be float32 {wanted}, got "
             f"{dtype_name(scale.dtype)} of shape {list(scale.shape)}."
         )
-
-
-def _blocks(w: Tensor) -> Tensor:
-    rows, columns = w.shape[-2:]
-    padded = F.pad(w, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    size = (padded.shape[-2] // BLOCK, BLOCK, padded.shape[-1] // BLOCK, BLOCK)
-    return padded.reshape(*w.shape[:-2], *size)

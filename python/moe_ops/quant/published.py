@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._checks import dtype_name
-
-from .formats import WeightFormat
+from moe_ops.weight_formats import WeightFormat
 
 _SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)  # of the codes of 4 bits in a word
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each, in AWQ's words
@@ -24,7 +23,7 @@ _GGML = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 2
 
 
 class StoredWeight(NamedTuple):
-    """What a layer holds of a weight: `moe_ops.quant.formats.WeightFormat.tensors` has shapes."""
+    """What a layer holds of a weight: `moe_ops.weight_formats.WeightFormat.tensors` has shapes."""
 
     format: WeightFormat
     codes: Tensor
@@ -141,6 +140,37 @@ def from_int8_channels(weight: Tensor, weight_scale: Tensor) -> StoredWeight:
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> StoredWeight:
     """MXFP4 as gpt-oss is published: blocks uint8 [O, D/32, 16], scales uint8 [O, D/32]. A view."""
     return StoredWeight(WeightFormat("mxfp4"), blocks.flatten(-2), scales)
+
+
+def from_nvfp4(
+    packed: Tensor, scale: Tensor, factor: Tensor, *, inverse: bool = False
+) -> StoredWeight:
+    """NVFP4: ``w[o, k] = e2m1[o, k] * scale[o, k // 16] * factor``.
+
+    Args:
+        packed: uint8 [O, D/2], the even input in the low half: ModelOpt's `weight`,
+            compressed-tensors' `weight_packed`.
+        scale: float8_e4m3fn [O, D/16], `weight_scale`.
+        factor: float32, one number: ModelOpt's `weight_scale_2`, compressed-tensors'
+            `weight_global_scale`.
+        inverse: whether `factor` is what scales were multiplied by, as compressed-tensors stores
+            it.
+
+    Raises:
+        ValueError: tensors of other types, or that do not belong together.
+    """
+    _check_kind("from_nvfp4", "packed", packed, torch.uint8)
+    _check_kind("from_nvfp4", "scale", scale, torch.float8_e4m3fn)
+    if _group("from_nvfp4", "scale", scale, -1, packed.shape[-1] * 2) != 16 or factor.numel() != 1:
+        raise ValueError(
+            f"from_nvfp4: scale must be for 16 inputs each and factor one number, got shapes "
+            f"{list(scale.shape)} and {list(factor.shape)}."
+        )
+    number = factor.float().reshape(())
+    number = number.reciprocal() if inverse else number
+    head = number.expand(*scale.shape[:-1], 1).contiguous().view(torch.uint8)
+    scales = torch.cat([head, scale.contiguous().view(torch.uint8)], -1)
+    return StoredWeight(WeightFormat("nvfp4"), packed.contiguous(), scales)
 
 
 def from_fp8(weight: Tensor, weight_scale_inv: Tensor) -> StoredWeight:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_ops.expert_weights import ExpertInputs, ExpertWeights
 
-from .formats import dequantize, quantize
+from .formats import dequantize_weight, quantize_weight
 
 GRID = 10
 
@@ -32,7 +32,6 @@ def find_x_scale(
     bank: ExpertWeights,
     inputs: ExpertInputs,
     format: str,
-    group_size: int | None,
     *,
     grid: int = GRID,
 ) -> ScaleChoice:
@@ -45,7 +44,7 @@ def find_x_scale(
     Args:
         bank: the weights.
         inputs: tokens that the bank has seen; none gives ones.
-        format, group_size: of the rounding.
+        format: of the rounding, as `quantize_weight` takes it.
         grid: number of steps; the time is about `grid` times that of quantising plus running.
     """
     candidates = [i / grid for i in range(grid + 1)]
@@ -66,7 +65,7 @@ def find_x_scale(
         weight = bank.gate_up_of(expert)
         exact = bank.run_expert(expert, here, weight)
         for i, x_scale in enumerate(scales):
-            rounded = dequantize(*quantize(weight / x_scale, format, group_size))
+            rounded = dequantize_weight(*quantize_weight(weight / x_scale, format), format)
             # The same product as with x * x_scale, whatever on_input and biases do.
             y = bank.run_expert(expert, here, rounded * x_scale)
             errors[i] += float((y - exact).double().square().sum())

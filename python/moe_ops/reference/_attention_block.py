@@ -6,10 +6,10 @@ from torch import Tensor
 from ._codes import dequantized
 
 
-def dense(t: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Computes the dense layer of t, in t's dtype."""
+def dense(t: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, format: str) -> Tensor:
+    """The dense layer of t, in t's type."""
     if w_scale is not None:
-        w = dequantized(w[None], w_scale[None])[0]
+        w = dequantized(w, w_scale, format=format)
     y = t @ w.to(t.dtype).T
     return y if bias is None else y + bias.to(t.dtype)
 

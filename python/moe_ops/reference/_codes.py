@@ -1,44 +1,38 @@
-"""Dequantization of expert weights, in all formats of moe_ffn_quantized.
+"""Values of expert weights, in all formats that moe_ffn_quantized takes.
 
 Letters: E experts, O output and D input features of a weight, G group size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["dequantized", "format_of"]
+__all__ = ["dequantized", "formats_of"]
 
 _FP8_BLOCK = 128
 # e2m1: sign, two exponent bits, one mantissa bit.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def format_of(w: Tensor, scale: Tensor) -> str:
-    """Returns the format, which the dtypes and shapes of a weight [..., O, *] and its scales
-    determine."""
-    if w.dtype == torch.float8_e4m3fn:
-        return "fp8"
-    if w.dtype == torch.int8:
-        return "int8" if scale.dim() < w.dim() else "int8 groups"
-    if scale.dtype != torch.uint8:
-        return "int4"
-    if scale.dim() == w.dim():
-        return "mxfp4"
-    return "q4_k" if scale.shape[-1] == 16 else "q6_k"
-
-
 def dequantized(
-    w: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns [..., O, D] in `dtype`; None is the dtype of floating-point scales, or float32."""
+    """Returns [..., O, D] in `dtype` of a weight of the format `format`, "int4 g64" for instance;
+    None is the dtype of floating scales, or float32."""
     if dtype is None:
         dtype = scale.dtype if scale.is_floating_point() else torch.float32
-    kind = format_of(w, scale)
-    if kind == "int8":
+    kind, _, more = format.partition(" ")
+    if kind == "int8" and not more:
         return w.to(dtype) * scale.to(dtype)[..., None]
-    if kind == "int8 groups":
+    if kind == "int8":
         return _scaled(w.to(dtype), scale.to(dtype))
     if kind == "fp8":
         factors = scale.to(dtype).repeat_interleave(_FP8_BLOCK, -2)[..., : w.shape[-2], :]
@@ -48,9 +42,20 @@ def dequantized(
     if kind == "q6_k":
         return _q6_k(w, scale, dtype)
     codes = torch.stack([w & 15, w >> 4], -1).flatten(-2)
-    if kind == "mxfp4":
+    if kind in ("mxfp4", "nvfp4"):
         table = torch.tensor(_E2M1, dtype=dtype, device=w.device)
         values = torch.where(codes < 8, 1.0, -1.0).to(dtype) * table[(codes & 7).int()]
+        if kind == "nvfp4":  # The float32 of a row, then a number of e4m3 for each 16.
+            factor = (
+                scale[..., :4]
+                .flatten()
+                .clone()
+                .view(torch.float32)
+                .view(*scale.shape[:-1], 1)
+                .to(dtype)
+            )
+            steps = scale[..., 4:].contiguous().view(torch.float8_e4m3fn).to(dtype)
+            return _scaled(values, steps * factor)
         # 2^(e - 127); 255 is NaN.
         powers = torch.exp2(scale.to(torch.float64) - 127).masked_fill(scale == 255, torch.nan)
         return _scaled(values, powers.to(dtype))
@@ -59,6 +64,12 @@ def dequantized(
         return _scaled(numbers - 8, scale.to(dtype))
     groups = numbers.unflatten(-1, (scale.shape[-1], -1))
     return ((groups - zero.to(dtype)[..., None]) * scale.to(dtype)[..., None]).flatten(-2)
+
+
+def formats_of(format: str | Sequence[str], count: int) -> list[str]:
+    """Returns the formats of `count` weights: one name is that of all."""
+    names = format.split(", ") if isinstance(format, str) else list(format)
+    return names * count if len(names) == 1 else names
 
 
 def _scaled(numbers: Tensor, scale: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._attention_block import attention_weights, dense, rms_norm, turn
+from ._codes import formats_of
 from ._common import acc_dtype
 
 
@@ -37,10 +40,12 @@ def attention_decode(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
+    formats: str | Sequence[str] = "float",
 ) -> Tensor:
     """Computes x + residual_scale * attention(norm(x)), and writes the keys and values of x into
     the cache."""
     acc = acc_dtype(x.dtype)
+    kinds = formats_of(formats, 4)
     batch, length, _ = x.shape
     kv_heads, size = keys.shape[1], keys.shape[3]
     end = start + length
@@ -54,13 +59,13 @@ def attention_decode(
         return torch.cat((turn(turned, cos, sin), rest), dim=-1).transpose(1, 2)
 
     h = rms_norm(x.to(acc), norm_weight, eps)
-    q = heads(dense(h, w_q, w_q_scale, b_q), q_norm)
-    keys[:, :, start:end] = heads(dense(h, w_k, w_k_scale, b_k), k_norm).to(keys.dtype)
-    v = dense(h, w_v, w_v_scale, b_v).unflatten(2, (kv_heads, size)).transpose(1, 2)
+    q = heads(dense(h, w_q, w_q_scale, b_q, kinds[0]), q_norm)
+    keys[:, :, start:end] = heads(dense(h, w_k, w_k_scale, b_k, kinds[1]), k_norm).to(keys.dtype)
+    v = dense(h, w_v, w_v_scale, b_v, kinds[2]).unflatten(2, (kv_heads, size)).transpose(1, 2)
     values[:, :, start:end] = v.to(values.dtype)
 
     group = q.shape[1] // kv_heads
     k, v = (t[:, :, :end].to(acc).repeat_interleave(group, 1) for t in (keys, values))
     weights = attention_weights(q @ k.transpose(2, 3) * scale, mask, start, sinks)
     mixed = (weights @ v).transpose(1, 2).flatten(2)
-    return (x.to(acc) + residual_scale * dense(mixed, w_o, w_o_scale, b_o)).to(x.dtype)
+    return (x.to(acc) + residual_scale * dense(mixed, w_o, w_o_scale, b_o, kinds[3])).to(x.dtype)

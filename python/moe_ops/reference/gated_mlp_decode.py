@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ._codes import dequantized
+from ._codes import dequantized, formats_of
 from ._common import acc_dtype
 from .gated_act import gated_act
 
@@ -23,23 +25,26 @@ def gated_mlp_decode(
     residual: Tensor | None = None,
     residual_scale: float = 1.0,
     activation: str = "swiglu",
+    formats: str | Sequence[str] = "float",
 ) -> Tensor:
     """Computes residual + residual_scale * sigmoid(output_gate h) * w_down (act(w_gate h) * w_up
     h), where h is the norm of x."""
     acc = acc_dtype(x.dtype)
 
-    def dense(t: Tensor, w: Tensor, scale: Tensor | None) -> Tensor:
+    kinds = formats_of(formats, 3)
+
+    def dense(t: Tensor, w: Tensor, scale: Tensor | None, kind: str) -> Tensor:
         if scale is not None:
-            w = dequantized(w[None], scale[None])[0]
+            w = dequantized(w, scale, format=kind)
         return t @ w.to(acc).T
 
     h = x.to(acc)
     if norm_weight is not None:
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * norm_weight.to(acc)
-    gate, up = dense(h, w_gate, w_gate_scale), dense(h, w_up, w_up_scale)
-    y = residual_scale * dense(
-        gated_act(torch.cat((gate, up), -1), activation), w_down, w_down_scale
-    )
+    gate = dense(h, w_gate, w_gate_scale, kinds[0])
+    up = dense(h, w_up, w_up_scale, kinds[1])
+    hidden = gated_act(torch.cat((gate, up), -1), activation)
+    y = residual_scale * dense(hidden, w_down, w_down_scale, kinds[2])
     if output_gate is not None:
         y = torch.sigmoid(h @ output_gate.to(acc))[:, None] * y
     if residual is not None:

@@ -13,11 +13,12 @@ def grouped_gemm_quantized(
     b_scale: Tensor,
     expert_offsets: Tensor,
     *,
+    format: str,
     bias: Tensor | None = None,
     b_zero: Tensor | None = None,
 ) -> Tensor:
     """Computes grouped_gemm with dequantized weights; a is not rounded."""
     acc = acc_dtype(a.dtype)
-    weights = dequantized(b, b_scale, b_zero, acc)
+    weights = dequantized(b, b_scale, b_zero, format=format, dtype=acc)
     bias = None if bias is None else bias.to(acc)
     return grouped_gemm(a.to(acc), weights, expert_offsets, bias=bias).to(a.dtype)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._attention_block import attention_weights, dense, rms_norm, turn
+from ._codes import formats_of
 from ._common import acc_dtype
 
 
@@ -39,10 +42,12 @@ def mla_decode(
     interleaved_keys: bool = False,
     mask: Tensor | None = None,
     residual_scale: float = 1.0,
+    formats: str | Sequence[str] = "float",
 ) -> Tensor:
     """Computes x + residual_scale * latent attention(norm(x)), and writes the latents and rotated
     keys of x into the cache."""
     acc = acc_dtype(x.dtype)
+    kinds = formats_of(formats, 4 if w_q_a is not None else 3)
     end = start + x.shape[1]
     rank, rope = latents.shape[3], rope_keys.shape[3]
 
@@ -56,10 +61,10 @@ def mla_decode(
     h = rms_norm(x.to(acc), norm_weight, eps)
     q = h
     if w_q_a is not None:
-        q = rms_norm(dense(h, w_q_a, w_q_a_scale, b_q_a), q_norm, latent_eps)
-    q = dense(q, w_q, w_q_scale, b_q).unflatten(2, (num_heads, -1))
+        q = rms_norm(dense(h, w_q_a, w_q_a_scale, b_q_a, kinds[3]), q_norm, latent_eps)
+    q = dense(q, w_q, w_q_scale, b_q, kinds[0]).unflatten(2, (num_heads, -1))
     q_nope, q_rope = q.split((q.shape[-1] - rope, rope), dim=-1)
-    latent, k_rope = dense(h, w_kv_a, w_kv_a_scale, b_kv_a).split((rank, rope), dim=-1)
+    latent, k_rope = dense(h, w_kv_a, w_kv_a_scale, b_kv_a, kinds[1]).split((rank, rope), dim=-1)
     latents[:, 0, start:end] = rms_norm(latent, kv_norm, latent_eps).to(latents.dtype)
     rope_keys[:, 0, start:end] = rotated(k_rope[:, :, None])[:, :, 0].to(rope_keys.dtype)
 
@@ -71,5 +76,5 @@ def mla_decode(
     scores = scores + torch.einsum("bsnr,btr->bnst", rotated(q_rope), k)
     weights = attention_weights(scores * scale, mask, start)
     mixed = torch.einsum("bnsr,ndr->bsnd", torch.einsum("bnst,btr->bnsr", weights, c), w_v)
-    y = dense(mixed.flatten(2), w_o, w_o_scale, b_o)
+    y = dense(mixed.flatten(2), w_o, w_o_scale, b_o, kinds[2])
     return (x.to(acc) + residual_scale * y).to(x.dtype)

@@ -44,7 +44,7 @@ def load_pruned(
     The model equals the result of `prune_experts` on the whole model, in the memory of the kept
     experts: separate tensors of other experts are never read; of tensors with all experts, and of
     routers, only some rows are read. For a checkpoint of transformers with experts quantized by
-    `moe_ops.quantize_experts`, these are the quantized values and scales of the kept experts.
+    `moe_ops.quantize`, these are the quantized values and scales of the kept experts.
 
     Args:
         folder: config.json and safetensors, sharded or not, as written by transformers or the zoo.
@@ -115,11 +115,11 @@ def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, n
         if method != "moe_ops":
             raise ValueError(
                 f"load_pruned: {folder} must hold a float checkpoint, or one whose experts "
-                f"moe_ops.quantize_experts has quantised, got quant_method {shown(method)}."
+                f"moe_ops.quantize has quantised, got quant_method {shown(method)}."
             )
         if quantized.get("layers") is not None:
             raise ValueError(
-                f"load_pruned: {folder} must have experts of moe_ops.quantize_experts, got those "
+                f"load_pruned: {folder} must have experts of moe_ops.quantize, got those "
                 "of a checkpoint of another method."
             )
         # Registers the quantization method with transformers.

@@ -122,7 +122,7 @@ def test_one_bank_of_many_packs_in_a_pass(small):
         assert counts[-1] == 3
 
 
-def test_held_bytes_has_the_copies(small):
+def test_memory_stats_has_the_copies(small):
     before = memory.memory_stats()["packed weights"]
     bank = make()
     size = bank.pack_weights()

@@ -37,7 +37,7 @@ def test_prediction_layers_are_ignored(tmp_path):
 
 
 def test_quantised_experts_are_not_written_without_their_scales(tmp_path):
-    model = moe_ops.quantize_experts(build("v3").float(), "int8")
+    model = moe_ops.quantize(build("v3").float(), moe_ops.Int8WeightConfig())
     with pytest.raises(ValueError, match=r"w_gate_up must be of floats, got torch\.int8"):
         model.save_pretrained(tmp_path / "quantised")
     assert not (tmp_path / "quantised").exists()

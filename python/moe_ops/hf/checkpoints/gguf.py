@@ -26,8 +26,9 @@ from moe_ops.hf.checkpoints.gguf_header import GgufTensor, check_gguf
 from moe_ops.hf.checkpoints.quantizer import mark_stored
 from moe_ops.quant import published
 from moe_ops.quant.bank import find_banks
-from moe_ops.quant.formats import label_of_bank, options_of_label
+from moe_ops.quant.convert import new_experts
 from moe_ops.quant.published import StoredWeight
+from moe_ops.weight_formats import joined_label
 
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
 
@@ -121,11 +122,9 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
                     f"from_pretrained: gate and up of {found.name} must have one type, got "
                     f"{kinds['gate'].label} and {kinds['up'].label}."
                 )
-            label = label_of_bank({"w_gate_up": kinds["up"], "w_down": kinds["down"]})
+            label = joined_label({"w_gate_up": kinds["up"], "w_down": kinds["down"]})
             with _reading(file):
-                experts = found.hook.new_quantized(
-                    found.module, bank, x_scale=False, **options_of_label(label)
-                )
+                experts = new_experts(found, label, bank=bank)
             experts._is_hf_initialized = True
             found.hook.install(model, found.module, experts)
             self._banks[found.name] = layer

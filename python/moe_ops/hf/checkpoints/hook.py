@@ -30,8 +30,8 @@ class TransformersHook(ExpertsHook):
     ) -> ExpertInputs:
         return _kind_of(module).inputs(module, args, kwargs)
 
-    def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
-        return _kind_of(module).new_quantized(module, weights, **config)
+    def quantized_class(self, module: nn.Module) -> Any:
+        return _kind_of(module).quantized_class(module)
 
     def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
         return _kind_of(module).install(root, module, experts)
@@ -39,22 +39,19 @@ class TransformersHook(ExpertsHook):
     def check_root(self, root: nn.Module) -> None:
         if isinstance(root, PreTrainedModel) and _method_of(root) == METHOD:
             # A checkpoint has room for one format.
-            raise ValueError(
-                "quantize_experts: model must be a float model, got one quantised by moe_ops."
-            )
+            raise ValueError("quantize: model must be a float model, got one quantised by moe_ops.")
 
     def mark_quantized(
         self,
         root: nn.Module,
         format: str,
-        group_size: int | None,
         x_scale: bool,
         skip: Sequence[str],
     ) -> None:
         if not isinstance(root, PreTrainedModel):
             return
         if _method_of(root) is None:
-            mark_quantized(root, format, group_size, x_scale, skip)
+            mark_quantized(root, format, x_scale, skip)
         else:
             refuse_to_save(root)
 

@@ -1,5 +1,6 @@
 """Checkpoints that others quantised, read into layers that compute with the weights as they are:
-GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized), MXFP4 and fp8 in blocks of 128.
+GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized, nvfp4-pack-quantized), NVFP4 of
+ModelOpt, MXFP4 and fp8 in blocks of 128.
 
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
 
@@ -35,10 +36,11 @@ from moe_ops.hf.checkpoints.quantizer import (
 )
 from moe_ops.quant import published
 from moe_ops.quant.bank import FoundBank, find_banks
-from moe_ops.quant.formats import WeightFormat, options_of_label
+from moe_ops.quant.convert import new_experts
 from moe_ops.quant.published import StoredWeight
+from moe_ops.weight_formats import WeightFormat
 
-METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4", "fp8")
+METHODS = ("gptq", "awq", "compressed-tensors", "modelopt", "mxfp4", "fp8")
 _SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # A key of one projection of one expert, and which it is.
 _EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(.+)$")
@@ -46,7 +48,8 @@ _GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # Tensors of quantised weights, which transformers is not to report as unexpected.
 _LEAVES = (
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_zero_point|weight_shape"
-    r"|weight_g_idx|weight_scale_inv)$",
+    r"|weight_g_idx|weight_scale_inv|weight_global_scale|input_global_scale|weight_scale_2"
+    r"|input_scale)$",
     r"\.experts\.\d+\.",
     r"\.(gate_up|down)_proj_(blocks|scales|bias)$",
 )
@@ -136,6 +139,8 @@ class CompressedTensors(Method):
 
     def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
         scale = f"{name}.weight_scale"
+        if f"{name}.weight_global_scale" in files:
+            return WeightFormat("nvfp4")
         if f"{name}.weight_packed" not in files:
             return WeightFormat("int8")
         group = _group(files, scale, 1, in_features)
@@ -143,6 +148,10 @@ class CompressedTensors(Method):
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
         scale = files.get(f"{name}.weight_scale")
+        if f"{name}.weight_global_scale" in files:
+            leaves = (files.get(f"{name}.weight_{leaf}") for leaf in ("packed", "global_scale"))
+            packed, factor = leaves
+            return published.from_nvfp4(packed, scale, factor, inverse=True)
         if f"{name}.weight_packed" not in files:
             weight = files.get(f"{name}.weight")
             if weight.dtype != torch.int8 or scale.numel() != weight.shape[0]:
@@ -154,6 +163,17 @@ class CompressedTensors(Method):
         rest = (files.optional(f"{name}.weight_{leaf}") for leaf in ("zero_point", "g_idx"))
         packed = files.get(f"{name}.weight_packed")
         return published.from_compressed_tensors(packed, scale, *rest, in_features=in_features)
+
+
+class ModelOpt(Method):
+    marker = "weight_scale_2"
+
+    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
+        return WeightFormat("nvfp4")
+
+    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        leaves = (f"{name}.{leaf}" for leaf in ("weight", "weight_scale", "weight_scale_2"))
+        return published.from_nvfp4(*map(files.get, leaves))
 
 
 class Fp8(Method):
@@ -178,6 +198,7 @@ _METHODS: dict[str, type[Method]] = {
     "awq": Awq,
     "compressed-tensors": CompressedTensors,
     "fp8": Fp8,
+    "modelopt": ModelOpt,
     "mxfp4": Mxfp4,
 }
 
@@ -296,9 +317,7 @@ class PublishedQuantizer(HfQuantizer):
                 f"{down.label}."
             )
         with files.reading(bank.prefix):
-            experts = found.hook.new_quantized(
-                found.module, weights, x_scale=False, **options_of_label(up.label)
-            )
+            experts = new_experts(found, up.label)
         experts._is_hf_initialized = True
         found.hook.install(model, found.module, experts)
 
@@ -380,10 +399,12 @@ def _check_values(config: dict[str, Any]) -> None:
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm":
             refuse("version", "gemm", version)
+    if method == "modelopt" and config.get("quant_algo") != "NVFP4":
+        refuse("quant_algo", "NVFP4", config.get("quant_algo"))
     if method == "fp8" and list(config.get("weight_block_size") or ()) != [128, 128]:
         refuse("weight_block_size", "[128, 128]", config.get("weight_block_size"))
     if method == "compressed-tensors":
-        known = ("pack-quantized", "int-quantized")
+        known = ("pack-quantized", "int-quantized", "nvfp4-pack-quantized")
         if config.get("format") not in known:
             refuse("format", " or ".join(known), config.get("format"))
         groups = (config.get("config_groups") or {}).values()

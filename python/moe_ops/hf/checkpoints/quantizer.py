@@ -19,58 +19,48 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moe_ops._files import shown
 from moe_ops._reading import damage
 from moe_ops.hf.checkpoints.files import Checkpoint
-from moe_ops.layers import QuantizedExperts
-from moe_ops.layers.stored_linear import StoredLinear
+from moe_ops.quant import QuantizedExperts, StoredLinear, quantize
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
-from moe_ops.quant.convert import check_sizes, quantize_experts, replace_bank
-from moe_ops.quant.formats import WeightFormat, check_format, options_of_label
+from moe_ops.quant.config import WeightConfig, check_config, config_named
+from moe_ops.quant.convert import check_sizes, new_experts, replace_bank
+from moe_ops.weight_formats import WeightFormat
 
 METHOD = "moe_ops"
 _CONFIG = "quantization_config of config.json"
 
 
 @register_quantization_config(METHOD)
-class ExpertsQuantizationConfig(QuantizationConfigMixin):
-    """The formats of the quantized experts of a model.
+class MoeOpsConfig(QuantizationConfigMixin):
+    """The formats of the quantized experts of a model, as transformers keeps them.
 
-    Give it to `from_pretrained(..., quantization_config=...)` of a float checkpoint to quantise
-    while loading; checkpoints that were saved quantised carry their own.
+    Give it to `from_pretrained(..., quantization_config=MoeOpsConfig(Int8WeightConfig()))` of a
+    float checkpoint to quantise while loading; checkpoints that were saved quantised carry their
+    own.
 
     Args:
-        format: "int8" or "int4".
-        group_size: of int4: 32, 64 or 128; None is 64.
-        x_scale: whether the banks have an activation-aware scale. It takes calibration, which
-            loading cannot do: use `moe_ops.quantize_experts` for that.
-        skip: shell patterns of module names whose banks stay float.
-        layers: of a checkpoint that was saved from one of another method: the name of each bank
-            and dense layer that is quantised -> its format ("int4 g128 float16 zero", "q4_k, down
-            q6_k"). Nothing else counts then.
+        config: what `moe_ops.quantize` takes.
+        x_scale: whether the experts have an activation-aware scale. It takes calibration, which
+            loading cannot do: use `moe_ops.quantize` for that.
+        skip: shell patterns of module names whose experts stay float.
+        layers: of a checkpoint that was saved from one of another method: the name of each layer of
+            experts and dense layer that is quantised -> its format ("int4 g128 float16 zero",
+            "q4_k, q6_k"). Nothing else counts then.
 
     Raises:
-        ValueError: an unknown format or group size.
+        ValueError: arguments of other types.
     """
 
     def __init__(
         self,
-        format: str = "int4",
-        group_size: int | None = None,
+        config: WeightConfig | None = None,
+        *,
         x_scale: bool = False,
         skip: Sequence[str] = (),
-        quant_method: str = METHOD,
         layers: Mapping[str, str] | None = None,
-        **unknown: Any,
     ) -> None:
-        # What config.json of a stranger holds.
         name = type(self).__name__
-        if unknown:
-            raise ValueError(
-                f"{name}: fields must be format, group_size, x_scale, skip and layers, got "
-                f"{', '.join(sorted(unknown))}."
-            )
-        if not isinstance(format, str):
-            raise ValueError(f"{name}: format must be 'int8' or 'int4', got {shown(format)}.")
-        if group_size is not None and type(group_size) is not int:
-            raise ValueError(f"{name}: group_size must be a number, got {shown(group_size)}.")
+        if config is not None or layers is None:
+            check_config(name, config)
         if not isinstance(x_scale, bool):
             raise ValueError(f"{name}: x_scale must be true or false, got {shown(x_scale)}.")
         if not isinstance(skip, Sequence) or not all(isinstance(s, str) for s in skip):
@@ -83,15 +73,39 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
                     f"{name}: layers must be formats by name of a layer, got {shown(layers)}."
                 )
             layers = dict(layers)
-        self.layers = layers
-        self.quant_method = quant_method  # type: ignore[assignment]
-        self.format = format
-        self.group_size = check_format(type(self).__name__, format, group_size) or None
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.config = config
         self.x_scale = x_scale
         self.skip = [skip] if isinstance(skip, str) else list(skip)
+        self.layers = layers
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Reads what config.json of a stranger holds, as `to_dict` writes it."""
+        given = {key: v for key, v in config_dict.items() if key != "quant_method"}
+        unknown = sorted(given.keys() - {"format", "x_scale", "skip", "layers"})
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}: fields must be format, x_scale, skip and layers, got "
+                f"{', '.join(unknown)}."
+            )
+        label, config = given.pop("format", None), None
+        if label is not None or given.get("layers") is None:
+            if not isinstance(label, str):
+                raise ValueError(f"{cls.__name__}: format must be a name, got {shown(label)}.")
+            config = config_named(cls.__name__, label)
+        made = cls(config, **given)
+        return (made, kwargs) if return_unused_kwargs else made
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in super().to_dict().items() if k != "layers" or v is not None}
+        """Returns what `from_dict` reads: the name of the format in the place of the config."""
+        found: dict[str, Any] = {"quant_method": METHOD}
+        if self.config is not None:
+            found["format"] = self.config.label
+        found |= {"x_scale": self.x_scale, "skip": list(self.skip)}
+        return found if self.layers is None else {**found, "layers": dict(self.layers)}
 
 
 class _TakeFloats(ConversionOps):
@@ -171,7 +185,7 @@ class BankReader(HfQuantizer):
 class ExpertsQuantizer(BankReader):
     """Builds quantised banks before a checkpoint is read, or quantises while it is."""
 
-    quantization_config: ExpertsQuantizationConfig
+    quantization_config: MoeOpsConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -182,9 +196,9 @@ class ExpertsQuantizer(BankReader):
         try:
             check_finite("from_pretrained", found.name, found.module, found.bank)
         except ValueError:
-            return  # quantize_experts says it once all has been read.
+            return  # quantize says it once all has been read.
         config = self.quantization_config
-        replace_bank(model, found, config.format, config.group_size)
+        replace_bank(model, found, _format(config).label)
         self._num_quantized += 1
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -193,8 +207,7 @@ class ExpertsQuantizer(BankReader):
             if config.x_scale:
                 raise ValueError(
                     "from_pretrained: quantization_config must have x_scale=False for a float "
-                    "checkpoint, got True; moe_ops.quantize_experts(model, calibration=...) makes "
-                    "the scales."
+                    "checkpoint, got True; moe_ops.quantize(..., calibration=...) makes the scales."
                 )
             for pattern in idle_patterns(model, tuple(config.skip)):
                 warnings.warn(
@@ -203,7 +216,7 @@ class ExpertsQuantizer(BankReader):
                     stacklevel=2,
                 )
             for found in find_banks(model, tuple(config.skip)):
-                check_sizes(found.name, found.bank, config.group_size)
+                check_sizes(found.name, found.bank, _format(config))
                 self.expect(found)
             return model
         if config.layers is not None:
@@ -214,14 +227,8 @@ class ExpertsQuantizer(BankReader):
             return model
         count = 0
         for found in find_banks(model, tuple(config.skip)):
-            check_sizes(found.name, found.bank, config.group_size)
-            experts = found.hook.new_quantized(
-                found.module,
-                found.bank,
-                format=config.format,
-                group_size=config.group_size,
-                x_scale=config.x_scale,
-            )
+            check_sizes(found.name, found.bank, _format(config))
+            experts = new_experts(found, _format(config).label, x_scale=config.x_scale)
             found.hook.install(model, found.module, experts)
             count += 1
         if not count:
@@ -239,11 +246,9 @@ class ExpertsQuantizer(BankReader):
             rest = next(iter(find_banks(model, tuple(config.skip))), None)
             if rest is not None or not self._num_quantized:
                 del model.quantization_method  # Set by transformers ahead of the fact.
-                quantize_experts(
-                    model, config.format, group_size=config.group_size, skip=config.skip
-                )
+                quantize(model, _format(config), skip=config.skip)
             else:
-                mark_quantized(model, config.format, config.group_size, False, config.skip)
+                mark_quantized(model, _format(config).label, False, config.skip)
             self.pre_quantized = True
             return model
         for name, module in model.named_modules():
@@ -270,6 +275,11 @@ class ExpertsQuantizer(BankReader):
         )
 
 
+def _format(config: MoeOpsConfig) -> WeightConfig:
+    assert config.config is not None
+    return config.config
+
+
 def _check_files(model: nn.Module, files: Sequence[str] | None) -> None:
     """Checks safetensors files before transformers reads them into a model.
 
@@ -286,8 +296,7 @@ def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
     for found in find_banks(model, unsupported="skip"):
         label = left.pop(found.name, None)
         if label is not None:
-            options = options_of_label(label)
-            bank = found.hook.new_quantized(found.module, found.bank, x_scale=False, **options)
+            bank = new_experts(found, label)
             found.hook.install(model, found.module, bank)
     modules = dict(model.named_modules())
     for name, label in left.items():
@@ -335,11 +344,10 @@ def _bank_at(model: nn.Module, name: str) -> FoundBank | None:
     return None if found is None or found.module is not module else found._replace(name=name)
 
 
-def mark_quantized(
-    model: Any, format: str, group_size: int | None, x_scale: bool, skip: Sequence[str]
-) -> None:
+def mark_quantized(model: Any, format: str, x_scale: bool, skip: Sequence[str]) -> None:
     """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs."""
-    _mark(model, ExpertsQuantizationConfig(format, group_size, x_scale, list(skip)))
+    config = config_named("quantize", format)
+    _mark(model, MoeOpsConfig(config, x_scale=x_scale, skip=list(skip)))
 
 
 def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -> None:
@@ -351,7 +359,7 @@ def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -
     """
     layers = {name: model.get_submodule(name).format_name for name in banks}
     layers |= {name: model.get_submodule(name).format.label for name in linears}
-    _mark(model, ExpertsQuantizationConfig(layers=layers))
+    _mark(model, MoeOpsConfig(layers=layers))
 
 
 def refuse_to_save(model: Any) -> None:
@@ -369,7 +377,7 @@ def _refuse_to_save(method: str, *_: Any, **__: Any) -> bool:
     )
 
 
-def _mark(model: Any, config: ExpertsQuantizationConfig) -> None:
+def _mark(model: Any, config: MoeOpsConfig) -> None:
     model.config.quantization_config = config
     _claim_experts(model)
     for module in model.modules():

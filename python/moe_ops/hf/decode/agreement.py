@@ -27,6 +27,7 @@ from moe_ops.ops import (
     router_linear,
     topk_router,
 )
+from moe_ops.quant.linear import DenseOperands
 
 _SIZES = (1e-3, 1.0, 30.0, 1e4)
 _TOLERANCE = 1e-5
@@ -227,7 +228,9 @@ def _latents(attention: Any, entry: LatentAttention) -> float | None:
     operands = entry.operands(
         attention,
         {
-            name: (m.weight, None, m.bias) if isinstance(m, nn.Linear) else m.weight
+            name: DenseOperands(m.weight, None, m.bias, "float")
+            if isinstance(m, nn.Linear)
+            else m.weight
             for name, m in parts.items()
         },
     )

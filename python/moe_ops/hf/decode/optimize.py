@@ -19,15 +19,15 @@ from moe_ops.hf.decode.known_parts import LayerParts
 from moe_ops.hf.decode.report import Report
 from moe_ops.hf.decode.stock import take_stock
 from moe_ops.hf.experts.switch import enable, interface_of, set_implementation
-from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import replace_linears
 from moe_ops.memory import register_holder
-from moe_ops.quant import quantize_experts
+from moe_ops.quant import QuantizedExperts, WeightConfig, quantize
 from moe_ops.quant.bank import find_banks
+from moe_ops.quant.config import check_config
+from moe_ops.quant.linear import quantize_linears
 
-FORMATS = (None, "int8", "int4")
-# mla_decode multiplies queries, not latents, by this weight.
-_FLOAT_OF_LATENTS = ("kv_b_proj",)
+# mla_decode multiplies queries by this weight, and not latents.
+_FLOAT_OF_LATENTS = ("*kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -59,9 +59,8 @@ register_holder("original weights", lambda: sum(b.kept_bytes for b in _optimized
 
 def optimize(
     model: nn.Module,
-    weights: str | None = None,
     *,
-    group_size: int | None = None,
+    quantization: WeightConfig | None = None,
     keep_original: bool = False,
     compile: bool | str = False,
     verify: int | str | None = None,
@@ -70,8 +69,8 @@ def optimize(
 
     - Experts run on moe_ops (:func:`moe_ops.hf.enable`).
     - Dense layers (attention projections, shared experts, the head): GEMMs with up to 64 rows run
-      at memory bandwidth. With `weights`, dense layers and experts (`moe_ops.quantize_experts`) are
-      stored in 8 or 4 bits. Routers, embeddings, norms, and `kv_b_proj` of MLA stay float.
+      at memory bandwidth. With `quantization`, dense layers and experts (`moe_ops.quantize`)
+      are quantized. Routers, embeddings, norms, and `kv_b_proj` of MLA stay float.
     - RMS norms and routers are one or two ops each; a decoder layer processes few tokens in a few
       calls, its attention in one.
     - With `compile`, `generate` uses a static cache and compiles its decode steps.
@@ -82,19 +81,17 @@ def optimize(
     classes. Settings are read at each call, so changes take effect immediately.
 
     The attention implementation is unchanged. Parameters, their names and checkpoints are those of
-    the model; with `weights`, `save_pretrained` writes quantized experts like `quantize_experts`,
+    the model; with `quantization`, `save_pretrained` writes quantized experts like `quantize`,
     and dense layers as floats with their quantized values. Such a model loads at the speed of
-    reading its bytes; `optimize` with the same `weights` quantizes its dense layers again, to equal
+    reading its bytes; `optimize` with the same config quantizes its dense layers again, to equal
     values.
 
     Args:
         model: a transformers model, or any module with MoE blocks of one.
-        weights: None, "int8" (one scale per output feature) or "int4" (one scale per `group_size`
-            inputs).
-        group_size: for int4: 32, 64 or 128; None is 64. Dense layers whose rows it does not divide
-            use the next smaller one, and stay float if none does.
-        keep_original: with `weights`, keep the float weights in memory, so that :func:`restore` can
-            bring them back; `moe_ops.memory.memory_stats` counts them.
+        quantization: `moe_ops.quant.Int8WeightConfig()` or another config. Dense layers whose rows
+            its groups do not divide use the next smaller group, and stay float if none does.
+        keep_original: with `quantization`, keep the float weights in memory, so that
+            :func:`restore` can bring them back; `moe_ops.memory.memory_stats` counts them.
         compile: True, or the name of a torch.compile backend; stored in `model.generation_config`.
             Assisted decoding needs a cache that is not static.
         verify: n compares one in n calls of each changed module with the module's own forward, and
@@ -106,13 +103,11 @@ def optimize(
         modules of these kinds.
 
     Raises:
-        ValueError: unknown `weights` or `verify`, a model that is already optimized or that cannot
-            generate although `compile` is set; models that `enable` and `quantize_experts` reject.
+        ValueError: unknown `quantization` or `verify`, a model that is already optimized or that
+            cannot generate although `compile` is set; models that `enable` and `quantize` reject.
     """
-    if weights not in FORMATS:
-        raise ValueError(f"optimize: weights must be None, 'int8' or 'int4', got {weights!r}.")
-    if group_size is not None and weights != "int4":
-        raise ValueError(f"optimize: group_size belongs to 'int4', got weights={weights!r}.")
+    if quantization is not None:
+        check_config("optimize", quantization)
     every, warn = parse_verify(verify)
     with _lock:
         if model in _optimized:
@@ -122,7 +117,7 @@ def optimize(
                 f"optimize: model must be one that generates to compile its steps, got "
                 f"{type(model).__name__}."
             )
-        report = _optimize(model, weights, group_size, keep_original, compile)
+        report = _optimize(model, quantization, keep_original, compile)
         if every:
             watch(_watched(model, report), every, warn)
         return report
@@ -130,12 +125,11 @@ def optimize(
 
 def _optimize(
     model: nn.Module,
-    weights: str | None,
-    group_size: int | None,
+    quantization: WeightConfig | None,
     keep_original: bool,
     compile: bool | str,
 ) -> Report:
-    keeps = weights is None or keep_original
+    keeps = quantization is None or keep_original
     before = _Before(
         modules=dict(_snapshot(model)) if keeps else None,
         after={},
@@ -149,10 +143,13 @@ def _optimize(
 
     found = take_stock(model)
     report = Report()
-    if weights is not None and not _experts_are(model, weights, group_size):
-        quantize_experts(model, weights, group_size=group_size)
+    if quantization is not None and not _experts_are(model, quantization.label):
+        quantize(model, quantization)
     report |= enable(model)
-    report |= replace_linears(model, weights, group_size, _FLOAT_OF_LATENTS if found.latent else ())
+    if quantization is not None:
+        skip = _FLOAT_OF_LATENTS if found.latent else ()
+        report |= quantize_linears(model, quantization, skip)
+    report |= replace_linears(model)
     for name, module in model.named_modules():
         for kind, entries in (("norm", found.norms), ("router", found.routers)):
             if name in entries:
@@ -188,8 +185,8 @@ def _restore(model: nn.Module) -> None:
         raise ValueError(f"restore: model must be optimised, got {type(model).__name__}.")
     if before.modules is None:
         raise ValueError(
-            "restore: model must have its float weights, which optimize(weights=...) lets go; give "
-            "it keep_original=True, or load the model again."
+            "restore: model must have its float weights, which optimize(quantization=...) lets go; "
+            "give it keep_original=True, or load the model again."
         )
     now = {name: module for name, module in model.named_modules() if name}
     changed = before.after.keys() ^ now.keys()
@@ -213,12 +210,10 @@ def _restore(model: nn.Module) -> None:
     del _optimized[model]
 
 
-def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
-    """Returns whether all experts already have this format, as after loading such a checkpoint."""
+def _experts_are(model: nn.Module, format: str) -> bool:
+    """Returns whether all experts have this format already, as after loading such a checkpoint."""
     found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
-    fits = all(
-        m.format == format and (group_size is None or m.group_size == group_size) for m in found
-    )
+    fits = all(m.format == format for m in found)
     return bool(found) and fits and next(find_banks(model, ()), None) is None
 
 

@@ -11,7 +11,8 @@ from moe_ops.hf.decode.known_parts import LayerParts
 from moe_ops.hf.decode.step import KIND, reason_of
 from moe_ops.hf.decode.stock import take_stock
 from moe_ops.hf.experts.switch import status
-from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
+from moe_ops.layers.linear import FewRowsLinear
+from moe_ops.quant import QuantizedLinear
 
 
 class Report(dict[str, str]):
@@ -56,7 +57,7 @@ def report(model: nn.Module) -> Report:
             else:
                 found.left[name] = "the code of its class was replaced"
         elif isinstance(module, QuantizedLinear):
-            found[name] = module.format_name
+            found[name] = module.format
         elif isinstance(module, FewRowsLinear):
             found[name] = "few rows"
         if kind == KIND and (reason := reason_of(module)) is not None:

@@ -40,9 +40,10 @@ from moe_ops.hf.models.attention import (
 )
 from moe_ops.hf.models.gates import fused_activation
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
-from moe_ops.layers import QuantizedExperts
-from moe_ops.layers.linear import FEW_ROWS, dense_operands, in_inference_on_few_rows
+from moe_ops.layers.linear import FEW_ROWS, in_inference_on_few_rows
 from moe_ops.ops import add_rms_norm, attention_decode, gated_mlp_decode, mla_decode
+from moe_ops.quant import QuantizedExperts
+from moe_ops.quant.linear import dense_operands
 
 # Supported arguments of a layer; others must be None. Hooks collect outputs.
 _KNOWN = frozenset(
@@ -229,6 +230,7 @@ def _attend_to_heads(
         w_k_scale=k[1],
         w_v_scale=v[1],
         w_o_scale=o[1],
+        formats=[part.format for part in (q, k, v, o)],
         mask=mask,
         sinks=sinks,
         **options,
@@ -423,7 +425,7 @@ def _routed(
         weight = None
         if gate is not None:
             dense = dense_operands(gate, y.dtype) if is_silent(gate) else None
-            weight = None if dense is None or dense[1:] != (None, None) else dense[0][0]
+            weight = None if dense is None or dense[1:3] != (None, None) else dense[0][0]
         if gate is None or weight is not None:
             return gated_mlp_decode(y, output_gate=weight, residual=out, **operands)
     shared: Tensor = network(y)
@@ -438,14 +440,15 @@ def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[st
     activation = found.entry.activation(network)
     if activation is None:
         return None
-    operands: dict[str, Any] = {"activation": activation}
+    operands: dict[str, Any] = {"activation": activation, "formats": []}
     modules = network._modules
     for name in ("gate", "up", "down"):
         layer = modules[f"{name}_proj"]
         dense = dense_operands(layer, dtype) if is_silent(layer) else None
         if dense is None or dense[2] is not None:
             return None
-        operands[f"w_{name}"], operands[f"w_{name}_scale"], _ = dense
+        operands[f"w_{name}"], operands[f"w_{name}_scale"], _, format = dense
+        operands["formats"].append(format)
     return operands
 
 

@@ -21,8 +21,8 @@ from moe_ops.hf.experts.forward import bank_bias, bank_views
 from moe_ops.hf.experts.jetmoe import MoeOpsJetMoeTopKGating
 from moe_ops.hf.experts.switch import interface_of
 from moe_ops.hf.models.gates import fused_activation, fused_gate
-from moe_ops.layers import QuantizedExperts
 from moe_ops.ops import gated_act
+from moe_ops.quant import QuantizedExperts
 
 _UNKNOWN = "must have an activation that moe_ffn knows, got {}."
 
@@ -133,7 +133,8 @@ class QuantizedLlama4TextMoe(Llama4TextMoe):
 class _InterfaceExperts(ExpertsHook):
     """Hook for experts on transformers' experts interface."""
 
-    quantized = QuantizedHfExperts
+    def quantized_class(self, module: nn.Module) -> Any:
+        return QuantizedHfExperts
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         interface = interface_of(module)
@@ -183,8 +184,6 @@ class _DbrxExperts(_InterfaceExperts):
 
 class _JetMoeBlock(ExpertsHook):
     """Hook for JetMoE's feed-forward block; its attention experts are not networks."""
-
-    quantized = QuantizedExperts
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, JetMoeMoE) or isinstance(module, QuantizedJetMoeMoE):

@@ -44,7 +44,7 @@ def enable(model: nn.Module) -> dict[str, str]:
 
     Returns:
         Name of each block that now runs on moe_ops -> method: ``"experts_implementation"``,
-        ``"forward"``, ``"quantized"`` for experts of `moe_ops.quantize_experts`, or ``"offloaded"``
+        ``"forward"``, ``"quantized"`` for experts of `moe_ops.quantize`, or ``"offloaded"``
         for experts of `moe_ops.offload`, which always run on moe_ops. Blocks that were already
         switched are included.
 
@@ -185,7 +185,7 @@ def assert_used(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Returns whether `moe_ops.quantize_experts` or `moe_ops.offload` made this block."""
+    """Returns whether `moe_ops.quantize` or `moe_ops.offload` made this block."""
     return getattr(type(module), "quantized_block", False)
 
 

@@ -181,7 +181,7 @@ class LatentAttention:
 
         Args:
             attention: the module, whose settings are read.
-            parts: weight, scale and bias by name of the projection; the weight by name of the norm.
+            parts: by name of projections weight, scale, bias and format; of norms the weight.
         """
         state = attention.__dict__
         found: dict[str, Any] = {
@@ -192,12 +192,13 @@ class LatentAttention:
             "interleaved": self.is_interleaved(attention),
             "interleaved_keys": self.interleaved_keys,
         }
-        names = {"kv_a": "kv_a_proj_with_mqa", "o": "o_proj", "q": "q_proj"}
+        names = {"q": "q_proj", "kv_a": "kv_a_proj_with_mqa", "o": "o_proj"}
         if self.has_bottleneck(attention):
             names |= {"q": "q_b_proj", "q_a": "q_a_proj"}
             found["q_norm"] = parts["q_a_layernorm"]
         for name, part in names.items():
-            found[f"w_{name}"], found[f"w_{name}_scale"], found[f"b_{name}"] = parts[part]
+            found[f"w_{name}"], found[f"w_{name}_scale"], found[f"b_{name}"], _ = parts[part]
+        found["formats"] = [parts[part].format for part in names.values()]
         return found
 
 

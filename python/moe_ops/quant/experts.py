@@ -15,14 +15,14 @@ from moe_ops import memory, packing
 from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights import ExpertWeights
 from moe_ops.formulas.codes import dequantized
+from moe_ops.layers.expert_ops.rows import as_ids
+from moe_ops.layers.experts import ACTIVATION_OPTIONS, Experts, activation_of, check_activation
+from moe_ops.layers.inputs import takes_dense
 from moe_ops.ops import moe_ffn_fp8, moe_ffn_quantized
 from moe_ops.ops._checks import check_positive, dtype_name
-from moe_ops.quant.convert import check_sizes, quantize_experts
-from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides, label_of_bank
+from moe_ops.weight_formats import joined_label
 
-from .expert_ops.rows import as_ids
-from .experts import ACTIVATION_OPTIONS, Experts, check_activation
-from .inputs import takes_dense
+from .formats import WEIGHTS, formats_of
 
 _FROZEN = (*(name + part for name in WEIGHTS for part in ("", "_scale", "_zero")), "x_scale")
 
@@ -33,34 +33,24 @@ class QuantizedExperts(nn.Module):
     Buffers, not parameters; a state dict holds them as they are:
 
     Attributes:
-        w_gate_up, w_down: int8 [E, 2I, H] and [E, H, I]; or uint8 [E, 2I, H/2] and [E, H, I/2],
-            two numbers of 4 bits a byte. `moe_ops.quant.quantize` defines both formats.
-        w_gate_up_scale, w_down_scale: fp32 [E, 2I] and [E, H]; of int4 [E, 2I, H/G], [E, H, I/G].
-        w_gate_up_zero, w_down_zero: uint8 zero points like the scales, or None.
+        w_gate_up, w_down, and their `_scale` and `_zero` (or None): the tensors of a weight
+            [E, 2I, H] and one [E, H, I] of their formats, see :func:`moe_ops.moe_ffn_quantized`.
         x_scale: fp32 [H], what x is multiplied by before w_gate_up, or None.
         b_gate_up, b_down: floating point, [E, 2I] and [E, H], or None.
-
-    Those of other formats are in `moe_ops.quant.formats.WeightFormat` and in
-    :func:`moe_ops.moe_ffn_quantized`.
 
     `.to(dtype)` and its kin change the biases only; weights and scales keep their types. x and
     topk_weights have gradients; nothing of the layer has one.
 
     Args:
         num_experts, hidden_size, intermediate_size: E, H and I, at least 1.
-        format: "int8" or "int4"; or, to hold what a checkpoint has, "mxfp4", "fp8", "q4_k" or
-            "q6_k".
-        group_size: G of int4: 32, 64 (also None) or 128; must divide H and I. With another
-            scale_dtype or zero points any multiple of 32; of int8 then too, or None.
-        scale_dtype: of the scales of int8 and int4: "float32", "bfloat16" or "float16".
-        zero_points: whether groups of int4 have one.
-        down_format: of w_down where it is another one.
+        format: the name of the weights' format, or of each: "int8", "int4 g64", "q4_k, q6_k".
         x_scale: whether there is an activation-aware scale of the input.
         activation, bias, interleaved, alpha, limit: as of `Experts`.
         device: of the buffers.
         dtype: of the biases.
 
-    A new layer computes zeros. `from_experts` fills one from a bank, `load_state_dict` from a file.
+    A new layer computes zeros. `moe_ops.quantize` makes one of `Experts`; `load_state_dict` fills
+    one from a file.
 
     Raises:
         ValueError: a size below 1, an unknown format or activation, groups that do not divide.
@@ -86,11 +76,7 @@ class QuantizedExperts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        format: str = "int4",
-        group_size: int | None = None,
-        scale_dtype: str = "float32",
-        zero_points: bool = False,
-        down_format: str | None = None,
+        format: str = "int4 g64",
         x_scale: bool = False,
         activation: str = "swiglu",
         bias: bool = False,
@@ -104,26 +90,18 @@ class QuantizedExperts(nn.Module):
         name = type(self).__name__
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
         check_positive(name, num_experts=num_experts, **sizes)
-        self.formats = bank_formats(name, format, down_format, group_size, scale_dtype, zero_points)
-        for weight, size in zip(WEIGHTS, (hidden_size, intermediate_size), strict=True):
-            how = self.formats[weight]
-            if how.has_kernels and how.name == "int4":
-                assert how.group_size is not None
-                check_divides(name, weight, size, how.group_size)
+        self.formats = formats_of(name, format, (hidden_size, intermediate_size))
+        self.format = joined_label(self.formats)
+        self._all_fp8 = self.format == "fp8"
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.format = format
-        self.down_format = down_format
-        self.group_size = next((f.group_size for f in self.formats.values() if f.group_size), None)
-        self.scale_dtype = scale_dtype
-        self.zero_points = zero_points
         self.activation = activation
         self.gated = check_activation(name, activation, interleaved)
         self.interleaved = interleaved
         self.alpha = alpha
         self.limit = limit
-        # Which exponent `quantize_experts` found best; not kept in the state dict.
+        # Which exponent `quantize` found best; not kept in the state dict.
         self.scale_exponent: float | None = None
 
         width = intermediate_size * (2 if self.gated else 1)
@@ -146,64 +124,27 @@ class QuantizedExperts(nn.Module):
             self.register_buffer(b, values)
 
     @classmethod
-    def from_experts(
-        cls,
-        experts: Experts,
-        format: str = "int4",
-        *,
-        group_size: int | None = None,
-        calibration: Any = None,
-    ) -> QuantizedExperts:
-        """The quantised form of a bank, which is left alone; `moe_ops.quantize_experts` of it.
-
-        Args:
-            experts: the bank.
-            format, group_size: as of the class.
-            calibration: batches of the bank's own arguments, (x, topk_weights, topk_ids) each, or
-                what `moe_ops.quant.collect_calibration` returned; None for no x_scale.
-        """
-        if not isinstance(experts, Experts):
-            raise ValueError(
-                f"QuantizedExperts: experts must be a moe_ops.layers.Experts, got "
-                f"{type(experts).__name__}."
-            )
-        if experts.output_size != experts.hidden_size:
-            raise ValueError(
-                f"QuantizedExperts: experts must have output_size = {experts.hidden_size} like "
-                f"their input, got {experts.output_size}."
-            )
-        result = quantize_experts(experts, format, group_size=group_size, calibration=calibration)
-        assert isinstance(result, QuantizedExperts)
-        return result
-
-    @classmethod
     def for_weights(
         cls,
         weights: ExpertWeights,
         *,
         format: str,
-        group_size: int | None,
-        x_scale: bool,
-        **stored: Any,
+        x_scale: bool = False,
     ) -> QuantizedExperts:
-        """A layer that can take the place of `weights`, its buffers not filled.
+        """Returns a layer that can take the place of `weights`, its buffers not filled.
 
         Raises:
             ValueError: sizes that the groups do not divide.
         """
-        if not stored:
-            check_sizes("", weights, group_size)
         return cls(
             weights.num_experts,
             weights.hidden_size,
             weights.intermediate_size,
             format=format,
-            group_size=group_size,
             x_scale=x_scale,
             bias=weights.b_down is not None,
             device=weights.down.device,
             dtype=None if weights.b_down is None else weights.b_down.dtype,
-            **stored,
             **weights.activation,
         )
 
@@ -280,19 +221,20 @@ class QuantizedExperts(nn.Module):
             "alpha": self.alpha,
             "limit": self.limit,
         }
-        if self.format == "fp8" and self._takes_fp8(x, topk_weights):
+        if self._all_fp8 and self._takes_fp8(x, topk_weights):
             return moe_ffn_fp8(x, *weights, topk_weights, topk_ids, **how)
-        if self.zero_points:
-            how["w_gate_up_zero"] = local_part(b["w_gate_up_zero"])
-            how["w_down_zero"] = local_part(b["w_down_zero"])
-        x_scale = b["x_scale"]
-        return moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale=x_scale, **how)
+        for name in ("w_gate_up_zero", "w_down_zero"):
+            if b[name] is not None:
+                how[name] = local_part(b[name])
+        routing = topk_weights, topk_ids
+        how |= {"format": self.format, "x_scale": b["x_scale"]}
+        return moe_ffn_quantized(x, *weights, *routing, **how)
 
     def _takes_fp8(self, x: Tensor, topk_weights: Tensor) -> bool:
-        """Whether tokens may be rounded to fp8 too, as these checkpoints are meant to be run. There
-        is no gradient through that."""
+        """Returns whether tokens may be rounded to fp8 too, as these checkpoints are meant to be
+        run. There is no gradient through that."""
         wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
-        return not wanted and self.x_scale is None and self.formats["w_down"].name == "fp8"
+        return not wanted and self.x_scale is None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
         """A float bank that computes the same, its weights rounded as here; x_scale is in them.
@@ -328,7 +270,8 @@ class QuantizedExperts(nn.Module):
         """w_gate_up [2I, H] or w_down [H, I] of one expert, float32; x_scale is not in it."""
         codes, scale, zero = (getattr(self, name + part) for part in ("", "_scale", "_zero"))
         zero = None if zero is None else zero[expert]
-        return dequantized(codes[expert], scale[expert], zero, torch.float32)
+        how: dict[str, Any] = {"format": self.formats[name].label, "dtype": torch.float32}
+        return dequantized(codes[expert], scale[expert], zero, **how)
 
     def select(self, ids: Sequence[int] | Tensor) -> QuantizedExperts:
         """A new bank of the experts `ids`, in that order (repeats allowed).
@@ -377,15 +320,9 @@ class QuantizedExperts(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments of the class besides num_experts, device and dtype."""
-        names = ("hidden_size", "intermediate_size", "format", "group_size", *ACTIVATION_OPTIONS)
-        stored = {
-            name: getattr(self, name)
-            for name, default in _STORED_DEFAULTS.items()
-            if getattr(self, name) != default
-        }
+        names = ("hidden_size", "intermediate_size", "format", *ACTIVATION_OPTIONS)
         return {
             **{name: getattr(self, name) for name in names},
-            **stored,
             "x_scale": self.x_scale is not None,
             "bias": self.b_down is not None,
         }
@@ -397,8 +334,8 @@ class QuantizedExperts(nn.Module):
 
     @property
     def format_name(self) -> str:
-        """ "int8", or "int4" with its group size: "int4 g64"; "q4_k, down q6_k"."""
-        return label_of_bank(self.formats)
+        """ "int8", "int4 g64", or "q4_k, q6_k" of w_gate_up and w_down."""
+        return self.format
 
     def stand_in(self, bank: nn.Module) -> nn.Module:
         """What is to take this module's place for `bank`, which is called as `Experts` are."""
@@ -457,17 +394,6 @@ class QuantizedExperts(nn.Module):
             error_messages.extend(problems)
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
-
-
-_STORED_DEFAULTS: dict[str, Any] = {
-    "scale_dtype": "float32",
-    "zero_points": False,
-    "down_format": None,
-}
-
-
-def activation_of(bank: Any) -> dict[str, Any]:
-    return {name: getattr(bank, name) for name in ACTIVATION_OPTIONS}
 
 
 def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from moe_ops._private_torch import disabled_torch_function
 from moe_ops.formulas.codes import dequantized
+from moe_ops.layers.linear import one_expert
 from moe_ops.ops import grouped_gemm_quantized
-from moe_ops.quant.formats import WeightFormat
-
-from .linear import one_expert
+from moe_ops.weight_formats import WeightFormat
 
 _CODES = ("codes", "scale", "zero")
 
@@ -80,7 +79,9 @@ class StoredLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight [O, I] that is computed with, made anew at every look."""
         b: Any = self._buffers
-        weight = dequantized(b["codes"], b["scale"], b["zero"], torch.float32)
+        weight = dequantized(
+            b["codes"], b["scale"], b["zero"], format=self.format.label, dtype=torch.float32
+        )
         return weight.to(self.weight_dtype).as_subclass(_MadeWeight)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -90,7 +91,9 @@ class StoredLinear(nn.Linear):
         zero = None if b["zero"] is None else b["zero"][None]
         offsets = one_expert(rows.shape[0], rows.device)
         codes, scale = b["codes"][None], b["scale"][None]
-        y = grouped_gemm_quantized(rows, codes, scale, offsets, bias=bias, b_zero=zero)
+        y = grouped_gemm_quantized(
+            rows, codes, scale, offsets, format=self.format.label, bias=bias, b_zero=zero
+        )
         return y.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
