@@ -119,33 +119,28 @@ struct Q6KCodes {
 
 // Runs of 16, two codes a byte, whose values come in order: pairs of vectors would hold two runs.
 struct Nvfp4Codes {
-  static constexpr int64_t kBlock = 16, kBytes = 8;
-  static constexpr int kRunCount = 1;
+  static constexpr int64_t kBlock = 16, kBytes = 8, kRunCount = 1;
   static constexpr bool kPairs = false, kGroups = false, kOffsets = false, kRagged = false;
   static const uint8_t* block(const uint8_t* row, int64_t b) { return row + b * kBytes; }
   static inline Vec<float> value(const uint8_t* block, int, int i) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
     const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block));
-    const __m128i codes =
-        _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi16(both, 4)), _mm_set1_epi8(15));
-    return as_float(
-        widen_part(_mm_shuffle_epi8(load_bytes<__m128i>(TwiceE2m1::kValues), codes), i));
+    const __m128i codes = _mm_unpacklo_epi8(both, _mm_srli_epi16(both, 4)) & _mm_set1_epi8(15);
+    const auto table = load_bytes<__m128i>(TwiceE2m1::kValues);
+    return as_float(widen_part(_mm_shuffle_epi8(table, codes), i));
 #else
     Simd<float>::Int v;
-    for (int n = 0; n < kLanes<float>; ++n) {
-      const int step = i * kLanes<float> + n;
-      v[n] = TwiceE2m1::kValues[step % 2 == 0 ? block[step / 2] & 15 : block[step / 2] >> 4];
-    }
+    const uint8_t* p = block + i * kLanes<float> / 2;
+    for (int n = 0; n < kLanes<float>; ++n) v[n] = TwiceE2m1::kValues[p[n / 2] >> n % 2 * 4 & 15];
     return as_float(v);
 #endif
   }
   // Half of e4m3 times the float of the row, as values are twice those of e2m1.
   static RunScales scales(const CodeRows& rows, ScaleRuns, int64_t row, int64_t first, int64_t last,
                           float* scales, float*) {
-    const uint8_t* head = static_cast<const uint8_t*>(rows.scale) + row * rows.ld_scale;
+    const char* head = static_cast<const char*>(rows.scale) + row * rows.ld_scale;
     const float factor = load_bytes<float>(head) * 0.5f;
-    const auto* steps = reinterpret_cast<const E4m3*>(head + sizeof(float));
-    widen_scales(steps + first, last - first, scales + first);
+    widen_scales(reinterpret_cast<const E4m3*>(head + 4) + first, last - first, scales + first);
     for (int64_t i = first; i < last; ++i) scales[i] *= factor;
     return {scales};
   }

@@ -149,8 +149,7 @@ class CompressedTensors(Method):
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
         scale = files.get(f"{name}.weight_scale")
         if f"{name}.weight_global_scale" in files:
-            leaves = (files.get(f"{name}.weight_{leaf}") for leaf in ("packed", "global_scale"))
-            packed, factor = leaves
+            packed, factor = (files.get(f"{name}.weight_{n}") for n in ("packed", "global_scale"))
             return published.from_nvfp4(packed, scale, factor, inverse=True)
         if f"{name}.weight_packed" not in files:
             weight = files.get(f"{name}.weight")
@@ -382,7 +381,6 @@ def _check_config(config: dict[str, Any]) -> None:
 
 
 def _check_values(config: dict[str, Any]) -> None:
-
     def refuse(what: str, wanted: str, got: Any) -> None:
         method = config["quant_method"]
         raise ValueError(
