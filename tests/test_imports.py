@@ -160,6 +160,25 @@ def test_what_counts_as_an_import(text, wanted, tmp_path, monkeypatch):
     assert imports_of("moe_ops.layers.probe") == wanted
 
 
+def reached(name: str) -> set[str]:
+    """Returns the modules that importing a module reads, at any depth, deferred imports too."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += [*graph()[module], module.rpartition(".")[0] or module]
+    return found
+
+
+def test_layers_reach_few_files():
+    """Above the ops and their formulas, which `import moe_ops` reads, and the reference."""
+    below = ("ops", "formulas", "reference")
+    above = {name for name in reached("moe_ops.layers") if part_of(name) not in below}
+    assert len(above) <= 70, f"{len(above)} files: {sorted(above)}"
+
+
 def test_the_picture_of_the_packages_is_current():
     path = Path(__file__).parents[1] / "docs" / "draw_packages.py"
     spec = importlib.util.spec_from_file_location("draw_packages", path)
