@@ -59,7 +59,7 @@ def test_starts_as_the_dense_network(experts, top_k, options):
 
 
 class TwoMaps(torch.nn.Module):
-    """As in decoder layers of DETR and its kin in transformers."""
+    """A network as in decoder layers of DETR and its kin in transformers."""
 
     def __init__(self, activation, bias=True):
         super().__init__()

@@ -35,7 +35,7 @@ class Work:
 
 
 def work_of(network: Any, nodes: Tensor, edges: Edges) -> Work:
-    """Returns the work of `network.at(nodes, x, edges)`, a `GNN` and a mask [N], and of all
+    """Returns the work of `network.at(nodes, x, edges)`, for a `GNN` and a mask [N], and of all
     nodes."""
     needed = network.needed(nodes, edges)
     layers = [
