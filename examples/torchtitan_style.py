@@ -84,7 +84,7 @@ def apply_fsdp(
 
 
 def groups_of(block: nn.Module) -> list[nn.Module]:
-    """What FSDP2 gathers for a block."""
+    """Returns the modules that FSDP2 gathers for a block."""
     return [module for module in block.modules() if isinstance(module, FSDPModule)]
 
 

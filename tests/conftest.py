@@ -95,7 +95,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def device(backend: str) -> torch.device:
-    """Where a device-agnostic test runs."""
+    """Returns the device on which a device-agnostic test runs."""
     return torch.device("cuda" if backend == "cuda" else "cpu")
 
 

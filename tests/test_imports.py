@@ -166,7 +166,7 @@ def reached(name: str) -> set[str]:
     waiting = [name]
     while waiting:
         module = waiting.pop()
-        if module not in found:
+        if module not in found and module != FRONT:  # It imports quantization when asked.
             found.add(module)
             waiting += [*graph()[module], module.rpartition(".")[0] or module]
     return found

@@ -175,7 +175,7 @@ def new_rows_penalty(frozen: Mapping[str, FrozenRows]) -> Tensor:
 
 @torch.no_grad()
 def expert_frequencies(model: Any, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """How often each expert is used: layer -> [E], the share of tokens that use it.
+    """Returns how often each expert is used: layer -> [E], the share of tokens that use it.
 
     Args:
         batches: of tokens [B, S]; the model runs in eval mode.

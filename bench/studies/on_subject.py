@@ -1,4 +1,4 @@
-"""What the experiments on trained models share: a subject model, its text, its loss."""
+"""Shared parts of the experiments on trained models: a subject model, its text, its loss."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def fill(page: Path, text: str) -> Path:
 
 
 def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]]:
-    """What stands between the marks of a system's page, and its pictures."""
+    """Returns the text between the marks of a system's page, and its pictures."""
     reports = reports_of(found, results)
     parts, drawn = [headlines(found, reports)], trends(found, reports)
     drawn += last_pictures(found, reports)
@@ -99,7 +99,7 @@ def reports_of(found: Experiment, results: Path = RESULTS) -> list[Report | None
 
 
 def claims_of(headline: Headline, reports: Sequence[Report | None]) -> list[Claim | None]:
-    """What each study says about it."""
+    """Returns each study's claim about the headline, None where it has none."""
     return [
         next((c for c in report.claims if c.key == headline.key), None) if report else None
         for report in reports
@@ -129,13 +129,13 @@ def promise(study: Study, hypothesis: Hypothesis) -> str:
 
 
 def done(headline: Headline, found: Experiment, reports: Sequence[Report | None]) -> list[Claim]:
-    """What the studies say whose seeds are all done, in their order."""
+    """Returns the claims of the studies whose seeds are all done, in the order of the studies."""
     pairs = zip(found.studies, claims_of(headline, reports), strict=True)
     return [c for s, c in pairs if c is not None and is_done(s, c)]
 
 
 def is_done(study: Study, claim: Claim) -> bool:
-    """Whether all seeds of the study are in its claim."""
+    """Returns whether all seeds of the study are in its claim."""
     return len(claim.differences) == study.seeds
 
 
@@ -171,8 +171,8 @@ def headlines(found: Experiment, reports: Sequence[Report | None]) -> str:
 
 
 def why(headline: Headline, found: Experiment, decided: Claim | None) -> str:
-    """What the result is put down to; of one that is not shown also how much its seeds could have
-    found; of one that is open what a pilot promises."""
+    """Returns the explanation of the result; of one that is not shown also how much its seeds could
+    have found; of one that is open what a pilot promises."""
     if decided is None:
         for study in found.studies:
             for hypothesis in study.hypotheses:

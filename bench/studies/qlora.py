@@ -1,4 +1,4 @@
-"""Whether adapters on quantized experts reach the loss of adapters on float ones.
+"""A study of whether adapters on quantized experts reach the loss of adapters on float ones.
 
     python -m bench.studies.qlora --json bench/notes/qlora.json
 

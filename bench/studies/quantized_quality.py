@@ -1,4 +1,4 @@
-"""What int8 and int4 experts cost in quality: the demo's language model, and one random bank.
+"""The cost in quality of int8 and int4 experts: the demo's language model, and one random bank.
 
     moe-ops demo --no-hf --out moe_demo        # trains the model that is judged, in minutes
     python -m bench.studies.quantized_quality moe_demo
@@ -112,8 +112,8 @@ PUBLISHED = {
 
 
 def published_formats(steps: int) -> Iterator[str]:
-    """As `demo_model`, of a model that is trained here: blocks of q4_K and q6_K have 256 inputs,
-    twice as many as weights of the demo."""
+    """Yields rows as `demo_model` does, of a model that is trained here: blocks of q4_K and q6_K
+    have 256 inputs, twice as many as weights of the demo."""
     corpus = data.load_corpus()
     trainer = Trainer(TrainConfig(steps=steps, eval_every=steps, model=MODEL), corpus)
     while not trainer.finished:
@@ -222,7 +222,8 @@ def _rounded_q4_k(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rounded_q6_k(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for scales of 16 weights in 8 bits. The largest becomes -32."""
+    """Rounds weights in the same way, with scales of 16 weights in 8 bits. The largest becomes
+    -32."""
     groups = w.unflatten(-1, (-1, 16, 16))
     low, high = groups.amin(-1), groups.amax(-1)
     step = torch.where(high > -low, high, low) / -32

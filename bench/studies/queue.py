@@ -86,7 +86,8 @@ class Store:
         return [pair for pair in every if self.find(*pair) is None]
 
     def minutes(self) -> float:
-        """Of processor time a run: of those that are done, or as the study says."""
+        """Returns the minutes of processor time a run: the mean of the runs that are done, or else
+        the study's estimate."""
         done = [r["seconds"] for found in self.data["runs"].values() for r in found.values()]
         return sum(done) / len(done) / 60 if done else self.study.minutes
 
@@ -201,7 +202,7 @@ def _side_by_side(
 
 
 def remaining(stores: Mapping[str, Store], jobs: int) -> str:
-    """How long what is missing takes if every job has a core."""
+    """Returns how long the missing runs take if every job has a core."""
     minutes = sum(len(s.missing()) * s.minutes() for s in stores.values()) / jobs
     if minutes < 90:
         return f"about {minutes:.0f} min left"

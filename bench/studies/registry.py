@@ -33,7 +33,7 @@ def experiment(system: str) -> Experiment:
 
 
 def studies(systems: tuple[str, ...] = ()) -> list[Study]:
-    """Of these systems, or of all."""
+    """Returns the studies of these systems, or of all."""
     return [s for name in systems or NAMES for s in experiment(name).studies]
 
 

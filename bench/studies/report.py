@@ -1,4 +1,4 @@
-"""What an experiment reports: numbers of each arm and seed, and verdicts computed from them."""
+"""The report of an experiment: numbers of each arm and seed, and verdicts computed from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Claim:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, from the spread over seeds; infinite with fewer than two of them."""
+        """Returns the standard error of the mean, from the spread over seeds; infinite with fewer
+        than two of them."""
         n = len(self.differences)
         return stdev(self.differences) / math.sqrt(n) if n > 1 else math.inf
 

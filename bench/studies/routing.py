@@ -101,7 +101,7 @@ class Retrieval(SharedExperts):
 
 
 class Inner(nn.Module):
-    """What a block adds to tokens [B, C, H] that stand at positions [B, C]."""
+    """The part that a block adds to tokens [B, C, H] that stand at positions [B, C]."""
 
     def __init__(self, block: LlamaBlock, rope: Rope) -> None:
         super().__init__()
@@ -150,7 +150,8 @@ class Depths(Llama):
 
 
 def multiplications(config: LlamaConfig, length: int, passed_by: int = 0) -> float:
-    """Of a token's forward pass, `passed_by` of the blocks with an eighth of the tokens."""
+    """Returns the multiplications of a token's forward pass, `passed_by` of the blocks with an
+    eighth of the tokens."""
     width = config.num_heads * config.head_size
     dense = 4 * config.hidden_size * width + 3 * config.hidden_size * config.intermediate_size
     block = dense + width * (length + 1)  # queries with keys, and weights with values

@@ -78,7 +78,7 @@ def _bytes(lines: Sequence[str]) -> Tensor:
 
 
 def loss_on(model: DeepSeek, problems: Problems, rows: Tensor) -> Tensor:
-    """Of the bytes of solutions alone."""
+    """Returns the loss of the bytes of solutions alone."""
     tokens = torch.cat([problems.questions[rows], problems.solutions[rows]], 1)
     counted = torch.zeros_like(tokens, dtype=torch.bool)
     # The mask is of the byte before the one that is predicted.
@@ -227,7 +227,7 @@ def study(form: str, size: str, rank_: int, num_shared: int) -> Study:
 
 
 def pictures(results: Results) -> list[Picture]:
-    """What contrast gains, by how much the weak pass counts."""
+    """Returns a picture of what contrast gains, by how much the weak pass counts."""
     lines: Series = {}
     for weak, betas in BETAS.items():
         gaps = [results.gap(arm(weak, beta), GREEDY, SOLVED) for beta in betas]

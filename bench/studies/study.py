@@ -36,7 +36,7 @@ class Paused(Exception):
 
 @dataclass
 class Run:
-    """What a job is told about the run it is.
+    """Facts that a job is told about its run.
 
     Attributes:
         checkpoint: the file of its state; None: it is kept nowhere.
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of processor time, those before a pause too."""
+        """Returns the seconds of processor time, including those before a pause."""
         return self.spent + time.process_time() - self._began
 
     def load(self) -> dict[str, Any] | None:
@@ -110,8 +110,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """What the runs of a study gave: name of a run -> seed -> its result, for the seeds of which
-    all runs are there.
+    """The results of the runs of a study: name of a run -> seed -> its result, for the seeds of
+    which all runs are there.
 
     A result has "rows": arm -> column -> number, or None where an arm has no such number. What else
     it has is the study's matter.
@@ -121,7 +121,7 @@ class Results:
     seeds: Sequence[int]
 
     def every(self, run: str, name: str) -> list[Any]:
-        """What the run's results have under that name, by seed."""
+        """Returns what the run's results have under that name, by seed."""
         return [self.runs[run][seed][name] for seed in self.seeds]
 
     def arms(self) -> dict[str, list[Mapping[str, float | None]]]:
@@ -176,7 +176,7 @@ class Hypothesis:
         return power(effect, self.deviation, seeds)
 
     def fixed(self, seeds: int) -> dict[str, Any]:
-        """As JSON, for the file of the results."""
+        """Returns the hypothesis as JSON, for the file of the results."""
         found: dict[str, Any] = {
             "statement": self.statement,
             "unit": self.unit,
@@ -230,7 +230,7 @@ class Study:
         return range(self.first_seed, self.first_seed + self.seeds)
 
     def fixed(self) -> dict[str, Any]:
-        """What must not change once there are results."""
+        """Returns what must not change once there are results."""
         return {
             "seeds": list(self.numbers),
             "setting": self.setting(),
@@ -238,7 +238,7 @@ class Study:
         }
 
     def report(self, system: str, stored: Mapping[str, Any]) -> Report | None:
-        """What a file of results says; None as long as no seed has all its runs."""
+        """Returns the report of a file of results; None as long as no seed has all its runs."""
         runs = {
             name: {int(seed): result for seed, result in stored["runs"].get(name, {}).items()}
             for name in self.runs

@@ -52,14 +52,15 @@ SECONDS_BETWEEN_LOOKS = 5.0
 
 @dataclass(frozen=True)
 class Subject:
-    """How a model is made; beside that it depends on its seed and on the text."""
+    """The way a model is made; besides, the model depends on its seed and on the text."""
 
     config: DeepSeekConfig
     recipe: Recipe = RECIPE
     domains: tuple[str, ...] = DOMAINS
 
     def made(self) -> dict[str, Any]:
-        """As JSON, without what is left at its default: a new option changes no model."""
+        """Returns the subject as JSON, without what is left at its default: a new option changes no
+        model."""
         return {
             "config": _chosen(self.config),
             "recipe": _chosen(self.recipe),
@@ -107,7 +108,7 @@ SUBJECTS = {
 
 
 def default_folder() -> Path:
-    """Where models are kept if nothing else is said."""
+    """Returns the folder where models are kept if nothing else is said."""
     cache = os.environ.get("MOE_OPS_CACHE")
     return (Path(cache) if cache else Path.home() / ".cache" / "moe_ops") / "subject"
 
@@ -183,7 +184,7 @@ def find(
 
 
 def read_report(place: Path) -> dict[str, Any]:
-    """What was measured of the model in a folder of `find`."""
+    """Returns what was measured of the model in a folder of `find`."""
     found: dict[str, Any] = json.loads((place / REPORT).read_text("utf-8"))
     return found
 

@@ -79,7 +79,7 @@ class Domain:
 
 
 def _lines(text: Tensor) -> Tensor:
-    """Where the lines of a text begin, but for its first."""
+    """Returns the positions where the lines of a text begin, without that of the first line."""
     return (text == ord("\n")).nonzero().flatten() + 1
 
 
@@ -211,7 +211,8 @@ def _language(code: str) -> bytes:
 
 
 def verses(code: str) -> list[str]:
-    """Of the Quran in a language, such as "en": the same verses in the same order in all.
+    """Returns the verses of the Quran in a language, such as "en": the same verses in the same
+    order in all.
 
     Raises:
         FileNotFoundError, ValueError: the archive is not there, or lacks the language.

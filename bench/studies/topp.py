@@ -31,7 +31,8 @@ PARTS = 10
 
 
 def top_two(config: TopPConfig) -> DeepSeekConfig:
-    """The same trunk and experts with the 2 most likely experts for every token."""
+    """Returns the configuration of the same trunk and experts with the 2 most likely experts for
+    every token."""
     return DeepSeekConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -214,8 +215,8 @@ def by_difficulty(losses: Tensor, experts: Tensor) -> list[float]:
 def by_token(
     model: CausalLM, domains: Sequence[Domain], recipe: Recipe
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of every held-out token of each domain: the loss of the byte after it, and its experts per
-    layer (mean)."""
+    """Returns, for every held-out token of each domain, the loss of the byte after it, and its
+    experts per layer (mean)."""
     model.eval()
     losses: list[Tensor] = []
     experts: list[Tensor] = []

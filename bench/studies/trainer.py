@@ -152,7 +152,7 @@ class Group:
 
 
 class Lesson(NamedTuple):
-    """What a model is trained on: groups of its parameters, and the loss of `train_steps`."""
+    """The input of a training: groups of a model's parameters, and the loss of `train_steps`."""
 
     groups: Sequence[Group]
     loss: Callable[[int, torch.Generator], dict[str, Tensor]]

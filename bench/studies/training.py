@@ -99,7 +99,7 @@ def step_violation(out: LMLoss) -> float:
 
 
 class Controller(Protocol):
-    """What acts on a model after each step of training, with a state of its own."""
+    """A controller that acts on a model after each step of training, with a state of its own."""
 
     def after(self, step: int, out: LMLoss) -> None: ...
 
@@ -319,7 +319,7 @@ def evaluate(trained: Trained, domains: Sequence[Domain], recipe: Recipe) -> Non
 
 
 def mutual_information(counts: Tensor) -> float:
-    """Of the row and the column of a table of counts, in nats."""
+    """Returns the mutual information of the row and the column of a table of counts, in nats."""
     joint = counts / counts.sum()
     independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
     total = torch.xlogy(joint, joint) - torch.xlogy(joint, independent)
@@ -341,9 +341,10 @@ def mixture_violation(
 
 
 def flops_a_token(model: CausalLM, length: int, attention_features: int) -> int:
-    """Of a forward pass: two for each parameter that a token passes through (an embedding that is
-    also the output's weight counts once, one that is not does not), and four for each feature of
-    the attention's heads and each of the (length + 1) / 2 keys a query sees on average."""
+    """Returns the operations a token of a forward pass: two for each parameter that a token passes
+    through (an embedding that is also the output's weight counts once, one that is not does not),
+    and four for each feature of the attention's heads and each of the (length + 1) / 2 keys a query
+    sees on average."""
     active = model.num_parameters()["active"]
     if model.lm_head is not None:
         active -= model.embed_tokens.weight.numel()
@@ -351,7 +352,7 @@ def flops_a_token(model: CausalLM, length: int, attention_features: int) -> int:
 
 
 def setting(domains: Sequence[str], recipe: Recipe) -> dict[str, str]:
-    """What the studies of all language models say about how they are made."""
+    """Returns what the studies of all language models say about how they are made."""
     return {
         "Data": f"bytes of {', '.join(domains)}, equal shares, the last tenth of each held out",
         "Training": f"{recipe}: {recipe.steps * recipe.batch * recipe.length / 1e6:.2g} MB",

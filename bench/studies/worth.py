@@ -1,4 +1,4 @@
-"""What a study promises before it is run, by the pilot in its plan: how many headlines it will
+"""The promise of a study before it is run, by the pilot in its plan: how many headlines it will
 decide."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step of decoding costs beside its kernels: models of twelve layers, of hardly any width.
+"""The cost of a step of decoding beside its kernels: models of twelve layers, of hardly any width.
 
     python -m bench.whole_models.overhead --threads 1
 

@@ -32,7 +32,7 @@ SEQUENCES = 16  # At a time.
 
 class Contender(Protocol):
     def logits(self, ids: list[int]) -> list[float]:
-        """Of the token after `ids`."""
+        """Returns the logits of the token after `ids`."""
         ...
 
     def prefill(self, ids: list[int]) -> float: ...

@@ -95,7 +95,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one weight [O, D] is stored.
+    """Storage format of one weight [O, D].
 
     Args:
         name: a key of FORMATS.

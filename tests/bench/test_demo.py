@@ -1,4 +1,4 @@
-"""What `make demo` adds to the demo of the package."""
+"""Tests of what `make demo` adds to the demo of the package."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_work_of_a_published_layer():
 
 @dataclass
 class Ranked:
-    """As much of a case as the planner looks at."""
+    """The part of a case that the planner looks at."""
 
     name: str
     rank: int = 0
@@ -341,7 +341,8 @@ def test_unknown_names_are_refused():
 
 
 def test_steps_leave_time_to_measure():
-    """Of 590 s, with a build that takes as long as it may, and of 590 s without one."""
+    """The steps leave time to measure of 590 s, with a build that takes as long as it may, and
+    without one."""
     for build in (True, False):
         left = 590.0
         for name in ("build", "tests", "memcheck", "racecheck"):

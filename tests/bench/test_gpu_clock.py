@@ -20,8 +20,8 @@ def test_host_clock():
 
 
 class Device:
-    """As much of torch.cuda as the clock uses; remembers what was done, in order. Time passes when
-    jobs say so."""
+    """The part of torch.cuda that the clock uses; remembers what was done, in order. Time passes
+    when jobs say so."""
 
     def __init__(self, monkeypatch):
         self.done, self.now, self.capturing, self.reserved = [], 0.0, None, 0

@@ -214,7 +214,7 @@ RESULT_KEYS = {
 
 
 def check_schema(result):
-    """What a baseline of a card holds."""
+    """Checks what a baseline of a card holds."""
     assert RESULT_KEYS <= set(result)
     assert (result["kind"], result["format"]) == ("gpu", run.FORMAT)
     assert {"bf16_flops", "copy_bytes", "launch_s", "fp8_flops"} == set(result["limits"])

@@ -1,4 +1,5 @@
-"""How `call` reaches an op: past the dispatcher in plain eager code, through it everywhere else."""
+"""Tests of how `call` reaches an op: past the dispatcher in plain eager code, through it everywhere
+else."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Case:
 
 
 def some_tokens() -> Iterator[Tensor]:
-    """Which tokens are in a call: 1, 7 or 64 of them, and all in another order."""
+    """Yields the tokens of a call: 1, 7 or 64 of them, and all in another order."""
     for token in (0, RARE, COMMON, NUM_TOKENS - 1):
         yield torch.tensor([token])
     order = torch.randperm(NUM_TOKENS)

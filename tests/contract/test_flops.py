@@ -149,7 +149,7 @@ def test_attention():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_peer_ffn(training):
-    """As moe_ffn of one neuron."""
+    """The op counts as moe_ffn of one neuron does."""
     x, w_gate_up, w_down = leaf(T, H), leaf(E, 2, H), leaf(E, H, 1)
     ids, weights = torch.randint(E, (T, K)), torch.ones(T, K)
     call = x, w_gate_up, w_down, weights, ids

@@ -1,5 +1,5 @@
-"""What is not finite reaches what it is a part of and nothing else: outputs and gradients of other
-tokens, and of experts that the token does not use, keep their bits."""
+"""Tests that a number that is not finite reaches what it is a part of and nothing else: outputs and
+gradients of other tokens, and of experts that the token does not use, keep their bits."""
 
 from __future__ import annotations
 

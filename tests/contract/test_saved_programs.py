@@ -95,7 +95,7 @@ def test_traced_and_saved():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_traced_with_weights_that_require_gradients():
-    """As modules have them: a trace holds ops, and no call of Python."""
+    """Modules have such weights: a trace holds ops, and no call of Python."""
     call = tuple(t.requires_grad_() for t in operands())
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(Module(), call, check_trace=False), file)

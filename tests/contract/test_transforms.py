@@ -108,7 +108,7 @@ def test_forward_mode_is_refused(op):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_reference_has_forward_mode(op):
-    """As the sentence promises."""
+    """The reference has forward mode, as the sentence promises."""
     case = Case(op, moe_ops.reference)
     _, change = jvp(case.scalar, case.primals, case.tangents)
     wanted = sum((t * g).sum() for t, g in zip(case.tangents, case.gradients.values(), strict=True))

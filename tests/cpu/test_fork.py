@@ -15,8 +15,8 @@ CHILDREN_OF_FULL = 500
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """What the code prints, in a process with one thread of torch's and a limit of time that only a
-    hang reaches."""
+    """Returns what the code prints, in a process with one thread of torch's and a limit of time
+    that only a hang reaches."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

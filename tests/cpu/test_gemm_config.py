@@ -1,4 +1,5 @@
-"""Which algorithm, operand and work items a product gets on the CPU, by the rows of an expert.
+"""Tests of which algorithm, operand and work items a product gets on the CPU, by the rows of an
+expert.
 
 Asked for any target that the build has and any maker of processors, whatever this machine is
 (csrc/cpu/gemm/heuristics.cpp; csrc/cpu/NOTES.md says why)."""

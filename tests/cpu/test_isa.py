@@ -442,8 +442,8 @@ def entries_that_no_call_reaches(isa: str, below: str) -> list[int]:
 
 @pytest.mark.parametrize("isa", ISAS[1:])  # They are compared with the first.
 def test_the_self_test_calls_every_kernel(isa, request):
-    """What is tested at import notices each entry of a target's tables that does nothing. The
-    others of AMX are the functions of AVX512-BF16."""
+    """The self-test at import notices each entry of a target's tables that does nothing. The others
+    of AMX are the functions of AVX512-BF16."""
     from tests.helpers.dev import moe_ops_dev  # noqa: F401  # or skips
 
     below = "avx512_bf16" if isa == "amx" and not request.config.getoption("--full") else ""

@@ -1,5 +1,5 @@
-"""What tests of the CUDA kernels need beside values: schedules, counters and warnings of the
-simulator that runs them (docs/cuda-without-a-gpu.md)."""
+"""Fixtures that tests of the CUDA kernels need beside values: schedules, counters and warnings of
+the simulator that runs them (docs/cuda-without-a-gpu.md)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Simulator:
         return int(self._lib.ptxsim_stat(name.encode()))
 
     def counted(self, call: Callable[[], object], *names: str) -> dict[str, int]:
-        """What a call adds to counters."""
+        """Returns what a call adds to counters."""
         before = {name: self.stat(name) for name in names}
         call()
         return {name: self.stat(name) - before[name] for name in names}

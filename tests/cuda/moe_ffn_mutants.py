@@ -198,8 +198,8 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
 
 
 def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
-    """Of the kernel's name: its template arguments, as csrc/cuda/moe_ffn numbers them. A module
-    holds all kernels of a stage."""
+    """Returns the template arguments in the kernel's name, as csrc/cuda/moe_ffn numbers them. A
+    module holds all kernels of a stage."""
     if kernel.startswith("few"):
         return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
     if kernel.startswith("wgrad"):  # as csrc/cuda/grouped_gemm/config.h numbers them

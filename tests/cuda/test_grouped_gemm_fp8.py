@@ -159,7 +159,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_strides_and_alignment(simulator, name, view):
-    """What TMA cannot read goes to the generic kernel."""
+    """The generic kernel computes what TMA cannot read."""
     call = fp8_gemm_operands((5, 0, 70), 144, 72)
     call[name] = VIEWS[view](call[name])
     counted = simulator.counted(lambda: check_grouped_gemm_fp8(call), "wgmma")

@@ -187,7 +187,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", ["a", "b", "grad"])
 def test_strides_and_alignment(simulator, name, view):
-    """What TMA cannot read goes to the generic kernels."""
+    """The generic kernels compute what TMA cannot read."""
     product = "tn" if name == "grad" else "nt"
     call = operands(product, (5, 0, 70), 72, 80)
     call[name] = VIEWS[view](call[name])

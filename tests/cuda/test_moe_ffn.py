@@ -96,7 +96,7 @@ def test_maps_that_lead_nowhere_stay_inside(dtype, offsets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_forward_stores_no_copy_of_x(simulator, dtype):
-    """What is stored: the routing, activation, one output a row, y; the pre-activation too where
+    """The forward stores the routing, activation, one output a row, y; the pre-activation too where
     the activation is a kernel of its own (the fused ones keep it for a backward alone), and the
     slots of rows where the slots are sorted by a kernel of its own."""
     t, e, k, hidden, inner = 40, 4, 2, 96, 48

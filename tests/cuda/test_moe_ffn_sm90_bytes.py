@@ -1,5 +1,6 @@
-"""What moe_ffn's own kernels for sm_90a move, exactly. csrc/cuda/moe_ffn/NOTES.md has the formula;
-letters as there: r rows of an expert, Ct column tiles, S steps of 64 of the sum.
+"""Tests of the exact number of bytes that moe_ffn's own kernels for sm_90a move.
+csrc/cuda/moe_ffn/NOTES.md has the formula; letters as there: r rows of an expert, Ct column tiles,
+S steps of 64 of the sum.
 
 The simulator counts bytes before any cache: TMA by whole boxes, loads and stores lane by lane."""
 
@@ -77,8 +78,8 @@ def cluster_tiles(rows, columns, tile):
 
 
 def gemm_tma_bytes(counts, n, k, tile, box_m=None):
-    """Of a row tile and a column tile: B once a cluster that shares it, A in boxes unless it is
-    gathered."""
+    """Returns the bytes that a row tile and a column tile load: B once a cluster that shares it, A
+    in boxes unless it is gathered."""
     _, n_tile, cluster = tile
     steps, columns = ceil(k, 64), ceil(n, n_tile)
     tiles = [cluster_tiles(r, columns, tile) for r in counts]
@@ -90,7 +91,7 @@ def gemm_tma_bytes(counts, n, k, tile, box_m=None):
 
 
 def box_bytes(counts, columns):
-    """What is stored through boxes of 16 rows of an expert and 64 columns."""
+    """Returns the bytes that are stored through boxes of 16 rows of an expert and 64 columns."""
     return sum(ceil(r, 16) for r in counts) * ceil(columns, 64) * 16 * 128
 
 
@@ -194,7 +195,7 @@ def saved_for_backward(case):
 @layouts
 @pytest.mark.parametrize("tile", DOWN_BWD_TILES)
 def test_backward_down_projection(simulator, monkeypatch, tile, layout, names):
-    """Where only the gradient of the routing weights is wanted, the stage is alone: w_down once per
+    """The stage is alone where only the gradient of the routing weights is wanted: w_down once per
     row tile, grad_y once per column tile, the pre-activation once."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
     case = Case(layout, 136, 264, names, apply_router_weight_on_input=False)

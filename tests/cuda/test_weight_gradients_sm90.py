@@ -80,8 +80,8 @@ def test_schedules(simulator, tile):
 
 @tiles
 def test_bytes(simulator, tile):
-    """What TMA loads: the side that is not gathered, once per tile of the other; what is stored:
-    each gradient once, and what the stage before writes for it."""
+    """TMA loads the side that is not gathered, once per tile of the other; kernels store each
+    gradient once, and what the stage before writes for it."""
     m, n, cluster = TILES[tile]
     counts, H, I = (129, 0, 3, 320, 70), 264, 136
     arguments = saved_for_backward(operands(counts, H, I))
@@ -89,7 +89,7 @@ def test_bytes(simulator, tile):
     rows, stages = sum(counts), sum(-(-c // 64) for c in counts)
 
     def added(**wanted):
-        """What the gradient of a weight adds to that of the routing weights."""
+        """Returns what the gradient of a weight adds to that of the routing weights."""
         none = simulator.counted(lambda: backward(arguments, gate_up=False, down=False), *names)
         some = simulator.counted(lambda: backward(arguments, **wanted), *names)
         return {name: some[name] - none[name] for name in names}

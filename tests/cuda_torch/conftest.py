@@ -1,5 +1,5 @@
-"""What only a CUDA build of torch can show: streams, graphs, devices, threads of autograd. Run by
-``make test-cuda-torch`` on the simulator, or on a card with ``--backend cuda``."""
+"""Tests of what only a CUDA build of torch can show: streams, graphs, devices, threads of autograd.
+Run by ``make test-cuda-torch`` on the simulator, or on a card with ``--backend cuda``."""
 
 from __future__ import annotations
 

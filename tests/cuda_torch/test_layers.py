@@ -1,4 +1,5 @@
-"""What models do with CUDA tensors: autocast, pinned memory, the compiler, and their mistakes."""
+"""Tests of what models do with CUDA tensors: autocast, pinned memory, the compiler, and their
+mistakes."""
 
 from __future__ import annotations
 

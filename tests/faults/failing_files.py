@@ -13,7 +13,7 @@ CALLS = ("open", "write", "fsync", "replace", "rename", "link", "mkdir", "fchmod
 
 
 class Faults:
-    """What happened: the calls so far, and the one that failed."""
+    """A record of what happened: the calls so far, and the one that failed."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

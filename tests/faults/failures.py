@@ -95,7 +95,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Fn]]:
 
 
 class Attempt:
-    """What came of a call whose n-th allocation failed, and of the same call after it."""
+    """The outcome of a call whose n-th allocation failed, and of the same call after it."""
 
     def __init__(self, run: Fn, nth: int) -> None:
         self.error: BaseException | None = None

@@ -44,7 +44,7 @@ def at_once(functions: list[Callable[[], object]]) -> None:
 
 
 def first_calls() -> None:
-    """What is decided once, the instruction set among it, is asked for by all at once."""
+    """All threads ask at once for what is decided once, the instruction set among it."""
     logits = torch.randn(40, 8)
     at_once([lambda: moe_ops.topk_router(logits, 2)] * 8)
 

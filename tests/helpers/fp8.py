@@ -84,7 +84,7 @@ def fp8_wgrad_operands(
 
 
 def check_grouped_gemm_fp8_wgrad(call: Kwargs, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """As check_grouped_gemm_fp8."""
+    """Checks grouped_gemm_fp8_wgrad as check_grouped_gemm_fp8 does its op."""
     expected = reference.grouped_gemm_fp8_wgrad(**widened(call), out_dtype=torch.float64)
     magnitude = reference.grouped_gemm_fp8_wgrad(**absolute(call), out_dtype=torch.float64)
     with poisoned(expected.to(out_dtype)):

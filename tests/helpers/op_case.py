@@ -1,4 +1,4 @@
-"""What the tests of all ops need to know of one.
+"""The facts that the tests of all ops need to know of one.
 
 Each tests/ops/test_<op>.py has a table OP_CASES of its ops, from which tests/contract/every_op.py
 makes that of all.

@@ -145,7 +145,7 @@ class Processes:
 
 
 def _serve(pipe: multiprocessing.connection.Connection, path: list[str]) -> None:
-    """What a process of the pool does."""
+    """Does the work of a process of the pool."""
     sys.path[:] = list(dict.fromkeys(path))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch

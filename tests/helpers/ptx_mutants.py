@@ -209,7 +209,7 @@ class _Simulator:
 
 
 def _in_child(work: Callable[[], str]) -> str:
-    """What work() returns in a forked process."""
+    """Returns what work() returns in a forked process."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -52,8 +52,9 @@ def weight_config(format: str | None, group_size: int | None = None) -> WeightCo
 
 
 def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
-    """Of the integers that moe_ffn_quantized makes of the tokens of experts with `counts` of them:
-    8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
+    """Returns the bits of the integers that moe_ffn_quantized makes of the tokens of experts with
+    `counts` of them: 8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of
+    the codes."""
     level, four = _library.cpu_isa(), weight.dtype == torch.uint8
     bits = torch.full_like(counts, 8 if four else 16)
     if is_batch_invariant_enabled():
@@ -66,13 +67,13 @@ def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
 
 
 def slots_of_experts(call: Kwargs) -> Tensor:
-    """How many slots of an ffn call each expert has."""
+    """Returns how many slots of an ffn call each expert has."""
     ids, experts = call["topk_ids"].flatten().long(), call["w_down"].shape[0]
     return torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
 
 
 def rounds_to_bytes(call: Kwargs) -> bool:
-    """Whether moe_ffn_quantized makes integers of 8 bits of any token (token_bits)."""
+    """Returns whether moe_ffn_quantized makes integers of 8 bits of any token (token_bits)."""
     rows = slots_of_experts(call)
     rows, dtype = rows[rows > 0], call["x"].dtype
     return any(
@@ -250,8 +251,8 @@ def check_grouped_gemm_quantized(call: Kwargs) -> None:
 
 
 def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
-    """The same on CUDA, where the weights become numbers of a's dtype: each product of a and a
-    weight is off by half an ulp of the weight, the result by half of its own."""
+    """Computes the result on CUDA, where the weights become numbers of a's dtype: each product of a
+    and a weight is off by half an ulp of the weight, the result by half of its own."""
     exact = {**widened(call), "b": call["b"]}
     expected = reference.grouped_gemm_quantized(**exact)
     sizes = {name: exact[name].abs() for name in ("a", "bias") if name in exact}

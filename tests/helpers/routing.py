@@ -1,4 +1,4 @@
-"""How slots fall on experts: the cases of the tests."""
+"""The cases of the tests of how slots fall on experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """How slots fall on experts.
+    """The way slots fall on experts.
 
     kind: uniform, skewed (Zipf), one_expert, half_empty (odd experts get nothing), last_only (all
     but the last expert empty), dropped (about a third of the slots are -1), out_of_range (about a

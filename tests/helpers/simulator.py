@@ -50,7 +50,7 @@ def use_simulator() -> None:
 
 
 def run_script(name: str, *arguments: str) -> str:
-    """What tests/cuda/NAME.py prints, run in a process of its own."""
+    """Returns what tests/cuda/NAME.py prints, run in a process of its own."""
     script = Path(__file__).parents[1] / "cuda" / f"{name}.py"
     # It imports what this process imports, wherever pytest found it.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -62,6 +62,7 @@ def run_script(name: str, *arguments: str) -> str:
 
 
 def noticed_mutants(name: str) -> dict[str, str | None]:
-    """Of a script that breaks kernels: each mutant and how it was noticed, None if it was not."""
+    """Returns, for a script that breaks kernels, each mutant and how it was noticed, None if it was
+    not."""
     noticed: dict[str, str | None] = json.loads(run_script(name))
     return noticed

@@ -229,8 +229,8 @@ def draw_weights(model: PreTrainedModel, seed: int = 0) -> None:
 
 @functools.cache
 def router_is_unknown(model_type: str) -> bool:
-    """Of Granite in transformers 5.20 and before: its router returned ids, weights and logits, in
-    this order, and nothing takes its place."""
+    """Returns True for Granite in transformers 5.20 and before: its router returned ids, weights
+    and logits, in this order, and nothing takes its place."""
     if model_type != "granitemoe":
         return False
     block = build(model_type).model.layers[0].block_sparse_moe

@@ -333,7 +333,7 @@ def test_weights_of_two_dtypes():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the last call of moe_ffn was given, by name."""
+    """Returns what the last call of moe_ffn was given, by name."""
     arguments = {}
     original = moe_ops.expert_weights.packing.moe_ffn
 

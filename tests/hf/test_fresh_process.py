@@ -27,7 +27,8 @@ CASES = [(m, f) for m in MODEL_TYPES for f in FORMATS]
 
 
 def names_of(model_type: str) -> dict[str, str]:
-    """What moe_ops.hf registers. Not the attention of gpt-oss, which has sinks."""
+    """Returns the names that moe_ops.hf registers, except the attention of gpt-oss, which has
+    sinks."""
     attention = "eager" if model_type == "gpt_oss" else "moe_ops"
     return {"experts_implementation": "moe_ops", "attn_implementation": attention}
 
@@ -170,7 +171,8 @@ IN_MEMORY = ("lm_head", *(f"model.{p}" for p in ("embed_tokens", "rotary_emb", "
 
 
 def on_disk(folder: Path) -> dict[str, object]:
-    """What puts the second layer on a disk, and the rest where the tests run."""
+    """Returns the arguments that put the second layer on a disk, and the rest where the tests
+    run."""
     device = str(torch.get_default_device())
     return {
         "device_map": {**dict.fromkeys(IN_MEMORY, device), "model.layers.1": "disk"},

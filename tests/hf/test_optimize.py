@@ -239,7 +239,7 @@ def test_compiled_steps():
 
 
 class Adapter(nn.Module):
-    """What PEFT puts around a layer."""
+    """The module that PEFT puts around a layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize("change", [{}, {"norm_topk_prob": False}], ids=["", "raw"])
 @pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if "fused router" in FUSED[m]])
 def test_router_of_a_wide_model(model_type, change):
-    """What tells formulas apart must do so where sums are over thousands of features."""
+    """The check that tells formulas apart must do so where sums are over thousands of features."""
     skip_unknown_router(model_type)
     torch.manual_seed(0)
     model = build(model_type, hidden_size=2048, **change)

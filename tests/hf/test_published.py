@@ -65,7 +65,8 @@ def load(folder, **options):
 
 
 def in_a_fresh_process(folders):
-    """What a process without any of this one's state says of checkpoints, and its warnings."""
+    """Returns what a process without any of this one's state says of checkpoints, and its
+    warnings."""
     run = run_python("-c", LOAD, *map(str, folders), transformers=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.strip().splitlines()[-1]), run.stderr
@@ -73,7 +74,8 @@ def in_a_fresh_process(folders):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """What one fresh process says of all checkpoints, and of what was saved of each here."""
+    """Returns what one fresh process says of all checkpoints, and of what was saved of each
+    here."""
     ids = torch.randint(1, 64, (1, 6), generator=torch.Generator().manual_seed(0))
     folders, references, stored = {}, {}, {}
     for case in CASES:

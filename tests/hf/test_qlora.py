@@ -84,7 +84,8 @@ def adapters_of(model):
 
 
 def test_saved_and_read(trained, tmp_path):
-    """What is trained on quantised experts loads on float ones, by peft alone, and back."""
+    """An adapter that is trained on quantised experts loads on float ones, by peft alone, and
+    back."""
     ids, base, quantised, *_ = trained
     quantised.save_pretrained(tmp_path / "one")
     floats = peft.PeftModel.from_pretrained(float_model(), tmp_path / "one")

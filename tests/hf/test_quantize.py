@@ -75,7 +75,7 @@ def test_blocks_compute_what_they_did(model_type, format, group_size):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_recorded_outputs_are_the_blocks(model_type):
-    """What `collect_calibration` says a bank gave is what the model adds up: quantised exactly."""
+    """The outputs that `collect_calibration` records are what the model adds up."""
     model = make(model_type)
     ids = tokens()
     want = logits(model, ids)
@@ -155,7 +155,7 @@ def test_while_loading(tmp_path, model_type):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "llama4_text", "jetmoe", "dbrx"])
 def test_switched_models(model_type):
-    """The same result from blocks that already run on moe_ops."""
+    """Blocks that already run on moe_ops give the same result."""
     ids = tokens()
     plain, switched = make(model_type), make(model_type)
     moe_ops.hf.enable(switched)

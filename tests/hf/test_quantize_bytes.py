@@ -1,4 +1,4 @@
-"""How many float weights are in memory while a checkpoint is quantised."""
+"""Tests how many float weights are in memory while a checkpoint is quantised."""
 
 from __future__ import annotations
 

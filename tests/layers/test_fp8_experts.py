@@ -294,7 +294,8 @@ def test_codes_go_with_every_change_of_the_weight():
 
 
 def test_weights_that_are_not_finite():
-    """As x: NaN in what they reach, without a host that waits for the device."""
+    """Weights act as x does: they put NaN in what they reach, without a host that waits
+    for the device."""
     call = ffn_operands(Routing(60, 4, 1), 72, 48, torch.float32, activation="swiglu")
     call["topk_ids"] = torch.arange(60).remainder(4)[:, None].int()
     clean = fp8_ffn(**call)

@@ -25,7 +25,8 @@ def test_equals_addition_and_torchs_norm(dtype):
 
 
 def test_the_widest_dtype_wins():
-    """As in a stream of fp32 under autocast, to which products in bfloat16 are added."""
+    """The widest dtype wins, as in a stream of fp32 under autocast, to which products in bfloat16
+    are added."""
     norm = AddRMSNorm(8)
     x, delta = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
     y, total = norm(x, delta, torch.ones(8).bfloat16())

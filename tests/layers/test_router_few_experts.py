@@ -139,7 +139,7 @@ def by_hand_through_logits(router, x):
     ids=str,
 )
 def test_dtypes(dtype, logits_dtype, x_dtype):
-    """As F.linear in logits_dtype, whatever x and weight are."""
+    """The router agrees with F.linear in logits_dtype, whatever x and weight are."""
     router = make(dtype, logits_dtype=logits_dtype, bias=True)
     x = torch.randn(T, H).to(x_dtype).requires_grad_()
     target = logits_dtype or dtype

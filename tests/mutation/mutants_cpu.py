@@ -61,7 +61,7 @@ class Mutant:
     nth: int | None = None
 
     def place(self, text: str) -> tuple[int, int]:
-        """Where `right` stands."""
+        """Returns the position of `right`."""
         pattern = r"\s+".join(re.escape(word) for word in self.right.split())
         found = [match.span() for match in re.finditer(pattern, text)]
         if not found or (self.nth is None and len(found) != 1):
@@ -1744,7 +1744,7 @@ def ask(isa: str, numbers: list[int], short: bool) -> dict[int, str]:
 
 
 def ask_tests(isa: str, number: int, tests: tuple[str, ...]) -> str:
-    """Which test of these files notices the mutant, or nothing."""
+    """Returns which test of these files notices the mutant, or nothing."""
     plugin = WORK / "plugin"
     plugin.mkdir(exist_ok=True)
     (plugin / "alive.py").write_text(

@@ -16,7 +16,7 @@ needs_limits = pytest.mark.skipif(sys.platform != "linux", reason="Limits and /p
 
 
 def run_limited(script: str, *arguments: str) -> dict[str, Any]:
-    """What a script of this folder says that is run as a process of its own."""
+    """Returns what a script of this folder says when it is run as a process of its own."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name(script)), *arguments],
         capture_output=True,

@@ -190,7 +190,7 @@ def gated(policy: CachePolicy | str = "lru", num_slots: int = 4) -> tuple[Gate, 
 
 
 def use(cache: ExpertCache, experts: list[int]) -> list[float]:
-    """What the slots of these experts hold, after checking that it is theirs."""
+    """Returns what the slots of these experts hold, after checking that it is theirs."""
     found = []
     with cache.turn:
         for pairs in cache.rounds(0, experts):

@@ -1,4 +1,4 @@
-"""Which experts stay: policies by hand-written sequences."""
+"""Tests of which experts stay: policies by hand-written sequences."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_weights_stored_transposed():
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64)])
 def test_codes(bits, group):
-    """As grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
+    """Codes act as in grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
     call = operands(torch.bfloat16, hidden=128, heads=4, size=32, bias=True, length=2)
     kind, exact = label_of(bits, group), dict(call)
     for name in "qko":  # w_v stays as it is: each is for itself.

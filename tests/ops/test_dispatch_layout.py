@@ -111,7 +111,7 @@ def test_contract(routing, with_table):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_experts_behind_an_exchange_sum_to_the_whole(num_ranks):
-    """What a rank gets is a call of moe_ffn; gradients come back the same way."""
+    """A rank calls moe_ffn with what it gets; gradients come back the same way."""
     routing = Routing(37, 8, 3, "dropped")
     t, e, k, h, i = 37, 8, 3, 10, 6
     ids = routing.ids()

@@ -71,7 +71,7 @@ def test_shapes(shape, dtype):
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_far_from_zero(dtype, activation):
-    """Where exp overflows or underflows the value still is a number, and the right one."""
+    """The value is a number, and the right one, even where exp overflows or underflows."""
     gate = torch.tensor(
         [-200.0, -104.0, -88.0, -50.0, -20.0, -9.0, -0.0, 0.0, 9.0, 20.0, 88.0, 200.0]
     )

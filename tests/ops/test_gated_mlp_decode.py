@@ -121,7 +121,7 @@ def test_the_same_bits_for_any_layout_and_number_of_threads(dtype, set_threads):
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64)])
 def test_codes(bits, group):
-    """As grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
+    """Codes act as in grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
     call = operands(torch.bfloat16, hidden=128, width=64, features=48)
     kind, exact = label_of(bits, group), dict(call)
     call["formats"] = [kind, "float", kind]

@@ -449,8 +449,8 @@ def test_sums_of_a_long_row_keep_their_accuracy():
 
 
 def transposed(call):
-    """The same product from weights that lie as those of a layer do, whose input this is the
-    gradient of."""
+    """Returns the same product from weights that lie as those of a layer do, of whose input this is
+    the gradient."""
     call = dict(call)
     call["b"] = call["b"].transpose(1, 2).contiguous().transpose(1, 2)
     call["b_scale"] = call["b_scale"].transpose(1, 2).contiguous().transpose(1, 2)

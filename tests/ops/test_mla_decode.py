@@ -149,7 +149,8 @@ def test_values(dtype, options):
 
 
 def test_keys_and_values_of_heads():
-    """What the op never makes: every head has its own, as in the formula of the paper."""
+    """The op never makes what is computed here: every head has its own keys and values, as in the
+    formula of the paper."""
     call = operands(torch.float64, length=3, interleaved=True)
     y, latents, rope_keys = run(reference.mla_decode, call)
     x = F.rms_norm(call["x"], (40,), call["norm_weight"], 1e-6)
@@ -214,7 +215,7 @@ def test_weights_stored_transposed_and_angles_for_all_sequences():
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32)])
 def test_codes(bits, group):
-    """As grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
+    """Codes act as in grouped_gemm_quantized: weights are exact, rows are rounded to integers."""
     call = operands(torch.bfloat16, hidden=128, query_rank=64, heads=4, value=16, length=2)
     kind, exact = label_of(bits, group), dict(call)
     for name in ("q_a", "q", "o"):  # w_kv_a stays as it is: each is for itself.

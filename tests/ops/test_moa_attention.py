@@ -594,7 +594,7 @@ def spread_of(what, seen):
 
 
 def with_numbers(call, grad, where, tokens, keys, value, features):
-    """The same call and gradient, with `value` in some rows of one operand."""
+    """Returns the same call and gradient, with `value` in some rows of one operand."""
     changed, grad = {n: t.clone() if n in NAMES else t for n, t in call.items()}, grad.clone()
     row = {"q": (changed["q"], tokens), "grad": (grad, tokens)}.get(where)
     tensor, rows = row or (changed[where], keys)

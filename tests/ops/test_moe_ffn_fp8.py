@@ -124,7 +124,7 @@ def test_views(routing, name, view, backend, check):
 @routings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_error_of_rounded_tokens(dtype, routing):
-    """What it costs that x and h become e4m3: about 3 % against the same weights in fp64."""
+    """Rounding x and h to e4m3 costs about 3 % against the same weights in fp64."""
     call = fp8_operands(routing, 512, 256, dtype)
     exact = {
         k: v.double() if v.is_floating_point() else v for k, v in call.items() if k != "activation"
@@ -260,7 +260,7 @@ def test_codes_against_the_reference(routing, dtype):
 @routings
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_out_dtype(dtype, routing):
-    """As from the same numbers in float32."""
+    """The op returns what the same numbers in float32 give."""
     call = fp8_operands(routing, 200, 260, dtype, bias=True)
     wide = {k: v.float() if v.dtype == dtype else v for k, v in call.items() if k != "activation"}
     want = moe_ops.moe_ffn_fp8(**wide)

@@ -258,7 +258,7 @@ def test_a_code_of_minus_128_counts_as_it_is():
 @formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_error_of_rounded_tokens(bits_group, dtype, tokens):
-    """What it costs against tokens as they are, element by element: a rounded value is off by at
+    """Bounds the error against tokens as they are, element by element: a rounded value is off by at
     most 1/254 of the largest of its block, or 1/65278 of the largest of its row."""
     call = quantized_operands(Routing(tokens, 3, 2), 512, 256, dtype, *bits_group)
     assert bool((slots_of_experts(call) <= INTEGER_ROWS).all()) == (tokens == 6)

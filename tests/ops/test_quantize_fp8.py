@@ -8,7 +8,8 @@ from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.quant import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_blocks
+from moe_ops.quant import dequantize_fp8_blocks, quantize_fp8_blocks
+from moe_ops.quant.fp8 import fuse_fp8_gate_up
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import VIEWS, as_strided_copy, assert_identical, poisoned, short
 
@@ -34,7 +35,7 @@ WIDTHS = (1, 3, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 200, 255, 256, 257, 640
 
 
 def check(x):
-    """The same bits as the reference; returns codes and scales."""
+    """Checks for the same bits as the reference; returns codes and scales."""
     want_q, want_scale = reference.quantize_fp8(x)
     with poisoned(want_q, want_scale):
         q, scale = moe_ops.quantize_fp8(x)
@@ -166,7 +167,7 @@ def offsets_of(counts):
 
 
 def check_columns(x, offsets, *slots):
-    """The same bits as the reference."""
+    """Checks for the same bits as the reference; returns codes and scales."""
     want_q, want_scale = reference.quantize_fp8_columns(x, offsets, *slots)
     with poisoned(want_q, want_scale):
         q, scale = moe_ops.quantize_fp8_columns(x, offsets, *slots)

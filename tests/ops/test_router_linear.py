@@ -167,7 +167,8 @@ def test_gradgradcheck(bias):
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias"])
 def test_second_derivative_of_one(name):
-    """Where the first derivative of one operand alone is asked for."""
+    """The second derivative is right where the first derivative of one operand alone is asked
+    for."""
     call = operands(5, 6, 3, torch.float64)
     results = []
     for fn in (moe_ops.router_linear, reference.router_linear):
@@ -211,7 +212,7 @@ def test_compile(dtype, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_autocast(dtype):
-    """As F.linear: in the autocast type, but fp64 stays."""
+    """The op acts as F.linear does: in the autocast type, but fp64 stays."""
     call = operands(5, 8, 3, dtype)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got = moe_ops.router_linear(**call)

@@ -1,4 +1,4 @@
-"""What the native library asks of other libraries and what it shows them.
+"""Tests of what the native library asks of other libraries and what it shows them.
 
 One binary must load in every torch from 2.10 on, CPU or CUDA, so it may need nothing but the
 stable C interface of libtorch_cpu and the C and C++ runtimes. A build for a simulator also needs
@@ -117,7 +117,7 @@ C_TYPES = {
 
 
 def c_types(parameters: str) -> list[object]:
-    """Of `int64_t rows, bool halves`."""
+    """Returns the types of parameters such as `int64_t rows, bool halves`."""
     named = (re.fullmatch(r"(.*?)\s*\w*", p.strip()) for p in parameters.split(",") if p.strip())
     return [C_TYPES.get(match[1] or match[0], match[1] or match[0]) for match in named]
 

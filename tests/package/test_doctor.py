@@ -125,7 +125,7 @@ def test_packed_weights(policy, max_bytes, level, text):
 
 
 class Card:
-    """What torch and the library say about a GPU that is not there."""
+    """The answers of torch and the library about a GPU that is not there."""
 
     # Name, error, compute capability of the code and of its PTX, registers, spilled bytes.
     KERNELS = [

@@ -122,8 +122,9 @@ def test_every_extra_named_in_a_message_exists():
 
 
 def imported_modules(before: str = "") -> list[str]:
-    """What `import moe_ops` imports over torch, which every user of it has imported anyway. Each is
-    a file to find, read and run: a count of them is the same on every machine, a time is not."""
+    """Returns what `import moe_ops` imports over torch, which every user of it has imported anyway.
+    Each is a file to find, read and run: a count of them is the same on every machine, a time is
+    not."""
     code = (
         f"import sys, torch\n{before}\nbefore = set(sys.modules)\nimport moe_ops\n"
         "print(*sorted(set(sys.modules) - before))"
@@ -338,7 +339,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def runnable(block: str) -> bool:
-    """Whether the modules are there that a block alone on its page needs."""
+    """Returns whether the modules are there that a block alone on its page needs."""
     needed = [module for mentioned, module in BLOCKS_NEED.items() if mentioned in block]
     try:
         return all(importlib.util.find_spec(module) is not None for module in needed)
@@ -383,7 +384,7 @@ def test_examples_of_the_readme_run_alone(tmp_path):
 
 
 def signature(function) -> str:
-    """As docs/ops.md prints it."""
+    """Returns the signature as docs/ops.md prints it."""
     words, starred = [], False
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.KEYWORD_ONLY and not starred:

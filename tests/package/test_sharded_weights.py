@@ -1,4 +1,5 @@
-"""What reads whole weights refuses sharded ones in one sentence that names the parameter.
+"""Tests that what reads whole weights refuses sharded ones in one sentence that names the
+parameter.
 
 The mesh of one process is set up in a process of its own; it takes all cases, and a test each reads
 what happened to one.

@@ -1,4 +1,5 @@
-"""How threads wait: commands of the package let them sleep, a library import changes nothing."""
+"""Tests of how threads wait: commands of the package let them sleep, a library import changes
+nothing."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def run_rank(
 
 
 def join(case: Case, ranks: list[Results], *, same_tokens: bool = False) -> Results:
-    """What one process would have given: tokens in order, gradients of an expert's replicas
+    """Returns what one process would have given: tokens in order, gradients of an expert's replicas
     added."""
     joined: Results = {}
     for name in ranks[0]:
@@ -148,7 +148,7 @@ def join(case: Case, ranks: list[Results], *, same_tokens: bool = False) -> Resu
 
 
 def one_process(call: Kwargs) -> Results:
-    """The same with the op in this process."""
+    """Returns the same results of the op in this process."""
     call = dict(call)
     grad = call.pop("grad")
     y, grads = run_with_grads(ops.moe_ffn, call, [n for n in FFN_FLOATS if n in call], grad)

@@ -1,4 +1,5 @@
-"""What the tests of sharded experts share: a small model, its data, one process that is the truth.
+"""Shared parts of the tests of sharded experts: a small model, its data, one process that is the
+truth.
 
 Every rank makes the whole data of a step from a seed and takes its part, so that the batch does not
 depend on how many ranks there are. Gradients are means over the ranks of data parallelism, and the

@@ -1,4 +1,5 @@
-"""What is done to banks besides calling them, when their experts are shared out over ranks."""
+"""Tests of what is done to banks besides calling them, when their experts are shared out over
+ranks."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def batch():
 
 
 def step(model, part, group=None):
-    """Of the tokens at the positions `part` of each sequence."""
+    """Returns the results of a step on the tokens at the positions `part` of each sequence."""
     x, target, positions = batch()
     loss, balance, stats = model(x[:, part], target[:, part], positions[part], group)
     (loss + balance).backward()

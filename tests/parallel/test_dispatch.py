@@ -106,7 +106,8 @@ def results(processes):
 
 
 def same_bits(name: str, case: Case, dtype: torch.dtype) -> set[str]:
-    """What a dispatcher leaves as one process makes it, to the bit, in the batch-invariant mode.
+    """Returns what a dispatcher leaves as one process makes it, to the bit, in the batch-invariant
+    mode.
 
     Outside of it, sizes decide which kernel multiplies, and those of a rank are others. In bfloat16
     kernels round between products. moe_ffn of narrow experts in float32 does not round an expert's
@@ -248,7 +249,7 @@ def run_fp8(rank: int, name: str) -> Results:
 
 @pytest.mark.parametrize("name", ["slots", "tokens"])
 def test_rows_that_travel_as_fp8(processes, name):
-    """As one process makes it of rounded tokens."""
+    """Ranks compute what one process makes of rounded tokens."""
     case = CASES["uneven"]
     got = join(case, processes.run(run_fp8, name))
     call = case.operands("fp8", torch.float32)
@@ -283,7 +284,8 @@ CODES = Case(tokens=(5, 17, 0, 9), top_k=1, hidden_size=200)
 
 @pytest.mark.parametrize("name", ["slots", "tokens"])
 def test_codes_reach_the_bank_as_they_are(processes, name):
-    """Of bfloat16 rows, which would be rounded once more between: the bits of one process."""
+    """Ranks compute the bits of one process from bfloat16 rows, which would be rounded once more
+    between."""
     call = CODES.operands("codes", torch.bfloat16)
     weights = [t for n in ("w_gate_up", "w_down") for t in quantize_fp8_blocks(call[n])]
     with batch_invariant():

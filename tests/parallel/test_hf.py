@@ -89,7 +89,7 @@ def parts_of(sizes):
 
 
 def check(folder, cases, ranks):
-    """What ranks found in each case, beside each model alone."""
+    """Checks what ranks found in each case against each model alone."""
     alone = {}
     for name, sizes, _ in cases:
         if (name, parts_of(sizes)) not in alone:
@@ -240,7 +240,7 @@ def elements_read(rank, folder, sizes):
 @has_registry
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_rank_reads_only_its_experts(processes, folder, name):
-    """Of tensors that each expert has for itself, and of one for all."""
+    """A rank reads its part of tensors that each expert has for itself, and of one for all."""
     with watch_files() as whole:
         load(folder / name)
     of_experts = {key: size for key, size in whole.items() if ".experts." in key}

@@ -27,7 +27,7 @@ NAMES = ("gather", "slots", "tokens")
 
 
 def layer(name: str | None, dtype: torch.dtype = torch.float64, **options: Any) -> MoE:
-    """The same layer in every process, its experts shared out if there is a dispatcher."""
+    """Returns the same layer in every process, its experts shared out if there is a dispatcher."""
     torch.manual_seed(3)
     moe = build_moe(H, I, E, K, num_shared_experts=1, shared_expert_gate=True, **options).to(dtype)
     if name is not None:
@@ -51,7 +51,7 @@ def block(rank: int) -> slice:
 
 
 def gradients(moe: nn.Module) -> dict[str, Tensor]:
-    """Of the local experts, and of everything else the sum over the ranks."""
+    """Returns the gradients of the local experts, and of everything else the sum over the ranks."""
     found = {}
     for name, p in moe.named_parameters():
         grad = p.grad

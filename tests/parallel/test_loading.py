@@ -46,7 +46,7 @@ def save(kind, folder, **options):
 
 
 def stored_prefix(folder):
-    """What the keys of the experts of the last layer begin with, and the layer's number."""
+    """Returns what the keys of the experts of the last layer begin with, and the layer's number."""
     keys = set()
     for path in folder.glob("*.safetensors"):
         keys |= safetensors_torch.load_file(path).keys()

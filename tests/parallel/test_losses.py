@@ -59,7 +59,7 @@ LOSSES = {
 
 
 def make_batch(masked):
-    """Of two layers: logits [2, T, E], ids [2, T, K] with empty slots, and a mask."""
+    """Returns, for two layers, logits [2, T, E], ids [2, T, K] with empty slots, and a mask."""
     generator = torch.Generator().manual_seed(3)
     num = sum(TOKENS)
     logits = torch.randn(2, num, EXPERTS, generator=generator, dtype=torch.float64)

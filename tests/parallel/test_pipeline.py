@@ -150,7 +150,7 @@ def shard(stage, mesh, with_fsdp):
 
 
 def average(model, group):
-    """What FSDP2 does, which loses gradients where a schedule splits backward."""
+    """Averages gradients as FSDP2 does, which loses gradients where a schedule splits backward."""
     for p in model.parameters():
         if isinstance(p.grad, DTensor):  # The sum over the ranks.
             p.grad.div_(group.size())

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops import quant, zoo
+from moe_ops.expert_weights import ExpertInputs, ExpertWeights
 from moe_ops.layers import Experts, MoE
-from moe_ops.quant import ExpertInputs, ExpertWeights, QuantizedExperts, WeightConfig
+from moe_ops.quant import QuantizedExperts, WeightConfig
 
 H, I, E, K = 64, 96, 6, 2
 
@@ -41,7 +42,7 @@ def bank_and_inputs(outliers: float, tokens: int = 96):
 
 def test_scales_help_where_channels_differ():
     bank, inputs = bank_and_inputs(30.0)
-    choice = quant.find_x_scale(bank, inputs, "int4 g32")
+    choice = quant.scales.find_x_scale(bank, inputs, "int4 g32")
     errors = dict(choice.errors)
     assert 0.0 < choice.exponent <= 1.0
     assert errors[choice.exponent] == min(errors.values()) < 0.5 * errors[0.0]
@@ -52,7 +53,7 @@ def test_scales_help_where_channels_differ():
 
 def test_scales_are_never_worse_than_none_on_their_inputs():
     bank, inputs = bank_and_inputs(1.0)
-    choice = quant.find_x_scale(bank, inputs, "int8", grid=4)
+    choice = quant.scales.find_x_scale(bank, inputs, "int8", grid=4)
     errors = dict(choice.errors)
     assert list(errors) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert errors[choice.exponent] <= errors[0.0]
@@ -60,7 +61,7 @@ def test_scales_are_never_worse_than_none_on_their_inputs():
 
 def test_exponent_zero_is_no_scale():
     bank, inputs = bank_and_inputs(3.0)
-    choice = quant.find_x_scale(bank, inputs, "int4 g32", grid=1)
+    choice = quant.scales.find_x_scale(bank, inputs, "int4 g32", grid=1)
     assert choice.exponent in (0.0, 1.0)
     assert choice.errors[0][0] == 0.0
     if choice.exponent == 0.0:
@@ -74,14 +75,14 @@ def test_inputs_that_say_nothing():
         inputs._replace(x=torch.zeros_like(inputs.x)),
         ExpertInputs(inputs.x[:0], inputs.topk_weights[:0], inputs.topk_ids[:0]),
     ):
-        choice = quant.find_x_scale(bank, useless, "int4 g32")
+        choice = quant.scales.find_x_scale(bank, useless, "int4 g32")
         assert torch.equal(choice.x_scale, torch.ones(H)) and choice.errors == []
 
 
 def test_channels_that_are_always_zero():
     bank, inputs = bank_and_inputs(10.0)
     inputs.x[:, 7] = 0
-    choice = quant.find_x_scale(bank, inputs, "int4 g32")
+    choice = quant.scales.find_x_scale(bank, inputs, "int4 g32")
     assert torch.isfinite(choice.x_scale).all() and (choice.x_scale > 0).all()
 
 

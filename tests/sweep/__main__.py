@@ -123,7 +123,7 @@ def shrink(case: Case, fault: str, fault_of: Callable[[Case], str]) -> tuple[Cas
 
 
 def shrunk(isa: str, case: Case) -> tuple[Case, str]:
-    """The same in processes of its own, in which a crash is a fault too."""
+    """Shrinks a case in processes of its own, in which a crash is a fault too."""
     fault = ""
     for _ in range(MOST_CRASHES):
         run = spawn(isa, "--shrink", str(case))
@@ -140,8 +140,8 @@ def shrunk(isa: str, case: Case) -> tuple[Case, str]:
 
 
 class State:
-    """What is done, kept in a folder: of each instruction set a log and how far it came. Other
-    sizes or another text of cases.py make another file, since they make other cases."""
+    """A record of what is done, kept in a folder: of each instruction set a log and how far it
+    came. Other sizes or another text of cases.py make another file, since they make other cases."""
 
     def __init__(self, folder: Path, seed: int, table: SizeTable) -> None:
         self.folder = folder

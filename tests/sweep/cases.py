@@ -23,7 +23,8 @@ SizeTable = Sequence[tuple[str, str, str, int]]
 
 
 class Case:
-    """What a call is. `case["rows"]` is a number or a word; the text of it makes the case again."""
+    """A description of a call. `case["rows"]` is a number or a word; the text of it makes the case
+    again."""
 
     def __init__(self, values: dict[str, Value]) -> None:
         self.values = values
@@ -488,7 +489,7 @@ DEPTHS_IN_GROUPS = {"moe_ffn_quantized": ("h", "i"), "grouped_gemm_quantized": (
 
 
 def _tidy(values: dict[str, Value], rng: random.Random) -> dict[str, Value]:
-    """What some ops ask for of their sizes together."""
+    """Applies what some ops ask of their sizes together."""
     depths = DEPTHS_IN_GROUPS.get(str(values["op"]), ())
     if depths and values["bits"] == 4:
         group = int(values["group"])

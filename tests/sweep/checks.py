@@ -360,9 +360,9 @@ def moe_ffn(case: Case) -> None:
 
 
 def _room_for_preact(case: Case) -> float:
-    """How far moe_ffn may be beyond the mean of independent roundings: the pre-activation is kept
-    in x's dtype, and relu2 doubles its relative error; few rows have too few roundings for a mean.
-    """
+    """Returns how far moe_ffn may be beyond the mean of independent roundings: the pre-activation
+    is kept in x's dtype, and relu2 doubles its relative error; few rows have too few roundings for
+    a mean."""
     return 1.5 if case["rows"] >= 24 else 4.0
 
 

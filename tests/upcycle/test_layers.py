@@ -59,7 +59,7 @@ def test_starts_as_the_dense_network(experts, top_k, options):
 
 
 class TwoMaps(torch.nn.Module):
-    """As in decoder layers of DETR and its kin in transformers."""
+    """A network as in decoder layers of DETR and its kin in transformers."""
 
     def __init__(self, activation, bias=True):
         super().__init__()
@@ -119,8 +119,8 @@ def test_neurons_are_drawn_anew(interleaved):
     bank = Experts(2, 8, 1000, interleaved=interleaved)
     with torch.no_grad():
         bank.w_down.add_(3.0)
-    new = upcycle.reinitialize(bank, 0.5, generator=generator())
-    torch.testing.assert_close(upcycle.reinitialize(bank, 0.0).w_down, bank.w_down)
+    new = upcycle.experts.reinitialize(bank, 0.5, generator=generator())
+    torch.testing.assert_close(upcycle.experts.reinitialize(bank, 0.0).w_down, bank.w_down)
     changed = (new.w_down != bank.w_down).all(1)  # [E, I]
     assert changed.sum(1).tolist() == [500, 500] and not torch.equal(changed[0], changed[1])
     assert torch.equal((new.w_down != bank.w_down).any(1), changed)
@@ -227,7 +227,7 @@ def test_attention_of_specialists():
             "noise must be 0",
         ),
         (
-            lambda: upcycle.reinitialize(upcycle.experts_from_dense(ffn()), 1.5),
+            lambda: upcycle.experts.reinitialize(upcycle.experts_from_dense(ffn()), 1.5),
             r"ratio must be in \[0, 1",
         ),
         (

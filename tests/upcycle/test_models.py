@@ -267,7 +267,7 @@ def test_co_activation_and_perplexity_of_a_text(tmp_path):
 
 
 def test_a_half_precision_model_by_the_command(tmp_path):
-    """Whether two copies tie or not, it is written, and the difference said."""
+    """The command writes the model whether two copies tie or not, and says the difference."""
     pytest.importorskip("typer")
     from rich.console import Console
 

@@ -36,6 +36,6 @@ def restore(model: RestorationTransformer, image: Tensor, tile: int, overlap: in
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover a length; the last one ends with it."""
+    """Returns the starts of tiles that cover a length; the last tile ends with it."""
     last = length - tile
     return [*range(0, last, tile - overlap), last]

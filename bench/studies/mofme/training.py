@@ -66,7 +66,7 @@ def evaluate(
     with_ssim: bool = False,
     progress: bool = True,
 ) -> dict[str, float]:
-    """What a model makes of crops.
+    """Measures a model on crops.
 
     Returns:
         "psnr" in dB, the mean over crops, and "psnr rain" and so on of those in that weather; with
@@ -108,7 +108,7 @@ def by_weather(values: Tensor, weather: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         arms: names in `ARMS`.

@@ -144,7 +144,8 @@ def missing_photos() -> list[str]:
 
 
 def _installed() -> list[tuple[str, Path]]:
-    """Where each of `PHOTOS` would be; a package is found without being imported."""
+    """Returns the place where each of `PHOTOS` would be; a package is found without being
+    imported."""
     places = []
     for name, package, file in PHOTOS:
         spec = importlib.util.find_spec(package)

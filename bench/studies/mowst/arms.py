@@ -65,7 +65,7 @@ class Case:
 
 @dataclass
 class Found:
-    """What one seed gave on one graph: rows of the table, mean C by type, what was chosen."""
+    """The result of one seed on one graph: rows of the table, mean C by type, what was chosen."""
 
     rows: dict[str, list[float | None]] = field(default_factory=dict)
     confidence: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -121,7 +121,7 @@ def widened(case: Case, target: int) -> MowstConfig:
 
 
 def settings() -> dict[str, Any]:
-    """Of every stage."""
+    """Returns the settings of every stage."""
     return {"epochs": EPOCHS, "patience": PATIENCE, "lr": LR, "progress": False}
 
 
@@ -178,7 +178,7 @@ def threshold(output: MowstOutput, graph: Graph) -> float:
 
 
 def flops(sizes: Sequence[int], layers: Sequence[tuple[int, int]], backbone: str = "gcn") -> float:
-    """Of rows and edges computed in each layer; of an MLP, where edges are 0.
+    """Returns the operations for the rows and edges computed in each layer; an MLP has 0 edges.
 
     SAGE has a second product for the node itself, and sums rows before them.
     """

@@ -212,7 +212,7 @@ def misleading_planned(graph: str = "misleading") -> list[Hypothesis]:
 
 
 def repeated(graph: str = "misleading") -> list[Hypothesis]:
-    """What ten seeds leave open, with seeds of its own."""
+    """Returns a study of what ten seeds leave open, with seeds of its own."""
     return [
         with_sage(graph, (-0.0048, 0.0081, "seeds 10 to 19")),
         ahead(graph, "Mowst* is ahead of MLP and GCN", "Mowst*", PAIR),

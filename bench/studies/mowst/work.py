@@ -1,4 +1,4 @@
-"""What a graph network computes for some nodes of a graph.
+"""The work of a graph network for some nodes of a graph.
 
 Letters: N nodes, L layers.
 """
@@ -16,7 +16,7 @@ from moe_ops.zoo.mowst.graphs import Edges
 
 @dataclass
 class Work:
-    """What a forward computes: rows that enter a layer and edges it reads, summed over layers.
+    """The work of a forward: rows that enter a layer and edges it reads, summed over layers.
 
     layers: rows and edges of each layer.
     """
@@ -35,7 +35,8 @@ class Work:
 
 
 def work_of(network: Any, nodes: Tensor, edges: Edges) -> Work:
-    """Of `network.at(nodes, x, edges)`, a `GNN` and a mask [N], and of all nodes."""
+    """Returns the work of `network.at(nodes, x, edges)`, for a `GNN` and a mask [N], and of all
+    nodes."""
     needed = network.needed(nodes, edges)
     layers = [
         (int(here.sum()), edges.into(after).index.shape[1]) for here, after in pairwise(needed)

@@ -97,8 +97,8 @@ class BoostedNetwork(nn.Module):
         return history
 
     def mean_loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        """Of F [N, O]: half the squared error, log(1 + exp(-2 y F)) with y = -1 or 1, or
-        cross-entropy."""
+        """Returns the mean loss of F [N, O]: half the squared error, log(1 + exp(-2 y F)) with y =
+        -1 or 1, or cross-entropy."""
         if self.loss == "squared":
             return 0.5 * F.mse_loss(scores, y.reshape(scores.shape).to(scores.dtype))
         if self.loss == "logistic":

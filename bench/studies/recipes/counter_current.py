@@ -87,8 +87,8 @@ class CounterCurrent(nn.Module):
         return x
 
     def chains(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What blocks 1 to L gave ([N, d_l] each), and the signals [C, d_l] of layers 1 to L - 1;
-        the input of every block is detached."""
+        """Returns the outputs of blocks 1 to L ([N, d_l] each), and the signals [C, d_l] of layers
+        1 to L - 1; the input of every block is detached."""
         features, signals = [], []
         for block in self.blocks:
             x = block(x.detach())

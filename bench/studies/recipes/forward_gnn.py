@@ -92,8 +92,8 @@ class ForwardGNN(nn.Module):
         self.temperature = temperature
 
     def layer_scores(self, layer: nn.Module, x: Tensor, graph: ClassGraph) -> tuple[Tensor, Tensor]:
-        """What a layer makes of x [N + C, F], whose rows it sees with length 1, and the scores
-        [N, C] h_i . h_class / temperature."""
+        """Returns the output of a layer for x [N + C, F], whose rows it sees with length 1, and the
+        scores [N, C] h_i . h_class / temperature."""
         h = layer(F.normalize(x, dim=1), graph.edge_index)
         nodes, classes = h[: -graph.num_classes], h[-graph.num_classes :]
         return h, nodes @ classes.T / self.temperature

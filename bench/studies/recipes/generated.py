@@ -117,7 +117,7 @@ def graph_of(seed: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, T
 
 
 class Whole(nn.Module):
-    """The same layers under one loss, with a linear map to classes."""
+    """A network of the same layers under one loss, with a linear map to classes."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()

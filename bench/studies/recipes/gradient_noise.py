@@ -46,7 +46,7 @@ class GradientNoise:
 
     @property
     def deviation(self) -> float:
-        """Of the next call: the root of the variance above."""
+        """Returns the standard deviation of the next call: the root of the variance above."""
         return float((self.eta / (1 + self.steps) ** self.gamma) ** 0.5)
 
     @torch.no_grad()

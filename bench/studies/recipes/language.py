@@ -234,7 +234,7 @@ def reasoner(seed: int) -> Rows:
         return loss
 
     def at_random(counted: Tensor, lesson: Any) -> Tensor:
-        """As many of the counted tokens as the lesson has."""
+        """Chooses at random as many of the counted tokens as the lesson has."""
         noise = torch.rand(counted.shape, generator=draw).masked_fill(~counted, 2.0).flatten()
         chosen = torch.zeros(counted.numel(), dtype=torch.bool)
         chosen[noise.argsort()[: int(lesson.mask.sum())]] = True
@@ -305,7 +305,7 @@ def spoiled(text: str, draw: random.Random) -> str:
 
 
 def refining(seed: int, name: str = "reference") -> Rows:
-    """The same number of bytes of a text as it was, spoiled, and refined."""
+    """Returns rows for the same number of bytes of a text as it was, spoiled, and refined."""
     (clean,) = load_domains((name,))
     text = bytes(clean.train[:PROX_TEXT].tolist()).decode("utf-8", "ignore")
     documents = prox.chunks(spoiled(text, random.Random(seed)), 400)

@@ -62,7 +62,7 @@ def make_lesson(
     beta: float = 0.4,
     counted: Tensor | None = None,
 ) -> Lesson:
-    """What a model can learn from its difference to an amateur.
+    """Returns what a model can learn from its difference to an amateur.
 
     Args:
         model: of the zoo or of transformers, tokens [B, S] -> logits [B, S, V]; runs in `eval()`.

@@ -117,7 +117,8 @@ def chunks(text: str, words: int = CHUNK_WORDS) -> list[str]:
 
 
 def numbered(text: str) -> str:
-    """What a model that writes programs reads: each line behind its number in brackets."""
+    """Returns the text that a model that writes programs reads: each line behind its number in
+    brackets."""
     return "\n".join(f"[{i:03d}] {line}" for i, line in enumerate(text.split("\n")))
 
 

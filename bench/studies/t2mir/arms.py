@@ -30,7 +30,7 @@ from moe_ops.zoo.t2mir.routers import TaskRouter
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: the same experiment runs in minutes and for days.
+    """The size of everything: the same experiment runs in minutes and for days.
 
     Attributes:
         model: of the arms with experts; its max_steps follows from horizon and context.
@@ -154,8 +154,8 @@ def contexts(scale: Scale, data: Histories) -> Batch:
 
 @dataclass
 class Seen:
-    """What a model makes of contexts: action loss, features [B, L, H] that its last layer reads,
-    and the task router's representation [B, E], None without one."""
+    """The output of a model for contexts: action loss, features [B, L, H] that its last layer
+    reads, and the task router's representation [B, E], None without one."""
 
     loss: float
     features: Tensor
@@ -186,8 +186,8 @@ def neighbours(known: Tensor, asked: Tensor) -> Tensor:
 
 
 def told(known: Tensor, asked: Tensor, known_env: PointRobot, asked_env: PointRobot) -> list[float]:
-    """How well neighbors tell the task: share of right rotations, mean error of the goal in
-    degrees. Rows are two contexts of each task, see `contexts`."""
+    """Measures how well neighbors tell the task: share of right rotations, mean error of the goal
+    in degrees. Rows are two contexts of each task, see `contexts`."""
     near = neighbours(known, asked)
     angles = known_env.angles.repeat(2)[near]
     kinds = known_env.angles.unique()
@@ -332,8 +332,9 @@ def _banks(model: T2MIR) -> list[tuple[Experts, int]]:
 
 
 def flops_a_token(model: T2MIR) -> int:
-    """Of a forward pass of the layers: two for each active weight of their products, and four for
-    each feature and each of the (L + 1) / 2 keys that a query sees on average."""
+    """Returns the operations a token of a forward pass of the layers: two for each active weight of
+    their products, and four for each feature and each of the (L + 1) / 2 keys that a query sees on
+    average."""
     skipped = ("contrast", "embed", "head", "noise", "b_gate_up", "b_down")
     weights = sum(
         p.numel()

@@ -241,7 +241,8 @@ MANY_TASKS = dataclasses.replace(
 
 
 def repeated() -> Study:
-    """What contrast does to the return, with as many seeds as five others ask for."""
+    """Returns a study of what contrast does to the return, with as many seeds as five others ask
+    for."""
     arms = {f"experts, contrast {weight:g}": Arm("both", weight) for weight in (0.0, 0.1)}
     pilots = {"return": (-0.698, 0.634, "seeds 10 to 14")}
     claims = [h for h in hypotheses(arms, pilots) if h.key == "return"]

@@ -96,7 +96,7 @@ class PointRobot:
         return self._like(self.goals[tasks], self.angles[tasks])
 
     def to(self, device: torch.device | str) -> PointRobot:
-        """The same tasks on another device."""
+        """Returns the same tasks on another device."""
         return self._like(self.goals.to(device), self.angles.to(device))
 
     def _like(self, goals: Tensor, angles: Tensor) -> PointRobot:
@@ -187,7 +187,7 @@ class DarkRoom:
         return DarkRoom(self.goals[tasks], self.orders[tasks], size=self.size, horizon=self.horizon)
 
     def to(self, device: torch.device | str) -> DarkRoom:
-        """The same tasks on another device."""
+        """Returns the same tasks on another device."""
         goals, orders = self.goals.to(device), self.orders.to(device)
         return DarkRoom(goals, orders, size=self.size, horizon=self.horizon)
 
@@ -239,7 +239,7 @@ class Histories:
         )
 
     def to(self, device: torch.device | str) -> Histories:
-        """The same on another device."""
+        """Returns the same histories on another device."""
         parts = (self.states, self.actions, self.rewards, self.optimal)
         return Histories(*(t.to(device) for t in parts))
 

@@ -65,7 +65,7 @@ def translate(
 
 
 def of_rows(memory: Memory, rows: Tensor) -> Memory:
-    """What is known of these sources, int64, of which some may repeat."""
+    """Returns what is known of these sources, int64, of which some may repeat."""
     return Memory([(k[rows], v[rows]) for k, v in memory.keys_values], memory.seen[rows])
 
 

@@ -1,4 +1,5 @@
-"""How good translations are, and how much experts disagree. Letters: B sentences, D draws."""
+"""Measures of how good translations are, and of how much experts disagree. Letters: B sentences, D
+draws."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ def _draw(
 def spread(
     model: Thor, batches: Sequence[tuple[Tensor, Tensor]], *, draws: int = 8, seed: int = 0
 ) -> dict[str, float]:
-    """How much depends on which experts are drawn, one per layer for all sentences.
+    """Measures how much depends on which experts are drawn, one per layer for all sentences.
 
     Returns:
         "deviation" of the mean loss over the draws, in nats a token, and the mean "drawn loss".

@@ -95,7 +95,7 @@ def lesson(
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         arms: of `ARMS`.

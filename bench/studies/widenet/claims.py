@@ -33,7 +33,7 @@ TESTED = 100  # Batches of fresh images.
 
 
 def of_depths(trained: Trained, domains: Sequence[Domain], recipe: Recipe) -> Mapping[str, Any]:
-    """How the choice of experts changes with depth, on held-out text."""
+    """Measures how the choice of experts changes with depth, on held-out text."""
     parts = []
     for domain in domains:
         (rows,) = heldout_batches(domain, 1, recipe.batch, recipe.length)

@@ -1,4 +1,4 @@
-"""How the choice of experts changes with depth.
+"""Measures of how the choice of experts changes with depth.
 
 Letters: E experts.
 """
@@ -25,7 +25,7 @@ def depth_loads(routing: Sequence[Routed]) -> Tensor:
 
 @torch.no_grad()
 def across_depths(routing: Sequence[Routed]) -> dict[str, float]:
-    """How the choice of experts changes with depth.
+    """Measures how the choice of experts changes with depth.
 
     Args:
         routing: of one forward, in the order of depth, two or more with the same tokens.

@@ -65,7 +65,7 @@ def lesson(
 
 @dataclass(frozen=True)
 class Settings:
-    """Of `train`.
+    """Settings of `train`.
 
     Attributes:
         arms: of `ARMS`.
@@ -119,7 +119,7 @@ def make_config(settings: Settings, arm: str) -> WideNetConfig:
 def make_loss(
     settings: Settings, model: nn.Module, texts: Mapping[str, python_texts.Text]
 ) -> Callable[[torch.Generator], Any]:
-    """What `fit` calls at each step."""
+    """Returns the function that `fit` calls at each step for the loss."""
     own = list(texts.values())
 
     def of_text(generator: torch.Generator) -> Any:
@@ -138,8 +138,8 @@ def make_loss(
 def _held_out(
     model: WideNetLM | WideNetViT, settings: Settings, texts: Mapping[str, python_texts.Text]
 ) -> Iterator[tuple[Any, Tensor | None]]:
-    """What `model.loss` returns for each batch of held-out text or fresh images, and whose labels
-    they are: None of text."""
+    """Yields what `model.loss` returns for each batch of held-out text or fresh images, and whose
+    labels they are: None of text."""
     model.eval()
     if isinstance(model, WideNetLM):
         for text in texts.values():

@@ -70,8 +70,8 @@ def is_linear_intact() -> bool:
 
 
 def in_inference_on_few_rows(x: Tensor) -> bool:
-    """Whether x [..., I] is a plain tensor of few rows on the CPU, in eager code that wants no
-    gradient and that nothing watches: what a step of decoding is."""
+    """Returns whether x [..., I] is a plain tensor of few rows on the CPU, in eager code that wants
+    no gradient and that nothing watches: what a step of decoding is."""
     return (
         not is_compiling()
         and not torch.is_grad_enabled()

@@ -251,7 +251,7 @@ class MultiHeadAttention(nn.Module):
         )
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a sequence [B, S_kv, H], each [B, S_kv, n, d]."""
+        """Returns keys and values of a sequence [B, S_kv, H], each [B, S_kv, n, d]."""
         k, v = self.k_proj(x), self.v_proj(x)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 

@@ -1,4 +1,4 @@
-"""What a float model does on some inputs, kept for choosing scales and for judging the result."""
+"""Records of a float model on some inputs, for choosing scales and for judging the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BankRecord:
 
 @dataclass
 class CalibrationData:
-    """What :func:`collect_calibration` returns.
+    """Calibration data, as :func:`collect_calibration` returns it.
 
     banks: name of a module -> its record. tokens, perplexity, forward, context: of the perplexity,
     where it was asked for.

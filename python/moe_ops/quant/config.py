@@ -1,4 +1,4 @@
-"""What to quantize weights to: one class for each format that `quantize` can make."""
+"""Configs of quantization: one class for each format that `quantize` can make."""
 
 from __future__ import annotations
 

@@ -190,8 +190,8 @@ def replace_bank(
 
 
 def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
-    """How `moe_ops.parallel.shard_experts` shared a bank out, and the weights that are here; None
-    and all weights of another bank."""
+    """Returns how `moe_ops.parallel.shard_experts` shared a bank out, and the weights that are
+    here; None and all weights of another bank."""
     sharding = getattr(found.module, "sharding", None)
     if sharding is None or not has_own_experts(found.module, found.bank.down):
         return None, found.bank

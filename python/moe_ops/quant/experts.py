@@ -338,7 +338,8 @@ class QuantizedExperts(nn.Module):
         return self.format
 
     def stand_in(self, bank: nn.Module) -> nn.Module:
-        """What is to take this module's place for `bank`, which is called as `Experts` are."""
+        """Returns what is to take this module's place for `bank`, which is called as `Experts`
+        are."""
         return bank
 
     def move_to_huge_pages(self) -> None:

@@ -1,4 +1,4 @@
-"""How weights get into the formats that `quantize` makes, and out of any format.
+"""Conversion of weights into the formats that `quantize` makes, and out of any format.
 
 Letters: E experts, O output features, D input features of a weight [..., O, D], G group size.
 """

@@ -23,7 +23,8 @@ _GGML = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 2
 
 
 class StoredWeight(NamedTuple):
-    """What a layer holds of a weight: `moe_ops.weight_formats.WeightFormat.tensors` has shapes."""
+    """The parts of a weight that a layer holds: `moe_ops.weight_formats.WeightFormat.tensors` has
+    shapes."""
 
     format: WeightFormat
     codes: Tensor
@@ -179,7 +180,7 @@ def from_fp8(weight: Tensor, weight_scale_inv: Tensor) -> StoredWeight:
 
 
 def ggml_format(type_name: str) -> WeightFormat:
-    """What weights of a type of ggml are held as.
+    """Returns the format in which weights of a ggml type are held.
 
     Raises:
         ValueError: another type than "Q8_0", "Q4_0", "Q4_K" and "Q6_K".
@@ -224,8 +225,8 @@ def _int4(codes: Tensor, scale: Tensor, zeros: Tensor | None, group: int) -> Sto
 
 
 def adapted(weight: StoredWeight, how: WeightFormat) -> StoredWeight:
-    """The same weight in another form of its format, exactly: with zero points of 8 or without, and
-    with scales of a wider type.
+    """Returns the weight in another form of its format, exactly: with zero points of 8 or without,
+    and with scales of a wider type.
 
     Raises:
         ValueError: where that is not exact, or another format is wanted.

@@ -1,4 +1,4 @@
-"""How much a quantised model differs from the float one, in numbers."""
+"""Measures how much a quantized model differs from the float one, in numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BankQuality:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`compare_quality` returns."""
+    """Result of :func:`compare_quality`."""
 
     banks: list[BankQuality]
     perplexity_before: float | None = None

@@ -13,7 +13,7 @@ Layers are those of `moe_ops.layers`; `upcycle_model` takes and returns models o
 from __future__ import annotations
 
 from .attention import upcycle_attention
-from .experts import copy_experts, experts_from_dense, reinitialize, slice_experts
+from .experts import copy_experts, experts_from_dense, slice_experts
 from .layer import paired_router, upcycle_ffn
 from .models import upcycle_model
 from .neurons import coactivation_order, k_means_order
@@ -24,7 +24,6 @@ __all__ = [
     "experts_from_dense",
     "k_means_order",
     "paired_router",
-    "reinitialize",
     "slice_experts",
     "upcycle_attention",
     "upcycle_ffn",

@@ -32,7 +32,7 @@ def no_scripture(monkeypatch):
 
 
 def report_of(study: Study, seeds=(10, 11)) -> Report:
-    """Of runs of these seeds."""
+    """Returns a report of runs of these seeds."""
     runs = {
         name: {str(seed): {**job(seed, Run()), "seconds": 1.0} for seed in seeds}
         for name, job in study.runs.items()

@@ -49,7 +49,8 @@ def test_a_block_passed_by_is_the_block_where_all_tokens_are_kept():
 
 
 def test_multiplications_are_equal():
-    """Of a token in PEER and in the dense network; Mixture-of-Depths trains the longer."""
+    """A token costs the same multiplications in PEER and in the dense network; Mixture-of-Depths
+    trains the longer."""
     peer = routing.Retrieval().peer
     found = peer.query.weight.numel() + peer.num_heads * peer.sub_keys.numel()
     found += 2 * peer.num_heads * peer.top_k * routing.H

@@ -1,5 +1,5 @@
-"""Which tile a product, or a stage of moe_ffn, gets on a card; asked without one (choose.h in
-csrc/cuda/grouped_gemm and csrc/cuda/moe_ffn)."""
+"""Tests of which tile a product, or a stage of moe_ffn, gets on a card; asked without one (choose.h
+in csrc/cuda/grouped_gemm and csrc/cuda/moe_ffn)."""
 
 from __future__ import annotations
 

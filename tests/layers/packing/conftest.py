@@ -18,7 +18,7 @@ def off():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each op ran."""
+    """Returns how often each op ran."""
     calls = {"moe_ffn": 0, "moe_ffn_packed": 0, "pack_experts": 0}
 
     def watch(name):

@@ -68,7 +68,7 @@ def test_one_large_call_is_not_enough(small):
 
 
 def written(bank: Experts) -> list[int]:
-    """Of each of the two copies, the first experts that differ from zeros."""
+    """Returns, for each of the two copies, how many of the first experts differ from zeros."""
     state = packing._banks[bank]
     copies = state.copies or state.begun
     if copies is None:

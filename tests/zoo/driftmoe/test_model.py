@@ -54,7 +54,7 @@ def trees(i):
 
 
 def plain_loop(model, make_expert, config, stream):
-    """The same by the paper's text: a network, Adam, a list of experts."""
+    """Computes the same by the paper's text: a network, Adam, a list of experts."""
     experts = [make_expert(i) for i in range(config.num_experts)]
     (first, _, _), (second, _, _) = (list(model.network.trunk)[i : i + 3] for i in (0, 3))
     head = nn.Linear(5, config.num_experts)

@@ -19,10 +19,9 @@ from bench.studies.images import psnr
 from torch import nn
 
 from moe_ops import zoo
-from moe_ops.zoo.gntmove import GNTMove, ViewExperts, ViewRouter, Views, consistency_loss
+from moe_ops.zoo.gntmove import GNTMove, ViewExperts, ViewRouter, Views
 from moe_ops.zoo.gntmove.cameras import project, rays
-from moe_ops.zoo.gntmove.layers import neighbours
-from moe_ops.zoo.gntmove.model import encode
+from moe_ops.zoo.gntmove.layers import consistency_loss, encode, neighbours
 
 T, H, I, E, K = 9, 8, 10, 4, 2
 SMALL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "features": 3, "num_freqs": 1,

@@ -1,4 +1,4 @@
-"""What every language model of the zoo is tested for."""
+"""Tests that every language model of the zoo must pass."""
 
 from __future__ import annotations
 

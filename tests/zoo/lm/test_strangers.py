@@ -45,7 +45,7 @@ def saved(request, tmp_path_factory) -> tuple[type[CausalLM], Path]:
 
 
 def check_mutations(kind: type[CausalLM], source: Path, work: Path, seeds: range) -> dict[str, int]:
-    """How many of the mutated checkpoints were loaded and how many refused."""
+    """Returns how many of the mutated checkpoints were loaded and how many refused."""
     counts = {"loaded": 0, "refused": 0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in seeds:
@@ -77,7 +77,7 @@ def check_mutations(kind: type[CausalLM], source: Path, work: Path, seeds: range
 
 
 def check_right(model: CausalLM, folder: Path, said: str) -> None:
-    """What was loaded is what the files hold, read by safetensors alone."""
+    """Checks that the loaded model is what the files hold, read by safetensors alone."""
     paths = list(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     tensors: dict[str, torch.Tensor] = {}

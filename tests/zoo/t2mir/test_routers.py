@@ -34,7 +34,7 @@ def test_token_router_is_its_formula():
 
 @pytest.mark.parametrize("top_k", [1, 2, 5, 6])
 def test_load_is_the_chance_under_fresh_noise(top_k):
-    """What a wrong threshold, or probabilities compared with logits, would not give."""
+    """A wrong threshold, or probabilities compared with logits, would not give this chance."""
     tokens, draws = 3, 40000
     clean = torch.randn(tokens, E, dtype=torch.float64)
     scale = 0.3 + torch.rand(tokens, E, dtype=torch.float64)

@@ -59,7 +59,7 @@ def norm(w, name, x):
 
 
 def attention(w, name, x, other, heads, causal):
-    """Of one sequence [S, H] with another one [S', H], head by head."""
+    """Computes attention of one sequence [S, H] with another one [S', H], head by head."""
     q = linear(w, f"{name}.q_proj", x).chunk(heads, -1)
     k = linear(w, f"{name}.k_proj", other).chunk(heads, -1)
     v = linear(w, f"{name}.v_proj", other).chunk(heads, -1)

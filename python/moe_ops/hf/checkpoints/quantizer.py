@@ -19,10 +19,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moe_ops._files import shown
 from moe_ops._reading import damage
 from moe_ops.hf.checkpoints.files import Checkpoint
-from moe_ops.quant import QuantizedExperts, StoredLinear, quantize
+from moe_ops.quant import QuantizedExperts, quantize
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
 from moe_ops.quant.config import WeightConfig, check_config, config_named
 from moe_ops.quant.convert import check_sizes, new_experts, replace_bank
+from moe_ops.quant.stored_linear import StoredLinear
 from moe_ops.weight_formats import WeightFormat
 
 METHOD = "moe_ops"

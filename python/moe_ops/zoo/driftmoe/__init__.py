@@ -11,7 +11,7 @@ Source: Aspis et al. 2025 (DriftMoE: A Mixture of Experts Approach to Handle Con
 PKDD workshops, arXiv 2507.18464).
 """
 
-from .experts import StreamExpert, cooperative_labels
+from .experts import cooperative_labels
 from .model import DriftMoE, DriftMoEConfig, StreamRouter
 
-__all__ = ["DriftMoE", "DriftMoEConfig", "StreamExpert", "StreamRouter", "cooperative_labels"]
+__all__ = ["DriftMoE", "DriftMoEConfig", "StreamRouter", "cooperative_labels"]

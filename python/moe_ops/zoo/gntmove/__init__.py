@@ -9,7 +9,7 @@ Mixture-of-View-Experts, ICCV, arXiv 2308.11793); Varma et al. 2023 (GNT, ICLR, 
 """
 
 from .cameras import Cameras
-from .layers import ViewExperts, ViewRouter, consistency_loss
+from .layers import ViewExperts, ViewRouter
 from .model import GNTMove, GNTMoveConfig, Views
 
 __all__ = [
@@ -19,5 +19,4 @@ __all__ = [
     "ViewExperts",
     "ViewRouter",
     "Views",
-    "consistency_loss",
 ]

@@ -1,4 +1,4 @@
-"""What is measured, and training that is cut and gone on with."""
+"""Tests of what is measured, and of training that is cut and gone on with."""
 
 from __future__ import annotations
 
