@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests.helpers.quantized import weight_config
 from torch import Tensor
 
 import moe_ops
@@ -90,7 +89,11 @@ def training(shape: str, dtype: str, count: int) -> Job:
 
 def quantized(shape: str, dtype: str, count: int, format: str) -> Job:
     module, (x, weights, ids) = experts(shape, dtype), tokens(shape, dtype, count)
-    integers = moe_ops.quantize(module, weight_config(format))
+    if hasattr(moe_ops, "quantize"):
+        configs = {"int8": "Int8WeightConfig", "int4": "Int4WeightConfig"}
+        integers = moe_ops.quantize(module, getattr(moe_ops, configs[format])())
+    else:  # An older build.
+        integers = moe_ops.quantize_experts(module, format)
     return lambda: integers(x, weights, ids)
 
 

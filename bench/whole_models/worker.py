@@ -61,10 +61,9 @@ class Transformers:
             experts_implementation=experts,
         ).eval()
         if ours:
-            if weights:
-                from tests.helpers.quantized import weight_config
+            from tests.helpers.quantized import weight_config
 
-                options["quantization"] = weight_config(options.pop("weights"))
+            options["quantization"] = weight_config(options.pop("weights", None))
             moe_ops.hf.optimize(self.model, **options)
             moe_ops.memory.release_file_pages()
 

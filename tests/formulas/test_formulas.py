@@ -348,6 +348,7 @@ def test_gated_mlp_decode_of_codes(bits, group):
             call[name] = call[name][:, ::2].contiguous().view(torch.uint8)
             call[f"{name}_scale"] = torch.rand(len(call[name]), call[name].shape[1] * 2 // group)
     call["residual"] = call["residual"][:, :8]
+    call["formats"] = "int8" if bits == 8 else f"int4 g{group}"
     check(gated_mlp_decode, reference.gated_mlp_decode, call, sum_length=96)
 
 

@@ -103,6 +103,8 @@ class KolibriConfig(LMConfig):
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
         kinds = published.values.get("layer_types") or []
+        if not isinstance(kinds, list):
+            raise ValueError(f"{cls.__name__}: layer_types must be a list, got {kinds!r}.")
         full = [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"]
         every = (full[0] if full else 0) if kinds else 5
         if kinds and cls(num_layers=len(kinds), full_every=every).layer_types() != list(kinds):

@@ -21,7 +21,8 @@ from torch import nn
 from moe_ops import zoo
 from moe_ops.zoo.gntmove import GNTMove, ViewExperts, ViewRouter, Views
 from moe_ops.zoo.gntmove.cameras import project, rays
-from moe_ops.zoo.gntmove.layers import consistency_loss, encode, neighbours
+from moe_ops.zoo.gntmove.layers import consistency_loss, neighbours
+from moe_ops.zoo.gntmove.model import encode
 
 T, H, I, E, K = 9, 8, 10, 4, 2
 SMALL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "features": 3, "num_freqs": 1,
