@@ -53,7 +53,7 @@ def grouped_gemm_quantized(
 
     Args:
         a: [N, K] rows sorted by expert; float32, bfloat16 or float16, any strides.
-        b, b_scale: [E, O, *] and scales of `format`.
+        b, b_scale: [E, O, bytes] and scales of `format`.
         expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
         format: of b, as of :func:`moe_ffn_quantized`: "int4 g64" for instance.
         bias: [E, O] in a's dtype, or None.
