@@ -43,21 +43,21 @@ def grouped_gemm_quantized(
     bias: Tensor | None = None,
     b_zero: Tensor | None = None,
 ) -> Tensor:
-    """grouped_gemm with weights of few bits; a dense layer is one expert.
+    """Computes grouped_gemm with quantized weights; a dense layer has one expert.
 
-    ``out[r] = w[e] @ a[r] + bias[e]`` with w what codes and scales stand for. Formats, and the
-    integers that rows become on the CPU, are those of :func:`moe_ffn_quantized`. Where a gradient
-    is wanted, and on CUDA tensors, it is :func:`grouped_gemm` of the dequantised weights: rows stay
-    as they are, and a and bias have gradients. On the CPU weights are dequantised in cache for
-    that, in both directions.
+    ``out[r] = w[e] @ a[r] + bias[e]``, where w is the dequantized b. The formats, and the integers
+    that the CPU uses for rows, are those of :func:`moe_ffn_quantized`. If a gradient is requested,
+    and on CUDA tensors, it is :func:`grouped_gemm` with the dequantized weights: rows are not
+    rounded, and a and bias have gradients. The CPU then dequantizes weights in cache, forward and
+    backward.
 
     Args:
         a: [N, K] rows sorted by expert; float32, bfloat16 or float16, any strides.
-        b, b_scale: [E, O, bytes] and scales of `format`.
+        b, b_scale: quantized weights of [E, O, K] and their scales, as `format` stores them.
         expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
-        format: of b, as of :func:`moe_ffn_quantized`: "int4 g64" for instance.
+        format: name of b's format, see :func:`moe_ffn_quantized`; for example "int4 g64".
         bias: [E, O] in a's dtype, or None.
-        b_zero: uint8 [E, O, K/G], zero points where the format has them, or None.
+        b_zero: uint8 [E, O, K/G], zero points, if the format has them; otherwise None.
 
     Returns:
         [N, O] in a's dtype; rows from ``expert_offsets[E]`` on are zero.
