@@ -135,7 +135,7 @@ MUTANTS = [
     Mutant(
         "exchange: fp8 rows lose their scale",
         "comm.py",
-        "return dequantize_rows(*_codes(*parts)).to(dtype)",
+        "return dequantized_rows(*_codes(*parts)).to(dtype)",
         "return _codes(*parts)[0].to(dtype)",
         first="rows_in_fp8",
     ),
