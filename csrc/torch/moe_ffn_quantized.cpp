@@ -39,13 +39,10 @@ struct Call {
 Call check(const Op& op, const Inputs& in) {
   const Tensor &x = in.x, &topk_weights = in.topk_weights;
   const Tensor &w_gate_up = in.w_gate_up, &w_down = in.w_down;
-  const std::string& format = in.format;
   Call call;
-  const std::vector<std::string> names = format_names(op, "format", format, 2);
+  const std::vector<std::string> names = format_names(op, "format", in.format, 2);
   const WeightFormat up = format_of(op, "format", names[0]);
   const WeightFormat down = format_of(op, "format", names[1]);
-  MOE_CHECK(!op.on_cuda || (up.has_kernels() && down.has_kernels()), op,
-            ": format must have CUDA kernels, got '", format, "'.");
   Sizes& s = call.sizes;
   s.act = in.act;
   const bool gated = is_gated(s.act.kind);
@@ -269,6 +266,8 @@ static Tensor moe_ffn_quantized_cuda(const Tensor& x, const Tensor& w_gate_up,
                      .w_gate_up_zero = w_gate_up_zero,
                      .w_down_zero = w_down_zero};
   const Call call = check(op, in);
+  MOE_CHECK(call.up.matrices.format.has_kernels && call.down.matrices.format.has_kernels, op,
+            ": format must have CUDA kernels, got '", format, "'.");
   const Sizes& s = call.sizes;
   const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());
