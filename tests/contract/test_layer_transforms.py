@@ -230,5 +230,8 @@ def test_fp8_experts_have_no_transforms():
 
 def test_every_layer_is_here():
     covered = {n.partition(",")[0].partition(".")[0].partition(" ")[0] for n in MODULES}
-    missing = set(layers.__all__) - covered - {"ExpertLoRA"} - set(LOSSES) - WITHOUT_GRADIENTS
-    assert not missing
+    # Tested here though other modules have them.
+    elsewhere = {"QuantizedExperts", "QuantizedLinear", "drop_over_capacity", "fp8_ffn"}
+    elsewhere |= {"sparsemixer"}
+    covered |= {"ExpertLoRA", "fp8_ffn"}
+    assert covered | set(LOSSES) | WITHOUT_GRADIENTS == set(layers.__all__) | elsewhere

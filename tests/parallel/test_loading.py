@@ -165,7 +165,8 @@ def test_bad_checkpoints(processes, tmp_path, bad_input):
         "load_sharded_experts: the bank must be whole or sharded by shard_experts alone"
     )
     bank = Experts(4, 8, 4)
-    with pytest.raises(FileNotFoundError, match=r"load_sharded_experts: .* hold safetensors files"):
+    words = r"load_sharded_experts: .* must hold safetensors files"
+    with pytest.raises(FileNotFoundError, match=words):
         load_sharded_experts(bank, tmp_path / "none", "experts")
     with bad_input("load_sharded_experts", "prefixes", "'layer'"):
         load_sharded_experts(bank, tmp_path, {"layer": "experts"})

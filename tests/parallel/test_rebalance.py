@@ -359,8 +359,10 @@ def test_what_cannot_be_done_is_said(processes):
             [
                 "move_experts: model must hold experts of shard_experts, got Linear",
                 "move_experts: placement must be for banks of the model (layers.0.moe.experts, ",
-                "move_experts: placement of layers.0.moe.experts must have 8 experts on 2 ranks",
-                "move_experts: placement of layers.0.moe.experts must have 8 experts on 2 ranks",
+                "move_experts: placement of layers.0.moe.experts must have 8 experts on 2 ranks "
+                "in 8",
+                "move_experts: placement of layers.0.moe.experts must have 8 experts on 2 ranks "
+                "in 8",
                 "move_experts: exp_avg that the optimizer keeps of w_down of layers.1.moe.experts ",
                 "move_experts: the dispatcher of layers.1.moe.experts must have set_placement, got",
                 "plan_placements: stats must have counts of layers.0.moe.experts, or of the ",
