@@ -33,7 +33,7 @@ Tensor attention_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_k, c
   check_size(kOp, "values", values, 1, p.kv_heads, "m");
   check_size(kOp, "values", values, 3, d, "d");
   const int64_t H = p.hidden_size, kv_width = p.kv_heads * d;
-  const std::vector<std::string> names = format_names(kOp, "formats", formats, 4);
+  const auto names = format_names<4>(kOp, "formats", formats);
   const Dense q = dense_layer(kOp, {"w_q", w_q, w_q_scale, b_q, names[0]}, x, p.type, -1, H);
   const int64_t q_width = q.layer.out_features;
   MOE_CHECK(q_width > 0 && q_width % kv_width == 0, kOp,

@@ -25,15 +25,15 @@ inline void check_vector(const Op& op, const char* name, const OptTensor& t, con
 }
 
 // The name of a weight in x's dtype among the formats of a block's weights.
-inline constexpr const char* kFloatWeight = "float";
+inline constexpr std::string_view kFloatWeight = "float";
 
 // The weight of a layer, with what belongs to it.
 struct LayerWeights {
-  const char* name;           // "w_..."; the scale and the bias are named after it
-  const Tensor& w;            // [features, depth] in x's dtype, or of `format`
-  const OptTensor& scale;     // of a quantized weight
-  const OptTensor& bias;      // [features] or none
-  const std::string& format;  // its name, or kFloatWeight
+  const char* name;         // "w_..."; the scale and the bias are named after it
+  const Tensor& w;          // [features, depth] in x's dtype, or of `format`
+  const OptTensor& scale;   // of a quantized weight
+  const OptTensor& bias;    // [features] or none
+  std::string_view format;  // its name, or kFloatWeight
 };
 
 // Checks a layer on x, which has type `type`; features -1: any number.

@@ -26,7 +26,7 @@ Tensor gated_mlp_decode(const Tensor& x, const Tensor& w_gate, const Tensor& w_u
   MOE_CHECK(!has_limit(p.activation), kOp,
             ": activation must be one of swiglu, geglu, geglu_tanh, reglu, got '", activation,
             "'.");
-  const std::vector<std::string> names = format_names(kOp, "formats", formats, 3);
+  const auto names = format_names<3>(kOp, "formats", formats);
   const Dense gate =
       dense_layer(kOp, {"w_gate", w_gate, w_gate_scale, {}, names[0]}, x, p.type, -1, H);
   const int64_t I = gate.layer.out_features;

@@ -38,9 +38,13 @@ Tensor mla_decode(const Tensor& x, const Tensor& w_q, const Tensor& w_kv_a, cons
   p.rank = r;
   p.half = rope / 2;
 
-  // Of w_q, w_kv_a, w_o and w_q_a.
-  const std::vector<std::string> names =
-      format_names(kOp, "formats", formats, w_q_a.has_value() ? 4 : 3);
+  // The formats of w_q, w_kv_a, w_o and, where there is one, w_q_a.
+  std::array<std::string_view, 4> names;
+  if (w_q_a.has_value()) {
+    names = format_names<4>(kOp, "formats", formats);
+  } else {
+    std::ranges::copy(format_names<3>(kOp, "formats", formats), names.begin());
+  }
   std::optional<Dense> down;
   OptTensor inner_norm;
   if (w_q_a.has_value()) {

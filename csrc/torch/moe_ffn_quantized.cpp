@@ -40,7 +40,7 @@ Call check(const Op& op, const Inputs& in) {
   const Tensor &x = in.x, &topk_weights = in.topk_weights;
   const Tensor &w_gate_up = in.w_gate_up, &w_down = in.w_down;
   Call call;
-  const std::vector<std::string> names = format_names(op, "format", in.format, 2);
+  const auto names = format_names<2>(op, "format", in.format);
   const WeightFormat up = format_of(op, "format", names[0]);
   const WeightFormat down = format_of(op, "format", names[1]);
   Sizes& s = call.sizes;

@@ -1,7 +1,10 @@
 // Quantized weights as the adapters take them: the name of a format says what their tensors are.
 #pragma once
 
+#include <array>
+#include <span>
 #include <string>
+#include <string_view>
 
 #include "moe_ops/moe_ffn_quantized.h"
 #include "moe_ops/weight_format.h"
@@ -17,18 +20,26 @@ struct Quantized {
   int64_t experts, features, depth;
 };
 
-// The names of `count` weights: one for all of them, or one for each, "q4_k, q6_k".
-inline std::vector<std::string> format_names(const Op& op, const char* arg, const std::string& text,
-                                             size_t count) {
-  const std::vector<std::string_view> parts = split_names(text, ", ");
-  MOE_CHECK(parts.size() == 1 || parts.size() == count, op, ": ", arg,
-            " must be one name or one for each of ", count, " weights, got '", text, "'.");
-  std::vector<std::string> names;
-  for (size_t i = 0; i < count; ++i) names.emplace_back(parts[parts.size() == 1 ? 0 : i]);
+// The names of `Count` weights: one for all of them, or one for each, "q4_k, q6_k". They are parts
+// of `text`.
+template <size_t Count>
+std::array<std::string_view, Count> format_names(const Op& op, const char* arg,
+                                                 std::string_view text) {
+  std::array<std::string_view, Count> names;
+  names.fill(text);
+  if (text.find(", ") == text.npos) return names;
+  std::string_view rest = text;
+  for (size_t i = 0; i < Count; ++i) {
+    const size_t end = rest.find(", ");
+    MOE_CHECK((end == rest.npos) == (i + 1 == Count), op, ": ", arg,
+              " must be one name or one for each of ", Count, " weights, got '", text, "'.");
+    names[i] = rest.substr(0, end);
+    if (end != rest.npos) rest.remove_prefix(end + 2);
+  }
   return names;
 }
 
-inline WeightFormat format_of(const Op& op, const char* arg, const std::string& name) {
+inline WeightFormat format_of(const Op& op, const char* arg, std::string_view name) {
   const std::optional<WeightFormat> found = parse_weight_format(name);
   MOE_CHECK(found.has_value(), op, ": ", arg,
             " must name a format of quantized weights such as 'int8', 'int4 g64' or 'mxfp4', got '",
@@ -55,7 +66,7 @@ inline ScalarType type_of(ScaleType type) {
 }
 
 inline void check_part(const Op& op, const std::string& part, const Tensor& t, ScalarType type,
-                       const std::vector<int64_t>& shape, const std::string& format) {
+                       std::span<const int64_t> shape, std::string_view format) {
   bool fits = t.scalar_type() == type && t.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.size(i) == shape[i];
   MOE_CHECK(fits, op, ": ", part, " must be ", dtype_name(type), " ",
@@ -64,7 +75,7 @@ inline void check_part(const Op& op, const std::string& part, const Tensor& t, S
 }
 
 inline void check_given(const Op& op, const std::string& part, const OptTensor& t, bool wanted,
-                        const std::string& format) {
+                        std::string_view format) {
   MOE_CHECK(t.has_value() == wanted, op, ": ", part, " must be ", wanted ? "given" : "None",
             " for ", format, ", got ", t.has_value() ? "shape " + shape_string(*t) : "None", ".");
 }
@@ -72,7 +83,7 @@ inline void check_given(const Op& op, const std::string& part, const OptTensor& 
 // w [E, O, D] of the format that `name` names, or [O, D] of one expert (dims 2).
 inline Quantized quantized_of(const Op& op, const std::string& what, const Tensor& w,
                               const Tensor& scale, const OptTensor& zero, const WeightFormat& how,
-                              const std::string& name, int64_t dims = 3) {
+                              std::string_view name, int64_t dims = 3) {
   const std::string scale_name = what + "_scale";
   const FormatRow& row = how.row;
   check_device(op, what.c_str(), w);
@@ -89,12 +100,10 @@ inline Quantized quantized_of(const Op& op, const std::string& what, const Tenso
   // Scales of a row, each of `record` bytes or one number.
   const int64_t groups = how.group == 0 ? 1 : ceil_div(depth, how.group);
   const int64_t scale_rows = ceil_div(features, row.rows);
-  std::vector<int64_t> shape;
-  if (dims == 3) shape.push_back(experts);
-  shape.push_back(scale_rows);
-  if (how.group != 0) shape.push_back(row.head + groups);
-  const std::vector<int64_t> zero_shape = shape;
-  if (row.record != 0) shape.push_back(row.record);
+  const int64_t sizes[] = {experts, scale_rows, row.head + groups, row.record};
+  const int64_t first = dims == 3 ? 0 : 1, last_zero = how.group == 0 ? 2 : 3;
+  const std::span<const int64_t> zero_shape(sizes + first, sizes + last_zero);
+  const std::span<const int64_t> shape(sizes + first, sizes + last_zero + (row.record != 0));
   check_part(op, scale_name, scale, type_of(how.scale), shape, name);
   const bool strided = row.bits != 6;  // strides must come out even in weights of 6 bits
   Quantized out{

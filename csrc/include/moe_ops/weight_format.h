@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <vector>
 
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
@@ -56,49 +55,43 @@ struct WeightFormat {
   }
 };
 
-inline std::vector<std::string_view> split_names(std::string_view text, std::string_view by) {
-  std::vector<std::string_view> parts;
-  for (size_t at; (at = text.find(by)) != text.npos; text.remove_prefix(at + by.size())) {
-    parts.push_back(text.substr(0, at));
-  }
-  parts.push_back(text);
-  return parts;
-}
-
 // "int8", "int4 g64", "int4 g128 float16 zero", "mxfp4"; nothing for what is no name of a format.
 inline std::optional<WeightFormat> parse_weight_format(std::string_view name) {
-  const std::vector<std::string_view> parts = split_names(name, " ");
+  std::string_view rest = name;
+  // Takes this from the front of the rest, if words begin with it.
+  const auto take = [&](std::string_view words) {
+    if (!rest.starts_with(words)) return false;
+    if (rest.size() > words.size() && rest[words.size()] != ' ') return false;
+    rest.remove_prefix(words.size());
+    return true;
+  };
   const auto row = std::find_if(kFormats.begin(), kFormats.end(),
-                                [&](const FormatRow& r) { return r.name == parts[0]; });
+                                [&](const FormatRow& r) { return take(r.name); });
   if (row == kFormats.end()) return {};
   WeightFormat found{*row, row->group,
                      row->scale == ScaleKind::kBytes ? ScaleType::kBytes : ScaleType::kFloat32,
                      false};
-  size_t next = 1;
-  const auto part = [&] { return next < parts.size() ? parts[next] : std::string_view(); };
   if (row->group == 0) {
-    if (std::string_view size = part(); size.starts_with("g")) {
-      size.remove_prefix(1);
+    if (rest.starts_with(" g")) {
+      const std::string_view size = rest.substr(2, rest.find(' ', 1) - 2);
       if (size.empty() || size.size() > 9 || size[0] == '0') return {};
       for (const char digit : size) {
         if (digit < '0' || digit > '9') return {};
         found.group = found.group * 10 + (digit - '0');
       }
       if (found.group % 32 != 0) return {};
-      ++next;
+      rest.remove_prefix(2 + size.size());
     } else if (!row->row_scales) {
       return {};
     }
-    if (found.group != 0 && (part() == "bfloat16" || part() == "float16")) {
-      found.scale = part() == "float16" ? ScaleType::kFloat16 : ScaleType::kBFloat16;
-      ++next;
+    if (found.group != 0 && take(" bfloat16")) {
+      found.scale = ScaleType::kBFloat16;
+    } else if (found.group != 0 && take(" float16")) {
+      found.scale = ScaleType::kFloat16;
     }
-    if (row->zeros && part() == "zero") {
-      found.zero = true;
-      ++next;
-    }
+    found.zero = row->zeros && take(" zero");
   }
-  if (next != parts.size()) return {};
+  if (!rest.empty()) return {};
   return found;
 }
 

@@ -150,10 +150,11 @@ def moe_ffn_quantized(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     weights = (w_gate_up, w_gate_up_scale, w_down, w_down_scale)
-    rest = (topk_weights, topk_ids, joined(format), x_scale)
+    names = format if isinstance(format, str) else joined(format)
+    rest = (topk_weights, topk_ids, names, x_scale)
     if w_gate_up_zero is not None or w_down_zero is not None:
         options = (*(options or DEFAULT_OPTIONS), w_gate_up_zero, w_down_zero)
-    if x.device.type == "cuda" and not have_kernels(rest[2], 2):
+    if x.device.type == "cuda" and not have_kernels(names, 2):
         return _moe_ffn_quantized_fwd(x, *weights, *rest, *options)[0]
     return _moe_ffn_quantized(x, *weights, *rest, *options)
 

@@ -195,12 +195,12 @@ class QuantizedExperts(nn.Module):
         overlap: Callable[[], object] | None = None,
     ) -> Tensor:
         """`forward`, whatever a subclass makes of that."""
-        how: dict[str, Any] = {"apply_router_weight_on_input": apply_router_weight_on_input}
         if self.dispatcher is not None:
+            how: dict[str, Any] = {"apply_router_weight_on_input": apply_router_weight_on_input}
             return self.dispatcher(self, x, topk_weights, topk_ids, overlap=overlap, **how)
         if overlap is not None:
             overlap()
-        return self.forward_local(x, topk_weights, topk_ids, **how)
+        return self._run(x, topk_weights, topk_ids, apply_router_weight_on_input)
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
         # A module finds a buffer by __getattr__, which for seven takes as long as a small layer.
@@ -224,11 +224,10 @@ class QuantizedExperts(nn.Module):
         if self._all_fp8 and self._takes_fp8(x, topk_weights):
             return moe_ffn_fp8(x, *weights, topk_weights, topk_ids, **how)
         for name in ("w_gate_up_zero", "w_down_zero"):
-            if b[name] is not None:
-                how[name] = local_part(b[name])
-        routing = topk_weights, topk_ids
-        how |= {"format": self.format, "x_scale": b["x_scale"]}
-        return moe_ffn_quantized(x, *weights, *routing, **how)
+            if (zero := b[name]) is not None:
+                how[name] = local_part(zero)
+        how["format"], how["x_scale"] = self.format, b["x_scale"]
+        return moe_ffn_quantized(x, *weights, topk_weights, topk_ids, **how)
 
     def _takes_fp8(self, x: Tensor, topk_weights: Tensor) -> bool:
         """Returns whether tokens may be rounded to fp8 too, as these checkpoints are meant to be
