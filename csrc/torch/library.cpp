@@ -145,13 +145,13 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // bytes; halves: the two halves of the features are gate and up.
   m.def("pack_experts(Tensor w, bool halves=False) -> Tensor");
   // moe_ffn that reads such copies; inference only. w_gate_up and w_down stay the truth: where the
-  // copies do not match them any more, they are used.
+  // copies do not match them any more, they are used. packed_only: only their shapes are read.
   m.def(
       "moe_ffn_packed(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor packed_gate_up, "
       "Tensor packed_down, Tensor topk_weights, Tensor topk_ids, Tensor? b_gate_up=None, "
       "Tensor? b_down=None, str activation=\"swiglu\", bool interleaved=False, "
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, ScalarType? "
-      "out_dtype=None) -> Tensor");
+      "out_dtype=None, bool packed_only=False) -> Tensor");
   // moe_ffn of quantized weights; `format` names that of both, or of each: "q4_k, q6_k"; x_scale
   // [H]: factors of x. Gradients of x and topk_weights only.
   m.def(

@@ -203,6 +203,40 @@ def test_the_copies_are_what_is_read(dtype):
         stale = _library.stale_panels()
 
 
+# --- copies without weights
+
+
+def without_weights(call):
+    """The call with shapes in the place of the weights."""
+    shapes = {
+        n: call[n].new_full((), torch.nan).expand_as(call[n]) for n in ("w_gate_up", "w_down")
+    }
+    return {**call, **shapes, "packed_only": True}
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(33, 31), (64, 48), (257, 19)])
+def test_copies_alone(dtype, tokens, hidden_size, intermediate_size):
+    """Rows of one token of float32 are read from the weights where there are some."""
+    routing = Routing(tokens, 4, 2, "dropped" if tokens > 2 else "uniform")
+    call = with_copies(ffn_operands(routing, hidden_size, intermediate_size, dtype, bias=True))
+    y = moe_ops.moe_ffn_packed(**without_weights(call))
+    if tokens == 1 and dtype == torch.float32:
+        torch.testing.assert_close(y, moe_ops.moe_ffn_packed(**call))
+    else:
+        assert_identical(y, moe_ops.moe_ffn_packed(**call))
+
+
+def test_copies_alone_have_no_gradient():
+    call = without_weights(with_copies(ffn_operands(SMALL, 33, 31, torch.float32)))
+    call["x"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="packed_only must be False for gradients"):
+        moe_ops.moe_ffn_packed(**call)
+    with torch.no_grad():
+        moe_ops.moe_ffn_packed(**call)
+
+
 # --- a copy of other weights is not used
 
 

@@ -117,8 +117,9 @@ bool prefers_weights(const MoeFfnParams& p) {
              kMostUnpackedBytes;
 }
 
+// Takes away panels that are slower or outdated; without weights there is no choice.
 void choose_panels(MoeFfnParams& p) {
-  if (p.w_gate_up.panels == nullptr) return;
+  if (p.w_gate_up.panels == nullptr || p.w_gate_up.data == nullptr) return;
   if (prefers_weights(p)) {
     p.w_gate_up.panels = p.w_down.panels = nullptr;
     return;

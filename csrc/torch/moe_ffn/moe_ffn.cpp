@@ -11,6 +11,7 @@ namespace {
 struct Packed {
   const Tensor* gate_up;
   const Tensor* down;
+  bool only;  // the weights themselves may not be read
 };
 
 // Returns the size in bytes of the packed copy of w.
@@ -48,8 +49,11 @@ Tensor run_ffn(const Op& op, const Sizes& s, const Routing& routing, const FfnIn
                Tensor* preact = nullptr, const Packed* packed = nullptr) {
   const ScalarType dtype = in.out_dtype.value_or(in.x.scalar_type());
   const DType y_type = check_result_type(op, "out_dtype", dtype, in.x, s.type);
-  const Weights up = weights_of(in.w_gate_up, s.type);
-  const Weights down = weights_of(in.w_down, s.type);
+  const bool packed_only = packed != nullptr && packed->only;
+  const auto read = [&](const Tensor& w) {
+    return packed_only ? Weights{w, {nullptr, s.type, 0, w.size(2), 1}} : weights_of(w, s.type);
+  };
+  const Weights up = read(in.w_gate_up), down = read(in.w_down);
   MoeFfnParams p;
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -104,9 +108,9 @@ Tensor moe_ffn_packed(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_
                       const Tensor& topk_weights, const Tensor& topk_ids,
                       const OptTensor& b_gate_up, const OptTensor& b_down, std::string activation,
                       bool interleaved, bool apply_router_weight_on_input, double alpha,
-                      double limit, const OptType& out_dtype) {
+                      double limit, const OptType& out_dtype, bool packed_only) {
   constexpr const char* kOp = "moe_ffn_packed";
-  const Packed packed{&packed_gate_up, &packed_down};
+  const Packed packed{&packed_gate_up, &packed_down, packed_only};
   return infer(kOp,
                {.x = x,
                 .w_gate_up = w_gate_up,

@@ -149,7 +149,7 @@ def options_of(
     return b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
 
 
-def with_out_dtype(options: tuple[Any, ...], out_dtype: torch.dtype) -> tuple[Any, ...]:
+def with_out_dtype(options: tuple[Any, ...], out_dtype: torch.dtype | None) -> tuple[Any, ...]:
     """Returns the arguments of `options_of`, followed by out_dtype."""
     return *(options or DEFAULT_OPTIONS), out_dtype
 

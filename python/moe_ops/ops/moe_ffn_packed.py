@@ -66,6 +66,7 @@ def moe_ffn_packed(
     alpha: float = 1.702,
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
+    packed_only: bool = False,
 ) -> Tensor:
     """Computes moe_ffn for inference, with packed copies of the weights.
 
@@ -86,11 +87,15 @@ def moe_ffn_packed(
         activation, interleaved, apply_router_weight_on_input: see :func:`moe_ffn`.
         alpha, limit: parameters of ``"swiglu_oai"``.
         out_dtype: see :func:`moe_ffn`.
+        packed_only: True if the copies are all there is of the weights, so that a server keeps them
+            in memory once. Only the shapes and the dtype of w_gate_up and w_down are used then, for
+            example ``w.new_empty(1).expand(w.shape)``, and nothing is compared.
 
     Returns:
         [T, H] in out_dtype. A token without experts gets zeros; T = 0 gives [0, H].
 
     Raises:
+        NotImplementedError: with packed_only, a gradient or CUDA tensors.
         ValueError: arguments that :func:`moe_ffn` rejects, or a copy with another size than that
             from pack_experts (on CUDA, copies made on the CPU are accepted). Autocast casts weights
             as in moe_ffn, and also in pack_experts: pack and call in the same autocast state.
@@ -98,7 +103,9 @@ def moe_ffn_packed(
     options = options_of(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
-    if out_dtype is not None:
+    if packed_only:
+        options = (*with_out_dtype(options, out_dtype), True)
+    elif out_dtype is not None:
         options = with_out_dtype(options, out_dtype)
     return _moe_ffn_packed(
         x, w_gate_up, w_down, packed_gate_up, packed_down, topk_weights, topk_ids, *options
@@ -106,7 +113,12 @@ def moe_ffn_packed(
 
 
 def _without_copies(*args: Any) -> Tensor:
-    x, w_gate_up, w_down, _packed_gate_up, _packed_down, *rest = args
+    x, w_gate_up, w_down, _packed_gate_up, _packed_down, *rest, packed_only = args
+    if packed_only:
+        raise NotImplementedError(
+            "moe_ffn_packed: packed_only must be False for gradients and on CUDA, got True; these "
+            "read the weights themselves."
+        )
     return torch.ops.moe_ops.moe_ffn(x, w_gate_up, w_down, *rest)
 
 
@@ -136,7 +148,7 @@ def _unread_copy(w: Tensor, halves: bool) -> Tensor:
 @register_fake("moe_ffn_packed")
 def _(*args: Any) -> Tensor:
     op = "moe_ffn_packed"
-    x, w_gate_up, w_down, packed_gate_up, packed_down, *rest, out_dtype = args
+    x, w_gate_up, w_down, packed_gate_up, packed_down, *rest, out_dtype, _packed_only = args
     check_call(op, x, w_gate_up, w_down, *rest)
     if out_dtype is not None:
         check_result_dtype(op, "out_dtype", out_dtype, x)

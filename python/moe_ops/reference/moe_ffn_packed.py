@@ -30,8 +30,12 @@ def moe_ffn_packed(
     alpha: float = 1.702,
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
+    packed_only: bool = False,
 ) -> Tensor:
-    """Computes moe_ffn: the copies contain the values of the weights."""
+    """Computes moe_ffn: the copies contain the values of the weights.
+
+    packed_only does not matter here: the op's order of bytes is private, so the weights are read.
+    """
     return moe_ffn(
         x,
         w_gate_up,
