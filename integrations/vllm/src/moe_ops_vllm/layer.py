@@ -1,0 +1,38 @@
+"""vLLM's layer of experts, with a method of moe_ops where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+import moe_ops
+import moe_ops_vllm
+from moe_ops_vllm.methods import StaysWithVllm, method_for
+
+# A name below vLLM's, so that its handlers print the lines.
+logger = init_logger("vllm.moe_ops")
+
+
+class MoeOpsRoutedExperts(RoutedExperts):  # type: ignore[misc]
+    """RoutedExperts whose method is one of `moe_ops_vllm.methods`, or else vLLM's own."""
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: Any, moe_config: Any
+    ) -> FusedMoEMethodBase:
+        config = get_current_vllm_config()
+        try:
+            method = method_for(self, prefix, quant_config, moe_config, config)
+        except StaysWithVllm as reason:
+            logger.info_once("Experts stay with vLLM's own kernels: %s.", reason)
+            method = super()._get_quant_method(prefix, quant_config, moe_config)
+            return method
+        # Compiled graphs are cached by a hash of the configuration, which does not know plugins.
+        if isinstance(config.additional_config, dict):
+            versions = f"{moe_ops.__version__} {moe_ops_vllm.__version__}"
+            config.additional_config.setdefault("moe_ops", versions)
+        logger.info_once("Experts run on moe_ops %s: %s.", moe_ops.__version__, method.label)
+        return method
