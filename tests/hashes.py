@@ -102,7 +102,7 @@ def names_of_ops() -> list[str]:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {},
-    "renormalised": {"renormalize": True, "routed_scaling_factor": 2.5},
+    "renormalized": {"renormalize": True, "routed_scaling_factor": 2.5},
     "sigmoid": {"score_func": "sigmoid", "expert_bias": True},
     "groups": {"score_func": "sigmoid", "num_groups": 4, "num_topk_groups": 2},
     "topk_first": {"topk_first": True, "bias": True},

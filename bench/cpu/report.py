@@ -31,7 +31,7 @@ THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages. Files without rate
 rate of memory; a share above 100 % then means that the weights were in a cache."""
 _QUANTIZED = """\
 Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
-relative to the unquantised layer in fp64."""
+relative to the unquantized layer in fp64."""
 _PARTS = """\
 128 experts, 8 a token, H 2048, fp32; microseconds of our op, then of the lines that transformers
 runs, and how many times faster ours is."""

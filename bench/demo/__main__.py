@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary |= {
         "entropy_bits_per_byte": counts,
         "information_bits_by_layer": sample.information,
-        "favourite_bytes": sample.favourites,
+        "favorite_bytes": sample.favorites,
         "max_violation_by_layer": max_violation(load[-max(1, len(load) // 10) :]),
         "hugging_face": None if given.no_hf else compare(console, given.smoke),
     }
@@ -94,12 +94,12 @@ def print_routing(console: Console, sample: RoutingSample) -> None:
     table.add_column("layer", justify="right")
     table.add_column("what the expert says about the byte")
     table.add_column("bytes each expert takes most beyond their share", overflow="fold")
-    layers = zip(sample.information, sample.favourites, strict=True)
-    for layer, (information, favourites) in enumerate(layers):
+    layers = zip(sample.information, sample.favorites, strict=True)
+    for layer, (information, favorites) in enumerate(layers):
         table.add_row(
             str(layer),
             f"{information:.2f} of {sample.max_information:.2f} bits",
-            escape("  ".join(f"{e}:{text}" for e, text in enumerate(favourites))),
+            escape("  ".join(f"{e}:{text}" for e, text in enumerate(favorites))),
             end_section=True,
         )
     console.print(table)

@@ -32,7 +32,7 @@ class RoutingSample:
 
     information: list[float]
     max_information: float
-    favourites: list[list[str]]
+    favorites: list[list[str]]
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def inspect_routing(model: DeepSeek, heldout: torch.Tensor) -> RoutingSample:
     return RoutingSample(
         information=[_mutual_information(table) for table in counts],
         max_information=math.log2(config.num_experts),
-        favourites=[_favourites(table) for table in counts],
+        favorites=[_favorites(table) for table in counts],
     )
 
 
@@ -89,7 +89,7 @@ def _mutual_information(table: np.ndarray) -> float:
     return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())
 
 
-def _favourites(table: np.ndarray, count: int = 6) -> list[str]:
+def _favorites(table: np.ndarray, count: int = 6) -> list[str]:
     """Returns for every expert the bytes with the largest excess over independence."""
     excess = table - table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
     result = []

@@ -422,7 +422,7 @@ EXPERIMENT = Experiment(
             "shared", "a shared expert lowers the loss at equal compute",
             "1.867 to 1.808 together with finer ones", "quality",
             shown="the arms differ in nothing else; the published reason is that what all tokens "
-            "need is learnt once, and not by every expert",
+            "need is learned once, and not by every expert",
             contradicted="with a shared expert a token has 7 choices, without one 28 pairs",
         ),
         Headline(

@@ -55,7 +55,7 @@ def main() -> None:
         for line in published_formats(arguments.steps):
             print(line, flush=True)
     if "model" in arguments.parts:
-        print("\nThe same model in transformers, all of it optimised:")
+        print("\nThe same model in transformers, all of it optimized:")
         print("| weights | bits/byte | perplexity | change | memory |")
         print("|---|---|---|---|---|")
         for line in whole_model(arguments.demo):

@@ -180,7 +180,7 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 def _brown() -> Domain:
     """Whole texts are held out, the last tenth of each genre, which the second letter of a text's
-    name says: the end of the corpus is fiction and humour alone."""
+    name says: the end of the corpus is fiction and humor alone."""
     genres: dict[str, dict[str, str]] = {}
     with _archive(BROWN) as archive:
         for member in archive:

@@ -170,7 +170,7 @@ def take_steps(
     """The loop of every training: a loss, its gradients, a step of the optimizer.
 
     Args:
-        loss: from the number of the step to named scalars, of which "loss" is minimised.
+        loss: from the number of the step to named scalars, of which "loss" is minimized.
         rate: of a step, for all parameters; None: as the optimizer has it.
         clip: parameters, and the most that the norm of their gradients may be.
         after: called with the number of a step that is done and its scalars; training ends where
@@ -216,7 +216,7 @@ def train_steps(
         what: name of the run, for its bar.
         groups: all that is trained; groups without parameters are left out.
         loss: from the number of the step, from 1 on, and the generator of the batches to named
-            scalars, of which "loss" is minimised.
+            scalars, of which "loss" is minimized.
         checkpoint: a file that is written every `every` steps and at the end. Where it is there
             already, training goes on from it, with the numbers of a run that was not cut; the other
             arguments must be those of that run.

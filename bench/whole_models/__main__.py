@@ -98,19 +98,19 @@ def main() -> None:
     }
 
     workers = []
-    for name in args.contenders:
+    for name in args.baselines:
         result["contenders"][name] = {"prefill": {}, "decode": {}}
         workers.append(Worker(name, folder, args))
     by_name = {worker.name: worker for worker in workers}
 
     prompt = ids(min(64, args.prefill[0]))
     logits = {name: worker.ask(do="logits", ids=prompt) for name, worker in by_name.items()}
-    truth = logits[args.contenders[0]]
+    truth = logits[args.baselines[0]]
     for name, values in logits.items():
         error = _relative(values, truth)
         result["contenders"][name]["logits_error"] = error
         most = next((e for part, e in _ERRORS.items() if part in name), _ERROR)
-        print(f"{name}: logits off by {error:.2%} of {args.contenders[0]}'s", flush=True)
+        print(f"{name}: logits off by {error:.2%} of {args.baselines[0]}'s", flush=True)
         if error > most and not args.keep_going:
             raise SystemExit(f"{name} computes something else; nothing is timed.")
 
@@ -169,11 +169,11 @@ def _prepare(args: argparse.Namespace, folder: Path) -> int:
     if not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(str(build(args.model, folder, args.tiny)))
-    for weights in {HF[name].get("weights") for name in args.contenders if name in HF} - {None}:
+    for weights in {HF[name].get("weights") for name in args.baselines if name in HF} - {None}:
         if not (folder / weights).exists():
             command = [sys.executable, "-m", "bench.whole_models.models", str(folder), weights]
             subprocess.run(command, check=True)
-    wanted = [LLAMA[name] for name in args.contenders if name in LLAMA]
+    wanted = [LLAMA[name] for name in args.baselines if name in LLAMA]
     if wanted:
         code = "from bench.whole_models.files import main; main()"
         subprocess.run([args.llama_python, "-c", code, str(folder), *wanted], check=True)
@@ -183,21 +183,21 @@ def _prepare(args: argparse.Namespace, folder: Path) -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.whole_models", description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="qwen3_moe")
-    parser.add_argument("--contenders", nargs="+", choices=[*HF, *LLAMA])
+    parser.add_argument("--baselines", nargs="+", choices=[*HF, *LLAMA])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prefill", type=int, nargs="+", help="tokens of a prompt")
     parser.add_argument("--decode", type=int, nargs="+", help="batch sizes, up to 16")
     parser.add_argument("--context", type=int, help="tokens before decoding")
     parser.add_argument("--steps", type=int, help="of decoding in a sample")
-    parser.add_argument("--rounds", type=int, help="samples of each contender")
+    parser.add_argument("--rounds", type=int, help="samples of each baseline")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", help="where models are made and kept")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--keep-going", action="store_true", help="whatever the logits are")
     parser.add_argument("--json")
     args = parser.parse_args()
-    if args.contenders is None:
-        args.contenders = ["eager", "moe_ops", "moe_ops int8", "moe_ops int4"]
+    if args.baselines is None:
+        args.baselines = ["eager", "moe_ops", "moe_ops int8", "moe_ops int4"]
     if memory() == {}:
         parser.error("memory is read from /proc, which this system lacks")
     for name, (usual, tiny) in _SIZES.items():

@@ -32,4 +32,4 @@ def main() -> None:
             params.pure = True
             status = llama_cpp.llama_model_quantize(str(bf16).encode(), str(path).encode(), params)
             if status != 0:
-                raise SystemExit(f"llama.cpp could not quantise {bf16} to {kind}.")
+                raise SystemExit(f"llama.cpp could not quantize {bf16} to {kind}.")

@@ -55,17 +55,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "topk_group": 2,
     },
 }
-CONTENDERS = ("eager", "float", "int8", "int4")
+BASELINES = ("eager", "float", "int8", "int4")
 
 
-def build(name: str, contender: str) -> Any:
+def build(name: str, baseline: str) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **MODELS[name])
     attention = "eager" if name == "gpt_oss" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model = model.to(torch.bfloat16).eval()
-    if contender != "eager":
-        weights = None if contender == "float" else contender
+    if baseline != "eager":
+        weights = None if baseline == "float" else baseline
         moe_ops.hf.optimize(model, quantization=weight_config(weights, 32))
     return model
 
@@ -99,16 +99,16 @@ def measure(model: Any, steps: int) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--baselines", default=",".join(BASELINES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print("model        contender  forward ms  generate ms  calls")
+    print("model        baseline   forward ms  generate ms  calls")
     for name in args.models.split(","):
-        for contender in args.contenders.split(","):
-            forward, whole, calls = measure(build(name, contender), args.steps)
-            print(f"{name:12} {contender:10} {forward:9.2f} {whole:12.2f} {calls:7}", flush=True)
+        for baseline in args.baselines.split(","):
+            forward, whole, calls = measure(build(name, baseline), args.steps)
+            print(f"{name:12} {baseline:10} {forward:9.2f} {whole:12.2f} {calls:7}", flush=True)
 
 
 if __name__ == "__main__":

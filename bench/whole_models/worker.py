@@ -1,6 +1,6 @@
 """One baseline in a process of its own: answers a line of JSON for each line that it is given.
 
-    python -m bench.whole_models.worker CONTENDER FOLDER THREADS TOKENS
+    python -m bench.whole_models.worker BASELINE FOLDER THREADS TOKENS
 
 TOKENS are those of all sequences of a command together, at most: llama.cpp wants to know.
 Commands: {"do": "logits", "ids": [..]}; {"do": "prefill", "ids": [..]};
@@ -30,7 +30,7 @@ LLAMA = {"llama.cpp bf16": "bf16", "llama.cpp q8_0": "q8_0", "llama.cpp q4_0": "
 SEQUENCES = 16  # At a time.
 
 
-class Contender(Protocol):
+class Baseline(Protocol):
     def logits(self, ids: list[int]) -> list[float]:
         """Returns the logits of the token after `ids`."""
         ...
@@ -43,16 +43,16 @@ class Contender(Protocol):
 
 
 class Transformers:
-    def __init__(self, contender: str, folder: Path, threads: int, num_tokens: int) -> None:
+    def __init__(self, baseline: str, folder: Path, threads: int, num_tokens: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        options: dict[str, Any] = dict(HF[contender])
-        ours = contender.startswith("moe_ops")
+        options: dict[str, Any] = dict(HF[baseline])
+        ours = baseline.startswith("moe_ops")
         if ours:
             import moe_ops.hf
-        experts = "moe_ops" if ours else contender
+        experts = "moe_ops" if ours else baseline
         weights = options.get("weights")
         self.torch = torch
         self.model: Any = AutoModelForCausalLM.from_pretrained(
@@ -101,13 +101,13 @@ class Transformers:
 class LlamaCpp:
     """Through the C functions: several sequences in a batch are beyond the Python class."""
 
-    def __init__(self, contender: str, folder: Path, threads: int, num_tokens: int) -> None:
+    def __init__(self, baseline: str, folder: Path, threads: int, num_tokens: int) -> None:
         import llama_cpp
 
         self.c = c = llama_cpp
         c.llama_backend_init()
         c.llama_log_set(SILENT, ctypes.c_void_p(0))
-        path = folder / f"{LLAMA[contender]}.gguf"
+        path = folder / f"{LLAMA[baseline]}.gguf"
         self.model = c.llama_model_load_from_file(
             str(path).encode(), c.llama_model_default_params()
         )
@@ -187,9 +187,9 @@ def memory() -> dict[str, int]:
 
 
 def main() -> None:
-    contender, folder, threads, num_tokens = sys.argv[1:]
-    kind = Transformers if contender in HF else LlamaCpp
-    it: Contender = kind(contender, Path(folder), int(threads), int(num_tokens))
+    baseline, folder, threads, num_tokens = sys.argv[1:]
+    kind = Transformers if baseline in HF else LlamaCpp
+    it: Baseline = kind(baseline, Path(folder), int(threads), int(num_tokens))
     for line in sys.stdin:
         command = json.loads(line)
         answer: Any

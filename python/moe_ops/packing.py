@@ -102,7 +102,7 @@ def pack_weights(model: nn.Module) -> int:
     quantized = sum(map(is_quantized, model.modules()))
     if quantized:
         warnings.warn(
-            f"pack_weights: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
+            f"pack_weights: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantized "
             "experts, which need no packed copy.",
             stacklevel=2,
         )

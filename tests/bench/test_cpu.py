@@ -132,7 +132,7 @@ def test_runs_of_parts_join_to_the_whole(result):
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
-def test_quantised_baseline_computes_the_layer(weight_format):
+def test_quantized_baseline_computes_the_layer(weight_format):
     bank, tokens = make_bank(TINY, torch.bfloat16), make_tokens(TINY, torch.bfloat16, 33)
     y = MoeOpsQuantized().prepare(bank, weight_format)(tokens)()
     error = relative_error(y, exact_output(bank, tokens, torch.arange(33)))

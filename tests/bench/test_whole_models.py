@@ -16,7 +16,7 @@ from bench.whole_models.__main__ import _relative
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
-def test_contenders(name, tmp_path, set_threads):
+def test_baselines(name, tmp_path, set_threads):
     set_threads(1)
     num_parameters = models.build(name, tmp_path, tiny=True)
     assert num_parameters > 10**6
@@ -27,9 +27,9 @@ def test_contenders(name, tmp_path, set_threads):
     for weights in ("int8", "int4"):
         models.quantize(tmp_path, weights)
     # In 4 bits, and at this size, tokens turn to other experts.
-    for contender, most in (("moe_ops", 0.1), ("moe_ops int8", 0.2), ("moe_ops int4", 2.0)):
-        it = worker.Transformers(contender, tmp_path, 1, 64)
-        assert _relative(it.logits(ids), truth) < most, contender
+    for baseline, most in (("moe_ops", 0.1), ("moe_ops int8", 0.2), ("moe_ops int4", 2.0)):
+        it = worker.Transformers(baseline, tmp_path, 1, 64)
+        assert _relative(it.logits(ids), truth) < most, baseline
     assert it.prefill(ids) > 0
     assert it.decode([ids, ids], 2) > 0
     assert worker.memory() == {} or worker.memory()["VmHWM"] > 0

@@ -68,11 +68,11 @@ NOT_BY_TOKEN = {
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",
     "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
-    "grouped_gemm_quantized_exact": "of training: test_training_through_quantised_experts",
+    "grouped_gemm_quantized_exact": "of training: test_training_through_quantized_experts",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
     "mla_decode": "as attention_decode: tests/contract/test_attention_steps.py",
-    "moe_ffn_quantized_fwd": "of training: test_training_through_quantised_experts",
+    "moe_ffn_quantized_fwd": "of training: test_training_through_quantized_experts",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
     "permute": "copies rows",
@@ -849,7 +849,7 @@ def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("bits", ["int8", "int4 g64"])
-def test_training_through_quantised_experts(bits, dtype):
+def test_training_through_quantized_experts(bits, dtype):
     """Values and gradients of x, which are other products than those of inference."""
     weights = [
         t

@@ -72,7 +72,7 @@ def test_statistics():
         assert stats.as_dict() == want
 
 
-def test_quantising():
+def test_quantizing():
     x, weights = torch.randn(9, 32), torch.rand(9, 2)
     ids = torch.randint(4, (9, 2))
     results = []

@@ -26,17 +26,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 
-DIFFERENTIABLE, QUANTISED, INTEGERS = (
-    [op for op in OPS if CASES[op].kind == kind] for kind in ("float", "quantised", "integer")
+DIFFERENTIABLE, QUANTIZED, INTEGERS = (
+    [op for op in OPS if CASES[op].kind == kind] for kind in ("float", "quantized", "integer")
 )
 
 
 def call_of(op: str) -> dict:
     sizes = Sizes(random.Random(zlib.crc32(op.encode())))
-    quantised = CASES[op].kind == "quantised"
-    sizes.dtype = torch.float32 if quantised else torch.float64
+    quantized = CASES[op].kind == "quantized"
+    sizes.dtype = torch.float32 if quantized else torch.float64
     call = CASES[op].call(sizes)
-    if not quantised:
+    if not quantized:
         call = {n: double(v) if isinstance(v, Tensor) else v for n, v in call.items()}
     return call
 
@@ -261,7 +261,7 @@ def test_compile(op):
 
 
 @pytest.mark.parametrize(
-    "op", sorted(set(QUANTISED) - {"grouped_gemm_quantized", "moe_ffn_quantized"})
+    "op", sorted(set(QUANTIZED) - {"grouped_gemm_quantized", "moe_ffn_quantized"})
 )
 def test_ops_of_inference(op):
     call = call_of(op)
@@ -305,7 +305,7 @@ def assert_same_integers(got, wanted) -> None:
 
 
 def test_every_op_is_here():
-    assert set(DIFFERENTIABLE) | set(QUANTISED) | set(INTEGERS) == set(moe_ops.ops.__all__)
+    assert set(DIFFERENTIABLE) | set(QUANTIZED) | set(INTEGERS) == set(moe_ops.ops.__all__)
 
 
 def test_main_grads_under_transforms():

@@ -288,7 +288,7 @@ def test_small_shared_and_transformed_banks_do_not_move(moved: list[tuple[int, i
     assert moved == []
 
 
-def test_quantised_banks_ask_for_huge_pages_before_they_are_filled(
+def test_quantized_banks_ask_for_huge_pages_before_they_are_filled(
     moved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[tuple[int, int]] = []

@@ -115,7 +115,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         "high",
         no_exchange(2, "0", r"\s+mov\.b32\s+%f\d+, %r\d+;\s+add\.f32"),
     ),
-    "down_bwd: neighbours of a quad do not exchange": ("down_bwd", "high", no_exchange(1)),
+    "down_bwd: neighbors of a quad do not exchange": ("down_bwd", "high", no_exchange(1)),
     "up, stored: multiplied as if along K": ("up stored", "high", sub(B_ALONG_N, r"\1, 0, 0;")),
     "up, stored: full wait dropped": ("up stored", "low", wait_before(B_ALONG_N)),
     "up, stored: a box of w_gate_up 8 features further": (
@@ -174,7 +174,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", 1),
     ),
     "few, stored: gate and up do not meet": ("few stored", "", no_exchange(4)),
-    "few, stored: neighbours do not exchange": ("few stored", "", no_exchange((4, 8))),
+    "few, stored: neighbors do not exchange": ("few stored", "", no_exchange((4, 8))),
     "few: second block of weights 8 rows further": (
         "few",
         "",

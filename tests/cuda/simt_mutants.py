@@ -150,7 +150,7 @@ MUTANTS: dict[str, tuple[Callable[[], Call], tuple[str, ...], Mutation]] = {
             r"{ .reg .f32 q; \1 add.f32 q, \4, 0f3C23D70A; setp.ge.f32 \3, \2, q; }",  # + 0.01
         ),
     ),
-    "a full batch is not renormalised": (
+    "a full batch is not renormalized": (
         topp_router,
         ("RegisterRowIfLi2",),
         sub(

@@ -33,7 +33,7 @@ GROUPED_MM = "torch's grouped products of bfloat16 on CUDA, which transformers c
 SPARSE = "torch's kernels of sparse tensors on CUDA need a card."
 NEED_A_CARD = {
     "test_sparse_gradients_are_the_dense_ones": SPARSE,
-    "test_an_optimiser_takes_sparse_gradients": SPARSE,
+    "test_an_optimizer_takes_sparse_gradients": SPARSE,
     "test_sparse_gradients": SPARSE,
     # The compiler's own kernels are Triton's, which loads them with the driver.
     "test_generated_code_calls_the_ops": "Triton needs a card.",

@@ -138,7 +138,7 @@ def test_a_prepacked_bank_moves():
 
 
 @pytest.mark.parametrize(("format", "group"), [("int8", None), ("int4", 32)])
-def test_quantised_experts(format, group):
+def test_quantized_experts(format, group):
     """Quantized on CUDA, or on the CPU and moved: the same bank, and no integers of its tokens."""
     layer, x = layer_and_input()
     with torch.device("cpu"):

@@ -85,7 +85,7 @@ def _read_with_config(folder: Path, _: Any) -> Any:
     values = json.loads((folder / "quantization.json").read_bytes())
     config.quantization_config = values
     if not isinstance(values, dict):
-        raise ValueError("quantization.json: transformers takes it for no quantised checkpoint.")
+        raise ValueError("quantization.json: transformers takes it for no quantized checkpoint.")
     return _read(folder / "whole", config)
 
 

@@ -76,7 +76,7 @@ class OpCase:
     mixed_floats: operands whose dtype may differ from that of the others; None: all may.
     by_token: the operands that have tokens in their first dimension, if the op maps tokens to
         tokens and a token's output must not depend on the others (tests of batch invariance).
-    kind: "float" of ops with a gradient; "quantised" of those that compute in lower types whatever
+    kind: "float" of ops with a gradient; "quantized" of those that compute in lower types whatever
         the dtype of their operands; "integer" of those whose results are integers.
     twice: whether there is a second derivative. Other ops raise.
     too_many_bytes: a call whose result takes 2^63 bytes or more. Expanded and empty operands make

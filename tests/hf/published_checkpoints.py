@@ -62,7 +62,7 @@ def build(model_type: str):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def quantise(method: str, weight: torch.Tensor, zeros: bool) -> tuple[dict, torch.Tensor]:
+def quantize(method: str, weight: torch.Tensor, zeros: bool) -> tuple[dict, torch.Tensor]:
     """Tensors of a weight [O, D] in a format, and what they stand for."""
     if method == "fp8":
         q, scale = quantize_fp8_blocks(weight)
@@ -100,7 +100,7 @@ def write(folder: Path, model_type: str, method: str, zeros: bool = False):
             powers = 2.0 ** (scales.double() - 127).repeat_interleave(32, 2)
             plain[name] = (layout.e2m1(codes) * powers).float().mT.contiguous()
         elif method != "mxfp4" and _PROJECTION.search(name):
-            parts, plain[name] = quantise(method, weight, zeros)
+            parts, plain[name] = quantize(method, weight, zeros)
             stem = name.removesuffix(".weight")
             packed |= {f"{stem}.{leaf}": t.contiguous() for leaf, t in parts.items()}
         else:

@@ -75,7 +75,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("quantised")
+    folder = tmp_path_factory.mktemp("quantized")
     ids = tokens()
     torch.save(ids, folder / "ids.pt")
     for model_type, format in CASES:
@@ -162,7 +162,7 @@ def test_registered_names(saved):
     assert load_elsewhere(saved, names=names, kwargs=kwargs) == dict.fromkeys(names, "same bits")
 
 
-def test_quantised_while_loading(saved):
+def test_quantized_while_loading(saved):
     said = load_elsewhere(saved, names=["mixtral-float as int8"])
     assert said == {"mixtral-int8": "same bits"}
 

@@ -317,7 +317,7 @@ V3_ROUTING = {
     "very_negative_bias": {"bias": -30.0},
     "one_group": {"n_group": 1, "topk_group": 1},
     "all_groups": {"topk_group": 4},
-    "no_renormalisation": {"norm_topk_prob": False},
+    "no_renormalization": {"norm_topk_prob": False},
     "equal_scores": {"zero_router": True},
 }
 
@@ -340,7 +340,7 @@ def test_group_limited_routing(model_type, case):
     _, logits_ours, gradients_ours = loss_and_gradients(model, tokens())
     assert_close(logits_ours, logits, "logits")
     for name, gradient in gradients.items():
-        # A router of equal scores has a gradient of cancelling terms: only its size is known.
+        # A router of equal scores has a gradient of canceling terms: only its size is known.
         if not (zero_router and name.endswith("gate.weight")):
             assert_close(gradients_ours[name], gradient, f"gradient of {name}")
 

@@ -75,7 +75,7 @@ def test_greedy_tokens_and_the_way_back(model_type):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("int4", 0.2)])
-def test_quantised(model_type, weights, most):
+def test_quantized(model_type, weights, most):
     model, ids = make(model_type), tokens()
     before = num_bytes(model)
     calls = recorded_calls(model, ids)
@@ -99,7 +99,7 @@ def test_quantised(model_type, weights, most):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_saved_model_is_optimised_again(weights, tmp_path):
+def test_a_saved_model_is_optimized_again(weights, tmp_path):
     def load(name):
         return AutoModelForCausalLM.from_pretrained(
             tmp_path / name, dtype=torch.bfloat16, experts_implementation="moe_ops"
@@ -115,7 +115,7 @@ def test_a_saved_model_is_optimised_again(weights, tmp_path):
     assert report["lm_head"] == {"int8": "int8", "int4": "int4 g32"}[weights]
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     other = "int4" if weights == "int8" else "int8"
-    with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
+    with pytest.raises(ValueError, match=r"must be a float model, got one quantized by moe_ops"):
         moe_ops.hf.optimize(load("saved"), quantization=weight_config(other))
 
 
@@ -335,10 +335,10 @@ def test_bad_arguments():
 
 def test_out_of_turn():
     model = build("mixtral")
-    with pytest.raises(ValueError, match=r"restore: model must be optimised, got Mixtral"):
+    with pytest.raises(ValueError, match=r"restore: model must be optimized, got Mixtral"):
         moe_ops.hf.restore(model)
     moe_ops.hf.optimize(model)
-    with pytest.raises(ValueError, match=r"must not be optimised already; call restore first"):
+    with pytest.raises(ValueError, match=r"must not be optimized already; call restore first"):
         moe_ops.hf.optimize(model)
     with pytest.raises(ValueError, match=r"one that generates to compile its steps, got ModuleL"):
         moe_ops.hf.optimize(build("mixtral").model.layers, compile=True)
@@ -378,7 +378,7 @@ def test_threads_take_turns():
         for thread in threads:
             thread.join()
         assert said.count("done") == 1 and all(
-            "optimised already" in s for s in said if s != "done"
+            "optimized already" in s for s in said if s != "done"
         )
         moe_ops.hf.restore(model)
         assert {n: type(m) for n, m in model.named_modules()} == classes

@@ -1,4 +1,4 @@
-"""Checkpoints that others quantised, through from_pretrained, in a fresh process."""
+"""Checkpoints that others quantized, through from_pretrained, in a fresh process."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_adapters_train_and_do_not_merge(tmp_path):
 
 
 def auto_gptq(monkeypatch):
-    """AutoGPTQ's quantiser and its layer, which packs what that finds. The package itself imports
+    """AutoGPTQ's quantizer and its layer, which packs what that finds. The package itself imports
     models of a transformers of long ago."""
     spec = importlib.util.find_spec("auto_gptq")
     if spec is None:
@@ -169,13 +169,13 @@ def auto_gptq(monkeypatch):
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_file_of_auto_gptq(zeros, tmp_path, monkeypatch):
-    quantiser, layer = auto_gptq(monkeypatch)
+    quantizer, layer = auto_gptq(monkeypatch)
 
-    def quantise(_, weight, zeros):
+    def quantize(_, weight, zeros):
         rows, depth = weight.shape
         linear = torch.nn.Linear(depth, rows, bias=False).requires_grad_(False)
         linear.weight.copy_(weight)
-        gptq = quantiser(linear)
+        gptq = quantizer(linear)
         gptq.quantizer.configure(4, perchannel=True, sym=not zeros)
         x = torch.randn(1, 256, depth)
         gptq.add_batch(x, linear(x))
@@ -185,7 +185,7 @@ def test_a_file_of_auto_gptq(zeros, tmp_path, monkeypatch):
         packed.pack(linear.half(), *found)
         return packed.state_dict(), meaning
 
-    monkeypatch.setattr(published_checkpoints, "quantise", quantise)
+    monkeypatch.setattr(published_checkpoints, "quantize", quantize)
     reference, _ = write(tmp_path, "qwen3_moe", "gptq", zeros)
     model = load(tmp_path)
     kind = "int4 g64 float16 zero" if zeros else "int4 g64"

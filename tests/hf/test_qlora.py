@@ -1,4 +1,4 @@
-"""QLoRA: peft's adapters on attention and on quantised experts."""
+"""QLoRA: peft's adapters on attention and on quantized experts."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def float_model():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A quantised model, with trained adapters, and the losses beside float experts."""
+    """A quantized model, with trained adapters, and the losses beside float experts."""
     ids = torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(1))
     base = moe_ops.quantize(float_model(), moe_ops.Int8WeightConfig())
-    quantised, with_floats = adapted(copy.deepcopy(base)), adapted(float_model())
-    before = float(quantised(ids, labels=ids).loss.detach())
-    losses = train(quantised, ids), train(with_floats, ids)
-    return ids, base, quantised, before, losses
+    quantized, with_floats = adapted(copy.deepcopy(base)), adapted(float_model())
+    before = float(quantized(ids, labels=ids).loss.detach())
+    losses = train(quantized, ids), train(with_floats, ids)
+    return ids, base, quantized, before, losses
 
 
 def test_the_loss_of_float_lora(trained):
-    _, base, quantised, before, (ours, floats) = trained
+    _, base, quantized, before, (ours, floats) = trained
     assert ours < 0.97 * before
     assert abs(ours - floats) <= 0.01 * floats, (before, ours, floats)
-    assert len(layers_of(quantised)) == 4
+    assert len(layers_of(quantized)) == 4
     for layer, other in zip(
-        quantised.base_model.model.model.layers, base.model.layers, strict=True
+        quantized.base_model.model.model.layers, base.model.layers, strict=True
     ):
         wrapper = layer.mlp.experts
         for factors in (wrapper.lora_B.default, wrapper.base_layer.lora_B.default):
@@ -84,21 +84,21 @@ def adapters_of(model):
 
 
 def test_saved_and_read(trained, tmp_path):
-    """An adapter that is trained on quantised experts loads on float ones, by peft alone, and
+    """An adapter that is trained on quantized experts loads on float ones, by peft alone, and
     back."""
-    ids, base, quantised, *_ = trained
-    quantised.save_pretrained(tmp_path / "one")
+    ids, base, quantized, *_ = trained
+    quantized.save_pretrained(tmp_path / "one")
     floats = peft.PeftModel.from_pretrained(float_model(), tmp_path / "one")
     assert not layers_of(floats)
     floats.save_pretrained(tmp_path / "two")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "two")
     assert len(layers_of(again)) == 4
     for model in (floats, again):
-        got, wanted = adapters_of(model), adapters_of(quantised)
+        got, wanted = adapters_of(model), adapters_of(quantized)
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     with torch.no_grad():
-        wanted = quantised.eval()(ids).logits
+        wanted = quantized.eval()(ids).logits
         assert torch.equal(again.eval()(ids).logits, wanted)
         # The same adapter on weights that were not rounded.
         assert (floats.eval()(ids).logits - wanted).norm() <= 0.06 * wanted.norm()
@@ -113,8 +113,8 @@ def test_saved_and_read(trained, tmp_path):
 
 
 def test_names_of_before(trained, tmp_path):
-    ids, base, quantised, *_ = trained
-    quantised.save_pretrained(tmp_path)
+    ids, base, quantized, *_ = trained
+    quantized.save_pretrained(tmp_path)
     tensors = {}
     for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
         if ".experts." in name:
@@ -131,26 +131,26 @@ def test_names_of_before(trained, tmp_path):
         copy.deepcopy(base), tmp_path, config=lora.on_quantized_experts(config)
     )
     with torch.no_grad():
-        assert torch.equal(again.eval()(ids).logits, quantised.eval()(ids).logits)
+        assert torch.equal(again.eval()(ids).logits, quantized.eval()(ids).logits)
 
 
 def test_interleaved_experts_with_biases(tmp_path):
     model = test_lora.adapted("gpt_oss", 3)
     model.save_pretrained(tmp_path)
     base = moe_ops.quantize(build("gpt_oss"), moe_ops.Int8WeightConfig())
-    quantised = peft.PeftModel.from_pretrained(base, tmp_path)
+    quantized = peft.PeftModel.from_pretrained(base, tmp_path)
     ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted, got = model(ids).logits, quantised(ids).logits
+        wanted, got = model(ids).logits, quantized(ids).logits
         assert (got - wanted).norm() <= 0.06 * wanted.norm()
-        with quantised.disable_adapter():
-            bare = quantised(ids).logits
+        with quantized.disable_adapter():
+            bare = quantized(ids).logits
         assert (bare - wanted).norm() > 0.2 * wanted.norm()
 
 
 def test_merged(trained):
-    ids, _, quantised, *_ = trained
-    model = copy.deepcopy(quantised).eval()
+    ids, _, quantized, *_ = trained
+    model = copy.deepcopy(quantized).eval()
     with torch.no_grad():
         wanted = model(ids).logits
         with pytest.warns(UserWarning, match="rounded once more"):

@@ -1,4 +1,4 @@
-"""QLoRA beside other packages: attention that they quantised, trainers of theirs."""
+"""QLoRA beside other packages: attention that they quantized, trainers of theirs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def settings():
     return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **names)
 
 
-def quantised(folder, **options):
+def quantized(folder, **options):
     saved(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
@@ -53,7 +53,7 @@ def config_of(package):
 def test_attention_of_another_package(package, tmp_path):
     pytest.importorskip(package)
     peft = pytest.importorskip("peft")
-    model = quantised(tmp_path, quantization_config=config_of(package))
+    model = quantized(tmp_path, quantization_config=config_of(package))
     assert set(moe_ops.hf.status(model).values()) == {"moe_ops (int4 g32)"}
     tuned = peft.get_peft_model(model, settings())
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], 1e-2)
@@ -102,7 +102,7 @@ def test_trainer(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     peft = pytest.importorskip("peft")
-    tuned = peft.get_peft_model(quantised(tmp_path), settings())
+    tuned = peft.get_peft_model(quantized(tmp_path), settings())
     rows = [{"input_ids": row, "labels": row} for row in IDS[:4]]
     options = transformers.TrainingArguments(**arguments(tmp_path), gradient_checkpointing=True)
     trainer = transformers.Trainer(tuned, options, train_dataset=rows)
@@ -110,7 +110,7 @@ def test_trainer(tmp_path):
     first, *_, last = losses_of(trainer)
     assert last < 0.95 * first
     trainer.save_model(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(quantised(tmp_path), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(quantized(tmp_path), tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again.eval()(IDS).logits, tuned.eval()(IDS).logits)
 
@@ -128,7 +128,7 @@ def test_sft_of_trl(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "w3 w1 w4 w1 w5 w9 w2 w6"}\n' * 8)
     text = datasets.Dataset.from_json(str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path))
     trainer = trl.SFTTrainer(
-        quantised(tmp_path),
+        quantized(tmp_path),
         args=trl.SFTConfig(**arguments(tmp_path), max_length=16, bf16=False),
         train_dataset=text,
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""Quantised experts in transformers' models: in place, saved, loaded, while loading, by command."""
+"""Quantized experts in transformers' models: in place, saved, loaded, while loading, by command."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_pack_weights_skips():
     model = make("mixtral")
     moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip="*.0.*")
     moe_ops.hf.enable(model)
-    with pytest.warns(UserWarning, match="skipped 1 bank of quantised experts"):
+    with pytest.warns(UserWarning, match="skipped 1 bank of quantized experts"):
         assert moe_ops.pack_weights(model) > 0
     moe_ops.unpack_weights(model)
 
@@ -231,10 +231,10 @@ def test_an_unknown_activation_is_named(model_type):
         moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip=[name])
 
 
-def test_quantising_twice():
+def test_quantizing_twice():
     model = make("mixtral")
     moe_ops.quantize(model, moe_ops.Int8WeightConfig(), skip=["*layers.0.*"])
-    with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
+    with pytest.raises(ValueError, match=r"must be a float model, got one quantized by moe_ops"):
         moe_ops.quantize(model, moe_ops.Int4WeightConfig(32))
 
 
@@ -479,7 +479,7 @@ def test_command_says_what_is_damaged(tmp_path, checkpoint, damage):
 
 def test_command_replaces_all_files_or_none(tmp_path, checkpoint, monkeypatch):
     folder, _ = checkpoint
-    target = tmp_path / "quantised"
+    target = tmp_path / "quantized"
     line = ["quantize", str(folder), str(target), "--format", "int8", "--overwrite"]
     assert runner.invoke(app, line).exit_code == 0
     (target / "model-00001-of-00002.safetensors").write_text("of an earlier checkpoint")

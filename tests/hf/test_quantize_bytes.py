@@ -1,4 +1,4 @@
-"""Tests how many float weights are in memory while a checkpoint is quantised."""
+"""Tests how many float weights are in memory while a checkpoint is quantized."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ REASONS = {
     other_projection: "a projection of self_attn is no plain linear layer",
     no_cache: "without a cache",
     other_attention: "its attention implementation is not one of transformers' own",
-    static_cache_at_first: "the static cache is not initialised yet",
+    static_cache_at_first: "the static cache is not initialized yet",
     own_block: "mlp has another class",
 }
 

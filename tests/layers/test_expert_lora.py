@@ -105,7 +105,7 @@ def test_an_adapter_a_token(shared):
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_quantised_banks(format):
+def test_quantized_banks(format):
     layer = make(dtype=torch.float32, sizes=(E, 64, 64))
     moe_ops.quantize(layer, weight_config(format, 32 if format == "int4" else None))
     args = call(torch.float32, 64)

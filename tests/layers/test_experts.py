@@ -114,7 +114,7 @@ def test_forward_and_gradients_against_a_loop(activation, bias, on_input):
         torch.testing.assert_close(a, b)
 
 
-def test_shapes_and_initialisation():
+def test_shapes_and_initialization():
     bank = Experts(E, H, I, bias=True)
     assert {n: tuple(p.shape) for n, p in bank.named_parameters()} == {
         "w_gate_up": (E, 2 * I, H),

@@ -344,8 +344,8 @@ def test_precision_goes_along():
     assert copy.deepcopy(experts).fp8_training
     with pytest.raises(ValueError, match="pack_weights"):
         experts.pack_weights()
-    quantised = moe_ops.quantize(experts, moe_ops.Int8WeightConfig())
-    assert quantised.dequantize().fp8_training is False
+    quantized = moe_ops.quantize(experts, moe_ops.Int8WeightConfig())
+    assert quantized.dequantize().fp8_training is False
     assert build_moe(40, 24, 4, 2, fp8_training=True).experts.fp8_training
 
 

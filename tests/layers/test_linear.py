@@ -54,7 +54,7 @@ def test_which_rows_go_where(monkeypatch):
 
 
 @formats
-def test_a_quantised_layer(format):
+def test_a_quantized_layer(format):
     layer = nn.Linear(256, 72)
     quantized = QuantizedLinear(layer, config_named("", format))
     q, scale = quantize_weight(layer.weight, format)
@@ -107,7 +107,7 @@ def assert_same(a, b):
 
 
 @formats
-def test_the_gradient_goes_through_the_dequantised_weight(format):
+def test_the_gradient_goes_through_the_dequantized_weight(format):
     layer = nn.Linear(128, 24)
     quantized = QuantizedLinear(layer, config_named("", format))
     x = torch.randn(5, 128, requires_grad=True)

@@ -211,7 +211,7 @@ def test_missing_keys_are_reported():
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_gradients_are_those_of_the_dequantised_layer(format):
+def test_gradients_are_those_of_the_dequantized_layer(format):
     """The forward has the bits of inference; gradients know nothing of its rounding of x."""
     quantized = moe_ops.quantize(make(), weight_config(format))
     x, weights, ids = routing()
@@ -292,7 +292,7 @@ def test_pack_weights_skips_with_a_word():
     layer = build_moe(H, I, E, K).eval()
     both = torch.nn.Sequential(layer, build_moe(H, I, E, K).eval())
     moe_ops.quantize(layer, moe_ops.Int4WeightConfig())
-    with pytest.warns(UserWarning, match="pack_weights: skipped 1 bank of quantised experts"):
+    with pytest.warns(UserWarning, match="pack_weights: skipped 1 bank of quantized experts"):
         assert layer.pack_weights() == 0
     with pytest.warns(UserWarning, match="skipped 1 bank"):
         size = moe_ops.pack_weights(both)

@@ -1,4 +1,4 @@
-"""ReLU routing (ReMoE): any number of experts per token, and the regularisation of it."""
+"""ReLU routing (ReMoE): any number of experts per token, and the regularization of it."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_coefficient_steps_towards_the_target():
 
 @pytest.mark.slow_on_simulator
 def test_training_reaches_the_target_sparsity():
-    # Without a bias, half of the centerd inputs are on the positive side of any expert.
+    # Without a bias, half of the centered inputs are on the positive side of any expert.
     moe = layer(bias=True)
     coefficient = L1Coefficient(E, K, initial=1e-3)
     optimizer = torch.optim.Adam(moe.parameters(), lr=1e-2)

@@ -811,8 +811,8 @@ FAMILIES: dict[str, Family] = {
                 "w_scale[f][block] * x_scale[t][block]",
                 "w_scale[f][block] * x_scale[t][0]",
             ),
-            ("quantise: tail missed", "for (; i < n; ++i) q[i] = to_e4m3(x[i] * inverse);", ""),
-            ("quantise: tail's largest missed", "largest = a > largest ? a : largest;", ""),
+            ("quantize: tail missed", "for (; i < n; ++i) q[i] = to_e4m3(x[i] * inverse);", ""),
+            ("quantize: tail's largest missed", "largest = a > largest ? a : largest;", ""),
         )
         + of(
             "moe_ffn_fp8.cpp",
@@ -1372,7 +1372,7 @@ FAMILIES: dict[str, Family] = {
                 "most);",
             ),
             (
-                "not renormalised by the last slot",
+                "not renormalized by the last slot",
                 "for (int64_t k = 0; k < top_k; ++k) total += w[k];",
                 "for (int64_t k = 0; k + 1 < top_k; ++k) total += w[k];",
             ),
@@ -1430,7 +1430,7 @@ FAMILIES: dict[str, Family] = {
                 "",
             ),
             (
-                "renormalised: mean forgotten",
+                "renormalized: mean forgotten",
                 "scale * (grad[k] - weighted) / r",
                 "scale * grad[k] / r",
             ),
@@ -1624,7 +1624,7 @@ FAMILIES: dict[str, Family] = {
         + of(
             "gemm/quantize_fp8_row.h",
             (
-                "quantise: last of a block missed",
+                "quantize: last of a block missed",
                 "std::min(kFp8Block, n - i)",
                 "std::min(kFp8Block, n - i) - (i > 0 && n - i > 1 && n - i < kFp8Block)",
             ),

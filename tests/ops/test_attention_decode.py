@@ -61,7 +61,7 @@ OP_CASES = {
             "residual_scale": (float("inf"), float("nan")),
         },
         mixed_floats=(),
-        kind="quantised",
+        kind="quantized",
     )
 }
 

@@ -36,7 +36,7 @@ OP_CASES = {
         },
         mixed_floats=(),
         by_token=("x", "residual"),
-        kind="quantised",
+        kind="quantized",
     )
 }
 

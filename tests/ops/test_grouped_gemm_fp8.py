@@ -62,7 +62,7 @@ OP_CASES = {
         two_blocks,
         bad_arguments={"out_dtype": (torch.float64, torch.int32, torch.float8_e4m3fn)},
         mixed_floats=("bias",),
-        kind="quantised",
+        kind="quantized",
         too_many_bytes=lambda: moe_ops.grouped_gemm_fp8(
             empty_fp8(2**31, 0),
             torch.ones(2**31, 0),
@@ -75,7 +75,7 @@ OP_CASES = {
         two_groups,
         free_dims={"expert_offsets": {0}},
         bad_arguments={"out_dtype": (torch.float64, torch.int32, torch.float8_e4m3fn)},
-        kind="quantised",
+        kind="quantized",
     ),
 }
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

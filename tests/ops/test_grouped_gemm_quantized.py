@@ -36,7 +36,7 @@ def int8_call(s):
 OP_CASES = {
     "grouped_gemm_quantized": OpCase(
         int8_call,
-        kind="quantised",
+        kind="quantized",
         free_dims={"a": (0,)},
         too_many_bytes=lambda: moe_ops.grouped_gemm_quantized(
             torch.empty(2**52, 0),
@@ -122,7 +122,7 @@ def test_gradients_through_stored_formats(kind, counts):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", [*STORED_GROUPS, *STORED_RECORDS])
-def test_stored_bits_do_not_depend_on_threads_and_in_one_mode_not_on_neighbours(kind, set_threads):
+def test_stored_bits_do_not_depend_on_threads_and_in_one_mode_not_on_neighbors(kind, set_threads):
     depth = 800 if "g160" in kind else 1536
     call = stored_gemm_call(kind, (1, 3, 8), depth, 70, torch.float32)
     set_threads(1)
@@ -183,8 +183,8 @@ def test_nothing():
 
 
 @formats
-def test_gradients_are_those_of_the_dequantised_weights(bits, group):
-    """Exact where a gradient is wanted, for adapters on top of a quantised model."""
+def test_gradients_are_those_of_the_dequantized_weights(bits, group):
+    """Exact where a gradient is wanted, for adapters on top of a quantized model."""
     call = quantized_gemm_operands((5, 40), 128, 24, torch.float32, bits, group, tail=2, bias=True)
     grad, results = torch.randn(47, 24), []
     for op, dtype in (

@@ -18,7 +18,7 @@ from moe_ops.testing import (
 )
 
 
-def normalised_call(s):
+def normalized_call(s):
     acc = torch.float64 if s.dtype == torch.float64 else torch.float32
     features = {
         name: torch.rand(s.e, s.o, dtype=acc)
@@ -35,7 +35,7 @@ def normalised_call(s):
 
 OP_CASES = {
     "mix_expert_outputs": OpCase(
-        normalised_call,
+        normalized_call,
         free_dims={"factor": {0}},
         bad_arguments={
             "activation": ("", "swish", "ReLU", "relu\0"),

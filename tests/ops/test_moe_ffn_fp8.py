@@ -30,7 +30,7 @@ OP_CASES = {
         two_blocks,
         bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
         mixed_floats=("topk_weights",),
-        kind="quantised",
+        kind="quantized",
     )
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -214,7 +214,7 @@ def test_two_python_threads_at_once():
 # --- tokens that are quantized already, and the type of the result
 
 
-def quantised(call, out_dtype=None):
+def quantized(call, out_dtype=None):
     """The call with x as codes and scales."""
     codes, scale = moe_ops.quantize_fp8(call["x"])
     out_dtype = out_dtype or call["x"].dtype
@@ -227,7 +227,7 @@ def quantised(call, out_dtype=None):
 def test_codes_give_the_bits_of_their_tokens(size, dtype, routing):
     call = fp8_operands(routing, *size, dtype, bias=True)
     want = moe_ops.moe_ffn_fp8(**call)
-    again = quantised(call)
+    again = quantized(call)
     with poisoned(want):
         assert_identical(moe_ops.moe_ffn_fp8(**again), want)
 
@@ -239,14 +239,14 @@ def test_routings_of_codes(routing, on_input):
     call["apply_router_weight_on_input"] = on_input
     want = moe_ops.moe_ffn_fp8(**call)
     with poisoned(want):
-        assert_identical(moe_ops.moe_ffn_fp8(**quantised(call)), want)
+        assert_identical(moe_ops.moe_ffn_fp8(**quantized(call)), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @routings
 def test_codes_against_the_reference(routing, dtype):
     """Scales that no rounding would give, and biases of another type than the result."""
-    call = quantised(fp8_operands(routing, 200, 130, torch.float32, bias=True), dtype)
+    call = quantized(fp8_operands(routing, 200, 130, torch.float32, bias=True), dtype)
     call["x_scale"] = call["x_scale"] * 2 ** torch.rand(call["x_scale"].shape)
     call["b_down"] = call["b_down"].half()
     wide = {k: call[k].double() for k in ("x_scale", "topk_weights", "b_gate_up", "b_down")}
@@ -264,7 +264,7 @@ def test_out_dtype(dtype, routing):
     call = fp8_operands(routing, 200, 260, dtype, bias=True)
     wide = {k: v.float() if v.dtype == dtype else v for k, v in call.items() if k != "activation"}
     want = moe_ops.moe_ffn_fp8(**wide)
-    for given in (call, quantised(call)):
+    for given in (call, quantized(call)):
         with poisoned(want):
             y = moe_ops.moe_ffn_fp8(**{**given, "out_dtype": torch.float32})
         assert_identical(y, want)
@@ -275,7 +275,7 @@ def test_out_dtype(dtype, routing):
 @pytest.mark.parametrize("name", ["x", "x_scale"])
 @routings
 def test_views_of_codes(routing, name, view, backend):
-    call = quantised(fp8_operands(routing, 144, 160, torch.float32))
+    call = quantized(fp8_operands(routing, 144, 160, torch.float32))
     want = moe_ops.moe_ffn_fp8(**call)
     call[name] = as_strided_copy(call[name], view)
     got = moe_ops.moe_ffn_fp8(**call)
@@ -292,7 +292,7 @@ def test_codes_that_are_nan(routing):
     call["topk_ids"][2, 0] = 0
     want = moe_ops.moe_ffn_fp8(**call)
     for name, index in (("x", (2, 70)), ("x_scale", (2, 1))):
-        changed = quantised(call)
+        changed = quantized(call)
         changed[name] = changed[name].clone()
         changed[name][index] = torch.nan
         y = moe_ops.moe_ffn_fp8(**changed)
@@ -302,7 +302,7 @@ def test_codes_that_are_nan(routing):
 
 
 def test_opcheck_and_compile_of_codes():
-    call = quantised(fp8_operands(Routing(5, 3, 2, "dropped"), 130, 70, torch.float32))
+    call = quantized(fp8_operands(Routing(5, 3, 2, "dropped"), 130, 70, torch.float32))
     names = ("x", "w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "topk_weights")
     torch.library.opcheck(
         torch.ops.moe_ops.moe_ffn_fp8.default,
@@ -315,7 +315,7 @@ def test_opcheck_and_compile_of_codes():
 
 
 def test_autocast_leaves_codes():
-    call = quantised(fp8_operands(FEW, 64, 64, torch.float32))
+    call = quantized(fp8_operands(FEW, 64, 64, torch.float32))
     want = moe_ops.moe_ffn_fp8(**call)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert_identical(moe_ops.moe_ffn_fp8(**call), want)
@@ -339,7 +339,7 @@ def test_autocast_leaves_codes():
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_bad_codes(change, name, got, device, bad_input):
-    call = {**quantised(fp8_operands(Routing(6, 4, 2), 64, 64, torch.float32)), **change}
+    call = {**quantized(fp8_operands(Routing(6, 4, 2), 64, 64, torch.float32)), **change}
     if device == "meta":
         call = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     with bad_input("moe_ffn_fp8", name, got):

@@ -37,7 +37,7 @@ from moe_ops.testing import (
 )
 
 
-def quantised_call(s):
+def quantized_call(s):
     call = s.ffn()
     if s.dtype == torch.float64:
         for name in ("x", "b_gate_up", "b_down"):
@@ -52,10 +52,10 @@ def quantised_call(s):
 
 OP_CASES = {
     "moe_ffn_quantized": OpCase(
-        quantised_call,
+        quantized_call,
         bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
         mixed_floats=("topk_weights",),
-        kind="quantised",
+        kind="quantized",
     )
 }
 
@@ -490,7 +490,7 @@ def test_scales_of_other_groups(format, device, bad_input):
         moe_ops.moe_ffn_quantized(**call | {"format": ("int4 g32", format)})
 
 
-def test_quantising_is_nearest():
+def test_quantizing_is_nearest():
     """The helper of these tests: half a step is the most that a weight moves."""
     w = torch.randn(2, 5, 64)
     for bits, group in FORMATS[:3]:

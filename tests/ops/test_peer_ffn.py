@@ -149,14 +149,14 @@ def test_sparse_gradients_are_the_dense_ones(kind, id_dtype):
         assert_identical(a, b)
 
 
-def test_an_optimiser_takes_sparse_gradients():
+def test_an_optimizer_takes_sparse_gradients():
     torch.manual_seed(0)
     call = operands(Routing(6, 40, 5), 8, torch.float32)
     tables = [call[name].requires_grad_() for name in ("w_gate_up", "w_down")]
     before = [t.detach().clone() for t in tables]
-    optimiser = torch.optim.SparseAdam(tables, lr=0.1)
+    optimizer = torch.optim.SparseAdam(tables, lr=0.1)
     moe_ops.peer_ffn(**call, sparse_grad=True).sum().backward()
-    optimiser.step()
+    optimizer.step()
     chosen = torch.zeros(40, dtype=torch.bool)
     chosen[call["topk_ids"].flatten().long()] = True
     for old, new in zip(before, tables, strict=True):

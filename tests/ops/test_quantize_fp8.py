@@ -15,7 +15,7 @@ from moe_ops.testing import VIEWS, as_strided_copy, assert_identical, poisoned, 
 
 OP_CASES = {
     "quantize_fp8": OpCase(
-        lambda s: {"x": s.narrow(s.t, s.h)}, free_dims={"x": {0, 1}}, kind="quantised"
+        lambda s: {"x": s.narrow(s.t, s.h)}, free_dims={"x": {0, 1}}, kind="quantized"
     ),
     "quantize_fp8_columns": OpCase(
         lambda s: {
@@ -25,7 +25,7 @@ OP_CASES = {
             "topk_weights": s.weights(),
         },
         free_dims={"x": {1}, "expert_offsets": {0}},
-        kind="quantised",
+        kind="quantized",
     ),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -104,7 +104,7 @@ def test_views_have_the_layout_they_say():
 
 
 @pytest.mark.parametrize("size", [7, 1000, 100_000])
-def test_poison_shows_in_uninitialised_memory(size):
+def test_poison_shows_in_uninitialized_memory(size):
     with poisoned():
         assert bool(torch.empty(size).isnan().all())
     assert not torch.are_deterministic_algorithms_enabled()

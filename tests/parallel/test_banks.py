@@ -171,7 +171,7 @@ def with_zero_points():
     return layer
 
 
-def quantise(rank, format):
+def quantize(rank, format):
     ep_mesh = init_moe_meshes(2).ep
     layer = shard_experts(make_layer(), ep_mesh)
     try:
@@ -211,10 +211,10 @@ def quantise(rank, format):
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_each_rank_quantises_its_experts(processes, format):
+def test_each_rank_quantizes_its_experts(processes, format):
     layer = moe_ops.quantize(make_layer(), weight_config(format, GROUPS[format]))
     _, y = results(layer, 0)
-    parts = processes.run(quantise, format, world=2)
+    parts = processes.run(quantize, format, world=2)
     for got in parts:
         assert got["experts"] == EXPERTS and got["local"] == EXPERTS // 2
         assert got["same"]

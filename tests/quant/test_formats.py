@@ -1,4 +1,4 @@
-"""Storage formats of quantised weights."""
+"""Storage formats of quantized weights."""
 
 from __future__ import annotations
 

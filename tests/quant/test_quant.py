@@ -407,7 +407,7 @@ def test_report_needs_outputs_and_the_same_model():
     x = [torch.randn(4, H)]
     without = quant.collect_calibration(model, x, outputs=False)
     good = quant.collect_calibration(model, x)
-    with pytest.raises(ValueError, match=r"must hold quantised experts, got Net without any"):
+    with pytest.raises(ValueError, match=r"must hold quantized experts, got Net without any"):
         quant.compare_quality(model, good)
     moe_ops.quantize(model, moe_ops.Int8WeightConfig())
     with pytest.raises(ValueError, match=r"baseline must have outputs, got one without"):

@@ -75,7 +75,7 @@ def test_a_format_for_each_weight():
 
 
 def test_the_formula_of_cuda():
-    """Some experts dequantised at a time; here on the CPU, whose kernels say what is right."""
+    """Some experts dequantized at a time; here on the CPU, whose kernels say what is right."""
     from moe_ops.ops._library import cuda_formulas
 
     op = "moe_ffn_quantized"

@@ -133,7 +133,7 @@ def test_partly_loaded_model_of_transformers_is_the_pruned_one(model_type, tmp_p
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @torch.no_grad()
-def test_partly_loaded_quantised_model_is_that_of_the_pruned_one(format, model_type, tmp_path):
+def test_partly_loaded_quantized_model_is_that_of_the_pruned_one(format, model_type, tmp_path):
     """Codes and scales of the experts kept are read, those of the others are not."""
     from tests.hf import models
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 @needs_transformers
-def test_other_quantised_checkpoints_are_refused(tmp_path):
+def test_other_quantized_checkpoints_are_refused(tmp_path):
     config = {"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"float checkpoint, or one whose experts .* got .*gptq"):

@@ -408,7 +408,7 @@ def test_attention_experts(tmp_path):
 
 
 @needs_transformers
-def test_optimised_routers_are_refused():
+def test_optimized_routers_are_refused():
     from tests.hf import models
 
     import moe_ops.hf

@@ -145,9 +145,9 @@ def test_specialists_become_experts():
 
 def test_clusters_are_equal_and_found():
     torch.manual_seed(0)
-    centres = torch.randn(4, 10) * 10
+    centers = torch.randn(4, 10) * 10
     labels = torch.arange(4).repeat(8)[torch.randperm(32)]
-    found = upcycle.neurons.balanced_k_means(centres[labels] + torch.randn(32, 10), 4)
+    found = upcycle.neurons.balanced_k_means(centers[labels] + torch.randn(32, 10), 4)
     assert found.bincount().tolist() == [8, 8, 8, 8]
     for c in range(4):
         assert len(labels[found == c].unique()) == 1

@@ -120,12 +120,12 @@ def agreement(
     """Returns how often two labels of a training prompt agree: its category, propagated from two
     selections of labeled prompts, and its best model, by either half of its continuation."""
     embedded = embed_bytes(models[GENERALIST], prompts.prompt)
-    centred = F.normalize(embedded - embedded.mean(0), dim=-1)
+    centered = F.normalize(embedded - embedded.mean(0), dim=-1)
     place = torch.arange(len(prompts.domains)) % settings.prompts
     labels = []
     for start in (0, settings.prompts // 2):
-        hidden = (place < start) | (place >= start + settings.labelled)
-        labels.append(propagate_labels(centred, prompts.domains.masked_fill(hidden, -1)))
+        hidden = (place < start) | (place >= start + settings.labeled)
+        labels.append(propagate_labels(centered, prompts.domains.masked_fill(hidden, -1)))
     halves = torch.stack([losses_by_half(models[m], prompts) for m in settings.models], dim=1)
     best = halves.argmin(1)
     return {
@@ -205,7 +205,7 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             f"scored on as many that follow; {settings.prompts} a category for training",
             "Specialists": "from the generalist on, " * plan.tuned + str(plan.specialist),
             "Generalists": str(plan.general),
-            "Router": f"linear, on the generalist's states; labels from {settings.labelled} "
+            "Router": f"linear, on the generalist's states; labels from {settings.labeled} "
             "prompts a category; the generalist takes the tenth of the validation prompts with "
             "the least confidence",
         }

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5) -> Tensor:
+def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbors: int = 5) -> Tensor:
     """Propagates labels from a few prompts to all, by semi-supervised nearest neighbors.
 
     The unlabeled prompt most similar to a labeled one takes the label with the largest sum of
-    cosines among its nearest labeled prompts, at most `neighbours` of them, and then counts as
+    cosines among its nearest labeled prompts, at most `neighbors` of them, and then counts as
     labeled. Takes O(N^2) time and memory for N prompts.
 
     Args:
@@ -34,7 +34,7 @@ def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5)
     for _ in range(int((~known).sum())):
         row = int(nearest.argmax())
         to_known = likeness[row].masked_fill(~known, -2.0)
-        values, places = to_known.topk(min(neighbours, int(known.sum())))
+        values, places = to_known.topk(min(neighbors, int(known.sum())))
         votes = values.new_zeros(num_labels).index_add_(0, labels[places], values)
         seen = torch.zeros(num_labels, dtype=torch.bool).index_fill_(0, labels[places], True)
         labels[row] = votes.masked_fill(~seen, -torch.inf).argmax()

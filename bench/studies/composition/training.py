@@ -47,7 +47,7 @@ class Settings:
             all domains to learn, takes `general_steps`.
         prompts, prompt_length: prompts per domain for training, for validation and for the test,
             and bytes of each; models are scored on an equally long continuation.
-        labelled: prompts per category with given labels; other labels are propagated.
+        labeled: prompts per category with given labels; other labels are propagated.
         router_steps: of the classifiers.
         budget: maximum number of kept models, including the generalist; 0: all.
         unsure: fraction of the categories' validation prompts sent to the generalist, those with
@@ -65,7 +65,7 @@ class Settings:
     rate: float = 3e-3
     prompts: int = 200
     prompt_length: int = 64
-    labelled: int = 20
+    labeled: int = 20
     router_steps: int = 300
     budget: int = 0
     unsure: float = 0.1
@@ -346,7 +346,7 @@ def _at(losses: Tensor, models: Tensor) -> Tensor:
 def _few_labels(domains: Tensor, settings: Settings) -> Tensor:
     """Returns the labels of the first prompts of each category, -1 for the others."""
     place = torch.arange(len(domains)) % settings.prompts
-    return domains.masked_fill(place >= settings.labelled, -1)
+    return domains.masked_fill(place >= settings.labeled, -1)
 
 
 def train(
@@ -368,7 +368,7 @@ def train(
     """
     settings = settings or Settings()
     # Settings applied after training may differ: another budget can reuse the models.
-    free = ("budget", "prompts", "prompt_length", "labelled", "router_steps", "unsure")
+    free = ("budget", "prompts", "prompt_length", "labeled", "router_steps", "unsure")
     folder, _ = settings_folder(folder, settings, "models", free)
     texts = python_texts.load(settings.domains) if texts is None else texts
     train_models(settings, texts, folder, progress=progress)

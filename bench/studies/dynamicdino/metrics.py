@@ -115,8 +115,8 @@ def average_precision(
 
 def _corner_and_size(boxes: Tensor, side: int) -> list[list[float]]:
     """Converts [n, 4] of center and size to left, top, width and height in pixels."""
-    centre, size = boxes.double().split(2, dim=-1)
-    corners: list[list[float]] = (torch.cat([centre - size / 2, size], dim=-1) * side).tolist()
+    center, size = boxes.double().split(2, dim=-1)
+    corners: list[list[float]] = (torch.cat([center - size / 2, size], dim=-1) * side).tolist()
     return corners
 
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
 # Ids in BERT's vocabulary that Grounding DINO treats as ends of phrases.
 CLS, SEP, FULL_STOP = 101, 102, 1012
 VOCAB_SIZE = 1030
-_FIRST_COLOUR, _FIRST_SHAPE = 200, 300
+_FIRST_COLOR, _FIRST_SHAPE = 200, 300
 TOKENS_A_PHRASE = 2
 _RGB = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1.0]])
 
@@ -48,14 +48,14 @@ class Scenes(NamedTuple):
 
 def phrase(pair: int) -> str:
     """Returns a pair's phrase, such as "red circle"."""
-    return f"{COLOURS[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"
+    return f"{COLORS[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"
 
 
 def tokens_of(phrases: Tensor) -> Tensor:
     """Returns token ids [B, 3P + 2] of "red circle. blue ring." and so on, for pairs [B, P]."""
-    colours = _FIRST_COLOUR + phrases // len(SHAPES)
+    colors = _FIRST_COLOR + phrases // len(SHAPES)
     shapes = _FIRST_SHAPE + phrases % len(SHAPES)
-    words = torch.stack([colours, shapes, torch.full_like(shapes, FULL_STOP)], dim=-1).flatten(1)
+    words = torch.stack([colors, shapes, torch.full_like(shapes, FULL_STOP)], dim=-1).flatten(1)
     ends = [torch.full((len(phrases), 1), token) for token in (CLS, SEP)]
     return torch.cat([ends[0], words, ends[1]], dim=1)
 
@@ -94,21 +94,21 @@ def draw_scenes(
 
     half = uniform(count, 4, 2, low=0.11, high=0.22)
     corner = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
-    centre = corner + (0.24 - half) * uniform(count, 4, 2, low=-1.0)
+    center = corner + (0.24 - half) * uniform(count, 4, 2, low=-1.0)
     images = 0.35 + 0.1 * uniform(count, 1, 1, 1) + 0.1 * uniform(count, 3, side, side, low=-1.0)
     grid = (torch.arange(side) + 0.5) / side
     chosen = phrases.gather(1, classes)
     for place in range(4):
         x, y = (
-            (axis - centre[:, place, i, None, None]) / half[:, place, i, None, None]
+            (axis - center[:, place, i, None, None]) / half[:, place, i, None, None]
             for i, axis in enumerate((grid[None, None, :], grid[None, :, None]))
         )
         inside = _inside(x, y)[chosen[:, place] % len(SHAPES), torch.arange(count)]
         inside = inside & shown[:, place, None, None]
-        colour = _RGB[chosen[:, place] // len(SHAPES)][..., None, None]
+        color = _RGB[chosen[:, place] // len(SHAPES)][..., None, None]
         texture = uniform(count, 1, side, side, low=0.6)
-        images = torch.where(inside[:, None], colour * texture, images)
-    boxes = torch.cat([centre, 2 * half], dim=-1)
+        images = torch.where(inside[:, None], color * texture, images)
+    boxes = torch.cat([center, 2 * half], dim=-1)
     labels = [
         {"class_labels": classes[i][shown[i]], "boxes": boxes[i][shown[i]]} for i in range(count)
     ]

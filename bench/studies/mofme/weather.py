@@ -176,9 +176,9 @@ def read_photo(path: Path) -> Tensor:
     ):
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"it has {image.width} x {image.height} pixels")
-        colours = image.convert("RGB")
-        content = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
-    pixels = content.view(colours.height, colours.width, 3).permute(2, 0, 1)
+        colors = image.convert("RGB")
+        content = torch.frombuffer(bytearray(colors.tobytes()), dtype=torch.uint8)
+    pixels = content.view(colors.height, colors.width, 3).permute(2, 0, 1)
     return F.avg_pool2d(pixels.float() / 255, 2)
 
 

@@ -69,10 +69,10 @@ def misleading(
     """
     y = torch.randint(num_classes, (num_nodes,), generator=generator)
     featured = torch.arange(num_nodes) < num_nodes // 2
-    centres = torch.randn(num_classes, num_features, generator=generator)
-    centres = torch.nn.functional.normalize(centres, dim=1)
+    centers = torch.randn(num_classes, num_features, generator=generator)
+    centers = torch.nn.functional.normalize(centers, dim=1)
     scale = torch.where(featured, signal, weak_signal)[:, None]
-    x = scale * centres[y] + torch.randn(num_nodes, num_features, generator=generator)
+    x = scale * centers[y] + torch.randn(num_nodes, num_features, generator=generator)
 
     target = torch.arange(num_nodes).repeat_interleave(degree)
     wanted = (y + featured.long())[target] % num_classes

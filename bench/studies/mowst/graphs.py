@@ -70,9 +70,9 @@ def two_populations(
 
     y = torch.randint(num_classes, (num_nodes,), generator=generator)
     featured = torch.arange(num_nodes) < num_nodes // 2
-    centres = F.normalize(torch.randn(num_classes, num_features, generator=generator), dim=1)
+    centers = F.normalize(torch.randn(num_classes, num_features, generator=generator), dim=1)
     scale = torch.where(featured, signal, weak_signal)[:, None]
-    x = scale * centres[y] + torch.randn(num_nodes, num_features, generator=generator)
+    x = scale * centers[y] + torch.randn(num_nodes, num_features, generator=generator)
 
     sources, targets = [], []
     for half in (featured, ~featured):

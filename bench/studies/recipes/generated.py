@@ -28,9 +28,9 @@ def queries(
     x[torch.arange(count), place] += 0.8 * meaning
     match = F.one_hot(place, ANSWERS).float()
     scores = match + 0.6 * torch.randn(count, ANSWERS, generator=draw)
-    labelled = torch.rand(count, generator=draw) < wrong
+    labeled = torch.rand(count, generator=draw) < wrong
     anyone = torch.randint(ANSWERS, (count,), generator=draw)
-    return x, torch.where(labelled, anyone, place), scores
+    return x, torch.where(labeled, anyone, place), scores
 
 
 def curricula(seed: int) -> Rows:
@@ -102,8 +102,8 @@ def graph_of(seed: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, T
     """Nodes of five classes with weak features; seven of ten edges are inside a class."""
     draw = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (NODES,), generator=draw)
-    centres = F.normalize(torch.randn(CLASSES, OF_NODE, generator=draw), dim=1)
-    x = 1.5 * centres[y] + torch.randn(NODES, OF_NODE, generator=draw)
+    centers = F.normalize(torch.randn(CLASSES, OF_NODE, generator=draw), dim=1)
+    x = 1.5 * centers[y] + torch.randn(NODES, OF_NODE, generator=draw)
     source = torch.randint(NODES, (NODES * 4,), generator=draw)
     target = torch.randint(NODES, (NODES * 4,), generator=draw)
     inside = torch.rand(NODES * 4, generator=draw) < 0.7

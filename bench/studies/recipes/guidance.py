@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 def linear_cka(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
     """Similarity of two representations of the same examples, in [0, 1]: with the Gram matrices K
-    and M of x and y, centerd and of length 1, sum(K M) / (|K| |M| + eps).
+    and M of x and y, centered and of length 1, sum(K M) / (|K| |M| + eps).
 
     It is 1 for representations that differ by a rotation, a scale and a shift, however small they
     are, and 0 where one of them does not vary.

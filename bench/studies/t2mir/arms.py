@@ -100,7 +100,7 @@ ROUTED_ARMS: dict[str, Arm] = {
     },
 }
 UNTRAINED = "untrained experts"
-NEIGHBOURS, FRESH_ROUTERS = 10, 5
+NEIGHBORS, FRESH_ROUTERS = 10, 5
 COLUMNS = (
     "action loss",
     "return",
@@ -175,12 +175,12 @@ def look(model: T2MIR, batch: Batch) -> Seen:
     return Seen(loss.item(), features[0], output.representation)
 
 
-def neighbours(known: Tensor, asked: Tensor) -> Tensor:
-    """Numbers of the nearest of `known` [M, E] to each of `asked` [N, E], [N, NEIGHBOURS]."""
+def neighbors(known: Tensor, asked: Tensor) -> Tensor:
+    """Numbers of the nearest of `known` [M, E] to each of `asked` [N, E], [N, NEIGHBORS]."""
     mean, scale = known.mean(0), known.std(0).clamp(min=1e-6)
     return (
         torch.cdist((asked - mean) / scale, (known - mean) / scale)
-        .topk(min(NEIGHBOURS, len(known)), largest=False)
+        .topk(min(NEIGHBORS, len(known)), largest=False)
         .indices
     )
 
@@ -188,7 +188,7 @@ def neighbours(known: Tensor, asked: Tensor) -> Tensor:
 def told(known: Tensor, asked: Tensor, known_env: PointRobot, asked_env: PointRobot) -> list[float]:
     """Measures how well neighbors tell the task: share of right rotations, mean error of the goal
     in degrees. Rows are two contexts of each task, see `contexts`."""
-    near = neighbours(known, asked)
+    near = neighbors(known, asked)
     angles = known_env.angles.repeat(2)[near]
     kinds = known_env.angles.unique()
     votes = (angles[..., None] == kinds).sum(1).argmax(-1)
@@ -244,11 +244,11 @@ def measure(model: T2MIR, tasks: Tasks, scale: Scale, seed: int) -> Result:
 
 def plane(representation: Tensor, env: PointRobot, count: int = 300) -> list[list[float]]:
     """[x, y, rotation in degrees] of the first contexts, on their two principal axes."""
-    centred = representation - representation.mean(0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    centered = representation - representation.mean(0)
+    axes = torch.linalg.svd(centered, full_matrices=False).Vh[:2]
     # The sign of an axis is free; fixed so that a picture does not depend on the library.
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    xy = (centred @ axes.T)[:count].cpu()
+    xy = (centered @ axes.T)[:count].cpu()
     degrees = torch.rad2deg(env.angles).repeat(2)[:count].cpu().round()
     return [
         [round(x, 3), round(y, 3), d]

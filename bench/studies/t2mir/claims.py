@@ -27,7 +27,7 @@ from bench.studies.t2mir.arms import (
     FRESH_ROUTERS,
     GOAL,
     GOAL_FRESH,
-    NEIGHBOURS,
+    NEIGHBORS,
     RETURN,
     ROTATION,
     ROTATION_FEATURES,
@@ -117,7 +117,7 @@ def setting(scale: Scale) -> dict[str, Any]:
         "Measured": "on test tasks: action loss; return of the last of "
         f"{scale.played} episodes played one after another, the first of random actions; rotation "
         f"(share right, chance {1 / scale.rotations:.3g}) and goal (mean error in degrees, chance "
-        f"90) by the {NEIGHBOURS} nearest contexts of validation tasks, in the space of the "
+        f"90) by the {NEIGHBORS} nearest contexts of validation tasks, in the space of the "
         f"router's mean logits, of {FRESH_ROUTERS} untrained routers on the same features (mean), "
         "and of the features themselves",
     }

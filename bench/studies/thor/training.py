@@ -211,7 +211,7 @@ def make_tokens(settings: Settings, text: parallel.ParallelText, file: Path) -> 
     except FileNotFoundError:
         content = None
     if content is not None:
-        with _reading.damage("train", file, "tokens that an earlier run learnt"):
+        with _reading.damage("train", file, "tokens that an earlier run learned"):
             return PairTokens(content.decode("utf-8"))
     made = PairTokens.learn([side for pair in text.train for side in pair], int(settings.tokens))
     _files.write_text(file, made.json)

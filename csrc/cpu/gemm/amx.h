@@ -11,7 +11,7 @@
 namespace moe_ops::cpu {
 
 // Depth of the blocks of weights that amx_row_major_item packs: 256 x 512 in bfloat16 are 256 KiB
-// of L2, and 256 steps of k amortise loading and storing the sums.
+// of L2, and 256 steps of k amortize loading and storing the sums.
 constexpr int64_t kAmxKc = 256;
 // Distance, in bytes, at which a tile prefetches packed weights.
 constexpr int64_t kAmxPrefetch = 2048;

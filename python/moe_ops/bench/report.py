@@ -86,15 +86,15 @@ def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
     """Summarizes moe_ops against the floor, the fastest other baseline, and `other`."""
     rows = []
     for cell in cells:
-        contenders, ours = cell["contenders"], cell["ours"]
+        baselines, ours = cell["contenders"], cell["ours"]
         if ours is None:
             continue
         best = best_peer(cell)
         row = [cell["shape"], cell["weights"], str(cell["T"]), number(cell["floor_ms"])]
-        row += [milliseconds(contenders, ours), f"{contenders[ours]['of_limit']:.0%}"]
-        row += [f"{best} {milliseconds(contenders, best)}" if best else "–"]
-        row += [_ratio(contenders, best or "")]
-        row += [_ratio(contenders, other), _error(contenders[ours])]
+        row += [milliseconds(baselines, ours), f"{baselines[ours]['of_limit']:.0%}"]
+        row += [f"{best} {milliseconds(baselines, best)}" if best else "–"]
+        row += [_ratio(baselines, best or "")]
+        row += [_ratio(baselines, other), _error(baselines[ours])]
         rows.append(row)
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit", "best peer ms"]
     header += ["ours vs best", f"vs {other}", "error"]
@@ -114,15 +114,15 @@ def _training(cells: Iterable[Mapping[str, Any]]) -> str:
     others = [name for name in names if name != "moe_ops"]
     rows = []
     for cell in cells:
-        contenders = cell["contenders"]
-        if "moe_ops" not in contenders:
+        baselines = cell["contenders"]
+        if "moe_ops" not in baselines:
             continue
         row = [cell["shape"], cell["weights"] + (" THP" if cell.get("thp") else ""), str(cell["T"])]
-        row += [number(cell["floor_ms"]), milliseconds(contenders, "moe_ops")]
-        row += [f"{contenders['moe_ops']['of_limit']:.0%}"]
+        row += [number(cell["floor_ms"]), milliseconds(baselines, "moe_ops")]
+        row += [f"{baselines['moe_ops']['of_limit']:.0%}"]
         for name in others:
-            row += [milliseconds(contenders, name), _ratio(contenders, name)]
-        rows.append([*row, _error(contenders["moe_ops"])])
+            row += [milliseconds(baselines, name), _ratio(baselines, name)]
+        rows.append([*row, _error(baselines["moe_ops"])])
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit"]
     for name in others:
         header += [f"{name} ms", "ours faster"]
@@ -144,15 +144,15 @@ def not_measured(result: Mapping[str, Any]) -> list[str]:
     return ["### Not measured", "\n".join(lines)] if lines else []
 
 
-def milliseconds(contenders: Mapping[str, Any], name: str) -> str:
-    found = contenders.get(name)
+def milliseconds(baselines: Mapping[str, Any], name: str) -> str:
+    found = baselines.get(name)
     return "–" if found is None else number(found["ms"]) + ("~" if found.get("noisy") else "")
 
 
-def _ratio(contenders: Mapping[str, Any], name: str) -> str:
-    found = contenders.get(name)
+def _ratio(baselines: Mapping[str, Any], name: str) -> str:
+    found = baselines.get(name)
     return f"{found['ours_faster']:.2f}x" if found and "ours_faster" in found else "–"
 
 
-def _error(contender: Mapping[str, Any]) -> str:
-    return f"{contender['error']:.1e}" if "error" in contender else ""
+def _error(baseline: Mapping[str, Any]) -> str:
+    return f"{baseline['error']:.1e}" if "error" in baseline else ""

@@ -137,7 +137,7 @@ def quantize(
     source: Annotated[
         Path, typer.Argument(help="Folder of a Hugging Face causal language model, or a hub id.")
     ],
-    target: Annotated[Path, typer.Argument(help="Folder for the quantised checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint.")],
     format: Annotated[str, typer.Option(help="int4, int8 or fp8.")] = "int4",
     group_size: Annotated[
         int | None, typer.Option(help="Of int4: 32, 64 or 128. [default: 64]")

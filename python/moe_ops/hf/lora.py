@@ -110,9 +110,9 @@ def fuse_adapters(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        quantised = isinstance(module, QuantizedExpertsLora)
-        if quantised or (isinstance(module, ParamWrapper) and _fits(module)):
-            if not quantised and getattr(type(module), "_moe_ops_kind", None) != _KIND:
+        quantized = isinstance(module, QuantizedExpertsLora)
+        if quantized or (isinstance(module, ParamWrapper) and _fits(module)):
+            if not quantized and getattr(type(module), "_moe_ops_kind", None) != _KIND:
                 set_fused(module, _KIND, None)
             if not isinstance(module.base_layer, ParamWrapper):
                 found.append(f"{name}.base_layer")
@@ -312,8 +312,8 @@ class QuantizedExpertsLora(ParamWrapper):
                 )
         if names:
             warnings.warn(
-                "merge: quantised weights are rounded once more, which changes outputs by about as "
-                "much as quantising did.",
+                "merge: quantized weights are rounded once more, which changes outputs by about as "
+                "much as quantizing did.",
                 stacklevel=2,
             )
         for name in names:
@@ -339,7 +339,7 @@ class QuantizedExpertsLora(ParamWrapper):
     def unmerge(self) -> None:
         """Raises NotImplementedError: merging has rounded the quantized weights."""
         raise NotImplementedError(
-            "unmerge: quantised experts do not keep what they were before merge; load the model "
+            "unmerge: quantized experts do not keep what they were before merge; load the model "
             "and the adapter again."
         )
 
@@ -388,15 +388,15 @@ def _with_parameters(banks: list[Any]) -> Iterator[None]:
 def _check(config: Any, bank: Any) -> None:
     if bank.sharding is not None:
         raise ValueError(
-            "LoraConfig: quantised experts must all be in this process, got a sharded bank."
+            "LoraConfig: quantized experts must all be in this process, got a sharded bank."
         )
     refused = [name for name in ("use_dora", "lora_bias", "lora_dropout") if getattr(config, name)]
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
         refused.append(f"init_lora_weights={config.init_lora_weights!r}")
     if refused:
         raise ValueError(
-            "LoraConfig: for quantised experts it must have neither DoRA, bias, dropout nor an "
-            f"initialisation that reads weights, got {refused[0]}."
+            "LoraConfig: for quantized experts it must have neither DoRA, bias, dropout nor an "
+            f"initialization that reads weights, got {refused[0]}."
         )
 
 

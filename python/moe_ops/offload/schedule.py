@@ -50,16 +50,16 @@ def split_batch_by_experts(
     num = len(rows)
     half = (num + 1) // 2
     first = 0 if generator is None else int(torch.randint(num, (1,), generator=generator))
-    centres = torch.stack((rows[first], rows[(rows - rows[first]).abs().sum(1).argmax()]))
+    centers = torch.stack((rows[first], rows[(rows - rows[first]).abs().sum(1).argmax()]))
     order = torch.arange(num, device=rows.device)
     for _ in range(rounds):
         # Distance difference to both centers: the closest half goes to the first.
-        distance = (rows[:, None] - centres[None]).abs().sum(-1)
+        distance = (rows[:, None] - centers[None]).abs().sum(-1)
         new = (distance[:, 0] - distance[:, 1]).argsort(stable=True)
         if torch.equal(new, order):
             break
         order = new
-        centres = torch.stack((rows[order[:half]].mean(0), rows[order[half:]].mean(0)))
+        centers = torch.stack((rows[order[:half]].mean(0), rows[order[half:]].mean(0)))
     left, right = order[:half].tolist(), order[half:].tolist()
     _exchange(routes.flatten(1), left, right, rounds)
     return torch.tensor(sorted(left)), torch.tensor(sorted(right))

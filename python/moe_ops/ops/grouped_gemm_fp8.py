@@ -235,9 +235,9 @@ def _(
     return main_grad.new_empty((0,))
 
 
-register_no_gradient(_OP, "use moe_ops.layers.fp8_ffn, or dequantise and call grouped_gemm")
-register_no_gradient(_WGRAD_OP, "dequantise the operands and call grouped_gemm_wgrad")
-register_no_gradient(_ACCUMULATE_OP, "dequantise the operands and call grouped_gemm_wgrad")
+register_no_gradient(_OP, "use moe_ops.layers.fp8_ffn, or dequantize and call grouped_gemm")
+register_no_gradient(_WGRAD_OP, "dequantize the operands and call grouped_gemm_wgrad")
+register_no_gradient(_ACCUMULATE_OP, "dequantize the operands and call grouped_gemm_wgrad")
 # The result dtype is an argument, and operand dtypes must not change.
 register_autocast(_OP)
 register_autocast(_WGRAD_OP)

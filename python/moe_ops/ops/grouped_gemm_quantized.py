@@ -127,7 +127,7 @@ register_gradient_of(_OP, _exact)
 register_autocast(_OP, ["a", "bias"])
 register_autocast(f"{_OP}_exact", ["a", "bias"])
 
-# Experts are dequantised some at a time, which their products outlast.
+# Experts are dequantized some at a time, which their products outlast.
 _CHUNK_BYTES = 1 << 27
 
 

@@ -179,5 +179,5 @@ def _check_out_dtype(x: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype |
     check_dtype(_OP, "out_dtype", out_dtype, NARROW_FLOATS)
 
 
-register_no_gradient(_OP, "dequantise the weights and call moe_ffn")
+register_no_gradient(_OP, "dequantize the weights and call moe_ffn")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])

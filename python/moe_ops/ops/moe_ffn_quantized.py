@@ -124,7 +124,7 @@ def moe_ffn_quantized(
         topk_weights: [T, K] in any float dtype, used in fp32.
         topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
         format: the name of both weights' format, or a name of each.
-        x_scale: [H] float32, or None: multiplies x in front of w_gate_up. A quantiser that looks at
+        x_scale: [H] float32, or None: multiplies x in front of w_gate_up. A quantizer that looks at
             activations divides the columns of w_gate_up by it.
         b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None.
         b_down: [E, H] in x's dtype, or None; multiplied by the routing weight like the rest.
@@ -315,7 +315,7 @@ register_autocast(_OP, ["x", "b_gate_up", "b_down"])
 register_autocast(f"{_OP}_fwd", ["x", "b_gate_up", "b_down"])
 
 
-# --- CUDA. Formats without kernels there, and all backward passes, dequantise some experts at a
+# --- CUDA. Formats without kernels there, and all backward passes, dequantize some experts at a
 # time into weights of x's type, for moe_ffn: at the sizes that train, an expert has enough rows for
 # its products to take longer than that, and no tensor of all weights exists. Which experts have
 # rows only the device knows, so all take their turn.

@@ -1,4 +1,4 @@
-"""The banks of float experts in a model, and whether the quantiser can read them."""
+"""The banks of float experts in a model, and whether the quantizer can read them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def idle_patterns(root: nn.Module, skip: tuple[str, ...]) -> list[str]:
 def _holds_bank(known: Sequence[ExpertsHook], module: nn.Module) -> bool:
     try:
         return any(hook.weights(module) is not None for hook in known)
-    except ValueError:  # One that has no quantised form.
+    except ValueError:  # One that has no quantized form.
         return True
 
 
@@ -96,7 +96,7 @@ def check_weights(op: str, name: str, module: nn.Module, bank: ExpertWeights) ->
             )
         if w.device.type not in ("cpu", "cuda"):
             raise ValueError(
-                f"{op}: {what} must be on the CPU or on CUDA, where quantised experts run, got "
+                f"{op}: {what} must be on the CPU or on CUDA, where quantized experts run, got "
                 f"{w.device}; call model.cpu() first."
             )
         if w.dtype not in _FLOATS:

@@ -64,7 +64,7 @@ def collect_calibration(
         tokens: [N] ids of a text to measure the perplexity of.
         context, forward: of :func:`perplexity`.
 
-    Banks that have no quantised form are passed over.
+    Banks that have no quantized form are passed over.
 
     Raises:
         ValueError: no bank of float experts, a bank that saw no token, or, with `outputs`, weights

@@ -42,14 +42,14 @@ def quantize(
     the MoE blocks of transformers that :mod:`moe_ops.hf` supports, switched to moe_ops or not;
     routers, biases and everything else stay as they are. They become `QuantizedExperts` one after
     another, and the float weights of one layer go before the next is begun, unless something else
-    holds them. Of experts that `moe_ops.parallel.shard_experts` has sharded, each process quantises
+    holds them. Of experts that `moe_ops.parallel.shard_experts` has sharded, each process quantizes
     those that it has.
 
     Dense layers are the plain nn.Linear, but for those that choose experts and very small ones.
     They become `QuantizedLinear`; those that the groups of the format do not divide take the next
     smaller groups, or stay float.
 
-    Quantised weights do not change any more; what goes into them has gradients.
+    Quantized weights do not change any more; what goes into them has gradients.
 
     Args:
         model: a model, a layer, or `Experts`.
@@ -67,7 +67,7 @@ def quantize(
         `model`; where `model` is itself an `Experts`, a new `QuantizedExperts`.
 
     Raises:
-        ValueError: nothing to quantise, another config, sizes that the groups do not divide, an
+        ValueError: nothing to quantize, another config, sizes that the groups do not divide, an
             activation that moe_ffn does not know, weights that are sharded over processes, on
             another device than the CPU and CUDA or on none, of a type that moe_ffn does not take,
             or not finite. The model is unchanged, unless only its numbers were at fault: then what
@@ -120,7 +120,7 @@ def _quantize_experts(
         if sharding is not None and calibration is not None:
             raise ValueError(
                 f"quantize: calibration must be None where experts are shared out over processes, "
-                f"got one for {found.name or 'the experts'}; quantise the whole model."
+                f"got one for {found.name or 'the experts'}; quantize the whole model."
             )
         check_weights("quantize", found.name, found.module, bank)
         check_sizes(found.name, bank, config)
@@ -178,7 +178,7 @@ def replace_bank(
     format: str,
     choice: ScaleChoice | None = None,
 ) -> nn.Module:
-    """Puts the quantised form of one bank where the bank is; returns the model."""
+    """Puts the quantized form of one bank where the bank is; returns the model."""
     sharding, bank = _own_experts(found)
     experts = new_experts(found, format, bank=bank, x_scale=choice is not None)
     fill(experts, bank, None if choice is None else choice.x_scale)

@@ -288,7 +288,7 @@ class QuantizedExperts(nn.Module):
         return result.train(self.training)
 
     def append(self, *_: Any, **__: Any) -> QuantizedExperts:
-        """Not for quantised banks; as `split` and `merge`, it raises NotImplementedError."""
+        """Not for quantized banks; as `split` and `merge`, it raises NotImplementedError."""
         raise self._only_float("append")
 
     def split(self, *_: Any, **__: Any) -> QuantizedExperts:
@@ -306,11 +306,11 @@ class QuantizedExperts(nn.Module):
     def _only_float(self, operation: str) -> NotImplementedError:
         return NotImplementedError(
             f"QuantizedExperts: {operation} needs float weights; call dequantize(), {operation}, "
-            "and quantise the result."
+            "and quantize the result."
         )
 
     def pack_weights(self) -> int:
-        """Warns and returns 0: the kernels read the quantised weights as they lie."""
+        """Warns and returns 0: the kernels read the quantized weights as they lie."""
         return packing.pack_weights(self)
 
     def unpack_weights(self) -> int:

@@ -2,7 +2,7 @@
 and what :func:`moe_ops.grouped_gemm_fp8` and :func:`moe_ops.moe_ffn_fp8` take.
 
 Such a checkpoint holds two tensors for a linear layer: `weight` [O, D] in float8_e4m3fn and
-`weight_scale_inv` [ceil(O / 128), ceil(D / 128)] in fp32. "inv" is seen from the quantiser, which
+`weight_scale_inv` [ceil(O / 128), ceil(D / 128)] in fp32. "inv" is seen from the quantizer, which
 multiplied the float weight by 448 / amax: the inverse of that, amax / 448, is what codes are
 multiplied by to get the weight back. So `weight_scale_inv` is the `scale` of this module as it is,
 with nothing to invert. A checkpoint whose scales are powers of two (`scale_fmt` "ue8m0") needs
@@ -75,7 +75,7 @@ def fuse_fp8_gate_up(
     """`w_gate_up` [..., 2I, D] and its scale from the two projections that a checkpoint stores.
 
     The halves keep their scales, so I must be a multiple of 128; else a block of w_gate_up would
-    hold rows of both. Dequantise, concatenate and quantise again there.
+    hold rows of both. Dequantize, concatenate and quantize again there.
 
     Args:
         gate, up: float8_e4m3fn [..., I, D].

@@ -27,16 +27,16 @@ _TENSORS = (Tensor, nn.Parameter)
 # Parts of names of layers that choose experts: they are small, and an error there turns tokens to
 # other experts.
 _ROUTERS = ("router", "gate", "gating")
-_SMALLEST = 16  # Output features of what is quantised.
+_SMALLEST = 16  # Output features of what is quantized.
 _ROWS_AT_ONCE = 1024  # That are rounded; a multiple of the rows of a block of fp8.
 
 
 class QuantizedLinear(nn.Linear):
     """nn.Linear whose weight is quantized, for inference.
 
-    The weight is in two buffers; the state dict has it under its own name, dequantised, and loads
+    The weight is in two buffers; the state dict has it under its own name, dequantized, and loads
     it from there, so checkpoints are those of nn.Linear. A gradient of the input goes through the
-    dequantised weight, so adapters on top can be trained; the weight itself has none.
+    dequantized weight, so adapters on top can be trained; the weight itself has none.
 
     Buffers:
         q, scale: the stored weight and its scales, as `moe_ops.quant.quantize_weight` makes them.
@@ -152,7 +152,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Returns the dense layers of a model that can be quantised, by name: every plain nn.Linear but
+    """Returns the dense layers of a model that can be quantized, by name: every plain nn.Linear but
     those that choose experts and very small ones."""
     found = {}
     for name, layer in model.named_modules():
@@ -176,7 +176,7 @@ def quantize_linears(
         skip: shell patterns of names of layers that stay float.
 
     Returns:
-        Name of each layer that is quantised -> its format.
+        Name of each layer that is quantized -> its format.
     """
     report, tied = {}, _tied(model)
     for name, layer in find_linears(model).items():

@@ -79,13 +79,13 @@ class QuantizationReport:
 
 @torch.no_grad()
 def compare_quality(model: nn.Module, baseline: CalibrationData) -> QuantizationReport:
-    """Compares a quantised model with what was recorded of it before.
+    """Compares a quantized model with what was recorded of it before.
 
     A bank is judged alone: it gets the inputs that the float bank had. Inputs that served for
     choosing scales flatter the result; record others for the report.
 
     Args:
-        model: the quantised model.
+        model: the quantized model.
         baseline: `collect_calibration` of the model before, with outputs.
 
     Raises:
@@ -113,7 +113,7 @@ def compare_quality(model: nn.Module, baseline: CalibrationData) -> Quantization
         )
     if not banks:
         raise ValueError(
-            f"compare_quality: model must hold quantised experts, got {type(model).__name__} "
+            f"compare_quality: model must hold quantized experts, got {type(model).__name__} "
             "without any."
         )
     after, count = None, 0
@@ -126,7 +126,7 @@ def compare_quality(model: nn.Module, baseline: CalibrationData) -> Quantization
 
 
 def quantized_experts_of(model: nn.Module, name: str) -> Any:
-    """The quantised bank that took the place of the float one called `name`, or None."""
+    """The quantized bank that took the place of the float one called `name`, or None."""
     try:
         module: Any = model.get_submodule(name)
     except AttributeError:

@@ -45,7 +45,7 @@ def find_x_scale(
         bank: the weights.
         inputs: tokens that the bank has seen; none gives ones.
         format: of the rounding, as `quantize_weight` takes it.
-        grid: number of steps; the time is about `grid` times that of quantising plus running.
+        grid: number of steps; the time is about `grid` times that of quantizing plus running.
     """
     candidates = [i / grid for i in range(grid + 1)]
     used = (inputs.topk_ids >= 0) & (inputs.topk_ids < bank.num_experts)
@@ -58,7 +58,7 @@ def find_x_scale(
     scales = []
     for exponent in candidates:
         s = size**exponent
-        scales.append((s.max() * s.min()).sqrt() / s)  # 1 / s, normalised as AWQ does.
+        scales.append((s.max() * s.min()).sqrt() / s)  # 1 / s, normalized as AWQ does.
     errors = [0.0] * len(candidates)
     for expert, tokens in inputs.tokens_by_expert(bank.num_experts):
         here = inputs.take(tokens)

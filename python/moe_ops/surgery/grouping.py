@@ -141,9 +141,9 @@ def spectral_clusters(affinity: Tensor, num_groups: int, *, seed: int = 0) -> Te
     """
     affinity = affinity.double()
     scale = affinity.sum(1).clamp(min=1e-300).rsqrt()
-    normalised = scale[:, None] * affinity * scale
+    normalized = scale[:, None] * affinity * scale
     # The largest eigenvalues of this matrix are the smallest of the Laplacian.
-    vectors = torch.linalg.eigh(normalised).eigenvectors[:, -num_groups:]
+    vectors = torch.linalg.eigh(normalized).eigenvectors[:, -num_groups:]
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-300)
     return k_means(vectors, num_groups, seed=seed)
 
@@ -157,10 +157,10 @@ def k_means(points: Tensor, num_groups: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     best: tuple[float, Tensor] | None = None
     for _ in range(_KMEANS_RUNS):
-        centres = points[_starts(points, num_groups, generator)]
+        centers = points[_starts(points, num_groups, generator)]
         labels = torch.full((len(points),), -1)
         for _ in range(_KMEANS_STEPS):
-            distances = torch.cdist(points, centres)
+            distances = torch.cdist(points, centers)
             new = distances.argmin(1)
             for group in range(num_groups):
                 if not bool((new == group).any()):
@@ -170,8 +170,8 @@ def k_means(points: Tensor, num_groups: int, *, seed: int = 0) -> Tensor:
             if torch.equal(new, labels):
                 break
             labels = new
-            centres = torch.stack([points[labels == g].mean(0) for g in range(num_groups)])
-        cost = float((points - centres[labels]).square().sum())
+            centers = torch.stack([points[labels == g].mean(0) for g in range(num_groups)])
+        cost = float((points - centers[labels]).square().sum())
         if best is None or cost < best[0] - 1e-12:
             best = cost, labels
     assert best is not None

@@ -131,7 +131,7 @@ class HFRoutedLayer(RoutedLayer):
     ) -> None:
         if hasattr(self.router, "_moe_ops_fused"):
             raise ValueError(
-                f"{self.name} must have transformers' own router to be changed, got an optimised "
+                f"{self.name} must have transformers' own router to be changed, got an optimized "
                 "one; call moe_ops.hf.restore first."
             )
         as_ours, theirs = self.rules(), self.router_rows

@@ -115,7 +115,7 @@ def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, n
         if method != "moe_ops":
             raise ValueError(
                 f"load_pruned: {folder} must hold a float checkpoint, or one whose experts "
-                f"moe_ops.quantize has quantised, got quant_method {shown(method)}."
+                f"moe_ops.quantize has quantized, got quant_method {shown(method)}."
             )
         if quantized.get("layers") is not None:
             raise ValueError(

@@ -82,8 +82,8 @@ def find_super_experts(
     threshold = float(torch.quantile(everything, percentile / 100))
     threshold = max(threshold, part * float(everything.max()))
     logs = everything.clamp(min=1e-300).log()
-    centre = logs.median()
-    spread = float((logs - centre).abs().median()) * _NORMAL_MAD
+    center = logs.median()
+    spread = float((logs - center).abs().median()) * _NORMAL_MAD
     found = []
     for index, (name, layer) in enumerate(layers):
         if index >= first_layers * len(layers):
@@ -91,7 +91,7 @@ def find_super_experts(
         largest = layer.largest_output()
         for expert in (largest > threshold).nonzero().flatten().tolist():
             a = float(largest[expert])
-            z = (math.log(a) - float(centre)) / spread if spread > 0 else 0.0
+            z = (math.log(a) - float(center)) / spread if spread > 0 else 0.0
             channel = int(layer.max_channel[expert])
             found.append(SuperExpert(name, expert, a, channel, z))
     return SuperExperts(sorted(found, key=lambda one: -one.largest), threshold)

@@ -107,14 +107,14 @@ def balanced_k_means(points: Tensor, num_clusters: int, *, seed: int = 0) -> Ten
             f"balanced_k_means: num_clusters must divide the {n} points, got {num_clusters}."
         )
     generator = torch.Generator().manual_seed(seed)
-    centres = points[_starts(points, num_clusters, generator)]
+    centers = points[_starts(points, num_clusters, generator)]
     labels = torch.full((n,), -1)
     for _ in range(_STEPS):
-        new = _assign(torch.cdist(points, centres).cpu(), n // num_clusters)
+        new = _assign(torch.cdist(points, centers).cpu(), n // num_clusters)
         if torch.equal(new, labels):
             break
         labels = new
-        centres = torch.stack([points[labels == c].mean(0) for c in range(num_clusters)])
+        centers = torch.stack([points[labels == c].mean(0) for c in range(num_clusters)])
     return labels
 
 

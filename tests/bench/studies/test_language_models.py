@@ -292,7 +292,7 @@ def test_coe_runs():
     assert "6 expert calls a token" in report.markdown()
 
 
-def test_look_ups_are_learnt_and_resumed(tmp_path):
+def test_look_ups_are_learned_and_resumed(tmp_path):
     task = coe.LookUps(
         symbols=4, tables=2, hidden_size=32, intermediate_size=16, steps=24, batch=32
     )

@@ -31,7 +31,7 @@ CASES = {
     "composition": (
         {"domains": ("digits", "letters", "signs"), "hidden_size": 16, "num_layers": 1,
          "steps": 12, "general_steps": 12, "batch_size": 2, "length": 16, "prompts": 6,
-         "prompt_length": 8, "labelled": 2, "router_steps": 20},
+         "prompt_length": 8, "labeled": 2, "router_steps": 20},
         ("train letters", 8, "letters"),
     ),
     "dynamicdino": (

@@ -88,7 +88,7 @@ def test_composition(tmp_path, tuned):
     recipe = Recipe(steps=2, batch=4, length=16, heldout_batches=1, warmup=1)
     settings = Settings(
         domains=("reference", "maths", "names"), hidden_size=16, num_layers=1, prompts=12,
-        prompt_length=16, labelled=3, router_steps=5,
+        prompt_length=16, labeled=3, router_steps=5,
     )  # fmt: skip
     plan = composition.Plan(settings, recipe, recipe, 32, tuned)
     study = composition.study("composition-toy", "toy", 1, 1.0, plan)

@@ -36,11 +36,11 @@ def test_prediction_layers_are_ignored(tmp_path):
     assert report.ignored == ["model.layers.2.eh_proj.weight"]
 
 
-def test_quantised_experts_are_not_written_without_their_scales(tmp_path):
+def test_quantized_experts_are_not_written_without_their_scales(tmp_path):
     model = moe_ops.quantize(build("v3").float(), moe_ops.Int8WeightConfig())
     with pytest.raises(ValueError, match=r"w_gate_up must be of floats, got torch\.int8"):
-        model.save_pretrained(tmp_path / "quantised")
-    assert not (tmp_path / "quantised").exists()
+        model.save_pretrained(tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
 
 
 def test_fp8_weights_are_read(tmp_path):

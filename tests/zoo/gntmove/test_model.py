@@ -21,7 +21,7 @@ from torch import nn
 from moe_ops import zoo
 from moe_ops.zoo.gntmove import GNTMove, ViewExperts, ViewRouter, Views
 from moe_ops.zoo.gntmove.cameras import project, rays
-from moe_ops.zoo.gntmove.layers import consistency_loss, neighbours
+from moe_ops.zoo.gntmove.layers import consistency_loss, neighbors
 from moe_ops.zoo.gntmove.model import encode
 
 T, H, I, E, K = 9, 8, 10, 4, 2
@@ -33,7 +33,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def randomised(module):
+def randomized(module):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator(2)))
@@ -56,7 +56,7 @@ def cosines(router, x):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("permanent", [False, True])
 def test_experts_equal_a_plain_transcription(training, permanent):
-    made = randomised(ViewExperts(H, I, E, K, permanent=permanent)).train(training)
+    made = randomized(ViewExperts(H, I, E, K, permanent=permanent)).train(training)
     x = torch.randn(T, H, dtype=torch.float64, generator=generator(), requires_grad=True)
     torch.manual_seed(4)
     y, routed = made(x)
@@ -90,7 +90,7 @@ def test_experts_equal_a_plain_transcription(training, permanent):
 
 
 def test_balance_equals_a_plain_transcription():
-    made = randomised(ViewExperts(H, I, E, K)).train()
+    made = randomized(ViewExperts(H, I, E, K)).train()
     x = torch.randn(T, H, dtype=torch.float64, generator=generator())
     torch.manual_seed(4)
     _, routed = made(x)
@@ -147,17 +147,17 @@ def test_consistency_equals_a_plain_transcription():
             )
         weight = (-torch.stack(distance)).softmax(0)
         total = total + (weight * torch.stack(divergence)).sum() / 3
-    near = neighbours(points, pairs)
+    near = neighbors(points, pairs)
     torch.testing.assert_close(consistency_loss(logits, pairs, near), total)
     same = logits[:1, :1].expand(4, 5, E)
     assert consistency_loss(same, pairs, near) == pytest.approx(0, abs=1e-12)
     none = torch.empty(0, 2, dtype=torch.long)
-    assert consistency_loss(logits, none, neighbours(points, none)) == 0
+    assert consistency_loss(logits, none, neighbors(points, none)) == 0
 
 
 def norm(layer, x):
-    centred = x - x.mean()
-    return centred / (centred.square().mean() + layer.eps).sqrt() * layer.weight + layer.bias
+    centered = x - x.mean()
+    return centered / (centered.square().mean() + layer.eps).sqrt() * layer.weight + layer.bias
 
 
 def small_network(network, x):
@@ -170,7 +170,7 @@ def feed_forward(network, x):
 
 def test_network_equals_a_plain_transcription():
     """Ray by ray, point by point, view by view; what views show is given."""
-    model = randomised(zoo.create_model("gntmove", **SMALL)).eval()
+    model = randomized(zoo.create_model("gntmove", **SMALL)).eval()
     batch = draw_batch(generator(), scenes=1, views=3, count=2, size=8)
     views = Views(batch.views.images.double(), batch.views.cameras)
     cameras = views.cameras._replace(

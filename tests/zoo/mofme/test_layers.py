@@ -37,8 +37,8 @@ def tokens(seed=1):
 
 
 def normed(made, x):
-    centred = x - x.mean()
-    scaled = centred / (centred.square().mean() + 1e-5).sqrt()
+    centered = x - x.mean()
+    scaled = centered / (centered.square().mean() + 1e-5).sqrt()
     return scaled * made.norm.weight + made.norm.bias
 
 

@@ -20,7 +20,7 @@ has_geometric = importlib.util.find_spec("torch_geometric") is not None
 geometric = pytest.mark.skipif(not has_geometric, reason="PyTorch Geometric is not installed")
 
 
-class Neighbours(nn.Module):
+class Neighbors(nn.Module):
     """A strong expert without PyTorch Geometric: the mean of the neighbors through an MLP.
 
     It does not see a node's own features.
@@ -49,7 +49,7 @@ class Neighbours(nn.Module):
 
 def make(**changes) -> Mowst:
     config = MowstConfig(**{"hidden_size": 16, "dropout": 0.0, **changes})
-    strong = Neighbours(config.in_size, config.hidden_size, config.num_classes)
+    strong = Neighbors(config.in_size, config.hidden_size, config.num_classes)
     return Mowst(config, strong)
 
 

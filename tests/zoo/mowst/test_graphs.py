@@ -10,7 +10,7 @@ import torch
 from bench.studies.mowst.work import work_of
 
 from moe_ops.zoo.mowst import Mowst, MowstConfig
-from moe_ops.zoo.mowst.graphs import BACKBONES, GNN, Edges, neighbour_sum
+from moe_ops.zoo.mowst.graphs import BACKBONES, GNN, Edges, neighbor_sum
 
 from .common import CLASSES, N, geometric, random_graph
 
@@ -42,7 +42,7 @@ def test_some_nodes_cost_less_and_are_the_same(backbone, num_layers):
         net.train().at(nodes, graph.x, edges)
 
 
-def test_neighbour_sum_is_its_formula():
+def test_neighbor_sum_is_its_formula():
     # Node 3 is no target, node 2 no source; one edge is there twice.
     target = torch.tensor([0, 0, 1, 1, 1, 2])
     source = torch.tensor([1, 3, 0, 0, 4, 3])
@@ -51,8 +51,8 @@ def test_neighbour_sum_is_its_formula():
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     matrix = torch.zeros(5, 5, dtype=torch.float64)
     matrix.index_put_((target, source), weight, accumulate=True)
-    torch.testing.assert_close(neighbour_sum(x, edges), matrix @ x)
-    assert torch.autograd.gradcheck(lambda t: neighbour_sum(t, edges), x)
+    torch.testing.assert_close(neighbor_sum(x, edges), matrix @ x)
+    assert torch.autograd.gradcheck(lambda t: neighbor_sum(t, edges), x)
 
 
 @geometric
@@ -88,7 +88,7 @@ def test_gcn_is_its_formula():
 
 @geometric
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_node_pays_for_its_neighbourhood_and_no_more(backbone):
+def test_a_node_pays_for_its_neighborhood_and_no_more(backbone):
     # A path 0 -> 1 -> ... -> 9. Node 5 after two layers needs 4 and 5 after one, and 3, 4 and 5.
     edge_index = torch.stack([torch.arange(9), torch.arange(1, 10)])
     net = GNN(backbone, 16, 8, CLASSES, 2, 0.0).eval()

@@ -53,9 +53,9 @@ def linear(w, name, x):
 
 
 def norm(w, name, x):
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return centred / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
+    centered = x - x.mean(-1, keepdim=True)
+    scale = (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return centered / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def attention(w, name, x, other, heads, causal):

@@ -38,9 +38,9 @@ def build(form: str = "own norms", seed: int = 0, **changes):
 
 
 def norm(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return centred / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
+    centered = x - x.mean(-1, keepdim=True)
+    scale = (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return centered / scale * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def gelu(x: Tensor) -> Tensor:

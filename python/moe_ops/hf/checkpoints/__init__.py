@@ -1,1 +1,1 @@
-"""Checkpoints with quantised experts: our own, published ones, and experts that stay on disk."""
+"""Checkpoints with quantized experts: our own, published ones, and experts that stay on disk."""

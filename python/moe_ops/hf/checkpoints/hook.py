@@ -39,7 +39,7 @@ class TransformersHook(ExpertsHook):
     def check_root(self, root: nn.Module) -> None:
         if isinstance(root, PreTrainedModel) and _method_of(root) == METHOD:
             # A checkpoint has room for one format.
-            raise ValueError("quantize: model must be a float model, got one quantised by moe_ops.")
+            raise ValueError("quantize: model must be a float model, got one quantized by moe_ops.")
 
     def mark_quantized(
         self,

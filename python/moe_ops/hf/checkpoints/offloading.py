@@ -69,7 +69,7 @@ def load_offloaded(
     model = auto_class.from_pretrained(
         pretrained, quantization_config=_OffloadWhileLoading(loading), **options
     )
-    # It was no quantisation, but what transformers lets look at weights while they are read.
+    # It was no quantization, but what transformers lets look at weights while they are read.
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "quantization_config", None) is not None:
@@ -144,7 +144,7 @@ class _Offloader(BankReader):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             raise ValueError(
-                "load_offloaded: the checkpoint must be of floats, got a quantised one."
+                "load_offloaded: the checkpoint must be of floats, got a quantized one."
             )
         for found in find_banks(model, self.quantization_config.loading.skip, op="load_offloaded"):
             self.expect(found)

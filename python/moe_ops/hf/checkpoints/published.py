@@ -1,10 +1,10 @@
-"""Checkpoints that others quantised, read into layers that compute with the weights as they are:
+"""Checkpoints that others quantized, read into layers that compute with the weights as they are:
 GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized, nvfp4-pack-quantized), NVFP4 of
 ModelOpt, MXFP4 and fp8 in blocks of 128.
 
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
 
-Experts become `QuantizedHfExperts`, dense layers that are quantised too `StoredLinear`. No weight
+Experts become `QuantizedHfExperts`, dense layers that are quantized too `StoredLinear`. No weight
 is a float in between, and one expert at most is in memory twice. Without that argument transformers
 reads such a checkpoint as it always does. `save_pretrained` writes the same codes, scales and zero
 points as a checkpoint of moe_ops.
@@ -45,7 +45,7 @@ _SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # A key of one projection of one expert, and which it is.
 _EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(.+)$")
 _GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-# Tensors of quantised weights, which transformers is not to report as unexpected.
+# Tensors of quantized weights, which transformers is not to report as unexpected.
 _LEAVES = (
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_zero_point|weight_shape"
     r"|weight_g_idx|weight_scale_inv|weight_global_scale|input_global_scale|weight_scale_2"
@@ -187,7 +187,7 @@ class Fp8(Method):
 
 
 class Mxfp4(Method):
-    """All experts of a bank in one tensor; dense layers are not quantised."""
+    """All experts of a bank in one tensor; dense layers are not quantized."""
 
     marker = "blocks"
 
@@ -250,7 +250,7 @@ class PublishedQuantizer(HfQuantizer):
     ) -> Any:
         if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
             raise ValueError(
-                "from_pretrained: a quantised checkpoint must be of safetensors files, got "
+                "from_pretrained: a quantized checkpoint must be of safetensors files, got "
                 f"{shown(checkpoint_files)}."
             )
         method = self.quantization_config.quant_method
@@ -265,7 +265,7 @@ class PublishedQuantizer(HfQuantizer):
         if not self._banks:
             raise ValueError(
                 f"from_pretrained: a checkpoint of {self.quantization_config.quant_method} on "
-                f"moe_ops must hold quantised experts, got none that {type(model).__name__} has."
+                f"moe_ops must hold quantized experts, got none that {type(model).__name__} has."
             )
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and f"{name}.{self._method.marker}" in files:

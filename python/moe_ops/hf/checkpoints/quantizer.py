@@ -1,4 +1,4 @@
-"""Quantised checkpoints: a quantisation method of transformers called "moe_ops"."""
+"""Quantized checkpoints: a quantization method of transformers called "moe_ops"."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
     """The formats of the quantized experts of a model, as transformers keeps them.
 
     Give it to `from_pretrained(..., quantization_config=MoeOpsConfig(Int8WeightConfig()))` of a
-    float checkpoint to quantise while loading; checkpoints that were saved quantised carry their
+    float checkpoint to quantize while loading; checkpoints that were saved quantized carry their
     own.
 
     Args:
@@ -44,7 +44,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
             loading cannot do: use `moe_ops.quantize` for that.
         skip: shell patterns of module names whose experts stay float.
         layers: of a checkpoint that was saved from one of another method: the name of each layer of
-            experts and dense layer that is quantised -> its format ("int4 g128 float16 zero",
+            experts and dense layer that is quantized -> its format ("int4 g128 float16 zero",
             "q4_k, q6_k"). Nothing else counts then.
 
     Raises:
@@ -184,7 +184,7 @@ class BankReader(HfQuantizer):
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(BankReader):
-    """Builds quantised banks before a checkpoint is read, or quantises while it is."""
+    """Builds quantized banks before a checkpoint is read, or quantizes while it is."""
 
     quantization_config: MoeOpsConfig
 
@@ -234,7 +234,7 @@ class ExpertsQuantizer(BankReader):
             count += 1
         if not count:
             raise ValueError(
-                f"from_pretrained: a checkpoint quantised by moe_ops must be of a model with banks "
+                f"from_pretrained: a checkpoint quantized by moe_ops must be of a model with banks "
                 f"of experts, got {type(model).__name__} without one."
             )
         _check_files(model, kwargs.get("checkpoint_files"))
@@ -271,7 +271,7 @@ class ExpertsQuantizer(BankReader):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         raise NotImplementedError(
-            "dequantize: quantised blocks of transformers cannot become float blocks again; load "
+            "dequantize: quantized blocks of transformers cannot become float blocks again; load "
             "the float checkpoint."
         )
 
@@ -303,7 +303,7 @@ def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
     for name, label in left.items():
         if type(modules.get(name)) is not nn.Linear:
             raise ValueError(
-                "from_pretrained: layers of a checkpoint quantised by moe_ops must be banks of "
+                "from_pretrained: layers of a checkpoint quantized by moe_ops must be banks of "
                 f"experts and dense layers of {type(model).__name__}, got {shown(name)}."
             )
         replace_linear(model, name, WeightFormat.from_label(label))
@@ -315,7 +315,7 @@ def parameter_types(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def restore_types(model: Any, types: Mapping[str, torch.dtype]) -> None:
-    """Gives parameters these types again: of a quantised checkpoint transformers 5.20 leaves those
+    """Gives parameters these types again: of a quantized checkpoint transformers 5.20 leaves those
     whose names it changes in the types of the files."""
     wide = (model._keep_in_fp32_modules or (), model._keep_in_fp32_modules_strict or ())
     for name, p in model.named_parameters():
@@ -346,7 +346,7 @@ def _bank_at(model: nn.Module, name: str) -> FoundBank | None:
 
 
 def mark_quantized(model: Any, format: str, x_scale: bool, skip: Sequence[str]) -> None:
-    """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs."""
+    """Makes `save_pretrained` of a model quantized in place write what from_pretrained needs."""
     config = config_named("quantize", format)
     _mark(model, MoeOpsConfig(config, x_scale=x_scale, skip=list(skip)))
 
@@ -364,7 +364,7 @@ def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -
 
 
 def refuse_to_save(model: Any) -> None:
-    """Has `save_pretrained` of a model whose other parts are quantised by another method end in a
+    """Has `save_pretrained` of a model whose other parts are quantized by another method end in a
     sentence: a checkpoint has room for one."""
     method = model.quantization_method
     refuse = functools.partial(_refuse_to_save, getattr(method, "value", method))
@@ -373,8 +373,8 @@ def refuse_to_save(model: Any) -> None:
 
 def _refuse_to_save(method: str, *_: Any, **__: Any) -> bool:
     raise ValueError(
-        f"save_pretrained: model must be quantised by one method, got {method} and moe_ops; save "
-        "its adapters, and quantise the experts again after loading."
+        f"save_pretrained: model must be quantized by one method, got {method} and moe_ops; save "
+        "its adapters, and quantize the experts again after loading."
     )
 
 
@@ -392,7 +392,7 @@ def _mark(model: Any, config: MoeOpsConfig) -> None:
 def _claim_experts(model: Any) -> None:
     """Makes config.json name "moe_ops" as the experts implementation.
 
-    A process without `import moe_ops.hf` would only warn of an unknown quantisation method and give
+    A process without `import moe_ops.hf` would only warn of an unknown quantization method and give
     the experts random numbers; an implementation that it does not know is an error.
     """
     model.config.experts_implementation = METHOD

@@ -137,7 +137,7 @@ def room(cache: Any, index: int, x: Tensor, heads: int, sizes: tuple[int, int]) 
 
 def _static_room(layer: Any, x: Tensor) -> Room | str:
     if not layer.is_initialized:
-        return "the static cache is not initialised yet"
+        return "the static cache is not initialized yet"
     start = int(layer.cumulative_length)
     if start + x.shape[1] > layer.max_cache_len:
         return "the static cache is full"

@@ -111,7 +111,7 @@ def optimize(
     every, warn = parse_verify(verify)
     with _lock:
         if model in _optimized:
-            raise ValueError("optimize: model must not be optimised already; call restore first.")
+            raise ValueError("optimize: model must not be optimized already; call restore first.")
         if compile and getattr(model, "generation_config", None) is None:
             raise ValueError(
                 f"optimize: model must be one that generates to compile its steps, got "
@@ -182,7 +182,7 @@ def restore(model: nn.Module) -> None:
 def _restore(model: nn.Module) -> None:
     before = _optimized.get(model)
     if before is None:
-        raise ValueError(f"restore: model must be optimised, got {type(model).__name__}.")
+        raise ValueError(f"restore: model must be optimized, got {type(model).__name__}.")
     if before.modules is None:
         raise ValueError(
             "restore: model must have its float weights, which optimize(quantization=...) lets go; "

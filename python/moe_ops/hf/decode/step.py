@@ -266,7 +266,7 @@ def _attend_to_latents(
     if angles is None:
         return "positions are not those of latent attention"
     if parts["kv_b_proj"][1] is not None:
-        return "kv_b_proj is quantised"
+        return "kv_b_proj is quantized"
     found = _room(cache, attention, x, mask, 1, (attention.kv_lora_rank, rope_size))
     if isinstance(found, str):
         return found

@@ -61,7 +61,7 @@ def enable(model: nn.Module) -> dict[str, str]:
             report[name] = "offloaded" if module.format_name == "offloaded" else "quantized"
         elif interface is not None:
             if "moe_ops" not in interface:
-                refused.append(f"{name} ({type(module).__name__}) has quantised experts")
+                refused.append(f"{name} ({type(module).__name__}) has quantized experts")
                 continue
             if _config(module)._experts_implementation == "deepgemm_megamoe":
                 raise ValueError(

@@ -148,7 +148,7 @@ class ViewExperts(nn.Module):
         return loss
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """Nearest points of the second ray of N pairs, for each point of the first.
 
     nearest: [N, P] int64. weight: [N, P], softmax over the ray of minus the distance.
@@ -158,21 +158,21 @@ class Neighbours(NamedTuple):
     weight: Tensor
 
 
-def neighbours(points: Tensor, pairs: Tensor) -> Neighbours:
+def neighbors(points: Tensor, pairs: Tensor) -> Neighbors:
     """Returns neighbors for points [R, P, 3] of rays and pairs [N, 2] of rays."""
     a, b = points[pairs[:, 0]], points[pairs[:, 1]]
     distance, nearest = torch.cdist(a, b).min(-1)
-    return Neighbours(nearest, (-distance).softmax(-1))
+    return Neighbors(nearest, (-distance).softmax(-1))
 
 
-def consistency_loss(logits: Tensor, pairs: Tensor, near: Neighbours) -> Tensor:
+def consistency_loss(logits: Tensor, pairs: Tensor, near: Neighbors) -> Tensor:
     """Computes how much the routing of neighboring points differs: half the symmetric
     Kullback-Leibler divergence of their distributions over experts, weighted mean over a ray, mean
     over pairs.
 
     Args:
         logits: [R, P, E] of one layer. pairs: [N, 2] of neighboring rays; 0 without any.
-        near: result of `neighbours`.
+        near: result of `neighbors`.
 
     Source: Cong et al. 2023 (GNT-MOVE, arXiv 2308.11793).
     """

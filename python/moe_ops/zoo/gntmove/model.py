@@ -18,7 +18,7 @@ from moe_ops.layers.self_attention import JointAttention
 
 from .._presets import preset
 from .cameras import Cameras, project, ray_differences, rays, sample_images
-from .layers import FeedForward, ViewExperts, ViewRouted, consistency_loss, neighbours
+from .layers import FeedForward, ViewExperts, ViewRouted, consistency_loss, neighbors
 
 FFNS = ("moe", "dense")
 
@@ -327,7 +327,7 @@ class GNTMove(nn.Module):
 
     def disagreement(self, out: Rendered, pairs: Tensor) -> Tensor:
         """Computes `consistency_loss`, averaged over layers of experts."""
-        near = neighbours(out.points, pairs)
+        near = neighbors(out.points, pairs)
         shape = out.points.shape[:2]
         found = [consistency_loss(r.logits.unflatten(0, shape), pairs, near) for r in out.routed]
         return torch.stack(found).mean()

@@ -424,7 +424,7 @@ def save(
         if not state[entry.name].is_floating_point():
             raise ValueError(
                 f"save_pretrained: {entry.name} must be of floats, got {state[entry.name].dtype}; "
-                "save the state dict of a model with quantised experts."
+                "save the state dict of a model with quantized experts."
             )
     folder = _files.make_folder(folder)
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -41,7 +41,7 @@ class MLP(nn.Module):
 class Edges:
     """Edges in the form a backbone needs, created once per graph by `GNN.prepare`.
 
-    With weights, edges are in order of their targets, as `neighbour_sum` needs them.
+    With weights, edges are in order of their targets, as `neighbor_sum` needs them.
     """
 
     index: Tensor
@@ -62,15 +62,15 @@ class Edges:
         return self._turned
 
 
-def neighbour_sum(x: Tensor, edges: Edges) -> Tensor:
+def neighbor_sum(x: Tensor, edges: Edges) -> Tensor:
     """Returns [N, F]: for each node the sum of weight x[source] over its incoming edges.
 
     One pass over the edges, without a row per edge, forward and backward.
     """
-    return _NeighbourSum.apply(x, edges)
+    return _NeighborSum.apply(x, edges)
 
 
-class _NeighbourSum(torch.autograd.Function):
+class _NeighborSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, edges: Edges) -> Tensor:
         ctx.edges = edges
@@ -201,9 +201,9 @@ class GNN(nn.Module):
         conv: Any = self.convs[i]
         # The convolution's own equations, with a sum that creates no row per edge.
         if self.backbone == "gcn":
-            x = neighbour_sum(conv.lin(x), edges) + conv.bias
+            x = neighbor_sum(conv.lin(x), edges) + conv.bias
         elif self.backbone == "sage":
-            x = conv.lin_l(neighbour_sum(x, edges)) + conv.lin_r(x)
+            x = conv.lin_l(neighbor_sum(x, edges)) + conv.lin_r(x)
         else:
             x = conv(x, edges.index)
         if i + 1 == len(self.convs):

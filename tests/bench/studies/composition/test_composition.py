@@ -25,7 +25,7 @@ def test_labels_spread_over_a_chain():
     angles = torch.tensor([0.0, 0.1, 0.2, 0.3, 3.0, 2.9, 2.8])
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     labels = torch.tensor([1, -1, -1, -1, 0, -1, -1])
-    assert propagate_labels(points, labels, neighbours=1).tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert propagate_labels(points, labels, neighbors=1).tolist() == [1, 1, 1, 1, 0, 0, 0]
     assert labels.tolist() == [1, -1, -1, -1, 0, -1, -1]
     with pytest.raises(ValueError, match="hold a known one"):
         propagate_labels(points, torch.full((7,), -1))
@@ -36,8 +36,8 @@ def test_votes_are_weighted_by_likeness():
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     labels = torch.tensor([0, -1, 1, 1, 1])
     # The nearest alone says 0; all four say 1 by three votes of cosine 0.5 to 0.7.
-    assert propagate_labels(points, labels, neighbours=1)[1] == 0
-    assert propagate_labels(points, labels, neighbours=4)[1] == 1
+    assert propagate_labels(points, labels, neighbors=1)[1] == 0
+    assert propagate_labels(points, labels, neighbors=4)[1] == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -55,7 +55,7 @@ def test_threshold_is_the_best_of_all(seed):
     assert choose_threshold(confidence, routed, routed) == 0.0
 
 
-def test_router_learns_and_standardises():
+def test_router_learns_and_standardizes():
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     points = torch.randn(60, 4, generator=g) + 100 + 5 * torch.eye(3, 4)[labels]
@@ -179,7 +179,7 @@ SETTINGS = training.Settings(
     length=16,
     prompts=6,
     prompt_length=8,
-    labelled=2,
+    labeled=2,
     router_steps=20,
 )
 

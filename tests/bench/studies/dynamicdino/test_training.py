@@ -36,19 +36,19 @@ def test_scenes_show_what_the_labels_say():
         assert scenes.images.shape[1:] == (3, side, side)
         covered = torch.zeros(side, side, dtype=torch.bool)
         for label, box in zip(labels["class_labels"], labels["boxes"], strict=True):
-            colour, shape = divmod(int(phrases[label]), 6)
-            seen.add((colour, shape))
+            color, shape = divmod(int(phrases[label]), 6)
+            seen.add((color, shape))
             x, y, w, h = box
             inside = ((grid - x).abs() <= w / 2)[None] & ((grid - y).abs() <= h / 2)[:, None]
             covered |= inside
             # A color has channels that are 0, which the background never has.
             off = [c for c in range(3) if image[c][inside].min() == -1]
-            rgb = ["gb", "rb", "rg", "b", "g", "r"][colour]
+            rgb = ["gb", "rb", "rg", "b", "g", "r"][color]
             assert "".join("rgb"[c] for c in off) == rgb
             drawn = (image[off[0]] == -1) & inside
             for axis, size in ((0, w), (1, h)):
                 across = drawn.any(axis).float().sum() / side
-                assert abs(across - size) < 3 / side, (colour, shape)
+                assert abs(across - size) < 3 / side, (color, shape)
             full = {0: 0.785, 1: 1.0, 2: 0.5, 3: 0.58, 4: 0.5, 5: 0.55}[shape]
             assert drawn.sum() / inside.sum() == pytest.approx(full, abs=0.06)
         assert not (image[:, ~covered] == -1).any()

@@ -127,7 +127,7 @@ def test_photographs_and_drawn_scenes():
     assert len(MATERIALS) == 3
 
 
-def test_batches_are_pairs_of_neighbours():
+def test_batches_are_pairs_of_neighbors():
     batch = draw_batch(generator(), scenes=2, views=1, count=6, size=8)
     a, b = batch.pixels.view(-1, 2)[batch.pairs].unbind(1)
     assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]

@@ -31,7 +31,7 @@ def short(monkeypatch):
     monkeypatch.setattr(mowst_arms, "CANDIDATES", (("none", "variance"), ("both", "free")))
 
 
-def test_neighbours_mislead_about_feature_nodes():
+def test_neighbors_mislead_about_feature_nodes():
     graph, featured = mowst_data.misleading(2000, generator=torch.Generator().manual_seed(0))
     source, target = graph.edge_index
     same = graph.y[source] == graph.y[target]

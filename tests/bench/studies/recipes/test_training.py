@@ -114,11 +114,11 @@ def test_counter_current_takes_experts_and_learns():
 
 def test_linear_cka():
     x, y = torch.randn(9, 2, 3, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
-    centre = torch.eye(9, dtype=torch.float64) - 1 / 9
+    center = torch.eye(9, dtype=torch.float64) - 1 / 9
 
     def hsic(a, b):
         a, b = a.flatten(1), b.flatten(1)
-        return (centre @ a @ a.T @ centre * (centre @ b @ b.T @ centre)).sum()
+        return (center @ a @ a.T @ center * (center @ b @ b.T @ center)).sum()
 
     wanted = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
     torch.testing.assert_close(guidance.linear_cka(x, y), wanted)

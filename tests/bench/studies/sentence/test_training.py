@@ -21,7 +21,7 @@ from moe_ops.zoo.sentence import SentenceConfig, SentenceExperts
 EMBED = 'pip install "sentence-transformers[train]>=6.2"'
 
 
-def test_spans_are_neighbours():
+def test_spans_are_neighbors():
     rows = torch.tensor([list(b"abcdefgh"), list(b"01234567")])
     pairs = training.spans(rows, 3)
     assert pairs.left == ["abcd", "0123"] and pairs.right == ["efgh", "4567"]

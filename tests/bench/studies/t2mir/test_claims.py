@@ -78,7 +78,7 @@ def test_arms_have_equal_active_parameters():
     assert t2mir_arms.flops_a_token(T2MIR(scale.config("none"))) == by_hand
 
 
-def test_neighbours_tell_what_is_there():
+def test_neighbors_tell_what_is_there():
     generator = torch.Generator().manual_seed(0)
     envs = [PointRobot.sample(400, generator=generator) for _ in range(2)]
 

@@ -150,10 +150,10 @@ def test_contrast_teaches_a_router_tasks_it_can_tell_apart():
     from, not how well.
     """
     tasks, width = 24, 8
-    centre = torch.randn(tasks, width)
+    center = torch.randn(tasks, width)
 
     def features(rows: Tensor) -> Tensor:
-        return 0.8 * centre[rows][:, None] + torch.randn(len(rows), 12, width)
+        return 0.8 * center[rows][:, None] + torch.randn(len(rows), 12, width)
 
     router = TaskRouter(width, E, 2)
     contrast = MomentumContrast(router, tau=0.05)
