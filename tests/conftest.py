@@ -18,7 +18,7 @@ MARKERS = (
     "full: more of what other tests show (seeds, sizes, instruction sets), run only with --full",
     "cpu_only: about threads, instruction sets, packed copies or the checking of values, which a "
     "device op cannot do without waiting; not run with --backend sim or cuda",
-    "slow_on_simulator: not run with --backend sim, nor with make test-cuda-torch",
+    "slow_on_simulator: run with --backend sim only with --full, and not by make test-cuda-torch",
 )
 
 
@@ -70,10 +70,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = set() if config.getoption("--full") else {"full"}
-    if config.getoption("--backend") != "cpu":
+    full, backend = config.getoption("--full"), config.getoption("--backend")
+    left_out = set() if full else {"full"}
+    if backend != "cpu":
         left_out.add("cpu_only")
-    if config.getoption("--backend") == "sim":
+    if backend == "sim" and not full:
         left_out.add("slow_on_simulator")
     config.hook.pytest_deselected(items=[i for i in items if left_out & set(i.keywords)])
     items[:] = [i for i in items if not left_out & set(i.keywords)]

@@ -106,4 +106,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def simulator(request: pytest.FixtureRequest) -> Simulator:
-    return Simulator(seeds=5 if request.config.getoption("--full") else 3)
+    return Simulator(seeds=5 if request.config.getoption("--full") else 2)

@@ -113,7 +113,17 @@ def test_empty_sizes(hidden_size, intermediate_size, dtype):
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(
+    "dtype",
+    [  # CUDA kernels of float64 are the text of float32's, those of float16 that of bfloat16's.
+        pytest.param(
+            dtype,
+            id=short(dtype),
+            marks=pytest.mark.slow_on_simulator if dtype in (torch.float64, torch.float16) else (),
+        )
+        for dtype in DTYPES
+    ],
+)
 @pytest.mark.parametrize(
     ("activation", "interleaved"),
     [("swiglu", False), ("swiglu_oai", True), ("silu", False)],
@@ -489,7 +499,16 @@ def test_bad_main_grads(shape, dtype, message):
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "geglu_tanh", "gelu", "relu2"])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        "swiglu",
+        *(
+            pytest.param(name, marks=pytest.mark.slow_on_simulator)
+            for name in ("swiglu_oai", "geglu_tanh", "gelu", "relu2")
+        ),
+    ],
+)
 def test_gradcheck(activation, on_input):
     routing = Routing(4, 3, 2, "dropped")
     call = ffn_operands(routing, 3, 4, torch.float64, activation=activation, bias=True)

@@ -207,6 +207,7 @@ def test_rows_without_slots(dtype):
         check(call, ["rows"])
 
 
+@pytest.mark.slow_on_simulator
 def test_gradcheck_of_any_number_of_rows():
     for num_rows in (7, 80):
         call = fewer_or_more_rows(num_rows, 2, torch.float64)
@@ -260,6 +261,7 @@ def test_nan_of_the_tail_stays_out(dtype, weighted):
     assert bool((grads[0][end:] == 0).all())
 
 
+@pytest.mark.slow_on_simulator
 @pytest.mark.parametrize("routing", [ROUTINGS[1], ROUTINGS[6], ROUTINGS[12]], ids=str)
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 def test_gradcheck(routing, weighted):

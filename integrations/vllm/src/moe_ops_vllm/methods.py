@@ -330,7 +330,7 @@ class Gptq(Quantized, AutoGPTQMoEMethod):  # type: ignore[misc]
             raise StaysWithVllm("moe_ops needs groups of consecutive inputs (desc_act)")
         self.quant_config, self.input_dtype = config, None
         self.bits = config.quant_type.size_bits
-        self.version = 2 if config.checkpoint_format == "gptq_v2" else 1
+        self.version = 2 if config.full_config.get("checkpoint_format") == "gptq_v2" else 1
         self.label = f"GPTQ int{self.bits}"
 
     def stored(self, *parts: Tensor | None) -> StoredWeight:
