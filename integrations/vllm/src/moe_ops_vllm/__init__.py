@@ -13,27 +13,26 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Makes vLLM build `moe_ops_vllm.layer.MoeOpsRoutedExperts` for each layer of experts.
+    """Makes vLLM build the classes of `moe_ops_vllm.layers` for its layers of experts.
 
     It may be called several times. It does nothing with MOE_OPS_VLLM=0, and on other platforms than
-    the CPU.
+    the CPU. A class that another plugin has replaced stays with that plugin, with a warning.
     """
     if os.environ.get("MOE_OPS_VLLM", "1") == "0":
         return
-    from vllm.model_executor.custom_op import op_registry_oot
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
-    name = "RoutedExperts"
-    found = op_registry_oot.get(name)
-    from moe_ops_vllm.layer import MoeOpsRoutedExperts
+    from vllm.model_executor.custom_op import op_registry_oot
 
-    if found is None:
-        MoeOpsRoutedExperts.register_oot(name=name)(MoeOpsRoutedExperts)
-    elif found is not MoeOpsRoutedExperts:
-        from vllm.logger import init_logger
+    from moe_ops_vllm.layers import CLASSES, logger
 
-        init_logger("vllm.moe_ops").warning(
-            "Experts do not run on moe_ops: another plugin has replaced %s by %s.", name, found
-        )
+    for name, cls in CLASSES.items():
+        found = op_registry_oot.get(name)
+        if found is None:
+            cls.register_oot(name=name)(cls)
+        elif found is not cls:
+            logger.warning(
+                "%s does not run on moe_ops: another plugin has replaced it by %s.", name, found
+            )

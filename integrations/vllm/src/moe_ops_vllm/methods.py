@@ -490,9 +490,7 @@ def _for_kernels(weight: StoredWeight) -> StoredWeight:
 def _stored_by_expert(stored: Any, parts: list[Tensor | None]) -> StoredWeight:
     """Converts a weight one expert after another, so that little memory is used beside it."""
     count = next(p.shape[0] for p in parts if p is not None)
-    found = [
-        stored(*(None if p is None else p.data[e] for p in parts)) for e in range(count)
-    ]
+    found = [stored(*(None if p is None else p.data[e] for p in parts)) for e in range(count)]
     kernels = [_for_kernels(weight) for weight in found]
     if all(weight.format == kernels[0].format for weight in kernels):
         found = kernels

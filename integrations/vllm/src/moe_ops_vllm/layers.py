@@ -1,4 +1,4 @@
-"""vLLM's layer of experts, with a method of moe_ops where there is one."""
+"""vLLM's layers of experts, with a method of moe_ops where there is one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.models.dbrx import DbrxExperts
+from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 
 import moe_ops
 import moe_ops_vllm
@@ -17,8 +19,8 @@ from moe_ops_vllm.methods import StaysWithVllm, method_for
 logger = init_logger("vllm.moe_ops")
 
 
-class MoeOpsRoutedExperts(RoutedExperts):  # type: ignore[misc]
-    """RoutedExperts whose method is one of `moe_ops_vllm.methods`, or else vLLM's own."""
+class _OnMoeOps:
+    """The part of a layer that chooses its method."""
 
     def _get_quant_method(
         self, prefix: str, quant_config: Any, moe_config: Any
@@ -27,12 +29,19 @@ class MoeOpsRoutedExperts(RoutedExperts):  # type: ignore[misc]
         try:
             method = method_for(self, prefix, quant_config, moe_config, config)
         except StaysWithVllm as reason:
-            logger.info_once("Experts stay with vLLM's own kernels: %s.", reason)
-            method = super()._get_quant_method(prefix, quant_config, moe_config)
-            return method
+            logger.info_once("Experts stay with vLLM's own kernels: %s.", str(reason))
+            parent: Any = super()
+            return parent._get_quant_method(prefix, quant_config, moe_config)
         # Compiled graphs are cached by a hash of the configuration, which does not know plugins.
         if isinstance(config.additional_config, dict):
             versions = f"{moe_ops.__version__} {moe_ops_vllm.__version__}"
             config.additional_config.setdefault("moe_ops", versions)
         logger.info_once("Experts run on moe_ops %s: %s.", moe_ops.__version__, method.label)
         return method
+
+
+# vLLM's class -> the class to build in its place. Subclasses differ in what they load.
+CLASSES: dict[str, Any] = {
+    cls.__name__: type(f"MoeOps{cls.__name__}", (_OnMoeOps, cls), {})
+    for cls in (RoutedExperts, GptOssRoutedExperts, DbrxExperts)
+}
