@@ -139,12 +139,16 @@ mutants: build
 SIM := build/sim
 NO_SIMULATOR = needs MOE_OPS_PTXSIM, the folder of a simulator that is called libcudart.so.13: nothing was run.
 
+# The CPU kernels that the install has just compiled, if its folder is still here.
+CPU_OBJECTS = $(abspath $(firstword $(wildcard build/py3-none-*/CMakeFiles/moe_ops_cpu.dir)))
+
 .PHONY: $(SIM)
 $(SIM): build
 	@echo 'Compiling the CUDA kernels (about 10 minutes on two cores, the first time).'
 	@$(PIP) install -q $(CUDA_TOOLS)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DMOE_OPS_CUDA_SASS=off -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
+	  -DMOE_OPS_CPU_OBJECTS="$(CPU_OBJECTS)" \
 	  >build/cmake-cuda.log
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
 	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/

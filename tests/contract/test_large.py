@@ -32,6 +32,7 @@ def need(gib: float) -> None:
         )
 
 
+@pytest.mark.full
 def test_permute_and_unpermute_beyond_2_to_31_elements():
     """x [T, H] is small; its rows [T*K, H] are 2.4e9 elements of bf16."""
     need(7)

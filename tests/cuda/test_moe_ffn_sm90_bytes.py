@@ -224,7 +224,9 @@ def test_backward_down_projection(simulator, monkeypatch, tile, layout, names):
 
 @storages
 @layouts
-@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize(
+    "on_input", [False, pytest.param(True, marks=pytest.mark.full)], ids=["output", "input"]
+)
 @pytest.mark.parametrize("tile", DOWN_BWD_TILES)
 def test_backward(simulator, monkeypatch, tile, on_input, layout, names):
     """All that TMA reads and all that is stored: every gradient once, the gradient of the

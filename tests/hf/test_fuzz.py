@@ -13,7 +13,14 @@ from .fuzz_draws import MODES, Draw, options_of, random_draw
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        # What a draw shows of one family it shows of the code that families share.
+        pytest.param(family, marks=pytest.mark.full if i % 2 else ())
+        for i, family in enumerate(FAMILIES)
+    ],
+)
 def test_optimized_models_compute_what_they_did(family, request):
     rng = random.Random(family)
     wanted = 4 if request.config.getoption("--full") else 1
