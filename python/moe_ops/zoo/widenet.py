@@ -263,7 +263,7 @@ class WideNetLM(_WideNet, CausalLM):
             for _ in range(blocks)
         )
         norm = nn.LayerNorm(hidden, eps=config.norm_eps)
-        self.assemble(config, (DepthNorms(config) for _ in range(norms)), norm, rope)
+        self.assemble(config, (DepthNorms(config) for _ in range(norms)), rope, norm)
 
     def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
         x = through_depths(self.blocks, self.layers, self.config.num_layers, x, step)

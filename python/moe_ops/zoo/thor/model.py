@@ -98,9 +98,6 @@ class ThorConfig(LMConfig):
         context=1024,
     )
 
-    def aux_coefficients(self) -> dict[str, float]:
-        return {}
-
     def write_more(self) -> dict[str, Any]:
         return {"architectures": ["Thor"], "model_type": "thor"}
 
