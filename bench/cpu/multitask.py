@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.harness.medians import median_ms
 from bench.studies.home.models import RecommenderConfig, build
-from moe_ops.zoo.home import MultiTask
+from moe_ops.zoo.home import HoME
 from moe_ops.zoo.home.layers import FeatureGate, GatedLayer, Gates
 
 TASKS = (("a", "b", "c", "d"), ("e", "f", "g", "h"))
@@ -130,7 +130,7 @@ class ListFeatureGate(nn.Module):
 class ListModel(nn.Module):
     """MMoE, PLE or HoME from lists, with the weights of one of ours."""
 
-    def __init__(self, model: MultiTask) -> None:
+    def __init__(self, model: HoME) -> None:
         super().__init__()
         self.kind, self.config = model.config.model, model.config
         if self.kind == "mmoe":
@@ -170,7 +170,7 @@ class ListModel(nn.Module):
 
 
 class Ours(nn.Module):
-    def __init__(self, model: MultiTask) -> None:
+    def __init__(self, model: HoME) -> None:
         super().__init__()
         self.model = model
 

@@ -50,9 +50,11 @@ def by_hand(w: dict[str, Tensor], model: FactorLLM, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("router_training", ["prior", "straight_through"])
-def test_equals_its_equations(top_k, router_training):
-    model = build(top_k=top_k, router_training=router_training)
+def test_equals_its_equations(top_k):
+    check_equations(build(top_k=top_k))
+
+
+def check_equations(model: FactorLLM) -> None:
     tokens = tokens_of(model, 1, 13)
     w = {key: t.detach() for key, t in published_tensors(model).items()}
     expected = by_hand(w, model, tokens[0])
@@ -110,30 +112,28 @@ def test_losses_by_hand():
     torch.testing.assert_close(slice_balance_loss(logits, ids), (shares * p.mean(0)).mean())
 
 
-@pytest.mark.parametrize(
-    ("router_training", "by_loss", "by_distill"),
-    [("prior", False, True), ("straight_through", True, True), ("released", False, False)],
-)
-def test_where_the_router_gets_its_gradient(router_training, by_loss, by_distill):
-    dense = build_dense()
-    model = FactorLLM.from_dense(dense, top_k=2, router_training=router_training)
+def teaches(model: FactorLLM, loss: Tensor) -> bool:
+    """Returns True if a loss has gradients of all routers, False if of none."""
+    loss.backward()
+    grads = [block.mlp.router.weight.grad for block in model.layers]
+    model.zero_grad(set_to_none=True)
+    (found,) = {g is not None and bool((g != 0).any()) for g in grads}
+    return found
+
+
+@pytest.mark.parametrize("coefficients", [(0.05, 0.01), (0.0, 0.0)])
+def test_where_the_router_gets_its_gradient(coefficients):
+    dense, (route, balance) = build_dense(), coefficients
+    model = FactorLLM.from_dense(
+        dense, top_k=2, route_coefficient=route, balance_coefficient=balance
+    )
     tokens = tokens_of(dense, 2, 12)
-
-    def moved() -> set[bool]:
-        grads = [block.mlp.router.weight.grad for block in model.layers]
-        model.zero_grad(set_to_none=True)
-        return {g is not None and bool((g != 0).any()) for g in grads}
-
-    model.loss(tokens).loss.backward()
-    assert moved() == {by_loss}
+    assert not teaches(model, model.loss(tokens).loss)
     out = model.distill(tokens, dense)
-    out.loss.backward()
-    assert moved() == {by_distill}
+    assert teaches(model, out.loss) == bool(route)
     assert all(p.grad is None for p in dense.parameters())
-    added = out.loss - out.cross_entropy
-    expected = 0.05 * out.aux_losses["route"] + 0.01 * out.aux_losses["balance"]
-    wanted = expected if router_training == "prior" else torch.zeros_like(added)
-    torch.testing.assert_close(added, wanted)
+    expected = route * out.aux_losses["route"] + balance * out.aux_losses["balance"]
+    torch.testing.assert_close(out.loss - out.cross_entropy, expected)
 
 
 def test_routers_learn_what_the_dense_network_says():
@@ -151,10 +151,9 @@ def test_routers_learn_what_the_dense_network_says():
 
 
 def test_is_a_language_model(tmp_path):
-    model = build(router_training="straight_through", top_k=2)
+    model = build(top_k=2)
     common.check_cache(model)
     common.check_generate(model)
-    common.check_gradients_flow(model)
     key = "model.layers.0.mlp.gate_proj_list.3.weight"
     common.check_round_trip(model.float(), tmp_path, a_key=key)
     tensors = load_file(tmp_path / "one" / "model.safetensors")
@@ -172,7 +171,6 @@ def test_is_a_language_model(tmp_path):
     [
         ({"num_slices": 5}, "num_slices must divide intermediate_size = 24, got 5"),
         ({"top_k": 5}, r"top_k must be in \[1, num_experts = 4\], got 5"),
-        ({"router_training": "none"}, "router_training must be one of prior"),
     ],
 )
 def test_says_what_is_wrong(changes, words):

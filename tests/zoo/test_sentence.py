@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 from bench.studies.sentence.tokens import ByteTokens
-from transformers import ModernBertConfig, ModernBertModel
+from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
 
 from moe_ops import zoo
 from moe_ops.zoo.sentence import (
@@ -58,6 +58,27 @@ def test_copies_equal_the_dense_encoder(make):
     torch.testing.assert_close(wanted, dense(ids, mask, torch.zeros(4).long()))
     with pytest.raises(ValueError, match="must be dense, got one with experts"):
         model.with_experts()
+
+
+@pytest.mark.parametrize("act", ["relu", "silu", "gelu_new"])
+def test_experts_have_the_encoders_activation(act):
+    def dense(act):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=24, max_position_embeddings=64, hidden_act=act,
+        )  # fmt: skip
+        encoder = BertModel(config, add_pooling_layer=False)
+        return SentenceExperts(SentenceConfig(DOMAINS, moe_layers=(), head="mean"), encoder).eval()
+
+    ids, mask = ByteTokens()(TEXTS)
+    domains = torch.tensor([0, 1, 2, 1])
+    model = dense(act)
+    wanted = model(ids, mask, domains)
+    found = model.with_experts()(ids, mask, domains)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="must be one that Experts has, got MishActivation"):
+        dense("mish").with_experts()
 
 
 def test_a_sentence_goes_to_its_expert_whole():

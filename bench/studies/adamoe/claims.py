@@ -59,10 +59,17 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
         settings = Settings(num_skills=skills, episodes=plan.episodes, seed=seed)
 
         def trained(name: str, model: ActionTransformer, steps: int, rate: float) -> Any:
+            taught = lesson(
+                model,
+                lambda g: demonstrate(plan.batch, chunk, skills, g),
+                rate=rate,
+                early_steps=plan.early,
+                late_balance_weight=model.config.balance_weight / 2,
+            )
             train_steps(
                 f"fit adamoe {model.config.ffn}",
                 model,
-                *lesson(model, lambda g: demonstrate(plan.batch, chunk, skills, g), rate=rate),
+                *taught,
                 steps=steps,
                 seed=seed,
                 **resumed(run, name, steps),
@@ -82,9 +89,7 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
                     variant,
                     num_experts=4,
                     top_k=1,
-                    early_steps=plan.early,
                     balance_weight=weight,
-                    late_balance_weight=weight / 2,
                 )
                 name = f"{variant}-{weight:g}".replace(".", "_")
                 rows[arm(variant, weight)] = trained(name, model, plan.tune, plan.tune_rate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files
+from moe_ops.layers.routing import Routing
 from moe_ops.zoo.adamoe import ActionTransformer, AdaMoEConfig
 
 from ..progress import bar
@@ -52,6 +53,8 @@ def lesson(
     warm_up: int = 50,
     router_warm_up: int = 5,
     weight_decay: float = 1e-6,
+    early_steps: int = 500,
+    late_balance_weight: float = 0.005,
 ) -> Lesson:
     """Returns the training on demonstrations; the published run has rates of 2.5e-5 and 5e-5
     (router), warm-ups of 1000 and 100 steps, and 90,000 steps.
@@ -59,19 +62,27 @@ def lesson(
     Args:
         batches: function from the run's generator to a batch.
         router_rate: of routers and scales; None: twice `rate`.
+        early_steps, late_balance_weight: steps with the config's weight of the balance loss, and
+            the weight after them.
     """
-    config = model.config
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        early = step <= config.early_steps
-        weight = config.balance_weight if early else config.late_balance_weight
+        weight = model.config.balance_weight if step <= early_steps else late_balance_weight
         found = model.loss(*batches(generator), balance_weight=weight, generator=generator)
         return {
-            "loss": found.loss, "action": found.action, "balance": found.balance, "z": found.z,
+            "loss": found.loss, "action": found.action, "balance": found.balance,
+            "z": mean_z(found.routing, found.loss),
         }  # fmt: skip
 
     rates = (rate, 2 * rate if router_rate is None else router_rate)
     return Lesson(groups_of(model, *rates, warm_up, router_warm_up, weight_decay), loss)
+
+
+@torch.no_grad()
+def mean_z(routing: Sequence[Routing], like: Tensor) -> Tensor:
+    """Returns the mean of the routers' squared logsumexp, summed over layers, for monitoring."""
+    parts = (layer.router_logits.logsumexp(-1).square().mean() for layer in routing)
+    return sum(parts, like.new_zeros(()))
 
 
 @torch.no_grad()
@@ -204,7 +215,8 @@ def train(
             return model
         state = folder / f"{name}.training.pt"
         train_steps(
-            f"fit adamoe {model.config.ffn}", model, *lesson(model, batches, rate=rate),
+            f"fit adamoe {model.config.ffn}", model,
+            *lesson(model, batches, rate=rate, late_balance_weight=settings.late_balance_weight),
             steps=steps, seed=settings.seed, checkpoint=state, progress=progress,
         )  # fmt: skip
         write_state(done, model.state_dict())
@@ -228,7 +240,6 @@ def train(
                 top_k=settings.top_k,
                 preserve=bool(settings.preserve) and arm == "additive",
                 balance_weight=settings.balance_weight,
-                late_balance_weight=settings.late_balance_weight,
             )
         model = trained(arm, model, settings.steps, settings.tune_rate)
         report["arms"][arm] = evaluate(model, data, settings, progress)

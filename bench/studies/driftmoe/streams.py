@@ -8,12 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_ops.zoo.driftmoe.experts import import_river
-
 Example = tuple[Any, Any]
 DRIFTS = (0.25, 0.5, 0.75)
 # Width of a gradual drift, as a fraction of the stream.
 WIDTH = 0.05
+
+
+def import_river() -> Any:
+    """Imports river.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import river
+        import river.datasets.synth
+        import river.drift
+        import river.forest
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the studies of driftmoe need {error.name}, which is not installed: "
+            "pip install torch-moe-ops[streams]"
+        ) from error
+    return river
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,24 @@ from typing import Any
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.driftmoe.experts import hoeffding_tree, import_river
+from moe_ops.zoo.driftmoe.experts import hoeffding_tree
 from moe_ops.zoo.driftmoe.model import DriftMoE, DriftMoEConfig
 
 from ..settings import settings_folder
 from .picture import draw
 from .prequential import prequential
-from .streams import STREAMS, Stream
+from .random_router import RandomRouter
+from .streams import STREAMS, Stream, import_river
 
-# Arm -> preset and changes to it; arms without them are river's.
+# Arm -> preset and changes to it; arms without them are river's. Both "random_router" arms are a
+# `RandomRouter`.
 ARMS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "moe_data": ("moe_data", {}),
     "moe_data_vote": ("moe_data", {"prediction": "vote"}),
     "moe_task": ("moe_task", {}),
     "moe_task_vote": ("moe_task", {"prediction": "vote"}),
-    "random_router": ("moe_data", {"routing": "random"}),
-    "random_router_vote": ("moe_data", {"routing": "random", "prediction": "vote"}),
+    "random_router": ("moe_data", {}),
+    "random_router_vote": ("moe_data", {"prediction": "vote"}),
     "tree": None,
     "adaptive_forest": None,
 }
@@ -45,7 +47,8 @@ def make_arm(arm: str, stream: Stream, seed: int, forest: int = 10) -> Any:
             "num_classes": stream.num_classes,
         }
         base: DriftMoEConfig = getattr(DriftMoEConfig, preset)()
-        return DriftMoE(dataclasses.replace(base, **sizes, **changes, seed=seed))
+        made = RandomRouter if arm.startswith("random_router") else DriftMoE
+        return made(dataclasses.replace(base, **sizes, **changes, seed=seed))
     if arm == "tree":
         return hoeffding_tree()
     return import_river().forest.ARFClassifier(n_models=forest, seed=seed)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.studies.dynamicdino.shapes import ALL, FIRST, KNOWN, draw_scenes
+from bench.studies.dynamicdino.starts import with_start
 from bench.studies.dynamicdino.training import freeze, judge, lesson
 from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig
 
@@ -78,7 +79,7 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
             generator = torch.Generator().manual_seed(seed + 1)
             model = copy.deepcopy(dense)
             if options:
-                model = dense.with_experts(generator, **options)
+                model = with_start(dense, generator, **options)
             freeze(model.detector)
             row = {DIFFERENCE: difference(model, dense, seed)}
             # Two trainings, so that the early evaluation's model is kept too: one of full length

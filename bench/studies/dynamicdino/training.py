@@ -20,6 +20,7 @@ from ..settings import settings_folder
 from ..trainer import Group, Lesson, load_weights, train_steps, write_state
 from .metrics import average_precision, check_installed, co_selection, detect, pairs_kept
 from .shapes import ALL, FIRST, HELD_OUT, KNOWN, Scenes, draw_scenes
+from .starts import with_start
 
 # Trained parameters, by transformers' names: attention between image and text, experts, heads.
 _TUNED = (".fusion_layer.", ".fc1.", ".fc2.", "bbox_embed.", "class_embed.")
@@ -195,7 +196,7 @@ def start_arm(base: DynamicDino, arm: str, settings: Settings) -> DynamicDino:
         model = copy.deepcopy(base)
     else:
         sizes = {"num_copies": settings.num_copies, "num_slices": settings.num_slices}
-        model = base.with_experts(generator, **{**sizes, **ARMS[arm]})
+        model = with_start(base, generator, **{**sizes, **ARMS[arm]})
     if not settings.tune_all:
         freeze(model.detector)
     return model

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.studies.factorllm.straight_through import StraightThrough
 from moe_ops import surgery, upcycle
 from moe_ops.zoo.factorllm import FactorLLM
 from moe_ops.zoo.llama import Llama, LlamaConfig
@@ -27,9 +28,9 @@ PRIOR = "prior-approximate"
 ARMS: dict[str, dict[str, Any]] = {
     PRIOR: {},
     "prior-approximate, clusters": {"clusters": True},
-    "straight-through": {"router_training": "straight_through"},
-    "as released": {"router_training": "released"},
-    "random slices": {"router_training": "released", "random": True},
+    "straight-through": {"straight_through": True},
+    "as released": {"released": True},
+    "random slices": {"released": True, "random": True},
 }
 DENSE, ALL = "dense", "all arms of a seed"
 
@@ -100,22 +101,22 @@ def tuned(
     arm: dict[str, Any],
     seed: int,
 ) -> dict[str, float]:
-    options = dict(arm)
-    random, orders = options.pop("random", False), None
-    if options.pop("clusters", False):
+    orders = None
+    if "clusters" in arm:
         banks = [upcycle.experts_from_dense(block.mlp) for block in dense.layers]
         orders = [upcycle.k_means_order(bank, SLICES, seed=seed) for bank in banks]
     torch.manual_seed(seed)
-    model = FactorLLM.from_dense(dense, num_slices=SLICES, top_k=top_k, orders=orders, **options)
+    kind = StraightThrough if "straight_through" in arm else FactorLLM
+    model = kind.from_dense(dense, num_slices=SLICES, top_k=top_k, orders=orders)
 
     def loss(student: Any, batch: Tensor) -> Tensor:
-        if student.config.router_training != "prior":
+        if "straight_through" in arm or "released" in arm:
             return student.loss(batch).loss
         return student.distill(batch, dense).loss
 
-    routed = (
-        surgery.override_routing(model, surgery.rules.random(top_k)) if random else nullcontext()
-    )
+    routed = nullcontext()
+    if "random" in arm:
+        routed = surgery.override_routing(model, surgery.rules.random(top_k))
     with routed:
         surgery.tune(model, text, plan.steps, rate=plan.rate, loss=loss)
         return judged(model.eval(), there)

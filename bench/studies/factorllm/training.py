@@ -12,12 +12,21 @@ from torch import Tensor
 
 from moe_ops import _files
 from moe_ops._fields import check_choice
-from moe_ops.zoo.factorllm import ROUTER_TRAINING, FactorLLM
+from moe_ops.zoo.factorllm import FactorLLM
 from moe_ops.zoo.llama import Llama, LlamaConfig
 
 from .. import python_texts
 from ..language import fit_once, judge
 from ..settings import settings_folder
+from .straight_through import StraightThrough
+
+# What teaches the router: the losses of `FactorLLM.distill`, the language model loss, or nothing,
+# as in the published training code.
+ARMS: dict[str, type[FactorLLM]] = {
+    "prior": FactorLLM,
+    "straight_through": StraightThrough,
+    "released": FactorLLM,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Settings:
     """Settings of `train`.
 
     Attributes:
-        arms: router training methods, see `FactorLLMConfig.router_training`.
+        arms: router training methods, of `ARMS`.
         domains: names of texts.
         dense_steps, steps: of the dense model, which is the teacher, and of each arm.
         rate: of the dense model, `tune_rate` of the arms.
@@ -33,7 +42,7 @@ class Settings:
         rows: held-out rows of a domain.
     """
 
-    arms: tuple[str, ...] = ROUTER_TRAINING
+    arms: tuple[str, ...] = tuple(ARMS)
     domains: tuple[str, ...] = python_texts.DOMAINS
     dense_steps: int = 800
     steps: int = 200
@@ -50,7 +59,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for arm in self.arms:
-            check_choice("Settings", "arms", arm, ROUTER_TRAINING)
+            check_choice("Settings", "arms", arm, ARMS)
 
 
 def train(
@@ -98,9 +107,7 @@ def train(
     report: dict[str, Any] = {"settings": now, "arms": {"dense": full}}
     for arm in settings.arms:
         torch.manual_seed(settings.seed + 1)
-        model = FactorLLM.from_dense(
-            dense, num_slices=settings.num_slices, top_k=settings.top_k, router_training=arm
-        )
+        model = ARMS[arm].from_dense(dense, num_slices=settings.num_slices, top_k=settings.top_k)
         before = judge(model, texts, settings.rows, settings.length)
 
         def distilled(rows: Tensor, model: FactorLLM = model) -> Tensor:

@@ -7,7 +7,7 @@ objects. Letters: S scenes, O objects of a scene, R rays, V views.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +173,13 @@ def draw_cameras(
     position = middle + away[..., None] * torch.stack([x, rises.sin(), z], -1)
     focal = torch.full((count, views + 1), 1.2 * size)
     every = look_at(position, middle.expand_as(position), focal, size, size)
-    return every.at((slice(None), 0)), every.at((slice(None), slice(1, None)))
+    return at(every, (slice(None), 0)), at(every, (slice(None), slice(1, None)))
+
+
+def at(cameras: Cameras, index: Any) -> Cameras:
+    """Returns the cameras at an index into the leading dimensions."""
+    parts = (cameras.position[index], cameras.rotation[index], cameras.focal[index])
+    return Cameras(*parts, cameras.height, cameras.width)
 
 
 def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width: int) -> Cameras:

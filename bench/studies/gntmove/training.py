@@ -29,6 +29,7 @@ from .scenes import (
     MATERIALS,
     Scenes,
     all_pixels,
+    at,
     draw_cameras,
     draw_scenes,
     photograph,
@@ -100,7 +101,7 @@ def draw_unseen(
     parts = [draw_scenes(1, generator, material=i % len(MATERIALS)) for i in range(count)]
     scenes = Scenes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     target, sources = draw_cameras(count, views, size, generator)
-    one = target.at((slice(None), None))
+    one = at(target, (slice(None), None))
     return Unseen(
         scenes, Views(photograph(scenes, sources), sources), target, photograph(scenes, one)[:, 0]
     )
@@ -189,9 +190,9 @@ def evaluate(
 def part_of(data: Unseen, number: int) -> Unseen:
     """Returns one scene."""
     one = slice(number, number + 1)
-    views = Views(data.views.images[one], data.views.cameras.at(one))
+    views = Views(data.views.images[one], at(data.views.cameras, one))
     scene = Scenes(*(tensor[one] for tensor in data.scenes))
-    return Unseen(scene, views, data.target.at(one), data.images[one])
+    return Unseen(scene, views, at(data.target, one), data.images[one])
 
 
 @torch.no_grad()

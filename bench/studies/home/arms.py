@@ -6,7 +6,7 @@ import dataclasses
 
 from bench.studies import matching
 from bench.studies.home.models import RecommenderConfig, build
-from moe_ops.zoo.home import MultiTask
+from moe_ops.zoo.home import HoME
 
 LR = 2e-3
 EXPERTS = {
@@ -24,7 +24,7 @@ FIXED = "MMoE* with fixed gates"
 MODELS = tuple(f"{name}{star}" for name in EXPERTS for star in ("", "*"))
 
 
-def parameters(model: MultiTask) -> int:
+def parameters(model: HoME) -> int:
     """Returns the number of parameters without embeddings and towers, which all models share."""
     return sum(
         p.numel()

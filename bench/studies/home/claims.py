@@ -42,7 +42,7 @@ from bench.studies.home.training import evaluate, fit
 from bench.studies.picture import Picture
 from bench.studies.report import means
 from bench.studies.study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
-from moe_ops.zoo.home import MultiTask
+from moe_ops.zoo.home import HoME
 from moe_ops.zoo.home.layers import GatedLayer, Trace
 
 GENERATED, FILMS = "generated", "MovieLens 100k"
@@ -70,7 +70,7 @@ def arms(table: Table) -> dict[str, RecommenderConfig]:
     return every
 
 
-def flops(model: MultiTask) -> float:
+def flops(model: HoME) -> float:
     """Returns millions of FLOPs of a row's forward pass: twice the weights of all matrices except
     the embeddings.
 

@@ -8,14 +8,16 @@ Sources: Ma et al. 2018 (MMoE, KDD); Tang et al. 2020 (CGC and PLE, RecSys); Li 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
-from moe_ops.zoo.home import HoME, HoMEConfig, MultiTask
-from moe_ops.zoo.home.layers import GatedLayer, Trace, ownership
+from moe_ops.zoo.home import HoME, HoMEConfig
+from moe_ops.zoo.home.layers import GatedLayer, Gates, Trace, ownership, softmax_of_rows
 from moe_ops.zoo.home.model import SHARED
 
 
@@ -48,8 +50,38 @@ class RecommenderConfig(HoMEConfig):
             )
 
 
-class _Compared(MultiTask):
+class OpenGates(Gates):
+    """Gates of which one with a single expert is the constant 1."""
+
+    def __init__(self, mask: Tensor, in_size: int) -> None:
+        constant = bool((mask.sum(1) < 2).all())
+        # Gates with constant weight 1 have no parameters and draw no random numbers.
+        with torch.random.fork_rng(devices=[], enabled=constant):
+            super().__init__(mask, in_size)
+        if constant:
+            self.linear = None
+
+    def forward(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
+        if self.linear is None:
+            return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
+        if not self.has_lone:
+            return super().forward(x, input_ids)
+        logits = self.linear(x, input_ids)
+        alone = self.mask.to(logits.dtype).expand(logits.shape)
+        mixed = softmax_of_rows(logits.masked_fill(self.closed, -torch.inf))
+        return torch.where(self.lone_rows, alone, mixed)
+
+
+class _Compared(HoME):
+    """A model of HoME's parts, with other experts and gates."""
+
     config: RecommenderConfig
+
+    def layer(
+        self, in_size: int, input_ids: list[int], mask: Tensor, gate_size: int, **options: Any
+    ) -> GatedLayer:
+        options = {"gates": OpenGates, **options}
+        return super().layer(in_size, input_ids, mask, gate_size, **options)
 
 
 class SharedBottom(_Compared):
@@ -134,14 +166,14 @@ class AdaMMoE(_Compared):
             every,
             size,
             self_mask=own if self.config.self_gate else None,
-            lone="sigmoid",
+            gates=Gates,
         )
 
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
         return self.mixture(v[:, None], v, trace=trace)
 
 
-MODELS: dict[str, type[MultiTask]] = {
+MODELS: dict[str, type[HoME]] = {
     "shared_bottom": SharedBottom,
     "mmoe": MMoE,
     "cgc": CGC,
@@ -151,7 +183,7 @@ MODELS: dict[str, type[MultiTask]] = {
 }
 
 
-def build(config: RecommenderConfig) -> MultiTask:
+def build(config: RecommenderConfig) -> HoME:
     """Returns the model selected by `config.model`, with newly initialized weights."""
     return MODELS[config.model](config)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.studies.home.models import RecommenderConfig, build
 from bench.studies.home.training import Rows, evaluate
-from moe_ops.zoo.home import MultiTask
+from moe_ops.zoo.home import HoME
 from moe_ops.zoo.home.model import multitask_loss
 
 from ..study import Hypothesis, Job, Results, Run, Study
@@ -138,7 +138,7 @@ class Teacher:
         return Rows(ids, dense, labels)
 
 
-def rarest(model: MultiTask, rows: Rows) -> dict[str, float]:
+def rarest(model: HoME, rows: Rows) -> dict[str, float]:
     """Returns AUC: the mean over tasks, and over the rarest third of each category's."""
     areas = evaluate(model, rows).auc
     rare = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._fields import check_choice
-from moe_ops.zoo.home.model import MultiTask, multitask_loss
+from moe_ops.zoo.home.model import HoME, multitask_loss
 
 from ..progress import bar
 from ..trainer import take_steps
@@ -163,7 +163,7 @@ def _mean(values: dict[str, float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def evaluate(model: MultiTask, rows: Rows, batch_size: int = 8192) -> Scores:
+def evaluate(model: HoME, rows: Rows, batch_size: int = 8192) -> Scores:
     """Returns the scores of a model on a table."""
     probs = predict(model, rows, batch_size)
     tasks = model.config.tasks
@@ -186,7 +186,7 @@ class History:
     best_epoch: int = -1
 
 
-def check_range(model: MultiTask, categorical: Tensor) -> None:
+def check_range(model: HoME, categorical: Tensor) -> None:
     """Raises ValueError for a value outside its feature's range; reads the data."""
     limits = model.features.limits
     bad = (categorical < 0) | (categorical >= limits)
@@ -200,7 +200,7 @@ def check_range(model: MultiTask, categorical: Tensor) -> None:
 
 
 def fit(
-    model: MultiTask,
+    model: HoME,
     train: Rows,
     valid: Rows,
     *,

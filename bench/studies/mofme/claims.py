@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.studies.mofme.rivals import Restoration, RivalConfig
 from bench.studies.mofme.training import count_parameters, evaluate
 from bench.studies.mofme.weather import (
     PHOTOS,
@@ -20,7 +20,7 @@ from bench.studies.mofme.weather import (
     load_photos,
     missing_photos,
 )
-from moe_ops.zoo.mofme import MoFMEConfig, RestorationTransformer
+from moe_ops.zoo.mofme import MoFMEConfig
 
 from ..study import Experiment, Headline, Hypothesis, Job, Run, Study
 from ..training import Recipe, train_drawn
@@ -67,7 +67,7 @@ def one(arm: str, plan: Plan) -> Job:
         fresh = torch.Generator().manual_seed(1_000_000 + seed)
         test = degrade(crops(kept, plan.test, plan.crop, fresh), fresh)
         torch.manual_seed(seed)
-        model = RestorationTransformer(dataclasses.replace(plan.config, **ARMS[arm]))
+        model = Restoration(RivalConfig(**{**vars(plan.config), **ARMS[arm]}))
 
         def loss(draw: torch.Generator) -> Tensor:
             batch = degrade(crops(photos, plan.batch, plan.crop, draw), draw)

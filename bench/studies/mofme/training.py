@@ -16,12 +16,13 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import plot_images
 from moe_ops.viz._canvas import import_matplotlib
-from moe_ops.zoo.mofme import MoFME, MoFMEConfig, RestorationTransformer
+from moe_ops.zoo.mofme import MoFME, RestorationTransformer
 
 from ..images import import_ssim, mutual_information, psnr, ssim
 from ..progress import bar
 from ..settings import settings_folder
 from ..trainer import Group, Lesson, train_once, train_steps
+from .rivals import FFNMixture, Restoration, RivalConfig
 from .tiles import restore
 from .weather import WEATHER, Degraded, crops, degrade, load_photos
 
@@ -77,7 +78,8 @@ def evaluate(
     model.eval()
     config = model.config
     made, tables = [], torch.zeros(config.num_layers, len(WEATHER), config.num_experts)
-    with bar(len(data.degraded), f"evaluate {config.experts}", progress) as shown:
+    experts = config.experts if isinstance(config, RivalConfig) else "film"
+    with bar(len(data.degraded), f"evaluate {experts}", progress) as shown:
         for start in range(0, len(data.degraded), TEST_BATCH):
             batch = data.degraded[start : start + TEST_BATCH]
             weather = data.weather[start : start + TEST_BATCH]
@@ -94,7 +96,7 @@ def evaluate(
     found.update(by_weather(psnr(images, data.clean), data.weather))
     if with_ssim:
         found["ssim"] = float(ssim(images, data.clean).mean())
-    if config.experts != "dense":
+    if routing:
         told = [mutual_information(table) for table in tables]
         found["information"] = sum(told) / len(told)
     return found
@@ -144,10 +146,10 @@ class Settings:
         for kind in self.weather:
             check_choice("Settings", "weather", kind, WEATHER)
 
-    def config(self, arm: str) -> MoFMEConfig:
+    def config(self, arm: str) -> RivalConfig:
         names = ("hidden_size", "num_layers", "num_experts", "top_k", "mlp_ratio")
         sizes = {name: getattr(self, name) for name in names}
-        return dataclasses.replace(MoFMEConfig.tiny(), **sizes, **ARMS[arm])
+        return dataclasses.replace(RivalConfig.tiny(), **sizes, **ARMS[arm])
 
 
 # What may differ between two commands on one folder: the models stay the same.
@@ -189,12 +191,12 @@ def train(
             "degraded": {"psnr": float(untouched.mean()), **by_weather(untouched, data.weather)}
         },
     }
-    models = {}
+    models: dict[str, RestorationTransformer] = {}
     for arm in settings.arms:
         torch.manual_seed(settings.seed)
-        model = models[arm] = RestorationTransformer(settings.config(arm))
+        model = models[arm] = Restoration(settings.config(arm))
 
-        def run(checkpoint: Path, model: RestorationTransformer = model) -> None:
+        def run(checkpoint: Path, model: Restoration = model) -> None:
             train_steps(
                 f"fit mofme {model.config.experts}", model,
                 *lesson(model, batches, rate=settings.rate), steps=settings.steps,
@@ -217,7 +219,7 @@ def count_parameters(model: RestorationTransformer) -> dict[str, int]:
     without those of the experts that a token does not use."""
     config = model.config
     total = sum(p.numel() for p in model.parameters())
-    mixtures = [module for module in model.modules() if isinstance(module, MoFME)]
+    mixtures = [part for part in model.modules() if isinstance(part, (MoFME, FFNMixture))]
     experts = sum(p.numel() for mixture in mixtures for p in mixture.experts.parameters())
     unused = experts * (config.num_experts - config.top_k) // config.num_experts
     return {"total": total, "experts": experts, "active": total - unused}

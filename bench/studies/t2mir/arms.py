@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.studies.study import Run
+from bench.studies.t2mir.ablations import Ablation, AblationConfig
 from bench.studies.t2mir.envs import Histories, PointRobot, collect
 from bench.studies.t2mir.training import (
     Batch,
@@ -62,9 +63,10 @@ class Scale:
     played: int = 4
     note: str = ""
 
-    def config(self, moe: str) -> T2MIRConfig:
+    def config(self, moe: str) -> AblationConfig:
         episodes = self.context if self.model.variant == "ad" else 1
-        return dataclasses.replace(self.model, moe=moe, max_steps=episodes * self.horizon)
+        changes = {"moe": moe, "max_steps": episodes * self.horizon}
+        return AblationConfig(**{**vars(self.model), **changes})
 
 
 SMALL = Scale(
@@ -164,9 +166,10 @@ class Seen:
 
 @torch.no_grad()
 def look(model: T2MIR, batch: Batch) -> Seen:
-    norm = model.experts.norm if model.experts is not None else model.dense[-1][0]
     features: list[Tensor] = []
-    hook = norm.register_forward_hook(lambda module, args, output: features.append(output))
+    hook = model.experts.norm.register_forward_hook(
+        lambda module, args, output: features.append(output)
+    )
     try:
         output = model.eval()(*batch[:4])
     finally:
@@ -264,7 +267,7 @@ def trained(arm: Arm, tasks: Tasks, scale: Scale, seed: int, device: str, run: R
     """
     torch.manual_seed(seed)
     scale = dataclasses.replace(scale, model=dataclasses.replace(scale.model, routing=arm.routing))
-    model = T2MIR(scale.config(arm.moe)).to(device)
+    model = Ablation(scale.config(arm.moe)).to(device)
     batch = contexts(scale, tasks.valid)
     folder = run.checkpoint.with_suffix(".t2mir") if run.checkpoint else None
     best_path = folder / "best.pt" if folder else None
@@ -321,12 +324,10 @@ def active_parameters(model: T2MIR) -> tuple[int, int]:
 
 
 def _banks(model: T2MIR) -> list[tuple[Experts, int]]:
-    if model.experts is None:
-        return []
     config = model.config
     banks = (
-        (model.experts.token_experts, config.token_top_k),
-        (model.experts.task_experts, config.task_top_k),
+        (getattr(model.experts, "token_experts", None), config.token_top_k),
+        (getattr(model.experts, "task_experts", None), config.task_top_k),
     )
     return [(bank, top_k) for bank, top_k in banks if bank is not None]
 

@@ -20,6 +20,7 @@ import torch
 from bench.studies.picture import Picture
 from bench.studies.report import means
 from bench.studies.study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
+from bench.studies.t2mir.ablations import Ablation
 from bench.studies.t2mir.arms import (
     ACTION_LOSS,
     ARMS,
@@ -43,7 +44,6 @@ from bench.studies.t2mir.arms import (
     measure,
     trained,
 )
-from moe_ops.zoo.t2mir import T2MIR
 
 # The same for all arms of a seed.
 drawn = functools.lru_cache(maxsize=1)(draw)
@@ -56,7 +56,7 @@ def one(name: str, arm: Arm | None, scale: Scale, device: str) -> Job:
         tasks = drawn(scale, seed, device)
         if arm is None:
             torch.manual_seed(seed)
-            result = measure(T2MIR(scale.config("both")).to(device), tasks, scale, seed)
+            result = measure(Ablation(scale.config("both")).to(device), tasks, scale, seed)
         else:
             result = trained(arm, tasks, scale, seed, device, run)
         row = dict(zip(COLUMNS, result.row, strict=True))
@@ -96,7 +96,7 @@ def study(
 
 def setting(scale: Scale) -> dict[str, Any]:
     config = scale.config("both")
-    dense, experts = (T2MIR(scale.config(moe)) for moe in ("none", "both"))
+    dense, experts = (Ablation(scale.config(moe)) for moe in ("none", "both"))
     sizes = [active_parameters(model) for model in (dense, experts)]
     form = {
         "ad": f"algorithm distillation, contexts of {scale.context} episodes by rising return",

@@ -125,7 +125,7 @@ def fit(
             f"fit: batch_size must be even and in [2, {2 * num_tasks}], got {batch_size}."
         )
     config = model.config
-    contrast = contrastive_weight > 0 and config.moe in ("both", "task")
+    contrast = contrastive_weight > 0 and hasattr(model.experts, "contrast")
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         tasks = torch.randperm(num_tasks, generator=generator)[: batch_size // 2]

@@ -10,8 +10,14 @@ from bench.studies.thor import parallel
 from bench.studies.thor.decoding import translate
 from bench.studies.thor.metrics import chrf, disagreement, mean_loss, spread
 from bench.studies.thor.tokens import PairTokens, padded
-from bench.studies.thor.training import ARMS, Batches, Settings, make_config
-from moe_ops.zoo.thor import Thor
+from bench.studies.thor.training import (
+    ARMS,
+    Batches,
+    Settings,
+    draws_experts,
+    make_config,
+    model_of,
+)
 
 from ..study import Experiment, Headline, Hypothesis, Job, Run, Study
 from ..training import Recipe, thinned, train_drawn
@@ -33,7 +39,7 @@ def trained(arm: str, recipe: Recipe) -> Job:
         tokens = PairTokens.learn([side for pair in text.train for side in pair], VOCABULARY)
         batches = Batches.of(text.train, tokens)
         torch.manual_seed(seed)
-        model = Thor(make_config(SIZES, arm, tokens.vocab_size))
+        model = model_of(arm)(make_config(SIZES, arm, tokens.vocab_size))
 
         def loss(draw: torch.Generator) -> torch.Tensor:
             target, source = batches.draw(recipe.batch, draw)
@@ -44,7 +50,7 @@ def trained(arm: str, recipe: Recipe) -> Job:
         judged = Batches.of(heldout, tokens).all(32)
         mean = mean_loss(model, judged)
         row: dict[str, Any] = {LOSS: mean, MEAN: mean, DEVIATION: None, APART: None}
-        if model.config.routing == "random" and model.config.num_experts > 1:
+        if draws_experts(model):
             found = spread(model, judged, draws=DRAWS, seed=seed)
             row.update({LOSS: found["drawn loss"], DEVIATION: found["deviation"]})
             row[APART] = disagreement(model, judged, seed=seed)

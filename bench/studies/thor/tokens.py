@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from moe_ops.zoo.thor.model import EOS, NUM_SPECIAL, PAD
+from moe_ops.zoo.thor.model import EOS, PAD, UNKNOWN
+
+NUM_SPECIAL = UNKNOWN + 1
 
 
 class ByteTokens:

@@ -20,15 +20,16 @@ from ..trainer import Group, Lesson, train_steps
 from . import parallel
 from .decoding import translate
 from .metrics import chrf, disagreement, mean_loss, spread
+from .switch import Switch, SwitchConfig
 from .tokens import ByteTokens, PairTokens, Tokens, padded
 
 # A batch is drawn from so many times as many pairs of like length, so that little is padding.
 WINDOW = 6
-# Fields of the config that make the systems of the comparison.
+# Fields of the config that make the systems of the comparison; "switch" is a model of its own.
 ARMS: dict[str, dict[str, Any]] = {
     "thor": {},
     "random": {"passes": 1},
-    "switch": {"routing": "switch", "passes": 1},
+    "switch": {"passes": 1},
     "dense": {"num_experts": 1, "passes": 1},
     "r-drop": {"num_experts": 1},
 }
@@ -136,7 +137,8 @@ class Settings:
 
 def make_config(settings: Settings, arm: str, vocab_size: int) -> ThorConfig:
     layers = settings.num_layers
-    return ThorConfig(
+    made = SwitchConfig if arm == "switch" else ThorConfig
+    return made(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
         num_encoder_layers=0 if settings.decoder_only else layers,
@@ -150,6 +152,16 @@ def make_config(settings: Settings, arm: str, vocab_size: int) -> ThorConfig:
     )
 
 
+def model_of(arm: str) -> type[Thor]:
+    """Returns the class of an arm's model."""
+    return Switch if arm == "switch" else Thor
+
+
+def draws_experts(model: Thor) -> bool:
+    """Returns True if the model has random experts."""
+    return not isinstance(model, Switch) and model.config.num_experts > 1
+
+
 def train(
     folder: Path | str,
     settings: Settings | None = None,
@@ -160,7 +172,7 @@ def train(
     """Trains each arm and evaluates it; writes and returns report.json.
 
     What is done is not done again; what was cut goes on from its checkpoint. A model's folder is
-    one of `Thor.from_pretrained`.
+    one of `from_pretrained` of `model_of` its arm.
 
     Args:
         text: None: of the settings.
@@ -182,10 +194,10 @@ def train(
     for arm in settings.arms:
         place = folder / arm
         if (place / "config.json").exists():
-            model = Thor.from_pretrained(place)
+            model = model_of(arm).from_pretrained(place)
         else:
             torch.manual_seed(settings.seed)
-            model = Thor(make_config(settings, arm, tokens.vocab_size))
+            model = model_of(arm)(make_config(settings, arm, tokens.vocab_size))
             state = folder / f"{arm}.training.pt"
 
             def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -227,7 +239,7 @@ def evaluate(
     model.eval()
     batches = Batches.of(pairs, tokens).all(32)
     found = {"loss": mean_loss(model, batches)}
-    if model.config.routing == "random" and model.config.num_experts > 1:
+    if draws_experts(model):
         found |= spread(model, batches, seed=settings.seed)
         found["disagreement"] = disagreement(model, batches, seed=settings.seed)
     some = pairs[: settings.translated]

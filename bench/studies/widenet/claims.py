@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from bench.studies.widenet.controls import ControlLM, ControlViT, build
 from bench.studies.widenet.depths import across_depths
 from bench.studies.widenet.images import warped_digits
 from bench.studies.widenet.training import Settings, make_config
-from moe_ops.zoo.widenet import WideNetLM, WideNetViT, build
 
 from ..study import Experiment, Headline, Hypothesis, Job, Run, Study
 from ..text import Domain, heldout_batches, load_domains
@@ -49,7 +49,7 @@ def reading(arm: str, recipe: Recipe) -> Job:
     config = make_config(SIZES, ARMS[arm])
     columns = ("loss", "MaxVio") if config.num_experts > 1 else ("loss",)
     return job(
-        arm, lambda: WideNetLM(config), recipe, domains=partial(load_domains, DOMAINS),
+        arm, lambda: ControlLM(config), recipe, domains=partial(load_domains, DOMAINS),
         measure=of_depths, columns=columns,
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def seeing(arm: str, recipe: Recipe) -> Job:
 
     def perform(seed: int, run: Run) -> dict[str, Any]:
         torch.manual_seed(seed)
-        model = WideNetViT(make_config(SEEING, ARMS[arm]))
+        model = ControlViT(make_config(SEEING, ARMS[arm]))
         size = SEEING.image_size
 
         def loss(draw: torch.Generator) -> torch.Tensor:

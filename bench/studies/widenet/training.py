@@ -14,11 +14,12 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import plot_expert_scores
 from moe_ops.viz._canvas import import_matplotlib
-from moe_ops.zoo.widenet import TRUNKS, WideNetConfig, WideNetLM, WideNetViT, build
+from moe_ops.zoo.widenet import TRUNKS, WideNetLM, WideNetViT
 
 from .. import python_texts
 from ..settings import settings_folder
 from ..trainer import Group, Lesson, train_steps
+from .controls import ControlConfig, ControlLM, ControlViT, build
 from .depths import across_depths, depth_loads
 from .images import warped_digits
 
@@ -101,10 +102,10 @@ class Settings:
             check_choice("Settings", "arms", arm, ARMS)
 
 
-def make_config(settings: Settings, arm: str) -> WideNetConfig:
+def make_config(settings: Settings, arm: str) -> ControlConfig:
     sizes = {"num_experts": settings.num_experts, "top_k": settings.top_k, **ARMS[arm]}
     width = settings.intermediate_size
-    return WideNetConfig(
+    return ControlConfig(
         trunk=settings.trunk,
         hidden_size=settings.hidden_size,
         num_layers=settings.num_layers,
@@ -219,7 +220,7 @@ def train(
     for arm in settings.arms:
         config, place = make_config(settings, arm), folder / arm
         if (place / "config.json").exists():
-            kind = WideNetLM if settings.trunk == "language" else WideNetViT
+            kind = ControlLM if settings.trunk == "language" else ControlViT
             model: WideNetLM | WideNetViT = kind.from_pretrained(place)
         else:
             torch.manual_seed(settings.seed)

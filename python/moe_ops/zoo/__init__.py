@@ -6,10 +6,6 @@ Each model is a module or a package, ``moe_ops.zoo.<name>``, with a frozen confi
 presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and a plain `torch.nn.Module`.
 ``moe_ops.zoo.lm`` contains the code that the language models share. Modules are imported on first
 use.
-
-Each system is a module or a package, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its
-presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`.
-``moe_ops.zoo.lm`` is what the language models share. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations

@@ -234,8 +234,7 @@ class AdaMoEConfig:
         hidden_size, num_layers, num_heads, intermediate_size: of the transformer.
         ffn: "dense", or a variant of `ScaledRouter`, in every layer.
         num_experts, top_k: E and K. init_std, preserve: of `ScaledRouter`.
-        balance_weight, late_balance_weight: of the balance loss, summed over layers, in the first
-            `early_steps` steps and afterwards.
+        balance_weight: of the balance loss, summed over layers.
         flow_steps: of Euler's method, to draw actions.
     """
 
@@ -253,8 +252,6 @@ class AdaMoEConfig:
     init_std: float = 0.006
     preserve: bool = False
     balance_weight: float = 0.01
-    late_balance_weight: float = 0.005
-    early_steps: int = 500
     flow_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -279,13 +276,11 @@ class AdaMoEConfig:
 
 class FlowLoss(NamedTuple):
     """Loss = action + weight * balance. action: flow matching, mean over all elements of a chunk.
-    balance: summed over layers, 0 for dense networks. z: mean of the routers' squared logsumexp,
-    for monitoring only. routing: one entry per sparse layer."""
+    balance: summed over layers, 0 for dense networks. routing: one entry per sparse layer."""
 
     loss: Tensor
     action: Tensor
     balance: Tensor
-    z: Tensor
     routing: list[Routing]
 
 
@@ -377,12 +372,9 @@ class ActionTransformer(nn.Module):
         at = time[:, None, None]
         velocity, routing = self(states, skills, at * noise + (1 - at) * actions, time)
         action = F.mse_loss(velocity, noise - actions)
-        zero = action.new_zeros(())
-        balance = sum((adamoe_balance_loss(r) for r in routing), zero)
-        with torch.no_grad():
-            z = sum((r.router_logits.logsumexp(-1).square().mean() for r in routing), zero)
+        balance = sum((adamoe_balance_loss(r) for r in routing), action.new_zeros(()))
         weight = self.config.balance_weight if balance_weight is None else balance_weight
-        return FlowLoss(action + weight * balance, action, balance, z, routing)
+        return FlowLoss(action + weight * balance, action, balance, routing)
 
     @torch.no_grad()
     def act(
@@ -404,7 +396,7 @@ class ActionTransformer(nn.Module):
 
         Args:
             variant: of `ScaledRouter`. noise: see `AdaMoE.from_dense`.
-            changes: of the config: num_experts, top_k, init_std, preserve, weights of the loss.
+            changes: of the config: num_experts, top_k, init_std, preserve, balance_weight.
 
         Raises:
             ValueError: this policy is sparse already.

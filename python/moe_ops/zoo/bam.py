@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import upcycle
-from moe_ops._fields import Fields
+from moe_ops._fields import Fields, check_choice
 from moe_ops.layers import AttentionExperts, Experts, MoE, SharedExperts, TopKRouter
 from moe_ops.layers.rotary import Rope
 from moe_ops.layers.self_attention import Attention
@@ -67,6 +67,7 @@ class BAMConfig(LMConfig):
         "tie_embeddings": flag("tie_word_embeddings", default=False),
     }
     FIXED: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+    LOSSES = ("load_balancing", "router_z")
 
     num_experts: int = 4
     top_k: int = 1
@@ -106,12 +107,7 @@ class BAMConfig(LMConfig):
     )
 
     def aux_coefficients(self) -> dict[str, float]:
-        if self.num_experts == 1:
-            return {}
-        return {
-            "load_balancing": self.load_balancing_coefficient,
-            "router_z": self.router_z_coefficient,
-        }
+        return {} if self.num_experts == 1 else super().aux_coefficients()
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
@@ -174,17 +170,10 @@ class BAM(CausalLM):
 
     def __init__(self, config: BAMConfig) -> None:
         super().__init__()
-        if config.attention not in ATTENTION:
-            raise ValueError(
-                f"BAM: attention must be one of {', '.join(ATTENTION)}, got {config.attention!r}."
-            )
+        check_choice("BAM", "attention", config.attention, ATTENTION)
         rope = Rope(config.head_size, config.rope_theta)
-        self.assemble(
-            config,
-            (BAMBlock(config, rope) for _ in range(config.num_layers)),
-            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
-            rope,
-        )
+        blocks = (BAMBlock(config, rope) for _ in range(config.num_layers))
+        self.assemble(config, blocks, rope)
 
     @classmethod
     @torch.no_grad()

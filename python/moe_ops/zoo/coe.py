@@ -79,6 +79,7 @@ class CoEConfig(LMConfig):
         "seq_aux": True,
         "tie_word_embeddings": False,
     }
+    LOSSES = ("sequence_balance",)
 
     num_heads: int = 4
     q_rank: int | None = None
@@ -124,9 +125,6 @@ class CoEConfig(LMConfig):
         context=163_840,
     )
     c1k8 = c2k4.but("Its baseline: one iteration of 8 experts.", num_iterations=1, top_k=8)
-
-    def aux_coefficients(self) -> dict[str, float]:
-        return {"sequence_balance": self.sequence_balance_coefficient}
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
@@ -247,12 +245,8 @@ class CoE(CausalLM):
     def __init__(self, config: CoEConfig) -> None:
         super().__init__()
         rope = Rope(config.rope_size, config.rope_theta, True, config.yarn)
-        self.assemble(
-            config,
-            (CoEBlock(config, rope) for _ in range(config.num_layers)),
-            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
-            rope,
-        )
+        blocks = (CoEBlock(config, rope) for _ in range(config.num_layers))
+        self.assemble(config, blocks, rope)
 
     def reset_parameters(self) -> None:
         """Draws weights from N(0, init_std) and router weights uniformly in +-1/sqrt(H), as

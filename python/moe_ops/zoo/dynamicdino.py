@@ -41,7 +41,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 
 from moe_ops import upcycle
 from moe_ops._fields import check_choice, check_least
-from moe_ops.layers import Experts, MoE
+from moe_ops.layers import MoE
 from moe_ops.layers.losses import load_balancing_loss
 from moe_ops.layers.routing import Routing
 
@@ -106,7 +106,6 @@ DETECTORS: dict[str, tuple[Any, Any]] = {
     "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
     "grounding-dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
 }
-STARTS = ("paired", "random_router", "random_experts")
 # The log-odds of 1 in 100: a new detector finds nothing rather than everything.
 _RARE = -4.6
 
@@ -120,9 +119,6 @@ class DynamicDinoConfig:
         num_copies: N; 0: a dense detector.
         num_slices: n.
         top_k: K; 0: n, as many neurons as the dense network has.
-        start: "paired": the published initialization, which matches the dense detector;
-            "random_router": slices of a copy have different rows in the router; "random_experts":
-            experts are drawn too.
         router_std: of the router's rows.
         balance_coefficient: of the balance loss, summed over layers.
         hidden_size: H, a multiple of 32. ffn_size, num_layers, num_heads, num_queries: of the
@@ -135,7 +131,6 @@ class DynamicDinoConfig:
     num_copies: int = 4
     num_slices: int = 2
     top_k: int = 0
-    start: str = "paired"
     router_std: float = 0.02
     balance_coefficient: float = 0.01
     hidden_size: int = 64
@@ -146,12 +141,8 @@ class DynamicDinoConfig:
     backbone: str = "convnext"
 
     def __post_init__(self) -> None:
-        for name, of in (
-            ("detector", tuple(DETECTORS)),
-            ("start", STARTS),
-            ("backbone", ("convnext", "swin")),
-        ):
-            check_choice("DynamicDinoConfig", name, getattr(self, name), of)
+        check_choice("DynamicDinoConfig", "detector", self.detector, DETECTORS)
+        check_choice("DynamicDinoConfig", "backbone", self.backbone, ("convnext", "swin"))
 
     tiny = preset("Images of 64 x 64, 0.5 million parameters: trains on a CPU.")
     grounding_dino_tiny = preset(
@@ -232,24 +223,22 @@ def moe_tuning(
     num_slices: int = 2,
     *,
     top_k: int = 0,
-    start: str = "paired",
     router_std: float = 0.02,
     generator: torch.Generator | None = None,
 ) -> list[MoE]:
     """Replaces the feed-forward networks of a detector's decoder with experts.
 
     Each network is copied N times and each copy cut into n slices (granularity decomposition): the
-    output's bias is divided by n, so that the slices of a copy add up to the network. With `start`
-    "paired" the slices of a copy share a router row and are selected together, and if n divides K
-    the detector's outputs are unchanged, up to rounding.
+    output's bias is divided by n, so that the slices of a copy add up to the network. The slices of
+    a copy share a router row and are selected together, and if n divides K the detector's outputs
+    are unchanged, up to rounding.
 
     Args:
         detector: a GroundingDino or MMGroundingDino of transformers with its head; changed in
             place.
         num_copies: N. num_slices: n, a divisor of the network's size.
         top_k: K; 0: n.
-        start: see `DynamicDinoConfig`.
-        generator: of the router's rows, and of experts that are drawn.
+        generator: of the router's rows.
 
     Returns:
         The layers' mixtures, first layer first.
@@ -260,7 +249,6 @@ def moe_tuning(
 
     Source: Lu et al. 2025 (Dynamic-DINO, arXiv 2507.17436).
     """
-    check_choice("moe_tuning", "start", start, STARTS)
     layers = decoder_layers(detector)
     if any(isinstance(layer.fc1, DecoderExperts) for layer in layers):
         raise ValueError("moe_tuning: detector must be dense, got one with experts.")
@@ -280,26 +268,10 @@ def moe_tuning(
             router_std=router_std,
             generator=generator,
         )
-        with torch.no_grad():
-            if start != "paired":
-                weight = moe.router.weight
-                weight.copy_(torch.randn(weight.shape, generator=generator) * router_std)
-            if start == "random_experts":
-                _draw_anew(moe.experts, generator)
         layer.fc1 = DecoderExperts(moe)
         layer.activation_fn, layer.fc2 = nn.Identity(), nn.Identity()
         made.append(moe)
     return made
-
-
-def _draw_anew(experts: Experts, generator: torch.Generator | None) -> None:
-    """Reinitializes weights like `Experts`, with biases 0."""
-    for weight in (experts.w_gate_up, experts.w_down):
-        bound = weight.shape[-1] ** -0.5
-        weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
-    for bias in (experts.b_gate_up, experts.b_down):
-        if bias is not None:
-            bias.zero_()
 
 
 def decoder_layers(detector: Any) -> Any:
@@ -357,7 +329,6 @@ class DynamicDino(nn.Module):
             config.num_copies,
             config.num_slices,
             top_k=config.top_k,
-            start=config.start,
             router_std=config.router_std,
             generator=generator,
         )
@@ -416,7 +387,7 @@ class DynamicDino(nn.Module):
         """Returns a copy of this dense detector with experts.
 
         Args:
-            options: fields of the config: num_copies, num_slices, top_k, start and so on.
+            options: fields of the config: num_copies, num_slices, top_k and so on.
 
         Raises:
             ValueError: this detector has experts already.

@@ -8,8 +8,7 @@ Letters: T tokens, H hidden size, I intermediate size, N slices of a network, K 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import upcycle
-from moe_ops._fields import check_choice, check_divides
+from moe_ops._fields import check_divides
 from moe_ops.layers import Experts, MoE, SharedExperts, TopKRouter
 from moe_ops.layers.routing import valid_ids
 from moe_ops.ops import topk_router
@@ -30,8 +29,6 @@ from .lm.model import LMLoss
 
 __all__ = ["FactorLLM", "FactorLLMConfig", "SliceRouter", "route_loss", "slice_balance_loss"]
 
-ROUTER_TRAINING = ("prior", "straight_through", "released")
-
 
 @dataclass(frozen=True)
 class FactorLLMConfig(LlamaConfig):
@@ -40,43 +37,22 @@ class FactorLLMConfig(LlamaConfig):
     Attributes, beside those of `LlamaConfig` (whose I is that of the whole network):
         num_slices: N, a divisor of I.
         top_k: K. With K = N the model is the dense one.
-        router_training: source of the router's gradient. "prior": the losses of
-            `FactorLLM.distill`, whose labels are the slices nearest to the dense network.
-            "straight_through": the language model loss, as if the weight of a slice were its
-            probability. "released": none, as in the published training code, whose routers keep
-            their initial values.
-        route_coefficient, balance_coefficient: of the losses of `distill`, summed over layers.
+        route_coefficient, balance_coefficient: of the losses of `distill`, summed over layers; both
+            0: routers keep their initial values, as in the published training code.
     """
 
     num_slices: int = 4
     top_k: int = 1
-    router_training: str = "prior"
     route_coefficient: float = 0.05
     balance_coefficient: float = 0.01
 
 
 class SliceRouter(TopKRouter):
-    """Router that selects the K slices of the largest logits, each with the weight N / K.
+    """Router that selects the K slices of the largest logits, each with the weight N / K, which is
+    a constant without gradient.
 
-    The weights are constants without gradient, unless `straight_through`: backward then treats them
-    as N / K times the slices' probabilities.
-
-    Args:
-        straight_through: see above.
-        hidden_size, num_experts, top_k, options: see `Router`; num_experts is N.
+    Its arguments are those of `Router`; num_experts is N.
     """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        straight_through: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **options)
-        self.straight_through = straight_through
 
     def choose_experts(
         self, router_logits: Tensor, expert_mask: Tensor | None
@@ -88,11 +64,7 @@ class SliceRouter(TopKRouter):
     def weights_of(self, router_logits: Tensor, topk_ids: Tensor) -> Tensor:
         valid, ids = valid_ids(topk_ids, self.num_experts)
         weights = torch.ones_like(ids, dtype=router_logits.dtype)
-        if self.straight_through:
-            chosen = router_logits.softmax(-1).gather(1, ids)
-            weights = weights + (chosen - chosen.detach())
-        weights = weights * (self.num_experts / self.top_k)
-        return weights.masked_fill(~valid, 0.0)
+        return (weights * (self.num_experts / self.top_k)).masked_fill(~valid, 0.0)
 
 
 def nearest_slices(outputs: Tensor, target: Tensor, top_k: int) -> Tensor:
@@ -147,15 +119,8 @@ class FactorLLM(Llama):
     def make_mlp(self, config: Any) -> MoE | SharedExperts:
         whole = config.intermediate_size
         check_divides("FactorLLM", "num_slices", config.num_slices, "intermediate_size", whole)
-        check_choice("FactorLLM", "router_training", config.router_training, ROUTER_TRAINING)
         hidden, width = config.hidden_size, config.intermediate_size // config.num_slices
-        router = SliceRouter(
-            hidden,
-            config.num_slices,
-            config.top_k,
-            straight_through=config.router_training == "straight_through",
-            bias=True,
-        )
+        router = SliceRouter(hidden, config.num_slices, config.top_k, bias=True)
         return MoE(router, Experts(config.num_slices, hidden, width))
 
     @classmethod
@@ -200,8 +165,7 @@ class FactorLLM(Llama):
             teacher: the dense model; not trained.
 
         Returns:
-            LMLoss; its `aux_losses` are "route" and "balance", summed over layers. With
-            router_training other than "prior" they are computed and not added.
+            LMLoss; its `aux_losses` are "route" and "balance", summed over layers.
         """
         out = self.loss(tokens)
         read = self._teacher_states(tokens[:, :-1], teacher)
@@ -213,10 +177,8 @@ class FactorLLM(Llama):
             logits = router.logits(x)
             aux["route"] = aux["route"] + route_loss(logits, label)
             aux["balance"] = aux["balance"] + slice_balance_loss(logits, router.choose(logits))
-        loss = out.loss
-        if self.config.router_training == "prior":
-            loss = loss + self.config.route_coefficient * aux["route"]
-            loss = loss + self.config.balance_coefficient * aux["balance"]
+        loss = out.loss + self.config.route_coefficient * aux["route"]
+        loss = loss + self.config.balance_coefficient * aux["balance"]
         return LMLoss(loss, out.cross_entropy, aux, out.routing)
 
     @torch.no_grad()
@@ -227,8 +189,12 @@ class FactorLLM(Llama):
         def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             found.append((args[0].flatten(0, -2), y.flatten(0, -2)))
 
-        with _hooked([block.mlp for block in teacher.layers], hook):
+        handles = [block.mlp.register_forward_hook(hook) for block in teacher.layers]
+        try:
             teacher(tokens, head=False)
+        finally:
+            for handle in handles:
+                handle.remove()
         return found
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
@@ -244,13 +210,3 @@ class FactorLLM(Llama):
             Entry(f"{ours}.mlp.experts.w_gate_up", tuple(gate_up), "experts", parts=2),
             Entry(f"{ours}.mlp.experts.w_down", tuple(down), "experts"),
         ]
-
-
-@contextlib.contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -58,6 +58,7 @@ class JetMoEConfig(LMConfig):
         "load_balancing_coefficient": number("aux_loss_coef", default=OWN),
     }
     FIXED: ClassVar[dict[str, Any]] = {"activation_function": "silu"}
+    LOSSES = ("load_balancing", "router_z")
 
     vocab_size: int = 32_000
     hidden_size: int = 2048
@@ -88,12 +89,6 @@ class JetMoEConfig(LMConfig):
         init_std=0.02,
     )
     jetmoe_8b = preset("JetMoE-8B: 8.5 billion parameters, 2.2 billion a token.")
-
-    def aux_coefficients(self) -> dict[str, float]:
-        return {
-            "load_balancing": self.load_balancing_coefficient,
-            "router_z": self.router_z_coefficient,
-        }
 
     def write_more(self) -> dict[str, Any]:
         return {
@@ -155,17 +150,11 @@ class JetMoE(CausalLM):
 
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
-        if config.tie_embeddings:
-            # Some writers also store the output weight; the embedding takes precedence.
-            self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
-        self.assemble(
-            config,
-            (JetMoEBlock(config) for _ in range(config.num_layers)),
-            AddRMSNorm(config.hidden_size, eps=config.norm_eps),
-            # The attention experts apply rotary embeddings themselves; all blocks have equal
-            # angles.
-            Rope(config.head_size, config.rope_theta),
-        )
+        blocks = (JetMoEBlock(config) for _ in range(config.num_layers))
+        # The attention experts apply rotary embeddings themselves; all blocks have equal angles.
+        rope = Rope(config.head_size, config.rope_theta)
+        norm = AddRMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.assemble(config, blocks, rope, norm)
 
     def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
         delta = bias = None

@@ -97,9 +97,6 @@ class KolibriConfig(LMConfig):
         full = [self.full_every and (i + 1) % self.full_every == 0 for i in range(self.num_layers)]
         return ["full_attention" if f else "sliding_attention" for f in full]
 
-    def aux_coefficients(self) -> dict[str, float]:
-        return {}
-
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
         kinds = published.values.get("layer_types") or []
@@ -198,15 +195,9 @@ class Kolibri(CausalLM):
     def __init__(self, config: KolibriConfig) -> None:
         super().__init__()
         rope = Rope(config.head_size, config.rope_theta)
-        self.assemble(
-            config,
-            (
-                KolibriBlock(config, rope, full=kind == "full_attention")
-                for kind in config.layer_types()
-            ),
-            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
-            rope,
-        )
+        kinds = config.layer_types()
+        blocks = (KolibriBlock(config, rope, full=kind == "full_attention") for kind in kinds)
+        self.assemble(config, blocks, rope)
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
         names = {

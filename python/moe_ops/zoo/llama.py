@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from moe_ops._fields import Fields
 from moe_ops.layers import MoE, SharedExperts
 from moe_ops.layers.rotary import Rope
@@ -73,9 +71,6 @@ class LlamaConfig(LMConfig):
         context=2048,
     )
 
-    def aux_coefficients(self) -> dict[str, float]:
-        return {}
-
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
         heads = published.size("num_attention_heads")
@@ -115,15 +110,10 @@ class Llama(CausalLM):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        if config.tie_embeddings:
-            # Some writers also store the output weight; the embedding takes precedence.
-            self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
         rope = Rope(config.head_size, config.rope_theta)
+        layers = range(config.num_layers)
         self.assemble(
-            config,
-            (LlamaBlock(config, rope, self.make_mlp(config)) for _ in range(config.num_layers)),
-            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
-            rope,
+            config, (LlamaBlock(config, rope, self.make_mlp(config)) for _ in layers), rope
         )
 
     def make_mlp(self, config: Any) -> MoE | SharedExperts:

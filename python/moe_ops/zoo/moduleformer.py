@@ -69,6 +69,7 @@ class ModuleFormerConfig(LMConfig):
         "activation_function": "gelu_new",
         "tie_word_embeddings": False,
     }
+    LOSSES = ("mutual_information", "concentration")
 
     vocab_size: int = 50_295
     hidden_size: int = 1024
@@ -114,11 +115,7 @@ class ModuleFormerConfig(LMConfig):
 
     def aux_coefficients(self) -> dict[str, float]:
         """Returns the coefficients of the losses in use."""
-        coefficients = {
-            "mutual_information": self.mutual_information_coefficient,
-            "concentration": self.concentration_coefficient,
-        }
-        return {name: value for name, value in coefficients.items() if value}
+        return {name: value for name, value in super().aux_coefficients().items() if value}
 
     def experts_of(self, layer: int) -> tuple[int, int]:
         """Returns the numbers of attention and feed-forward experts of a block."""
@@ -234,12 +231,9 @@ class ModuleFormer(CausalLM):
                 "ModuleFormer: one head of the hidden size has no key and value projections in the "
                 f"published code and is not supported, got attention_size {config.attention_size}."
             )
-        self.assemble(
-            config,
-            (ModuleFormerBlock(config, config.experts_of(i)) for i in range(config.num_layers)),
-            nn.LayerNorm(config.hidden_size),
-            rope=None,
-        )
+        layers = range(config.num_layers)
+        blocks = (ModuleFormerBlock(config, config.experts_of(i)) for i in layers)
+        self.assemble(config, blocks, None, nn.LayerNorm(config.hidden_size))
 
     def reset_parameters(self) -> None:
         """Draws experts uniformly in +-1/inputs, rows of cosine gates from N(0, 1) and other

@@ -1,6 +1,6 @@
 """MoFME: image restoration by experts that modulate one shared network.
 
-    model = zoo.create_model("mofme")                                # or preset="e8", experts="ffn"
+    model = zoo.create_model("mofme")                                # or preset="e8"
     restored, routing = model(images)
 
 Source: Zhang et al. 2024 (Efficient Deweather Mixture-of-Experts with Uncertainty-aware
@@ -12,6 +12,7 @@ the router, B images, S tokens of an image, C channels of the convolutions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice, check_least
-from moe_ops.layers import Experts, TopKRouter
+from moe_ops._fields import check_least
+from moe_ops.layers import TopKRouter
 from moe_ops.layers.routing import Routing, drop_masked
 from moe_ops.layers.self_attention import JointAttention
 from moe_ops.ops import moe_linear_reduce
@@ -160,15 +161,13 @@ class SharedBase(nn.Module):
 
 class MoFME(nn.Module):
     """Mixture that replaces a feed-forward network: y = adaptor(sum_k w_k FiLM_e(h)), h =
-    base(norm(x)). With experts="ffn" it is the baseline y = sum_k w_k FFN_e(norm(x)).
+    base(norm(x)).
 
     The router reads x itself, as published.
 
     Args:
-        hidden_size, intermediate_size, num_experts, top_k: H, I (of the adaptor, and of FFN
-            experts), E, K.
-        experts: "film" or "ffn". router: "uncertainty" or "plain". passes, router_dropout: of
-            `UncertaintyRouter`. dropout: behind the output.
+        hidden_size, intermediate_size, num_experts, top_k: H, I (of the adaptor), E, K.
+        passes, router_dropout: of `UncertaintyRouter`. dropout: behind the output.
     """
 
     def __init__(
@@ -178,32 +177,18 @@ class MoFME(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        experts: str = "film",
-        router: str = "uncertainty",
         passes: int = 5,
         router_dropout: float = 0.1,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
-        self.router: TopKRouter
-        if router == "uncertainty":
-            self.router = UncertaintyRouter(
-                hidden_size, num_experts, top_k, bias=True, passes=passes, dropout=router_dropout
-            )
-        else:
-            self.router = TopKRouter(hidden_size, num_experts, top_k, bias=True, topk_first=True)
-        self.experts: FiLMExperts | Experts
-        self.base: nn.Module = nn.Identity()
-        self.adaptor: nn.Module = nn.Identity()
-        if experts == "film":
-            self.experts = FiLMExperts(num_experts, hidden_size)
-            self.base = SharedBase(hidden_size)
-            self.adaptor = feed_forward(hidden_size, intermediate_size)
-        else:
-            self.experts = Experts(
-                num_experts, hidden_size, intermediate_size, activation="gelu", bias=True
-            )
+        self.router: TopKRouter = UncertaintyRouter(
+            hidden_size, num_experts, top_k, bias=True, passes=passes, dropout=router_dropout
+        )
+        self.experts = FiLMExperts(num_experts, hidden_size)
+        self.base = SharedBase(hidden_size)
+        self.adaptor = feed_forward(hidden_size, intermediate_size)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -224,10 +209,6 @@ def feed_forward(hidden_size: int, intermediate_size: int) -> nn.Sequential:
     )
 
 
-EXPERTS = ("film", "ffn", "dense")
-ROUTERS = ("uncertainty", "plain")
-
-
 @dataclass(frozen=True)
 class MoFMEConfig:
     """Sizes and options.
@@ -238,9 +219,8 @@ class MoFMEConfig:
         patch_size: pixels of a token's side.
         hidden_size, num_layers, num_heads, head_size: of the transformer.
         mlp_ratio: inner size of feed-forward networks over H.
-        experts: "film", "ffn" or "dense" (one network, no experts).
         num_experts, top_k: E and K.
-        router: "uncertainty" or "plain". passes, router_dropout: of `UncertaintyRouter`.
+        passes, router_dropout: of `UncertaintyRouter`.
         dropout: behind attention and networks, in training.
         residual: if true, the network's output is added to the image and starts at 0; if false, as
             published, a sigmoid of it is the image.
@@ -254,18 +234,12 @@ class MoFMEConfig:
     num_heads: int = 4
     head_size: int = 24
     mlp_ratio: int = 4
-    experts: str = "film"
     num_experts: int = 8
     top_k: int = 2
-    router: str = "uncertainty"
     passes: int = 5
     router_dropout: float = 0.1
     dropout: float = 0.0
     residual: bool = True
-
-    def __post_init__(self) -> None:
-        check_choice("MoFMEConfig", "experts", self.experts, EXPERTS)
-        check_choice("MoFMEConfig", "router", self.router, ROUTERS)
 
     tiny = preset("For crops of 32 pixels.")
     e4 = preset(
@@ -297,43 +271,15 @@ class Attention(JointAttention):
         return out
 
 
-class DenseFFN(nn.Module):
-    """Feed-forward network after a norm."""
-
-    def __init__(self, config: MoFMEConfig) -> None:
-        super().__init__()
-        hidden = config.hidden_size
-        self.norm = nn.LayerNorm(hidden)
-        self.ffn = feed_forward(hidden, config.mlp_ratio * hidden)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.dropout(self.ffn(self.norm(x))), None
-
-
 class RestorationBlock(nn.Module):
     """Computes x + attention(x), then x + the feed-forward part."""
 
-    def __init__(self, config: MoFMEConfig) -> None:
+    def __init__(self, config: MoFMEConfig, make_ffn: Callable[[Any], nn.Module]) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.ffn: nn.Module
-        if config.experts == "dense":
-            self.ffn = DenseFFN(config)
-        else:
-            self.ffn = MoFME(
-                config.hidden_size,
-                config.mlp_ratio * config.hidden_size,
-                config.num_experts,
-                config.top_k,
-                experts=config.experts,
-                router=config.router,
-                passes=config.passes,
-                router_dropout=config.router_dropout,
-                dropout=config.dropout,
-            )
+        self.ffn = make_ffn(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         x = x + self.attention(x)
         y, routing = self.ffn(x)
         return x + y, routing
@@ -368,7 +314,9 @@ class RestorationTransformer(nn.Module):
         )
         self.patches = nn.Conv2d(width, hidden, patch, stride=patch)
         self.patch_norm = nn.LayerNorm(hidden)
-        self.layers = nn.ModuleList(RestorationBlock(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            RestorationBlock(config, self.make_ffn) for _ in range(config.num_layers)
+        )
         self.unpatch = nn.Linear(hidden, wide * patch**2)
         self.tail = nn.Sequential(
             ResidualConvolutions(wide),
@@ -380,9 +328,21 @@ class RestorationTransformer(nn.Module):
             for parameter in self.tail[-1].parameters():
                 nn.init.zeros_(parameter)
 
+    def make_ffn(self, config: Any) -> nn.Module:
+        """Returns the feed-forward part of a block."""
+        return MoFME(
+            config.hidden_size,
+            config.mlp_ratio * config.hidden_size,
+            config.num_experts,
+            config.top_k,
+            passes=config.passes,
+            router_dropout=config.router_dropout,
+            dropout=config.dropout,
+        )
+
     def forward(self, images: Tensor) -> tuple[Tensor, list[Routing]]:
-        """Returns the restored images, and the routing of each layer that has experts. Tokens are
-        ordered by image, then by row.
+        """Returns the restored images, and the routing of each layer. Tokens are ordered by image,
+        then by row.
 
         Raises:
             ValueError: unsupported shape.
@@ -399,8 +359,7 @@ class RestorationTransformer(nn.Module):
         routing = []
         for layer in self.layers:
             x, routed = layer(x)
-            if routed is not None:
-                routing.append(routed)
+            routing.append(routed)
         cells = self.unpatch(x).unflatten(1, (rows, -1)).unflatten(-1, (-1, patch, patch))
         # [B, rows, columns, C, patch, patch] to [B, C, h, w].
         made = cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from moe_ops._fields import check_choice
+from moe_ops.hf.models.gates import activation_name, fused_gate
 from moe_ops.layers import Experts
 
 from ._presets import preset
@@ -275,15 +276,17 @@ def make_domain_experts(layer: Any, num_domains: int, given: Given) -> None:
     """
     if hasattr(layer, "intermediate"):
         first, second = layer.intermediate.dense, layer.output.dense
-        activation = _activation(layer.intermediate.intermediate_act_fn)
+        function = layer.intermediate.intermediate_act_fn
+        activation = activation_name(function)
     else:
-        # GeGLU: the activation applies to the first half of Wi's output, as in `Experts`.
-        first, second = layer.mlp.Wi, layer.mlp.Wo
-        activation = {"gelu": "geglu", "gelu_tanh": "geglu_tanh"}.get(
-            _activation(layer.mlp.act), ""
+        # The activation applies to the first half of Wi's output, as in `Experts`.
+        first, second, function = layer.mlp.Wi, layer.mlp.Wo, layer.mlp.act
+        activation = (fused_gate(function) or {}).get("activation")
+    if activation is None:
+        raise ValueError(
+            "SentenceExperts: the encoder's activation must be one that Experts has, got "
+            f"{type(function).__name__}."
         )
-        if not activation:
-            raise ValueError("SentenceExperts: a gated network must have gelu, got another one.")
     experts = Experts(
         num_domains,
         first.in_features,
@@ -303,24 +306,6 @@ def make_domain_experts(layer: Any, num_domains: int, given: Given) -> None:
         layer.output = BertDomainOutput(mlp, layer.output)
     else:
         layer.mlp = mlp
-
-
-def _activation(function: Any) -> str:
-    """Returns the activation's name in `Experts`, found by comparing outputs."""
-    x = torch.linspace(-3, 3, 13)
-    known = {
-        "gelu": F.gelu(x),
-        "gelu_tanh": F.gelu(x, approximate="tanh"),
-        "relu": x.relu(),
-        "silu": F.silu(x),
-    }
-    for name, wanted in known.items():
-        if torch.allclose(function(x), wanted, atol=1e-6):
-            return name
-    raise ValueError(
-        f"SentenceExperts: the encoder's activation must be one of {', '.join(known)}, got "
-        f"{type(function).__name__}."
-    )
 
 
 def ranking_loss(

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from moe_ops._fields import Fields, check_divides
 from moe_ops.layers import Experts, MoE, SharedExperts, TopPRouter
 from moe_ops.layers.rotary import Rope
@@ -56,6 +54,7 @@ class TopPConfig(LMConfig):
         "expected_experts": size("experts_topk", default=OWN),
     }
     FIXED: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "tie_word_embeddings": False}
+    LOSSES = ("load_balancing", "entropy")
 
     expert_frequency: int = 1
     num_heads: int = 4
@@ -70,12 +69,6 @@ class TopPConfig(LMConfig):
     entropy_coefficient: float = 1e-4
 
     tiny = preset("Bytes, two blocks with eight experts each: trains on a CPU.")
-
-    def aux_coefficients(self) -> dict[str, float]:
-        return {
-            "load_balancing": self.load_balancing_coefficient,
-            "entropy": self.entropy_coefficient,
-        }
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:
@@ -121,15 +114,9 @@ class TopP(CausalLM):
         super().__init__()
         check_divides("TopP", "num_heads", config.num_heads, "hidden_size", config.hidden_size)
         rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
-        self.assemble(
-            config,
-            (
-                TopPBlock(config, rope, dense=bool(i % config.expert_frequency))
-                for i in range(config.num_layers)
-            ),
-            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
-            rope,
-        )
+        layers, every = range(config.num_layers), config.expert_frequency
+        blocks = (TopPBlock(config, rope, dense=bool(i % every)) for i in layers)
+        self.assemble(config, blocks, rope)
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
         norms = ("input_norm", "post_attention_norm")

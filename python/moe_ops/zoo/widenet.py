@@ -2,8 +2,6 @@
 
     model = zoo.create_model("widenet")                          # a language model
     model = zoo.create_model("widenet", preset="tiny_vision")    # a classifier of images
-    model = zoo.create_model("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
-    model = zoo.create_model("widenet", sharing="none")          # a block of each depth
 
 Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
 
@@ -36,7 +34,6 @@ from .lm.pretrained import Pretrained
 __all__ = ["NoisyRouter", "WideNetConfig", "WideNetLM", "WideNetViT"]
 
 TRUNKS = ("language", "vision")
-SHARINGS = ("own_norms", "shared_norms", "none")
 POOLINGS = ("mean", "token")
 
 
@@ -48,10 +45,8 @@ class WideNetConfig(LMConfig):
         vocab_size: of the language model; unused for images.
         num_layers: depth: number of uses of the block.
         trunk: "language", causal, or "vision", which classifies images.
-        sharing: "own_norms", one block with norms of each depth; "shared_norms", one block and one
-            pair of norms (as in ALBERT); "none", a block of each depth.
         num_heads, intermediate_size: the latter of one expert.
-        num_experts, top_k: E and K; with E = 1 the block has a dense network and no router.
+        num_experts, top_k: E and K.
         noise: in training, deviation of the noise added to router logits; None: 1 / E.
         capacity_factor: in training, see `moe_ops.layers.CapacityRouter`; None drops no token.
         dropout: on the outputs of attention and experts.
@@ -76,7 +71,6 @@ class WideNetConfig(LMConfig):
     }
 
     trunk: str = "language"
-    sharing: str = "own_norms"
     num_layers: int = 4
     num_heads: int = 4
     intermediate_size: int = 128
@@ -98,7 +92,6 @@ class WideNetConfig(LMConfig):
     def __post_init__(self) -> None:
         check_types(self, "WideNetConfig")
         check_choice("WideNetConfig", "trunk", self.trunk, TRUNKS)
-        check_choice("WideNetConfig", "sharing", self.sharing, SHARINGS)
         check_choice("WideNetConfig", "pooling", self.pooling, POOLINGS)
         check_divides("WideNetConfig", "patch_size", self.patch_size, "image_size", self.image_size)
 
@@ -124,7 +117,7 @@ class WideNetConfig(LMConfig):
     h = l.but("WideNet-H, 63 million.", hidden_size=1280, num_layers=32, intermediate_size=5120)
 
     def aux_coefficients(self) -> dict[str, float]:
-        return {"load_balancing": self.balance_coefficient} if self.num_experts > 1 else {}
+        return {"load_balancing": self.balance_coefficient}
 
     def write_more(self) -> dict[str, Any]:
         return {"architectures": ["WideNet"], "model_type": "widenet"}
@@ -153,34 +146,6 @@ class NoisyRouter(CapacityMixin, TopKRouter):
         return found + self.noise * torch.randn_like(found)
 
 
-class DenseNetwork(nn.Module):
-    """Network of one expert, for every token; maps x [..., H] to its shape."""
-
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        ones = torch.ones(len(flat), 1, device=x.device)
-        y: Tensor = self.experts(flat, ones, torch.zeros_like(ones, dtype=torch.int64))
-        return y.view(x.shape)
-
-
-def make_ffn(config: WideNetConfig) -> MoE | DenseNetwork:
-    """Returns experts with GELU and biases behind a noisy router, or a dense network for one
-    expert."""
-    hidden, count = config.hidden_size, config.num_experts
-    experts = Experts(count, hidden, config.intermediate_size, activation="gelu_tanh", bias=True)
-    if count == 1:
-        return DenseNetwork(experts)
-    noise = 1 / count if config.noise is None else config.noise
-    router = NoisyRouter(
-        hidden, count, config.top_k, noise=noise, capacity_factor=config.capacity_factor
-    )
-    return MoE(router, experts)
-
-
 class DepthNorms(nn.Module):
     """The two norms of one use of the block."""
 
@@ -193,10 +158,12 @@ class DepthNorms(nn.Module):
 class WideBlock(nn.Module):
     """Computes x + attention(norm(x)), then x + ffn(norm(x)), with the given norms."""
 
-    def __init__(self, config: WideNetConfig, attention: Attention | MultiHeadAttention) -> None:
+    def __init__(
+        self, config: WideNetConfig, attention: Attention | MultiHeadAttention, ffn: nn.Module
+    ) -> None:
         super().__init__()
         self.attention = attention
-        self.ffn = make_ffn(config)
+        self.ffn = ffn
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, norms: DepthNorms, step: Step, depth: int, name: str) -> Tensor:
@@ -213,11 +180,7 @@ class WideBlock(nn.Module):
         else:
             y = self.attention(y)
         x = x + self.dropout(y)
-        y = norms.ffn_norm(x)
-        if isinstance(self.ffn, MoE):
-            y = step.through(f"{name}.ffn.depth.{depth}", self.ffn, y)
-        else:
-            y = self.ffn(y)
+        y = step.through(f"{name}.ffn.depth.{depth}", self.ffn, norms.ffn_norm(x))
         out: Tensor = x + self.dropout(y)
         return out
 
@@ -231,22 +194,31 @@ def through_depths(blocks: Any, norms: Any, depth: int, x: Tensor, step: Step) -
     return x
 
 
-def counts(config: WideNetConfig) -> tuple[int, int]:
-    """Returns the numbers of blocks and of pairs of norms."""
-    blocks = config.num_layers if config.sharing == "none" else 1
-    return blocks, 1 if config.sharing == "shared_norms" else config.num_layers
-
-
 class _WideNet(Pretrained):
     """Base of both models.
 
-    Parameters: blocks.0 (with sharing "none" one of each depth) and layers.0 to layers.(L - 1),
-    the norms of each depth (with "shared_norms" layers.0 alone).
+    Parameters: blocks.0, and layers.0 to layers.(L - 1), the norms of each depth.
     """
 
     config_class: ClassVar[type[LMConfig]] = WideNetConfig
     blocks: Any
     layers: Any
+
+    def counts(self, config: Any) -> tuple[int, int]:
+        """Returns the numbers of blocks and of pairs of norms."""
+        return 1, config.num_layers
+
+    def make_ffn(self, config: Any) -> nn.Module:
+        """Returns experts with GELU and biases behind a noisy router."""
+        hidden, count = config.hidden_size, config.num_experts
+        experts = Experts(
+            count, hidden, config.intermediate_size, activation="gelu_tanh", bias=True
+        )
+        noise = 1 / count if config.noise is None else config.noise
+        router = NoisyRouter(
+            hidden, count, config.top_k, noise=noise, capacity_factor=config.capacity_factor
+        )
+        return MoE(router, experts)
 
     def reset_parameters(self) -> None:
         """Draws weights from N(0, init_std); norms are 1, biases 0."""
@@ -283,14 +255,15 @@ class WideNetLM(_WideNet, CausalLM):
         check_choice(type(self).__name__, "trunk", config.trunk, ("language",))
         hidden, heads = config.hidden_size, config.num_heads
         check_divides("WideNetLM", "num_heads", heads, "hidden_size / 2", hidden / 2)
-        rope = Rope(hidden // heads, config.rope_theta)
-        blocks, norms = counts(config)
+        size = hidden // heads
+        rope = Rope(size, config.rope_theta)
+        blocks, norms = self.counts(config)
         self.blocks = nn.ModuleList(
-            WideBlock(config, Attention(hidden, heads, hidden // heads, rope))
+            WideBlock(config, Attention(hidden, heads, size, rope), self.make_ffn(config))
             for _ in range(blocks)
         )
         norm = nn.LayerNorm(hidden, eps=config.norm_eps)
-        self.assemble(config, (DepthNorms(config) for _ in range(norms)), norm, rope)
+        self.assemble(config, (DepthNorms(config) for _ in range(norms)), rope, norm)
 
     def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
         x = through_depths(self.blocks, self.layers, self.config.num_layers, x, step)
@@ -340,9 +313,10 @@ class WideNetViT(_WideNet):
         places = (config.image_size // patch) ** 2 + 1
         self.positions = nn.Parameter(torch.empty(places, hidden))
         self.dropout = nn.Dropout(config.dropout)
-        blocks, norms = counts(config)
+        blocks, norms = self.counts(config)
         self.blocks = nn.ModuleList(
-            WideBlock(config, MultiHeadAttention(hidden, config.num_heads)) for _ in range(blocks)
+            WideBlock(config, MultiHeadAttention(hidden, config.num_heads), self.make_ffn(config))
+            for _ in range(blocks)
         )
         self.layers = nn.ModuleList(DepthNorms(config) for _ in range(norms))
         self.norm = nn.LayerNorm(hidden, eps=config.norm_eps)

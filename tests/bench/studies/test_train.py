@@ -92,9 +92,9 @@ def small(module, monkeypatch) -> None:
     if name == "mofme":
         draw = torch.Generator().manual_seed(0)
         photos = [list(torch.rand(2, 3, 24, 24, generator=draw)) for _ in range(2)]
-        tiny = module.MoFMEConfig(channels=2, num_heads=1, head_size=4)
+        tiny = module.RivalConfig(channels=2, num_heads=1, head_size=4)
         monkeypatch.setattr(module, "load_photos", lambda folder: photos)
-        monkeypatch.setattr(module.MoFMEConfig, "tiny", classmethod(lambda cls: tiny))
+        monkeypatch.setattr(module.RivalConfig, "tiny", classmethod(lambda cls: tiny))
 
 
 def forget_times(report):

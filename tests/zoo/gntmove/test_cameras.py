@@ -7,6 +7,7 @@ import math
 import torch
 from bench.studies.gntmove.scenes import (
     all_pixels,
+    at,
     draw_cameras,
     look_at,
 )
@@ -30,7 +31,7 @@ def test_points_on_a_ray_are_seen_at_its_pixel():
     assert bool(inside[inner].all())
     behind = project(sources, origins - directions)[1]
     assert not bool(behind.any())
-    assert target.focal.shape == (2,) and sources.at((0, 1)).position.shape == (3,)
+    assert target.focal.shape == (2,) and at(sources, (0, 1)).position.shape == (3,)
 
 
 def test_a_camera_stands_upright():

@@ -9,6 +9,7 @@ import torch
 from bench.studies.gntmove.scenes import (
     FAR,
     all_pixels,
+    at,
     draw_cameras,
     draw_scenes,
     photograph,
@@ -272,13 +273,13 @@ def rendered_by_oracle(size):
     scenes = draw_scenes(2, generator(5), material=2)
     target = draw_cameras(2, 3, 48, generator(6), spread=0.15)[0]
     sources = draw_cameras(2, 3, size, generator(6), spread=0.15)[1]
-    truth = photograph(scenes, target.at((slice(None), None)))[:, 0]
+    truth = photograph(scenes, at(target, (slice(None), None)))[:, 0]
     origins, directions = rays(target, all_pixels(48, 48).expand(2, -1, 2))
     depth = trace(scenes, origins, directions).depth
     points = origins + depth[..., None] * directions
     visible = depth < FAR
     for view in range(3):
-        camera = sources.at((slice(None), view))
+        camera = at(sources, (slice(None), view))
         where, inside = project(camera, points)
         away = (points - camera.position[:, None]).norm(dim=-1)
         there = trace(scenes, *rays(camera, where)).depth

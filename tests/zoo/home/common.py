@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from bench.studies.home.models import RecommenderConfig, build
+from bench.studies.home.models import OpenGates, RecommenderConfig, build
 from torch import nn
 
-from moe_ops.zoo.home import MultiTask
+from moe_ops.zoo.home import HoME
 from moe_ops.zoo.home.layers import FeatureGate, Gates
 
 T = 13
@@ -27,7 +27,7 @@ CONFIG = RecommenderConfig(
 )
 
 
-def make(model: str, **changes) -> MultiTask:
+def make(model: str, **changes) -> HoME:
     module = build(dataclasses.replace(CONFIG, model=model, **changes)).double()
     for p in module.parameters():
         nn.init.normal_(p, std=0.4)
@@ -42,7 +42,7 @@ def batch(rows: int = T) -> tuple[torch.Tensor, torch.Tensor]:
 def gate(gates: Gates, m: int, x: torch.Tensor, allowed: list[int], outputs) -> torch.Tensor:
     """The mixture of the allowed experts by gate m."""
     logits = x @ gates.linear.weight[m].T + gates.linear.bias[m]
-    if len(allowed) == 1 and gates.lone == "sigmoid":
+    if len(allowed) == 1 and not isinstance(gates, OpenGates):
         weights = logits[:, allowed].sigmoid()
     else:
         weights = logits[:, allowed].exp()

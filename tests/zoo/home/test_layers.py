@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from bench.studies.home.models import OpenGates
 from bench.studies.home.traces import gate_entropy, scale_ratio, zero_fraction
 from torch import nn
 
@@ -17,13 +18,13 @@ from .common import T, batch, feature_gate, make
 def test_gates_of_one_and_of_no_expert():
     mask = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
     x = torch.randn(T, 4, dtype=torch.float64, requires_grad=True)
-    for lone in ("sigmoid", "one"):
-        gates = Gates(mask, 4, lone=lone).double()
+    for kind in (Gates, OpenGates):
+        gates = kind(mask, 4).double()
         nn.init.normal_(gates.linear.weight)
         weights = gates(x)
         logits = torch.einsum("th,moh->tmo", x, gates.linear.weight)
         torch.testing.assert_close(weights[:, 0, :2], logits[:, 0, :2].softmax(-1))
-        expected = logits[:, 1, 1].sigmoid() if lone == "sigmoid" else torch.ones_like(x[:, 0])
+        expected = logits[:, 1, 1].sigmoid() if kind is Gates else torch.ones_like(x[:, 0])
         torch.testing.assert_close(weights[:, 1, 1], expected)
         assert not weights[~mask.expand(T, -1, -1)].any()
         grads = torch.autograd.grad(weights.square().sum(), [x, *gates.parameters()])

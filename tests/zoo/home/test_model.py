@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_ops.zoo.home import MultiTask
+from moe_ops.zoo.home import HoME
 
 from .common import batch, feature_gate, gate, make
 
@@ -21,13 +21,13 @@ def expert(layer, e: int, x: torch.Tensor) -> torch.Tensor:
     return z / (1 + (-z).exp())
 
 
-def tower(model: MultiTask, k: int, x: torch.Tensor) -> torch.Tensor:
+def tower(model: HoME, k: int, x: torch.Tensor) -> torch.Tensor:
     bank = model.towers.bank
     h = (x @ bank.w_gate_up[k].T + bank.b_gate_up[k]).clamp(min=0)
     return (h @ bank.w_down[k].T + bank.b_down[k])[:, 0]
 
 
-def home_by_hand(model: MultiTask, v: torch.Tensor) -> torch.Tensor:
+def home_by_hand(model: HoME, v: torch.Tensor) -> torch.Tensor:
     """Three categories, two experts each, two shared ones; five tasks with one expert each."""
     config = model.config
     meta, level = model.meta, model.task_level

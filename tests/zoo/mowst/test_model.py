@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput, dispersion, mowst_loss
 from moe_ops.zoo.mowst.graphs import GNN
-from moe_ops.zoo.mowst.model import CONFIDENCES, make_confidence, mixed_log_probs
+from moe_ops.zoo.mowst.model import CONFIDENCES, make_confidence
 
 from .common import CLASSES, N, geometric, make, random_graph
 
@@ -110,7 +110,7 @@ def test_the_joint_loss_is_never_larger(draw):
 def test_the_joint_loss_is_finite_at_certain_confidence():
     weak, strong = (torch.randn(3, CLASSES, requires_grad=True) for _ in range(2))
     c = torch.tensor([0.0, 1.0, 0.5], requires_grad=True)
-    log_p = mixed_log_probs(weak, strong, c)
+    log_p = MowstOutput(weak, strong, c).log_probs()
     torch.testing.assert_close(log_p[0], strong[0].log_softmax(-1))
     torch.testing.assert_close(log_p[1], weak[1].log_softmax(-1))
     log_p.sum().backward()

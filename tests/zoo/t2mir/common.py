@@ -14,7 +14,10 @@ TINY = T2MIRConfig.tiny()
 
 
 def make(**changes) -> T2MIR:
-    model = T2MIR(dataclasses.replace(TINY, **changes))
+    return drawn(T2MIR(dataclasses.replace(TINY, **changes)))
+
+
+def drawn(model: T2MIR) -> T2MIR:
     for name, p in model.named_parameters():
         if p.dim() > 1 and "target" not in name:
             nn.init.normal_(p, std=0.25)

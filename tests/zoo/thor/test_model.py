@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ SMALL = {
 FORMS = {
     "encoder and decoder": {},
     "decoder": {"num_encoder_layers": 0},
-    "switch": {"routing": "switch", "passes": 1},
     "one expert": {"num_experts": 1},
 }
 
@@ -79,7 +79,8 @@ def network(w, name, x, expert):
 
 
 def by_hand(w, config, tokens, side, experts, memory=None):
-    """Hidden states [S, H] of one sequence without padding; experts: a number per layer, "mean"."""
+    """Hidden states [S, H] of one sequence without padding; experts: a number per layer, "mean", or
+    "best" by a router, times its probability."""
     hidden = config.hidden_size
     rates = [10_000 ** (-i / (hidden // 2 - 1)) for i in range(hidden // 2)]
     places = torch.tensor(
@@ -96,7 +97,7 @@ def by_hand(w, config, tokens, side, experts, memory=None):
             x = norm(w, f"{p}.encoder_attn_layer_norm", x + y)
         if i % 2 or config.num_experts == 1:
             y = network(w, p, x, None)
-        elif config.routing == "switch":
+        elif experts == "best":
             share = (x @ w[f"{p}.router.weight"].T).softmax(-1)
             best = [int(row.argmax()) for row in share]
             outs = [share[t, e] * network(w, p, x[t], e) for t, e in enumerate(best)]
@@ -111,12 +112,16 @@ def by_hand(w, config, tokens, side, experts, memory=None):
     return x
 
 
-DRAWN = [(f, level) for f in FORMS if f != "switch" for level in (None, "sentence", "token")]
+DRAWN = [(f, level) for f in FORMS for level in (None, "sentence", "token")]
 
 
-@pytest.mark.parametrize(("form", "level"), [*DRAWN, ("switch", None)])
+@pytest.mark.parametrize(("form", "level"), DRAWN)
 def test_equals_its_equations(form, level):
-    model = build(**FORMS[form]).eval()
+    check_equations(build(**FORMS[form]).eval(), level)
+
+
+def check_equations(model: Thor, level: str | None, undrawn: str = "mean") -> None:
+    """undrawn: the experts of `by_hand` if none are drawn."""
     config = model.config
     w = {key: t.detach() for key, t in published_tensors(model).items()}
     source, target = rows(5, 3), rows(4, 6, seed=1)
@@ -130,7 +135,7 @@ def test_equals_its_equations(form, level):
 
     def of_row(side, b, length):
         if level is None:
-            return "mean"
+            return undrawn
         ids = drawn[side][:, b]
         return ids if level == "token" else ids[:, None].expand(-1, length)
 
@@ -235,23 +240,15 @@ def test_a_decoder_alone_counts_the_target():
     assert torch.isfinite(model.loss(target).loss)
 
 
-def test_switch_balances_tokens_that_are_no_padding():
-    model = build(**FORMS["switch"]).train()
-    source, target = rows(5, 3), rows(4, 6, seed=1)
-    out = model.loss(target, source)
-    longer = [F.pad(t, (0, 3), value=PAD) for t in (target, source)]
-    assert out.balance > 0
-    torch.testing.assert_close(out.balance, model.loss(*longer).balance)
-    out.loss.backward()
-    assert model.decoder_layers[2].ffn.router.weight.grad.abs().sum() > 0
-
-
 # ------------------------------------------------------------------------------------ the search
 
 
-@pytest.mark.parametrize(("form", "level"), [*DRAWN[:6], ("switch", None)])
+@pytest.mark.parametrize(("form", "level"), DRAWN[:6])
 def test_steps_with_a_cache_equal_the_whole(form, level):
-    model = build(**FORMS[form]).eval()
+    check_steps(build(**FORMS[form]).eval(), level)
+
+
+def check_steps(model: Thor, level: str | None) -> None:
     tokens = rows(7, 7, seed=2)
     memory = model.encode(rows(5, 3)) if len(model.encoder_layers) else None
     drawn = None if level is None else model.draw_experts(level, "decoder", 2, 7)
@@ -269,13 +266,16 @@ def test_steps_with_a_cache_equal_the_whole(form, level):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_checkpoints(form, tmp_path):
-    model = build(**FORMS[form]).float().eval()
+    check_checkpoint(build(**FORMS[form]).float().eval(), tmp_path)
+
+
+def check_checkpoint(model: Thor, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     kept = load_file(tmp_path / "model.safetensors")
-    own = "" if form == "one expert" else ".0"
+    own = "" if model.config.num_experts == 1 else ".0"
     assert f"decoder.layers.2.fc1{own}.weight" in kept and "decoder.layers.1.fc1.weight" in kept
     assert {e.name for e in model.entries()} == set(model.state_dict())
-    again = Thor.from_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
     assert again.config == model.config and not again.training
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
@@ -295,7 +295,6 @@ def test_counts_parameters():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: build(routing="hash"), "routing must be one of random, switch"),
         (lambda: build(passes=3), "passes must be 1 or 2, got 3"),
         (lambda: build(num_heads=3), "num_heads must divide hidden_size = 16, got 3"),
         (lambda: build(hidden_size=5, num_heads=1), "hidden_size must be even"),

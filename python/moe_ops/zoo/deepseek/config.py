@@ -188,19 +188,13 @@ class DeepSeekConfig(LMConfig):
         device_balance_coefficient=0.0,
         routed_scaling_factor=1.0,
     )
-    v3 = preset(
+    v3 = v2.but(
         "DeepSeek-V3 and R1: 671 billion parameters, 37 billion a token.",
         vocab_size=129_280,
         hidden_size=7168,
         num_layers=61,
         num_dense_layers=3,
         dense_intermediate_size=18_432,
-        num_heads=128,
-        q_rank=1536,
-        kv_rank=512,
-        nope_size=128,
-        rope_size=64,
-        v_size=128,
         yarn=Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
         intermediate_size=2048,
         num_experts=256,
@@ -209,13 +203,13 @@ class DeepSeekConfig(LMConfig):
         score_func="sigmoid",
         renormalize=True,
         routed_scaling_factor=2.5,
-        num_groups=8,
         num_topk_groups=4,
         group_score="top2_sum",
         expert_bias=True,
+        expert_balance_coefficient=0.0,
+        device_balance_coefficient=0.0,
+        num_devices=1,
         sequence_balance_coefficient=1e-4,
-        context=163_840,
-        init_std=0.006,
     )
 
     def aux_coefficients(self) -> dict[str, float]:

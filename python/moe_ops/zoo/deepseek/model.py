@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_ops.layers import Experts, MoE, SharedExperts, TopKRouter, device_balance_loss
 from moe_ops.layers.rotary import Rope
@@ -80,12 +80,10 @@ class DeepSeek(CausalLM):
             config.rope_interleaved,
             config.yarn,
         )
-        self.assemble(
-            config,
-            (DeepSeekBlock(config, rope, dense=i < config.num_dense_layers) for i in range(first)),
-            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
-            rope,
+        blocks = (
+            DeepSeekBlock(config, rope, dense=i < config.num_dense_layers) for i in range(first)
         )
+        self.assemble(config, blocks, rope)
 
     def auxiliary_losses(self) -> Mapping[str, AuxLoss]:
         def device_balance(

@@ -26,26 +26,6 @@ class StreamExpert(Protocol):
     def learn_one(self, x: Any, y: Any) -> Any: ...
 
 
-def import_river() -> Any:
-    """Imports river.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import river
-        import river.datasets.synth
-        import river.drift
-        import river.forest
-        import river.tree
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"moe_ops.zoo: driftmoe needs {error.name}, which is not installed: "
-            "pip install torch-moe-ops[streams]"
-        ) from error
-    return river
-
-
 def hoeffding_tree(
     kind: str = "tree", grace_period: int = 50, delta: float = 1e-7, seed: int = 0
 ) -> StreamExpert:
@@ -62,7 +42,13 @@ def hoeffding_tree(
         ImportError: river is not installed.
     """
     check_choice("hoeffding_tree", "kind", kind, EXPERTS)
-    tree = import_river().tree
+    try:
+        from river import tree
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"moe_ops.zoo: driftmoe needs {error.name}, which is not installed: "
+            "pip install torch-moe-ops[streams]"
+        ) from error
     if kind == "tree":
         return tree.HoeffdingTreeClassifier(grace_period=grace_period, delta=delta)
     return tree.HoeffdingAdaptiveTreeClassifier(grace_period=grace_period, delta=delta, seed=seed)

@@ -29,7 +29,6 @@ from .experts import (
 
 VARIANTS = ("data", "task")
 PREDICTIONS = ("first", "vote")
-ROUTINGS = ("learned", "random")
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,13 @@ class DriftMoEConfig:
         prediction: "first": the router's first expert predicts ("task": the router's class,
             independent of the experts). "vote": of the K experts ("task": of all), weighted by the
             router.
-        routing: "random": the control, whose router draws its logits.
         expert: "tree" or "adaptive_tree", see `hoeffding_tree`; grace_period, delta: of it.
         hidden_sizes: of the router's layers. dropout: in its training steps.
         temperature: logits are divided by it.
         rate: of Adam. batch_size: examples of a router step; 1 in the published MoE-Task.
         standardize: the router gets features standardized with the mean and deviation of the stream
             so far.
-        seed: of the router's weights, dropout, random routing and adaptive trees.
+        seed: of the router's weights, dropout and adaptive trees.
     """
 
     num_features: int = 24
@@ -61,7 +59,6 @@ class DriftMoEConfig:
     num_experts: int = 4
     top_k: int = 2
     prediction: str = "first"
-    routing: str = "learned"
     expert: str = "tree"
     grace_period: int = 50
     delta: float = 1e-7
@@ -76,7 +73,6 @@ class DriftMoEConfig:
     def __post_init__(self) -> None:
         check_choice("DriftMoEConfig", "variant", self.variant, VARIANTS)
         check_choice("DriftMoEConfig", "prediction", self.prediction, PREDICTIONS)
-        check_choice("DriftMoEConfig", "routing", self.routing, ROUTINGS)
         check_choice("DriftMoEConfig", "expert", self.expert, EXPERTS)
         for name in ("num_features", "num_classes", "num_experts", "top_k", "batch_size"):
             check_least("DriftMoEConfig", name, getattr(self, name), 1)
@@ -200,7 +196,6 @@ class DriftMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.generator = torch.Generator().manual_seed(config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network = StreamRouter(config)
@@ -236,13 +231,14 @@ class DriftMoE(nn.Module):
         """Returns features [D], logits [E] divided by the temperature, topk_weights and topk_ids
         [K]."""
         features = self._features(x)
-        if self.config.routing == "random":
-            logits = torch.randn(1, self.config.experts, generator=self.generator)
-        else:
-            logits = self.network(features[None])
-        logits = logits / self.config.temperature
+        logits = self._logits(features) / self.config.temperature
         weights, ids = self.network.router.route(logits)
         return features, logits[0], weights[0], ids[0]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Returns router_logits [1, E] of features [D]."""
+        logits: Tensor = self.network(features[None])
+        return logits
 
     def _features(self, x: Mapping[Any, Any]) -> Tensor:
         names = self.names or tuple(x)
@@ -332,10 +328,9 @@ class DriftMoE(nn.Module):
                 self.experts[e].learn_one(x, y)
         if self.network.scale is not None:
             self.network.scale.update(features)
-        if self.config.routing == "learned":
-            self._waiting.append((features, label))
-            if len(self._waiting) == self.config.batch_size:
-                self._router_step()
+        self._waiting.append((features, label))
+        if len(self._waiting) == self.config.batch_size:
+            self._router_step()
         return right
 
     def _router_step(self) -> None:

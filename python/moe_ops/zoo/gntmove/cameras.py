@@ -24,11 +24,6 @@ class Cameras(NamedTuple):
     height: int
     width: int
 
-    def at(self, index: object) -> Cameras:
-        """Returns the cameras at an index into the leading dimensions."""
-        parts = (self.position[index], self.rotation[index], self.focal[index])  # type: ignore[index]
-        return Cameras(*parts, self.height, self.width)
-
 
 def rays(cameras: Cameras, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Returns origins and unit directions, [..., R, 3] each, of the rays through pixels [..., R,

@@ -7,6 +7,6 @@
 Source: Wang et al. 2024 (HoME, arXiv 2408.05430).
 """
 
-from .model import HoME, HoMEConfig, MultiTask, multitask_loss
+from .model import HoME, HoMEConfig, multitask_loss
 
-__all__ = ["HoME", "HoMEConfig", "MultiTask", "multitask_loss"]
+__all__ = ["HoME", "HoMEConfig", "multitask_loss"]

@@ -1,4 +1,4 @@
-"""Building blocks that multi-task models share: features, gates over experts, towers.
+"""Building blocks of HoME: features, gates over experts, towers.
 
 Letters: T rows of a batch, V width of a row's features, G inputs, E experts, M mixtures, K tasks.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice, check_least
+from moe_ops._fields import check_least
 from moe_ops.layers import ExpertBatchNorm, Experts, mix_outputs
 from moe_ops.layers.all_experts import grouped_linear, low_rank_maps, segments
 
@@ -126,32 +126,26 @@ class Gates(nn.Module):
 
     weights[m] = softmax over the experts allowed to gate m of a linear map of its input. Experts
     not allowed get weight 0 exactly, and no gradient reaches them or the logit. A gate with one
-    expert is a sigmoid with `lone="sigmoid"` (HoME: so that the gate can disable a lone expert), or
-    the constant 1 with `lone="one"`.
+    expert is a sigmoid, so that it can disable the expert.
 
     Args:
         mask: [M, E] bool, True where allowed.
         in_size: width of a gate's input.
-        lone: "sigmoid" or "one".
     """
 
     mask: Tensor
     closed: Tensor
     lone_rows: Tensor
 
-    def __init__(self, mask: Tensor, in_size: int, *, lone: str = "sigmoid") -> None:
+    def __init__(self, mask: Tensor, in_size: int) -> None:
         super().__init__()
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ValueError(
                 f"Gates: mask must be [M, E] of bool, got shape {list(mask.shape)} of {mask.dtype}."
             )
-        check_choice("Gates", "lone", lone, ("sigmoid", "one"))
-        self.lone = lone
         few = mask.sum(1) < 2
         self.has_lone, self.all_lone = bool(few.any()), bool(few.all())
-        # Gates with constant weight 1 have no parameters.
-        constant = self.all_lone and lone == "one"
-        self.linear = None if constant else GroupedLinear(mask.shape[0], in_size, mask.shape[1])
+        self.linear = GroupedLinear(mask.shape[0], in_size, mask.shape[1])
         # A row of only -inf has no softmax: such rows, and lone experts, are handled separately.
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("closed", ~mask & ~few[:, None], persistent=False)
@@ -159,20 +153,14 @@ class Gates(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
         """Maps [T, H] or [T, M, H] to weights [T, M, E]; with input_ids, gate m reads x[:, id]."""
-        if self.linear is None:
-            return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
         # A bias of -inf disables a logit: its softmax or sigmoid and their gradients are then 0.
         if not self.has_lone:
             return softmax_of_rows(self.linear(x, input_ids, closed=self.closed))
-        if self.all_lone and self.lone == "sigmoid":
+        if self.all_lone:
             return self.linear(x, input_ids, closed=~self.mask).sigmoid()
         logits = self.linear(x, input_ids)
-        if self.lone == "sigmoid":
-            alone = logits.sigmoid() * self.mask
-        else:
-            alone = self.mask.to(logits.dtype).expand(logits.shape)
         mixed = softmax_of_rows(logits.masked_fill(self.closed, -torch.inf))
-        return torch.where(self.lone_rows, alone, mixed)
+        return torch.where(self.lone_rows, logits.sigmoid() * self.mask, mixed)
 
 
 def softmax_of_rows(x: Tensor) -> Tensor:
@@ -271,7 +259,7 @@ class GatedLayer(nn.Module):
         self_mask: [M, E], experts of a second gate whose mixture is added (HoME's self gate), or
             None.
         self_gate_size: width of the self gates' inputs; None: `gate_size`.
-        lone: of `Gates`.
+        gates: class of both gates.
     """
 
     def __init__(
@@ -286,7 +274,7 @@ class GatedLayer(nn.Module):
         norm: bool = False,
         self_mask: Tensor | None = None,
         self_gate_size: int | None = None,
-        lone: str = "sigmoid",
+        gates: type[Gates] = Gates,
     ) -> None:
         super().__init__()
         self.input_ids = tuple(input_ids)
@@ -299,10 +287,10 @@ class GatedLayer(nn.Module):
             bias=True,
         )
         self.norm = ExpertBatchNorm(len(self.input_ids), out_size) if norm else None
-        self.gates = Gates(mask, gate_size, lone=lone)
+        self.gates = gates(mask, gate_size)
         self.self_gates = None
         if self_mask is not None:
-            self.self_gates = Gates(self_mask, self_gate_size or gate_size, lone=lone)
+            self.self_gates = gates(self_mask, self_gate_size or gate_size)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""HoME, and the base of multi-task models with gated experts.
+"""The model HoME and its loss.
 
 Letters: T rows, V width of a row's features, K tasks, C categories, E experts, O expert output.
 """
@@ -91,10 +91,11 @@ class HoMEConfig:
     )
 
 
-class MultiTask(nn.Module):
-    """Base of multi-task models: features, a representation per task, and the tasks' towers.
+class HoME(nn.Module):
+    """Two levels of experts: shared and per category, then shared, per category and per task.
 
-    A subclass maps [T, V] to the towers' inputs [T, K, O].
+    Inputs are numbered by category, then the shared one (if there are shared experts), then, in the
+    second level, by task.
     """
 
     def __init__(self, config: HoMEConfig) -> None:
@@ -105,44 +106,7 @@ class MultiTask(nn.Module):
         self.build(self.features.size)
 
     def build(self, size: int) -> None:
-        """Creates the layers for inputs of width `size`."""
-        raise NotImplementedError
-
-    def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
-        """Maps [T, V] to [T, K, O]."""
-        raise NotImplementedError
-
-    def forward(
-        self, categorical: Tensor, dense: Tensor, trace: list[Trace] | None = None
-    ) -> Tensor:
-        """Returns logits [T, K].
-
-        Args:
-            categorical: [T, F] integers, column f in [0, cardinalities[f]).
-            dense: [T, D] floats.
-            trace: a list to which each level appends its `Trace`.
-        """
-        return self.towers(self.represent(self.features(categorical, dense), trace))
-
-    def layer(
-        self, in_size: int, input_ids: list[int], mask: Tensor, gate_size: int, **options: Any
-    ) -> GatedLayer:
-        """Returns experts and gates with the config's sizes; `options` are other options of
-        `GatedLayer`."""
-        config = self.config
-        sizes = (in_size, config.expert_hidden, config.expert_size)
-        options = {"norm": config.expert_norm, "lone": "one", **options}
-        return GatedLayer(*sizes, input_ids, mask, gate_size, **options)
-
-
-class HoME(MultiTask):
-    """Two levels of experts: shared and per category, then shared, per category and per task.
-
-    Inputs are numbered by category, then the shared one (if there are shared experts), then, in the
-    second level, by task.
-    """
-
-    def build(self, size: int) -> None:
+        """Creates the experts and gates for inputs of width `size`."""
         config = self.config
         num_categories, num_tasks = len(config.categories), len(config.tasks)
         self.num_inputs = num_categories + bool(config.num_shared)
@@ -163,7 +127,6 @@ class HoME(MultiTask):
             self._mask(owners, wanted),
             size,
             self_mask=ownership(owners, [{g} for g in groups]) if config.self_gate else None,
-            lone="sigmoid",
         )
 
         width = config.expert_size
@@ -183,14 +146,35 @@ class HoME(MultiTask):
             width * (1 + bool(config.num_shared)),
             self_mask=ownership(owners, [{t} for t in tasks]) if config.self_gate else None,
             self_gate_size=width,
-            lone="sigmoid",
         )
+
+    def layer(
+        self, in_size: int, input_ids: list[int], mask: Tensor, gate_size: int, **options: Any
+    ) -> GatedLayer:
+        """Returns experts and gates with the config's sizes; `options` are other options of
+        `GatedLayer`."""
+        config = self.config
+        sizes = (in_size, config.expert_hidden, config.expert_size)
+        return GatedLayer(*sizes, input_ids, mask, gate_size, norm=config.expert_norm, **options)
 
     def _mask(self, owners: list[str], wanted: list[set[str]]) -> Tensor:
         mask = ownership(owners, wanted)
         return mask if self.config.hierarchy else torch.ones_like(mask)
 
+    def forward(
+        self, categorical: Tensor, dense: Tensor, trace: list[Trace] | None = None
+    ) -> Tensor:
+        """Returns logits [T, K].
+
+        Args:
+            categorical: [T, F] integers, column f in [0, cardinalities[f]).
+            dense: [T, D] floats.
+            trace: a list to which each level appends its `Trace`.
+        """
+        return self.towers(self.represent(self.features(categorical, dense), trace))
+
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
+        """Maps [T, V] to the towers' inputs [T, K, O]."""
         x = v[:, None] if self.feature_gate is None else self.feature_gate(v)
         # The gates read the unmodified features, not the feature gate's output.
         z = self.meta(x, v, trace=trace)

@@ -32,7 +32,6 @@ except ModuleNotFoundError as error:
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LAYOUTS = ("same", "transposed", "rows", "experts")
 # Companion of an fp8 weight: the scales of its 128 x 128 blocks (DeepSeek-V3).
 _SCALES = "_scale_inv"
 _FP8_BLOCK = 128

@@ -75,10 +75,13 @@ class LMConfig:
         KEYS: field -> its `Key` in config.json. `rope_theta` and `yarn` are not in it: a config
             that has them reads and writes them as `published_rope` and `publish_rope` do.
         FIXED: entries of config.json with only one supported value.
+        LOSSES: names of the auxiliary losses; the coefficient of each is the field of its name with
+            "_coefficient" behind it.
     """
 
     KEYS: ClassVar[Mapping[str, Key]]
     FIXED: ClassVar[Mapping[str, Any]] = {}
+    LOSSES: ClassVar[tuple[str, ...]] = ()
 
     vocab_size: int = 256
     hidden_size: int = 64
@@ -88,7 +91,7 @@ class LMConfig:
 
     def aux_coefficients(self) -> dict[str, float]:
         """Returns coefficients of auxiliary losses by name."""
-        raise NotImplementedError
+        return {name: getattr(self, f"{name}_coefficient") for name in self.LOSSES}
 
     @classmethod
     def read_more(cls, published: Fields) -> dict[str, Any]:

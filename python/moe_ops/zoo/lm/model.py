@@ -63,7 +63,11 @@ class CausalLM(Pretrained):
     rope: Rope | None
 
     def assemble(
-        self, config: Any, blocks: Iterable[nn.Module], norm: nn.Module, rope: Rope | None
+        self,
+        config: Any,
+        blocks: Iterable[nn.Module],
+        rope: Rope | None,
+        norm: nn.Module | None = None,
     ) -> None:
         """Creates the backbone, with newly initialized weights.
 
@@ -71,16 +75,19 @@ class CausalLM(Pretrained):
             config: with `vocab_size`, `hidden_size`, and `tie_embeddings` if the embedding can also
                 be the output's weight.
             blocks: made one after the other, after the embedding.
-            norm: the last one.
             rope: None for no positions.
+            norm: the last one; None: an RMS norm with the config's `norm_eps`.
         """
         self.config = config
         self.rope = rope
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(blocks)
-        self.norm = norm
+        self.norm = norm or nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = None
-        if not getattr(config, "tie_embeddings", False):
+        if getattr(config, "tie_embeddings", False):
+            # Some writers also store the output weight; the embedding takes precedence.
+            self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
+        else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 

@@ -154,8 +154,14 @@ class MowstOutput(NamedTuple):
     confidence: Tensor
 
     def log_probs(self) -> Tensor:
-        """Returns log(C p + (1 - C) q): [N, n]."""
-        return mixed_log_probs(*self)
+        """Returns log(C p + (1 - C) q) [N, n]; it and its gradients are finite for C = 0 and
+        C = 1."""
+        tiny = torch.finfo(self.confidence.dtype).tiny
+        log_c = self.confidence.clamp(min=tiny).log()[:, None]
+        log_rest = (1 - self.confidence).clamp(min=tiny).log()[:, None]
+        return torch.logaddexp(
+            log_c + self.weak_logits.log_softmax(-1), log_rest + self.strong_logits.log_softmax(-1)
+        )
 
 
 class Prediction(NamedTuple):
@@ -249,16 +255,6 @@ def make_confidence(config: MowstConfig) -> nn.Module:
     if config.confidence == "free":
         return FreeConfidence(config.gate_hidden, config.gate_dropout)
     return FixedConfidence(("variance", "entropy").index(config.confidence))
-
-
-def mixed_log_probs(weak_logits: Tensor, strong_logits: Tensor, confidence: Tensor) -> Tensor:
-    """Returns log(C p + (1 - C) q) [N, n]; it and its gradients are finite for C = 0 and C = 1."""
-    tiny = torch.finfo(confidence.dtype).tiny
-    log_c = confidence.clamp(min=tiny).log()[:, None]
-    log_rest = (1 - confidence).clamp(min=tiny).log()[:, None]
-    return torch.logaddexp(
-        log_c + weak_logits.log_softmax(-1), log_rest + strong_logits.log_softmax(-1)
-    )
 
 
 def mowst_loss(output: MowstOutput, labels: Tensor, *, joint: bool) -> Tensor:

@@ -35,8 +35,8 @@ class T2MIRConfig:
             of width action_size in [-1, 1].
         hidden_size, num_layers, num_heads, dropout: of the transformer.
         max_steps: longest context.
-        moe: in the last layer: "both" (each half the width), "token", "task", or "none" (dense).
-        token_experts, token_top_k, task_experts, task_top_k: E and K of the two.
+        token_experts, token_top_k, task_experts, task_top_k: E and K of the two kinds of experts in
+            the last layer, each with half the width.
         expert_hidden: width of an expert; 0 is 2 * hidden_size.
         routing: "causal", "token" or "sequence", see `TaskRouter`.
         softmax_representation: see `TaskRouter`.
@@ -52,7 +52,6 @@ class T2MIRConfig:
     num_heads: int = 4
     dropout: float = 0.05
     max_steps: int = 80
-    moe: str = "both"
     token_experts: int = 6
     token_top_k: int = 2
     task_experts: int = 8
@@ -63,12 +62,8 @@ class T2MIRConfig:
     tau: float = 0.005
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("variant", ("ad", "dpt")),
-            ("moe", ("both", "token", "task", "none")),
-            ("routing", ROUTING),
-        ):
-            check_choice("T2MIRConfig", name, getattr(self, name), known)
+        check_choice("T2MIRConfig", "variant", self.variant, ("ad", "dpt"))
+        check_choice("T2MIRConfig", "routing", self.routing, ROUTING)
         half = self.hidden_size / 2
         check_divides("T2MIRConfig", "num_heads", self.num_heads, "hidden_size / 2", half)
 
@@ -105,13 +100,13 @@ class T2MIROutput(NamedTuple):
     """Output of T2MIR.
 
     actions: [B, P, A] with P = S ("ad") or 1 + S ("dpt": at the query, then at each state); logits
-        of discrete actions, or actions in [-1, 1]. representation: [B, E] of the task router, or
-        None without one. balance_loss: of the token router; 0 without one and outside training.
+        of discrete actions, or actions in [-1, 1]. representation: [B, E] of the task
+        router. balance_loss: of the token router; 0 outside training.
         contrastive_loss: 0 unless requested.
     """
 
     actions: Tensor
-    representation: Tensor | None
+    representation: Tensor
     balance_loss: Tensor
     contrastive_loss: Tensor
 
@@ -135,45 +130,33 @@ class ExpertLayer(nn.Module):
     def __init__(self, config: T2MIRConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        both = config.moe == "both"
         hidden = config.expert_hidden or 2 * size
-        kind: dict[str, Any] = {
-            "output_size": size // 2 if both else size,
-            "activation": "gelu",
-            "bias": True,
-        }
+        kind: dict[str, Any] = {"output_size": size // 2, "activation": "gelu", "bias": True}
         self.norm = nn.LayerNorm(size)
         self.dropout = config.dropout
-        self.token_router = self.token_experts = None
-        self.task_router = self.task_experts = self.contrast = None
-        if config.moe in ("both", "token"):
-            self.token_router = NoisyTopKRouter(size, config.token_experts, config.token_top_k)
-            self.token_experts = Experts(config.token_experts, size, hidden, **kind)
-        if config.moe in ("both", "task"):
-            self.task_router = TaskRouter(
-                size,
-                config.task_experts,
-                config.task_top_k,
-                routing=config.routing,
-                softmax_representation=config.softmax_representation,
-            )
-            self.task_experts = Experts(config.task_experts, size, hidden, **kind)
-            self.contrast = MomentumContrast(self.task_router, config.tau)
+        self.token_router = NoisyTopKRouter(size, config.token_experts, config.token_top_k)
+        self.token_experts = Experts(config.token_experts, size, hidden, **kind)
+        self.task_router = TaskRouter(
+            size,
+            config.task_experts,
+            config.task_top_k,
+            routing=config.routing,
+            softmax_representation=config.softmax_representation,
+        )
+        self.task_experts = Experts(config.task_experts, size, hidden, **kind)
+        self.contrast = MomentumContrast(self.task_router, config.tau)
 
-    def forward(self, x: Tensor, contrastive: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def forward(self, x: Tensor, contrastive: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h = self.norm(x)
         flat = h.flatten(0, 1)
-        balance = contrast = x.new_zeros(())
-        parts, representation = [], None
-        if self.token_router is not None and self.token_experts is not None:
-            weights, ids, balance = self.token_router(flat)
-            parts.append(self.token_experts(flat, weights, ids))
-        if self.task_router is not None and self.task_experts is not None:
-            weights, ids, representation = self.task_router(h)
-            parts.append(self.task_experts(flat, weights, ids))
-            if contrastive and self.contrast is not None:
-                contrast = self.contrast(representation, self.contrast.keys(h))
-        y = torch.cat(parts, dim=-1).view_as(x)
+        weights, ids, balance = self.token_router(flat)
+        token = self.token_experts(flat, weights, ids)
+        weights, ids, representation = self.task_router(h)
+        task = self.task_experts(flat, weights, ids)
+        contrast = x.new_zeros(())
+        if contrastive:
+            contrast = self.contrast(representation, self.contrast.keys(h))
+        y = torch.cat([token, task], dim=-1).view_as(x)
         return F.dropout(y, self.dropout, self.training), representation, balance, contrast
 
 
@@ -194,23 +177,23 @@ class T2MIR(nn.Module):
         self.attention = nn.ModuleList(
             Attention(size, config.num_heads, config.dropout) for _ in range(config.num_layers)
         )
-        dense = config.num_layers - (config.moe != "none")
-        widths = [4 * size] * dense
-        if config.moe == "none":
-            widths[-1] = 6 * size  # Approximately the total width of the experts that a token uses.
         self.dense = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(size),
-                nn.Linear(size, width),
+                nn.Linear(size, 4 * size),
                 nn.GELU(),
-                nn.Linear(width, size),
+                nn.Linear(4 * size, size),
                 nn.Dropout(config.dropout),
             )
-            for width in widths
+            for _ in range(config.num_layers - 1)
         )
-        self.experts = ExpertLayer(config) if config.moe != "none" else None
+        self.experts: Any = self.make_experts(config)
         self.norm = nn.LayerNorm(size)
         self.head = nn.Linear(size, config.output_size)
+
+    def make_experts(self, config: Any) -> nn.Module:
+        """Returns the last layer's feed-forward part."""
+        return ExpertLayer(config)
 
     def forward(
         self,
@@ -234,18 +217,14 @@ class T2MIR(nn.Module):
         Raises:
             ValueError: shapes that do not fit, a context longer than max_steps.
         """
-        config = self.config
         x, positions = self._tokens(states, actions, rewards, query)
-        representation, balance, contrast = None, x.new_zeros(()), x.new_zeros(())
-        for i, attention in enumerate(self.attention):
+        for attention, dense in zip(self.attention, self.dense, strict=False):
             x = x + attention(x)
-            if i < len(self.dense):
-                x = x + self.dense[i](x)
-            elif self.experts is not None:
-                y, representation, balance, contrast = self.experts(x, contrastive)
-                x = x + y
-        y = self.head(self.norm(x[:, positions]))
-        return T2MIROutput(y if config.num_actions else y.tanh(), representation, balance, contrast)
+            x = x + dense(x)
+        x = x + self.attention[-1](x)
+        y, *routed = self.experts(x, contrastive)
+        y = self.head(self.norm((x + y)[:, positions]))
+        return T2MIROutput(y if self.config.num_actions else y.tanh(), *routed)
 
     def _tokens(
         self, states: Tensor, actions: Tensor, rewards: Tensor, query: Tensor | None
@@ -286,9 +265,7 @@ class T2MIR(nn.Module):
 
     def update_target(self) -> None:
         """Updates the slow router; call it after each optimizer step."""
-        if self.experts is not None and self.experts.contrast is not None:
-            assert self.experts.task_router is not None
-            self.experts.contrast.update(self.experts.task_router)
+        self.experts.contrast.update(self.experts.task_router)
 
 
 def action_loss(predicted: Tensor, target: Tensor, num_actions: int) -> Tensor:

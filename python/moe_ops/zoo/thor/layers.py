@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import Experts, KVCache, MoE, TopKRouter
+from moe_ops.layers import Experts, KVCache
 from moe_ops.layers.self_attention import MultiHeadAttention
 
-from ..lm.blocks import Step, projection_entries
+from ..lm.blocks import projection_entries
 from ..lm.checkpoint import Entry, renamed
 
 
@@ -27,7 +27,9 @@ class RandomExperts(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
         super().__init__()
-        self.experts = relu_experts(hidden_size, intermediate_size, num_experts)
+        self.experts = Experts(
+            num_experts, hidden_size, intermediate_size, activation="relu", bias=True
+        )
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Returns a tensor shaped like x [B, S, H].
@@ -47,28 +49,18 @@ class RandomExperts(nn.Module):
         return y.view(x.shape)
 
 
-def relu_experts(hidden_size: int, intermediate_size: int, num_experts: int) -> Experts:
-    return Experts(num_experts, hidden_size, intermediate_size, activation="relu", bias=True)
-
-
-def switch(hidden_size: int, intermediate_size: int, num_experts: int) -> MoE:
-    """Returns the Switch Transformer's layer: the best expert, times its probability."""
-    experts = relu_experts(hidden_size, intermediate_size, num_experts)
-    return MoE(TopKRouter(hidden_size, num_experts, 1), experts)
-
-
 class ThorBlock(nn.Module):
     """Computes norm(x + attention(x)), in a decoder with an encoder norm(x + attention(x, memory)),
     then norm(x + ffn(x)): norms after the additions, dropout before them.
 
     Args:
         config: a `ThorConfig`.
-        num_experts: of this block; 1: a dense network.
+        ffn: `RandomExperts` of this block, or a module called like them.
         decoder: causal.
         cross: reads an encoder's output.
     """
 
-    def __init__(self, config: Any, num_experts: int, *, decoder: bool, cross: bool) -> None:
+    def __init__(self, config: Any, ffn: nn.Module, *, decoder: bool, cross: bool) -> None:
         super().__init__()
         hidden, heads = config.hidden_size, config.num_heads
         self.decoder = decoder
@@ -77,15 +69,12 @@ class ThorBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(hidden)
         self.cross_attention = MultiHeadAttention(hidden, heads) if cross else None
         self.cross_norm = nn.LayerNorm(hidden) if cross else None
-        make = switch if config.routing == "switch" and num_experts > 1 else RandomExperts
-        self.ffn = make(hidden, config.intermediate_size, num_experts)
+        self.ffn: Any = ffn
         self.ffn_norm = nn.LayerNorm(hidden)
 
     def forward(
         self,
         x: Tensor,
-        step: Step,
-        name: str,
         *,
         chosen: Tensor | None = None,
         seen: Tensor | None = None,
@@ -96,7 +85,6 @@ class ThorBlock(nn.Module):
         """Returns a tensor shaped like x [B, S, H].
 
         Args:
-            step: records routing under `name`.
             chosen: see `RandomExperts`.
             seen, memory_seen: bool [B, S] and [B, S'], False at padding.
             cache: of the sequence itself. memory: keys and values of the encoder's output.
@@ -107,11 +95,7 @@ class ThorBlock(nn.Module):
             assert self.cross_norm is not None
             y = self.cross_attention(x, memory, seen=memory_seen)
             x = self.cross_norm(x + self.dropout(y))
-        if isinstance(self.ffn, MoE):
-            y = step.through(f"{name}.ffn", self.ffn, x)
-        else:
-            y = self.ffn(x, chosen)
-        out: Tensor = self.ffn_norm(x + self.dropout(y))
+        out: Tensor = self.ffn_norm(x + self.dropout(self.ffn(x, chosen)))
         return out
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
@@ -134,6 +118,4 @@ class ThorBlock(nn.Module):
                 if count > 1:
                     keys = tuple(f"{theirs}.{layer}.{e}.{kind}" for e in range(count))
                 entries.append(Entry(f"{ours}.ffn.experts.{letter}_{kinds}", keys, "experts"))
-        if isinstance(self.ffn, MoE):
-            entries.append(Entry(f"{ours}.ffn.router.weight", (f"{theirs}.router.weight",)))
         return entries

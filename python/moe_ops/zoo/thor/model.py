@@ -18,19 +18,15 @@ from moe_ops._fields import check_choice, check_types
 from moe_ops.layers import KVCache
 
 from .._presets import preset
-from ..lm.blocks import Step
 from ..lm.checkpoint import Entry
 from ..lm.config import LMConfig, number, size
 from ..lm.embedding import TokenEmbedding
-from ..lm.losses import OF_LAYERS, Routed, sum_over_layers
 from ..lm.pretrained import Pretrained
 from .layers import RandomExperts, ThorBlock
 
-ROUTINGS = ("random", "switch")
 LEVELS = ("batch", "sentence", "token")
 # Tokens that every vocabulary has at these ids, as in fairseq.
 BOS, PAD, EOS, UNKNOWN = range(4)
-NUM_SPECIAL = 4
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,12 @@ class ThorConfig(LMConfig):
         vocab_size: with the four special tokens. num_layers: of the decoder.
         num_encoder_layers: 0: a decoder alone.
         num_heads, intermediate_size: of all blocks.
-        routing: "random", or "switch", a router (the control).
         num_experts: E of every second block, the first one among them; 1: a dense model.
         passes: forward passes of a training step, 1 or 2.
         consistency: alpha, weight of the consistency loss of two passes.
         dropout, label_smoothing: of training.
-        balance_coefficient: of the balance loss of "switch", summed over layers.
 
-    With two passes: random experts are THOR, one expert is R-Drop.
+    With two passes: several experts are THOR, one expert is R-Drop.
     """
 
     KEYS: ClassVar[dict[str, Any]] = {
@@ -70,17 +64,14 @@ class ThorConfig(LMConfig):
     num_encoder_layers: int = 2
     num_heads: int = 2
     intermediate_size: int = 128
-    routing: str = "random"
     num_experts: int = 4
     passes: int = 2
     consistency: float = 5.0
     dropout: float = 0.1
     label_smoothing: float = 0.1
-    balance_coefficient: float = 0.01
 
     def __post_init__(self) -> None:
         check_types(self, "ThorConfig")
-        check_choice("ThorConfig", "routing", self.routing, ROUTINGS)
         if self.passes not in (1, 2):
             raise ValueError(f"ThorConfig: passes must be 1 or 2, got {self.passes}.")
         if self.hidden_size % 2 or self.hidden_size < 4:
@@ -107,9 +98,6 @@ class ThorConfig(LMConfig):
         context=1024,
     )
 
-    def aux_coefficients(self) -> dict[str, float]:
-        return {"load_balancing": self.balance_coefficient} if self.routing == "switch" else {}
-
     def write_more(self) -> dict[str, Any]:
         return {"architectures": ["Thor"], "model_type": "thor"}
 
@@ -125,17 +113,14 @@ class Memory(NamedTuple):
 class ThorLoss(NamedTuple):
     """Training loss and its parts, scalars.
 
-    loss: the smoothed cross-entropies of all passes, added, plus alpha * consistency plus the
-        balance loss times its coefficient.
+    loss: the smoothed cross-entropies of all passes, added, plus alpha * consistency.
     cross_entropy: mean over passes and counted tokens, in nats, not smoothed.
     consistency: (KL(p || q) + KL(q || p)) / 2, mean over counted tokens; 0 with one pass.
-    balance: summed over layers; 0 without routers.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     consistency: Tensor
-    balance: Tensor
 
 
 class Thor(Pretrained):
@@ -163,14 +148,17 @@ class Thor(Pretrained):
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
 
         def blocks(count: int, **kind: bool) -> nn.ModuleList:
-            return nn.ModuleList(
-                ThorBlock(config, 1 if i % 2 else config.num_experts, **kind) for i in range(count)
-            )
+            numbers = (1 if i % 2 else config.num_experts for i in range(count))
+            return nn.ModuleList(ThorBlock(config, self.make_ffn(n), **kind) for n in numbers)
 
         encoder = config.num_encoder_layers
         self.encoder_layers = blocks(encoder, decoder=False, cross=False)
         self.decoder_layers = blocks(config.num_layers, decoder=True, cross=encoder > 0)
         self.reset_parameters()
+
+    def make_ffn(self, num_experts: int) -> nn.Module:
+        """Returns the feed-forward part of a block; with one expert it is a dense network."""
+        return RandomExperts(self.config.hidden_size, self.config.intermediate_size, num_experts)
 
     def reset_parameters(self) -> None:
         """Draws embeddings from N(0, 1 / H) and matrices with Glorot's initialization; norms are 1,
@@ -227,23 +215,18 @@ class Thor(Pretrained):
         x = self.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
         return self.dropout(x + positions(start, tokens.shape[1], x))
 
-    def encode(
-        self, source: Tensor, experts: Tensor | None = None, *, routing: list[Routed] | None = None
-    ) -> Memory:
+    def encode(self, source: Tensor, experts: Tensor | None = None) -> Memory:
         """Reads sources [B, S'] for the decoder.
 
         Args:
             experts: from `draw_experts` for the encoder; None: the mean of all.
-            routing: list that collects the routing.
         """
         if not len(self.encoder_layers):
             raise ValueError("Thor.encode: num_encoder_layers must be above 0, got 0.")
         seen = source != PAD
-        step = _step(routing)
         x = self._embed(source)
         for i, layer in enumerate(self.encoder_layers):
-            chosen = _of_layer(experts, i)
-            x = layer(x, step, f"encoder_layers.{i}", chosen=chosen, seen=seen)
+            x = layer(x, chosen=_of_layer(experts, i), seen=seen)
         layers: Any = self.decoder_layers
         return Memory([layer.cross_attention.keys_values(x) for layer in layers], seen)
 
@@ -254,7 +237,6 @@ class Thor(Pretrained):
         experts: Tensor | None = None,
         *,
         cache: list[KVCache] | None = None,
-        routing: list[Routed] | None = None,
     ) -> Tensor:
         """Returns logits [B, S, V] of the token after each of tokens [B, S].
 
@@ -262,7 +244,6 @@ class Thor(Pretrained):
             memory: from `encode`; None for a decoder alone.
             experts: of `draw_experts` for the decoder; None: the mean of all.
             cache: of `new_cache`, with the tokens before these; these are appended.
-            routing: list that collects the routing.
 
         Raises:
             ValueError: a memory is missing or unexpected.
@@ -273,13 +254,10 @@ class Thor(Pretrained):
                 f"Thor: memory must be {wanted} with {len(self.encoder_layers)} encoder layers, "
                 f"got {'None' if memory is None else 'one'}."
             )
-        step = _step(routing)
         x = self._embed(tokens, 0 if cache is None else cache[0].length)
         for i, layer in enumerate(self.decoder_layers):
             x = layer(
                 x,
-                step,
-                f"decoder_layers.{i}",
                 chosen=_of_layer(experts, i),
                 cache=None if cache is None else cache[i],
                 memory=None if memory is None else memory.keys_values[i],
@@ -319,7 +297,7 @@ class Thor(Pretrained):
         sides: tuple[Tensor | None, Tensor | None] = (None, None)
         if experts is not None:
             sides = experts
-        elif self.training and config.routing == "random" and config.num_experts > 1:
+        elif self.training and config.num_experts > 1:
             drawn = [
                 [self.draw_experts("batch", side, len(target), generator=generator)
                  for _ in range(count)]
@@ -331,28 +309,22 @@ class Thor(Pretrained):
             target, counted = join(source, target)
             source = None
         read = torch.cat([target.new_full((len(target), 1), EOS), target[:, :-1]], dim=1)
-        routed: tuple[list[Routed], list[Routed]] = ([], [])
         memory = None
         if source is not None:
-            memory = self.encode(source.repeat(count, 1), sides[0], routing=routed[0])
-        logits = self(read.repeat(count, 1), memory, sides[1], routing=routed[1])
+            memory = self.encode(source.repeat(count, 1), sides[0])
+        logits = self(read.repeat(count, 1), memory, sides[1])
         logits = logits.view(count, -1, logits.shape[-1])[:, counted.flatten()]
         wanted = target[counted].repeat(count)
         flat = logits.flatten(0, 1)
         smoothed = F.cross_entropy(flat, wanted, label_smoothing=config.label_smoothing)
-        zero = smoothed.new_zeros(())
-        consistency = symmetric_kl(logits[0], logits[1]) if count == 2 else zero
-        balance = zero
-        for layers, side in zip(routed, (source, target), strict=True):
-            if layers and side is not None:
-                mask, name = (side != PAD).repeat(count, 1), "load_balancing"
-                balance = balance + sum_over_layers(name, OF_LAYERS[name], layers, 0, mask)
-        total = count * smoothed + config.balance_coefficient * balance
-        if count == 2 and config.consistency:
-            total = total + config.consistency * consistency
+        total, consistency = count * smoothed, smoothed.new_zeros(())
+        if count == 2:
+            consistency = symmetric_kl(logits[0], logits[1])
+            if config.consistency:
+                total = total + config.consistency * consistency
         with torch.no_grad():
             plain = smoothed if not config.label_smoothing else F.cross_entropy(flat, wanted)
-        return ThorLoss(total, plain.detach(), consistency, balance)
+        return ThorLoss(total, plain.detach(), consistency)
 
     # Checkpoints and counts.
 
@@ -371,12 +343,6 @@ class Thor(Pretrained):
                 count = module.experts.num_experts
                 idle += sum(p.numel() for p in module.parameters()) * (count - 1) // count
         return idle
-
-
-def _step(routing: list[Routed] | None) -> Step:
-    step = Step(None, None, record=routing is not None)
-    step.routing = routing
-    return step
 
 
 def _of_layer(experts: Tensor | None, layer: int) -> Tensor | None:

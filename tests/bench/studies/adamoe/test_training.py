@@ -68,8 +68,10 @@ def test_three_groups():
 
 
 def test_balance_weight_changes_after_the_early_steps():
-    policy = small(early_steps=2, balance_weight=0.5, late_balance_weight=0.25)
-    taught = lesson(policy, lambda g: demonstrate(16, 4, generator=g))
+    policy = small(balance_weight=0.5)
+    taught = lesson(
+        policy, lambda g: demonstrate(16, 4, generator=g), early_steps=2, late_balance_weight=0.25
+    )
     history = train_steps("policy", policy, *taught, steps=4, progress=False)
     weights = [
         (loss - action) / balance
@@ -78,3 +80,4 @@ def test_balance_weight_changes_after_the_early_steps():
         )
     ]
     assert weights == pytest.approx([0.5, 0.5, 0.25, 0.25], rel=1e-3)
+    assert min(history["z"]) > 0

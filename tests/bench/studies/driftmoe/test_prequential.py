@@ -7,7 +7,9 @@ import math
 from collections import Counter
 
 import pytest
+import torch
 from bench.studies.driftmoe import prequential, streams, training
+from bench.studies.driftmoe.random_router import RandomRouter
 from tests.zoo.driftmoe.test_model import SMALL, Counts, examples
 
 from moe_ops.zoo.driftmoe import DriftMoE
@@ -32,6 +34,14 @@ class Third:
     def update(self, error):
         self.errors += error
         self.drift_detected = bool(error) and self.errors % 3 == 0
+
+
+def test_random_routing_uses_all_experts_and_trains_no_router():
+    chance = RandomRouter(SMALL, lambda i: Counts())
+    before = chance.network.router.weight.detach().clone()
+    used = Counter(int(chance.observe(x, y).topk_ids[0]) for x, y in examples(200))
+    assert len(used) == 4 and min(used.values()) > 25
+    assert torch.equal(before, chance.network.router.weight)
 
 
 def test_prequential():

@@ -20,6 +20,10 @@ from bench.studies.dynamicdino.shapes import (
     phrase,
     tokens_of,
 )
+from bench.studies.dynamicdino.starts import with_start
+from tests.zoo.test_dynamicdino import detector, outputs
+
+from moe_ops.zoo.dynamicdino import DETECTORS, decoder_layers
 
 
 def generator(seed=0):
@@ -101,3 +105,17 @@ def test_analysis():
     assert pairs_kept(ids, 2) == 0.75 and pairs_kept(ids, 1) == 1
     wanted = torch.tensor([[2, 2, 0, 0], [2, 3, 1, 0], [0, 1, 2, 1], [0, 0, 1, 1.0]])
     assert torch.equal(co_selection(ids, 4), wanted)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_other_starts_differ_from_the_dense_detector(kind):
+    dense = detector(kind)
+    wanted = outputs(dense)
+    for start in ("random_router", "random_experts"):
+        model = with_start(dense, generator(2), num_copies=4, start=start).eval()
+        assert (outputs(model)[1] - wanted[1]).abs().max() > 1e-3, start
+        assert len(model.mixtures) == len(decoder_layers(dense.detector)) == 2
+    paired = with_start(dense, generator(2), num_copies=4).eval()
+    torch.testing.assert_close(outputs(paired)[1], wanted[1], atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="start must be one of paired"):
+        with_start(dense, start="none", num_copies=2)

@@ -26,13 +26,12 @@ def texts():
 
 def test_all_ways_to_train_the_router(tmp_path, monkeypatch):
     report = training.train(tmp_path, SETTINGS, texts=texts(), progress=False)
-    assert list(report["arms"]) == ["dense", *training.ROUTER_TRAINING]
+    assert list(report["arms"]) == ["dense", *training.ARMS]
     dense = Llama.from_pretrained(tmp_path / "dense")
     torch.manual_seed(SETTINGS.seed + 1)
     start = FactorLLM.from_dense(dense).layers[0].mlp.router.weight
-    for arm in training.ROUTER_TRAINING:
-        model = FactorLLM.from_pretrained(tmp_path / arm)
-        assert model.config.router_training == arm
+    for arm, kind in training.ARMS.items():
+        model = kind.from_pretrained(tmp_path / arm)
         same = torch.equal(model.layers[0].mlp.router.weight, start)
         assert same == (arm == "released"), arm
     for arm, row in report["arms"].items():

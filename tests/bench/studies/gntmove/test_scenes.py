@@ -14,6 +14,7 @@ from bench.studies.gntmove.scenes import (
     SHINE,
     Scenes,
     all_pixels,
+    at,
     draw_cameras,
     draw_scenes,
     photograph,
@@ -114,7 +115,7 @@ def test_photographs_and_drawn_scenes():
     target, sources = draw_cameras(3, 2, 8, generator())
     images = photograph(scenes, sources)
     assert images.shape == (3, 2, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
-    one = sources.at((slice(None), 1))
+    one = at(sources, (slice(None), 1))
     color = see(scenes, *rays(one, torch.tensor([[[5.0, 2.0]]]).expand(3, 1, 2)))
     torch.testing.assert_close(images[:, 1, :, 2, 5], color[:, 0])
     # Things stand on the floor, and do not reach into the cameras.

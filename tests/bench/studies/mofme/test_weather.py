@@ -9,6 +9,7 @@ import torch
 from bench.studies import images as _images
 from bench.studies.images import psnr, ssim
 from bench.studies.mofme import weather
+from bench.studies.mofme.rivals import Restoration, RivalConfig
 from bench.studies.mofme.tiles import restore, starts
 from bench.studies.mofme.training import evaluate
 from bench.studies.mofme.weather import (
@@ -21,7 +22,7 @@ from bench.studies.mofme.weather import (
     load_photos,
     read_photo,
 )
-from tests.zoo.mofme.test_model import generator, images, small
+from tests.zoo.mofme.test_model import SMALL, generator, images, small
 from torch import nn
 
 from moe_ops.layers import Routing
@@ -128,7 +129,8 @@ def test_evaluate():
     assert found["psnr"] == pytest.approx(float(untouched.mean()))
     assert found["psnr snow"] == pytest.approx(float(untouched[data.weather == 1].mean()))
     assert 0 <= found["information"] < math.log(3)
-    assert "information" not in evaluate(small(experts="dense"), data, progress=False)
+    dense = Restoration(RivalConfig(**SMALL, experts="dense"))
+    assert "information" not in evaluate(dense, data, progress=False)
     # A router that reads the weather tells all of it.
     model = small(top_k=1)
     kinds = data.weather.repeat_interleave(16)

@@ -12,10 +12,9 @@ from bench.studies.study import Run
 from bench.studies.t2mir import arms as t2mir_arms
 from bench.studies.t2mir import claims as t2mir
 from bench.studies.t2mir import long as t2mir_long
+from bench.studies.t2mir.ablations import Ablation
 from bench.studies.t2mir.envs import PointRobot
 from torch import nn
-
-from moe_ops.zoo.t2mir import T2MIR
 
 SMOKE = t2mir_long.SCALES["smoke"]
 
@@ -62,7 +61,7 @@ def test_t2mir_runs(variant, arms):
 
 def test_arms_have_equal_active_parameters():
     for scale in (t2mir_arms.SMALL, *t2mir_long.SCALES.values()):
-        dense, experts = (T2MIR(scale.config(moe)) for moe in ("none", "both"))
+        dense, experts = (Ablation(scale.config(moe)) for moe in ("none", "both"))
         a, total = t2mir_arms.active_parameters(dense)
         b, of_all = t2mir_arms.active_parameters(experts)
         assert a == total == sum(p.numel() for p in dense.parameters()) and b < of_all
@@ -75,7 +74,7 @@ def test_arms_have_equal_active_parameters():
     scale = SMOKE
     size, length = 16, 3 * 2 * scale.horizon
     by_hand = 2 * (2 * 4 + 8 + 12) * size**2 + 2 * 4 * size * (length + 1) / 2
-    assert t2mir_arms.flops_a_token(T2MIR(scale.config("none"))) == by_hand
+    assert t2mir_arms.flops_a_token(Ablation(scale.config("none"))) == by_hand
 
 
 def test_neighbors_tell_what_is_there():
@@ -107,14 +106,14 @@ def test_features_are_what_the_router_reads():
     tasks = t2mir_arms.draw(scale, 0, "cpu")
     batch = t2mir_arms.contexts(scale, tasks.valid)
     assert len(batch.states) == 2 * scale.valid
-    model = T2MIR(scale.config("both"))
+    model = Ablation(scale.config("both"))
     found = t2mir_arms.look(model, batch)
     router = model.experts.task_router
     with torch.no_grad():
         assert torch.equal(router.represent(router.gate(found.features)), found.representation)
         expected = nn.functional.mse_loss(model(*batch[:4]).actions, batch.target)
     assert found.loss == float(expected)
-    dense = t2mir_arms.look(T2MIR(scale.config("none")), batch)
+    dense = t2mir_arms.look(Ablation(scale.config("none")), batch)
     assert dense.representation is None and dense.features.shape == found.features.shape
 
 

@@ -14,6 +14,7 @@ import torch
 from bench.studies import train
 from bench.studies.thor import parallel, training
 from bench.studies.thor.metrics import chrf, disagreement, mean_loss, spread
+from bench.studies.thor.switch import SwitchConfig
 from bench.studies.thor.tokens import ByteTokens, PairTokens, padded
 from bench.studies.thor.training import Batches
 
@@ -221,7 +222,7 @@ def test_arms_differ_by_what_they_are_called_by():
     configs = {arm: training.make_config(training.Settings(), arm, 260) for arm in training.ARMS}
     assert configs["thor"].passes == 2 and configs["thor"].num_experts == 4
     assert configs["random"] == dataclasses.replace(configs["thor"], passes=1)
-    assert configs["switch"] == dataclasses.replace(configs["random"], routing="switch")
+    assert configs["switch"] == SwitchConfig(**vars(configs["random"]))
     assert configs["dense"] == dataclasses.replace(configs["random"], num_experts=1)
     assert configs["r-drop"] == dataclasses.replace(configs["thor"], num_experts=1)
     alone = training.make_config(training.Settings(decoder_only=1), "thor", 260)

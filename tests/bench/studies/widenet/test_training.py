@@ -8,9 +8,8 @@ import pytest
 import torch
 from bench.studies import python_texts, train
 from bench.studies.widenet import training
+from bench.studies.widenet.controls import build
 from bench.studies.widenet.images import glyphs, warped_digits
-
-from moe_ops.zoo.widenet import build
 
 
 def test_digits():
