@@ -139,8 +139,8 @@ mutants: build
 SIM := build/sim
 NO_SIMULATOR = needs MOE_OPS_PTXSIM, the folder of a simulator that is called libcudart.so.13: nothing was run.
 
-# The CPU kernels that the install has just compiled, if its folder is still here.
-CPU_OBJECTS = $(abspath $(firstword $(wildcard build/py3-none-*/CMakeFiles/moe_ops_cpu.dir)))
+# The CPU kernels that the install has just compiled, if its folder is still here, as a list of CMake.
+CPU_OBJECTS = $(shell find $(CURDIR)/build/py3-none-*/CMakeFiles/moe_ops_cpu.dir -name '*.o' 2>/dev/null | paste -sd ';')
 
 .PHONY: $(SIM)
 $(SIM): build
