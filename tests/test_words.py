@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # "Of each row, ...", "What ... returns", "Whether ...", "As on the CPU." A reader must guess.
 FRAGMENT = re.compile(r"(Of|What|Whether|How|As|The same|Like what|Which|Where|When)\b")
-FOLDERS = ("python/moe_ops", "bench", "examples", "docs", "tests")
+FOLDERS = ("python/moe_ops", "bench", "examples", "docs", "tests", "integrations")
 
 
 def fragments(path: Path) -> list[str]:

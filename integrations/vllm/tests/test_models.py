@@ -21,7 +21,7 @@ pytest.importorskip("vllm")
 
 # Rounding to bfloat16 of a model of one layer; logits are spread over 1.2 to 1.6.
 TOLERANCE = 0.03
-GATE = "re:.*mlp.gate$"
+GATE, ATTENTION = "re:.*mlp.gate$", "re:.*self_attn.*"
 
 
 def group(**weights: object) -> dict[str, object]:
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "awq": {"modules_to_not_convert": ["mlp.gate"]},
     "compressed-tensors": {"ignore": ["lm_head", GATE]},
     "nvfp4": {
-        "ignore": ["lm_head", GATE, "re:.*self_attn.*"],
+        "ignore": ["lm_head", GATE, ATTENTION],
         "config_groups": group(
             num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16
         ),
@@ -44,6 +44,30 @@ SETTINGS: dict[str, dict[str, object]] = {
         "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"],
     },
     "mxfp4": {},
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head", GATE, ATTENTION],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
+            }
+        },
+    },
+    "int8-packed": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head", GATE, ATTENTION],
+        "config_groups": group(num_bits=8, type="int", symmetric=True, strategy="channel"),
+    },
 }
 CASES = [
     ("qwen3_moe", "gptq", False, "GPTQ int4"),
@@ -54,7 +78,21 @@ CASES = [
     ("qwen3_moe", "fp8", False, "fp8 in blocks"),
     ("gpt_oss", "mxfp4", False, "MXFP4"),
     ("qwen3_moe", "nvfp4", False, "compressed-tensors NVFP4"),
+    ("qwen3_moe", "int8", False, "compressed-tensors int8 (W8A8)"),
+    ("qwen3_moe", "int8-packed", False, "compressed-tensors int8"),
 ]
+
+
+def int8(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """int8 with a scale a row, as bytes or in words of four with 128 added, and what it means."""
+    codes = torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+    scale = (torch.rand(len(weight), 1) + 0.5) / (128 * weight.shape[1] ** 0.5)
+    meaning = codes.float() * scale
+    if method == "int8":
+        return {"weight": codes, "weight_scale": scale}, meaning
+    words = (codes.view(torch.uint8) ^ 128).view(torch.int32)
+    shape = torch.tensor(weight.shape)
+    return {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}, meaning
 
 
 def write(monkeypatch, folder: Path, model_type: str, method: str, zeros: bool):
@@ -68,11 +106,13 @@ def write(monkeypatch, folder: Path, model_type: str, method: str, zeros: bool):
             group_size=checkpoints.GROUP,
         )
     monkeypatch.setitem(
-        checkpoints.QUANTIZATION, method, checkpoints.QUANTIZATION[method] | settings
+        checkpoints.QUANTIZATION, method, checkpoints.QUANTIZATION.get(method, {}) | settings
     )
     if method == "fp8":  # Rows of keys must be whole blocks in vLLM's own layers.
         monkeypatch.setitem(checkpoints.SIZES, "num_key_value_heads", 4)
-    if method == "nvfp4":  # vLLM has no such dense layers on CPUs.
+    if method.startswith("int8"):
+        monkeypatch.setattr(checkpoints, "quantize", lambda method, weight, _: int8(method, weight))
+    if method in ("nvfp4", "int8", "int8-packed"):  # Experts alone: dense layers are vLLM's.
         monkeypatch.setattr(checkpoints, "_PROJECTION", re.compile(r"(experts\.\d+\.\w+)\.weight$"))
     return checkpoints.write(folder, model_type, method, zeros)[0]
 
@@ -132,7 +172,7 @@ def test_float_weights(tmp_path, model_type, mode):
 
 
 def test_turned_off(tmp_path):
-    """The same engine without moe_ops; the plugin's graphs do not reach it by the cache."""
+    """Without the plugin the engine runs no op of moe_ops, and finds none of its cached graphs."""
     model = checkpoints.build("qwen3_moe")
     model.save_pretrained(tmp_path / "model")
     prompts = torch.randint(3, 60, (4, 12))

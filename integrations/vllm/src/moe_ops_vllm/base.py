@@ -1,4 +1,4 @@
-"""What all methods of experts share, and the method of float weights.
+"""The base class of the methods of experts, and the method of float weights.
 
 A method creates the parameters that vLLM's loader fills, in the layout of the checkpoint, turns
 them into what moe_ops reads when all are there, and computes a batch. The parameters are those of
@@ -39,7 +39,7 @@ class StaysWithVllm(Exception):
 
 
 class MoeOpsMethod(FusedMoEMethodBase):  # type: ignore[misc]
-    """What all methods share. Subclasses create parameters and define `finish` and `compute`."""
+    """The base class of methods. Subclasses create parameters and define `finish` and `compute`."""
 
     label: str  # the format of the weights, for the log
 

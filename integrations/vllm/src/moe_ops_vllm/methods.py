@@ -1,4 +1,4 @@
-"""Which method computes a layer."""
+"""The choice of the method that computes a layer."""
 
 from __future__ import annotations
 
