@@ -105,6 +105,28 @@ def demo(
         raise typer.Exit(arguments.INTERRUPTED) from None
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    program: Annotated[
+        list[str],
+        typer.Argument(help="A command of this environment, a file of Python, or -m MODULE."),
+    ],
+) -> None:
+    """Run another program that loads models by transformers, which then knows moe_ops.
+
+    It opens checkpoints that moe_ops has quantized, and experts_implementation="moe_ops".
+    """
+    from moe_ops.cli.run import check_program, prepare, run_program
+
+    @arguments.command
+    def check() -> None:
+        check_program(program)
+        prepare()
+
+    check()
+    run_program(program)  # Its errors are its own.
+
+
 @app.command()
 @arguments.command
 def bench(
