@@ -25,7 +25,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def local_part(tensor: Any) -> Any:
     """Returns this process's part of a DTensor, with gradients; returns other values unchanged."""
-    if type(tensor) is Tensor:  # Decoding one token notices a second call.
+    if type(tensor) in _PLAIN:  # Decoding one token notices a second call.
         return tensor
     return tensor.to_local() if is_sharded(tensor) else tensor
 

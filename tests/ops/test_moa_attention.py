@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tests.helpers.isas import has_own_kernels, run_python_at
 from tests.helpers.op_case import OpCase, ones
+from tests.helpers.simulator import fewer_on_simulator
 
 import moe_ops
 from moe_ops import _library, reference
@@ -310,15 +311,6 @@ def test_cache(tokens, keys, dtype, kind):
     check(operands(dtype, tokens=tokens, keys=keys, kind=kind))
 
 
-# CUDA kernels of float64 are the text of float32's, those of float16 that of bfloat16's.
-TWO_ON_SIMULATOR = [
-    pytest.param(
-        dtype,
-        id=short(dtype),
-        marks=pytest.mark.slow_on_simulator if dtype in (torch.float64, torch.float16) else (),
-    )
-    for dtype in DTYPES
-]
 OPTIONS = {
     "full": {"causal": False},
     "window": {"window": 5},
@@ -333,7 +325,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", TWO_ON_SIMULATOR)
+@pytest.mark.parametrize("dtype", fewer_on_simulator(DTYPES))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options, dtype, kind):
     check(operands(dtype, tokens=90, heads=2, kind=kind, **OPTIONS[options]))

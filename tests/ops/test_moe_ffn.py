@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
 from tests.helpers.op_case import OpCase, map_of, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
+from tests.helpers.simulator import fewer_on_simulator
 
 import moe_ops
 from moe_ops import reference
@@ -113,17 +114,7 @@ def test_empty_sizes(hidden_size, intermediate_size, dtype):
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
-@pytest.mark.parametrize(
-    "dtype",
-    [  # CUDA kernels of float64 are the text of float32's, those of float16 that of bfloat16's.
-        pytest.param(
-            dtype,
-            id=short(dtype),
-            marks=pytest.mark.slow_on_simulator if dtype in (torch.float64, torch.float16) else (),
-        )
-        for dtype in DTYPES
-    ],
-)
+@pytest.mark.parametrize("dtype", fewer_on_simulator(DTYPES))
 @pytest.mark.parametrize(
     ("activation", "interleaved"),
     [("swiglu", False), ("swiglu_oai", True), ("silu", False)],

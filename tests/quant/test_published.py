@@ -52,6 +52,19 @@ def test_four_bits_in_groups(method, zeros):
     assert torch.equal(value(two), torch.cat([value(weight)] * 2))
 
 
+@pytest.mark.parametrize("group", [G, D])
+def test_packed_compressed_tensors_of_eight_bits(group):
+    codes = torch.randint(-128, 128, (O, D), dtype=torch.int8)
+    scale = torch.rand(O, D // group).bfloat16()
+    packed = (codes.view(torch.uint8) ^ 128).view(torch.int32)
+    weight = published.from_compressed_tensors(packed, scale, in_features=D, bits=8)
+    stored_as_said(weight)
+    steps = scale.double().repeat_interleave(group, 1)
+    assert torch.equal(value(weight).double(), codes.double() * steps)
+    with pytest.raises(ValueError, match="bits must be 4, or 8 without zero points, got 8 with"):
+        published.from_compressed_tensors(packed, scale, codes, in_features=D, bits=8)
+
+
 def test_gptq_of_eight_bits():
     codes = torch.randint(0, 256, (O, D), dtype=torch.int64)
     packed = sum(codes[:, i::4] << 8 * i for i in range(4))

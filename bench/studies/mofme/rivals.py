@@ -101,9 +101,6 @@ class Restoration(RestorationTransformer):
 
     config: RivalConfig
 
-    def __init__(self, config: RivalConfig) -> None:
-        super().__init__(config)
-
     def make_ffn(self, config: RivalConfig) -> nn.Module:
         if config.experts == "dense":
             return DenseFFN(config)

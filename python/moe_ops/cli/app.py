@@ -116,14 +116,9 @@ def run(
 
     It opens checkpoints that moe_ops has quantized, and experts_implementation="moe_ops".
     """
-    from moe_ops.cli.run import check_program, prepare, run_program
+    from moe_ops.cli.run import prepare, run_program
 
-    @arguments.command
-    def check() -> None:
-        check_program(program)
-        prepare()
-
-    check()
+    arguments.command(prepare)(program)
     run_program(program)  # Its errors are its own.
 
 

@@ -9,12 +9,13 @@ from importlib import import_module, util
 from importlib.metadata import EntryPoint, entry_points
 
 
-def check_program(words: Sequence[str]) -> None:
-    """Checks the words of a command before anything is imported.
+def prepare(words: Sequence[str]) -> None:
+    """Checks the words of a command, and makes transformers know moe_ops in this process.
 
     Raises:
         ValueError: no program, or one that is neither a command of this environment, nor a file of
             Python, nor "-m" and a module.
+        ImportError: transformers is missing or too old.
     """
     if not words or words == ["-m"]:
         raise ValueError(
@@ -29,23 +30,16 @@ def check_program(words: Sequence[str]) -> None:
             "run: PROGRAM must be a command of this Python environment, a file of Python or -m "
             f"MODULE, got {name}."
         )
-
-
-def prepare() -> None:
-    """Makes transformers know moe_ops in this process.
-
-    Raises:
-        ImportError: transformers is missing or too old.
-    """
     import_module("moe_ops.hf")
 
 
 def run_program(words: Sequence[str]) -> None:
-    """Runs a program with its arguments in this process, as `check_program` has accepted it.
+    """Runs a program with its arguments in this process, as `prepare` has accepted it.
 
     Raises:
         SystemExit: the program has ended with a status.
     """
+    sys.excepthook = sys.__excepthook__  # Typer's would draw a program's errors in a box.
     name, *arguments = words
     if name == "-m":
         sys.argv = [arguments[0], *arguments[1:]]

@@ -150,7 +150,7 @@ def moe_ffn_quantized(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     weights = (w_gate_up, w_gate_up_scale, w_down, w_down_scale)
-    names = format if isinstance(format, str) else joined(format)
+    names = joined(format)
     rest = (topk_weights, topk_ids, names, x_scale)
     if w_gate_up_zero is not None or w_down_zero is not None:
         options = (*(options or DEFAULT_OPTIONS), w_gate_up_zero, w_down_zero)

@@ -105,24 +105,39 @@ def from_compressed_tensors(
     weight_g_idx: Tensor | None = None,
     *,
     in_features: int,
+    bits: int = 4,
 ) -> StoredWeight:
-    """compressed-tensors' pack-quantized with 4 bits: ``w[o, k] = scale[o, k // g] * (q - zero)``
-    with q and zero of -8 to 7, stored plus 8.
+    """compressed-tensors' pack-quantized: ``w[o, k] = scale[o, k // g] * (q - zero)``, with q and
+    zero of 4 bits stored plus 8, and q of 8 bits stored plus 128.
 
     Args:
-        weight_packed: int32 [O, D/8].
+        weight_packed: int32 [O, D * bits / 32].
         weight_scale: [O, D/g]; [O, 1] is one scale a row.
         weight_zero_point: int32 [O/8, D/g], consecutive outputs in a word; int8 [O, D/g]; or None.
         weight_g_idx: [D], the group of each input; only groups in order are supported.
         in_features: D.
+        bits: 4, or 8 without zero points.
 
     Raises:
-        ValueError: groups in another order, tensors of other types, or that do not belong together.
+        ValueError: other bits, groups in another order, tensors of other types, or that do not
+            belong together.
     """
+    if bits not in (4, 8) or (bits == 8 and weight_zero_point is not None):
+        raise ValueError(
+            "from_compressed_tensors: bits must be 4, or 8 without zero points, got "
+            f"{bits} {'without' if weight_zero_point is None else 'with'} them."
+        )
     _check_kind("from_compressed_tensors", "weight_packed", weight_packed, torch.int32)
     group = _group("from_compressed_tensors", "weight_scale", weight_scale, -1, in_features)
     _check_order("from_compressed_tensors", weight_g_idx, in_features, group)
-    codes = weight_packed.contiguous().view(torch.uint8)[..., : in_features // 2].contiguous()
+    codes = weight_packed.contiguous().view(torch.uint8)
+    codes = codes[..., : in_features * bits // 8].contiguous()
+    if bits == 8:
+        numbers = (codes ^ 128).view(torch.int8)
+        if group == in_features:
+            return from_int8_channels(numbers, weight_scale)
+        scale = weight_scale.contiguous()
+        return StoredWeight(_integers("int8", group, scale), numbers, scale)
     zeros = weight_zero_point
     if zeros is not None and zeros.dtype == torch.int32:
         shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=zeros.device)

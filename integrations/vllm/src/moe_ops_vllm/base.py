@@ -66,7 +66,6 @@ class MoeOpsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return FusedMoEQuantConfig.make()
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _drop_absent_biases(layer)
         self.finish(layer)
 
     def apply(
@@ -133,12 +132,3 @@ def replace(layer: nn.Module, name: str, value: Tensor | None) -> None:
         delattr(layer, name)
     kept = None if value is None else nn.Parameter(value, requires_grad=False)
     layer.register_parameter(name, kept)
-
-
-def _drop_absent_biases(layer: nn.Module) -> None:
-    """Removes zeros that GPTQ's method creates for checkpoints that may have biases."""
-    if layer.moe_config.has_bias:
-        return
-    for name in ("w13_bias", "w2_bias"):
-        if hasattr(layer, name) and name not in layer._loaded_expert_biases:
-            replace(layer, name, None)

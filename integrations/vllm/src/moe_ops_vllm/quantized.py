@@ -26,7 +26,7 @@ from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4MoEMethod
 import moe_ops
 from moe_ops.quant import published
 from moe_ops.quant.published import StoredWeight
-from moe_ops.weight_formats import GROUP_SIZES, WeightFormat
+from moe_ops.weight_formats import GROUP_SIZES, WeightFormat, joined_label
 from moe_ops_vllm.base import MoeOpsMethod, StaysWithVllm, replace
 
 
@@ -40,7 +40,7 @@ class Quantized(MoeOpsMethod):
         raise NotImplementedError
 
     def finish(self, layer: nn.Module) -> None:
-        labels = []
+        formats = {}
         for weight in ("w13", "w2"):
             names = [f"{weight}_{part}" for part in self.parts]
             given = [getattr(layer, name, None) for name in names]
@@ -50,8 +50,8 @@ class Quantized(MoeOpsMethod):
             replace(layer, f"{weight}_weight", found.codes)
             replace(layer, f"{weight}_moe_ops_scale", found.scale)
             replace(layer, f"{weight}_moe_ops_zero", found.zero)
-            labels.append(found.format.label)
-        self.format = labels[0] if labels[0] == labels[1] else ", ".join(labels)
+            formats[weight] = found.format
+        self.format = joined_label(formats)
 
     def compute(
         self, layer: nn.Module, x: Tensor, weights: Tensor, ids: Tensor, **options: Any
@@ -93,13 +93,9 @@ class CompressedTensorsPacked(Quantized, CompressedTensorsWNA16MoEMethod):  # ty
         packed, scale, zero, _ = parts
         assert packed is not None and scale is not None
         depth = packed.shape[-1] * 32 // self.num_bits
-        if self.num_bits == 8:  # Bytes with 128 added.
-            codes = (packed.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
-            if scale.shape[-1] == 1:
-                return published.from_int8_channels(codes, scale)
-            how = WeightFormat("int8", depth // scale.shape[-1], _dtype_name(scale))
-            return StoredWeight(how, codes, scale)
-        return published.from_compressed_tensors(packed, scale, zero, in_features=depth)
+        return published.from_compressed_tensors(
+            packed, scale, zero, in_features=depth, bits=self.num_bits
+        )
 
 
 class CompressedTensorsInt8(Quantized, CompressedTensorsW8A8Int8MoEMethod):  # type: ignore[misc]
@@ -168,6 +164,13 @@ class Gptq(Quantized, AutoGPTQMoEMethod):  # type: ignore[misc]
         self.version = 2 if config.full_config.get("checkpoint_format") == "gptq_v2" else 1
         self.label = f"GPTQ int{self.bits}"
 
+    def finish(self, layer: nn.Module) -> None:
+        # vLLM creates zeros for checkpoints that may have biases.
+        if not layer.moe_config.has_bias:
+            for name in {"w13_bias", "w2_bias"} - layer._loaded_expert_biases:
+                replace(layer, name, None)
+        super().finish(layer)
+
     def stored(self, *parts: Tensor | None) -> StoredWeight:
         qweight, qzeros, scales = parts
         assert qweight is not None and qzeros is not None and scales is not None
@@ -229,10 +232,6 @@ class GptOssMxfp4(Quantized, GptOssMxfp4MoEMethod):  # type: ignore[misc]
         return published.from_mxfp4(weight.unflatten(-1, (-1, 16)), scale)
 
 
-def _dtype_name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
 def _for_kernels(weight: StoredWeight) -> StoredWeight:
     """Returns a weight in the form that has integer kernels, where its numbers allow it."""
     how = weight.format
@@ -244,23 +243,12 @@ def _for_kernels(weight: StoredWeight) -> StoredWeight:
 
 
 def _stored_by_expert(stored: Any, parts: list[Tensor | None]) -> StoredWeight:
-    """Converts a weight one expert after another, so that little memory is used beside it."""
+    """Converts a weight one expert after another, which bounds the memory of conversions."""
     count = next(p.shape[0] for p in parts if p is not None)
     found = [stored(*(None if p is None else p.data[e] for p in parts)) for e in range(count)]
     kernels = [_for_kernels(weight) for weight in found]
     if all(weight.format == kernels[0].format for weight in kernels):
         found = kernels
-    joined = [
-        None if found[0][i] is None else torch.stack([_bytes(weight[i]) for weight in found])
-        for i in (1, 2, 3)
-    ]
-    codes, scale, zero = (
-        None if t is None else t.view(found[0][i + 1].dtype) for i, t in enumerate(joined)
-    )
-    assert codes is not None and scale is not None
-    return StoredWeight(found[0].format, codes, scale, zero)
-
-
-def _bytes(t: Tensor) -> Tensor:
-    """float8 as bytes: torch does not stack it."""
-    return t.contiguous().view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.contiguous()
+    zeros = None if found[0].zero is None else torch.stack([w.zero for w in found])
+    codes, scales = (torch.stack([getattr(w, n) for w in found]) for n in ("codes", "scale"))
+    return StoredWeight(found[0].format, codes, scales, zeros)
