@@ -67,14 +67,18 @@ std::vector<int64_t> kernel_entries(const std::string& isa) {
 std::string cpu_gemm_config(const std::string& dtype, const std::string& layout, int64_t rows,
                             int64_t features, int64_t in_features, const std::string& isa,
                             bool intel, bool halves, bool invariant) {
-  constexpr std::array kLayouts = {"dense_k", "dense_features", "packed",      "int8", "int4",
-                                   "fp8",     "codes",          "turned_codes"};
-  const auto at = std::find(kLayouts.begin(), kLayouts.end(), layout);
+  constexpr std::array kLayouts = {"dense_k", "dense_features", "packed", "int8",  "int4",
+                                   "mxfp4",   "nvfp4",          "fp8",    "codes", "turned_codes"};
+  const bool groups = layout == "int8_groups", e4m3 = layout == "e4m3";
+  const auto at = std::find(kLayouts.begin(), kLayouts.end(),
+                            groups ? "int8" : e4m3 ? "codes" : layout);
   if (at == kLayouts.end()) {
     throw std::invalid_argument("cpu_gemm_config: layout must be known, got " + layout + ".");
   }
   cpu::GemmShape s;
   s.b = static_cast<cpu::GemmShape::B>(at - kLayouts.begin());
+  s.float_scales = !groups;
+  s.bf16_codes = e4m3;
   s.type = dtype_of(dtype);
   s.even = in_features % 2 == 0;
   s.segments = halves ? 2 : 1;
@@ -161,7 +165,8 @@ PYBIND11_MODULE(moe_ops_dev, m) {
         arg("features"), arg("in_features"), arg("isa"), arg("intel"), arg("halves") = false,
         arg("invariant") = false,
         "Returns how the CPU multiplies the `rows` rows of an expert with a weight of that type "
-        "and layout (dense_k, dense_features, packed, int8, int4, fp8, codes, turned_codes): "
+        "and layout (dense_k, dense_features, packed, int8, int8_groups, int4, mxfp4, nvfp4, fp8, "
+        "e4m3, codes, turned_codes): "
         "algorithm, operand and size of work items, on a processor of Intel's or another.");
   m.def("weight_formats", &weight_formats,
         "Returns (name, bits, group, rows, record, head, scales, row_scales, zeros) of each format "

@@ -47,7 +47,7 @@ Tensor run(const Op& op, const Inputs& given) {
   p.in_features = in;
   p.a = rows_of(src, type);
   p.b = matrices_of(weights.matrices, type);
-  p.b.quant.has_kernels &= !exact;
+  p.b.quant.exact = exact;
   if (transpose) p.b = transposed(p.b);
   p.bias = bias_rows.vectors;
   p.out = {out.mutable_data_ptr(), type, out_features, nullptr};

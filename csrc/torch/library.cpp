@@ -180,6 +180,31 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? b_down, str activation, bool interleaved, bool apply_router_weight_on_input, "
       "float alpha, float limit, Tensor? w_gate_up_zero, Tensor? w_down_zero, bool need_x, "
       "bool need_topk_weights) -> (Tensor grad_x, Tensor grad_topk_weights)");
+  // moe_ffn of frozen weights with low-rank terms, for inference and training. format: that of
+  // quantized weights, "" for weights of x's type. Factors a [G,r,D] and b [G,O,r]: G = E, E *
+  // num_adapters, or 1 for one that all share. low_gate_up and low_down: scaling * a times the rows
+  // that meet each weight.
+  m.def(
+      "moe_ffn_lora_fwd(Tensor x, Tensor w_gate_up, Tensor? w_gate_up_scale, "
+      "Tensor? w_gate_up_zero, Tensor w_down, Tensor? w_down_scale, Tensor? w_down_zero, "
+      "str format, Tensor? b_gate_up, Tensor? b_down, Tensor topk_weights, Tensor topk_ids, "
+      "Tensor? lora_a_gate_up, Tensor? lora_b_gate_up, Tensor? lora_a_down, Tensor? lora_b_down, "
+      "float scaling, Tensor? adapter_ids, int num_adapters, str activation, bool interleaved, "
+      "bool apply_router_weight_on_input, float alpha, float limit, bool training) -> "
+      "(Tensor y, Tensor preact, Tensor low_gate_up, Tensor low_down, Tensor group_offsets, "
+      "Tensor row_to_slot, Tensor slot_to_row)");
+  m.def(
+      "moe_ffn_lora_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor? w_gate_up_scale, "
+      "Tensor? w_gate_up_zero, Tensor w_down, Tensor? w_down_scale, Tensor? w_down_zero, "
+      "str format, Tensor? b_gate_up, Tensor? b_down, Tensor topk_weights, "
+      "Tensor? lora_a_gate_up, Tensor? lora_b_gate_up, Tensor? lora_a_down, Tensor? lora_b_down, "
+      "float scaling, Tensor? adapter_ids, int num_adapters, Tensor preact, Tensor low_gate_up, "
+      "Tensor low_down, Tensor group_offsets, Tensor row_to_slot, Tensor slot_to_row, str "
+      "activation, "
+      "bool interleaved, bool apply_router_weight_on_input, float alpha, float limit, "
+      "bool need_x, bool need_topk_weights, bool need_a_gate_up, bool need_b_gate_up, "
+      "bool need_a_down, bool need_b_down) -> (Tensor grad_x, Tensor grad_topk_weights, "
+      "Tensor grad_a_gate_up, Tensor grad_b_gate_up, Tensor grad_a_down, Tensor grad_b_down)");
   // moe_ffn of weights float8_e4m3fn [E,O,D] with scales [E,ceil(O/128),ceil(D/128)]; x and the
   // activated features become float8_e4m3fn too, with a scale for 128 of a row. x may come as such
   // codes, with x_scale [T,ceil(H/128)] and an out_dtype. Inference only.

@@ -48,7 +48,7 @@ inline WeightFormat format_of(const Op& op, const char* arg, std::string_view na
 }
 
 inline ScalarType type_of(Codes codes) {
-  if (codes == Codes::kFp8) return ScalarType::Float8_e4m3fn;
+  if (codes == Codes::kFp8 || codes == Codes::kE4m3) return ScalarType::Float8_e4m3fn;
   return codes == Codes::kInt8 ? ScalarType::Char : ScalarType::Byte;
 }
 

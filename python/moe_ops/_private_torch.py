@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.nn.modules.module
 import torch.utils._python_dispatch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -221,3 +223,30 @@ def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, [*before, *names]
     )
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """Returns the timeout of a process group's collectives; None if torch does not state it."""
+    for device in getattr(group, "_device_types", ()):
+        options = getattr(group._get_backend(device), "options", None)
+        timeout: timedelta | None = getattr(options, "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
+def set_timeout(timeout: timedelta, group: Any) -> None:
+    """Sets the timeout of the collectives of a process group of gloo or NCCL."""
+    change = getattr(torch.distributed.distributed_c10d, "_set_pg_timeout", None)
+    if change is not None and torch.distributed.get_backend(group) in ("gloo", "nccl"):
+        change(timeout, group)
+
+
+def in_selective_recompute() -> bool:
+    """Returns whether torch.utils.checkpoint recomputes with results that a policy has kept; any
+    mode counts if torch does not tell."""
+    kind = getattr(torch.utils.checkpoint, "_CachedTorchDispatchMode", None)
+    modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
+    if kind is None or modes is None:
+        return len_torch_dispatch_stack() > 0
+    return any(isinstance(mode, kind) for mode in modes())

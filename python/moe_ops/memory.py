@@ -40,7 +40,6 @@ from moe_ops._sharded import check_whole
 __all__ = [
     "available_memory",
     "empty_cache",
-    "get_cache_limit",
     "memory_stats",
     "release_file_pages",
     "use_huge_pages",

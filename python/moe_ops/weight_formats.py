@@ -55,25 +55,33 @@ class Format(NamedTuple):
 
 
 _DECODED = "weights decoded to float32"
+_OR_HALF = ", or to bfloat16 for x of that type"
 FORMATS = {
     "int8": Format(
         8, torch.int8, 0, 1, 0, 0, "float", True, False,
         "a byte per weight", "q * scale",
-        "integer kernels with a float32 scale per output; else " + _DECODED,
+        "integer kernels",
     ),
     "int4": Format(
         4, torch.uint8, 0, 1, 0, 0, "float", False, True,
         "two per byte, the even input in the low half",
         "(code - 8) * scale, or (code - zero) * scale",
-        "integer kernels with float32 scales, g32, g64 or g128, no zero points; else " + _DECODED,
+        "integer kernels",
     ),
     "mxfp4": Format(
         4, torch.uint8, 32, 1, 0, 0, "uint8", False, False,
-        "two per byte, the even input in the low half", "e2m1 * 2^(scale - 127)", _DECODED,
+        "two per byte, the even input in the low half", "e2m1 * 2^(scale - 127)",
+        "integer kernels",
     ),
     "fp8": Format(
         8, torch.float8_e4m3fn, 128, 128, 0, 0, "float32", False, False,
-        "a byte per weight", "e4m3 * scale", "fp8 kernels of moe_ffn_fp8; else " + _DECODED,
+        "a byte per weight", "e4m3 * scale",
+        "fp8 kernels of moe_ffn_fp8; else " + _DECODED + _OR_HALF,
+    ),
+    "e4m3": Format(
+        8, torch.float8_e4m3fn, 0, 1, 0, 0, "float", True, False,
+        "a byte per weight", "e4m3 * scale",
+        _DECODED + ", or with a scale per output to bfloat16 for x of that type",
     ),
     "q4_k": Format(
         4, torch.uint8, 256, 1, 16, 0, "uint8", False, False,
@@ -88,7 +96,8 @@ FORMATS = {
     "nvfp4": Format(
         4, torch.uint8, 16, 1, 0, 4, "uint8", False, False,
         "two per byte, the even input in the low half",
-        "e2m1 * e4m3 * the float32 of the row, the four bytes ahead of its scales", _DECODED,
+        "e2m1 * e4m3 * the float32 of the row, the four bytes ahead of its scales",
+        "integer kernels for up to 8 tokens per expert; else " + _DECODED + _OR_HALF,
     ),
 }  # fmt: skip
 
@@ -99,9 +108,9 @@ class WeightFormat:
 
     Args:
         name: a key of FORMATS.
-        group_size: of int4, and of int8 with a scale for so many inputs; None of int8 is a scale
-            per output. A multiple of 32 that divides D.
-        scale_dtype: of the scales of int8 and int4: "float32", "bfloat16" or "float16".
+        group_size: of int4, and of int8 and e4m3 with a scale for so many inputs; None of these
+            two is a scale per output. A multiple of 32 that divides D.
+        scale_dtype: of the scales of int8, int4 and e4m3: "float32", "bfloat16" or "float16".
         zero_points: of int4, whether groups have one; without, a code of 8 is zero.
 
     Raises:
@@ -131,7 +140,9 @@ class WeightFormat:
         elif self.zero_points and not row.zeros:
             problem = f"zero_points must be False for {self.name}, got True."
         elif not row.group and group is None and self.scale_dtype != "float32":
-            problem = f"scale_dtype must be float32 for int8 by rows, got {self.scale_dtype}."
+            problem = (
+                f"scale_dtype must be float32 for {self.name} by rows, got {self.scale_dtype}."
+            )
         if problem is not None:
             raise ValueError(f"WeightFormat: {problem}")
 
@@ -175,10 +186,13 @@ class WeightFormat:
 
     @cached_property
     def has_kernels(self) -> bool:
-        """True if products are of integers; other weights become floats on the way."""
-        if self.row.group or self.zero_points or self.scale_dtype != "float32":
+        """True if products are of integers on every device. On the CPU, all int8, int4, mxfp4 and
+        nvfp4 weights are multiplied as integers, too; others become floats on the way."""
+        if self.zero_points or self.scale_dtype != "float32":
             return False
-        return self.group_size is None or (self.name == "int4" and self.group_size in GROUP_SIZES)
+        if self.name == "int8":
+            return self.group_size is None
+        return self.name == "int4" and self.group_size in GROUP_SIZES
 
     @property
     def scale_type(self) -> torch.dtype:

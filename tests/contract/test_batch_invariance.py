@@ -72,6 +72,7 @@ NOT_BY_TOKEN = {
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
     "mla_decode": "as attention_decode: tests/contract/test_attention_steps.py",
+    "moe_ffn_lora_fwd": "tests/layers/test_expert_lora.py",
     "moe_ffn_quantized_fwd": "of training: test_training_through_quantized_experts",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
+from moe_ops import layers
 
 from .every_op import CASES, OPS, Sizes
 
@@ -148,6 +149,9 @@ def report(calls: int, steps: int, most: float) -> None:
         quantized = cases["moe_ffn_quantized"]
         leaf = quantized["x"].detach().clone().requires_grad_()
         moe_ops.moe_ffn_quantized(**{**quantized, "x": leaf}).sum().backward()
+        layers.ExpertLoRA(layers.Experts(4, 16, 8), 2)(
+            torch.randn(3, 16), torch.rand(3, 1), torch.zeros(3, 1, dtype=torch.int32)
+        ).sum().backward()
         wgrad = cases["grouped_gemm_fp8_wgrad"]
         moe_ops.grouped_gemm_fp8_wgrad(**wgrad, main_grad=moe_ops.grouped_gemm_fp8_wgrad(**wgrad))
 

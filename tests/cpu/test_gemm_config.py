@@ -15,7 +15,9 @@ from tests.helpers.dev import moe_ops_dev
 from moe_ops._library import supported_isas
 
 ISAS = supported_isas()
-CODES = ("int8", "int4", "fp8", "codes", "turned_codes")
+CODES = (
+    *("int8", "int8_groups", "int4", "mxfp4", "nvfp4", "fp8", "e4m3", "codes", "turned_codes"),
+)
 LAYOUTS = ("dense_k", "dense_features", "packed", *CODES)
 OTHERS, INTEL = False, True
 
@@ -74,9 +76,32 @@ def config(isa, intel, dtype, layout, rows, features=768, in_features=2048, **op
         ("avx512_bf16", OTHERS, "float32", "int8", 64, "repack_b wide, items of 128 x 256"),
         ("avx512_bf16", OTHERS, "bfloat16", "int4", 4, "gemv int8, items of 128 x 2048"),
         ("avx2", OTHERS, "bfloat16", "int4", 64, "repack_b int8, items of 128 x 2048"),
-        ("avx512_bf16", OTHERS, "bfloat16", "fp8", 4, "gemv fp8, items of 128 x 2048"),
+        ("avx2", OTHERS, "float32", "int4", 64, "repack_b two_int8, items of 128 x 2048"),
+        ("avx512_bf16", OTHERS, "bfloat16", "mxfp4", 4, "gemv int8, items of 128 x 2048"),
+        ("avx512", OTHERS, "float32", "mxfp4", 64, "repack_b two_int8, items of 128 x 2048"),
+        ("avx512", OTHERS, "bfloat16", "nvfp4", 8, "gemv int8, items of 128 x 2048"),
+        ("avx512_bf16", OTHERS, "bfloat16", "nvfp4", 64, "dequant bf16, items of 128 x 512"),
+        ("avx2", OTHERS, "bfloat16", "nvfp4", 64, "dequant wide, items of 128 x 512"),
+        ("avx512_bf16", OTHERS, "bfloat16", "fp8", 4, "gemv fp8_bf16, items of 128 x 2048"),
+        ("avx512", OTHERS, "bfloat16", "fp8", 4, "gemv fp8, items of 128 x 2048"),
         ("avx512_bf16", OTHERS, "bfloat16", "fp8", 5, "pack_tokens fp8_bf16, items of 128 x 256"),
         ("avx2", OTHERS, "bfloat16", "fp8", 5, "pack_tokens fp8, items of 128 x 256"),
+        ("avx512_bf16", OTHERS, "bfloat16", "int8_groups", 4, "gemv int16, items of 128 x 2048"),
+        (
+            "avx512_bf16",
+            OTHERS,
+            "bfloat16",
+            "int8_groups",
+            64,
+            "repack_b int8, items of 128 x 2048",
+        ),
+        ("avx2", OTHERS, "bfloat16", "int8_groups", 64, "repack_b int16, items of 128 x 2048"),
+        ("avx2", OTHERS, "float32", "int8_groups", 64, "dequant wide, items of 128 x 512"),
+        ("avx512_bf16", INTEL, "bfloat16", "e4m3", 8, "gemv fp8_bf16, items of 128 x 2048"),
+        ("amx", INTEL, "bfloat16", "e4m3", 4, "gemv fp8_bf16, items of 128 x 2048"),
+        ("amx", INTEL, "bfloat16", "e4m3", 5, "dequant amx, items of 128 x 512"),
+        ("avx512_bf16", OTHERS, "bfloat16", "e4m3", 64, "dequant bf16, items of 128 x 512"),
+        ("avx512_bf16", OTHERS, "float32", "e4m3", 4, "gemv decoded, items of 128 x 2048"),
         # Other formats of few bits: tokens of one pass stay as they are.
         ("avx512", OTHERS, "bfloat16", "codes", 4, "gemv decoded, items of 128 x 2048"),
         ("avx512", OTHERS, "bfloat16", "codes", 5, "dequant wide, items of 128 x 512"),
@@ -124,8 +149,12 @@ def test_batch_invariant_algorithms_add_in_one_order(isa, intel):
         "dense_features": {"outer", "row_major_b"},
         "packed": {"packed_b"},
         "int8": {"gemv"},
+        "int8_groups": {"dequant"},
+        "e4m3": {"dequant"},
         "int4": {"gemv"},
         "fp8": {"gemv", "gemv_blocked"},
+        "mxfp4": {"dequant"},
+        "nvfp4": {"dequant"},
         "codes": {"dequant"},
         "turned_codes": {"dequant"},
     }

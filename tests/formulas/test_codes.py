@@ -23,6 +23,8 @@ FORMATS = (
     "int4 g256",
     "mxfp4",
     "fp8",
+    "e4m3",
+    "e4m3 g32 bfloat16",
     "q4_k",
     "q6_k",
     "nvfp4",

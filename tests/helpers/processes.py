@@ -26,6 +26,7 @@ from typing import Any
 
 TIMEOUT = 60.0  # seconds: of a collective, and of what a rank may take longer than another
 _GRACE = 10.0  # seconds that ranks have to end by themselves once one has failed
+_NO_GROUP = "the process group was not made: "  # begins the text of a rank that could not join
 # What the server imports once for all processes, which are forked from it; it does not mind if one
 # is not there.
 _PRELOAD = [
@@ -79,16 +80,21 @@ class Processes:
             RankError: a rank failed; all processes were ended.
         """
         world = self.size if world is None else world
-        if not self._workers:
-            self._start()
-        init = f"file://{self._folder.name}/{next(self._calls)}"
         named = (function.__module__, function.__qualname__)
-        for rank, (_, pipe) in enumerate(self._workers[:world]):
-            pipe.send((named, args, init, rank, world, timeout))
-        results, failed = self._collect(world, timeout)
-        if failed:
+        for last_attempt in (False, True):
+            if not self._workers:
+                self._start()
+            init = f"file://{self._folder.name}/{next(self._calls)}"
+            for rank, (_, pipe) in enumerate(self._workers[:world]):
+                pipe.send((named, args, init, rank, world, timeout))
+            results, failed = self._collect(world, timeout)
+            if not failed:
+                break
             self.close(keep_folder=True)
-            raise RankError(failed)
+            # On a busy machine gloo sometimes loses a connection while it makes the group. No
+            # rank has called the function then, so the second attempt hides nothing.
+            if last_attempt or not all(text.startswith(_NO_GROUP) for text in failed.values()):
+                raise RankError(failed)
         return [results[rank] for rank in range(world)]
 
     def _collect(self, world: int, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
@@ -163,13 +169,17 @@ def _serve(pipe: multiprocessing.connection.Connection, path: list[str]) -> None
             for part in name.split("."):
                 function = getattr(function, part)
             torch.manual_seed(0)
-            dist.init_process_group(
-                "gloo",
-                init_method=init,
-                rank=rank,
-                world_size=world,
-                timeout=datetime.timedelta(seconds=timeout),
-            )
+            try:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=init,
+                    rank=rank,
+                    world_size=world,
+                    timeout=datetime.timedelta(seconds=timeout),
+                )
+            except RuntimeError:
+                pipe.send((False, _NO_GROUP + traceback.format_exc()))
+                continue
             try:
                 answer = (True, function(rank, *args))
             finally:

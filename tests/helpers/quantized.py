@@ -32,6 +32,7 @@ from moe_ops.testing import (
     poisoned,
     widened,
 )
+from moe_ops.weight_formats import WeightFormat
 
 # Most tokens of an expert whose products are of integers whatever their dtype (moe_ffn_quantized).
 INTEGER_ROWS = 8
@@ -51,17 +52,22 @@ def weight_config(format: str | None, group_size: int | None = None) -> WeightCo
     return {"int8": Int8WeightConfig, "fp8": Fp8WeightConfig}[format]()
 
 
-def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
+def token_bits(weight: Tensor, format: str, dtype: torch.dtype, counts: Tensor) -> Tensor:
     """Returns the bits of the integers that moe_ffn_quantized makes of the tokens of experts with
     `counts` of them: 8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of
     the codes."""
-    level, four = _library.cpu_isa(), weight.dtype == torch.uint8
-    bits = torch.full_like(counts, 8 if four else 16)
+    level, how = _library.cpu_isa(), WeightFormat.from_label(format)
+    if how.name not in ("int8", "int4", "mxfp4", "nvfp4"):
+        return torch.zeros_like(counts)
+    bits = torch.full_like(counts, 16 if how.name == "int8" else 8)
     if is_batch_invariant_enabled():
-        return bits
-    if dtype == torch.float32 or level == "portable":
+        return bits * how.has_kernels
+    if how.name == "nvfp4":
         bits[counts > INTEGER_ROWS] = 0
-    elif not four and level in ("avx512_bf16", "amx"):  # those with VNNI
+    elif dtype == torch.float32 or level == "portable":
+        # Integers of 8 bits, and others of what they leave.
+        bits[counts > INTEGER_ROWS] = 16 if how.name != "int8" and level != "portable" else 0
+    elif how.name == "int8" and level in ("avx512_bf16", "amx"):  # those with VNNI
         bits[counts > min(max(weight.shape[2] // 160, 3), 6)] = 8
     return bits
 
@@ -72,13 +78,16 @@ def slots_of_experts(call: Kwargs) -> Tensor:
     return torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
 
 
-def rounds_to_bytes(call: Kwargs) -> bool:
-    """Returns whether moe_ffn_quantized makes integers of 8 bits of any token (token_bits)."""
-    rows = slots_of_experts(call)
+def bits_of_tokens(call: Kwargs) -> set[int]:
+    """Returns the bits of the integers that moe_ffn_quantized makes of tokens (token_bits)."""
+    rows, formats = slots_of_experts(call), formats_of(call["format"], 2)
     rows, dtype = rows[rows > 0], call["x"].dtype
-    return any(
-        bool(token_bits(call[name], dtype, rows).eq(8).any()) for name in ("w_gate_up", "w_down")
-    )
+    weights = zip((call["w_gate_up"], call["w_down"]), formats, strict=True)
+    return {b for w, how in weights for b in token_bits(w, how, dtype, rows).tolist()}
+
+
+def rounds_to_bytes(call: Kwargs) -> bool:
+    return 8 in bits_of_tokens(call)
 
 
 def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
@@ -179,20 +188,22 @@ def moe_ffn_in_integers(call: Kwargs) -> Tensor:
         rows = rows * exact["topk_weights"].reshape(-1)[row_to_slot.long()][:, None]
     counts = offsets.diff().long()
 
-    def rounded(rows: Tensor, weight: Tensor) -> Tensor:
-        bytes_of = token_bits(weight, call["x"].dtype, counts) == 8
+    formats = formats_of(call["format"], 2)
+
+    def rounded(rows: Tensor, weight: Tensor, format: str) -> Tensor:
+        bytes_of = token_bits(weight, format, call["x"].dtype, counts) == 8
         bytes_of = bytes_of.repeat_interleave(counts)[:, None]
         used = rows[: len(bytes_of)]
         return torch.cat([torch.where(bytes_of, integer_tokens(used), used), rows[len(used) :]])
 
-    rows = rounded(rows, call["w_gate_up"])
+    rows = rounded(rows, call["w_gate_up"], formats[0])
     preact = reference.grouped_gemm(rows, exact["w_gate_up"], offsets, bias=exact.get("b_gate_up"))
     if activation in GATED_ACTIVATIONS:
         options = {k: exact[k] for k in ("alpha", "limit") if k in exact}
         h = reference.gated_act(preact, activation, interleaved=interleaved, **options)
     else:
         h = plain_act(preact, activation)
-    h = rounded(h, call["w_down"])
+    h = rounded(h, call["w_down"], formats[1])
     out = reference.grouped_gemm(h, exact["w_down"], offsets, bias=exact.get("b_down"))
     return reference.unpermute(
         out, offsets, slot_to_row, None if on_input else exact["topk_weights"]
@@ -230,7 +241,7 @@ def check_grouped_gemm_quantized(call: Kwargs) -> None:
     counts = call["expert_offsets"].diff().long()
     exact = {**widened(call), "b": call["b"]}
     dtype = call["a"].dtype
-    bits = token_bits(call["b"], dtype, counts)
+    bits = token_bits(call["b"], call["format"], dtype, counts)
     on_cpu = call["a"].device.type == "cpu" and _library.cpu_isa() != ""
     used = int(counts.sum())
     if on_cpu:
@@ -247,7 +258,15 @@ def check_grouped_gemm_quantized(call: Kwargs) -> None:
     slack = 5e-3 if _library.cpu_isa() == "portable" else 1e-3
     slack = slack if bool((bits[counts > 0] == 8).any()) else 1e-4
     error, norm = (y.double() - expected).norm(), expected.norm()
-    assert error <= (eps(dtype) + slack) * norm + 1e-30, f"{error:.2e} of {norm:.2e}"
+    # Rounding to 16 bits moves numbers by up to half a step of 1/32767 of the largest of a row, and
+    # a sum that cancels by as much as any other: by 0.3 steps times the norm of the weights.
+    in_words = (bits == 16).repeat_interleave(counts)
+    steps = exact["a"][:used].abs().amax(1, keepdim=True) * in_words[:, None] / 32767
+    parts = (call["b"], call["b_scale"], call.get("b_zero"))
+    weights = dequantized_weight(*parts, format=call["format"], dtype=torch.float64)
+    squares = steps.square().expand(used, weights.shape[2])
+    moved = reference.grouped_gemm(squares, weights.square(), call["expert_offsets"]).sqrt()
+    assert error <= (eps(dtype) + slack) * norm + moved.norm() + 1e-30, f"{error:.2e} of {norm:.2e}"
 
 
 def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
@@ -268,11 +287,12 @@ def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
     assert error <= 2 * eps(y.dtype) * magnitude.norm() + 1e-30, f"{error:.2e}"
 
 
-# --- formats of published checkpoints, whose weights become float32
+# --- formats of published checkpoints
 
 # Integers in groups: bits, group, dtype of the scales, whether there are zero points.
 STORED_GROUPS = {
     "int8 g32 float16": (8, 32, torch.float16, False),
+    "int8 g64": (8, 64, torch.float32, False),
     "int8 g160 bfloat16": (8, 160, torch.bfloat16, False),
     "int4 g64 bfloat16 zero": (4, 64, torch.bfloat16, True),
     "int4 g32 float16": (4, 32, torch.float16, False),
@@ -280,8 +300,19 @@ STORED_GROUPS = {
     "int4 g256": (4, 256, torch.float32, False),
 }
 # Others: what the length of a row is a multiple of.
-STORED_RECORDS = {"mxfp4": 32, "fp8": 1, "q4_k": 256, "q6_k": 256, "nvfp4": 16}
-STORED = ("int8 g32 float16", "int4 g64 bfloat16 zero", "int4 g32 float16", *STORED_RECORDS)
+STORED_RECORDS = {
+    "mxfp4": 32,
+    "fp8": 1,
+    "e4m3": 1,
+    "e4m3 g32 bfloat16": 32,
+    "q4_k": 256,
+    "q6_k": 256,
+    "nvfp4": 16,
+}
+STORED = (
+    *("int8 g32 float16", "int8 g64", "int4 g64 bfloat16 zero", "int4 g32 float16"),
+    *STORED_RECORDS,
+)
 
 
 def stored(
@@ -309,6 +340,12 @@ def stored(
         head = factor.flatten().view(torch.uint8).view(experts, features, 4)
         parts = (head, steps.view(torch.uint8))
         return codes(depth // 2), torch.cat(parts, -1), None
+    if kind.startswith("e4m3"):
+        numbers = torch.randn(experts, features, depth).mul_(100).to(torch.float8_e4m3fn)
+        # A scale per row, or one in bfloat16 per 32 inputs.
+        groups = (depth // 32,) if "g32" in kind else ()
+        scale = (torch.rand(experts, features, *groups) + 0.5) * size / 100
+        return numbers, scale.to(torch.bfloat16 if groups else torch.float32), None
     if kind == "fp8":
         return *quantize_fp8_blocks(torch.randn(experts, features, depth) * size), None
     record = codes(depth // 256, {"q4_k": 16, "q6_k": 18}[kind])
@@ -359,9 +396,16 @@ def stored_gemm_call(
 
 
 def check_stored_gemm(call: Kwargs, wrt: Sequence[str] = ()) -> None:
-    """Against its reference in fp64: rows are not rounded. The bound is that of sums whose weights
-    are a value and an offset, which may be larger than what they add up to: a weight of zero point
-    15 and code 15 is 7 * scale - 7 * scale."""
+    """Against its reference in fp64. Where rows are not rounded, the bound is that of sums whose
+    weights are a value and an offset, which may be larger than what they add up to: a weight of
+    zero point 15 and code 15 is 7 * scale - 7 * scale."""
+    counts = call["expert_offsets"].diff().long()
+    bits = token_bits(call["b"], call["format"], call["a"].dtype, counts[counts > 0])
+    if call["a"].device.type == "cpu" and bool((bits > 0).any()):
+        check_grouped_gemm_quantized(call)
+        if not wrt:
+            return
+        # Where a gradient is wanted, rows are not rounded.
     names = {"b", "b_scale", "b_zero", "format"}
     codes = {name: v for name, v in call.items() if name in names}
     parts = (codes["b_scale"], codes.get("b_zero"))
@@ -386,14 +430,21 @@ def check_stored_ffn(call: Kwargs) -> None:
     x times x_scale, the activated features and, on CUDA, an expert's output are rounded to x's
     type."""
     exact = dequantized(call)
-    expected = reference.moe_ffn(**exact)
+    on_cpu = call["x"].device.type == "cpu"
+    rounds = on_cpu and bits_of_tokens(call) != {0}
+    expected = moe_ffn_in_integers(call) if rounds else reference.moe_ffn(**exact)
     with poisoned(call["x"], expected.to(call["x"].dtype)):
         y = ops.moe_ffn_quantized(**call)
     assert y.dtype == call["x"].dtype
+    if rounds:
+        error, norm = (y.double() - expected).norm(), expected.norm()
+        slack = 5e-3 if _library.cpu_isa() == "portable" else 1e-3
+        assert error <= (2 * eps(y.dtype) + slack) * norm, f"{error:.2e} of {norm:.2e}"
+        return
     assert_close_by_norm(
         y,
         expected,
         moe_ffn_magnitude(**absolute(exact)),
         sum_length=max(*exact["x"].shape, exact["w_down"].shape[-1], 1),
-        steps=0 if y.dtype == torch.float32 and call["x"].device.type == "cpu" else 4,
+        steps=0 if y.dtype == torch.float32 and on_cpu else 4,
     )

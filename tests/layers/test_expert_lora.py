@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
+from tests.helpers.isas import run_python_at
 from tests.helpers.quantized import weight_config
 
 import moe_ops
@@ -172,7 +173,7 @@ def test_names_and_shapes_of_peft():
 
 def test_what_is_refused():
     layer, (x, weights, ids) = make(), call()
-    with pytest.raises(ValueError, match=r"^grouped_gemm: .* must"):
+    with pytest.raises(ValueError, match=r"^moe_ffn_lora: .* must"):
         layer(x[:, 1:], weights, ids)
     with pytest.raises(ValueError, match="must be frozen"):
         layer.experts.requires_grad_(True)
@@ -185,3 +186,55 @@ def test_what_is_refused():
         ExpertLoRA(layer.experts, 1, shared=["w_down"])
     with pytest.raises(ValueError, match="fp8_training"):
         ExpertLoRA(Experts(E, H, I, fp8_training=True), 1)
+
+
+SHAPES = [  # E, H, I, K, T, rank
+    (5, 17, 13, 2, 0, 3),
+    (1, 8, 8, 1, 1, 1),
+    (6, 33, 40, 3, 9, 17),
+    (3, 600, 530, 2, 150, 8),
+    (4, 64, 48, 1, 70, 40),
+]
+
+
+def close(got, wanted, dtype):
+    for one, other in zip(got, wanted, strict=True):
+        scale = other.double().norm()
+        assert (one.double() - other.double()).norm() <= 40 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sizes(shape, dtype):
+    """Odd sizes, ranks of several tiles, experts without tokens and one with most of them."""
+    experts, hidden, inner, top_k, tokens, rank = shape
+    torch.manual_seed(len(str(shape)))
+    layer = ExpertLoRA(Experts(experts, hidden, inner, dtype=dtype), rank, dtype=torch.float64)
+    with torch.no_grad():
+        for name in FACTORS:
+            getattr(layer, name).normal_(0, 0.3)
+    layer.experts.double()
+    x = torch.randn(tokens, 2 * hidden, dtype=torch.float64)[:, ::2].to(dtype).requires_grad_()
+    weights = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
+    ids = torch.where(torch.rand(tokens, top_k) < 0.6, 0, torch.randint(experts, (tokens, top_k)))
+    if experts > 1:
+        ids[ids == experts - 1] = -1
+    wanted = gradients(expected(layer, x.double(), weights, ids), layer, x, weights)
+    layer.experts.to(dtype)
+    close(gradients(layer(x, weights, ids), layer, x, weights), wanted, dtype)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_instruction_sets(isa):
+    done = run_python_at(
+        isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "sizes"
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_rows_are_batch_invariant():
+    layer, (x, weights, ids) = make(dtype=torch.float32), call(torch.float32)
+    with torch.no_grad(), moe_ops.batch_invariant():
+        together = layer(x, weights, ids)
+        for rows in ([3], [7, 3], [0, 1, 2, 3, 4]):
+            assert torch.equal(layer(x[rows], weights[rows], ids[rows]), together[rows])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tests.helpers.op_case import OpCase
@@ -113,7 +115,7 @@ def test_stored_formats(kind, counts, backend):
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize(
-    "kind", ["int4 g96 zero", "int8 g32 float16", "int4 g32", "int8", "fp8", "q4_k"]
+    "kind", ["int4 g96 zero", "int8 g32 float16", "int4 g32", "int8", "fp8", "e4m3", "q4_k"]
 )
 def test_gradients_through_stored_formats(kind, counts):
     for dtype in (torch.float32, torch.float16):
@@ -143,8 +145,9 @@ def test_stored_bits_do_not_depend_on_threads_and_in_one_mode_not_on_neighbors(k
 def test_weights_that_are_not_finite_or_subnormal(rows):
     """e4m3 has no infinity, but NaN of either sign; scales of MXFP4 are powers from 2^-127 on, or
     NaN."""
-    for code in (0x7F, 0xFF):
-        call = stored_gemm_call("fp8", (rows,), 200, 9, torch.float32)
+    cases = itertools.product(("fp8", "e4m3"), (0x7F, 0xFF), (torch.float32, torch.bfloat16))
+    for kind, code, dtype in cases:
+        call = stored_gemm_call(kind, (rows,), 200, 9, dtype)
         call["b"].view(torch.uint8)[0, 4, 137] = code
         y = moe_ops.grouped_gemm_quantized(**call)[:rows]
         assert y[:, 4].isnan().all() and y.isnan().sum() == rows
@@ -163,6 +166,24 @@ def test_weights_that_are_not_finite_or_subnormal(rows):
     call["a"] *= 2.0**120
     call["b_scale"][:] = torch.arange(3, dtype=torch.uint8)
     check_stored_gemm(call)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 6, 20])
+@pytest.mark.parametrize("kind", ["fp8", "e4m3"])
+def test_every_code_of_e4m3_is_exact(kind, rows, dtype):
+    call = stored_gemm_call(kind, (rows,), 254, 5, dtype)
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[(numbers & 127) != 127]
+    for o in range(5):
+        call["b"].view(torch.uint8)[0, o] = numbers.roll(o)
+    call["b_scale"].fill_(0.25)
+    del call["bias"]
+    wanted = call["b"][0].to(torch.float32).mul(0.25).add(0.0).T.to(dtype)  # No -0.
+    for k in range(0, 254 - rows, rows):
+        call["a"] = torch.eye(254, dtype=dtype)[k : k + rows]
+        assert_identical(moe_ops.grouped_gemm_quantized(**call), wanted[k : k + rows])
 
 
 @formats

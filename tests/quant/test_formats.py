@@ -166,6 +166,8 @@ LABELS = (
     "int4 g96 float16 zero",
     "int8 g32 float16",
     "int4 g32 bfloat16",
+    "e4m3",
+    "e4m3 g128 float16",
     *(name for name, row in FORMATS.items() if row.group),
 )
 NO_LABELS = (
@@ -185,6 +187,8 @@ NO_LABELS = (
     "int8 float16",
     "int8 g32 zero",
     "fp8 g32",
+    "e4m3 zero",
+    "e4m3 float16",
     "mxfp4 float16",
     "int4 g9999999999",
 )

@@ -107,6 +107,16 @@ def test_fp8_and_int8_channels():
     assert torch.equal(value(weight), codes * scale.double())
 
 
+@pytest.mark.parametrize("shape", [(O, 1), (O,), (1,), ()])
+def test_fp8_channels(shape):
+    codes, scale = torch.randn(O, D).to(torch.float8_e4m3fn), torch.rand(shape).bfloat16()
+    weight = published.from_fp8_channels(codes, scale)
+    stored_as_said(weight)
+    assert torch.equal(value(weight), codes.double() * scale.double().reshape(-1, 1))
+    with pytest.raises(ValueError, match=r"weight_scale must be one number or one per output"):
+        published.from_fp8_channels(codes, torch.rand(2))
+
+
 def test_what_cannot_be_held_is_refused():
     codes, zero, scale = layout.random_codes(O, D, G, True)
     tensors = layout.gptq(codes, zero, scale)

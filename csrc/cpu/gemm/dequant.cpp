@@ -1,27 +1,11 @@
 #include "cpu/gemm/dequant.h"
 
 #include "cpu/gemm/gemm.h"
+#include "cpu/kernels/fp8.h"
 
 namespace moe_ops::cpu {
 
 namespace {
-
-// Returns the stored rows of expert e's weights, k per row.
-CodeRows code_rows(const ExpertMatrices& m, int64_t e, int64_t k) {
-  const QuantFormat& q = m.quant;
-  const int64_t scale = e * q.scale_stride_e, size = scale_size(q.scale_type);
-  return {.codes = q.codes,
-          .k = k,
-          .scale_type = q.scale_type,
-          .group = q.group,
-          .w = static_cast<const char*>(m.data) + e * m.stride_e * q.bits / 8,
-          .ldw = (q.transposed ? m.stride_k : m.stride_o) * q.bits / 8,
-          .scale = static_cast<const char*>(q.scales) + scale * size,
-          .ld_scale = q.scale_stride_o * size,
-          .scale_rows = q.scale_rows,
-          .zero = q.zero == nullptr ? nullptr : q.zero + scale,
-          .ld_zero = q.scale_stride_o};
-}
 
 // Returns the number of float32 rows or columns that fit kDequantBytes.
 int64_t count_at_once(int64_t length, int64_t n) {
@@ -114,49 +98,217 @@ void columns_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   }
 }
 
+// Weights of nvfp4 and fp8 without the scales that bfloat16 does not hold exactly: one for each
+// `depth` steps of a row. `at_once` times as many are decoded by one call: three calls for as many
+// steps of fp8 took 1.5 times as long on AMX.
+struct Bf16Codes {
+  CodeRows rows;
+  int64_t bits, depth, at_once;
+  char* scales;  // of nvfp4: those of a row whose float is 1
+
+  Bf16Codes(const ExpertMatrices& b, int64_t e, int64_t k, char* scale_room)
+      : rows(code_rows(b, e, k)),
+        bits(b.quant.bits),
+        depth(rows.codes == Codes::kFp8 ? kFp8Block : 2 * kKc),
+        at_once(2 * kKc / depth),
+        scales(scale_room) {}
+  static int64_t scale_bytes(const ExpertMatrices& b) { return b.quant.scale_stride_o; }
+
+  // Returns the scale of steps [k0, k0 + depth) of a row.
+  float factor(int64_t row, int64_t k0) const {
+    float found = 0;
+    const int64_t block = rows.codes == Codes::kFp8 ? k0 / kFp8Block : 0;
+    std::memcpy(&found, row_scales(row) + block * static_cast<int64_t>(sizeof(float)),
+                sizeof(found));
+    return found;
+  }
+
+  // Prefetches steps [k0, k0 + n) of a row, as far as it has them.
+  void prefetch(int64_t row, int64_t k0, int64_t n) const {
+    const char* begin = static_cast<const char*>(rows.w) + row * rows.ldw;
+    const int64_t last = std::min(k0 + n, rows.k) * bits / 8;
+    for (int64_t byte = k0 * bits / 8; byte < last; byte += 64) {
+      __builtin_prefetch(begin + byte, 0, 2);
+    }
+  }
+
+  // Decodes steps [k0, k0 + n) of a row to dst.
+  void decode(int64_t row, int64_t k0, int64_t n, float* scratch, uint16_t* dst) const {
+    if (rows.codes != Codes::kNvfp4) {
+      const auto* codes = static_cast<const uint8_t*>(rows.w) + row * rows.ldw + k0;
+      return fp8_kernels().decode_bf16(codes, dst, n);
+    }
+    const float one = 1.0f;
+    float values[2 * kKc];
+    std::memcpy(scales, row_scales(row), static_cast<size_t>(rows.ld_scale));
+    std::memcpy(scales, &one, sizeof(one));
+    CodeRows own = rows;
+    own.scale = scales;
+    own.ld_scale = 0;
+    quant_kernels().dequantize(
+        {.rows = own, .row = row, .k0 = k0, .n = n, .scratch = scratch, .dst = values});
+    row_kernels<float>().store_row(DType::kBFloat16, values, dst, n);
+  }
+
+ private:
+  const char* row_scales(int64_t row) const {
+    return static_cast<const char*>(rows.scale) + row / rows.scale_rows * rows.ld_scale;
+  }
+};
+
+// Computes an item in bfloat16, which holds the codes exactly. Weight rows, decoded once for all
+// tokens of the item, are A, and tokens are packed as B.
+void bf16_codes_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                     const DequantEpilogue& fn) {
+  constexpr int64_t W = 16;  // tokens of a panel
+  const bool amx = it.config.operand == Operand::kAmx;
+  const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 32);
+  const int64_t m = it.row_end - it.row_begin, padded_m = round_up(m, W);
+  const int64_t n = it.feature_end - it.feature_begin, total = n * d.segments;
+  const int64_t padded_n = round_up(total, W), height = amx ? 16 : k.mr1;
+  ScratchScope scratch;
+  Arena arena(scratch, Scratch::kDequant,
+              kMaxMr * kLda * 4 + kMaxMr * padded_m * 4 + padded_m * 4 + decoded_scratch(K) * 4 +
+                  Bf16Codes::scale_bytes(d.b) + 5 * 64);
+  auto* a = arena.take<float>(kMaxMr * kLda);
+  auto* partial = arena.take<float>(kMaxMr * padded_m);
+  auto* ones = arena.take<float>(padded_m);
+  auto* decoding = arena.take<float>(decoded_scratch(K));
+  const Bf16Codes codes(d.b, it.expert, K, arena.take<char>(Bf16Codes::scale_bytes(d.b)));
+  std::fill_n(ones, padded_m, 1.0f);
+  auto* x = scratch.take<float>(Scratch::kPackB, padded_m * padded_k / 2);
+  auto* sums = scratch.take<float>(Scratch::kTile, padded_n * padded_m);
+  auto* out =
+      scratch.take<float>(Scratch::kTokens, std::max(padded_n * padded_m, W * padded_k / 2));
+  for (int64_t t = 0; t < padded_m; t += W) {
+    // A line more than a row keeps rows out of one L1 set.
+    const int64_t ld = padded_k + 32;
+    ScratchScope packing;
+    auto* rows = packing.take<uint16_t>(Scratch::kPackA, W * ld);
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t r = it.row_begin + t + i, valid = r < it.row_end ? K : 0;
+      if (valid > 0) load_bf16_row(d.a.type, row_of(d.a, r), K, 1.0f, nullptr, rows + i * ld);
+      std::fill(rows + i * ld + valid, rows + i * ld + padded_k, uint16_t{0});
+    }
+    k.transpose(reinterpret_cast<const float*>(rows), ld / 2, W, padded_k / 2, x + t * padded_k / 2,
+                W);
+  }
+  if (amx) k.amx.begin();
+  for (int64_t i0 = 0; i0 < total; i0 += height) {
+    const int64_t count = std::min(height, total - i0);
+    const auto row = [&](int64_t i) {
+      return (i0 + i) / n * d.features + it.feature_begin + (i0 + i) % n;
+    };
+    const int64_t whole_depth = codes.depth * codes.at_once;
+    for (int64_t k0 = 0; k0 < K; k0 += codes.depth) {
+      const int64_t begin = k0 / whole_depth * whole_depth;
+      if (k0 == begin) {
+        const int64_t depth = std::min(whole_depth, K - k0);
+        const int64_t steps = std::min(round_up<int64_t>(depth, 32), padded_k - k0);
+        // What is decoded next: the following steps of these rows, or the following rows.
+        const bool last = k0 + whole_depth >= K;
+        const int64_t next_k = last ? 0 : k0 + whole_depth, next_row = last ? height : 0;
+        for (int64_t i = 0; i < height; ++i) {
+          auto* dst = reinterpret_cast<uint16_t*>(a + i * kLda);
+          if (i0 + i + next_row < total) codes.prefetch(row(i + next_row), next_k, whole_depth);
+          if (i < count) codes.decode(row(i), k0, depth, decoding, dst);
+          std::fill(dst + (i < count ? depth : 0), dst + steps, uint16_t{0});
+        }
+      }
+      const float* block = a + (k0 - begin) / 2;
+      const int64_t depth = std::min(codes.depth, K - k0);
+      const int64_t steps = std::min(round_up<int64_t>(depth, 32), padded_k - k0);
+      float factors[kMaxMr];
+      for (int64_t i = 0; i < count; ++i) factors[i] = codes.factor(row(i), k0);
+      for (int64_t t = 0; t < padded_m && amx; t += W * kAmxTokenTiles) {
+        const int64_t tiles = std::min<int64_t>((padded_m - t) / W, kAmxTokenTiles);
+        k.amx.rows({steps / 32, reinterpret_cast<const uint16_t*>(block), 2 * kLda,
+                    reinterpret_cast<const uint16_t*>(x + t * padded_k / 2 + k0 / 2 * W),
+                    W * padded_k, static_cast<int>(tiles)},
+                   partial + t, padded_m);
+      }
+      for (int64_t t = 0; t < padded_m && !amx; t += W) {
+        TileOptions none;
+        k.bf16_row_a[0][count - 1](steps / 2, block, x + t * padded_k / 2 + k0 / 2 * W,
+                                   {partial + t, padded_m, false}, none);
+      }
+      fp8_kernels().promote({.rows = count,
+                             .cols = padded_m,
+                             .block = partial,
+                             .ld_block = padded_m,
+                             .row_scale = factors,
+                             .col_scale = ones,
+                             .sums = sums + i0 * padded_m,
+                             .ld_sums = padded_m,
+                             .accumulate = k0 > 0});
+    }
+  }
+  if (amx) k.amx.end();
+  std::fill(sums + total * padded_m, sums + padded_n * padded_m, 0.0f);
+  k.transpose(sums, padded_m, padded_n, m, out, padded_n);
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * padded_n,
+       out + t * padded_n + n);
+  }
+}
+
 }  // namespace
 
 void dequant_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const DequantEpilogue& fn) {
+  if (it.config.operand != Operand::kWide) return bf16_codes_item(d, k, it, fn);
   d.b.quant.transposed ? columns_item(d, k, it, fn) : rows_item(d, k, it, fn);
 }
 
-void decoded_gemv_item(const GemmDesc<float>& d, const GemmItem& it, const DequantEpilogue& fn) {
+void decoded_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                       const DequantEpilogue& fn) {
   const QuantKernels& kernels = quant_kernels();
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 256);
-  const int64_t ldx = kernels.arranged_floats(K), ldo = n * d.segments;
+  const bool bf16 = it.config.operand == Operand::kFp8Bf16;
+  const int64_t ldx = bf16 ? e4m3_row_floats(K) : kernels.arranged_floats(K), ldo = n * d.segments;
   const CodeRows rows = code_rows(d.b, it.expert, K);
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   float* tokens = scratch.take<float>(Scratch::kTokens, m * ldx);
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
-  float* scales = scratch.take<float>(Scratch::kDequant, kGemvFeatures * decoded_scratch(K));
+  float* scales = scratch.take<float>(Scratch::kDequant, codes_scratch(K));
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     Wide::load(d, it.row_begin + t, 0, K, x);
-    kernels.arrange_token(rows, x, tokens + t * ldx);
+    if (bf16) {
+      kernels.e4m3_arrange(K, x, tokens + t * ldx);
+    } else {
+      kernels.arrange_token(rows, x, tokens + t * ldx);
+    }
   }
-  // Four long streams, as in gemv_item.
+  // Four long streams, as in gemv_item; with more tokens than a pass takes, four rows at a time.
   const int64_t quarter = n / kGemvFeatures, rest = n % kGemvFeatures;
+  const int64_t num_passes = ceil_div<int64_t>(m, k.gemv.max_tokens);
+  const BalancedPartition passes(m, num_passes);
+  const int64_t at_once = num_passes == 1 ? quarter : 1;
   for (int s = 0; s < d.segments; ++s) {
     // `count` times `features` features from `first` on, `step` apart.
     const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
       if (count == 0) return;
-      kernels.decoded_dot({.rows = rows,
-                           .first = s * d.features + it.feature_begin + first,
-                           .step = step,
-                           .features = features,
-                           .count = count,
-                           .tokens = static_cast<int>(m),
-                           .x = tokens,
-                           .ldx = ldx,
-                           .scratch = scales,
-                           .out = out + s * n + first,
-                           .ldo = ldo,
-                           .out_step = step});
+      for (int64_t i = 0; i < num_passes; ++i) {
+        const int64_t t = passes.begin(i), next = passes.begin(i + 1);
+        const CodesDotParams p = {.rows = rows,
+                                  .first = s * d.features + it.feature_begin + first,
+                                  .step = step,
+                                  .features = features,
+                                  .count = count,
+                                  .tokens = static_cast<int>(next - t),
+                                  .x = tokens + t * ldx,
+                                  .x_bytes = ldx * static_cast<int64_t>(sizeof(float)),
+                                  .scratch = scales,
+                                  .out = out + t * ldo + s * n + first,
+                                  .ldo = ldo,
+                                  .out_step = step};
+        bf16 ? kernels.e4m3_dot(p) : kernels.decoded_dot(p);
+      }
     };
-    run(kGemvFeatures, quarter, 0, quarter);
+    for (int64_t f = 0; f < quarter; f += at_once) run(kGemvFeatures, at_once, f, quarter);
     run(1, rest, kGemvFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {

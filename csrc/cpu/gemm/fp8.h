@@ -173,6 +173,65 @@ void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem
   }
 }
 
+// Computes an item by GEMV with products in bfloat16, which holds every code exactly; one pass of
+// tokens, with weights in four long streams.
+template <class Epilogue>
+void fp8_bf16_gemv_item(const Fp8Desc& d, const GemmItem& it, const Epilogue& fn) {
+  const QuantKernels& kernels = quant_kernels();
+  constexpr int64_t F = kGemvFeatures;
+  const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
+  const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 256), ldx = e4m3_row_floats(K);
+  ScratchScope scratch;
+  float* x = scratch.take<float>(Scratch::kPackA, padded_k);
+  float* tokens = scratch.take<float>(Scratch::kTokens, m * ldx);
+  const float* x_scale[kFp8GemvRows];
+  std::fill(x + K, x + padded_k, 0.0f);
+  for (int64_t t = 0; t < m; ++t) {
+    fp8_kernels().decode(d.row(it.row_begin + t), x, K);
+    kernels.e4m3_arrange(K, x, tokens + t * ldx);
+    x_scale[t] = d.row_scale(it.row_begin + t);
+  }
+  const CodeRows rows = {
+      .codes = Codes::kFp8,
+      .k = K,
+      .scale_type = ScaleType::kFloat32,
+      .group = kFp8Block,
+      .w = d.weight(it.expert, 0),
+      .ldw = d.b.stride_o,
+      .scale = d.weight_scale(it.expert, 0),
+      .ld_scale = d.b.scale_stride_o * static_cast<int64_t>(sizeof(float)),
+      .scale_rows = kFp8Block,
+      .zero = nullptr,
+      .ld_zero = 0,
+  };
+  const int64_t ldo = n * d.segments, groups = n / F;
+  float* out = scratch.take<float>(Scratch::kTile, m * ldo);
+  for (int s = 0; s < d.segments; ++s) {
+    // `count` times `features` features from `first` on, `step` apart.
+    const auto run = [&](int64_t features, int64_t count, int64_t first, int64_t step) {
+      if (count == 0) return;
+      kernels.e4m3_dot({.rows = rows,
+                        .first = s * d.features + it.feature_begin + first,
+                        .step = step,
+                        .features = static_cast<int>(features),
+                        .count = count,
+                        .tokens = static_cast<int>(m),
+                        .x = tokens,
+                        .x_bytes = ldx * static_cast<int64_t>(sizeof(float)),
+                        .scratch = nullptr,
+                        .out = out + s * n + first,
+                        .ldo = ldo,
+                        .out_step = step,
+                        .x_scale = x_scale});
+    };
+    run(F, groups, 0, groups);
+    run(1, n % F, groups * F, 1);
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
+  }
+}
+
 template <class Op, bool kTurned, class Desc, class Epilogue>
 void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const GemmItem& it,
                           const Epilogue& fn) {
@@ -307,6 +366,7 @@ void run_item(const Fp8Desc& d, const GemmItem& it, const Epilogue& fn) {
   switch (it.config.algorithm) {
     case Algorithm::kGemv:
     case Algorithm::kGemvBlocked:
+      if (it.config.operand == Operand::kFp8Bf16) return fp8_bf16_gemv_item(d, it, fn);
       return fp8_gemv_item(d, k, it, fn);
     case Algorithm::kPackTokens:
       return d.turned() ? fp8_pack_tokens_item<true>(d, k, it, fn)

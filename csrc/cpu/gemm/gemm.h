@@ -67,6 +67,7 @@ template <class T, class Epilogue>
 void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
               const GemmItem* next, const Epilogue& fn) {
   if constexpr (sizeof(T) == 4) {
+    if (it.config.algorithm == Algorithm::kDequant) return dequant_item(d, k, it, std::cref(fn));
     const bool gemv = it.config.algorithm == Algorithm::kGemv;
     switch (it.config.operand) {
       case Operand::kBf16:
@@ -74,18 +75,22 @@ void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
       case Operand::kAmx:
         return run_amx_item(d, k, it, fn);
       case Operand::kInt16:
-        return gemv ? w8_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt16>(d, k, it, fn);
+        if (gemv && d.b.quant.has_kernels) return w8_gemv_item(d, k, it, fn);
+        return gemv ? grouped_gemv_item(d, k, it, fn)
+                    : repack_b_item<Activations::kInt16>(d, k, it, fn);
       case Operand::kInt8:
-        return gemv ? w4_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt8>(d, k, it, fn);
+      case Operand::kTwoInt8:
+        return gemv ? grouped_gemv_item(d, k, it, fn)
+                    : repack_b_item<Activations::kInt8>(d, k, it, fn);
       case Operand::kDecoded:
-        return decoded_gemv_item(d, it, std::cref(fn));
+      case Operand::kFp8Bf16:
+        return decoded_gemv_item(d, k, it, std::cref(fn));
       default:
         break;
     }
     if (it.config.algorithm == Algorithm::kRepackB) {
       return repack_b_item<Activations::kFloat>(d, k, it, fn);
     }
-    if (it.config.algorithm == Algorithm::kDequant) return dequant_item(d, k, it, std::cref(fn));
   }
   run_dense_item<Wide>(d, k, it, next, fn);
 }

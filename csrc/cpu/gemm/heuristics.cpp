@@ -40,11 +40,15 @@ Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t row
   const auto operand = [&](bool pairs) { return pairs ? Operand::kBf16 : Operand::kWide; };
   switch (s.b) {
     case B::kBits8:
+      if (!s.float_scales) return {Algorithm::kDequant, Operand::kWide};
       return {Algorithm::kGemv, Operand::kInt16};
     case B::kBits4:
+      if (!s.float_scales) return {Algorithm::kDequant, Operand::kWide};
       return {Algorithm::kGemv, Operand::kInt8};
     case B::kFp8:
       return {rows <= kFp8GemvRows ? Algorithm::kGemv : Algorithm::kGemvBlocked, Operand::kFp8};
+    case B::kMxfp4:
+    case B::kNvfp4:
     case B::kCodes:
     case B::kTurnedCodes:
       return {Algorithm::kDequant, Operand::kWide};
@@ -62,10 +66,10 @@ Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t row
   return {Algorithm::kZero, Operand::kWide};
 }
 
-// Chooses for weights of 8 and 4 bits. Tiles multiply integers only if the layer's tokens have a
-// half type.
+// Chooses for weights of 8 and 4 bits. Tiles multiply integers of 8 bits only if the layer's tokens
+// have a half type, and for weights of 4 bits sums of two.
 Choice choose_quantized(const GemmShape& s, const QuantKernels& q, int64_t rows) {
-  const bool four = s.b == B::kBits4, half = s.type != DType::kFloat32;
+  const bool four = s.b != B::kBits8, half = s.type != DType::kFloat32;
   const bool int8 = half && q.int8_tile[four][0] != nullptr;
   const bool int16 = half && !four && q.quantize_int16 != nullptr;
   int64_t gemv_rows = kQuantMaxRows;
@@ -75,7 +79,15 @@ Choice choose_quantized(const GemmShape& s, const QuantKernels& q, int64_t rows)
         std::clamp<int64_t>(s.in_features / q.w8_min_depth_per_row, kMinW8Rows, q.w8_max_rows);
   }
   if (rows <= gemv_rows) return {Algorithm::kGemv, four ? Operand::kInt8 : Operand::kInt16};
-  return {Algorithm::kRepackB, int8 ? Operand::kInt8 : int16 ? Operand::kInt16 : Operand::kWide};
+  if (four && q.int8_tile[1][0] == nullptr && (!s.float_scales || s.b != B::kBits4)) {
+    return {Algorithm::kDequant, Operand::kWide};
+  }
+  if (four && !half && q.int8_tile[1][0] != nullptr) {
+    return {Algorithm::kRepackB, Operand::kTwoInt8};
+  }
+  if (int8 || int16) return {Algorithm::kRepackB, int8 ? Operand::kInt8 : Operand::kInt16};
+  // Weights of 8 bits with a scale per group have tiles of integers only.
+  return {s.float_scales ? Algorithm::kRepackB : Algorithm::kDequant, Operand::kWide};
 }
 
 // Chooses for weights that are dense along k.
@@ -113,14 +125,25 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
   switch (s.b) {
     case B::kBits8:
     case B::kBits4:
+    case B::kMxfp4:
       return choose_quantized(s, q, rows);
     case B::kFp8:
-      if (rows <= kFp8GemvRows) return {Algorithm::kGemv, Operand::kFp8};
+      if (rows <= kFp8GemvRows) {
+        return {Algorithm::kGemv, k.has_bf16 ? Operand::kFp8Bf16 : Operand::kFp8};
+      }
       return {Algorithm::kPackTokens,
               k.has_bf16 && rows <= k.bf16_max_rows ? Operand::kFp8Bf16 : Operand::kFp8};
+    case B::kNvfp4:
+      if (rows <= kQuantMaxRows) return {Algorithm::kGemv, Operand::kInt8};
+      return {Algorithm::kDequant, operand};
     case B::kCodes:
+      // AMX beats the second pass of a GEMV, and that beats weights decoded in cache.
+      if (s.bf16_codes && can &&
+          rows <= (k.amx.panel != nullptr ? k.gemv.max_tokens : kQuantMaxRows)) {
+        return {Algorithm::kGemv, Operand::kFp8Bf16};
+      }
       if (rows <= k.gemv.max_tokens) return {Algorithm::kGemv, Operand::kDecoded};
-      return {Algorithm::kDequant, Operand::kWide};
+      return {Algorithm::kDequant, s.bf16_codes && (amx || rows > kQuantMaxRows) ? operand : Operand::kWide};
     case B::kTurnedCodes:
       return {Algorithm::kDequant, Operand::kWide};
     case B::kPacked:
@@ -159,8 +182,8 @@ int64_t row_major_depth(const GemmShape& s, const GemmKernels<T>& k, int64_t ste
 constexpr std::array kAlgorithmNames = {"zero",     "gemv",        "gemv_blocked", "outer",
                                         "pack_bt",  "row_major_b", "packed_b",     "pack_tokens",
                                         "repack_b", "dequant"};
-constexpr std::array kOperandNames = {"wide", "bf16", "amx",      "int16",
-                                      "int8", "fp8",  "fp8_bf16", "decoded"};
+constexpr std::array kOperandNames = {"wide",     "bf16", "amx",      "int16",  "int8",
+                                      "two_int8", "fp8",  "fp8_bf16", "decoded"};
 
 }  // namespace
 
@@ -169,15 +192,14 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
                          int64_t rows) {
   const auto [algorithm, operand] = choose(s, k, q, rows);
   GemmConfig c{algorithm, operand, kRowBlock, kFeatureBlock, 1, 2 * k.lanes, 0};
-  const bool amx = operand == Operand::kAmx;
-  const bool fp8 = operand == Operand::kFp8 || operand == Operand::kFp8Bf16;
+  const bool amx = operand == Operand::kAmx && algorithm != Algorithm::kDequant;
   if (amx) {
     c.rows = algorithm == Algorithm::kPackTokens ? 16 * kAmxTokenTiles : kPanelRowBlock;
     c.features = algorithm == Algorithm::kRowMajorB ? kAmxRowMajorFeatures : kAmxFeatureBlock;
     c.row_unit = 16;
     return c;
   }
-  if (fp8 || s.b == B::kFp8) {
+  if (s.b == B::kFp8) {
     c.features = rows <= kFp8GemvRows ? kFp8GemvFeatures : kPanelFeatureBlock;
     c.row_unit = k.lanes;
     c.feature_unit = 4;
@@ -196,7 +218,8 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
       break;
     case Algorithm::kGemv:
       c.feature_unit = kGemvFeatures;
-      if (operand == Operand::kInt8 || operand == Operand::kDecoded) {
+      if (operand == Operand::kInt8 || operand == Operand::kDecoded ||
+          operand == Operand::kFp8Bf16 || (operand == Operand::kInt16 && !s.float_scales)) {
         c.features = kQuantFeatures;
       } else if (operand == Operand::kInt16) {
         c.feature_unit = 2 * q.w8_features;

@@ -35,6 +35,7 @@ enum class Operand : int {
   kAmx,      // bfloat16 in AMX tiles
   kInt16,    // tokens as integers of 16 bits, for weights of 8 bits
   kInt8,     // tokens as integers of 8 bits
+  kTwoInt8,  // tokens as sums of two such rows of integers
   kFp8,      // e4m3 codes, decoded to float32
   kFp8Bf16,  // e4m3 codes, decoded to pairs of bfloat16
   kDecoded,  // weights of few bits, decoded to float32 in registers
@@ -58,20 +59,25 @@ std::string to_string(const GemmConfig& c);
 
 // Sizes and layout of a GEMM, on which its algorithm depends.
 struct GemmShape {
-  // kCodes: quantized weights without integer kernels; kTurnedCodes: any that are transposed.
+  // kBits4: int4; kCodes: quantized weights without integer kernels; kTurnedCodes: any that are
+  // transposed.
   enum class B : int {
     kDenseK,
     kDenseFeatures,
     kPacked,
     kBits8,
     kBits4,
+    kMxfp4,
+    kNvfp4,
     kFp8,
     kCodes,
     kTurnedCodes
   };
   B b = B::kDenseK;
   DType type = DType::kFloat32;  // of the weights; of the layer's tokens where they have few bits
-  bool scaled = false;           // whether a row of tokens has a factor
+  bool scaled = false;           // whether rows or columns of tokens have factors
+  bool float_scales = true;      // kBits8, kBits4: whether those are float32 of the usual groups
+  bool bf16_codes = false;       // kCodes: whether they are e4m3, of blocks or with a scale per row
   bool even = true;              // whether pairs of k lie side by side in every row of weights
   int64_t features = 0, segments = 1, feature_unit = 1, in_features = 0;
   int64_t range = 0;  // of the features of each segment, those that are wanted at once
@@ -88,10 +94,18 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
 template <class T>
 GemmShape shape_of(const GemmDesc<T>& d) {
   GemmShape s;
-  if (d.b.quant.bits != 0 && (d.b.quant.transposed || !d.b.quant.has_kernels)) {
-    s.b = d.b.quant.transposed ? GemmShape::B::kTurnedCodes : GemmShape::B::kCodes;
-  } else if (d.b.quant.bits != 0) {
-    s.b = d.b.quant.bits == 4 ? GemmShape::B::kBits4 : GemmShape::B::kBits8;
+  const QuantFormat& q = d.b.quant;
+  if (q.bits != 0) {
+    s.b = q.transposed               ? GemmShape::B::kTurnedCodes
+          : q.exact                  ? GemmShape::B::kCodes
+          : q.codes == Codes::kInt4  ? GemmShape::B::kBits4
+          : q.codes == Codes::kMxfp4 ? GemmShape::B::kMxfp4
+          : q.codes == Codes::kNvfp4 ? GemmShape::B::kNvfp4
+          : q.codes == Codes::kInt8  ? GemmShape::B::kBits8
+                                     : GemmShape::B::kCodes;
+    s.float_scales = q.has_kernels;
+    const bool row_scale = q.group == d.in_features && q.scale_type == ScaleType::kFloat32;
+    s.bf16_codes = q.codes == Codes::kFp8 || (q.codes == Codes::kE4m3 && row_scale);
   } else if (d.b.panels != nullptr) {
     s.b = GemmShape::B::kPacked;
   } else {
@@ -99,7 +113,7 @@ GemmShape shape_of(const GemmDesc<T>& d) {
     s.b = dense_k ? GemmShape::B::kDenseK : GemmShape::B::kDenseFeatures;
   }
   s.type = d.b.type;
-  s.scaled = d.a_scale != nullptr;
+  s.scaled = d.a_scale != nullptr || d.k_scale != nullptr;
   s.even = d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
   s.features = s.range = d.features;
   s.segments = d.segments;

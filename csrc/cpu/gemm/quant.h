@@ -1,6 +1,7 @@
 // Items of weights of 8 and 4 bits: as integers along k, or as panels made in cache.
 #pragma once
 
+#include "cpu/gemm/dequant.h"
 #include "cpu/gemm/gemv.h"
 #include "cpu/gemm/heuristics.h"
 
@@ -105,28 +106,35 @@ void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   }
 }
 
-// Computes an item by GEMV with 4 bits: every weight is read once.
+// Computes an item by GEMV with integers and a scale per group of weights; every weight is read
+// once by max_tokens tokens.
 template <class Epilogue>
-void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+void grouped_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const Epilogue& fn) {
   const QuantKernels& kernels = quant_kernels();
-  const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
-  const int64_t K = d.in_features, padded_k = round_up(K, kQuantBlock);
-  const int64_t row_bytes = round_up<int64_t>(kernels.w4_row_bytes(K), 64);
+  const bool eight = d.b.quant.bits == 8;
+  const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 64);
+  const int64_t row_bytes =
+      round_up<int64_t>(eight ? kernels.w8_row_bytes(K) : kernels.w4_row_bytes(K), 64);
+  const CodeRows codes = code_rows(d.b, it.expert, K);
   ScratchScope scratch;
+  float* scales = scratch.take<float>(Scratch::kDequant, codes_scratch(K));
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     Wide::load(d, it.row_begin + t, 0, K, x);
-    kernels.w4_quantize(K, x, rows + t * row_bytes);
+    if (eight) {
+      kernels.w8_quantize(K, x, rows + t * row_bytes);
+    } else {
+      kernels.w4_quantize(codes.codes, K, x, rows + t * row_bytes);
+    }
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   // Four long streams, as in gemv_item; with more tokens than a pass takes, four rows at a time.
   const int64_t quarter = n / kGemvFeatures, rest = n % kGemvFeatures;
-  const int64_t ldw = d.b.stride_o / 2;
   for (int s = 0; s < d.segments; ++s) {
     // `count` times `features` features from `first` on, `step` apart.
     const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
@@ -134,22 +142,19 @@ void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
       const int64_t feature = s * d.features + it.feature_begin + first;
       for (int64_t t = 0; t < m; t += k.gemv.max_tokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(k.gemv.max_tokens, m - t));
-        kernels.w4_dot({.features = features,
-                        .count = count,
-                        .tokens = tokens,
-                        .k = K,
-                        .w = weights_at(d.b, it.expert, feature, 0),
-                        .w_step = ldw,
-                        .ldw = step * ldw,
-                        .x = rows + t * row_bytes,
-                        .x_bytes = row_bytes,
-                        .out = out + t * ldo + s * n + first,
-                        .ldo = ldo,
-                        .out_step = step,
-                        .group = q.group,
-                        .scale = scales_at(d.b, it.expert, feature),
-                        .scale_step = q.scale_stride_o,
-                        .ld_scale = step * q.scale_stride_o});
+        const CodesDotParams p = {.rows = codes,
+                                  .first = feature,
+                                  .step = step,
+                                  .features = features,
+                                  .count = count,
+                                  .tokens = tokens,
+                                  .x = rows + t * row_bytes,
+                                  .x_bytes = row_bytes,
+                                  .scratch = scales,
+                                  .out = out + t * ldo + s * n + first,
+                                  .ldo = ldo,
+                                  .out_step = step};
+        eight ? kernels.w8_grouped_dot(p) : kernels.w4_dot(p);
       }
     };
     int64_t at_once = m <= k.gemv.max_tokens ? quarter : 1;
@@ -164,12 +169,12 @@ void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   }
 }
 
-// Like packed_b_item, with tokens in fp32 or as integers of 16 or 8 bits, and with panels made
-// where they are used: a block of one is written, and read by the tiles of all rows, in cache. Rows
-// of weights that make a panel are one run in memory, and the tiles prefetch that of the next
-// panel. But for bytes, a panel's sums lie side by side until it is done: runs of k that share a
-// scale may add to them every 32 steps, and rows a power of two apart would all meet in the same
-// few sets of an L1.
+// Like packed_b_item, with tokens in fp32 or as integers of 16 or 8 bits, or of twice 8 (kTwoInt8:
+// a row of integers, and one of what they leave), and with panels made where they are used: a block
+// of one is written, and read by the tiles of all rows, in cache. Rows of weights that make a panel
+// are one run in memory, and the tiles prefetch that of the next panel. But for bytes, a panel's
+// sums lie side by side until it is done: runs of k that share a scale may add to them every 32
+// steps, and rows a power of two apart would all meet in the same few sets of an L1.
 template <Activations kForm, class Epilogue>
 void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                    const Epilogue& fn) {
@@ -180,28 +185,42 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
   const QuantFormat& q = d.b.quant;
   const int64_t P = 2 * k.lanes, word = 32 / q.bits;
   const int64_t K = d.in_features, block = kStep * kDepth, k_blocks = ceil_div(K, block);
-  const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
+  const int64_t tokens = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
+  const int64_t parts = it.config.operand == Operand::kTwoInt8 ? 2 : 1, m = tokens * parts;
   // Columns of a segment that are summed up before they are handed on.
   const int64_t part = std::min(round_up(n, P), std::max(kQuantPartFeatures, P));
   const int64_t ldc = part * d.segments;
-  const int64_t group = q.bits == 4 ? q.group : K, groups = ceil_div(K, group);
+  // Scales that are not stored as float32, those of other groups and zero points are widened.
+  const bool widened = !q.has_kernels;
+  const int64_t group = widened ? kQuantBlock : q.bits == 4 ? q.group : K;
+  const int64_t groups = ceil_div(K, group);
+  const CodeRows codes = code_rows(d.b, it.expert, K);
   ScratchScope scratch;
   float* a = scratch.take<float>(Scratch::kTokens, k_blocks * m * kLda);
   float* tile = scratch.take<float>(Scratch::kTile, m * ldc);
-  Arena arena(scratch, Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
+  const int64_t ld_scale = groups + 16, rows_of_scales = widened ? 2 * P * ld_scale : 0;
+  const int64_t scale_panels = q.zero != nullptr ? 2 : 1;
+  Arena arena(scratch, Scratch::kPackB,
+              (block / word + 8 + scale_panels * (groups + 8) + m) * P * 4 + 192 +
+                  (rows_of_scales + (widened ? decoded_scratch(K) : 0)) * 4 + 128);
   auto* words = arena.take<uint32_t>((block / word + 8) * P);
   auto* scales = arena.take<float>((groups + 8) * P);
+  auto* offsets = q.zero != nullptr ? arena.take<float>((groups + 8) * P) : nullptr;
+  auto* row_scales = arena.take<float>(rows_of_scales);
+  auto* scale_scratch = arena.take<float>(widened ? decoded_scratch(K) : 0);
   auto* sums = kInt8 ? nullptr : arena.take<float>(m * P);
   const int64_t padded_k = round_up(K, kQuantBlock);
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    if constexpr (kInt8 || kInt16) Wide::load(d, it.row_begin + t, 0, K, x);
+    if constexpr (kInt8 || kInt16) {
+      if (t % parts == 0) Wide::load(d, it.row_begin + t / parts, 0, K, x);
+    }
     for (int64_t b = 0; b < k_blocks; ++b) {
       float* dst = a + (b * m + t) * kLda;
       const int64_t kc = std::min(block, K - b * block);
       if constexpr (kInt8) {
-        kernels.quantize_int8(q.bits, kc, x + b * block, dst);
+        kernels.quantize_int8(q.codes, kc, x + b * block, dst, t % parts + 1 < parts);
       } else if constexpr (kInt16) {
         kernels.quantize_int16(kc, x + b * block, dst);
       } else {
@@ -213,7 +232,7 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
   }
   const bool four = q.bits == 4;
   const auto* tiles = [&] {
-    if constexpr (kInt8) return &kernels.int8_tile[four][0];
+    if constexpr (kInt8) return &kernels.int8_tile[q.codes == Codes::kMxfp4 ? 2 : four][0];
     if constexpr (!kInt8) return kInt16 ? &kernels.int16_tile[0] : &kernels.tile[four][0];
   }();
   const int64_t blocks = ceil_div<int64_t>(m, kInt8    ? kernels.int8_rows
@@ -233,15 +252,27 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
     const char* w = weights_at(d.b, it.expert, feature(i), 0);
     const char* next = weights_at(d.b, it.expert, feature(std::min(i + 1, count - 1)), 0);
     const int64_t features = std::min(P, n - i / d.segments * P);
-    const float* scale = scales_at(d.b, it.expert, feature(i));
     // [groups][P]. A scale is a word too, but less than 32 bytes of a row would be copied first.
-    if (groups < 8) {
-      for (int64_t f = 0; f < features; ++f) {
-        for (int64_t g = 0; g < groups; ++g) scales[g * P + f] = scale[f * q.scale_stride_o + g];
+    const auto panel_of = [&](const float* scale, int64_t ld, float* dst) {
+      if (groups < 8) {
+        for (int64_t f = 0; f < features; ++f) {
+          for (int64_t g = 0; g < groups; ++g) dst[g * P + f] = scale[f * ld + g];
+        }
+      } else {
+        kernels.repack({8, false, scale, 4 * ld, features, 0, 4 * groups},
+                       reinterpret_cast<uint32_t*>(dst));
       }
+    };
+    if (widened) {
+      float* row_offsets = row_scales + P * ld_scale;
+      for (int64_t f = 0; f < features; ++f) {
+        kernels.w4_scales(codes, feature(i) + f, scale_scratch, row_scales + f * ld_scale,
+                          row_offsets + f * ld_scale);
+      }
+      panel_of(row_scales, ld_scale, scales);
+      if (offsets != nullptr) panel_of(row_offsets, ld_scale, offsets);
     } else {
-      kernels.repack({8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups},
-                     reinterpret_cast<uint32_t*>(scales));
+      panel_of(scales_at(d.b, it.expert, feature(i)), q.scale_stride_o, scales);
     }
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
@@ -249,10 +280,11 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
       kernels.repack({q.bits, four != kInt8, w, ldw, features, k0, k1 - k0}, words);
       // Scales of 32 weights are a fifth of what is read. Each block prefetches its share of the
       // next panel's.
-      const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));
-      for (int64_t f = P * b / k_blocks; q.bits == 4 && f < P * (b + 1) / k_blocks; ++f) {
-        for (int64_t g = 0; g < groups; g += 16) {
-          __builtin_prefetch(next_scale + f * q.scale_stride_o + g, 0, 2);
+      const char* next_scale = static_cast<const char*>(codes.scale) +
+                               feature(std::min(i + 1, count - 1)) * codes.ld_scale;
+      for (int64_t f = P * b / k_blocks; groups > 1 && f < P * (b + 1) / k_blocks; ++f) {
+        for (int64_t byte = 0; byte < codes.ld_scale; byte += 64) {
+          __builtin_prefetch(next_scale + f * codes.ld_scale + byte, 0, 2);
         }
       }
       // A call takes what is whole groups, or a part of one; of bytes all, since their depth is a
@@ -282,6 +314,7 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
                               rows + kDepth,
                               panel,
                               run_scales,
+                              offsets != nullptr ? offsets + begin / group * P : nullptr,
                               {sum + r0 * ld_sum, ld_sum, begin > 0},
                               ahead,
                               prefetch_step});
@@ -295,9 +328,11 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
     const bool last = (i + 1) % d.segments == 0;
     if (last && (column + P - part_begin == part || i + 1 == count)) {
       const int64_t columns = std::min(part, n - part_begin);
-      for (int64_t t = 0; t < m; ++t) {
-        fn(it.expert, it.row_begin + t, it.feature_begin + part_begin, columns, tile + t * ldc,
-           tile + t * ldc + part);
+      for (int64_t t = 0; t < m; t += parts) {
+        float* row = tile + t * ldc;
+        if (parts == 2) row_kernels<float>().axpy(DType::kFloat32, row + ldc, 1.0f, row, ldc);
+        fn(it.expert, it.row_begin + t / parts, it.feature_begin + part_begin, columns, row,
+           row + part);
       }
     }
   }

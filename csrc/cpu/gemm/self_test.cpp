@@ -56,6 +56,7 @@ class Products {
       for (const int bits : {8, 4}) {
         if (type_ == DType::kFloat32) integers(bits);
       }
+      if (type_ == DType::kFloat32) doubled_e2m1();
     }
     return failed_;
   }
@@ -208,23 +209,55 @@ class Products {
     });
     const std::vector<char> x = matrix(type_, kMaxMr, K, a);
     ExpertMatrices b = {codes.data(), type_, 0, K, 1};
-    b.quant = {bits, eight ? 0 : kGroup, scales.data(), 0, groups};
+    b.quant = {bits, K / groups, scales.data(), 0, groups};
+    b.quant.codes = eight ? Codes::kInt8 : Codes::kInt4;
+    b.quant.scales = scales.data();
     const Right* other = std::exchange(right_, &right);
     const auto run = [&](Algorithm algorithm, Operand operand, int64_t last) {
       product(eight ? "product with int8" : "product with int4", {algorithm, operand},
               desc(N, K, x.data(), b), 1, last, N, operand == Operand::kInt16 ? 0.05 : 0);
     };
     run(Algorithm::kGemv, eight ? Operand::kInt16 : Operand::kInt8, k_.gemv.max_tokens + 1);
-    run(Algorithm::kRepackB, Operand::kWide, k_.mr2);
+    if (q.tile[bits == 4][0] != nullptr) run(Algorithm::kRepackB, Operand::kWide, k_.mr2);
     if (eight && q.quantize_int16 != nullptr) {
       run(Algorithm::kRepackB, Operand::kInt16, q.int16_rows);
     }
-    if (q.int8_tile[bits == 4][0] != nullptr) run(Algorithm::kRepackB, Operand::kInt8, q.int8_rows);
-    b.quant.codes = eight ? Codes::kInt8 : Codes::kInt4;
-    b.quant.scales = scales.data();
-    b.quant.group = K / groups;
+    if (q.int8_tile[bits == 4][0] != nullptr) {
+      run(Algorithm::kRepackB, Operand::kInt8, q.int8_rows);
+      if (!eight) run(Algorithm::kRepackB, Operand::kTwoInt8, q.int8_rows);
+      b.quant.has_kernels = false;
+      run(Algorithm::kRepackB, Operand::kInt8, 1);
+    }
     run(Algorithm::kDequant, Operand::kWide, 2);
     run(Algorithm::kGemv, Operand::kDecoded, k_.gemv.max_tokens);
+    right_ = other;
+  }
+
+  // Checks the tiles of mxfp4, like integers().
+  void doubled_e2m1() {
+    constexpr int64_t K = 128, N = 35;
+    if (all_.quant.int8_tile[2][0] == nullptr) return;
+    constexpr float kValues[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    std::vector<uint8_t> codes(N * K / 2), scales(N * K / kQuantBlock);
+    const auto a = [](int64_t r, int64_t k) { return k % 32 == 0 ? 127 / 64.0f : a_at(r, k); };
+    const Right right(kMaxMr, N, K, a, [&](int64_t j, int64_t k) {
+      const auto code = static_cast<int>((k * 29 + j * 13) % 15);
+      uint8_t& byte = codes[(j * K + k) / 2];
+      byte = static_cast<uint8_t>(byte | code << k % 2 * 4);
+      uint8_t& scale = scales[(j * K + k) / kQuantBlock];
+      scale = (j + k / kQuantBlock) % 2 == 0 ? 124 : 123;
+      return std::ldexp(code < 8 ? kValues[code] : -kValues[code - 8], scale - 127);
+    });
+    const std::vector<char> x = matrix(type_, kMaxMr, K, a);
+    ExpertMatrices b = {codes.data(), type_, 0, K, 1};
+    b.quant = {4, kQuantBlock, nullptr, 0, K / kQuantBlock};
+    b.quant.codes = Codes::kMxfp4;
+    b.quant.scale_type = ScaleType::kBytes;
+    b.quant.scales = scales.data();
+    b.quant.has_kernels = false;
+    const Right* other = std::exchange(right_, &right);
+    product("product with mxfp4", {Algorithm::kRepackB, Operand::kInt8}, desc(N, K, x.data(), b), 1,
+            all_.quant.int8_rows, N, 0);
     right_ = other;
   }
 

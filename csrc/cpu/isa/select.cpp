@@ -90,6 +90,7 @@ MOE_FAMILY(RowKernels, row_kernels, rows)
 MOE_FAMILY(GemmKernels, gemm_kernels, gemm)
 MOE_FAMILY(ActivationKernels, activation_kernels, activation)
 MOE_FAMILY(AttentionKernels, attention_kernels, attention)
+MOE_FAMILY(LowRankKernels, low_rank_kernels, low_rank)
 MOE_FAMILY(MixKernels, mix_kernels, mix)
 MOE_FAMILY(RouterKernels, router_kernels, router)
 #undef MOE_FAMILY

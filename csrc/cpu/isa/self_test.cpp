@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/gemm/prepack.h"
+#include "cpu/kernels/low_rank.h"
 #include "moe_ops/add_rms_norm.h"
 #include "moe_ops/all_experts_ffn.h"
 #include "moe_ops/gated_act.h"
@@ -68,6 +69,7 @@ class Calls {
     mixtures();
     routers();
     small_experts();
+    type == DType::kFloat64 ? low_rank<double>() : low_rank<float>();
   }
   std::vector<Result> results;
 
@@ -214,18 +216,31 @@ class Calls {
     auto *wide = static_cast<float*>(bytes(K * 4)), *row = static_cast<float*>(bytes(K * 4));
     fp8_kernels().decode(w, wide, K);
     fp8_kernels().decode(codes, row, K);
-    fp8_kernels().dot_widened({1, 1, K, wide, K, &scales, row, K, &scales,
-                               static_cast<float*>(out(DType::kFloat32, 1)), 1, 1});
+    for (const bool widened : {false, true}) {
+      const Fp8DotParams dot = {
+          1, 1, K, widened ? static_cast<const void*>(wide) : w, K, &scales, row, K, &scales,
+          static_cast<float*>(out(DType::kFloat32, 1)), 1, 1};
+      widened ? fp8_kernels().dot_widened(dot) : fp8_kernels().dot(dot);
+    }
   }
 
-  // Tests weights that are decoded to float32, in registers for one expert and in cache for the
-  // other.
+  // Tests all formats, with one row of an expert and with many. Tokens are integers of 8 bits, so
+  // that rounding them changes nothing.
   void codes() {
     constexpr int64_t E = 2, N = 14, O = 9, K = 256;
     static constexpr int32_t kOffsets[E + 1] = {0, 1, N};
     op_ = "grouped_gemm";
+    const char* tokens =
+        operands_
+            .emplace_back(matrix(type_, N, K,
+                                 [](int64_t r, int64_t k) {
+                                   return static_cast<double>(
+                                              k % 16 == 0 ? 127 : (k * 37 + r * 11) % 255 - 127) /
+                                          64;
+                                 }))
+            .data();
     for (const FormatRow& f : kFormats) {
-      const int64_t group = f.group == 0 ? 64 : f.group;
+      const int64_t group = f.codes == Codes::kE4m3 ? K : f.group == 0 ? 64 : f.group;
       const bool in_bytes = f.scale == ScaleKind::kBytes;
       const int64_t row_scales = f.head + K / group * std::max<int64_t>(f.record, 1);
       const int64_t scales = E * O * row_scales;
@@ -243,7 +258,9 @@ class Calls {
           records[i] = byte < f.head ? kOne[byte] : static_cast<uint8_t>(56 + i % 3);
         }
       }
-      ExpertMatrices b = {w, DType::kFloat32, O * K, K, 1};
+      // Products of e4m3 and bfloat16 tokens are exact in that type.
+      const bool e4m3 = f.codes == Codes::kE4m3;
+      ExpertMatrices b = {w, e4m3 ? type_ : DType::kFloat32, O * K, K, 1};
       b.quant.bits = f.bits;
       b.quant.codes = f.codes;
       b.quant.scale_type = in_bytes ? ScaleType::kBytes : ScaleType::kFloat32;
@@ -258,11 +275,28 @@ class Calls {
       p.num_experts = E;
       p.out_features = O;
       p.in_features = K;
-      p.a = {draw(N * K), type_, K};
+      p.a = {tokens, type_, K};
       p.b = b;
       p.out = {out(N * O), type_, O};
       grouped_gemm(p, kAlone);
     }
+  }
+
+  // Tests low-rank factors, of a rank and a length that fill no tile.
+  template <class T>
+  void low_rank() {
+    constexpr int64_t N = 3, D = 37, R = 5;
+    op_ = "moe_ffn_lora";
+    const LowRankKernels<T>& k = low_rank_kernels<T>();
+    const void* x[N];
+    for (const void*& row : x) row = draw(D);
+    const RowPointers rows = {type_, x, N, D};
+    const auto* factor = static_cast<const T*>(draw(sums_, R * D));
+    const auto sums = [&](int64_t n) { return static_cast<T*>(out(sums_, n)); };
+    T* low = sums(N * R);
+    k.product(rows, factor, R, low);
+    k.gradient(rows, low, R, sums(R * D));
+    k.transpose(factor, D, R, D, sums(R * D), R);
   }
 
   void activations() {

@@ -148,15 +148,66 @@ void fp8_decode(const uint8_t* q, float* dst, int64_t n) {
 }
 
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-// Decodes codes to bfloat16, which represents every e4m3 value.
-void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
-  constexpr int W = kLanes<float>;
-  const auto* p = reinterpret_cast<const E4m3*>(q);
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    _mm512_storeu_si512(dst + i, narrow_two(load_as(p + i), load_as(p + i + W)));
+// The bfloat16 of each code without its sign, as a table of its low bytes and one of the others.
+struct E4m3Halves {
+  uint8_t low[128] = {}, upper[128] = {};
+  constexpr E4m3Halves() {
+    for (int code = 1; code < 128; ++code) {
+      int exponent = code >> 3, fraction = code & 7;
+      if (exponent == 0) {  // Moves the highest bit to the place that numbers do not store.
+        for (exponent = 1; fraction < 8; --exponent) fraction *= 2;
+        fraction -= 8;
+      }
+      const int bits = code == kFp8Nan ? 0x7fc0 : (exponent + 120) << 7 | fraction << 4;
+      low[code] = static_cast<uint8_t>(bits);
+      upper[code] = static_cast<uint8_t>(bits >> 8);
+    }
   }
-  for (; i < n; ++i) dst[i] = to_bf16(to_float(p[i])).bits;
+};
+constexpr E4m3Halves kE4m3Halves;
+
+// Decodes 64 codes to bfloat16, which represents every e4m3 value. Of each 16 codes, `first` has
+// the first 8 and `second` the others.
+struct E4m3Decoder {
+  __m512i low[2], upper[2];
+  inline E4m3Decoder() {
+    for (int i = 0; i < 2; ++i) {
+      low[i] = load_bytes<__m512i_u>(kE4m3Halves.low + 64 * i);
+      upper[i] = load_bytes<__m512i_u>(kE4m3Halves.upper + 64 * i);
+    }
+  }
+  inline __attribute__((always_inline)) void operator()(__m512i codes, __m512i& first,
+                                                        __m512i& second) const {
+    const __m512i sign = _mm512_set1_epi8(-128);
+    const __m512i low_bytes = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+    __m512i bytes = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
+    bytes = _mm512_ternarylogic_epi64(bytes, codes, sign, 0xf8);  // bytes | (codes & sign)
+    first = _mm512_unpacklo_epi8(low_bytes, bytes);
+    second = _mm512_unpackhi_epi8(low_bytes, bytes);
+  }
+};
+
+// Returns the mask of the first n of 64 elements.
+inline __mmask64 first_of_64(int64_t n) {
+  return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
+}
+
+void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
+  const E4m3Decoder decode;
+  // Eighths of 64 codes in an order in which the halves of 16 are 32 consecutive codes.
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  __m512i first, second;
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {  // Loads wait for masked stores.
+    decode(_mm512_permutexvar_epi64(order, load_bytes<__m512i_u>(q + i)), first, second);
+    _mm512_storeu_si512(dst + i, first);
+    _mm512_storeu_si512(dst + i + 32, second);
+  }
+  if (i == n) return;
+  const __mmask64 mask = first_of_64(n - i);
+  decode(_mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(mask, q + i)), first, second);
+  _mm512_mask_storeu_epi16(dst + i, static_cast<__mmask32>(mask), first);
+  _mm512_mask_storeu_epi16(dst + i + 32, static_cast<__mmask32>(mask >> 32), second);
 }
 #endif
 

@@ -35,17 +35,19 @@ namespace {
 #include "cpu/kernels/dense-inl.h"
 #include "cpu/kernels/attention-inl.h"
 #include "cpu/kernels/attention_narrow-inl.h"
+#include "cpu/kernels/low_rank-inl.h"
 #include "cpu/kernels/mix-inl.h"
 #include "cpu/kernels/router_score-inl.h"
 #include "cpu/kernels/router_choice-inl.h"
 #include "cpu/kernels/router_soa-inl.h"
 #include "cpu/kernels/router_linear-inl.h"
 #include "cpu/kernels/fp8-inl.h"
-#include "cpu/kernels/quant_w4-inl.h"
-#include "cpu/kernels/quant_w8-inl.h"
-#include "cpu/kernels/quant_int8-inl.h"
 #include "cpu/kernels/quant_scales-inl.h"
 #include "cpu/kernels/quant_codes-inl.h"
+#include "cpu/kernels/quant_w4-inl.h"
+#include "cpu/kernels/quant_w4_dot-inl.h"
+#include "cpu/kernels/quant_w8-inl.h"
+#include "cpu/kernels/quant_int8-inl.h"
 #include "cpu/kernels/quant_decoded-inl.h"
 #include "cpu/kernels/quant_repack-inl.h"
 // clang-format on
@@ -58,6 +60,7 @@ Kernels<T> make_kernels() {
 #else
   k.activation = activation_table<T>();
   k.attention = attention_table<T>();
+  k.low_rank = low_rank_table<T>();
   k.mix = mix_table<T>();
   k.router = router_table<T>();
 #endif

@@ -7,6 +7,7 @@
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/fp8.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/low_rank.h"
 #include "cpu/kernels/mix.h"
 #include "cpu/kernels/quant.h"
 #include "cpu/kernels/router.h"
@@ -21,6 +22,7 @@ struct Kernels {
   GemmKernels<T> gemm;
   ActivationKernels<T> activation;
   AttentionKernels<T> attention;
+  LowRankKernels<T> low_rank;
   MixKernels<T> mix;
   RouterKernels<T> router;
   QuantKernels quant;  // T = float only, as is the next

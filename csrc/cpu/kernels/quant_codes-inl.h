@@ -38,8 +38,15 @@ struct Mxfp4Codes : NibblePairs<TwiceE2m1> {
   // subnormal number.
   static RunScales scales(const CodeRows& rows, ScaleRuns, int64_t row, int64_t first, int64_t last,
                           float* scales, float*) {
+    constexpr int W = kLanes<float>;
     const uint8_t* exponents = static_cast<const uint8_t*>(rows.scale) + row * rows.ld_scale;
-    for (int64_t i = first; i < last; ++i) {
+    int64_t i = first;
+    for (; i + W <= last; i += W) {
+      const Simd<float>::Int e = widen_bytes(exponents + i);
+      const Simd<float>::Int bits = e == 0 ? 0x00400000 : e == 255 ? 0x7fc00000 : e << 23;
+      store<float>(scales + i, __builtin_bit_cast(Vec<float>, bits) * 0.5f);
+    }
+    for (; i < last; ++i) {
       const uint32_t e = exponents[i];
       const uint32_t bits = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23;
       scales[i] = __builtin_bit_cast(float, bits) * 0.5f;
@@ -179,29 +186,49 @@ struct Fp8Codes {
   }
 };
 
-// Like Fp8Codes, for sums along a row, which are NaN if a code is NaN: the scales are then NaN, and
+struct E4m3Codes {
+  static constexpr int64_t kBlock = 32, kBytes = 32;
+  static constexpr int kRunCount = 1;
+  static constexpr bool kPairs = false, kGroups = true, kOffsets = false, kRagged = true;
+  static const E4m3* block(const uint8_t* row, int64_t b) {
+    return reinterpret_cast<const E4m3*>(row) + b * kBytes;
+  }
+  static inline Vec<float> value(const E4m3* block, int, int i) {
+    return load_as(block + i * kLanes<float>);
+  }
+  static RunScales scales(const CodeRows& rows, ScaleRuns how, int64_t row, int64_t first,
+                          int64_t last, float* scales, float* offsets) {
+    return group_scales(rows, how, row, first, last, scales, offsets);
+  }
+};
+
+// Like D, for sums along a row, which are NaN if a code is NaN: the scales are then NaN, and
 // values need no test. They are 2^-8 of the weights, what float16 makes of the codes' bits.
-struct Fp8Sums : Fp8Codes {
+template <class D>
+struct E4m3Sums : D {
   static inline Vec<float> value(const E4m3* block, int, int i) {
     return e4m3_over_256(block + i * kLanes<float>);
   }
   static RunScales scales(const CodeRows& rows, ScaleRuns how, int64_t row, int64_t first,
                           int64_t last, float* scales, float* offsets) {
-    const float* found = Fp8Codes::scales(rows, how, row, first, last, scales, offsets).scale;
+    const float* found = D::scales(rows, how, row, first, last, scales, offsets).scale;
     const auto* codes = static_cast<const uint8_t*>(rows.w) + row * rows.ldw;
     const float factor = has_e4m3_nan(codes, rows.k) ? __builtin_nanf("") : 256.0f;
-    for (int64_t i = first; i < last; ++i) scales[i] = found[i] * factor;
+    const int64_t end = ((last - 1) >> how.shift) + 1;
+    for (int64_t i = first >> how.shift; i < end; ++i) scales[i] = found[i] * factor;
     return {scales};
   }
 };
+template <class D>
+using Exact = D;
 
 template <class D>
 constexpr int64_t kRunSteps = D::kBlock / D::kRunCount;
 template <class D>
 constexpr int kRunVectors = static_cast<int>(kRunSteps<D> / kLanes<float>);
 
-// Calls fn.template operator()<Decoder>() with the decoder of a format. Fp8: the decoder of e4m3.
-template <class Fp8, class Fn>
+// Calls fn.template operator()<Decoder>() with the decoder of a format. Of: Exact or E4m3Sums.
+template <template <class> class Of, class Fn>
 inline void with_decoder(Codes codes, const Fn& fn) {
   switch (codes) {
     case Codes::kInt8:
@@ -211,7 +238,9 @@ inline void with_decoder(Codes codes, const Fn& fn) {
     case Codes::kMxfp4:
       return fn.template operator()<Mxfp4Codes>();
     case Codes::kFp8:
-      return fn.template operator()<Fp8>();
+      return fn.template operator()<Of<Fp8Codes>>();
+    case Codes::kE4m3:
+      return fn.template operator()<Of<E4m3Codes>>();
     case Codes::kQ4K:
       return fn.template operator()<Q4KCodes>();
     case Codes::kQ6K:
@@ -318,5 +347,5 @@ void dequantize_row(const DequantParams& p) {
 }
 
 void dequantize(const DequantParams& p) {
-  with_decoder<Fp8Codes>(p.rows.codes, [&]<class D>() { dequantize_row<D>(p); });
+  with_decoder<Exact>(p.rows.codes, [&]<class D>() { dequantize_row<D>(p); });
 }

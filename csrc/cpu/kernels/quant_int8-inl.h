@@ -20,11 +20,12 @@ struct Int8Block {
 
 // Writes 32 codes in the order in which int8_tile unpacks words; returns the initial value of sums
 // of their products.
-template <int kBits>
+template <class D>
 inline int32_t int8_codes(const float* x, float inverse, int8_t* dst) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
   __m128i low = _mm_setzero_si128(), high = low;
-  if constexpr (kBits == 4) {
+  constexpr int kBias = __is_same(D, Int8Codes) ? 128 : kW4Bias<D>;
+  if constexpr (!__is_same(D, Int8Codes)) {
     const CodePair codes = round_codes(x, inverse);
     low = _mm_unpacklo_epi32(codes.even, codes.odd);
     high = _mm_unpackhi_epi32(codes.even, codes.odd);
@@ -45,14 +46,14 @@ inline int32_t int8_codes(const float* x, float inverse, int8_t* dst) {
   sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
   sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1));
   if constexpr (kVnni) {
-    return _mm_cvtsi128_si32(_mm_madd_epi16(sum, _mm_set1_epi16(1))) * (kBits == 4 ? -8 : -128);
+    return _mm_cvtsi128_si32(_mm_madd_epi16(sum, _mm_set1_epi16(1))) * -kBias;
   } else {
-    return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(-8)));
+    return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(-kBias)));
   }
 }
 
-template <int kBits>
-inline void quantize_int8_of(int64_t n, const float* x, float* dst) {
+template <class D>
+inline void quantize_int8_of(int64_t n, float* x, float* dst, bool rest) {
   auto* codes = reinterpret_cast<int8_t*>(dst);
   auto* blocks = reinterpret_cast<Int8Block*>(codes + kInt8Depth);
   Vec<float> probe = {};
@@ -61,25 +62,35 @@ inline void quantize_int8_of(int64_t n, const float* x, float* dst) {
     // So small that the quotient would not be finite: zeros.
     const float inverse = most >= 1e-30f ? 127.0f / most : 0.0f;
     Int8Block& block = blocks[i / kQuantBlock];
-    block.offset = int8_codes<kBits>(x + i, inverse, codes + i);
+    block.offset = int8_codes<D>(x + i, inverse, codes + i);
     block.scale = most / 127.0f;
+    for (int64_t j = i; rest && j < i + kQuantBlock; j += kLanes<float>) {
+      const Vec<float> v = load<float>(x + j);
+      store<float>(x + j, v - as_float(nearest(v, inverse)) * block.scale);
+    }
   }
   // Every sum reads every scale.
   const float bad = horizontal_sum<float>(probe);
   if (bad != 0.0f) blocks[0].scale = bad;
 }
 
-void quantize_int8(int bits, int64_t n, const float* x, float* dst) {
-  bits == 8 && kVnni ? quantize_int8_of<8>(n, x, dst) : quantize_int8_of<4>(n, x, dst);
+void quantize_int8(Codes codes, int64_t n, float* x, float* dst, bool rest) {
+  if (codes == Codes::kMxfp4) return quantize_int8_of<Mxfp4Codes>(n, x, dst, rest);
+  if (codes == Codes::kInt8 && kVnni) return quantize_int8_of<Int8Codes>(n, x, dst, rest);
+  quantize_int8_of<Int4Codes>(n, x, dst, rest);
 }
 
 // Returns step `step` of words as unsigned bytes: with 4 bits the even steps of k, then the odd
 // ones.
-template <int kBits>
+template <class D>
 inline Bytes word_uint8(const uint32_t* words, int step) {
   const Bytes word = load_weights(words);
-  if constexpr (kBits == 8) return word;
-  return bits_and(step == 0 ? word : MOE_INT(srli_epi16)(word, 4), MOE_INT(set1_epi8)(15));
+  if constexpr (__is_same(D, Int8Codes)) {
+    return word;
+  } else {
+    return biased_codes<D>(
+        bits_and(step == 0 ? word : MOE_INT(srli_epi16)(word, 4), MOE_INT(set1_epi8)(15)));
+  }
 }
 
 // Returns acc + the products of 4 weights with the 4 codes at `a`.
@@ -103,14 +114,22 @@ inline Vec<float> int8_sums(Bytes acc) {
   return as_floats(kVnni ? acc : MOE_INT(madd_epi16)(acc, MOE_INT(set1_epi16)(1)));
 }
 
+// Returns the sum of a block's activations of 4-bit weights.
+inline float block_sum(const Int8Block& block) {
+  const int32_t o = block.offset;
+  const int32_t all = kVnni ? o : static_cast<int16_t>(o & 0xffff) + (o >> 16);
+  return static_cast<float>(all) * block.scale * -0.125f;
+}
+
 // With 32 registers, scaled sums stay in them from block to block, beside those in integers.
 constexpr bool kKeepSums = MOE_VEC_BYTES == 64;
 constexpr int kInt8Rows = kKeepSums ? 7 : 6;
 
-template <int kBits, int M>
+template <class D, int M>
 void int8_tile(const QuantTileParams& p) {
+  constexpr int kBits = __is_same(D, Int8Codes) ? 8 : 4;
   constexpr int W = kLanes<float>, kSteps = 8 / kBits;
-  const float *a = p.a, *scale = p.scale;
+  const float *a = p.a, *scale = p.scale, *offset = D::kOffsets ? p.offset : nullptr;
   const uint32_t* words = p.words;
   float* c = p.out.c;
   const int64_t runs = p.runs, count = p.count, ldc = p.out.ldc;
@@ -132,6 +151,8 @@ void int8_tile(const QuantTileParams& p) {
     float* out = c + i * ldc + v * W;
     store<float>(out, accumulate ? load<float>(out) + sum : sum);
   };
+  // One scale multiplies the sums of int8 at the end.
+  const bool scaled_last = kBits == 8 && runs == 1;
   for (int64_t run = 0; run < runs; ++run) {
     for (int64_t word = 0; word < count; word += kBlockWords) {
       Bytes acc[M][2];
@@ -148,8 +169,8 @@ void int8_tile(const QuantTileParams& p) {
 #pragma GCC unroll 2
         for (int step = 0; step < kSteps; ++step) {
           asm volatile("" ::: "memory");  // Reloads the words, see packed_tile.
-          const Bytes b0 = word_uint8<kBits>(words, step);
-          const Bytes b1 = word_uint8<kBits>(words + W, step);
+          const Bytes b0 = word_uint8<D>(words, step);
+          const Bytes b1 = word_uint8<D>(words + W, step);
 #pragma GCC unroll 32
           for (int i = 0; i < M; ++i) {
             acc[i][0] = add_int8(acc[i][0], b0, a + i * kLda + step);
@@ -164,7 +185,7 @@ void int8_tile(const QuantTileParams& p) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           Vec<float> sum = int8_sums(acc[i][v]) * block_of(i).scale;
-          if constexpr (kBits == 8 && kKeepSums) {
+          if (kKeepSums && scaled_last) {
             kept[i][v] += sum;
           } else if constexpr (kKeepSums) {
             kept[i][v] += sum * load<float>(scale + v * W);
@@ -174,16 +195,32 @@ void int8_tile(const QuantTileParams& p) {
         }
       }
       if constexpr (!kKeepSums) accumulate = true;
+      if (offset != nullptr) {
+#pragma GCC unroll 32
+        for (int i = 0; i < M; ++i) {
+          const Vec<float> sum = splat<float>(block_sum(block_of(i)));
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v) {
+            const Vec<float> product = sum * load<float>(offset + v * W);
+            if constexpr (kKeepSums) {
+              kept[i][v] += product;
+            } else {
+              add(i, v, product);
+            }
+          }
+        }
+      }
       ++blocks;
     }
     scale += 2 * W;
+    if (offset != nullptr) offset += 2 * W;
   }
   if constexpr (kKeepSums) {
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        add(i, v, kBits == 8 ? kept[i][v] * load<float>(scale - 2 * W + v * W) : kept[i][v]);
+        add(i, v, scaled_last ? kept[i][v] * load<float>(scale - 2 * W + v * W) : kept[i][v]);
       }
     }
   }

@@ -202,22 +202,31 @@ QuantKernels quant_table() {
   k.w4_row_bytes = &w4_row_bytes;
   k.w4_quantize = &w4_quantize;
   k.w4_dot = &w4_dot;
+  k.w8_grouped_dot = &w8_grouped_dot;
+  k.w4_scales = &w4_scales;
   k.repack = &repack;
   k.dequantize = &dequantize;
   k.arranged_floats = &arranged_floats;
   k.arrange_token = &arrange_token;
   k.decoded_dot = &decoded_dot;
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  k.e4m3_arrange = &e4m3_arrange;
+  k.e4m3_dot = &e4m3_dot;
+#endif
   for_each_count<MOE_MR2>([&]<int M>() {
     k.tile[0][M - 1] = &word_tile<8, float, M>;
-    k.tile[1][M - 1] = &word_tile<4, float, M>;
+    if constexpr (kVec < 32) k.tile[1][M - 1] = &word_tile<4, float, M>;
   });
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   k.quantize_int8 = &quantize_int8;
   k.int8_rows = kInt8Rows;
-  for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[1][M - 1] = &int8_tile<4, M>; });
+  for_each_count<kInt8Rows>([&]<int M>() {
+    k.int8_tile[1][M - 1] = &int8_tile<Int4Codes, M>;
+    k.int8_tile[2][M - 1] = &int8_tile<Mxfp4Codes, M>;
+  });
   k.w4_max_rows = MOE_DOT_TOKENS;
   if constexpr (kVnni) {
-    for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[0][M - 1] = &int8_tile<8, M>; });
+    for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[0][M - 1] = &int8_tile<Int8Codes, M>; });
     k.w8_min_depth_per_row = 160;
     k.w8_max_rows = 6;
   } else {

@@ -184,3 +184,66 @@ void w8_dot_tile(const QuantDotParams& p) {
 void w8_dot(const QuantDotParams& p) {
   with_counts<kW8Features>(p.features, p.tokens, [&]<int F, int M>() { w8_dot_tile<F, M>(p); });
 }
+
+// Multiplies `count` times F rows of weights that have a scale per group of a multiple of 32; each
+// next time begins with the row behind. Sums of a group end as floats, in all lanes at once.
+template <int F, int M>
+void w8_grouped_dot_tile(const CodesDotParams& p) {
+  const CodeRows rows = p.rows;
+  const W8Row layout(rows.k);
+  const int64_t groups = rows.k / rows.group, group_units = rows.group / W8Row::kUnit;
+  const int64_t row0 = p.first, row_step = p.step, row_bytes = p.x_bytes;
+  const auto* x = static_cast<const char*>(p.x);
+  float* scratch = p.scratch;
+  const int64_t room = decoded_scratch(rows.k);
+  const auto products = [=](int64_t n, Vec<float>(&sums)[F][M]) __attribute__((always_inline)) {
+    const int8_t* w[F];
+    const float* scales[F];
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+      const int64_t row = row0 + f * row_step + n;
+      w[f] = static_cast<const int8_t*>(rows.w) + row * rows.ldw;
+      float* own = scratch + f * room;
+      scales[f] = Int8Codes::scales(rows, {}, row, 0, groups, own, own + room / 2).scale;
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) sums[f][t] = Vec<float>{};
+    }
+    const char* codes = x;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t u = 0; u < group_units; u += W8Row::kChunk) {
+        const int64_t left = group_units - u;
+        const int64_t units = left < W8Row::kChunk ? left : W8Row::kChunk;
+#pragma GCC unroll 4
+        for (int f = 0; f < F; ++f) {
+          W8Dot<1, M> dot;
+          for (int64_t i = 0; i < units; ++i) {
+            if (i * W8Row::kUnit % kW8PrefetchSteps == 0) {
+              __builtin_prefetch(w[f] + i * W8Row::kUnit + kW4Prefetch, 0, 2);
+            }
+            dot.step(w[f] + i * W8Row::kUnit, 0, codes + i * MOE_VEC_BYTES, row_bytes);
+          }
+          w[f] += units * W8Row::kUnit;
+          const Vec<float> scale = splat<float>(scales[f][g]);
+#pragma GCC unroll 4
+          for (int t = 0; t < M; ++t) {
+            sums[f][t] = add_one_of<float, 1>(sums[f][t], as_float(dot.acc[0][t]), scale);
+          }
+        }
+        codes += units * MOE_VEC_BYTES;
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) {
+      const char* lanes = x + t * row_bytes + layout.scales();
+      const Vec<float> s = load<float>(reinterpret_cast<const float*>(lanes));
+#pragma GCC unroll 4
+      for (int f = 0; f < F; ++f) sums[f][t] *= s;
+    }
+  };
+  product_sums<float, F, M>(p.count, p.out, p.ldo, p.out_step, products);
+}
+
+void w8_grouped_dot(const CodesDotParams& p) {
+  with_counts<kGemvFeatures>(p.features, p.tokens,
+                             [&]<int F, int M>() { w8_grouped_dot_tile<F, M>(p); });
+}

@@ -4,7 +4,8 @@
 // (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing weight;
 // (2) the activation is recomputed from the pre-activation; (3) gradients of weights and biases;
 // (4) the gradient of x by rows; (5) its sum by token. The gradient of x is computed and summed for
-// one range of features after the other.
+// one range of features after the other. Low-rank terms of the weights (low_rank.h) add a product
+// in front of (1) and (4), whose tiles get their sums, and the gradients of their factors to (3).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "cpu/gemm/wgrad.h"
 #include "cpu/kernels/activation.h"
 #include "cpu/moe_ffn/blocks.h"
+#include "cpu/moe_ffn/low_rank.h"
 #include "cpu/moe_ffn/ranges.h"
 #include "moe_ops/moe_ffn.h"
 
@@ -37,8 +39,11 @@ class Backward {
   void run() {
     clear_router_weight_gradient();
     count_items();
+    add_output_terms();
     add_down_product();
     add_activation();
+    add_down_factor_gradients();
+    add_gate_up_factor_gradients();
     add_weight_gradients();
     add_bias_gradients();
     add_input_gradient();
@@ -66,11 +71,22 @@ class Backward {
     u_readers_.add(static_cast<int64_t>(row_items_.size()));
   }
 
+  // Adds the product of grad_y with factor b of w_down, of which u gets its low-rank term.
+  void add_output_terms() {
+    if (low_rank_.b_down.rank == 0) return;
+    low_rank_.add_product(stages_, gy_, nullptr, low_rank_.b_down, low_out_,
+                          [](int64_t) { return true; });
+  }
+
   // Adds stage 1, which computes u = W_down^T grad_y; transposing w_down only changes its strides.
   void add_down_product() {
     stages_.add(static_cast<int64_t>(down_items_.size()), down_.cost(), [this](int64_t i) {
+      if (!stages_.wait(low_out_.left)) return;
       run_item(down_, k_, down_items_[i], next_item(down_items_, i, par_),
                [this](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
+                 if (low_rank_.a_down.rank > 0) {
+                   low_rank_.add_term(low_out_, low_rank_.a_down, r, f, n, v);
+                 }
                  std::memcpy(u_ + r * I_ + f, v, static_cast<size_t>(n) * sizeof(T));
                });
       u_left_[down_items_[i].expert].done();
@@ -87,6 +103,45 @@ class Backward {
                   dpre_left_[row_items_[i].expert].done();
                   u_readers_.done();
                 });
+  }
+
+  // Adds the gradients of w_down's factors; rows of h are weight * h, which has replaced u.
+  void add_down_factor_gradients() {
+    const Factor<T>&a = low_rank_.a_down, &b = low_rank_.b_down;
+    if (a.rank == 0) return;
+    const auto* low_h = static_cast<const T*>(p_.low_rank->low_down);
+    const Rows h = {u_, kAccumulate<T>, I_, nullptr};
+    add_factor_gradient({low_h, b.rank, gy_, H_, on_input_ ? nullptr : maps_.weight, b.shared, true,
+                         p_.grad_low_rank.b_down},
+                        nullptr);
+    add_factor_gradient(
+        {low_out_.data, a.rank, h, I_, nullptr, a.shared, false, p_.grad_low_rank.a_down}, nullptr);
+  }
+
+  // Adds the product of the pre-activation's gradients with factor b of w_gate_up, of which the
+  // gradient of x gets its low-rank term, and the gradients of w_gate_up's factors.
+  void add_gate_up_factor_gradients() {
+    const Factor<T>&a = low_rank_.a_up, &b = low_rank_.b_up;
+    if (a.rank == 0) return;
+    const LowRankGradients& grad = p_.grad_low_rank;
+    if (grad.a_gate_up != nullptr || !ranges_.empty()) {
+      low_rank_.add_product(stages_, dpre_rows_, nullptr, b, low_pre_,
+                            [this](int64_t e) { return stages_.wait(dpre_left_[e]); });
+    }
+    const auto* low_x = static_cast<const T*>(p_.low_rank->low_gate_up);
+    add_factor_gradient(
+        {low_x, b.rank, dpre_rows_, width_, nullptr, b.shared, true, grad.b_gate_up}, nullptr);
+    add_factor_gradient({low_pre_.data, a.rank, x_, H_, on_input_ ? maps_.weight : nullptr,
+                         a.shared, false, grad.a_gate_up},
+                        &low_pre_.left);
+  }
+
+  // Adds the gradient of one factor, which waits for its experts' pre-activation gradients and for
+  // `product` unless nullptr.
+  void add_factor_gradient(const FactorGradient<T>& gradient, const Latch* product) {
+    low_rank_.add_gradient(stages_, gradient, u_readers_, [this, product](int64_t e) {
+      return stages_.wait(dpre_left_[e]) && (product == nullptr || stages_.wait(*product));
+    });
   }
 
   // Adds stage 3, which computes the gradients of w_down and w_gate_up from rows of grad_y and x.
@@ -148,8 +203,12 @@ class Backward {
   // their expert, since the rows of the two have different lengths.
   void add_up_product(size_t i) {
     by_range_.product(
-        i, ranges_[i], up_, k_, par_, [this](int64_t) { return stages_.wait(u_readers_); },
+        i, ranges_[i], up_, k_, par_,
+        [this](int64_t) { return stages_.wait(u_readers_) && stages_.wait(low_pre_.left); },
         [this](const Range& range, int64_t, int64_t r, int64_t f, int64_t n, T* v) {
+          if (low_rank_.a_up.rank > 0) {
+            low_rank_.add_term(low_pre_, low_rank_.a_up, r, f, n, v);
+          }
           std::memcpy(dx_ + r * range.width() + f - range.begin, v,
                       static_cast<size_t>(n) * sizeof(T));
         });
@@ -274,6 +333,11 @@ class Backward {
   const GemmDesc<T> down_ = gemm_desc<T>(s_, I_, H_, gy_, transposed(p_.w_down));
   const GemmDesc<T> up_ = gemm_desc<T>(s_, H_, width_, dpre_rows_, transposed(p_.w_gate_up));
   const std::vector<GemmItem> down_items_ = gemm_items(down_, par_.num_threads);
+
+  const LowRank<T> low_rank_{p_.low_rank, s_, true, par_, scratch_};
+  LowRows<T> low_out_ = {low_rank_.low_out, {}};
+  LowRows<T> low_pre_ = {low_rank_.low_pre, {}};
+
   std::vector<RowItem> row_items_;
   // Items that are not done: of stages 1 and 2, by expert, and of all that read u.
   std::vector<Latch> u_left_{static_cast<size_t>(s_.routing.num_experts)};

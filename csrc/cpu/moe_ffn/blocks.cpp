@@ -386,14 +386,14 @@ bool is_sorted(const Routing& s) {
 }  // namespace
 
 bool takes_blocks(const MoeFfnParams& p) {
-  if (p.x_scale != nullptr || p.w_gate_up.panels != nullptr || p.w_down.panels != nullptr) {
-    return false;
-  }
+  if (p.low_rank != nullptr || p.x_scale != nullptr) return false;
+  if (p.w_gate_up.panels != nullptr || p.w_down.panels != nullptr) return false;
   if (p.w_gate_up.quant.bits != 0 || p.w_down.quant.bits != 0) return false;
   return takes_blocks(sizes_of(p.desc, p.x.type));
 }
 
 bool takes_blocks(const MoeFfnBwdParams& p) {
+  if (p.low_rank != nullptr) return false;
   if (p.w_gate_up.quant.bits != 0 || p.w_down.quant.bits != 0) return false;
   const int64_t tokens =
       std::min(p.desc.routing.num_tokens, chunk_tokens(p.desc.routing.num_tokens));

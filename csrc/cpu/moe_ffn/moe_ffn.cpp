@@ -16,6 +16,7 @@
 #include "cpu/gemm/routed_rows.h"
 #include "cpu/kernels/activation.h"
 #include "cpu/moe_ffn/blocks.h"
+#include "cpu/moe_ffn/low_rank.h"
 #include "cpu/moe_ffn/ranges.h"
 
 namespace moe_ops::cpu {
@@ -45,6 +46,10 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   up.feature_unit = gated && s.act.interleaved ? 2 : 1;
   if (s.apply_router_weight_on_input) up.a_scale = maps.weight;
   up.k_scale = p.x_scale;
+  const LowRank<T> low_rank(p.low_rank, s, false, par, scratch);
+  const bool up_term = low_rank.a_up.rank > 0, down_term = low_rank.a_down.rank > 0;
+  LowRows<T> low_up = {up_term ? static_cast<T*>(p.low_rank->low_gate_up) : nullptr, {}};
+  LowRows<T> low_down = {down_term ? static_cast<T*>(p.low_rank->low_down) : nullptr, {}};
   const auto activate = [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v0, T* v1) {
     for (int seg = 0; seg < up.segments; ++seg) {
       T* v = seg == 0 ? v0 : v1;
@@ -54,6 +59,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
                    element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column),
                    T(1), v, n);
       }
+      if (up_term) low_rank.add_term(low_up, low_rank.b_up, r, column, n, v);
       if (p.preact != nullptr) {
         row_k.store_row(type, v,
                         static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type), n);
@@ -85,6 +91,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       row_k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f),
                  T(1), v, n);
     }
+    if (down_term) low_rank.add_term(low_down, low_rank.b_down, r, f, n, v);
     std::memcpy(out + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
 
@@ -92,12 +99,21 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   std::vector<Latch> up_left(static_cast<size_t>(s.routing.num_experts));
   for (const GemmItem& it : up_items) up_left[it.expert].add();
   TaskGraph stages;
+  if (up_term) {
+    low_rank.add_product(stages, x, up.a_scale, low_rank.a_up, low_up,
+                         [](int64_t) { return true; });
+  }
   stages.add(static_cast<int64_t>(up_items.size()), up.cost(), [&](int64_t i) {
+    if (!stages.wait(low_up.left)) return;
     run_item(up, k, up_items[i], next_item(up_items, i, par), activate);
     up_left[up_items[i].expert].done();
   });
+  const auto has_hidden = [&](int64_t e) { return stages.wait(up_left[e]); };
+  if (down_term) {
+    low_rank.add_product(stages, hidden, nullptr, low_rank.a_down, low_down, has_hidden);
+  }
   RangeTasks by_range(stages, ranges.size());
-  const auto ready = [&](int64_t e) { return stages.wait(up_left[e]); };
+  const auto ready = [&](int64_t e) { return has_hidden(e) && stages.wait(low_down.left); };
   for (size_t i = 0; i < ranges.size(); ++i) {
     by_range.product(i, ranges[i], down, k, par, ready, keep);
     by_range.combine(

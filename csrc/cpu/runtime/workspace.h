@@ -22,6 +22,7 @@ enum class Scratch : int {
   kRowAsFloat,
   kRouting,
   kDequant,
+  kLowRank,
   kCount
 };
 

@@ -35,10 +35,11 @@ enum class Codes : int {
   kInt8,   // int8
   kInt4,   // 4 bits, without sign; 8, or the zero point of the group, is taken off
   kMxfp4,  // e2m1 of the OCP microscaling formats
-  kFp8,    // float8_e4m3fn
+  kFp8,    // float8_e4m3fn with a scale per block of rows and columns
   kQ4K,    // ggml's q4_K: 256 codes of 4 bits, 32 bytes of low and high nibbles for each 64
   kQ6K,    // ggml's q6_K: 256 codes of 6 bits, 128 bytes of their low bits, then 64 of the others
   kNvfp4,  // e2m1; scales of e4m3, behind the float of a row that multiplies them
+  kE4m3,   // float8_e4m3fn with a scale per row, or per group of a row
 };
 // Scales as they are stored; kBytes: a record of bytes that belongs to the format.
 enum class ScaleType : int { kFloat32, kBFloat16, kFloat16, kBytes };

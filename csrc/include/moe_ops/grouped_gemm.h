@@ -25,10 +25,11 @@ struct MutableRows {
   const int32_t* index = nullptr;
 };
 
-// Weights of few bits with scales. There are kernels of integers for two formats, of float32
-// scales. bits = 8: int8, one scale a row. bits = 4: two a byte, the even k in the low nibble,
-// stored as q + 8; one scale for each `group` steps of k. In all others, and wherever the matrix
-// is transposed, weights become float32 on the way (cpu/gemm/dequant.h).
+// Weights of few bits with scales. Two formats with float32 scales have kernels of integers on
+// every device. bits = 8: int8, one scale a row. bits = 4: two a byte, the even k in the low
+// nibble, stored as q + 8; one scale for each `group` steps of k. The CPU has such kernels for all
+// int4, mxfp4 and nvfp4. In all others, and wherever the matrix is transposed, weights become
+// floats on the way (cpu/gemm/dequant.h).
 struct QuantFormat {
   int bits = 0;  // 0: the weights are numbers of their own
   int64_t group = 0;
@@ -39,7 +40,8 @@ struct QuantFormat {
   const void* scales = nullptr;   // `scale`, or that of another format
   int64_t scale_rows = 1;         // rows of weights that share a row of scales
   const uint8_t* zero = nullptr;  // kInt4: zero points, one a scale; nullptr: 8
-  bool has_kernels = true;
+  bool has_kernels = true;        // one of the two formats
+  bool exact = false;             // tokens are not rounded
   bool transposed = false;
 };
 

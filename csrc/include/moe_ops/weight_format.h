@@ -32,6 +32,7 @@ inline constexpr std::array kFormats = {
     FormatRow{"int4", Codes::kInt4, 4, 0, 1, 0, 0, ScaleKind::kFloat, false, true},
     FormatRow{"mxfp4", Codes::kMxfp4, 4, 32, 1, 0, 0, ScaleKind::kBytes, false, false},
     FormatRow{"fp8", Codes::kFp8, 8, kFp8Block, kFp8Block, 0, 0, ScaleKind::kFloat32, false, false},
+    FormatRow{"e4m3", Codes::kE4m3, 8, 0, 1, 0, 0, ScaleKind::kFloat, true, false},
     FormatRow{"q4_k", Codes::kQ4K, 4, 256, 1, 16, 0, ScaleKind::kBytes, false, false},
     FormatRow{"q6_k", Codes::kQ6K, 6, 256, 1, 18, 0, ScaleKind::kBytes, false, false},
     FormatRow{"nvfp4", Codes::kNvfp4, 4, 16, 1, 0, 4, ScaleKind::kBytes, false, false},
@@ -49,9 +50,9 @@ struct WeightFormat {
 
   // There are kernels of integers; other weights become floats on the way.
   bool has_kernels() const {
-    if (row.group != 0 || zero || scale != ScaleType::kFloat32) return false;
-    return group == 0 ||
-           (row.codes == Codes::kInt4 && (group == 32 || group == 64 || group == 128));
+    if (zero || scale != ScaleType::kFloat32) return false;
+    if (row.codes == Codes::kInt8) return group == 0;
+    return row.codes == Codes::kInt4 && (group == 32 || group == 64 || group == 128);
   }
 };
 

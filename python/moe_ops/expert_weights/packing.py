@@ -147,7 +147,9 @@ def expert_ffn(
         **rest,
     }
     copies = None
-    if not torch.compiler.is_compiling():
+    # Small weights are neither packed nor moved, unless somebody asks for it.
+    small = w_gate_up.nbytes + w_down.nbytes < MIN_BYTES and bank not in _banks
+    if not (torch.compiler.is_compiling() or (small and _settings.policy != "always")):
         halves = _has_halves(activation, interleaved)
         others = (x, topk_weights, b_gate_up, b_down)
         copies = _copies_for(bank, Packable(w_gate_up, w_down, halves), others, topk_ids)
@@ -316,8 +318,7 @@ def pack_now(bank: nn.Module, weights: Packable) -> None:
     state, key = _state_of(bank), _key(weights)
     assert key is not None
     with state.lock:
-        copies = state.copies
-        if copies is not None and copies.key == key:
+        if (copies := state.copies) is not None and copies.key == key:
             state.copies = copies._replace(asked_for=True)
             return
         state.begin(key, weights)

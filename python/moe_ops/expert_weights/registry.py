@@ -53,6 +53,9 @@ class ExpertsHook:
     ) -> None:
         """Marks a model as quantized with these options."""
 
+    def mark_dense(self, root: nn.Module) -> None:
+        """Marks a model whose dense layers have been quantized."""
+
 
 _hooks: list[ExpertsHook] = []
 # Top-level package of a module's class -> package that registers the hook of its modules.

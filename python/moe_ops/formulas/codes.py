@@ -40,7 +40,7 @@ def dequantized(
     kind = WeightFormat.from_label(format)
     if kind.name == "int4":
         return _int4(w, scale.to(acc), zero).to(dtype)
-    if kind.name == "int8" and kind.group_size is not None:
+    if kind.group_size is not None:
         return _scaled(w.to(acc), scale.to(acc)).to(dtype)
     return _DECODERS[kind.name](w, scale, acc).to(dtype)
 
@@ -62,7 +62,7 @@ def _fp8(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
     return w.to(acc).mul_(factors)
 
 
-def _int8(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
+def _by_rows(w: Tensor, scale: Tensor, acc: torch.dtype) -> Tensor:
     return w.to(acc).mul_(scale.to(acc).unsqueeze(-1))
 
 
@@ -145,7 +145,8 @@ def _q6_k(w: Tensor, record: Tensor, acc: torch.dtype) -> Tensor:
 
 _DECODERS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
     "fp8": _fp8,
-    "int8": _int8,
+    "e4m3": _by_rows,
+    "int8": _by_rows,
     "mxfp4": _mxfp4,
     "q4_k": _q4_k,
     "q6_k": _q6_k,

@@ -21,11 +21,13 @@ from moe_ops.formulas.activations import plain_act
 from moe_ops.ops import gated_act, grouped_gemm, permute, sort_by_expert, unpermute
 from moe_ops.ops._autograd import direct_call, in_transform
 from moe_ops.ops._checks import accumulate_dtype
+from moe_ops.ops._quantized import joined
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 
 _ops = torch.ops.moe_ops
 _quantized = direct_call("grouped_gemm_quantized")
 _quantized_exact = direct_call("grouped_gemm_quantized_exact")
+_moe_ffn_lora = direct_call("moe_ffn_lora_fwd")
 
 
 class ExpertAdapter(NamedTuple):
@@ -206,7 +208,9 @@ def adapted_experts(
 
     Returns:
         [T, H] in the dtype of x. Gradients: x, topk_weights and all factors, once differentiable.
-        An expert without tokens gets zeros for its factors.
+        An expert without tokens gets zeros for its factors. Quantized weights are multiplied by
+        rounded rows, as `moe_ffn_quantized` describes; by unrounded ones if x is float32 and a
+        gradient is wanted.
 
     Raises:
         ValueError: expert weights that require a gradient.
@@ -223,7 +227,9 @@ def adapted_experts(
     result_dtype = x.dtype
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    factors = [None if f is None else f.to(x.dtype) for f in adapter[:4]]
+    has_op = _has_op(bank, x)
+    # The op reads factors of any type.
+    factors = [f if f is None or has_op else f.to(x.dtype) for f in adapter[:4]]
     num_adapters = 0
     if adapter_ids is not None:
         num_adapters = next(f.shape[1] for f in factors if f is not None)
@@ -249,10 +255,58 @@ def adapted_experts(
         training,
     )
     with torch.autocast(kind, enabled=False):
-        y: Tensor = _AdaptedExperts.apply(
-            call, x, topk_weights, *factors, topk_ids, adapter_ids, *stored
-        )
+        if has_op:
+            y: Tensor = _run_op(call, bank, x, topk_weights, topk_ids, factors, adapter_ids)
+        else:
+            y = _AdaptedExperts.apply(
+                call, x, topk_weights, *factors, topk_ids, adapter_ids, *stored
+            )
     return y.to(result_dtype)
+
+
+def _has_op(bank: FrozenBank, x: Tensor) -> bool:
+    """Returns whether moe_ffn_lora computes a bank: on the CPU, with an activation by name."""
+    return x.device.type == "cpu" and bank.x_scale is None and not callable(bank.activation)
+
+
+def _run_op(
+    call: _Call,
+    bank: FrozenBank,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    factors: Sequence[Tensor | None],
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
+    for part in (bank.gate_up, bank.down):
+        weight = part.weight if part.scale is not None else part.weight.to(x.dtype)
+        weights += [weight, part.scale, part.zero]
+        biases.append(None if part.bias is None else part.bias.to(x.dtype))
+    named: Any = bank.activation
+    if isinstance(named, str):
+        named = {"activation": named}
+    how = {"interleaved": False, "alpha": 1.702, "limit": 7.0, **named}
+    y: Tensor = _moe_ffn_lora(
+        x,
+        *weights,
+        call.formats[0] if len({*call.formats}) == 1 else joined(call.formats),
+        *biases,
+        topk_weights,
+        topk_ids,
+        *factors,
+        call.scaling,
+        adapter_ids,
+        call.num_adapters,
+        how["activation"],
+        how["interleaved"],
+        call.on_input,
+        how["alpha"],
+        how["limit"],
+        call.training,
+    )[0]
+    return y
 
 
 class _Call(NamedTuple):

@@ -29,6 +29,7 @@ _PEFT_LAYERS = {"gate_up": "base_layer.", "down": ""}
 class ExpertLoRA(nn.Module):
     """LoRA on every expert: W + alpha / r * B A, with float or quantized W.
 
+    Example:
         layer.experts = ExpertLoRA(layer.experts, rank=16)
 
     The original experts are frozen and no longer called: their GEMMs and the rank-r GEMMs run on

@@ -19,12 +19,13 @@ from .norm import AddRMSNorm
 class LatentProjection(nn.Module):
     """Projections from the model's width to that of a `MoE`'s routed experts, and back.
 
-        MoE(TopKRouter(H, E, K), Experts(E, L, I), SharedExperts(H, I), latent=LatentProjection(H,
-        L))
+    Example:
+        latent = LatentProjection(H, L)
+        layer = MoE(TopKRouter(H, E, K), Experts(E, L, I), SharedExperts(H, I), latent=latent)
 
-    computes up(norm(sum_k weight_k * expert_k(down(x)))) + shared(x). The router and shared experts
-    read x itself. A routed expert has L / H of the parameters and memory traffic of one of width H,
-    so that more experts, and more per token, have equal cost.
+    The layer computes up(norm(sum_k weight_k * expert_k(down(x)))) + shared(x). The router and
+    shared experts read x itself. A routed expert has L / H of the parameters and memory traffic of
+    one of width H, so that more experts, and more per token, have equal cost.
 
     Parameters:
         down.weight: [L, H]. up.weight: [H, L]. With `bias=True` down.bias [L] and up.bias [H].

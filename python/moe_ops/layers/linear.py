@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from moe_ops import _verify as verify
 from moe_ops._private_torch import is_plain_eager
+from moe_ops.layers import functional
 from moe_ops.ops import grouped_gemm
 
 # Up to so many rows a product of one expert is the faster one on the CPU: torch's libraries read
@@ -23,7 +24,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; on the CPU, few rows without a gradient go through grouped_gemm.
+    """F.linear; on the CPU, few rows without a gradient go through grouped_gemm, and in the
+    batch-invariant mode all rows do.
 
     Args:
         x: [..., I] float.
@@ -35,12 +37,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.is_nested:
         return F.linear(x, weight, bias)
+    if functional.multiplies_by_ops(x):
+        return functional.linear(x, weight, bias)
     size = x.shape[-1]
     num_rows = x.numel() // size if size else 0
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if (
         wanted
-        or not 0 < num_rows <= FEW_ROWS
+        or not _is_few(num_rows)
         or x.dtype != weight.dtype
         or x.dtype not in _FLOATS
         or x.device.type != "cpu"
@@ -51,6 +55,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     offsets = one_expert(num_rows, x.device)
     y = grouped_gemm(rows, weight[None], offsets, bias=None if bias is None else bias[None])
     return y.view(*x.shape[:-1], -1)
+
+
+def _is_few(num_rows: int) -> bool:
+    if not is_exporting():
+        return 0 < num_rows <= FEW_ROWS
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    # A comparison would limit an exported program to numbers of rows like that of its example.
+    return statically_known_true(num_rows > 0) and statically_known_true(num_rows <= FEW_ROWS)
 
 
 def _own_forward(cls: type[nn.Module]) -> Any:
@@ -88,7 +101,7 @@ _offsets: dict[tuple[int, torch.device], Tensor] = {}
 
 def one_expert(num_rows: int, device: torch.device) -> Tensor:
     """expert_offsets of one expert that has all rows; those of few rows are kept."""
-    if num_rows > FEW_ROWS or torch.compiler.is_compiling():
+    if is_compiling() or num_rows > FEW_ROWS:
         return torch.tensor([0, num_rows], dtype=torch.int32, device=device)
     key = num_rows, device
     if key not in _offsets:

@@ -222,10 +222,13 @@ class MoE(nn.Module):
         hidden_size = self.router.hidden_size
         if x.shape[-1] != hidden_size:
             raise ValueError(f"MoE: x must be [..., {hidden_size}], got shape {list(x.shape)}.")
-        flat = x.reshape(-1, hidden_size)
-        topk_ids, topk_weights = check_given("MoE", topk_ids, topk_weights, flat.shape[0])
+        flat = x if x.dim() == 2 else x.reshape(-1, hidden_size)
+        if topk_ids is not None or topk_weights is not None:
+            topk_ids, topk_weights = check_given("MoE", topk_ids, topk_weights, flat.shape[0])
         routing = self._route(flat, topk_ids, topk_weights, expert_mask)
-        y = self._run_experts(flat, routing, expert_mask).view(x.shape)
+        y = self._run_experts(flat, routing, expert_mask)
+        if flat is not x:
+            y = y.view(x.shape)
         if not return_routing:
             return y
         aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask, self.loss_group)

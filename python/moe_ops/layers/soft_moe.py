@@ -41,6 +41,7 @@ class SoftMoE(nn.Module):
     processes E P expert rows per sequence of any length. A token's output depends on all tokens of
     its sequence, so it does not suit causal models.
 
+    Example:
         SoftMoE(Experts(16, 64, 128, activation="gelu", bias=True), slots_per_expert=4)
 
     Parameters:

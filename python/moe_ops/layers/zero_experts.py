@@ -25,6 +25,7 @@ class ZeroComputationExperts(nn.Module):
     and constant experts (output a x + b v with a trained vector v and (a, b) = softmax(W x)). All
     are weighted like other experts, so a token with K slots uses at most K real experts.
 
+    Example:
         MoE(TopKRouter(64, 12, 2), ZeroComputationExperts(Experts(8, 64, 32), num_identity=4))
 
     Parameters: constant [C, H], initialized as N(0, 1); constant_gate [C, 2, H], initialized like

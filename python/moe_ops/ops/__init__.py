@@ -1,7 +1,7 @@
 """Documented Python functions of the ops, one file per op, with its fake, autograd and autocast
 rules."""
 
-from moe_ops.ops import _flops, _library, _vmap  # noqa: F401  _flops registers what an op counts.
+from moe_ops.ops import _flops, _library, _moe_ffn_lora, _vmap  # noqa: F401  They register ops.
 from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.all_experts_ffn import all_experts_ffn
 from moe_ops.ops.attention_decode import attention_decode

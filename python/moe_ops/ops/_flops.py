@@ -121,6 +121,30 @@ def _moe_ffn_quantized_bwd(
     return 2 * slots * x[-1] * (width + (w_gate_up[1] if wanted else 0))
 
 
+def _factor_sizes(a: Shape | None, b: Shape | None) -> tuple[int, int]:
+    """Returns the elements of each matrix of a pair of low-rank factors."""
+    return (0 if a is None else prod(a[1:])), (0 if b is None else prod(b[1:]))
+
+
+@count_flops("moe_ffn_lora_fwd")
+def _moe_ffn_lora_fwd(x: Shape, w_gate_up: Shape, *args: Any, **kwargs: Any) -> int:
+    width = w_gate_up[1] // (1 if args[17] in _WITHOUT_GATE else 2)
+    slots = prod(args[8])  # Of topk_weights.
+    terms = sum(_factor_sizes(*args[10:12])) + sum(_factor_sizes(*args[12:14]))
+    return _ffn(x, w_gate_up[1], width, slots) + 2 * slots * terms
+
+
+@count_flops("moe_ffn_lora_bwd")
+def _moe_ffn_lora_bwd(grad_y: Shape, x: Shape, w_gate_up: Shape, *args: Any, **kwargs: Any) -> int:
+    width = w_gate_up[1] // (1 if args[22] in _WITHOUT_GATE else 2)
+    need_x, _, need_a_up, need_b_up, need_a_down, need_b_down = args[27:33]
+    (a_up, b_up), (a_down, b_down) = _factor_sizes(*args[9:11]), _factor_sizes(*args[11:13])
+    of_weights = x[-1] * (width + need_x * w_gate_up[1])
+    of_up = (need_x or need_a_up) * b_up + need_b_up * b_up + (need_a_up + need_x) * a_up
+    of_down = a_down + b_down + need_b_down * b_down + need_a_down * a_down
+    return 2 * prod(args[8]) * (of_weights + of_up + of_down)
+
+
 @count_flops("moe_ffn_bwd", "moe_ffn_bwd_accumulate")
 def _moe_ffn_bwd(
     grad_y: Shape,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.formulas.codes import dequantized
+from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -49,7 +50,8 @@ def grouped_gemm_quantized(
     that the CPU uses for rows, are those of :func:`moe_ffn_quantized`. If a gradient is requested,
     and on CUDA tensors, it is :func:`grouped_gemm` with the dequantized weights: rows are not
     rounded, and a and bias have gradients. The CPU then dequantizes weights in cache, forward and
-    backward.
+    backward. In the batch-invariant mode, the CPU computes the values of a call with a gradient as
+    of one without.
 
     Args:
         a: [N, K] rows sorted by expert; float32, bfloat16 or float16, any strides.
@@ -68,9 +70,13 @@ def grouped_gemm_quantized(
     Source:
         As of :func:`moe_ffn_quantized`.
     """
-    if b_zero is None:
-        return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, format, bias)
-    return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, format, bias, b_zero)
+    zero = () if b_zero is None else (b_zero,)
+    args = (a, b, b_scale, expert_offsets, format, bias, *zero)
+    out = _grouped_gemm_quantized(*args)
+    if out.requires_grad and out.device.type == "cpu" and is_batch_invariant_enabled():
+        with torch.no_grad():
+            out.copy_(_grouped_gemm_quantized(*args))  # Backward does not read it.
+    return out
 
 
 @register_fake(f"{_OP}_exact")

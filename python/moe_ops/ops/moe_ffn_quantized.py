@@ -77,9 +77,11 @@ def moe_ffn_quantized(
       row holds k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from
       -8 to 7: ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    The others, as checkpoints store them, become float32, in registers where an expert has up to 4
-    tokens (2 without AVX-512) and else in cache, some rows at a time (on CUDA x's type, some
-    experts at a time). Rows are not rounded to integers for them:
+    The others are as checkpoints store them. On the CPU, int8, int4, "mxfp4" and, for up to 8
+    tokens of an expert, "nvfp4" are multiplied as integers, too. Other weights become float32, in
+    registers where an expert has up to 4 tokens (2 without AVX-512) and else in cache, some rows at
+    a time, or bfloat16 for x of that type where that is exact (on CUDA x's type, some experts at a
+    time), and rows are not rounded to integers for them:
 
     - "int8 gG": int8 [E, O, D] with scales [E, O, D/G], G a multiple of 32.
     - "int4 gG" with another multiple of 32, with scales of "bfloat16" or "float16", or with "zero"
@@ -88,6 +90,8 @@ def moe_ffn_quantized(
       there is none (GPTQ, AWQ, compressed-tensors, q4_0).
     - "mxfp4": uint8 [E, O, D/2] of e2m1 with uint8 [E, O, D/32] of e8m0 (gpt-oss).
     - "fp8": float8_e4m3fn [E, O, D] with float32 [E, ceil(O/128), ceil(D/128)] (DeepSeek-V3).
+    - "e4m3": float8_e4m3fn [E, O, D] with float32 [E, O], one scale per output; "e4m3 gG" with
+      scales [E, O, D/G] (compressed-tensors, ModelOpt).
     - "q4_k" of ggml: uint8 [E, O, D/2] with records uint8 [E, O, D/256, 16] of d, dmin and the
       packed scales; "q6_k": uint8 [E, O, 3D/4] of ql and qh with records [E, O, D/256, 18] of
       scales and d.
@@ -95,7 +99,7 @@ def moe_ffn_quantized(
     x and topk_weights have gradients, through weights that become float32 in cache likewise; the
     rounding of rows counts as none. Weights, scales and biases are frozen.
 
-    Of the first two formats, the rows that meet a weight, which are x and the activated features,
+    Where products are of integers, the rows that meet a weight, x and the activated features,
     are rounded to integers of 16 bits, with a scale a row, or to integers from -127 to 127, with a
     scale for each 32 of them. 16 bits move a value by at most 1/65278 of the largest of its row,
     and results on normal x by about 5e-5. 8 bits move it by at most 1/254 of the largest of its 32,

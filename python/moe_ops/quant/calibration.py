@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._eval_mode import call_model, in_eval
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook
 
 from .bank import check_whole_bank, find_banks
@@ -102,25 +103,20 @@ def collect_calibration(
             f"collect_calibration: model must hold a bank of float experts, got "
             f"{type(model).__name__} without one."
         )
-    training = {m for m in model.modules() if m.training}
-    model.eval()
-    try:
-        if callable(inputs):
-            inputs(model)
-        else:
-            for i, batch in enumerate(batches, start=1):
-                quota = math.ceil(max_tokens * i / len(batches))
-                _call(model, batch)
-        for handle in handles:
-            handle.remove()
+    with in_eval(model):
+        try:
+            if callable(inputs):
+                inputs(model)
+            else:
+                for i, batch in enumerate(batches, start=1):
+                    quota = math.ceil(max_tokens * i / len(batches))
+                    call_model(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
         quality = (
             None if tokens is None else perplexity(model, tokens, context=context, forward=forward)
         )
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
     banks = {}
     for found in find_banks(model, unsupported="skip"):
         kept = chunks[found.name]
@@ -161,8 +157,8 @@ def perplexity(
         context: tokens a piece, at least 2.
         batch_size: pieces a call.
         forward: (model, ids [B, S]) -> logits [B, S, V]. Without one, the model is called with ids,
-            and its output may be the logits, an object with `.logits`, or a tuple that begins with
-            them.
+            and its output may be the logits, an object with ``.logits``, or a tuple that begins
+            with them.
 
     Raises:
         ValueError: too few tokens, or a context below 2.
@@ -195,11 +191,3 @@ def _logits(
     if hasattr(output, "logits"):
         return output.logits
     return output[0] if isinstance(output, tuple) else output
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return model(**batch)
-    if isinstance(batch, tuple):
-        return model(*batch)
-    return model(batch)

@@ -29,6 +29,7 @@ def quantize(
     config: WeightConfig,
     *,
     modules: str = "experts",
+    dense: WeightConfig | None = None,
     calibration: CalibrationData | Iterable[Any] | Callable[[nn.Module], Any] | None = None,
     grid: int = GRID,
     skip: Sequence[str] = (),
@@ -36,7 +37,9 @@ def quantize(
 ) -> nn.Module:
     """Replaces float experts, dense layers or both by quantized ones, in place.
 
+    Example:
         moe_ops.quantize(model, Int4WeightConfig(group_size=64))
+        moe_ops.quantize(model, Int4WeightConfig(), dense=Int8WeightConfig())
 
     Experts are those of `moe_ops.layers.Experts` (alone, in a `MoE`, anywhere in a model) and of
     the MoE blocks of transformers that :mod:`moe_ops.hf` supports, switched to moe_ops or not;
@@ -45,9 +48,9 @@ def quantize(
     holds them. Of experts that `moe_ops.parallel.shard_experts` has sharded, each process quantizes
     those that it has.
 
-    Dense layers are the plain nn.Linear, but for those that choose experts and very small ones.
-    They become `QuantizedLinear`; those that the groups of the format do not divide take the next
-    smaller groups, or stay float.
+    Dense layers are the plain nn.Linear, but for those that choose experts, MLA's kv_b_proj and
+    very small ones. They become `QuantizedLinear`; those that the groups of the format do not
+    divide take the next smaller groups, or stay float.
 
     Quantized weights do not change any more; what goes into them has gradients.
 
@@ -55,6 +58,7 @@ def quantize(
         model: a model, a layer, or `Experts`.
         config: `Int8WeightConfig()`, `Int4WeightConfig(group_size)` or `Fp8WeightConfig()`.
         modules: "experts", "linears", or "all" for both.
+        dense: the config of dense layers, which are then quantized too; None is `config`.
         calibration: inputs for the activation-aware scale of w_gate_up's input channels: what
             `moe_ops.quant.collect_calibration` returned, or what it takes. None uses no such scale.
         grid: number of exponents tried for that scale, less one.
@@ -75,6 +79,9 @@ def quantize(
         ImportError: a model of a transformers that is too old for moe_ops.hf.
     """
     check_config("quantize", config)
+    if dense is not None:
+        check_config("quantize", dense)
+        modules = "all" if modules == "experts" else modules
     if modules not in MODULES:
         raise ValueError(f"quantize: modules must be one of {', '.join(MODULES)}, got {modules!r}.")
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -97,7 +104,7 @@ def quantize(
     elif calibration is not None:
         raise ValueError("quantize: calibration must be None for linears, got one.")
     if linears:
-        quantize_linears(model, config, patterns)
+        quantize_linears(model, dense or config, patterns)
     return model
 
 

@@ -5,7 +5,8 @@ Letters: N rows, I input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -15,19 +16,24 @@ from torch import Tensor, nn
 
 from moe_ops import _verify as verify
 from moe_ops import memory
+from moe_ops.expert_weights import hooks_for
 from moe_ops.layers.inputs import Proxy, as_leaf, jagged_parts
 from moe_ops.layers.linear import FewRowsLinear, is_linear_intact, one_expert
 from moe_ops.ops import grouped_gemm_quantized
 from moe_ops.ops._checks import dtype_name
+from moe_ops.weight_formats import WeightFormat
 
 from .config import DEFAULT, WeightConfig
 from .formats import dequantize_weight, quantize_weight
+from .stored_linear import StoredLinear
 
 _TENSORS = (Tensor, nn.Parameter)
 # Parts of names of layers that choose experts: they are small, and an error there turns tokens to
 # other experts.
 _ROUTERS = ("router", "gate", "gating")
 _SMALLEST = 16  # Output features of what is quantized.
+# MLA's projection of latents: mla_decode multiplies queries by this weight, and not latents.
+_OF_LATENTS = "kv_b_proj"
 _ROWS_AT_ONCE = 1024  # That are rounded; a multiple of the rows of a block of fp8.
 
 
@@ -35,8 +41,9 @@ class QuantizedLinear(nn.Linear):
     """nn.Linear whose weight is quantized, for inference.
 
     The weight is in two buffers; the state dict has it under its own name, dequantized, and loads
-    it from there, so checkpoints are those of nn.Linear. A gradient of the input goes through the
-    dequantized weight, so adapters on top can be trained; the weight itself has none.
+    it from there, so state dicts are those of nn.Linear. `save_pretrained` writes the two buffers
+    as those of a `StoredLinear`, which is what such a checkpoint becomes. A gradient of the input
+    goes through the dequantized weight, so adapters on top can be trained; the weight has none.
 
     Buffers:
         q, scale: the stored weight and its scales, as `moe_ops.quant.quantize_weight` makes them.
@@ -52,6 +59,8 @@ class QuantizedLinear(nn.Linear):
 
     q: Tensor
     scale: Tensor
+    # True within `stored_form`.
+    gives_codes = False
 
     def __init__(
         self,
@@ -130,7 +139,9 @@ class QuantizedLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.saved:
+        if self.saved and self.gives_codes:
+            destination |= {prefix + "codes": self.q, prefix + "scale": self.scale}
+        elif self.saved:
             destination[prefix + "weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -151,14 +162,38 @@ class QuantizedLinear(nn.Linear):
             self.fill(weight.to(self.q.device))
 
 
+@contextlib.contextmanager
+def stored_form(model: nn.Module) -> Iterator[None]:
+    """Has the state dict of a model hold its quantized dense layers as a `StoredLinear` does."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    try:
+        for layer in layers:
+            layer.gives_codes = True
+        yield
+    finally:
+        for layer in layers:
+            layer.gives_codes = False
+
+
+def stored_linears(model: nn.Module) -> dict[str, str]:
+    """Returns the quantized dense layers that a state dict has, by name, with their formats."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StoredLinear):
+            found[name] = module.format.label
+        elif isinstance(module, QuantizedLinear) and module.saved:
+            found[name] = module.format
+    return found
+
+
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns the dense layers of a model that can be quantized, by name: every plain nn.Linear but
-    those that choose experts and very small ones."""
+    those that choose experts, MLA's projection of latents, and very small ones."""
     found = {}
     for name, layer in model.named_modules():
         parts = name.split(".")
         routes = any(p in _ROUTERS or p.endswith("_gate") for p in parts)
-        if type(layer) is nn.Linear and not routes:
+        if type(layer) is nn.Linear and not routes and parts[-1] != _OF_LATENTS:
             if layer.out_features >= _SMALLEST and layer.in_features:
                 found[name] = layer
     return found
@@ -167,7 +202,7 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def quantize_linears(
     model: nn.Module, config: WeightConfig, skip: Collection[str] = ()
 ) -> dict[str, str]:
-    """Makes the dense layers of a model `QuantizedLinear`, in place.
+    """Makes the dense layers of a model `QuantizedLinear`, in place, and marks the model.
 
     Args:
         model: what holds them.
@@ -187,6 +222,8 @@ def quantize_linears(
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._modules[leaf] = quantized
         report[name] = quantized.format
+    for hook in hooks_for(model):
+        hook.mark_dense(model)
     return report
 
 
@@ -206,19 +243,27 @@ def dense_operands(layer: nn.Module, dtype: torch.dtype) -> DenseOperands | None
     if not is_linear_intact():
         return None
     if isinstance(layer, QuantizedLinear) and kind is QuantizedLinear:
-        if dtype == torch.float64 or not layer.how.has_kernels:
-            return None
-        buffers: Any = layer._buffers
-        bias: Any = layer.bias
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
-        return DenseOperands(buffers["q"], buffers["scale"], bias, layer.format)
+        return _quantized_operands(layer, "q", layer.how, dtype)
+    if isinstance(layer, StoredLinear) and kind is StoredLinear:
+        return _quantized_operands(layer, "codes", layer.format, dtype)
     if kind is FewRowsLinear or kind is nn.Linear:
         parameters: Any = layer._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         if type(weight) in _TENSORS and weight.dtype == dtype:
             return DenseOperands(weight, None, bias, "float")
     return None
+
+
+def _quantized_operands(
+    layer: nn.Module, codes: str, how: WeightFormat, dtype: torch.dtype
+) -> DenseOperands | None:
+    if dtype == torch.float64 or not how.has_kernels:
+        return None
+    buffers: Any = layer._buffers
+    bias: Any = layer.bias
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return DenseOperands(buffers[codes], buffers["scale"], bias, how.label)
 
 
 def _tied(model: nn.Module) -> set[int]:

@@ -194,6 +194,24 @@ def from_fp8(weight: Tensor, weight_scale_inv: Tensor) -> StoredWeight:
     return StoredWeight(WeightFormat("fp8"), weight, weight_scale_inv.float())
 
 
+def from_fp8_channels(weight: Tensor, weight_scale: Tensor) -> StoredWeight:
+    """compressed-tensors' float-quantized: weight float8_e4m3fn [O, D], weight_scale [O, 1] or [O],
+    or one number for all outputs.
+
+    Raises:
+        ValueError: a weight of another type, or another number of scales.
+    """
+    _check_kind("from_fp8_channels", "weight", weight, torch.float8_e4m3fn)
+    outputs = weight.shape[:-1]
+    if weight_scale.numel() not in (1, outputs.numel()):
+        raise ValueError(
+            "from_fp8_channels: weight_scale must be one number or one per output, got shape "
+            f"{list(weight_scale.shape)} for {list(weight.shape)}."
+        )
+    scale = weight_scale.float().reshape(-1).expand(outputs.numel()).reshape(outputs)
+    return StoredWeight(WeightFormat("e4m3"), weight.contiguous(), scale.contiguous())
+
+
 def ggml_format(type_name: str) -> WeightFormat:
     """Returns the format in which weights of a ggml type are held.
 

@@ -30,9 +30,9 @@ def dequantized(
     if dtype is None:
         dtype = scale.dtype if scale.is_floating_point() else torch.float32
     kind, _, more = format.partition(" ")
-    if kind == "int8" and not more:
+    if kind in ("int8", "e4m3") and not more:
         return w.to(dtype) * scale.to(dtype)[..., None]
-    if kind == "int8":
+    if kind in ("int8", "e4m3"):
         return _scaled(w.to(dtype), scale.to(dtype))
     if kind == "fp8":
         factors = scale.to(dtype).repeat_interleave(_FP8_BLOCK, -2)[..., : w.shape[-2], :]

@@ -217,7 +217,8 @@ class Router(nn.Module):
             ids = drop_masked(topk_ids, expert_mask)
             return Routing(logits, self.weights_at(logits, ids, expert_mask=expert_mask), ids)
         routing = self._route_tokens(x, expert_mask)
-        self.count(routing.topk_ids, routing.router_logits, expert_mask)
+        if self.training:
+            self.count(routing.topk_ids, routing.router_logits, expert_mask)
         return routing
 
     def _route_tokens(self, x: Tensor, expert_mask: Tensor | None) -> Routing:

@@ -214,13 +214,13 @@ class TopKRouter(Router, kind="topk"):
         """Returns whether the linear map and the selection can be one autograd node."""
         cls = type(self)
         return (
-            expert_mask is None
+            use_router_linear(x, self.weight, self.logits_dtype)
+            and expert_mask is None
             and self.override is None
             and not (self.renormalize and self.renormalize_p != 1)
             and cls.logits is Router.logits
             and cls.route is Router.route
             and cls.choose_experts is TopKRouter.choose_experts
-            and use_router_linear(x, self.weight, self.logits_dtype)
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
