@@ -38,6 +38,7 @@ NEED_A_CARD = {
     # The compiler's own kernels are Triton's, which loads them with the driver.
     "test_generated_code_calls_the_ops": "Triton needs a card.",
     "test_half_precision": GROUPED_MM,
+    "test_newer_models_with_convolutions": "torch's depthwise convolutions on CUDA need a card.",
     "test_command": GROUPED_MM,
     "test_tokens_of_replays": "Kernels of torch run when they are captured: a card replays.",
 }

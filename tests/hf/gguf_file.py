@@ -11,19 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 # Types of gate, up and down, a layer each, and what the banks are called.
 LAYERS = (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q8_0", "Q8_0"), ("Q4_0", "Q4_0", "Q4_0"))
+# Of experts; transformers takes every Qwen3-MoE of a file for one of 768.
+WIDTH = 512
 KINDS = ("q4_k, q6_k", "int8 g32 float16", "int4 g32 float16")
 
 
 def write_gguf(gguf: Any, path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Writes it by the package gguf; returns the float model and the names of its formats. The
-    width of experts is the one that transformers' reader gives all such models."""
+    """Writes it by the package gguf; returns the float model and the names of its formats."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=64,
         hidden_size=256,
         intermediate_size=256,
-        moe_intermediate_size=768,
+        moe_intermediate_size=WIDTH,
         num_hidden_layers=len(LAYERS),
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -40,7 +41,7 @@ def write_gguf(gguf: Any, path: Path) -> tuple[Any, tuple[str, ...]]:
     writer.add_context_length(64)
     writer.add_embedding_length(256)
     writer.add_feed_forward_length(256)
-    writer.add_expert_feed_forward_length(768)
+    writer.add_expert_feed_forward_length(WIDTH)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_key_length(64)
@@ -70,7 +71,7 @@ def write_gguf(gguf: Any, path: Path) -> tuple[Any, tuple[str, ...]]:
         plain |= {f"blk.{i}.{name}": f"model.layers.{i}.{part}" for name, part in parts.items()}
         experts, halves = model.model.layers[i].mlp.experts, []
         for part, kind in zip(("gate", "up", "down"), kinds, strict=True):
-            rows, columns = (256, 768) if part == "down" else (768, 256)
+            rows, columns = (256, WIDTH) if part == "down" else (WIDTH, 256)
             data = layout.random_ggml(kind, 2 * rows, columns)
             number = getattr(gguf.GGMLQuantizationType, kind)
             value = torch.from_numpy(gguf.quants.dequantize(data.numpy(), number))

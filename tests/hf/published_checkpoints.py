@@ -53,6 +53,18 @@ QUANTIZATION = {
         },
     },
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "fp8-channel": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    "fp8-block": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "strategy": "block", "block_structure": [128, 128]},
+            }
+        },
+    },
+    "fp8-tensor": {"quant_method": "modelopt", "quant_algo": "FP8"},
 }
 
 
@@ -64,9 +76,15 @@ def build(model_type: str):
 
 def quantize(method: str, weight: torch.Tensor, zeros: bool) -> tuple[dict, torch.Tensor]:
     """Tensors of a weight [O, D] in a format, and what they stand for."""
-    if method == "fp8":
+    if method in ("fp8", "fp8-block"):
         q, scale = quantize_fp8_blocks(weight)
-        return {"weight": q, "weight_scale_inv": scale}, dequantize_fp8_blocks(q, scale)
+        leaf = "weight_scale_inv" if method == "fp8" else "weight_scale"
+        return {"weight": q, leaf: scale}, dequantize_fp8_blocks(q, scale)
+    if method in ("fp8-channel", "fp8-tensor"):
+        most = weight.abs().amax(1, keepdim=True) if method == "fp8-channel" else weight.abs().max()
+        scale = (most / 448).bfloat16()
+        q = (weight / scale.float()).to(torch.float8_e4m3fn)
+        return {"weight": q, "weight_scale": scale}, q.float() * scale.float()
     if method in ("nvfp4", "modelopt"):
         codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
         scale = (torch.rand(weight.shape[0], weight.shape[1] // 16) * 400 + 40).to(

@@ -18,7 +18,7 @@ from moe_ops.hf.decode.fused import set_fused
 from moe_ops.hf.models.known import find
 from moe_ops.layers.linear import FewRowsLinear
 from moe_ops.quant import QuantizedLinear
-from moe_ops.quant.config import config_named
+from moe_ops.quant.stored_linear import StoredLinear
 
 from .models import MODEL_TYPES, VOCAB, build, router_is_unknown, skip_unknown_router, tokens
 from .test_quantize import WIDE, logits, make, relative
@@ -111,12 +111,15 @@ def test_a_saved_model_is_optimized_again(weights, tmp_path):
     moe_ops.hf.optimize(model, quantization=weight_config(weights, group))
     model.save_pretrained(tmp_path / "saved")
     loaded = load("saved")
-    report = moe_ops.hf.optimize(loaded, quantization=weight_config(weights, group))
-    assert report["lm_head"] == {"int8": "int8", "int4": "int4 g32"}[weights]
+    moe_ops.hf.optimize(loaded, quantization=weight_config(weights, group))
+    assert moe_ops.hf.report(loaded)["lm_head"] == {"int8": "int8", "int4": "int4 g32"}[weights]
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     other = "int4" if weights == "int8" else "int8"
-    with pytest.raises(ValueError, match=r"must be a float model, got one quantized by moe_ops"):
-        moe_ops.hf.optimize(load("saved"), quantization=weight_config(other))
+    stored = load("saved")
+    message = rf"None or the format of .* already, {weights}( g32)?, got {other}( g64)?; load"
+    with pytest.raises(ValueError, match=message):
+        moe_ops.hf.optimize(stored, quantization=weight_config(other))
+    assert moe_ops.hf.optimize(stored)
 
 
 def recorded_calls(model, ids):
@@ -168,15 +171,13 @@ def test_saved_and_loaded(tmp_path, weights):
     if weights is None:
         assert list(loaded.state_dict()) == names
     torch.testing.assert_close(logits(loaded, ids), want, rtol=2e-2, atol=2e-2)
-    # Quantizing what codes stand for gives the codes again.
-    if weights is not None:
+    if weights is not None:  # The file has codes; the state dict of the model has floats.
+        assert list(model.state_dict())[1:5] != list(loaded.state_dict())[1:5]
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 other = loaded.get_submodule(name)
-                assert type(other) is nn.Linear
-                assert torch.equal(other.weight, layer.weight)
-                again = QuantizedLinear(other, config_named("", layer.format))
-                torch.testing.assert_close(again.weight, layer.weight, rtol=1e-5, atol=1e-7)
+                assert type(other) is StoredLinear and other.format.label == layer.format
+                assert torch.equal(other.codes, layer.q) and torch.equal(other.scale, layer.scale)
 
 
 def test_a_tied_head(tmp_path):
@@ -250,6 +251,32 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.b(self.a(x))
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_exported_with_a_dynamic_length(weights):
+    """The example has few tokens; the program takes few and many."""
+    model = make("qwen3_moe").bfloat16()
+    moe_ops.hf.optimize(
+        model, quantization=weight_config(weights, 32 if weights == "int4" else None)
+    )
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    length = {1: torch.export.Dim("length", min=2, max=512)}
+    with torch.no_grad():
+        program = torch.export.export(
+            Logits(), (torch.ones(1, 5).long(),), dynamic_shapes=(length,)
+        )
+        for count in (3, 130):
+            ids = torch.arange(count)[None] % VOCAB
+            assert relative(program.module()(ids), Logits()(ids)) < 0.03
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -331,6 +358,8 @@ def test_bad_arguments():
     model = build("mixtral")
     with pytest.raises(ValueError, match=r"optimize: config must be an Int8WeightConfig, .*'int8'"):
         moe_ops.hf.optimize(model, quantization="int8")
+    with pytest.raises(ValueError, match=r"must be a loaded model .*, got 'Qwen/Qwen3'\."):
+        moe_ops.hf.optimize("Qwen/Qwen3")
 
 
 def test_out_of_turn():

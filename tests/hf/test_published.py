@@ -22,13 +22,16 @@ from .published_checkpoints import write
 # (model type, method, zero points) -> format of the experts, and how far logits may be off: fp32
 # sums, tokens that become integers of 8 bits, or fp8.
 CASES = {
-    ("mixtral", "gptq", True): ("int4 g64 float16 zero", 1e-4),
-    ("qwen3_moe", "awq", True): ("int4 g64 float16 zero", 1e-4),
+    ("mixtral", "gptq", True): ("int4 g64 float16 zero", 0.08),
+    ("qwen3_moe", "awq", True): ("int4 g64 float16 zero", 0.08),
     ("qwen3_moe", "compressed-tensors", False): ("int4 g64", 0.08),
     ("qwen3_moe", "fp8", False): ("fp8", 0.08),
-    ("gpt_oss", "mxfp4", False): ("mxfp4", 1e-4),
-    ("qwen3_moe", "nvfp4", False): ("nvfp4", 1e-4),
-    ("mixtral", "modelopt", False): ("nvfp4", 1e-4),
+    ("qwen3_moe", "fp8-channel", False): ("e4m3", 1e-4),
+    ("qwen3_moe", "fp8-block", False): ("fp8", 0.08),
+    ("mixtral", "fp8-tensor", False): ("e4m3", 1e-4),
+    ("gpt_oss", "mxfp4", False): ("mxfp4", 0.08),
+    ("qwen3_moe", "nvfp4", False): ("nvfp4", 0.08),
+    ("mixtral", "modelopt", False): ("nvfp4", 0.08),
 }
 LOAD = """
 import json, sys

@@ -1,9 +1,10 @@
 """Integration of Hugging Face transformers.
 
-Importing this module registers ``"moe_ops"`` as an experts implementation, so that
+Importing this module registers ``"moe_ops"`` as an experts implementation, so that::
 
-    import moe_ops.hf model = AutoModelForCausalLM.from_pretrained(name,
-    experts_implementation="moe_ops")
+    import moe_ops.hf
+
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
 
 and ``model.set_experts_implementation("moe_ops")`` work for every model that uses transformers'
 experts interface. :func:`enable` switches a live model instead, including JetMoE, DBRX and Llama 4,
@@ -15,7 +16,9 @@ torch's attention without the masks that prevent compilation of JetMoE's attenti
 with transformers 5.23 or later, an expert-parallel implementation ``"moe_ops"``.
 
 :func:`load_offloaded` loads models whose experts are larger than the memory. :func:`optimize` runs
-a whole model on inference kernels, including dense layers and the head.
+a whole model on inference kernels, including dense layers and the head. :func:`export` writes
+models for other programs: GGUF, compressed-tensors and GPTQ. :func:`record` and
+:func:`replay` carry the experts of each token from a rollout to a trainer.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.expert_weights import register_hook
 from moe_ops.hf.checkpoints import published
+from moe_ops.hf.checkpoints.export import export
 from moe_ops.hf.checkpoints.hook import TransformersHook
 from moe_ops.hf.checkpoints.offloading import load_offloaded
 from moe_ops.hf.checkpoints.quantizer import MoeOpsConfig
@@ -48,6 +52,7 @@ from moe_ops.hf.decode.report import report
 from moe_ops.hf.experts.forward import experts_forward
 from moe_ops.hf.experts.parallel import Interface, register_ep_implementation
 from moe_ops.hf.experts.switch import assert_used, disable, enable, status
+from moe_ops.hf.hybrid import place as place
 from moe_ops.hf.models import (
     register_attention,
     register_block,
@@ -57,6 +62,8 @@ from moe_ops.hf.models import (
     register_router,
 )
 from moe_ops.hf.models.attention import PLAIN_FUNCTIONS
+from moe_ops.hf.routing.record import record
+from moe_ops.hf.routing.replay import replay
 
 ExpertsInterface.register("moe_ops", experts_forward)
 PLAIN_FUNCTIONS.add(attention.attention_forward)
@@ -72,8 +79,10 @@ __all__ = [
     "assert_used",
     "disable",
     "enable",
+    "export",
     "load_offloaded",
     "optimize",
+    "record",
     "register_attention",
     "register_block",
     "register_ep_implementation",
@@ -81,6 +90,7 @@ __all__ = [
     "register_network",
     "register_norm",
     "register_router",
+    "replay",
     "report",
     "restore",
     "status",

@@ -1,4 +1,4 @@
-"""peft's LoRA on experts, float or quantized, with the usual `LoraConfig`:
+"""peft's LoRA on experts, float or quantized, with the usual `LoraConfig`::
 
     import moe_ops.hf.lora
 
@@ -39,6 +39,7 @@ except ModuleNotFoundError as error:
 
 from moe_ops.hf.decode.fused import register_kind, set_fused
 from moe_ops.hf.experts.forward import bank_bias, bank_views, cast_like
+from moe_ops.hf.experts.placed import is_placed, run_placed, without_moves
 from moe_ops.hf.experts.quantized import QuantizedHfExperts
 from moe_ops.hf.experts.switch import interface_of
 from moe_ops.hf.models.gates import fused_activation
@@ -173,13 +174,22 @@ def _fused_forward(cls: Any) -> Any:
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of experts, and adapter_names for a batch with several adapters, by
-    name."""
+    """Returns the arguments of experts in their order, and adapter_names for a batch with several
+    adapters, by name."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: given[name] for name in names if name in given} | given
 
 
 def _forward(
+    wrapper: Any, chain: list[Any], experts: Any, names: list[str] | None, **call: Tensor
+) -> Tensor:
+    """Returns the output of experts with their adapters, where the experts are."""
+    run = functools.partial(_run, wrapper, chain, experts, names)
+    return run_placed(experts, run, **call) if is_placed(experts) else run(**call)
+
+
+def _run(
     wrapper: Any,
     chain: list[Any],
     experts: Any,
@@ -188,7 +198,6 @@ def _forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Returns the output of experts with their adapters."""
     adapter_ids = None
     if names is None:
         active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
@@ -429,6 +438,15 @@ def _find_quantized_experts(original: Any) -> Any:
 
     return inject_parameters
 
+
+def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    """Keeps adapters of placed experts on the CPU, where their GEMMs run."""
+    if is_placed(self.get_base_layer()):
+        fn = without_moves(fn)
+    return super(ParamWrapper, self)._apply(fn, recurse)
+
+
+ParamWrapper._apply = _apply  # type: ignore[method-assign]
 
 # peft looks for targets among parameters and has no hook there; quantized experts have no
 # parameters.

@@ -1,5 +1,6 @@
 """Offloading of experts to disk or CPU memory, with a cache for a few of them on the device.
 
+Example:
     from moe_ops.offload import offload_experts
 
     cache = offload_experts(model, max_bytes=2**30, path="experts.safetensors")

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_ops._slots import SlotStream
 
 from .policy import POLICIES, CachePolicy
 from .store import ExpertStore, Key
@@ -424,23 +425,18 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class _Copies:
+class _Copies(SlotStream):
     """Copies to CUDA on a separate stream."""
 
     def __init__(self, cache: ExpertCache) -> None:
+        super().__init__(cache.device, cache.num_slots)
         self._store = cache.store
-        self._stream: Any = torch.cuda.Stream(cache.device)
-        self._ready: list[Any] = [torch.cuda.Event() for _ in range(cache.num_slots)]
-        self._used: list[Any] = [None] * cache.num_slots
-        self._device = cache.device
         self._pinned_store = cache.store.pinned
         self._staging = threading.local()  # Pinned memory of each loading thread
 
     def load(self, key: Key, slot: int, into: Mapping[str, Tensor]) -> None:
         store = self._store
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            if self._used[slot] is not None:
-                self._stream.wait_event(self._used[slot])
+        with self.filling(slot):
             if self._pinned_store:
                 store.read(key, into, non_blocking=True)
             else:
@@ -450,8 +446,7 @@ class _Copies:
                 store.read(key, staging)
                 for name, tensor in into.items():
                     tensor.copy_(staging[name], non_blocking=True)
-                self._staging.last = self._ready[slot]
-            self._ready[slot].record(self._stream)
+                self._staging.last = self.ready[slot]
 
     def _pinned(self) -> dict[str, Tensor]:
         if not hasattr(self._staging, "tensors"):
@@ -460,16 +455,3 @@ class _Copies:
                 for name, stored in self._store.tensors.items()
             }
         return self._staging.tensors
-
-    def wait_for(self, slots: Sequence[int]) -> None:
-        """Makes the caller's stream wait until these slots are filled."""
-        stream = torch.cuda.current_stream(self._device)
-        for slot in slots:
-            stream.wait_event(self._ready[slot])
-
-    def used(self, slots: Sequence[int]) -> None:
-        """Records that the work submitted so far to the caller's stream reads these slots."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        for slot in slots:
-            self._used[slot] = event

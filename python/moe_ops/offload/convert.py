@@ -51,8 +51,10 @@ def offload_experts(
 ) -> ExpertCache:
     """Moves the experts of a model off the device and gives it a cache for some of them, in place.
 
+    Example:
         cache = offload_experts(model, max_bytes=2**30, path="experts.safetensors")
-        model.generate(tokens, 32) print(cache.stats.hit_rate)
+        model.generate(tokens, 32)
+        print(cache.stats.hit_rate)
 
     It supports the experts that `moe_ops.quantize` supports, and those that it has made.
     The model's results are unchanged up to rounding, and bitwise identical if the kernels are

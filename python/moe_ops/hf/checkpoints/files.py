@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -12,6 +14,7 @@ from torch import Tensor
 from moe_ops import _reading
 
 _READER = "from_pretrained"
+_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
 
 class Checkpoint:
@@ -62,14 +65,18 @@ class Checkpoint:
     def optional(self, key: str) -> Tensor | None:
         return self.get(key) if key in self else None
 
+    def slice_of(self, key: str) -> Any:
+        """Returns what safetensors reads parts of a tensor from, by an index."""
+        return self._slice_file(key).get_slice(key)
+
     def shape(self, key: str) -> list[int]:
         with self.reading(key):
-            shape: list[int] = self._slice_file(key).get_slice(key).get_shape()
+            shape: list[int] = self.slice_of(key).get_shape()
         return shape
 
     def dtype(self, key: str) -> str:
         with self.reading(key):
-            dtype: str = self._slice_file(key).get_slice(key).get_dtype()
+            dtype: str = self.slice_of(key).get_dtype()
         return dtype
 
     def check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
@@ -107,3 +114,11 @@ def put(target: Tensor, value: Tensor, name: str) -> None:
             f"{list(target.shape)}"
         )
     target.copy_(value)
+
+
+def copy_rest(source: Path, target: Path, excepted: set[str]) -> None:
+    """Copies the tokenizer, chat template and other files of a checkpoint that are no weights."""
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json")
+        if path.is_file() and wanted and path.name not in excepted:
+            shutil.copyfile(path, target / path.name)

@@ -1,4 +1,4 @@
-"""GGUF files with experts of Q8_0, Q4_0, Q4_K or Q6_K, which stay as they are:
+"""GGUF files with experts of Q8_0, Q4_0, Q4_K or Q6_K, which stay as they are::
 
     AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, experts_implementation="moe_ops")
 
@@ -30,6 +30,11 @@ from moe_ops.quant.convert import new_experts
 from moe_ops.quant.published import StoredWeight
 from moe_ops.weight_formats import joined_label
 
+# Sizes in the config that transformers does not read -> the tensors that have them as inputs.
+_WIDTHS = {
+    "moe_intermediate_size": "ffn_down_exps",
+    "shared_expert_intermediate_size": "ffn_down_shexp",
+}
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
 
 
@@ -58,10 +63,14 @@ def _reading(file: str) -> AbstractContextManager[None]:
 
 
 class GgufExpertsQuantizer(GgufHfQuantizer):
-    """Leaves the experts of a GGUF file in their blocks, in layers of moe_ops."""
+    """Leaves the experts of a GGUF file in their blocks, in layers of moe_ops.
 
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+    Widths of experts are written into `model_config` when the file is known.
+    """
+
+    def __init__(self, quantization_config: Any, model_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._model_config = model_config
         self._tensors: dict[tuple[str, str], Any] = {}  # layer and part -> the reader's tensor
         self._banks: dict[str, str] = {}  # name of a module -> layer
         self._file = ""
@@ -73,9 +82,13 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
                 f"from_pretrained: gguf_file must be a regular file, got "
                 f"{self.quantization_config.gguf_file}."
             )
-        _check(gguf_file)
+        tensors = _check(gguf_file)
         with _reading(gguf_file):
             super().read_header(gguf_file)
+        for size, part in _WIDTHS.items():
+            widths = {t.shape[-1] for n, t in tensors.items() if n.endswith(f".{part}.weight")}
+            if len(widths) == 1 and hasattr(self._model_config, size):
+                setattr(self._model_config, size, *widths)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.dequantize = True  # What is not an expert.

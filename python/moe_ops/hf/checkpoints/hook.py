@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
-from moe_ops.hf.checkpoints.quantizer import METHOD, mark_quantized, refuse_to_save
+from moe_ops.hf.checkpoints.quantizer import METHOD, mark_layers, mark_quantized, refuse_to_save
 from moe_ops.hf.experts.switch import status_of
 
 
@@ -54,6 +54,13 @@ class TransformersHook(ExpertsHook):
             mark_quantized(root, format, x_scale, skip)
         else:
             refuse_to_save(root)
+
+    def mark_dense(self, root: nn.Module) -> None:
+        if isinstance(root, PreTrainedModel):
+            if _method_of(root) in (None, METHOD):
+                mark_layers(root)
+            else:
+                refuse_to_save(root)
 
 
 def _method_of(root: nn.Module) -> str | None:

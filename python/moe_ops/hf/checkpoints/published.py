@@ -1,7 +1,8 @@
 """Checkpoints that others quantized, read into layers that compute with the weights as they are:
-GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized, nvfp4-pack-quantized), NVFP4 of
-ModelOpt, MXFP4 and fp8 in blocks of 128.
+GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized, float-quantized,
+nvfp4-pack-quantized), NVFP4 and FP8 of ModelOpt, MXFP4 and fp8 in blocks of 128.
 
+Example:
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
 
 Experts become `QuantizedHfExperts`, dense layers that are quantized too `StoredLinear`. No weight
@@ -28,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moe_ops import _reading
 from moe_ops._files import shown
 from moe_ops.hf.checkpoints.files import Checkpoint, put
+from moe_ops.hf.checkpoints.methods import LAYOUTS, Method, Mxfp4
 from moe_ops.hf.checkpoints.quantizer import (
     mark_stored,
     parameter_types,
@@ -40,8 +42,7 @@ from moe_ops.quant.convert import new_experts
 from moe_ops.quant.published import StoredWeight
 from moe_ops.weight_formats import WeightFormat
 
-METHODS = ("gptq", "awq", "compressed-tensors", "modelopt", "mxfp4", "fp8")
-_SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+METHODS = tuple(LAYOUTS)
 # A key of one projection of one expert, and which it is.
 _EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(.+)$")
 _GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -53,153 +54,6 @@ _LEAVES = (
     r"\.experts\.\d+\.",
     r"\.(gate_up|down)_proj_(blocks|scales|bias)$",
 )
-# Scales of 4-bit groups of these sizes become float32, for which there are kernels: half a byte a
-# group of 64, 1/18 of what such a weight takes; of smaller groups they stay as they are.
-_KERNEL_GROUPS = (64, 128)
-
-
-class Method:
-    """The layout of a method; every weight that it quantizes has the tensor `marker`."""
-
-    marker: str
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        """Returns the format in which the weight called `name` is held."""
-        raise NotImplementedError
-
-    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
-        raise NotImplementedError
-
-
-def _scale_dtype(files: Checkpoint, scales: str) -> str:
-    found = files.dtype(scales)
-    if found not in _SCALES:
-        raise ValueError(
-            f"from_pretrained: {scales} must be one of {', '.join(_SCALES)}, got {found}."
-        )
-    return _SCALES[found]
-
-
-def _group(files: Checkpoint, scales: str, dimension: int, in_features: int) -> int:
-    """Returns the size of the groups of inputs that have a scale each."""
-    shape = files.shape(scales)
-    groups = shape[dimension] if len(shape) == 2 else 0
-    if not groups or in_features % groups:
-        raise ValueError(
-            f"from_pretrained: {scales} must have two dimensions and a number of groups that "
-            f"divides {in_features} inputs, got shape {shape}."
-        )
-    return in_features // groups
-
-
-def _int4(files: Checkpoint, scales: str, group: int, zero_points: bool) -> WeightFormat:
-    dtype = _scale_dtype(files, scales)
-    kernels = not zero_points and group in _KERNEL_GROUPS
-    return WeightFormat("int4", group, "float32" if kernels else dtype, zero_points)
-
-
-class Gptq(Method):
-    marker = "qweight"
-
-    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        scales = f"{name}.scales"
-        group = _group(files, scales, 0, in_features)
-        if self.config.get("bits", 4) == 8:
-            return WeightFormat("int8", group, _scale_dtype(files, scales))
-        return _int4(files, scales, group, not self.config.get("sym", True))
-
-    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
-        g_idx = files.optional(f"{name}.g_idx")
-        version = 2 if self.config.get("checkpoint_format") == "gptq_v2" else 1
-        qweight, qzeros, scales = (
-            files.get(f"{name}.{leaf}") for leaf in ("qweight", "qzeros", "scales")
-        )
-        bits = self.config.get("bits", 4)
-        return published.from_gptq(qweight, qzeros, scales, g_idx, bits=bits, version=version)
-
-
-class Awq(Method):
-    marker = "qweight"
-
-    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        scales = f"{name}.scales"
-        group = _group(files, scales, 0, in_features)
-        return _int4(files, scales, group, bool(self.config.get("zero_point", True)))
-
-    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
-        parts = (files.get(f"{name}.{leaf}") for leaf in ("qweight", "qzeros", "scales"))
-        return published.from_awq(*parts)
-
-
-class CompressedTensors(Method):
-    marker = "weight_scale"
-
-    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        scale = f"{name}.weight_scale"
-        if f"{name}.weight_global_scale" in files:
-            return WeightFormat("nvfp4")
-        if f"{name}.weight_packed" not in files:
-            return WeightFormat("int8")
-        group = _group(files, scale, 1, in_features)
-        return _int4(files, scale, group, f"{name}.weight_zero_point" in files)
-
-    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
-        scale = files.get(f"{name}.weight_scale")
-        if f"{name}.weight_global_scale" in files:
-            packed, factor = (files.get(f"{name}.weight_{n}") for n in ("packed", "global_scale"))
-            return published.from_nvfp4(packed, scale, factor, inverse=True)
-        if f"{name}.weight_packed" not in files:
-            weight = files.get(f"{name}.weight")
-            if weight.dtype != torch.int8 or scale.numel() != weight.shape[0]:
-                raise ValueError(
-                    f"from_pretrained: {name} must be int8 with one scale a row, got "
-                    f"{weight.dtype} with scales {list(scale.shape)}."
-                )
-            return published.from_int8_channels(weight, scale)
-        rest = (files.optional(f"{name}.weight_{leaf}") for leaf in ("zero_point", "g_idx"))
-        packed = files.get(f"{name}.weight_packed")
-        return published.from_compressed_tensors(packed, scale, *rest, in_features=in_features)
-
-
-class ModelOpt(Method):
-    marker = "weight_scale_2"
-
-    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        return WeightFormat("nvfp4")
-
-    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
-        leaves = (f"{name}.{leaf}" for leaf in ("weight", "weight_scale", "weight_scale_2"))
-        return published.from_nvfp4(*map(files.get, leaves))
-
-
-class Fp8(Method):
-    marker = "weight_scale_inv"
-
-    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        return WeightFormat("fp8")
-
-    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
-        leaves = (f"{name}.weight", f"{name}.weight_scale_inv")
-        return published.from_fp8(*map(files.get, leaves))
-
-
-class Mxfp4(Method):
-    """All experts of a bank in one tensor; dense layers are not quantized."""
-
-    marker = "blocks"
-
-
-_METHODS: dict[str, type[Method]] = {
-    "gptq": Gptq,
-    "awq": Awq,
-    "compressed-tensors": CompressedTensors,
-    "fp8": Fp8,
-    "modelopt": ModelOpt,
-    "mxfp4": Mxfp4,
-}
 
 
 class PublishedConfig(QuantizationConfigMixin):
@@ -230,7 +84,7 @@ class PublishedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         config = quantization_config.config
         _check_config(config)
-        self._method = _METHODS[config["quant_method"]](config)
+        self._method = LAYOUTS[config["quant_method"]](config)
         self._banks: list[_Bank] = []
         self._linears: list[str] = []
         self._files: Checkpoint | None = None
@@ -271,8 +125,7 @@ class PublishedQuantizer(HfQuantizer):
             if type(module) is nn.Linear and f"{name}.{self._method.marker}" in files:
                 with files.reading(name):
                     how = self._method.format(files, name, module.in_features)
-                    stored: Any = replace_linear(model, name, how)
-                stored._is_hf_initialized = True
+                    replace_linear(model, name, how)
                 self._linears.append(name)
         ours = [bank.name for bank in self._banks] + self._linears
         hidden = {rf"^{re.escape(name)}\." for name in ours}
@@ -397,18 +250,29 @@ def _check_values(config: dict[str, Any]) -> None:
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm":
             refuse("version", "gemm", version)
-    if method == "modelopt" and config.get("quant_algo") != "NVFP4":
-        refuse("quant_algo", "NVFP4", config.get("quant_algo"))
+    if method == "modelopt" and config.get("quant_algo") not in ("NVFP4", "FP8"):
+        refuse("quant_algo", "NVFP4 or FP8", config.get("quant_algo"))
     if method == "fp8" and list(config.get("weight_block_size") or ()) != [128, 128]:
         refuse("weight_block_size", "[128, 128]", config.get("weight_block_size"))
     if method == "compressed-tensors":
-        known = ("pack-quantized", "int-quantized", "nvfp4-pack-quantized")
+        known = (
+            "pack-quantized",
+            "int-quantized",
+            "float-quantized",
+            "nvfp4-pack-quantized",
+            "mixed-precision",
+        )
         if config.get("format") not in known:
             refuse("format", " or ".join(known), config.get("format"))
         groups = (config.get("config_groups") or {}).values()
-        bits = {(g.get("weights") or {}).get("num_bits") for g in groups}
-        if config["format"] == "pack-quantized" and bits - {4}:
+        packed = [g for g in groups if (g.get("format") or config["format"]) == "pack-quantized"]
+        bits = {(g.get("weights") or {}).get("num_bits") for g in packed}
+        if bits - {4}:
             refuse("num_bits", "4", sorted(map(str, bits)))
+        blocks = [(g.get("weights") or {}).get("block_structure") for g in groups]
+        for size in blocks:
+            if size is not None and list(size) != [128, 128]:
+                refuse("block_structure", "[128, 128]", size)
 
 
 def _experts_in(files: Checkpoint) -> dict[tuple[str, ...], tuple[str, tuple[str, str, str]]]:
@@ -483,7 +347,7 @@ def install() -> None:
             from moe_ops.hf.checkpoints.gguf import GgufExpertsQuantizer
 
             config.quantization_config = GgufConfig(gguf_file=kwargs["gguf_file"], dequantize=True)
-            return GgufExpertsQuantizer(config.quantization_config), config, device_map
+            return GgufExpertsQuantizer(config.quantization_config, config), config, device_map
         if asked and isinstance(given, dict) and not isinstance(given.get("quant_method"), str):
             raise ValueError(
                 "from_pretrained: quant_method of quantization_config in config.json must be a "

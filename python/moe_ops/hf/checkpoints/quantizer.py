@@ -6,6 +6,7 @@ import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moe_ops._files import shown
 from moe_ops._reading import damage
 from moe_ops.hf.checkpoints.files import Checkpoint
+from moe_ops.memory import release_file_pages
 from moe_ops.quant import QuantizedExperts, quantize
 from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
 from moe_ops.quant.config import WeightConfig, check_config, config_named
 from moe_ops.quant.convert import check_sizes, new_experts, replace_bank
+from moe_ops.quant.linear import QuantizedLinear, find_linears, stored_form, stored_linears
 from moe_ops.quant.stored_linear import StoredLinear
 from moe_ops.weight_formats import WeightFormat
 
@@ -40,12 +43,13 @@ class MoeOpsConfig(QuantizationConfigMixin):
 
     Args:
         config: what `moe_ops.quantize` takes.
+        dense: what `moe_ops.quantize` takes for dense layers; None leaves them float.
         x_scale: whether the experts have an activation-aware scale. It takes calibration, which
             loading cannot do: use `moe_ops.quantize` for that.
         skip: shell patterns of module names whose experts stay float.
-        layers: of a checkpoint that was saved from one of another method: the name of each layer of
-            experts and dense layer that is quantized -> its format ("int4 g128 float16 zero",
-            "q4_k, q6_k"). Nothing else counts then.
+        layers: of a checkpoint with quantized dense layers, or that was saved from one of another
+            method: the name of each layer of experts and dense layer that is quantized -> its
+            format ("int4 g128 float16 zero", "q4_k, q6_k"). `config` and `skip` do not count then.
 
     Raises:
         ValueError: arguments of other types.
@@ -55,6 +59,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
         self,
         config: WeightConfig | None = None,
         *,
+        dense: WeightConfig | None = None,
         x_scale: bool = False,
         skip: Sequence[str] = (),
         layers: Mapping[str, str] | None = None,
@@ -62,6 +67,8 @@ class MoeOpsConfig(QuantizationConfigMixin):
         name = type(self).__name__
         if config is not None or layers is None:
             check_config(name, config)
+        if dense is not None:
+            check_config(name, dense)
         if not isinstance(x_scale, bool):
             raise ValueError(f"{name}: x_scale must be true or false, got {shown(x_scale)}.")
         if not isinstance(skip, Sequence) or not all(isinstance(s, str) for s in skip):
@@ -76,6 +83,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
             layers = dict(layers)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.config = config
+        self.dense = dense
         self.x_scale = x_scale
         self.skip = [skip] if isinstance(skip, str) else list(skip)
         self.layers = layers
@@ -159,11 +167,7 @@ class BankReader(HfQuantizer):
         """Puts a parameter into its bank, and finishes that if it was the last one."""
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        wanted = getattr(module, leaf).shape
-        if weight.shape != wanted:
-            raise ValueError(
-                f"from_pretrained: {name} must have shape {list(wanted)}, got {list(weight.shape)}."
-            )
+        check_shape(name, getattr(module, leaf).shape, weight)
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
         found = _bank_at(model, self._bank_of[name])
         if found is None or any(t.is_meta for _, t in found.bank.tensors()):
@@ -192,6 +196,7 @@ class ExpertsQuantizer(BankReader):
         super().__init__(quantization_config, **kwargs)
         self._num_quantized = 0
         self._types: dict[str, torch.dtype] = {}
+        self._dense: dict[str, WeightConfig] = {}  # Name of a weight of a dense layer -> format.
 
     def finish(self, model: nn.Module, found: FoundBank) -> None:
         try:
@@ -201,6 +206,33 @@ class ExpertsQuantizer(BankReader):
         config = self.quantization_config
         replace_bank(model, found, _format(config).label)
         self._num_quantized += 1
+        release_file_pages()  # What was read of the checkpoint, which stays mapped until the end.
+
+    def expect_dense(self, model: Any, config: WeightConfig) -> None:
+        """Has dense layers quantized as soon as their weights have been read. A head that is tied
+        to the embedding stays float."""
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        for name, layer in find_linears(model).items():
+            fitting = config.fitting(layer.in_features)
+            kept = any(fnmatchcase(name, pattern) for pattern in self.quantization_config.skip)
+            if fitting is not None and not kept and f"{name}.weight" not in tied:
+                self._dense[f"{name}.weight"] = fitting
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._dense or super().param_needs_quantization(model, param_name)
+
+    def take(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        if name not in self._dense:
+            super().take(model, name, weight)
+            return
+        owner = name.removesuffix(".weight")
+        layer: Any = model.get_submodule(owner)
+        check_shape(name, layer.weight.shape, weight)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        made = QuantizedLinear(layer, self._dense[name])
+        # transformers empties buffers that are not in the state dict, as those of `made` are.
+        stored = replace_linear(model, owner, made.how)
+        stored.codes, stored.scale, stored.bias = made.q, made.scale, layer.bias
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
@@ -219,10 +251,12 @@ class ExpertsQuantizer(BankReader):
             for found in find_banks(model, tuple(config.skip)):
                 check_sizes(found.name, found.bank, _format(config))
                 self.expect(found)
+            if config.dense is not None:
+                self.expect_dense(model, config.dense)
             return model
         if config.layers is not None:
             with damage("from_pretrained", _CONFIG, "that of a checkpoint of moe_ops"):
-                _build_layers(model, config.layers)
+                _build_layers(model, config.layers, config.x_scale)
             _check_files(model, kwargs.get("checkpoint_files"))
             self._types = parameter_types(model)
             return model
@@ -250,6 +284,9 @@ class ExpertsQuantizer(BankReader):
                 quantize(model, _format(config), skip=config.skip)
             else:
                 mark_quantized(model, _format(config).label, False, config.skip)
+            if self._dense:
+                mark_layers(model)
+            release_file_pages()
             self.pre_quantized = True
             return model
         for name, module in model.named_modules():
@@ -269,10 +306,23 @@ class ExpertsQuantizer(BankReader):
         _claim_experts(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+        if not stored_linears(model):
+            return None, {}
+        with stored_form(model):
+            return model.state_dict(), {}
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         raise NotImplementedError(
             "dequantize: quantized blocks of transformers cannot become float blocks again; load "
             "the float checkpoint."
+        )
+
+
+def check_shape(name: str, wanted: torch.Size, weight: torch.Tensor) -> None:
+    if weight.shape != wanted:
+        raise ValueError(
+            f"from_pretrained: {name} must have shape {list(wanted)}, got {list(weight.shape)}."
         )
 
 
@@ -291,13 +341,13 @@ def _check_files(model: nn.Module, files: Sequence[str] | None) -> None:
         Checkpoint(files).check_shapes(model.state_dict())
 
 
-def _build_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
+def _build_layers(model: nn.Module, layers: Mapping[str, str], x_scale: bool) -> None:
     """Puts the layers of a checkpoint with `layers` into a model on the meta device."""
     left = dict(layers)
     for found in find_banks(model, unsupported="skip"):
         label = left.pop(found.name, None)
         if label is not None:
-            bank = new_experts(found, label)
+            bank = new_experts(found, label, x_scale=x_scale)
             found.hook.install(model, found.module, bank)
     modules = dict(model.named_modules())
     for name, label in left.items():
@@ -335,6 +385,8 @@ def replace_linear(model: nn.Module, name: str, how: WeightFormat) -> StoredLine
         device="meta",
         dtype=module.weight.dtype,
     )
+    # transformers would decode the weight, and draw numbers for what it gets.
+    stored._is_hf_initialized = True  # type: ignore[assignment]
     model.set_submodule(name, stored)
     return stored
 
@@ -361,6 +413,22 @@ def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -
     layers = {name: model.get_submodule(name).format_name for name in banks}
     layers |= {name: model.get_submodule(name).format.label for name in linears}
     _mark(model, MoeOpsConfig(layers=layers))
+
+
+def mark_layers(model: Any) -> None:
+    """Like `mark_quantized`, for a model with quantized dense layers."""
+    banks = [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts)]
+    x_scale = any(model.get_submodule(name).x_scale is not None for name in banks)
+    blocks = [_block_of(model, name) for name in banks]
+    layers = {name: model.get_submodule(name).format_name for name in blocks}
+    _mark(model, MoeOpsConfig(layers=layers | stored_linears(model), x_scale=x_scale))
+
+
+def _block_of(model: nn.Module, name: str) -> str:
+    """Returns the name of the module that `find_banks` has found where these experts are now."""
+    parent = name.rpartition(".")[0]
+    block = model.get_submodule(parent)
+    return parent if getattr(block, "quantized_block", False) else name
 
 
 def refuse_to_save(model: Any) -> None:

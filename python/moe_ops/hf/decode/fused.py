@@ -1,4 +1,4 @@
-"""Norms and routers of transformers' models on the ops of moe_ops.
+"""Norms, routers and dense networks of transformers' models on the ops of moe_ops.
 
 A module gets a fused class, a subclass of its own class with another forward, and keeps its
 parameters, buffers and hooks. :mod:`moe_ops.hf.models` defines the formulas of classes; settings
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moe_ops import _verify as verify
 from moe_ops.hf.models.known import Unknown, code_of, entry_of
-from moe_ops.ops import add_rms_norm, router_linear, topk_router
+from moe_ops.numerics import is_batch_invariant_enabled
+from moe_ops.ops import add_rms_norm, gated_act, router_linear, topk_router
 
 try:  # Output collection by transformers' own hooks; without it, all hooks count.
     from transformers.utils.output_capturing import _active_collector
@@ -24,14 +25,17 @@ except ImportError:
     _active_collector = None  # type: ignore[assignment]
 
 _TENSORS = (Tensor, nn.Parameter)
-_classes: dict[type, type] = {}
-# Kind -> function that makes the forward of a fused class.
-_forwards: dict[str, Callable[[Any], Callable[..., Any]]] = {}
+_classes: dict[tuple[str, type], type] = {}
+# Kind -> functions that make methods of a fused class, by name.
+_methods: dict[str, dict[str, Callable[[Any], Any]]] = {}
 
 
-def register_kind(kind: str, make_forward: Callable[[Any], Callable[..., Any]]) -> None:
-    """Registers a kind of fused classes with a function that makes the forward for a class."""
-    _forwards[kind] = make_forward
+def register_kind(
+    kind: str, make_forward: Callable[[Any], Callable[..., Any]], **others: Callable[[Any], Any]
+) -> None:
+    """Registers a kind of fused classes with a function that makes the forward for a class, and
+    functions that make other attributes of the class."""
+    _methods[kind] = {"forward": make_forward, **others}
 
 
 def set_fused(module: nn.Module, kind: str, settings: Any) -> None:
@@ -70,12 +74,12 @@ def is_silent(module: nn.Module) -> bool:
 
 
 def _fused_class(kind: str, cls: type) -> type:
-    if cls not in _classes:
-        _classes[cls] = type(
+    if (kind, cls) not in _classes:
+        _classes[kind, cls] = type(
             cls.__name__,
             (cls,),
             {
-                "forward": _forwards[kind](cls),
+                **{name: make(cls) for name, make in _methods[kind].items()},
                 "__reduce_ex__": _reduce,
                 "__module__": cls.__module__,
                 "_moe_ops_kind": kind,
@@ -83,7 +87,7 @@ def _fused_class(kind: str, cls: type) -> type:
                 "_moe_ops_own": cls,
             },
         )
-    return _classes[cls]
+    return _classes[kind, cls]
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -95,7 +99,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 def _new(kind: str, cls: Any) -> Any:
     """Returns an empty module of the fused class, or of its own class if the installed transformers
     has other code for it."""
-    if kind in ("norm", "router", "layer"):
+    if kind in ("norm", "router", "network", "layer"):
         try:
             entry_of(kind, cls)
         except Unknown:
@@ -203,5 +207,25 @@ def route(
     )
 
 
+# ---------------------------------------------------------------------------------- dense networks
+
+
+def _network_forward(cls: Any) -> Callable[..., Any]:
+    """Returns a forward that differs from the network's own in the batch-invariant mode only:
+    torch's activations treat the last elements of a tensor differently."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        activation = None
+        if is_batch_invariant_enabled() and not (args or kwargs) and is_intact(self):
+            activation = self._moe_ops_fused.activation(self)
+        if activation is None or verify.takes_own_forward():
+            return cls.forward(self, x, *args, **kwargs)
+        gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], -1)
+        return self.down_proj(gated_act(gate_up, activation))
+
+    return forward
+
+
 register_kind("norm", _norm_forward)
 register_kind("router", _router_forward)
+register_kind("network", _network_forward)

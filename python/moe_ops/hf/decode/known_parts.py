@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,7 +26,7 @@ class Found(NamedTuple):
 
     def is_still(self, module: nn.Module) -> bool:
         """Returns False if the module has another class by now."""
-        return type(module) is self.cls
+        return own_class(type(module)) is self.cls
 
 
 class LayerParts:
@@ -50,6 +50,14 @@ class LayerParts:
         self.layer, self.attention, self.left = layer, attention, left
         self.block, self.network, self.shared = block, network, shared
         self._watched: tuple[Code, Collection[type]] | None = None
+
+    def networks(self, layer: Any) -> Iterator[tuple[nn.Module, Found]]:
+        """Yields the dense networks of the layer: its block, or the shared experts of its block."""
+        block = layer._modules[self.layer.entry.block]
+        if self.network is not None:
+            yield block, self.network
+        if self.shared is not None and self.block is not None:
+            yield block._modules[self.block.entry.shared_of(block)], self.shared
 
     def intact(self, layer: nn.Module) -> Collection[type] | None:
         """Returns the fused classes of the layer; None if the code of any submodule was

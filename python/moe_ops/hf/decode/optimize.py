@@ -20,14 +20,12 @@ from moe_ops.hf.decode.report import Report
 from moe_ops.hf.decode.stock import take_stock
 from moe_ops.hf.experts.switch import enable, interface_of, set_implementation
 from moe_ops.layers.linear import replace_linears
-from moe_ops.memory import register_holder
+from moe_ops.memory import register_holder, release_file_pages
 from moe_ops.quant import QuantizedExperts, WeightConfig, quantize
 from moe_ops.quant.bank import find_banks
 from moe_ops.quant.config import check_config
 from moe_ops.quant.linear import quantize_linears
 
-# mla_decode multiplies queries by this weight, and not latents.
-_FLOAT_OF_LATENTS = ("*kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -80,11 +78,15 @@ def optimize(
     and the report states the reason; `moe_ops.hf.register_norm` and similar functions register
     classes. Settings are read at each call, so changes take effect immediately.
 
+    In the batch-invariant mode (`moe_ops.set_batch_invariant`), dense layers, networks, norms and
+    routers run on the mode's ops for any number of rows, with gradients, and layers call their
+    submodules. With the attention implementation "moe_ops", which the mode needs, results then do
+    not depend on the batch.
+
     The attention implementation is unchanged. Parameters, their names and checkpoints are those of
-    the model; with `quantization`, `save_pretrained` writes quantized experts like `quantize`,
-    and dense layers as floats with their quantized values. Such a model loads at the speed of
-    reading its bytes; `optimize` with the same config quantizes its dense layers again, to equal
-    values.
+    the model; with `quantization`, `save_pretrained` writes quantized experts and dense layers like
+    `quantize`, but for a head that is tied to the embedding. Such a model loads at the speed of
+    reading its bytes.
 
     Args:
         model: a transformers model, or any module with MoE blocks of one.
@@ -103,11 +105,17 @@ def optimize(
         modules of these kinds.
 
     Raises:
-        ValueError: unknown `quantization` or `verify`, a model that is already optimized or that
-            cannot generate although `compile` is set; models that `enable` and `quantize` reject.
+        ValueError: unknown `quantization` or `verify`, a model that is already optimized, whose
+            experts are quantized to another format, or that cannot generate although `compile` is
+            set; models that `enable` and `quantize` reject.
     """
     if quantization is not None:
         check_config("optimize", quantization)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"optimize: model must be a loaded model (AutoModelForCausalLM.from_pretrained), got "
+            f"{model!r:.80}."
+        )
     every, warn = parse_verify(verify)
     with _lock:
         if model in _optimized:
@@ -117,6 +125,14 @@ def optimize(
                 f"optimize: model must be one that generates to compile its steps, got "
                 f"{type(model).__name__}."
             )
+        if quantization is not None and not _experts_are(model, quantization.label):
+            formats = {m.format for m in model.modules() if isinstance(m, QuantizedExperts)}
+            if formats:
+                raise ValueError(
+                    "optimize: quantization must be None or the format of experts that are "
+                    f"quantized already, {', '.join(sorted(formats))}, got {quantization.label}; "
+                    "load the float model for another format."
+                )
         report = _optimize(model, quantization, keep_original, compile)
         if every:
             watch(_watched(model, report), every, warn)
@@ -147,8 +163,9 @@ def _optimize(
         quantize(model, quantization)
     report |= enable(model)
     if quantization is not None:
-        skip = _FLOAT_OF_LATENTS if found.latent else ()
-        report |= quantize_linears(model, quantization, skip)
+        report |= quantize_linears(model, quantization)
+        if not keep_original:
+            release_file_pages()  # Of the floats that were read from a mapped checkpoint.
     report |= replace_linears(model)
     for name, module in model.named_modules():
         for kind, entries in (("norm", found.norms), ("router", found.routers)):
@@ -156,8 +173,11 @@ def _optimize(
                 set_fused(module, kind, entries[name])
                 report[name] = f"fused {kind}"
         if name in found.layers:
-            set_fused(module, step.KIND, found.layers[name])
+            parts = found.layers[name]
+            set_fused(module, step.KIND, parts)
             report[name] = f"fused {step.KIND}"
+            for network, inner in parts.networks(module):
+                set_fused(network, "network", inner.entry)
     report.left.update(found.left)
     if compile:
         _compile_steps(model, "inductor" if compile is True else compile)
@@ -166,6 +186,11 @@ def _optimize(
     after = {name: weakref.ref(module) for name, module in model.named_modules() if name}
     _optimized[model] = before._replace(after=after, kept_bytes=sum(held.values()))
     return report
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Returns whether `optimize` has changed a model and nothing has restored it."""
+    return model in _optimized
 
 
 def restore(model: nn.Module) -> None:

@@ -10,9 +10,11 @@ from moe_ops.hf.decode.fused import is_intact, kind_of
 from moe_ops.hf.decode.known_parts import LayerParts
 from moe_ops.hf.decode.step import KIND, reason_of
 from moe_ops.hf.decode.stock import take_stock
+from moe_ops.hf.experts.streamed import streams_from
 from moe_ops.hf.experts.switch import status
 from moe_ops.layers.linear import FewRowsLinear
 from moe_ops.quant import QuantizedLinear
+from moe_ops.quant.stored_linear import StoredLinear
 
 
 class Report(dict[str, str]):
@@ -51,11 +53,15 @@ def report(model: nn.Module) -> Report:
         found.left[name] = f"its experts run on {found.pop(name)}; see moe_ops.hf.enable"
     for name, module in model.named_modules():
         kind = kind_of(module)
+        if name in found and (tokens := streams_from(module)) is not None:
+            found[name] += f", streamed to the GPU from {tokens} tokens"
         if kind in ("norm", "router", KIND):
             if is_intact(module):
                 found[name] = f"fused {kind}"
             else:
                 found.left[name] = "the code of its class was replaced"
+        elif isinstance(module, StoredLinear):
+            found[name] = module.format.label
         elif isinstance(module, QuantizedLinear):
             found[name] = module.format
         elif isinstance(module, FewRowsLinear):

@@ -30,6 +30,7 @@ from moe_ops.hf.decode.fused import (
 )
 from moe_ops.hf.decode.known_parts import Found, LayerParts
 from moe_ops.hf.experts.forward import bank_bias, bank_views
+from moe_ops.hf.experts.placed import is_placed
 from moe_ops.hf.experts.switch import interface_of, is_quantized
 from moe_ops.hf.models import cache_argument
 from moe_ops.hf.models.attention import (
@@ -41,6 +42,7 @@ from moe_ops.hf.models.attention import (
 from moe_ops.hf.models.gates import fused_activation
 from moe_ops.hf.models.layers import DecoderLayer, RoutedBlock
 from moe_ops.layers.linear import FEW_ROWS, in_inference_on_few_rows
+from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops import add_rms_norm, attention_decode, gated_mlp_decode, mla_decode
 from moe_ops.quant import QuantizedExperts
 from moe_ops.quant.linear import dense_operands
@@ -95,6 +97,8 @@ def _why_not(layer: Any, parts: LayerParts, x: Tensor, args: tuple[Any, ...]) ->
     """Returns why this call cannot be fused at all; None if it can."""
     if args:
         return "it was called with arguments by position"
+    if is_batch_invariant_enabled():
+        return "in the batch-invariant mode few tokens are computed like many"
     if layer.training:
         return "it is in training mode"
     if x.dim() != 3 or not in_inference_on_few_rows(x):
@@ -454,8 +458,8 @@ def _network_operands(found: Found, network: Any, dtype: torch.dtype) -> dict[st
 
 def _through_experts(experts: Any, y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Returns experts(y, ids, weights), skipping checks whose results are known here."""
-    if verify.is_active():
-        pass  # Its forward compares.
+    if verify.is_active() or is_placed(experts):
+        pass  # Its forward compares, or crosses to the CPU.
     elif is_quantized(experts) and isinstance(experts, QuantizedExperts):
         if experts.dispatcher is None and is_silent(experts):
             return experts.run(y, weights, ids)

@@ -8,7 +8,6 @@ from torch import nn
 
 from moe_ops.hf.decode.fused import kind_of
 from moe_ops.hf.decode.known_parts import Inventory, LayerParts
-from moe_ops.hf.models.attention import LatentAttention
 from moe_ops.hf.models.known import Unknown, entry_of, own_class
 from moe_ops.hf.models.norms import RmsNorm
 from moe_ops.hf.models.routers import TopkRouter
@@ -20,20 +19,18 @@ class Stock(NamedTuple):
     norms, routers, layers: the known ones.
     left: names of other modules of these kinds, and of parts of layers -> reason for which they are
     unchanged.
-    latent: True if a layer has MLA.
     """
 
     norms: dict[str, RmsNorm]
     routers: dict[str, TopkRouter]
     layers: dict[str, LayerParts]
     left: dict[str, str]
-    latent: bool
 
 
 def take_stock(model: nn.Module) -> Stock:
     """Returns the known modules of a model, except those that already have a fused class."""
-    stock = Stock({}, {}, {}, {}, False)
-    inventory, latent = Inventory(), False
+    stock = Stock({}, {}, {}, {})
+    inventory = Inventory()
     kinds: dict[str, dict[str, Any]] = {"norm": stock.norms, "router": stock.routers}
     for name, module in model.named_modules():
         kind = None if kind_of(module) is not None else _kind(module)
@@ -45,13 +42,11 @@ def take_stock(model: nn.Module) -> Stock:
                 stock.layers[name] = parts
                 inner = {f"{name}.{part}": reason for part, reason in parts.left.items()}
                 stock.left.update(inner)
-                if parts.attention is not None:
-                    latent |= isinstance(parts.attention.entry, LatentAttention)
             else:
                 kinds[kind][name] = inventory.find(kind, module).entry
         except Unknown as error:
             stock.left[name] = str(error)
-    return stock._replace(latent=latent)
+    return stock
 
 
 _ENDINGS = {"norm": ("Norm", "NormGated"), "router": ("Router", "Gate", "Gating")}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _verify as verify
+from moe_ops._seam import run_on_cpu
 from moe_ops.expert_weights.packing import expert_ffn
 from moe_ops.hf.models.gates import fused_activation, fused_gate
 from moe_ops.ops import grouped_gemm, permute, sort_by_expert, unpermute
@@ -116,8 +117,17 @@ def run_gated(
     """Computes moe_ffn without biases and with the activation ``act_fn(gate) * up``, for any
     `act_fn`.
 
-    `bank` is the module with the weights, which also has their packed copy.
+    `bank` is the module with the weights, which also has their packed copy. Weights on the CPU
+    are used there, for tokens of another device.
     """
+    if x.device != w_down.device:
+
+        def run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+            rest = w_gate_up, w_down, topk_weights, topk_ids, act_fn
+            on_input = apply_router_weight_on_input
+            return run_gated(bank, x, *rest, apply_router_weight_on_input=on_input)
+
+        return run_on_cpu(run, x, topk_weights, topk_ids)
 
     def act(preact: Tensor) -> Tensor:
         gate, up = preact.chunk(2, dim=-1)

@@ -28,6 +28,7 @@ except ImportError:  # Before 5.23.
 def register_ep_implementation(name: str, dispatch: str = "auto", **options: Any) -> None:
     """Registers a dispatcher as an implementation of transformers' expert parallelism.
 
+    Example:
         moe_ops.hf.register_ep_implementation("fp8_rows", dispatch="tokens", fp8=True)
         DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="fp8_rows")
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.expert_weights.packing import invalidate
+from moe_ops.hf.experts.placed import is_placed, set_placed
+from moe_ops.hf.models.known import own_class
 
 # Blocks outside transformers' experts interface, and the module with their subclass.
 _BLOCKS = {
@@ -90,7 +92,7 @@ def enable(model: nn.Module) -> dict[str, str]:
             setattr(module, _PREVIOUS, implementation)
             set_implementation(module, "moe_ops")
     for module, blocks in by_class:
-        module.__class__ = blocks.Block
+        _set_class(module, blocks.Block)
         for part, part_class in getattr(blocks, "PARTS", {}).items():
             module.get_submodule(part).__class__ = part_class
     return report
@@ -111,7 +113,7 @@ def disable(model: nn.Module) -> dict[str, str]:
         invalidate(module)
         if _is_switched(module):
             for submodule in module.modules():
-                submodule.__class__ = getattr(type(submodule), "replaces", type(submodule))
+                _set_class(submodule, getattr(type(submodule), "replaces", type(submodule)))
             report[name] = "forward"
         elif interface_of(module) is not None:
             previous = module.__dict__.pop(_PREVIOUS, "grouped_mm")
@@ -192,7 +194,8 @@ def is_quantized(module: nn.Module) -> bool:
 def interface_of(module: nn.Module) -> ExpertsInterface | None:
     """Returns the registry in which the forward of a decorated class looks up its
     implementation."""
-    for cell in getattr(type(module).forward, "__closure__", None) or ():
+    cls: Any = own_class(type(module))
+    for cell in getattr(cls.forward, "__closure__", None) or ():
         if isinstance(cell.cell_contents, ExpertsInterface):
             return cell.cell_contents
     return None
@@ -216,6 +219,13 @@ def _is_switched(module: nn.Module) -> bool:
     # class.
     replaced = getattr(type(module), "replaces", None)
     return isinstance(replaced, type) and _path(replaced) in _BLOCKS
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    held = is_placed(module)
+    module.__class__ = cls
+    if held:
+        set_placed(module)
 
 
 def _check_hooks(name: str, module: nn.Module) -> None:

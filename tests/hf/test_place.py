@@ -1,0 +1,566 @@
+"""Models whose experts stay on the CPU, against all of it in one place.
+
+This file is long because computed and streamed experts share its models.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moe_ops
+import moe_ops.hf
+from moe_ops import _seam
+from moe_ops.hf.decode import fused
+from moe_ops.hf.experts import placed
+from moe_ops.hf.experts.streamed import Streamer
+
+from .models import MODEL_TYPES, NUM_FFNS, build, loss_and_gradients, tokens
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64}
+
+
+@pytest.fixture
+def dense():
+    """The device of the backend, a GPU or the CPU."""
+    return torch.get_default_device().type
+
+
+def pair(model_type, dense, dtype=torch.float32, **options):
+    """Returns a model on moe_ops, and a copy with its experts on the CPU."""
+    want = build(model_type, dtype=dtype, **options).to(dense)
+    moe_ops.hf.enable(want)
+    got = build(model_type, dtype=dtype, **options).cpu()
+    moe_ops.hf.place(got, dense)
+    return want, got
+
+
+def generate(model, dense):
+    return model.generate(tokens().to(dense), max_new_tokens=5, do_sample=False)
+
+
+def experts_of(model):
+    return [m for m in model.modules() if placed.is_placed(m)]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_values_gradients_and_tokens(model_type, dense):
+    want, got = pair(model_type, dense)
+    ids = tokens().to(dense)
+    theirs, ours = (loss_and_gradients(model, ids) for model in (want, got))
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-4, atol=1e-5)
+    assert ours[2].keys() == theirs[2].keys()
+    for name, gradient in theirs[2].items():
+        close = {"rtol": 1e-3, "atol": 1e-5, "check_device": False}
+        torch.testing.assert_close(ours[2][name].cpu(), gradient.cpu(), **close)
+        assert ours[2][name].device == got.get_parameter(name).device
+    assert torch.equal(generate(got, dense), generate(want, dense))
+    held = {id(p) for bank in experts_of(got) for p in bank.parameters()}
+    assert len(held) >= 2 * NUM_FFNS[model_type]
+    for parameter in got.parameters():
+        assert parameter.device.type == ("cpu" if id(parameter) in held else dense)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_bfloat16(model_type, dense):
+    want, got = pair(model_type, dense, torch.bfloat16)
+    with torch.no_grad():
+        ids = tokens()
+        wanted = want.cpu()(ids.cpu()).logits.float()
+        found = got(ids.to(dense)).logits.float().cpu()
+    # Rounding differs where a GPU computes, and may then choose another expert for a near tie.
+    assert (found - wanted).norm() <= 5e-2 * wanted.norm()
+
+
+def test_moves_and_casts(dense):
+    _, model = pair("deepseek_v3", dense)
+    want = generate(model, dense)
+    assert not hasattr(model, "hf_device_map")
+    for move in (lambda m: m.to(dense), lambda m: m.to("meta"), lambda m: m.double().float()):
+        again = move(copy.deepcopy(model))
+        assert all(p.device.type == "cpu" for b in experts_of(again) for p in b.parameters())
+    again = copy.deepcopy(model).to(dense, torch.bfloat16)
+    assert {p.dtype for b in experts_of(again) for p in b.parameters()} == {torch.bfloat16}
+    again(tokens().to(dense))
+    assert torch.equal(generate(copy.deepcopy(model).to(dense), dense), want)
+    moved = []
+    bank = experts_of(model)[0]
+    bank._apply(lambda t: moved.append(t.numel()) or t.to("meta"))
+    assert set(moved) == {0}  # No weight goes to the other device, not even for a moment.
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "dbrx", "jetmoe", "llama4_text"])
+def test_other_implementations_run_on_the_cpu_too(model_type, dense):
+    """`disable` gives experts their own forward and leaves them where they are."""
+    want, got = pair(model_type, dense)
+    ids = tokens().to(dense)
+    wanted, banks = want(ids).logits, experts_of(got)
+    for change in (moe_ops.hf.disable, moe_ops.hf.enable):
+        change(got)
+        assert experts_of(got) == banks
+        got.to(dense)
+        torch.testing.assert_close(got(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "longcat_flash"])
+def test_newer_models(model_type, dense):
+    """Tables of token ids; experts that return their input."""
+    _check_logits(model_type, dense)
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "kimi_linear"])
+def test_newer_models_with_convolutions(model_type, dense):
+    """Experts without a gate in a latent width; linear attention beside experts."""
+    _check_logits(model_type, dense)
+
+
+def _check_logits(model_type, dense):
+    want, got = pair(model_type, dense)
+    ids = tokens().to(dense)
+    assert experts_of(got)
+    with torch.no_grad():
+        torch.testing.assert_close(got(ids).logits, want(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_some_layers(dense):
+    model = build("qwen3_moe").cpu()
+    found = moe_ops.hf.place(model, dense, layers="model.layers.1.*")
+    first, second = (f"model.layers.{i}.mlp.experts" for i in (0, 1))
+    assert {n: torch.device(d).type for n, d in found.items()} == {first: dense, second: "cpu"}
+    assert experts_of(model) == [model.get_submodule(second)]
+    assert model.get_submodule(first).gate_up_proj.device.type == dense
+    assert torch.equal(generate(model, dense), generate(pair("qwen3_moe", dense)[0], dense))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize(
+    "config", [moe_ops.Int8WeightConfig(), moe_ops.Int4WeightConfig(32)], ids=lambda c: c.label
+)
+def test_quantized(model_type, config, dense):
+    sizes = SIZES | ({"moe_intermediate_size": 32} if model_type == "qwen3_moe" else {})
+    want = moe_ops.quantize(build(model_type, **sizes).cpu(), config)
+    got = build(model_type, **sizes).cpu()
+    moe_ops.hf.place(got, dense, quantization=config)
+    with torch.no_grad(), torch.device("cpu"):
+        ids = tokens()
+        wanted = want(ids).logits
+    with torch.no_grad():
+        # Tokens are rounded to 8 bits too, so that a rounding before may change one by a step.
+        torch.testing.assert_close(got(ids.to(dense)).logits.cpu(), wanted, rtol=2e-2, atol=2e-2)
+    assert all(b.device.type == "cpu" for bank in experts_of(got) for b in bank.buffers())
+    assert {s for s in moe_ops.hf.status(got).values() if "int" in s} == {
+        f"moe_ops ({config.label})"
+    }
+
+
+def test_optimized(dense):
+    """Fused decode steps call placed experts like modules."""
+    want, got = pair("deepseek_v3", dense)
+    moe_ops.hf.optimize(got)
+    assert torch.equal(generate(got, dense), generate(want, dense))
+    with pytest.raises(ValueError, match="must not be optimized yet"):
+        moe_ops.hf.place(got, dense)
+    moe_ops.hf.restore(got)
+    assert experts_of(got)
+    assert torch.equal(generate(got, dense), generate(want, dense))
+
+
+def test_shared_experts_run_before_the_host_waits(dense, monkeypatch):
+    # Networks of a model that was optimized before have a class of another kind.
+    monkeypatch.setattr(fused, "_classes", {})
+    moe_ops.hf.optimize(build("deepseek_v3"))
+    _, model = pair("deepseek_v3", dense)
+    block = model.model.layers[1].mlp
+    events = []
+    block.shared_experts.down_proj.register_forward_hook(lambda *_: events.append("shared"))
+    run = placed.run_on_cpu
+
+    def watched(function, *args, **kwargs):
+        def on_cpu(*args, **kwargs):
+            events.append("experts")
+            return function(*args, **kwargs)
+
+        return run(on_cpu, *args, **kwargs)
+
+    monkeypatch.setattr(placed, "run_on_cpu", watched)
+    model(tokens().to(dense))
+    assert events == ["shared", "experts"]
+    # Results are used for the tokens of the experts only; unused ones end the calls ahead of time.
+    ids = torch.zeros(3, 1, dtype=torch.long, device=dense)
+    with torch.no_grad():
+        x = torch.randn(3, 32, device=dense)
+        block.experts(x, ids, x[:, :1].sigmoid())
+        other = block.shared_experts(x + 1)
+        torch.testing.assert_close(block.shared_experts(x + 1), other)
+        block.experts(x, ids, x[:, :1].sigmoid())
+        events.clear()
+        block.experts(x, ids, x[:, :1].sigmoid())
+    assert events == ["experts"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, dense):
+    want, got = pair("deepseek_v3", dense)
+    for model in (want, got):
+        model.train()
+    got.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = tokens().to(dense)
+    theirs, ours = (loss_and_gradients(model, ids) for model in (want, got))
+    assert ours[2].keys() == theirs[2].keys()
+    for name, gradient in theirs[2].items():
+        torch.testing.assert_close(ours[2][name].cpu(), gradient.cpu(), rtol=1e-3, atol=1e-5)
+
+
+def test_full_tuning(dense):
+    """The optimizer's state of experts is on the CPU, that of the rest with the rest."""
+    want, got = pair("mixtral", dense)
+    ids = tokens().to(dense)
+    losses = []
+    for model in (want, got):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for _ in range(3):
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        losses.append(loss.detach())
+        for parameter, state in optimizer.state.items():
+            assert state["exp_avg"].device == parameter.device
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapt_first", [False, True])
+@pytest.mark.parametrize("quantization", [None, moe_ops.Int8WeightConfig()], ids=["float", "int8"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_lora(adapt_first, quantization, fuse, dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = importlib.import_module("moe_ops.hf.lora")
+    if quantization is not None and (adapt_first or fuse):
+        pytest.skip("Experts are quantized before they get adapters, and fused anyway.")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets)
+    ids = tokens().to(dense)
+    steps = []
+    for where in (None, dense):
+        model = build("mixtral", **SIZES).cpu()
+        if quantization is not None and where is None:
+            moe_ops.quantize(model, quantization)
+        if where is not None and not adapt_first:
+            moe_ops.hf.place(model, where, quantization=quantization)
+        with torch.device("cpu"):
+            torch.manual_seed(0)
+            model = peft.get_peft_model(model, config)
+        if where is not None and adapt_first:
+            moe_ops.hf.place(model, where)
+        model.to("cpu" if where is None else dense)
+        if fuse:
+            assert len(lora.fuse_adapters(model)) == 2
+        generator = torch.Generator("cpu").manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                draw = torch.empty(parameter.shape, device="cpu").normal_(
+                    0, 0.1, generator=generator
+                )
+                parameter.data.copy_(draw)
+            if where is not None and "lora_" in name:
+                assert parameter.device.type == ("cpu" if "experts" in name else dense)
+        tuned = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(tuned, 0.1)
+        inputs = ids.to("cpu" if where is None else dense)
+        loss = model(inputs, labels=inputs).loss
+        loss.backward()
+        optimizer.step()
+        steps.append({n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad})
+    assert steps[0].keys() == steps[1].keys()
+    close = {"rtol": 2e-2, "atol": 2e-3} if quantization else {"rtol": 1e-3, "atol": 1e-5}
+    for name, value in steps[0].items():
+        torch.testing.assert_close(steps[1][name], value, **close)
+    model.save_pretrained(tmp_path)
+    with torch.device("cpu"):
+        again = peft.PeftModel.from_pretrained(build("mixtral", **SIZES).cpu(), tmp_path)
+    for name, value in again.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(value.cpu(), steps[1][name])
+
+
+def test_saves_plain_files(dense, tmp_path):
+    want, got = pair("gpt_oss", dense)
+    got.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    values = again.state_dict()
+    assert values.keys() == want.state_dict().keys()
+    for name, value in want.state_dict().items():
+        assert torch.equal(values[name].cpu(), value.cpu())
+
+
+def test_an_error_leaves_nothing_behind(dense, monkeypatch):
+    """It is the kernel's own, at the call; the next call works, with the shared experts ahead."""
+    _, model = pair("deepseek_v3", dense)
+    ids = tokens().to(dense)
+    want = model(ids).logits
+    own = type(model.model.layers[1].mlp.experts)._moe_ops_own
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="in the kernel"):
+        forward = _failing("in the kernel")
+        patch.setattr(own, "forward", forward)
+        model(ids)
+    torch.testing.assert_close(model(ids).logits, want)
+    torch.testing.assert_close(model(ids).logits, want)
+    x = torch.randn(2, 3, device=dense, requires_grad=True)
+    y = _seam.run_on_cpu(_FailsInBackward.apply, x)
+    with pytest.raises(ZeroDivisionError, match="in backward"):
+        y.sum().backward()
+    _seam.run_on_cpu(torch.sin, x).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
+
+
+def _failing(message):
+    def forward(*args, **kwargs):
+        raise ZeroDivisionError(message)
+
+    return forward
+
+
+class _FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ZeroDivisionError("in backward")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dense": "xpu"}, "dense must be cuda or cpu, got 'xpu'"),
+        ({"dense": 3.5}, "dense must be cuda or cpu, got 3.5"),
+        ({"dense": "cuda:7"}, "dense must be a CUDA device that torch sees, got 'cuda:7'"),
+        ({"experts": "cuda"}, "experts must be cpu, got 'cuda'"),
+        ({"layers": "model.layers.9.*"}, "got 'model.layers.9.*', which matches none"),
+        ({"layers": [1]}, "got 1, which matches none"),
+        ({"quantization": "int8"}, "quantization|config"),
+        ({"stream_min_tokens": 0}, "stream_min_tokens must be None or at least 1, got 0"),
+        ({"stream_min_tokens": True}, "must be None or at least 1, got True"),
+        ({"stream_min_tokens": "auto"}, "must be None or at least 1, got 'auto'"),
+    ],
+)
+def test_bad_arguments(options, match):
+    model = build("qwen3_moe")
+    with pytest.raises(ValueError, match=match):
+        moe_ops.hf.place(model, **{"dense": "cpu", **options})
+    assert not experts_of(model)
+
+
+def test_bad_models(dense):
+    with pytest.raises(ValueError, match="must be a loaded model"):
+        moe_ops.hf.place("tiny", dense)
+    with pytest.raises(ValueError, match="holds no MoE block"):
+        moe_ops.hf.place(torch.nn.Linear(2, 2), dense)
+    with pytest.raises(ValueError, match="got a meta tensor as model"):
+        moe_ops.hf.place(build("qwen3_moe").to("meta"), dense)
+    hooked = build("qwen3_moe")
+    hooked.model.norm._hf_hook = object()
+    with pytest.raises(ValueError, match="load it without device_map"):
+        moe_ops.hf.place(hooked, dense)
+
+
+def streamed(model_type, dense, min_tokens=1, **options):
+    """Returns `pair`, with calls of at least `min_tokens` tokens computed on the GPU."""
+    quantization = options.pop("quantization", None)
+    want, got = build(model_type, **options).cpu(), build(model_type, **options).cpu()
+    if quantization is not None:
+        moe_ops.quantize(want, quantization)
+    moe_ops.hf.enable(want)
+    how = {"stream_min_tokens": min_tokens, "quantization": quantization}
+    return want, got, moe_ops.hf.place(got, dense, **how)
+
+
+def copies(monkeypatch):
+    """Returns a list to which the index of each layer that is copied to a slot is appended."""
+    copied, copy_layer = [], Streamer._copy
+
+    def watched(self, index, *args):
+        copied.append(index)
+        return copy_layer(self, index, *args)
+
+    monkeypatch.setattr(Streamer, "_copy", watched)
+    return copied
+
+
+def frozen(model):
+    """Returns the model with experts that do not train."""
+    for bank in experts_of(model):
+        bank.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_streamed_values_gradients_and_tokens(model_type, dense):
+    """Frozen experts; gradients of the rest of the model come through them."""
+    if model_type in ("jetmoe", "llama4_text"):
+        with pytest.raises(ValueError, match="without experts that can be streamed, got 1; quant"):
+            streamed(model_type, dense)
+        return
+    want, got, where = streamed(model_type, dense)
+    frozen(got)
+    assert set(where.values()) <= {"cpu", f"cpu, {dense} from 1 tokens"}
+    ids = tokens()
+    with torch.device("cpu"):
+        theirs = loss_and_gradients(want, ids.cpu())
+    ours = loss_and_gradients(got, ids.to(dense))
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-4, atol=1e-5)
+    assert ours[2].keys() == {n for n, p in got.named_parameters() if p.requires_grad}
+    for name, gradient in ours[2].items():
+        torch.testing.assert_close(gradient.cpu(), theirs[2][name], rtol=1e-3, atol=1e-5)
+    with torch.device("cpu"):
+        wanted = want.generate(ids.cpu(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(generate(got, dense).cpu(), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize(
+    "config", [moe_ops.Int8WeightConfig(), moe_ops.Int4WeightConfig(32)], ids=lambda c: c.label
+)
+def test_streamed_quantized(model_type, config, dense, monkeypatch):
+    sizes = SIZES | ({"moe_intermediate_size": 32} if model_type == "qwen3_moe" else {})
+    want, got, _ = streamed(model_type, dense, quantization=config, **sizes)
+    copied = copies(monkeypatch)
+    ids = tokens().cpu()
+    with torch.no_grad(), torch.device("cpu"):
+        wanted = want(ids).logits
+    found = got(ids.to(dense))
+    # The kernels of the CPU round tokens to 8 or 16 bits.
+    assert (found.logits.detach().cpu() - wanted).norm() <= 3e-2 * wanted.norm()
+    assert copied == list(range(NUM_FFNS[model_type]))
+    found.logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in got.parameters() if p.grad is not None)
+
+
+def test_a_prompt_is_streamed_and_decoding_is_not(dense, monkeypatch):
+    want, got, where = streamed("qwen3_moe", dense, 26)
+    assert set(where.values()) == {f"cpu, {dense} from 26 tokens"}
+    assert str(moe_ops.hf.report(got)).count(", streamed to the GPU from 26 tokens") == 2
+    copied = copies(monkeypatch)
+    ids = tokens().cpu()
+    with torch.device("cpu"):
+        wanted = want.generate(ids, max_new_tokens=5, do_sample=False)
+    for _ in range(2):  # The second pass reads the weights again.
+        assert torch.equal(generate(got, dense).cpu(), wanted)
+        assert copied == [0, 1]
+        copied.clear()
+    with torch.no_grad():
+        got(ids[:, :12].to(dense))
+    assert not copied
+    moe_ops.hf.place(got, dense)
+    assert "streamed" not in str(moe_ops.hf.report(got))
+    assert torch.equal(generate(got, dense).cpu(), wanted)
+    assert not copied
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_order_of_copies(checkpoint, dense, monkeypatch):
+    """The next layer is copied ahead, in both directions, and layers that are there are not."""
+    want, got, _ = streamed("qwen3_moe", dense, num_hidden_layers=4)
+    want, got = want.train(), frozen(got).train()
+    if checkpoint:
+        got.gradient_checkpointing_enable({"use_reentrant": False})
+    copied, calls = copies(monkeypatch), []
+    for number, bank in enumerate(experts_of(got)):
+        bank.register_forward_pre_hook(lambda *_, n=number: calls.append((n, list(copied))))
+    ids = tokens().cpu()
+    ours = loss_and_gradients(got, ids.to(dense))
+    assert copied == [0, 1, 2, 3, 1, 0]
+    assert calls[:4] == [(0, []), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3])]
+    with torch.device("cpu"):
+        theirs = loss_and_gradients(want, ids)
+    for name, gradient in ours[2].items():
+        torch.testing.assert_close(gradient.cpu(), theirs[2][name], rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_train_are_not_streamed(dense, monkeypatch):
+    _, got, _ = streamed("mixtral", dense)
+    copied = copies(monkeypatch)
+    ids = tokens().to(dense)
+    got(ids, labels=ids).loss.backward()
+    assert not copied
+    assert all(p.grad is not None for bank in experts_of(got) for p in bank.parameters())
+    with torch.no_grad():
+        got(ids)
+    assert copied == [0, 1]
+
+
+def test_streamed_weights_may_change(dense):
+    """In place, by a cast, in a copy of the model, and by loading a checkpoint."""
+    want, got, _ = streamed("qwen3_moe", dense)
+    ids = tokens().to(dense)
+
+    def check(ours):
+        with torch.no_grad(), torch.device("cpu"):
+            wanted = want(ids.cpu()).logits
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids).logits.cpu(), wanted, rtol=1e-4, atol=1e-5)
+
+    check(got)
+    for model in (want, got):
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.down_proj.mul_(1.5)
+            model.model.layers[0].mlp.experts.down_proj.data.mul_(1.5)
+    check(got)
+    check(copy.deepcopy(got))
+    check(got.double().float())
+    state = {name: t.cpu() * 0.9 for name, t in got.state_dict().items()}
+    for model in (want, got):
+        model.load_state_dict(state, assign=model is want)
+    check(got)
+
+
+def test_an_error_in_a_streamed_call_leaves_nothing_behind(dense, monkeypatch):
+    want, got, _ = streamed("deepseek_v3", dense, num_hidden_layers=3)
+    frozen(got)
+    ids = tokens().cpu()
+    own = type(experts_of(got)[1])._moe_ops_own
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="in the kernel"):
+        patch.setattr(own, "forward", _failing("in the kernel"))
+        got(ids.to(dense))
+    loss = got(ids.to(dense), labels=ids.to(dense)).loss
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="in backward"):
+        patch.setattr(own, "forward", _failing("in backward"))
+        loss.backward()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="in a copy"):
+        patch.setattr(Streamer, "_copy", _failing("in a copy"))
+        got(ids.to(dense))
+    ours = loss_and_gradients(got, ids.to(dense))
+    with torch.device("cpu"):
+        theirs = loss_and_gradients(want, ids)
+    torch.testing.assert_close(ours[1].cpu(), theirs[1], rtol=1e-4, atol=1e-5)
+    for name, gradient in ours[2].items():
+        torch.testing.assert_close(gradient.cpu(), theirs[2][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_experts_with_adapters_are_not_streamed(fuse, dense, monkeypatch):
+    peft = pytest.importorskip("peft")
+    lora = importlib.import_module("moe_ops.hf.lora")
+    want, got, _ = streamed("mixtral", dense, **SIZES)
+    copied = copies(monkeypatch)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_parameters=targets)
+    with torch.device("cpu"):
+        tuned = peft.get_peft_model(got, config)
+    if fuse:
+        lora.fuse_adapters(tuned)
+    ids = tokens().cpu()
+    with torch.no_grad(), torch.device("cpu"):
+        wanted = want(ids).logits
+    found = tuned(ids.to(dense))
+    torch.testing.assert_close(found.logits.detach().cpu(), wanted, rtol=1e-4, atol=1e-5)
+    found.logits.sum().backward()
+    assert not copied
+    assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_B" in n)
