@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_ops.layers import Experts, MoE
 from moe_ops.parallel import AllToAllDispatcher, dispatch, make_dispatcher
@@ -205,6 +206,28 @@ def step_of_fp32(rank: int, name: str, freeze: bool) -> tuple[Tensor, Tensor]:
     x, grad = (t[block(rank)].clone() for t in tokens(torch.float32))
     moe(x.requires_grad_()).backward(grad)
     return x.grad, gradients(moe)["experts.w_down"]
+
+
+def selective(rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """A step in which recomputation takes the results of collectives from the first pass."""
+    moe = layer(name, torch.float32, freeze_routing_in_recompute=True)
+    x, grad = (t[block(rank)].clone() for t in tokens(torch.float32))
+    kept = [
+        getattr(torch.ops._c10d_functional, op).default
+        for op in ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    ]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    y = checkpoint(moe, x.requires_grad_(), use_reentrant=False, context_fn=contexts)
+    y.backward(grad)
+    return x.grad, gradients(moe)["experts.w_down"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_selective_checkpointing_keeps_collectives(processes, name):
+    plain = processes.run(step_of_fp32, name, True)
+    for found, expected in zip(processes.run(selective, name), plain, strict=True):
+        for got, want in zip(found, expected, strict=True):
+            assert_identical(got, want)
 
 
 def micro_batches(rank: int) -> None:

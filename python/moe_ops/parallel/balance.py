@@ -119,7 +119,9 @@ def move_experts(
     (DTensors, also of FSDP2), and only rows that move are sent: one all-to-all per module of
     experts, two if FSDP2 shards its experts.
 
-        stats.all_reduce() move_experts(model, optimizer, plan_placements(model, stats))
+    Example:
+        stats.all_reduce()
+        move_experts(model, optimizer, plan_placements(model, stats))
 
     Args:
         model: a model with experts sharded by `shard_experts`. All ranks of their groups must call

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moe_ops._private_torch import in_selective_recompute
 from moe_ops.layers.recompute import in_backward
 
 from .comm import (
@@ -199,11 +200,12 @@ class Dispatcher:
     def _sizes_of(self, topk_ids: Tensor, exchange: Callable[[], Any]) -> Any:
         """Returns the result of `exchange`, the sizes of a routing on all ranks. Recomputation for
         backward passes the ids tensor of the first pass (freeze_routing_in_recompute of
-        `layers.MoE`) and reuses its sizes."""
+        `layers.MoE`) and reuses its sizes; not under selective checkpointing, a mode that finds
+        saved results by counting the calls of an operation."""
         if is_compiling() or topk_ids.is_inference():
             return exchange()
         version = topk_ids._version
-        if in_backward():
+        if in_backward() and not in_selective_recompute():
             known, sizes = self._sizes.get(topk_ids, (None, None))
             if known == version:
                 return sizes

@@ -5,6 +5,7 @@ Letters: E experts, K slots per token, n ranks.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,8 @@ def make_dispatcher(
         options: arguments of the dispatcher.
 
     Raises:
-        ValueError: an unknown name, K above E, or experts that do not fit the ranks.
+        ValueError: an unknown name, K above E, experts that do not fit the ranks, or options that
+            the dispatcher does not have.
     """
     num_ranks = 1 if group is None else group.size()
     if placement is None:
@@ -97,7 +99,15 @@ def make_dispatcher(
     if dispatch not in _factories:
         known = ", ".join(sorted(("auto", *_factories)))
         raise ValueError(f"make_dispatcher: dispatch must be one of {known}, got {dispatch!r}.")
-    return _factories[dispatch](group, placement=placement, **options)
+    factory = _factories[dispatch]
+    parameters = inspect.signature(factory).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_all and (unknown := sorted(options.keys() - parameters.keys())):
+        has = ", ".join(sorted(parameters.keys() - {"group", "placement"})) or "none"
+        raise ValueError(
+            f"make_dispatcher: options must be those of {dispatch!r} ({has}), got {unknown[0]}."
+        )
+    return factory(group, placement=placement, **options)
 
 
 def _best(

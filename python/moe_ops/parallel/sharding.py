@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from moe_ops._private_torch import exclude_from_ddp
+from moe_ops._private_torch import exclude_from_ddp, set_timeout, timeout_of
 from moe_ops._sharded import is_sharded
 from moe_ops.layers import Experts, MoE
 
+from .agreement import check_agreement, weight_facts
 from .banks import (
     Bank,
     ExpertSharding,
@@ -54,7 +56,13 @@ class MoEMeshes(NamedTuple):
     tp: DeviceMesh
 
 
-def init_moe_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> MoEMeshes:
+def init_moe_meshes(
+    ep: int,
+    tp: int = 1,
+    *,
+    device_type: str | None = None,
+    timeout: timedelta | None = None,
+) -> MoEMeshes:
     """Creates meshes over all ranks: dp x tp for dense weights, efsdp x ep for experts.
 
     dp = ranks / tp and efsdp = ranks / ep: experts need no tensor parallelism, so its ranks share
@@ -65,6 +73,8 @@ def init_moe_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> 
         ep: ranks that share the experts; must divide the number of ranks.
         tp: ranks of tensor parallelism; must divide the number of ranks.
         device_type: "cuda", "cpu"; None is "cpu" with gloo, else torch's current accelerator.
+        timeout: of the collectives of all meshes; None is that of `init_process_group`, where torch
+            itself would take its default of 10 or 30 minutes.
 
     All ranks must call this together, after `torch.distributed.init_process_group`.
 
@@ -82,6 +92,10 @@ def init_moe_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> 
             device_type = accelerator.type
     dense = init_device_mesh(device_type, (ranks // tp, tp), mesh_dim_names=("dp", "tp"))
     sparse = init_device_mesh(device_type, (ranks // ep, ep), mesh_dim_names=("efsdp", "ep"))
+    timeout = timeout or timeout_of(dist.group.WORLD)
+    if timeout is not None:
+        for group in (*dense.get_all_groups(), *sparse.get_all_groups()):
+            set_timeout(timeout, group)
     return MoEMeshes(dense["dp"], sparse["ep"], sparse["efsdp"], dense["tp"])
 
 
@@ -103,9 +117,10 @@ def shard_experts(
     With a placement, rows are its P physical experts, and the gradient of an expert is the sum over
     its physical experts. Checkpoints are then written in `canonical_expert_order`.
 
-    Nothing is sent: every rank keeps its part of its own weights, which must be equal on all ranks
-    (made from the same seed or read from the same file). On the meta device no memory is allocated:
-    call ``shard_experts``, then ``to_empty``, then load the weights.
+    Every rank keeps its part of its own weights, which must be equal on all ranks (made from the
+    same seed or read from the same file). No weights are sent; the ranks compare their arguments
+    and, for each tensor of the model, shape, dtype and a checksum of some elements. On the meta
+    device no memory is allocated: call ``shard_experts``, then ``to_empty``, then load the weights.
 
     Args:
         model: a model, a layer, or a module of experts.
@@ -120,10 +135,16 @@ def shard_experts(
 
     Raises:
         ValueError: a mesh with more dimensions, a placement with empty physical experts or another
-            number of ranks, no experts, a number of experts that n does not divide or that differs
-            from the placement, or experts that are already sharded (FSDP2 must come after this).
-            The model is unchanged.
+            number of ranks, no experts, a number of experts that differs from the placement or,
+            without one, that n does not divide, experts that are already sharded (FSDP2 must come
+            after this), options that the dispatcher does not have, or a rank whose arguments or
+            weights differ from those of rank 0. The model is unchanged.
     """
+    if not isinstance(ep_mesh, DeviceMesh):
+        raise ValueError(
+            "shard_experts: ep_mesh must be a mesh, such as init_moe_meshes(ep).ep, got "
+            f"{ep_mesh!r:.80}."
+        )
     if placement is not None and (
         placement.num_ranks != ep_mesh.size() or -1 in placement.physical
     ):
@@ -135,6 +156,11 @@ def shard_experts(
         raise ValueError(
             f"shard_experts: ep_mesh must have one dimension, got {tuple(ep_mesh.shape)}."
         )
+    arguments = {"dispatch": repr(dispatch), "placement": str(placement)}
+    arguments |= {name: repr(value) for name, value in options.items()}
+    check_agreement(
+        "shard_experts", lambda: {**arguments, **weight_facts(model)}, ep_mesh.get_group()
+    )
     banks = dict(banks_of(model))
     if not banks:
         raise ValueError(
@@ -142,10 +168,11 @@ def shard_experts(
             "one."
         )
     for name, bank in banks.items():
-        if bank.num_experts % ep_mesh.size():
+        if placement is None and bank.num_experts % ep_mesh.size():
             raise ValueError(
                 f"shard_experts: the {ep_mesh.size()} ranks of ep_mesh must divide the experts of "
-                f"each bank, got {bank.num_experts} in {name or 'the model'}."
+                f"each bank, got {bank.num_experts} in {name or 'the model'}; a placement may give "
+                "some experts several places."
             )
         if placement is not None and placement.num_experts != bank.num_experts:
             raise ValueError(
@@ -193,11 +220,18 @@ def fully_shard_moe(
         `block`.
 
     Raises:
-        ValueError: gradients reduced in float16 with an efsdp of 1, which FSDP2 divides twice.
+        ValueError: gradients reduced in float16 with an efsdp of 1, which FSDP2 divides twice; an
+            efsdp_mesh with ranks of the mesh that shares the experts.
     """
-    for _, bank in banks_of(block):
+    for name, bank in banks_of(block):
         if bank.sharding is None or not isinstance(bank, Experts):
             continue
+        both = {*efsdp_mesh.mesh.flatten().tolist()} & {*bank.sharding.ep_mesh.mesh.tolist()}
+        if len(both) > 1:
+            raise ValueError(
+                "fully_shard_moe: efsdp_mesh must have one rank of those that share the experts of "
+                f"{name or 'the block'}, got the ranks {sorted(both)}; it comes after dp_mesh."
+            )
         shards = efsdp_mesh.shape[-1]
         if shards == 1 and _reduce_dtype(bank, options) == torch.float16:
             raise ValueError(

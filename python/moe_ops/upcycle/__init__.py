@@ -1,5 +1,6 @@
 """Upcycling of dense models: experts initialized from trained feed-forward networks and attention.
 
+Example:
     from moe_ops import upcycle
 
     layer = upcycle.upcycle_ffn(mlp, num_experts=8, top_k=2)          # copies of one network
