@@ -195,7 +195,7 @@ def _cpu() -> Iterator[Finding]:
             "load",
             "info",
             f"{load:.1f} processes want {cores} cores: several threads may be slower than one",
-            "Set OMP_WAIT_POLICY=passive before Python starts, or use fewer threads.",
+            "Use fewer threads, and let them sleep while they wait (see the line above).",
         )
 
 

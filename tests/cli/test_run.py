@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import venv
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,9 @@ with torch.no_grad():
 print(sys.argv[3:], "moe_ops" in sys.modules)
 sys.exit(3)
 """
+
+# Processes in other folders find the package where this one does.
+PATH = str(Path(moe_ops.__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +53,16 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*words, cwd):
+    return python("-m", "moe_ops", "run", *words, cwd=cwd)
+
+
+def python(*words, cwd, program=sys.executable, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "moe_ops.cli", "run", *map(str, words)],
+        [str(program), *map(str, words)],
         capture_output=True,
         text=True,
         cwd=cwd,
+        env={**os.environ, "PYTHONPATH": PATH, **environment},
     )
 
 
@@ -90,3 +101,58 @@ def test_errors_of_a_program_are_its_own(tmp_path):
     (tmp_path / "broken.py").write_text("raise ValueError('its own')\n")
     done = run("broken.py", cwd=tmp_path)
     assert done.returncode == 1 and "broken.py" in done.stderr and "its own" in done.stderr
+
+
+LAUNCHER = """
+import subprocess, sys
+sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+"""
+MODULES = """
+import sys
+from importlib import util
+assert util.find_spec("transformers") is not None  # As programs do that can do without it.
+before = sorted({"torch", "transformers", "moe_ops", "runpy"} & sys.modules.keys())
+import transformers
+print(before, "moe_ops.hf" in sys.modules)
+"""
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """The Python of a new environment that has the packages of this one."""
+    venv.create(tmp_path / "new", symlinks=True)
+    (packages,) = (tmp_path / "new").glob("lib/python*/site-packages")
+    (packages / "paths.pth").write_text("\n".join(p for p in sys.path if os.path.isdir(p)))
+    return tmp_path / "new" / "bin" / "python"
+
+
+def test_processes_of_a_program_after_install(checkpoint, tmp_path, fresh):
+    folder, logits = checkpoint
+    for name, text in (("launcher", LAUNCHER), ("program", PROGRAM), ("modules", MODULES)):
+        (tmp_path / f"{name}.py").write_text(text)
+    line = ["-m", "moe_ops", "run"]
+    launched = [*line, "launcher.py", "program.py", folder, "out.pt"]
+    done = python(*launched, cwd=tmp_path, program=fresh)
+    assert done.returncode == 1 and "Unknown quantization type, got moe_ops" in done.stderr
+    done = python(*line, "--install", cwd=tmp_path, program=fresh)
+    assert done.returncode == 0 and "MOE_OPS_TRANSFORMERS=1" in done.stdout, done.stderr
+    done = python(*launched, cwd=tmp_path, program=fresh)
+    assert done.returncode == 3, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits)
+    # Nothing is imported before transformers, and nothing at all without the variable.
+    done = python("modules.py", cwd=tmp_path, program=fresh, MOE_OPS_TRANSFORMERS="1")
+    assert done.stdout == "['runpy'] True\n", done.stderr
+    done = python("modules.py", cwd=tmp_path, program=fresh)
+    assert done.stdout == "[] False\n", done.stderr
+    for word in ("Removed", "Not there"):
+        done = python(*line, "--uninstall", cwd=tmp_path, program=fresh)
+        assert done.returncode == 0 and done.stdout.startswith(f"{word}: "), done.stderr
+    done = python("modules.py", cwd=tmp_path, program=fresh, MOE_OPS_TRANSFORMERS="1")
+    assert done.stdout == "[] False\n", done.stderr
+
+
+@pytest.mark.parametrize("words", [["--install", "--uninstall"], ["--install", "x.py"]])
+def test_install_stands_alone(tmp_path, words):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: run: --install and --uninstall must be alone")

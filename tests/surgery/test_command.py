@@ -98,6 +98,7 @@ def test_says_what_is_wrong(checkpoint, tmp_path, extra, message):
     result = CliRunner().invoke(app, [*line, *extra])
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
+    assert ("Looking at" in result.output) == ("--groups" in extra)  # Others are found before.
     assert not (tmp_path / "x").exists()
 
 

@@ -150,7 +150,9 @@ def test_partly_loaded_quantized_model_is_that_of_the_pruned_one(format, model_t
     got, read, total = surgery.load_pruned(tmp_path, keep)
     with surgery.override_routing(model, surgery.rules.only(keep)):
         expected = model(ids).logits
-    torch.testing.assert_close(got(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    # Of int4, tokens are sums of two integers, which the last bit of a hidden state may change.
+    atol = 1e-4 if format == "int4" else 1e-5
+    torch.testing.assert_close(got(ids).logits, expected, rtol=1e-4, atol=atol)
     names = [name for name, module in got.named_modules() if name.endswith(".experts")]
     for name in names:
         bank = got.get_submodule(name)

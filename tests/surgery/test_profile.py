@@ -8,7 +8,8 @@ import pytest
 import torch
 from tests.surgery.models import TwoLayers, deepseek, tokens
 
-from moe_ops import surgery, zoo
+import moe_ops
+from moe_ops import Int8WeightConfig, surgery, zoo
 from moe_ops.layers import MoE
 
 needs_transformers = pytest.mark.skipif(
@@ -203,6 +204,9 @@ def test_errors_are_sentences():
         surgery.profile_experts(model, [])
     with pytest.raises(ValueError, match="must hold a routed layer"):
         surgery.profile_experts(torch.nn.Linear(2, 2), [])
+    quantized = moe_ops.quantize(TwoLayers(4), Int8WeightConfig())
+    with pytest.raises(ValueError, match="profile the float model that it was made from"):
+        surgery.profile_experts(quantized, [X])
     with pytest.raises(ValueError, match="positions must be at least 1"):
         surgery.profile_experts(model, [], positions=0)
     one, other = (surgery.profile_experts(TwoLayers(e), [X]) for e in (4, 5))

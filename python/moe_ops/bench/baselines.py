@@ -1,8 +1,8 @@
 """Implementations of a layer's experts, forward and in training: moe_ops, transformers, plain
 torch.
 
-Formats are weight formats: fp32, bf16, int8, int4. A baseline prepares its own copy of the weights
-once and binds it to a batch of tokens; the resulting call is timed.
+Formats are weight formats: fp32, bf16, int8, int4, fp8, mxfp4. A baseline prepares its own copy of
+the weights once and binds it to a batch of tokens; the resulting call is timed.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ def tolerance(weight_format: str) -> float:
     add as much. bf16: eight roundings of an intermediate. Integers: uniform errors of half a step,
     where the largest of 2048 normal weights of a row is 4 standard deviations (int8, one scale per
     row, also for activations) and of 32 to 128 weights 2.1 to 2.7 (int4); three GEMMs in sequence;
-    the tolerance is twice that.
+    the tolerance is twice that. fp8 and mxfp4 have 3 and 1 bits behind the leading one: uniform
+    errors of half a unit of the last bit, twice that for three GEMMs as well.
     """
     return {
         "fp32": 1e-5,
         "bf16": 8 * 2.0**-8,
         "int8": 2 * 3**0.5 * 2**0.5 * (4 / 127) / 12**0.5,
         "int4": 2 * 3**0.5 * (2.7 / 7.5) / 12**0.5,
+        "fp8": 2 * 3**0.5 * 2.0**-3 / 12**0.5,
+        "mxfp4": 2 * 3**0.5 * 2.0**-1 / 12**0.5,
     }[weight_format]
 
 

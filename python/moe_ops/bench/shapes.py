@@ -12,8 +12,16 @@ from moe_ops import memory
 from moe_ops.ops import topk_router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Bytes per weight; int8 and int4 have separate fp32 scales, see `Tokens.weight_bytes`.
-_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+# Bytes per weight. int8 and int4 have separate fp32 scales, see `Tokens.weight_bytes`; fp8 has one
+# for 128 x 128 weights, mxfp4 one of a byte for 32.
+_WEIGHT_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "int8": 1.0,
+    "int4": 0.5,
+    "fp8": 1.0 + 4.0 / 128**2,
+    "mxfp4": 0.5 + 1.0 / 32,
+}
 INT4_GROUP = 32
 
 

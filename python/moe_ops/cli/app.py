@@ -1,4 +1,7 @@
-"""Commands of ``moe-ops``: their arguments and output; other modules do the work."""
+"""Commands of ``moe-ops``: their arguments and output; other modules do the work.
+
+The file is long because it declares every option of every command, with its help.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,27 @@ from moe_ops import _arguments as ranges
 from moe_ops.cli import arguments
 
 app = typer.Typer(
-    help="Mixture-of-experts operators for PyTorch: check an installation, see a demo, measure.",
+    help="Mixture-of-experts operators for PyTorch: check an installation, chat with and serve "
+    "models, change checkpoints, measure.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _console(quiet: bool = False) -> Console:
-    return Console(quiet=quiet, highlight=False)
+_Model = Annotated[
+    Path, typer.Argument(help="Folder of a Hugging Face causal language model, or a hub id.")
+]
+_Quantize = Annotated[
+    str | None,
+    typer.Option(help="int4, int8 or fp8: quantize a float checkpoint while it is loaded."),
+]
+_Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
+_Threads = Annotated[int | None, arguments.threads("CPU threads. [default: what torch chooses]")]
+
+
+def _console(quiet: bool = False, stderr: bool = False) -> Console:
+    return Console(quiet=quiet, stderr=stderr, highlight=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -40,11 +55,18 @@ def _root(
 @arguments.command
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    rates: Annotated[
+        bool, typer.Option("--rates", help="Also measure the rates that plan --vram needs.")
+    ] = False,
 ) -> None:
     """Check this installation, test every op, and suggest fixes for problems."""
     from moe_ops import doctor as checks
 
     report = checks.examine()
+    if rates:
+        from moe_ops.cli.plan_machine import rates_finding
+
+        report.findings.append(rates_finding())
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -105,21 +127,106 @@ def demo(
         raise typer.Exit(arguments.INTERRUPTED) from None
 
 
+@app.command()
+@arguments.command
+def chat(
+    model: _Model,
+    quantize: _Quantize = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[
+        int | None, arguments.tokens("Most tokens of an answer. [default: the checkpoint's]", 1)
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=100.0, help="0 takes the likeliest token. [default: the checkpoint's]"
+        ),
+    ] = None,
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+) -> None:
+    """Chat with a model in the terminal; it runs on moe_ops.
+
+    Ctrl-C stops an answer, /clear starts anew, /exit or Ctrl-D ends. Reads a pipe as well, one
+    message per line.
+    """
+    try:
+        from moe_ops.cli import chat, loading
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops chat: {error}") from None
+    options = loading.LoadOptions(model, quantize, dtype, threads)
+    chat.run(
+        options,
+        _console(stderr=True),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+
+
+@app.command()
+@arguments.command
+def serve(
+    model: _Model,
+    quantize: _Quantize = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm where it is installed.")
+    ] = "transformers",
+    cache_tokens: Annotated[
+        int | None,
+        arguments.tokens(
+            "Room of a cache for all requests, which then run together. [default: one by one]", 1
+        ),
+    ] = None,
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+) -> None:
+    """Serve a model to OpenAI clients with the server of transformers or vLLM."""
+    try:
+        from moe_ops.cli import loading, serve
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops serve: {error}") from None
+    options = loading.LoadOptions(model, quantize, dtype, threads)
+    serve.run(
+        options,
+        _console(stderr=True),
+        host=host,
+        port=port,
+        engine=engine,
+        cache_tokens=cache_tokens,
+    )
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     program: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="A command of this environment, a file of Python, or -m MODULE."),
-    ],
+    ] = None,
+    install: Annotated[
+        bool,
+        typer.Option(
+            "--install", help="Make processes that programs start know moe_ops too, from now on."
+        ),
+    ] = False,
+    uninstall: Annotated[
+        bool, typer.Option("--uninstall", help="Remove what --install has written.")
+    ] = False,
 ) -> None:
     """Run another program that loads models by transformers, which then knows moe_ops.
 
     It opens checkpoints that moe_ops has quantized, and experts_implementation="moe_ops".
     """
-    from moe_ops.cli.run import prepare, run_program
+    from moe_ops.cli import run
 
-    arguments.command(prepare)(program)
-    run_program(program)  # Its errors are its own.
+    if install or uninstall:
+        arguments.command(run.set_up)(program or [], install, uninstall, _console())
+        return
+    words = program or []
+    arguments.command(run.prepare)(words)
+    run.run_program(words)  # Its errors are its own.
 
 
 @app.command()
@@ -159,6 +266,13 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Of int4: 32, 64 or 128. [default: 64]")
     ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize dense layers too: int8 beside int4 experts is close to Q4_K_M. "
+            "[default: they stay float]"
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(help="Text file: its end measures the quality, its beginning calibrates."),
@@ -169,7 +283,7 @@ def quantize(
     tokens: Annotated[
         int, arguments.tokens("Tokens of the text for calibrating, and as many to judge.", 64)
     ] = 4096,
-    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    context: Annotated[int, arguments.tokens("Tokens per sequence.", 2)] = 512,
     skip: Annotated[
         list[str] | None, typer.Option(help="Pattern of module names that stay float; repeatable.")
     ] = None,
@@ -181,7 +295,7 @@ def quantize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantize the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
+    """Quantize the experts of a checkpoint, or all of it, to 8 or 4 bits, and measure the cost."""
     console = _console(quiet=as_json)
     try:
         from moe_ops.cli.quantize import QuantizeOptions, run
@@ -192,6 +306,7 @@ def quantize(
         target=target,
         format=format,
         group_size=group_size,
+        dense=dense,
         text=text,
         scales=scales,
         tokens=tokens,
@@ -207,10 +322,109 @@ def quantize(
 
 @app.command()
 @arguments.command
-def plan(
-    model: Annotated[
-        str, typer.Argument(help="A config.json, a folder with one, or a preset: deepseek_v3, ...")
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a Hugging Face causal language model, or a hub id.")
     ],
+    target: Annotated[Path, typer.Argument(help="File for GGUF, folder for other formats.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="gguf:q4_k (or f32, f16, bf16, q8_0, q4_0, mxfp4), gguf to keep quantized weights "
+            "as they are, compressed-tensors:int4 or int8, gptq:int4; 'int4 g32' sets a group."
+        ),
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of dense layers: q8_0, int8, ...; none leaves them float in a folder. "
+            "[default: that of experts]"
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file: weights are rounded by their importance on its beginning."),
+    ] = None,
+    tokens: Annotated[int, arguments.tokens("Tokens of the text.", 64)] = 16384,
+    context: Annotated[int, arguments.tokens("Tokens per sequence.", 2)] = 512,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file, or what is in a folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a model for other programs: GGUF, compressed-tensors or GPTQ."""
+    try:
+        from moe_ops.cli.export import ExportOptions, run
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops export: {error}") from None
+    options = ExportOptions(
+        source=source,
+        target=target,
+        format=format,
+        dense=dense,
+        text=text,
+        tokens=tokens,
+        context=context,
+        overwrite=overwrite,
+    )
+    result = run(options, _console(quiet=as_json))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+_OF_MACHINES = (
+    "ram",
+    "bandwidth",
+    "overhead",
+    "pcie",
+    "gpu_bandwidth",
+    "format",
+    "dense_format",
+    "batch",
+)
+_OF_BOTH = ("model", "vram", "context", "tflops", "as_json", *_OF_MACHINES)
+
+
+@app.command()
+@arguments.command
+def plan(
+    given: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A config.json, a folder with one, an id of the hub, or a preset: deepseek_v3, ..."
+        ),
+    ],
+    vram: Annotated[
+        float | None,
+        arguments.size("Plan one machine instead: GB of its GPU; 0 is no GPU."),
+    ] = None,
+    ram: Annotated[
+        float | None, arguments.size("GB of the machine. [default: available here]")
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        arguments.size("GB/s at which kernels read the machine's memory. [default: measured here]"),
+    ] = None,
+    overhead: Annotated[
+        float | None, arguments.size("Microseconds a layer besides kernels. [default: measured]")
+    ] = None,
+    pcie: Annotated[
+        float | None, arguments.size("GB/s to the GPU. [default: measured, or 25 without CUDA]")
+    ] = None,
+    gpu_bandwidth: Annotated[
+        float | None,
+        arguments.size("GB/s of the GPU's memory. [default: measured, or 360 without CUDA]"),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="Of experts: bf16, int8, fp8, int4, mxfp4 or stored. [default: all]"),
+    ] = None,
+    dense_format: Annotated[
+        str | None,
+        typer.Option(help="Of other weights. [default: that of the files, or bf16]"),
+    ] = None,
+    batch: Annotated[int, arguments.tokens("Sequences of the machine.", 1)] = 1,
     ranks: Annotated[int, typer.Option(min=1, max=ranges.MAX_RANKS, help="All devices.")] = 8,
     cluster: Annotated[
         str, typer.Option(help="Preset of devices and links: h100, h200, b200, gb200_nvl72, ...")
@@ -243,7 +457,9 @@ def plan(
     ] = 0,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Of a fast domain.")] = None,
     memory: Annotated[float | None, typer.Option(help="GiB of a device.")] = None,
-    tflops: Annotated[float | None, typer.Option(help="That products reach.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="That products reach; of the CPU with --vram.")
+    ] = None,
     intra: Annotated[float | None, typer.Option(help="GB/s of a device inside a node.")] = None,
     inter: Annotated[float | None, typer.Option(help="GB/s of a device across nodes.")] = None,
     trace: Annotated[
@@ -253,7 +469,44 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="Picture: .svg, .png, .pdf or .html.")] = None,
 ) -> None:
-    """Plan expert parallelism: memory, traffic and time of a rank, and what to change."""
+    """Plan expert parallelism: memory, traffic and time of a rank, and what to change.
+
+    With --vram, plan one machine whose experts are in CPU memory: memory, tokens a second.
+    """
+    set_here = [
+        name
+        for name in given.params
+        if (source := given.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    wrong = [n for n in set_here if n not in _OF_BOTH] if vram is not None else []
+    wrong = wrong or ([n for n in set_here if n in _OF_MACHINES] if vram is None else [])
+    if wrong:
+        word = "without" if vram is not None else "with"
+        option = wrong[0].replace("_", "-")
+        raise arguments.fail(f"plan: --{option} must be given {word} --vram.")
+    if vram is not None:
+        from moe_ops.cli import plan_machine
+
+        result = plan_machine.run(
+            plan_machine.MachineOptions(
+                model=model,
+                vram=vram,
+                ram=ram,
+                bandwidth=bandwidth,
+                tflops=tflops,
+                overhead=overhead,
+                pcie=pcie,
+                gpu_bandwidth=gpu_bandwidth,
+                format=format,
+                dense_format=dense_format,
+                context=context,
+                batch=batch,
+            ),
+            _console(quiet=as_json),
+        )
+        if as_json:
+            typer.echo(json.dumps(result, indent=2))
+        return
     from moe_ops.cli.plan import PlanOptions, run
 
     options = PlanOptions(
@@ -313,7 +566,7 @@ def prune(
     tokens: Annotated[
         int, arguments.tokens("Tokens of the text to choose by, and as many to judge.", 64)
     ] = 16384,
-    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    context: Annotated[int, arguments.tokens("Tokens per sequence.", 2)] = 512,
     tune: Annotated[
         int, typer.Option(min=0, max=10**6, help="Steps of training afterwards, on the same text.")
     ] = 0,
@@ -355,15 +608,16 @@ def prune(
 def inspect(
     source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
     text: Annotated[Path, typer.Option(help="Text file that the model reads.")],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("experts.html"),
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("experts.html"),
     against: Annotated[
-        Path | None, typer.Option(help="Folder of another checkpoint of it, to compare with.")
+        Path | None,
+        typer.Option(help="Folder of another checkpoint of the model, to compare with."),
     ] = None,
-    tokens: Annotated[int, arguments.tokens("Tokens of the text.", 4)] = 4096,
-    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    tokens: Annotated[int, arguments.tokens("Number of tokens of the text to read.", 4)] = 4096,
+    context: Annotated[int, arguments.tokens("Tokens per sequence.", 2)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Draw what the experts of a model do on a text as an HTML page: load, tokens, pairs."""
+    """Write an HTML page about the experts of a model on a text: loads, tokens, pairs."""
     try:
         from moe_ops.cli.inspect import run
     except ImportError as error:
@@ -404,7 +658,7 @@ def upcycle(
         typer.Option(help="Text file: its beginning finds coactivation, its end measures."),
     ] = None,
     tokens: Annotated[int, arguments.tokens("Tokens of the text for either.", 64)] = 16384,
-    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    context: Annotated[int, arguments.tokens("Tokens per sequence.", 2)] = 512,
     seed: Annotated[int, arguments.seed("Of routers, noise and drawn neurons.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")

@@ -43,6 +43,10 @@ def tokens(help: str, least: int) -> Any:
     return typer.Option(min=least, max=ranges.MAX_TOKENS, help=help)
 
 
+def size(help: str) -> Any:
+    return typer.Option(min=0.0, callback=_finite, help=help)
+
+
 def share(help: str) -> Any:
     return typer.Option(min=0.0, max=1.0, callback=_finite, help=help)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from moe_ops import _files, quant
+from moe_ops.hf.checkpoints.files import copy_rest
 
 # save_pretrained writes these.
 _NOT_COPIED = ("config.json", "generation_config.json")
 # Maximum number of characters read from a text, far more than calibration and perplexity need.
 _MAX_CHARACTERS = 2**28
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
 
 def check_folders(
@@ -91,17 +90,18 @@ def size_of(model: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def load_model(command: str, source: Path) -> Any:
-    """Loads the causal language model in a folder, in eval mode."""
+def load_model(command: str, source: Path, source_name: str = "SOURCE", **options: Any) -> Any:
+    """Loads the causal language model in a folder, in eval mode. `options` are those of
+    `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    with _reading(command, source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    with reading(command, source, source_name):
+        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **options})
     return model.eval()
 
 
 @contextlib.contextmanager
-def _reading(command: str, source: Path) -> Iterator[None]:
+def reading(command: str, source: Path, source_name: str = "SOURCE") -> Iterator[None]:
     """Converts errors of transformers about an unreadable checkpoint to one sentence."""
     try:
         _files.check_folder(source, SAFE_WEIGHTS_INDEX_NAME)
@@ -109,8 +109,8 @@ def _reading(command: str, source: Path) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{command}: SOURCE must be a checkpoint that transformers can load, got {source}: "
-            f"{first}"
+            f"{command}: {source_name} must be a checkpoint that transformers can load, got "
+            f"{source}: {first}"
         ) from error
 
 
@@ -146,15 +146,8 @@ def write_model(
             raise ValueError(
                 f"{command}: {target_name} must be writable, got {folder}: {error}"
             ) from error
-        _copy_rest(source, staging, {*_NOT_COPIED, report_name})
+        copy_rest(source, staging, {*_NOT_COPIED, report_name})
         for path in staging.iterdir():
             files.adopt(path.name, path)
         files.add(report_name, (json.dumps(report, indent=2) + "\n").encode())
         files.remove("model*.safetensors", "model*.safetensors.index.json")
-
-
-def _copy_rest(source: Path, target: Path, excepted: set[str]) -> None:
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json")
-        if path.is_file() and wanted and path.name not in excepted:
-            shutil.copyfile(path, target / path.name)

@@ -10,8 +10,9 @@ _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 _ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 
 
-def local_folder(command: str, source: Path) -> Path:
-    """Returns `source`, or the folder with the downloaded repository of that id.
+def local_folder(command: str, source: Path, source_name: str = "SOURCE") -> Path:
+    """Returns `source`, or the folder with the downloaded repository of that id. `source_name` is
+    the name of the source on the command line.
 
     Raises:
         ValueError: an id that cannot be downloaded.
@@ -25,8 +26,27 @@ def local_folder(command: str, source: Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
     except Exception as error:
         raise ValueError(
-            f"{command}: SOURCE must be a folder or the id of a repository that can be read, got "
-            f"{name}: {_first_line(error)}"
+            f"{command}: {source_name} must be a folder or the id of a repository that can be "
+            f"read, got {name}: {_first_line(error)}"
+        ) from error
+
+
+def config_file(command: str, model: str) -> str:
+    """Returns `model`, or the path of the downloaded config.json of the repository of that id.
+
+    Raises:
+        ValueError: an id that cannot be downloaded.
+    """
+    if Path(model).exists() or not _ID.match(model):
+        return model
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(model, "config.json"))
+    except Exception as error:
+        raise ValueError(
+            f"{command}: MODEL must be a config.json, a folder with one, a preset, or the id of a "
+            f"repository that can be read, got {model}: {_first_line(error)}."
         ) from error
 
 

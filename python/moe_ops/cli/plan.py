@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_ops import _files
+from moe_ops.cli import hub
 from moe_ops.parallel import plan as plans
 from moe_ops.parallel.plan.cluster import GIB
 from moe_ops.parallel.plan.estimate import USABLE
@@ -47,7 +48,7 @@ def run(options: PlanOptions, console: Console) -> dict[str, Any]:
     """
     if options.out is not None and options.out.suffix not in PICTURES:
         raise ValueError(f"plan: --out must end in {', '.join(PICTURES)}, got {options.out.name}.")
-    shape = plans.find_shape(options.model)
+    shape = plans.find_shape(hub.config_file("plan", options.model))
     cluster = plans.find_cluster(options.cluster, options.ranks, **options.changes)
     job = plans.ParallelJob(ep=options.ep or 1, **options.job)
     sizes = plans.alternatives(shape, cluster, job)

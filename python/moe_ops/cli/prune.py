@@ -52,6 +52,9 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     model = checkpoints.load_model("prune", source)
     layers = surgery.find_routed_layers(model, caller="prune")
+    if options.by not in MERGES:  # Before the text is read, which may take long.
+        for layer in layers:
+            surgery.criteria.number_to_keep(options.keep, layer.num_experts, layer.top_k)
     before, size = checkpoints.perplexity(model, judging, context), checkpoints.size_of(model)
     console.print(f"Looking at {seen.numel()} tokens in {len(layers)} layers.")
     found = surgery.profile_experts(

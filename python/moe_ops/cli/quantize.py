@@ -24,6 +24,7 @@ class QuantizeOptions:
     target: Path
     format: str = "int4"
     group_size: int | None = None
+    dense: str | None = None
     text: Path | None = None
     scales: bool = False
     tokens: int = 4096
@@ -40,7 +41,10 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         ValueError: invalid options or checkpoint.
         OSError: the target could not be written; its contents are unchanged.
     """
-    config = _config(options)
+    config = config_of("quantize: --format", options.format, options.group_size)
+    dense = None
+    if options.dense is not None:
+        dense = config_of("quantize: --dense", options.dense)
     hub.check_id("quantize", options.push_to)
     source, context = hub.local_folder("quantize", options.source), options.context
     _check(options, source)
@@ -50,6 +54,8 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
             "quantize", source, options.text, options.tokens
         )
     started = time.perf_counter()
+    if judging is None and not options.skip:
+        return _while_loading(options, source, config, dense, started, console)
     model = checkpoints.load_model("quantize", source)
     _check_skip(model, options.skip)
     baseline = calibration = None
@@ -73,22 +79,57 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     moe_ops.quantize(
         model,
         config,
+        dense=dense,
         calibration=calibration,
         skip=options.skip,
         progress=progress,
     )
-    result: dict[str, Any] = {
+    result = _result(options, config, dense, size, model, started)
+    if baseline is not None:
+        report = quant.compare_quality(model, baseline)
+        console.print(report.table(), markup=False, soft_wrap=True)
+        result["quality"] = report.to_dict()
+    return _write(options, source, model, result, console)
+
+
+def _while_loading(
+    options: QuantizeOptions,
+    source: Path,
+    config: quant.WeightConfig,
+    dense: quant.WeightConfig | None,
+    started: float,
+    console: Console,
+) -> dict[str, Any]:
+    """Quantizes each layer as soon as it has been read: memory never holds the float model."""
+    how = moe_ops.hf.MoeOpsConfig(config, dense=dense)
+    model = checkpoints.load_model("quantize", source, quantization_config=how)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    result = _result(options, config, dense, size, model, started)
+    return _write(options, source, model, result, console)
+
+
+def _result(
+    options: QuantizeOptions,
+    config: quant.WeightConfig,
+    dense: quant.WeightConfig | None,
+    size: int,
+    model: Any,
+    started: float,
+) -> dict[str, Any]:
+    return {
         "source": options.source.name,
         "format": config.label,
+        "dense": None if dense is None else dense.label,
         "scales": options.scales,
         "model_bytes_before": size,
         "model_bytes_after": checkpoints.size_of(model),
         "seconds": time.perf_counter() - started,
     }
-    if baseline is not None:
-        report = quant.compare_quality(model, baseline)
-        console.print(report.table(), markup=False, soft_wrap=True)
-        result["quality"] = report.to_dict()
+
+
+def _write(
+    options: QuantizeOptions, source: Path, model: Any, result: dict[str, Any], console: Console
+) -> dict[str, Any]:
     checkpoints.write_model("quantize", model, source, options.target, REPORT_NAME, result)
     before, after = result["model_bytes_before"], result["model_bytes_after"]
     console.print(
@@ -105,17 +146,16 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     return result
 
 
-def _config(options: QuantizeOptions) -> quant.WeightConfig:
+def config_of(owner: str, format: str, group_size: int | None = None) -> quant.WeightConfig:
+    """Returns the config of a format's name; errors begin with `owner`, the command and option."""
     configs = {"int8": quant.Int8WeightConfig, "fp8": quant.Fp8WeightConfig}
-    if options.format not in ("int4", *configs):
-        raise ValueError(f"quantize: --format must be int4, int8 or fp8, got {options.format!r}.")
-    if options.format == "int4":
-        return quant.Int4WeightConfig(options.group_size or 64)
-    if options.group_size is not None:
-        raise ValueError(
-            f"quantize: --group-size must come with int4, got it with {options.format}."
-        )
-    return configs[options.format]()
+    if format not in ("int4", *configs):
+        raise ValueError(f"{owner} must be int4, int8 or fp8, got {format!r}.")
+    if format == "int4":
+        return quant.Int4WeightConfig(group_size or 64)
+    if group_size is not None:
+        raise ValueError(f"quantize: --group-size must come with int4, got it with {format}.")
+    return configs[format]()
 
 
 def _check(options: QuantizeOptions, source: Path) -> None:

@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
+import sysconfig
 from collections.abc import Sequence
 from importlib import import_module, util
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from rich.console import Console
+
+from moe_ops._files import write_text
+
+VARIABLE = "MOE_OPS_TRANSFORMERS"
+HOOK_NAME = "moe_ops_transformers.pth"
+
+
+def set_up(
+    words: Sequence[str],
+    install: bool,
+    uninstall: bool,
+    console: Console,
+    folder: Path | None = None,
+) -> None:
+    """Writes or removes the file that makes each start of this environment's Python run startup.py,
+    if the variable is set.
+
+    Raises:
+        ValueError: both options, or a program.
+        OSError: the folder cannot be written.
+    """
+    if words or (install and uninstall):
+        raise ValueError("run: --install and --uninstall must be alone, got more.")
+    path = (folder or Path(sysconfig.get_path("purelib"))) / HOOK_NAME
+    if uninstall:
+        there = path.exists()
+        path.unlink(missing_ok=True)
+        console.print(
+            f"{'Removed' if there else 'Not there'}: {path}", markup=False, soft_wrap=True
+        )
+        return
+    script = str(Path(__file__).with_name("startup.py"))
+    write_text(path, _HOOK.format(variable=VARIABLE, script=script))
+    console.print(
+        f"Written: {path}\nProcesses of this Python know moe_ops where {VARIABLE}=1 is set, as "
+        "moe-ops run does for the processes of a program.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+# site runs a line that begins with "import"; nothing is imported without the variable.
+_HOOK = (
+    'import os; os.environ.get("{variable}") == "1" and __import__("runpy").run_path({script!r})\n'
+)
 
 
 def prepare(words: Sequence[str]) -> None:
@@ -31,6 +81,7 @@ def prepare(words: Sequence[str]) -> None:
             f"MODULE, got {name}."
         )
     import_module("moe_ops.hf")
+    os.environ[VARIABLE] = "1"  # For processes that it starts, after `--install`.
 
 
 def run_program(words: Sequence[str]) -> None:

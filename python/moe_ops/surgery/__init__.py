@@ -1,5 +1,6 @@
 """Analysis and modification of trained mixture-of-experts models.
 
+Example:
     from moe_ops import surgery
 
     found = surgery.profile_experts(model, batches)                    # what routers and experts do
@@ -23,7 +24,6 @@ from .page import routing_data, routing_page
 from .partial_loading import load_pruned
 from .profile import ExpertProfile, LayerProfile, profile_experts
 from .prune import ablate_experts, merge_experts, prune_experts
-from .routed_layer import RoutedLayer
 from .routed_layers import find_routed_layers
 from .rules import override_routing
 from .self_contrast import SelfContrastLogitsProcessor
@@ -40,7 +40,6 @@ from .tuning import tune
 __all__ = [
     "ExpertProfile",
     "LayerProfile",
-    "RoutedLayer",
     "SelfContrastLogitsProcessor",
     "SuperExpertReport",
     "SuperExperts",

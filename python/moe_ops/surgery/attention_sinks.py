@@ -5,13 +5,13 @@ Letters: B sequences, S tokens per sequence, H hidden size, n heads, L layers.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe_ops._eval_mode import in_eval
 from moe_ops.layers.self_attention import Attention, LatentAttention
 
 _LISTS = ("layers", "blocks", "h")
@@ -44,7 +44,7 @@ def attention_sink_mass(
         )
     columns = torch.tensor(list(positions), device=tokens.device)
     layers = []
-    with _evaluating(model):
+    with in_eval(model):
         for probabilities in _attention_of(model, tokens):
             on_them = probabilities[:, :, last + 1 :].index_select(-1, columns).sum(-1)
             layers.append(on_them.double().mean((0, 2)).cpu())
@@ -117,7 +117,7 @@ def find_massive_activations(model: nn.Module, tokens: Tensor) -> list[MassiveAc
 
     handles = [m.register_forward_hook(keep(name)) for name, m in _layers_of(model)]
     try:
-        with _evaluating(model):
+        with in_eval(model):
             _run(model, tokens)
     finally:
         for handle in handles:
@@ -172,14 +172,3 @@ def _run(model: Any, tokens: Tensor) -> Any:
     if hasattr(model, "set_attn_implementation"):
         return model(input_ids=tokens, use_cache=False)
     return model(tokens)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

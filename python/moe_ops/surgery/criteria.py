@@ -132,7 +132,7 @@ def select_experts(
                 f"select_experts: scores must be [E] of a routed layer each, got shape "
                 f"{list(score.shape)} for {name!r}."
             )
-    wanted = {n: _number(keep, layers[n].num_experts, layers[n].top_k) for n in scores}
+    wanted = {n: number_to_keep(keep, layers[n].num_experts, layers[n].top_k) for n in scores}
     if budget == "global":
         least = {name: layers[name].top_k for name in scores}
         return _best_of_all(scores, sum(wanted.values()), least)
@@ -142,7 +142,12 @@ def select_experts(
     }
 
 
-def _number(keep: int | float, num_experts: int, top_k: int) -> int:
+def number_to_keep(keep: int | float, num_experts: int, top_k: int) -> int:
+    """Returns the experts that a layer keeps, for `keep` of `select_experts`.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], or a number outside [top_k, num_experts].
+    """
     if isinstance(keep, float):
         if not 0 < keep <= 1:
             raise ValueError(f"select_experts: keep must be a part in (0, 1], got {keep}.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files
+from moe_ops._eval_mode import call_model, in_eval
 from moe_ops.layers import ExpertLoadStats
 from moe_ops.surgery.routed_layers import find_routed_layers
 
@@ -99,21 +100,15 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
 
         return watch
 
-    training = {module for module in model.modules() if module.training}
-    model.eval()
     try:
         for layer in layers:
             handles += layer.watch(watcher(layer))
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*batch) if isinstance(batch, tuple) else model(batch)
+        with in_eval(model):
+            for batch in batches:
+                call_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._eval_mode import call_model, in_eval
 from moe_ops.expert_weights import ExpertInputs, ExpertWeights, hooks_for
 from moe_ops.layers import Routing
 from moe_ops.layers.routing import valid_ids
@@ -253,25 +254,23 @@ def profile_experts(
     if not watched:
         raise ValueError(
             f"profile_experts: model must hold a routed layer with float experts, got "
-            f"{type(model).__name__} without one."
+            f"{type(model).__name__} without one. Of a quantized model, profile the float model "
+            f"that it was made from."
         )
-    training = {module for module in model.modules() if module.training}
-    model.eval()
     try:
         for watch in watched.values():
             handles += watch.layer.watch(watch)
-        if callable(inputs):
-            inputs(model)
-        else:
-            for batch in inputs:
-                for watch in watched.values():
-                    watch.begin(batch)
-                _call(model, batch)
+        with in_eval(model):
+            if callable(inputs):
+                inputs(model)
+            else:
+                for batch in inputs:
+                    for watch in watched.values():
+                        watch.begin(batch)
+                    call_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     for name, watch in watched.items():
         if watch.sums is None:
             raise ValueError(
@@ -415,9 +414,3 @@ def _output(bank: ExpertWeights, expert: int, inputs: ExpertInputs, tokens: Tens
 
 def _add_by_expert(target: Tensor, ids: Tensor, values: Tensor) -> None:
     target.scatter_add_(0, ids.reshape(-1), values.reshape(-1).to(target.dtype))
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)

@@ -39,6 +39,7 @@ def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 
 class SelfContrastLogitsProcessor:
     """Logits processor that contrasts a model with itself under weaker routing.
 
+    Example:
         contrasted = SelfContrastLogitsProcessor(model, rank(2), beta=0.5)
         model.generate(tokens, 64, logits_processor=contrasted)              # of the zoo
         model.generate(ids, logits_processor=[contrasted], max_new_tokens=64)  # of transformers

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_ops._eval_mode import in_eval
 from moe_ops.layers import Routing
 
 from ._optional import names_in, save_tensors, saved_by
@@ -140,19 +141,16 @@ class TaskRoutingPatterns:
 
         handles: list[Any] = []
         wanted = self.layers if name is None else [name]
-        training = {module for module in model.modules() if module.training}
-        model.eval()
         try:
             for routed in find_routed_layers(model, wanted, caller="TaskRoutingPatterns.retrieve"):
                 handles += routed.watch(watch(routed.name))
-            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            with in_eval(model):
+                model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         except _Reached:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-            for module in training:
-                module.training = True
         unseen = [own for own in wanted if not counts.get(own)]
         if unseen:
             raise ValueError(

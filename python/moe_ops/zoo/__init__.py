@@ -1,5 +1,6 @@
 """Published mixture-of-experts models, built from the layers and ops of this package.
 
+Example:
     from moe_ops import zoo
 
 Each model is a module or a package, ``moe_ops.zoo.<name>``, with a frozen config dataclass (its

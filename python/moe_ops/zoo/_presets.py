@@ -12,6 +12,7 @@ Config = TypeVar("Config")
 class preset:
     """Named values of a config's fields, used as an attribute of its class.
 
+    Example:
         tiny = preset("Bytes, two blocks.", hidden_size=64)
         wide = tiny.but("Twice as wide.", hidden_size=128)
 

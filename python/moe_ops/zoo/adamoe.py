@@ -1,6 +1,7 @@
 """AdaMoE: a dense feed-forward network converted to experts in the action expert of a
 vision-language-action model. The router selects experts by one score and weighs them by another.
 
+Example:
     policy = zoo.create_model("adamoe", ffn="dense")          # train it, then
     sparse = policy.made_sparse("additive", num_experts=4)
 

@@ -1,5 +1,6 @@
 """Composition of Experts: whole language models behind a router that classifies prompts.
 
+Example:
     composition = zoo.create_model("composition")
     composition.route(embeddings).models             # which model answers each prompt
 

@@ -1,5 +1,6 @@
 """MoFME: image restoration by experts that modulate one shared network.
 
+Example:
     model = zoo.create_model("mofme")                                # or preset="e8"
     restored, routing = model(images)
 

@@ -1,5 +1,6 @@
 """Sentence experts: an encoder of sentences with feed-forward experts per domain.
 
+Example:
     model = zoo.create_model("sentence")                       # fresh, or:
     model = SentenceExperts(config, bert)                # a BERT or ModernBERT of transformers
     embeddings = model(input_ids, attention_mask, domains)

@@ -1,5 +1,6 @@
 """WideNet: one block of attention and experts, reused at every depth with separate norms per depth.
 
+Example:
     model = zoo.create_model("widenet")                          # a language model
     model = zoo.create_model("widenet", preset="tiny_vision")    # a classifier of images
 

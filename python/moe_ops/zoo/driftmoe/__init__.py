@@ -1,5 +1,6 @@
 """DriftMoE: a router network over trees that learn online, one example at a time.
 
+Example:
     model = zoo.create_model("driftmoe", preset="moe_data", num_features=24, num_classes=10)
     model.learn_one(x, y)
 

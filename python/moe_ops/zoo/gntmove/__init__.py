@@ -1,6 +1,7 @@
 """GNT-MOVE: novel view synthesis for scenes outside the training set, by transformers with view
 experts.
 
+Example:
     model = zoo.create_model("gntmove")                        # ffn="dense": GNT
     colors = model(Views(images, cameras), target, pixels).colors
 

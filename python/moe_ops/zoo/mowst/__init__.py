@@ -1,5 +1,6 @@
 """Mowst: a weak and a strong expert on a graph, mixed by the weak expert's confidence.
 
+Example:
     model = Mowst(MowstConfig(in_size=16, num_classes=4, backbone="gcn"))
     prediction = model.predict(graph.x, graph.edge_index)
 

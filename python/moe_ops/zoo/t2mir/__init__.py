@@ -1,5 +1,6 @@
 """T2MIR: in-context reinforcement learning with token-wise and task-wise experts.
 
+Example:
     model = T2MIR(T2MIRConfig(variant="ad", state_size=2, action_size=2))
     output = model(states, actions, rewards)      # output.actions [B, S, A]
 

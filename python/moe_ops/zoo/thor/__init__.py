@@ -1,5 +1,6 @@
 """THOR: transformers whose experts are selected at random and trained to agree.
 
+Example:
     model = zoo.create_model("thor")                       # an encoder and a decoder
     out = model.loss(target, source)                 # two passes with other experts each
 
