@@ -1,8 +1,7 @@
-"""The methods without an engine: what they rely on in vLLM, what they refuse, what they compute."""
+"""The methods without an engine: what they refuse and what they compute."""
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +12,13 @@ pytest.importorskip("vllm")
 
 from moe_ops_vllm import register
 from moe_ops_vllm.base import StaysWithVllm, Unquantized
+from moe_ops_vllm.checkpoints import MoeOpsConfig, MoeOpsQuantized
 from moe_ops_vllm.layers import CLASSES
 from moe_ops_vllm.methods import method_for
 from moe_ops_vllm.quantized import Fp8Blocks, GptOssMxfp4
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from moe_ops import reference
 from moe_ops.quant import quantize_fp8_blocks
@@ -32,21 +30,6 @@ T, E, K, H, I = 9, 4, 2, 64, 32
 def configured():
     with set_current_vllm_config(VllmConfig()):
         yield
-
-
-def parameters_of(function):
-    return list(inspect.signature(function).parameters)
-
-
-def test_what_the_plugin_relies_on():
-    choose = ["self", "prefix", "quant_config", "moe_config"]
-    assert parameters_of(RoutedExperts._get_quant_method) == choose
-    apply = ["self", "layer", "x", "topk_weights", "topk_ids"]
-    assert parameters_of(FusedMoEMethodBase.apply)[:5] == apply
-    assert parameters_of(FusedMoEMethodBase.apply)[5:] == ["shared_experts", "shared_experts_input"]
-    assert parameters_of(FusedMoEMethodBase.process_weights_after_loading) == ["self", "layer"]
-    for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta", "apply_router_weight_on_input"):
-        assert name in parameters_of(RoutedExperts.__init__)
 
 
 def test_registration(monkeypatch):
@@ -83,9 +66,16 @@ def moe_config(**changes):
     return SimpleNamespace(**(settings | changes))
 
 
+NO_LORA = SimpleNamespace(lora_config=None)
+
+
+def plain_layer():
+    return SimpleNamespace(swiglu_limit=None, swiglu_alpha=None, swiglu_beta=None)
+
+
 def choose(moe, layer=None, quant_config=None, lora=None):
-    layer = layer or SimpleNamespace(swiglu_limit=None, swiglu_alpha=None, swiglu_beta=None)
-    return method_for(layer, "experts", quant_config, moe, SimpleNamespace(lora_config=lora))
+    config = SimpleNamespace(lora_config=lora)
+    return method_for(layer or plain_layer(), "experts", quant_config, moe, config)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +96,42 @@ def test_settings_that_stay():
     with pytest.raises(StaysWithVllm, match="LoRA"):
         choose(moe_config(), lora=object())
     limited = SimpleNamespace(swiglu_limit=7.0, swiglu_alpha=None, swiglu_beta=None)
-    with pytest.raises(StaysWithVllm, match="limits"):
+    with pytest.raises(StaysWithVllm, match="has a limit"):
+        choose(moe_config(activation=MoEActivation.GELU), limited)
+    limited.swiglu_alpha = 1.5
+    with pytest.raises(StaysWithVllm, match="must have alpha 1"):
         choose(moe_config(), limited)
     unknown = SimpleNamespace(online_quantization_config=None, get_name=lambda: "quip")
     with pytest.raises(StaysWithVllm, match="quip"):
         choose(moe_config(), quant_config=unknown)
+
+
+@pytest.mark.parametrize("more", [{"x_scale": True}, {"layers": {"experts": "int4 g64"}}])
+def test_checkpoints_of_moe_ops_that_are_refused(more):
+    with pytest.raises(ValueError, match="without x_scale and layers"):
+        MoeOpsConfig.from_config({"format": "int8"} | more)
+
+
+def test_tensors_of_a_checkpoint_of_moe_ops(monkeypatch):
+    """Tensors of other sizes are refused, as are missing ones; a pattern keeps experts float."""
+    moe = moe_config(in_dtype=torch.float32)
+    moe.moe_parallel_config.tp_size, moe.moe_parallel_config.tp_rank = 1, 0
+    config = MoeOpsConfig("int4 g32", ["*layers.1.*"])
+    assert isinstance(choose(moe, quant_config=config), MoeOpsQuantized)
+    skipped = method_for(plain_layer(), "model.layers.1.experts", config, moe, NO_LORA)
+    assert isinstance(skipped, Unquantized)
+    method = MoeOpsQuantized(moe, config)
+    layer = Layer(moe)
+    layer.layer_name = "layer.0"
+    method.create_weights(layer, E, H, I, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"layer\.0\.w_down: expected \[4, 64, 16\] on rank 0 of 1"
+    ):
+        method.load(layer, "w_down", torch.zeros(E, H, I, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no such tensor"):
+        method.load(layer, "w_down_zero", torch.zeros(E, H, 1))
+    with pytest.raises(ValueError, match="the checkpoint has no w13_moe_ops_scale, w13_weight"):
+        method.process_weights_after_loading(layer)
 
 
 # --- what they compute
@@ -149,21 +170,23 @@ def check(y, x, up, down, weights, ids, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("activation", "name"),
+    ("activation", "limit", "name"),
     [
-        (MoEActivation.SILU, "swiglu"),
-        (MoEActivation.GELU_TANH, "geglu_tanh"),
-        (MoEActivation.SWIGLUOAI, "swiglu_oai"),
-        (MoEActivation.SWIGLUOAI_UNINTERLEAVE, "swiglu_oai"),
-        (MoEActivation.RELU2_NO_MUL, "relu2"),
+        (MoEActivation.SILU, None, "swiglu"),
+        (MoEActivation.SILU, 0.5, "swiglu_clamped"),
+        (MoEActivation.GELU_TANH, None, "geglu_tanh"),
+        (MoEActivation.SWIGLUOAI, 0.5, "swiglu_oai"),
+        (MoEActivation.SWIGLUOAI_UNINTERLEAVE, None, "swiglu_oai"),
+        (MoEActivation.RELU2_NO_MUL, None, "relu2"),
     ],
 )
-def test_float_weights(dtype, activation, name):
+def test_float_weights(dtype, activation, limit, name):
     moe = moe_config(
         in_dtype=dtype, activation=activation, has_bias=True, is_act_and_mul=activation.is_gated
     )
     method = Unquantized(moe)
     layer = filled(method, moe)
+    layer.swiglu_limit = limit
     up, down = layer.w13_weight.data.clone(), layer.w2_weight.data.clone()
     method.process_weights_after_loading(layer)
     assert layer.w13_weight.untyped_storage().nbytes() == up.element_size()
@@ -172,6 +195,7 @@ def test_float_weights(dtype, activation, name):
         method.apply(layer, x, weights, ids),
         *(x, up, down, weights, ids),
         activation=name,
+        **({} if limit is None else {"limit": limit}),
         interleaved=activation == MoEActivation.SWIGLUOAI,
         b_gate_up=layer.w13_bias.data.double(),
         b_down=layer.w2_bias.data.double(),

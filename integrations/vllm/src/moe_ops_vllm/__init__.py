@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Makes vLLM build the classes of `moe_ops_vllm.layers` for its layers of experts.
+    """Makes vLLM build the classes of `moe_ops_vllm.layers` for its layers of experts, and adds
+    kernels of dense layers.
 
     It may be called several times. It does nothing with MOE_OPS_VLLM=0, and on other platforms than
     the CPU. A class that another plugin has replaced stays with that plugin, with a warning.
@@ -25,10 +26,22 @@ def register() -> None:
     if not current_platform.is_cpu():
         return
     from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.quantization import register_quantization_config
 
+    import moe_ops
+    from moe_ops_vllm import linears
+    from moe_ops_vllm.checkpoints import MoeOpsConfig
     from moe_ops_vllm.layers import CLASSES, logger
 
-    for name, cls in CLASSES.items():
+    register_quantization_config("moe_ops")(MoeOpsConfig)
+    linears.register()
+    classes = dict(CLASSES)
+    if moe_ops.is_batch_invariant_enabled():
+        from moe_ops_vllm import batch_invariant
+
+        classes |= batch_invariant.CLASSES
+        batch_invariant.register_attention()
+    for name, cls in classes.items():
         found = op_registry_oot.get(name)
         if found is None:
             cls.register_oot(name=name)(cls)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 import moe_ops
+import moe_ops_vllm
 
 ACTIVATIONS = {
     MoEActivation.SILU: "swiglu",
@@ -38,10 +40,33 @@ class StaysWithVllm(Exception):
     """The reason why a layer is left to vLLM, as the end of a sentence."""
 
 
+def activation_for(layer: nn.Module, activation: MoEActivation) -> str:
+    """Returns the name that moe_ops has for the activation of a layer, with its limits.
+
+    Raises:
+        StaysWithVllm: moe_ops does not have it.
+    """
+    if activation not in ACTIVATIONS:
+        raise StaysWithVllm(f"moe_ops has no activation {activation.value}")
+    name = ACTIVATIONS[activation]
+    alpha, beta = layer.swiglu_alpha, layer.swiglu_beta
+    if name == "swiglu_oai":
+        if beta not in (None, 1.0):
+            raise StaysWithVllm(f"swigluoai must add 1 to the up half, got {beta}")
+    elif alpha not in (None, 1.0) or beta not in (None, 0.0):
+        raise StaysWithVllm(f"{activation.value} must have alpha 1 and beta 0, got {alpha}, {beta}")
+    elif layer.swiglu_limit is not None:
+        if name != "swiglu":
+            raise StaysWithVllm(f"{activation.value} of this model has a limit")
+        return "swiglu_clamped"
+    return name
+
+
 class MoeOpsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """The base class of methods. Subclasses create parameters and define `finish` and `compute`."""
 
     label: str  # the format of the weights, for the log
+    activation: str  # as moe_ops calls it, once weights are loaded
 
     # vLLM's methods answer these by the kernel that they have chosen.
     is_monolithic = False
@@ -67,6 +92,7 @@ class MoeOpsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self.finish(layer)
+        self.activation = activation_for(layer, layer.activation)
 
     def apply(
         self,
@@ -80,34 +106,39 @@ class MoeOpsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Computes routed experts; vLLM's runner computes shared ones before it calls this."""
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()].to(torch.int32)
-        activation = layer.activation
         options: dict[str, Any] = {
             "b_gate_up": getattr(layer, "w13_bias", None),
             "b_down": getattr(layer, "w2_bias", None),
-            "activation": ACTIVATIONS[activation],
-            "interleaved": activation == MoEActivation.SWIGLUOAI,
+            "activation": self.activation,
+            "interleaved": layer.activation == MoEActivation.SWIGLUOAI,
             "apply_router_weight_on_input": layer.apply_router_weight_on_input,
         }
-        for ours, theirs in (("alpha", layer.swiglu_alpha), ("limit", layer.swiglu_limit)):
-            if theirs is not None:
-                options[ours] = theirs
+        if self.activation == "swiglu_oai" and layer.swiglu_alpha is not None:
+            options["alpha"] = layer.swiglu_alpha
+        if layer.swiglu_limit is not None:
+            options["limit"] = layer.swiglu_limit
         return self.compute(layer, x, topk_weights, topk_ids, **options)
 
 
 class Unquantized(MoeOpsMethod, UnquantizedFusedMoEMethod):  # type: ignore[misc]
-    """float32, bfloat16 and float16 weights: vLLM's parameters, then packed copies alone."""
+    """float32, bfloat16 and float16 weights: vLLM's parameters, then packed copies alone.
+
+    What remains of a parameter is a view of one element, which has its shape. The method keeps it,
+    because vLLM's reload copies into every parameter that a layer has.
+    """
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         FusedMoEMethodBase.__init__(self, moe)
         self.label = str(moe.in_dtype).removeprefix("torch.")
+        self.shapes: dict[str, Tensor] = {}
 
     def finish(self, layer: nn.Module) -> None:
         halves = layer.activation.is_gated and layer.activation != MoEActivation.SWIGLUOAI
         for name, split in (("w13_weight", halves), ("w2_weight", False)):
             weight = getattr(layer, name).data
             packed = moe_ops.pack_experts(weight, halves=split)
-            shape = weight.new_empty(()).expand(weight.shape)
-            replace(layer, name, shape)
+            self.shapes[name] = weight.new_empty(()).expand(weight.shape)
+            delattr(layer, name)
             replace(layer, f"{name}_panels", packed)
 
     def compute(
@@ -115,8 +146,8 @@ class Unquantized(MoeOpsMethod, UnquantizedFusedMoEMethod):  # type: ignore[misc
     ) -> Tensor:
         return moe_ops.moe_ffn_packed(
             x,
-            layer.w13_weight,
-            layer.w2_weight,
+            self.shapes["w13_weight"],
+            self.shapes["w2_weight"],
             layer.w13_weight_panels,
             layer.w2_weight_panels,
             weights,
@@ -124,6 +155,14 @@ class Unquantized(MoeOpsMethod, UnquantizedFusedMoEMethod):  # type: ignore[misc
             packed_only=True,
             **options,
         )
+
+
+def mark(config: VllmConfig) -> None:
+    """Adds the plugin to the configuration, by a hash of which compiled graphs are cached."""
+    if isinstance(config.additional_config, dict):
+        versions = f"{moe_ops.__version__} {moe_ops_vllm.__version__}"
+        mode = " batch-invariant" * moe_ops.is_batch_invariant_enabled()
+        config.additional_config.setdefault("moe_ops", versions + mode)
 
 
 def replace(layer: nn.Module, name: str, value: Tensor | None) -> None:

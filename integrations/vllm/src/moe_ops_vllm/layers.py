@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -12,7 +14,8 @@ from vllm.model_executor.models.dbrx import DbrxExperts
 from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 
 import moe_ops
-import moe_ops_vllm
+from moe_ops_vllm.base import mark
+from moe_ops_vllm.checkpoints import MoeOpsQuantized
 from moe_ops_vllm.methods import StaysWithVllm, method_for
 
 # A name below vLLM's, so that its handlers print the lines.
@@ -32,12 +35,18 @@ class _OnMoeOps:
             logger.info_once("Experts stay with vLLM's own kernels: %s.", str(reason))
             parent: Any = super()
             return parent._get_quant_method(prefix, quant_config, moe_config)
-        # Compiled graphs are cached by a hash of the configuration, which does not know plugins.
-        if isinstance(config.additional_config, dict):
-            versions = f"{moe_ops.__version__} {moe_ops_vllm.__version__}"
-            config.additional_config.setdefault("moe_ops", versions)
+        mark(config)
         logger.info_once("Experts run on moe_ops %s: %s.", moe_ops.__version__, method.label)
         return method
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
+        layer: Any = self
+        if not isinstance(layer.quant_method, MoeOpsQuantized):
+            parent: Any = super()
+            yield from parent.load_weights(weights)
+            return
+        for name, tensor in weights:
+            yield layer.quant_method.load(layer, name, tensor)
 
 
 # vLLM's class -> the class to build in its place. Subclasses differ in what they load.

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic_override
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
-from moe_ops_vllm.base import ACTIVATIONS, MoeOpsMethod, StaysWithVllm, Unquantized
+from moe_ops_vllm import checkpoints
+from moe_ops_vllm.base import MoeOpsMethod, StaysWithVllm, Unquantized, activation_for
 from moe_ops_vllm.quantized import (
     Awq,
     CompressedTensorsInt8,
@@ -56,16 +57,7 @@ def method_for(
         raise StaysWithVllm("data parallel ranks that share experts exchange tokens in vLLM")
     if moe.in_dtype not in _DTYPES:
         raise StaysWithVllm(f"moe_ops computes float32, bfloat16 and float16, not {moe.in_dtype}")
-    if moe.activation not in ACTIVATIONS:
-        raise StaysWithVllm(f"moe_ops has no activation {moe.activation.value}")
-    limited = any(
-        getattr(layer, name, None) is not None
-        for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
-    )
-    if limited and ACTIVATIONS[moe.activation] != "swiglu_oai":
-        raise StaysWithVllm(f"{moe.activation.value} of this model has limits of its own")
-    if getattr(layer, "swiglu_beta", None) not in (None, 1.0):
-        raise StaysWithVllm(f"swigluoai must add 1 to the up half, got {layer.swiglu_beta}")
+    activation_for(layer, moe.activation)
     if quant_config is None:
         return Unquantized(moe)
     if getattr(quant_config, "online_quantization_config", None) is not None:
@@ -135,4 +127,5 @@ _BY_CONFIG: dict[type, Any] = {
     AutoAWQConfig: _awq,
     Fp8Config: _fp8,
     GptOssMxfp4Config: _mxfp4,
+    checkpoints.MoeOpsConfig: checkpoints.method,
 }

@@ -46,7 +46,9 @@ class Quantized(MoeOpsMethod):
             given = [getattr(layer, name, None) for name in names]
             found = _stored_by_expert(self.stored, given)
             for name in names:
-                replace(layer, name, None)
+                # vLLM's reload looks for the shape after it has found all weights.
+                if not name.endswith("_shape"):
+                    replace(layer, name, None)
             replace(layer, f"{weight}_weight", found.codes)
             replace(layer, f"{weight}_moe_ops_scale", found.scale)
             replace(layer, f"{weight}_moe_ops_zero", found.zero)
