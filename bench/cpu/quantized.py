@@ -1,5 +1,5 @@
-"""Quantized weights: int8 with a scale per row and int4 with one per group in the CPU benchmark,
-and all formats of moe_ffn_quantized, including those of published checkpoints:
+"""Quantized weights: int8 with a scale per row, int4 with one per group, fp8 and mxfp4 in the CPU
+benchmark, and all formats of moe_ffn_quantized, including those of published checkpoints:
 
     python -m bench.cpu.quantized --seconds 2
     python -m bench.cpu.quantized --formats "int4 g64" q4_k --tokens 1 --isa avx2
@@ -13,7 +13,7 @@ import gc
 from collections.abc import Callable, Iterator
 
 import torch
-from tests.helpers.quantized import STORED, any_format, label_of
+from tests.helpers.quantized import STORED, any_format
 from torch import Tensor
 
 import moe_ops
@@ -27,12 +27,12 @@ from moe_ops.bench.timing import measure
 
 
 def run_quantized(session: Session) -> Cells:
-    """Measures int8 and int4 baselines on weights converted from bf16, and our own bf16 (`bf16
+    """Measures quantized baselines on weights converted from bf16, and our own bf16 (`bf16
     moe_ops`)."""
     cells = []
     for shape in session.plan.quantized_shapes:
         bank = make_bank(SHAPES[shape], torch.bfloat16)
-        for weight_format in ("int8", "int4"):
+        for weight_format in MoeOpsQuantized.formats:
             cells += forward_cells(session, bank, weight_format, [Bfloat16()])
         del bank
         gc.collect()
@@ -47,14 +47,14 @@ class Bfloat16(MoeOpsPacked):
 
 
 class MoeOpsQuantized(MoeOps):
-    """Runs moe_ffn_quantized with one scale per row for int8 and one per INT4_GROUP weights for
-    int4."""
+    """Runs moe_ffn_quantized with one scale per row for int8, one per INT4_GROUP weights for int4,
+    one per 128 x 128 weights for fp8 and one per 32 weights for mxfp4."""
 
     name = "moe_ops quantized"
-    formats = ("int8", "int4")
+    formats = ("int8", "int4", "fp8", "mxfp4")
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
-        name = label_of(int(weight_format[3:]), INT4_GROUP)
+        name = f"int4 g{INT4_GROUP}" if weight_format == "int4" else weight_format
         weights = (
             *quantize(bank.w_gate_up, weight_format, INT4_GROUP),
             *quantize(bank.w_down, weight_format, INT4_GROUP),
@@ -69,10 +69,22 @@ class MoeOpsQuantized(MoeOps):
 
 
 def quantize(w: Tensor, weight_format: str, group: int) -> tuple[Tensor, Tensor]:
-    """Runs `quantize_weight` on [E, O, K] expert by expert, since each is widened to fp32."""
-    name = label_of(int(weight_format[3:]), group)
-    experts = [quant.quantize_weight(expert, name) for expert in w]
+    """Rounds [E, O, D] expert by expert, since each is widened to fp32. `group` is that of int4."""
+    name = f"int4 g{group}" if weight_format == "int4" else weight_format
+    to_codes = _mxfp4 if name == "mxfp4" else functools.partial(quant.quantize_weight, format=name)
+    experts = [to_codes(expert) for expert in w]
     return torch.stack([q for q, _ in experts]), torch.stack([scale for _, scale in experts])
+
+
+def _mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds [O, D] to e2m1 numbers with a power of two per 32 of them, as OCP's MX standard."""
+    groups = w.float().unflatten(-1, (-1, 32))
+    exponents = groups.abs().amax(-1, keepdim=True).log2().floor().clamp(min=-125) - 2
+    sizes = groups.abs() / exponents.exp2()
+    # Halfway between the numbers 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+    codes = torch.bucketize(sizes, torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
+    codes = (codes | (groups < 0).long() << 3).flatten(-2).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponents.squeeze(-1) + 127).to(torch.uint8)
 
 
 # All formats, one by one.

@@ -30,7 +30,8 @@ kept buffers instead of leaving fresh ones. *THP* rows: the whole process with
 THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages. Files without rates of caches take the
 rate of memory; a share above 100 % then means that the weights were in a cache."""
 _QUANTIZED = """\
-Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
+Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime and OpenVINO: 128;
+kt-kernel int4 rows: one a row), fp8 one for 128 x 128 weights, mxfp4 one for 32. Errors are
 relative to the unquantized layer in fp64."""
 _PARTS = """\
 128 experts, 8 a token, H 2048, fp32; microseconds of our op, then of the lines that transformers
@@ -47,7 +48,7 @@ def render(result: Mapping[str, Any]) -> str:
     if cells := result.get("forward"):
         parts += ["### Forward, all times", _all_times(cells)]
     if cells := result.get("quantized"):
-        parts += ["### int8 and int4 weights, forward", _QUANTIZED]
+        parts += ["### Quantized weights, forward", _QUANTIZED]
         parts += [summary(cells, "bf16 moe_ops"), _all_times(cells)]
     if result.get("scaling"):
         parts += ["### Two threads", _scaling(result["scaling"])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bench.peers.ggml import GGML
+from bench.peers.kt_kernel import KTKernel
 from bench.peers.onnxruntime import OnnxRuntime
+from bench.peers.openvino import OpenVino
 from bench.peers.vllm_cpu import VllmCpu
 from bench.peers.zentorch import Zentorch
 from moe_ops.bench.baselines import Baseline
@@ -15,4 +17,6 @@ PEERS: list[Baseline] = [
     OnnxRuntime("fp32"),
     OnnxRuntime("int8"),
     OnnxRuntime("int4"),
+    *(OpenVino(weight_format) for weight_format in ("fp32", "bf16", "int8", "int4")),
+    *(KTKernel(*kind) for kind in KTKernel.KINDS),
 ]

@@ -15,12 +15,9 @@ def main() -> None:
     folder, kinds = Path(sys.argv[1]), sys.argv[2:]
     bf16 = folder / "bf16.gguf"
     if not bf16.exists():
-        import torch
-        from transformers import AutoModelForCausalLM
+        import moe_ops.hf
 
-        from bench.whole_models.to_gguf import write
-
-        write(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), bf16)
+        moe_ops.hf.export(folder, bf16, format="gguf:bf16")
     for kind in kinds:
         path = folder / f"{kind}.gguf"
         if kind in _FILE_TYPES and not path.exists():

@@ -4,7 +4,8 @@
 
 Sizes are so small that the time of a step is that of Python, the dispatcher and the calls: what a
 step of a real model pays on top of its kernels, once an operation at least. Times are of the
-thread, the least of many steps.
+thread, the least of many steps. With --cold, 32 MiB are read before each layer, as if its weights
+were: Python then waits for its data. The column forward leaves the time of reading out.
 """
 
 from __future__ import annotations
@@ -70,17 +71,38 @@ def build(name: str, baseline: str) -> Any:
     return model
 
 
+def read_before_layers(model: Any) -> list[float]:
+    """Makes each layer read 32 MiB first, and returns the list that gets the seconds of reading."""
+    data = torch.zeros(32 << 17, dtype=torch.int64)
+    seconds: list[float] = []
+
+    def reading(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            data.sum()
+            seconds.append(time.thread_time() - start)
+            return forward(*args, **kwargs)
+
+        return run
+
+    for layer in model.model.layers:
+        layer.forward = reading(layer.forward)
+    return seconds
+
+
 @torch.no_grad()
-def measure(model: Any, steps: int) -> tuple[float, float, int]:
+def measure(model: Any, steps: int, cold: bool = False) -> tuple[float, float, int]:
     """Milliseconds of a forward of one token, of a step of `generate`, and calls of operations."""
     prompt = torch.randint(1, 256, (1, 16))
     cache = model(prompt, use_cache=True).past_key_values
     token = prompt[:, :1]
     forward = []
+    reading = read_before_layers(model) if cold else []
     for _ in range(steps):
+        reading.clear()
         start = time.thread_time()
         model(token, past_key_values=cache, use_cache=True)
-        forward.append(time.thread_time() - start)
+        forward.append(time.thread_time() - start - sum(reading))
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         model(token, past_key_values=cache, use_cache=True)
     calls = sum(event.count for event in recorded.key_averages())
@@ -102,12 +124,13 @@ def main() -> None:
     parser.add_argument("--baselines", default=",".join(BASELINES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print("model        baseline   forward ms  generate ms  calls")
     for name in args.models.split(","):
         for baseline in args.baselines.split(","):
-            forward, whole, calls = measure(build(name, baseline), args.steps)
+            forward, whole, calls = measure(build(name, baseline), args.steps, args.cold)
             print(f"{name:12} {baseline:10} {forward:9.2f} {whole:12.2f} {calls:7}", flush=True)
 
 

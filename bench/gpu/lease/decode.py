@@ -152,7 +152,7 @@ def _generated(model: Any, prompt: Tensor, new: int, task: Task) -> float:
     calls."""
     seconds = 0.0
     for _ in range(2):
-        _wait(task)
+        task.wait()
         started = time.perf_counter()
         model.generate(
             prompt,
@@ -162,14 +162,9 @@ def _generated(model: Any, prompt: Tensor, new: int, task: Task) -> float:
             max_new_tokens=new,
             pad_token_id=0,
         )
-        _wait(task)
+        task.wait()
         seconds = time.perf_counter() - started
     return prompt.shape[0] * new / seconds
-
-
-def _wait(task: Task) -> None:
-    if task.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def table(records: list[dict]) -> tuple[str, list[str], list[list[str]]]:

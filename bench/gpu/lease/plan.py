@@ -76,6 +76,7 @@ def steps_of_a_lease() -> list[Step]:
         Step("tiles", 150, child("tiles"), least_s=40),
         *(Step(name, limit_s, child("measure"), least_s=40) for name, limit_s in MEASURED.items()),
         Step("decode", 120, child("decode"), least_s=40),
+        Step("stream", 120, child("stream"), least_s=60),
         Step("memcheck", 150, _sanitize),
         Step("synccheck", 150, _sanitize),
     ]

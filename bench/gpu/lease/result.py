@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.gpu import cases, report
 from bench.gpu.card import slug
-from bench.gpu.lease import decode, tiles
+from bench.gpu.lease import decode, stream, tiles
 from bench.gpu.lease.child import Task
 from bench.gpu.lease.journal import Journal, Record
 from bench.gpu.lease.plan import MEASURED
@@ -36,7 +36,8 @@ def run(task: Task) -> tuple[int, str]:
 
 def more_tables(result: dict[str, Any]) -> str:
     parts = []
-    for key, make in (("tiles", tiles.table), ("decode", decode.table)):
+    tables = {"tiles": tiles.table, "decode": decode.table, "stream": stream.table}
+    for key, make in tables.items():
         if result[key]:
             title, header, rows = make(result[key])
             parts += [f"### {title}", markdown_table(header, rows, right_from=3)]
@@ -89,6 +90,7 @@ def assemble(journal: Journal, *, dry: bool) -> dict[str, Any] | None:
         "left_out": [],
         "tiles": [_plain(r) for r in journal.records("tile")],
         "decode": [_plain(r) for r in journal.records("decode")],
+        "stream": [_plain(r) for r in journal.records("stream")],
     }
     add_floors(result, limits)
     return dict(rounded(result))
