@@ -11,6 +11,9 @@ import os
 import re
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 project = "moe_ops"
 version = release = importlib.metadata.version("torch-moe-ops")
 copyright = "the moe_ops authors"
@@ -28,10 +31,18 @@ root_doc = "index"
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "moe_ops"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Text in single backticks is code, and a link if it names a documented object.
+default_role = "py:obj"
+# A longer signature has one argument per line.
+python_maximum_signature_line_length = 84
 # Objects of other libraries that annotations name are not looked up: no site is asked.
 nitpicky = False
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+# Equations are MathML, which browsers draw without a script or a network.
+html_math_renderer = "mathml"
 # Links to headings, as a repository makes them.
 myst_heading_anchors = 4
 
@@ -80,7 +91,7 @@ def links_outside(app, docname: str, source: list[str]) -> None:
 
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Makes reStructuredText of what a docstring says in plain text: examples, results, |x|."""
+    """Makes reStructuredText of what a docstring says in plain text: examples, results, |x|, H."""
     found: list[str] = []
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
         if line.strip() == "Example:":
@@ -88,12 +99,20 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
             continue
         if line.strip() == "Returns:" and not re.match(r"\s+\w+: ", after):
             line = line.replace("Returns:", "Result:")
+        line = re.sub(r"(: [A-Z])\.$", r"\1\.", line)  # "size: H." is no list item H.
         parts = re.split(r"(``.*?``|`.*?`)", line)
         parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
         found.append("".join(parts))
     lines[:] = found
 
 
+def write_math(translator, node) -> None:
+    """Writes an equation, inline or a block."""
+    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
 def setup(app) -> None:
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("source-read", links_outside)
     app.connect("autodoc-process-docstring", plain_text, priority=100)  # before napoleon
