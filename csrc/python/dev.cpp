@@ -71,7 +71,9 @@ std::string cpu_gemm_config(const std::string& dtype, const std::string& layout,
                                    "mxfp4",   "nvfp4",          "fp8",    "codes", "turned_codes"};
   const bool groups = layout == "int8_groups", e4m3 = layout == "e4m3";
   const auto at = std::find(kLayouts.begin(), kLayouts.end(),
-                            groups ? "int8" : e4m3 ? "codes" : layout);
+                            groups ? "int8"
+                            : e4m3 ? "codes"
+                                   : layout);
   if (at == kLayouts.end()) {
     throw std::invalid_argument("cpu_gemm_config: layout must be known, got " + layout + ".");
   }

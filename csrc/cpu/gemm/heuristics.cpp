@@ -143,7 +143,8 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
         return {Algorithm::kGemv, Operand::kFp8Bf16};
       }
       if (rows <= k.gemv.max_tokens) return {Algorithm::kGemv, Operand::kDecoded};
-      return {Algorithm::kDequant, s.bf16_codes && (amx || rows > kQuantMaxRows) ? operand : Operand::kWide};
+      return {Algorithm::kDequant,
+              s.bf16_codes && (amx || rows > kQuantMaxRows) ? operand : Operand::kWide};
     case B::kTurnedCodes:
       return {Algorithm::kDequant, Operand::kWide};
     case B::kPacked:

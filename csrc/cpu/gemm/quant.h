@@ -110,7 +110,7 @@ void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
 // once by max_tokens tokens.
 template <class Epilogue>
 void grouped_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                  const Epilogue& fn) {
+                       const Epilogue& fn) {
   const QuantKernels& kernels = quant_kernels();
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const bool eight = d.b.quant.bits == 8;

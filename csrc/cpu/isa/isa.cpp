@@ -106,7 +106,8 @@ Isa detected_isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!avx512) return Isa::kAvx2;
-    // All processors with the first but Cooper Lake have the others; a virtual machine may hide one.
+    // All processors with the first but Cooper Lake have the others; a virtual machine may hide
+    // one.
     const bool bf16 = has_avx512_bf16() && __builtin_cpu_supports("avx512vnni") &&
                       __builtin_cpu_supports("avx512vbmi");
     if (!bf16) return Isa::kAvx512;

@@ -218,8 +218,8 @@ class Calls {
     fp8_kernels().decode(codes, row, K);
     for (const bool widened : {false, true}) {
       const Fp8DotParams dot = {
-          1, 1, K, widened ? static_cast<const void*>(wide) : w, K, &scales, row, K, &scales,
-          static_cast<float*>(out(DType::kFloat32, 1)), 1, 1};
+          1,   1, K,       widened ? static_cast<const void*>(wide) : w, K, &scales,
+          row, K, &scales, static_cast<float*>(out(DType::kFloat32, 1)), 1, 1};
       widened ? fp8_kernels().dot_widened(dot) : fp8_kernels().dot(dot);
     }
   }

@@ -132,8 +132,9 @@ struct QuantKernels {
   // w8a16 of int8 with a scale per group; tokens as w8_quantize writes them.
   void (*w8_grouped_dot)(const CodesDotParams& p);
   int w4_max_rows;
-  // The scales and offsets of a row of int4, mxfp4 or int8 for each kQuantBlock steps; with zero points,
-  // else offsets are left alone. Both have room for a vector more; scratch: decoded_scratch(k).
+  // The scales and offsets of a row of int4, mxfp4 or int8 for each kQuantBlock steps; with zero
+  // points, else offsets are left alone. Both have room for a vector more; scratch:
+  // decoded_scratch(k).
   void (*w4_scales)(const CodeRows& rows, int64_t row, float* scratch, float* scales,
                     float* offsets);
 

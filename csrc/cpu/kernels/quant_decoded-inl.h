@@ -221,9 +221,8 @@ void e4m3_dot_tile(const CodesDotParams& p) {
       }
     };
     for (int64_t b = 0; b < whole; ++b) {
-      add_block(b, [](const uint8_t* codes, int) __attribute__((always_inline)) {
-        return load_bytes<__m512i_u>(codes);
-      });
+      add_block(b, [](const uint8_t* codes, int)
+                       __attribute__((always_inline)) { return load_bytes<__m512i_u>(codes); });
     }
     if (whole * kSteps < k) {
       const int64_t left = k - whole * kSteps;

@@ -64,11 +64,10 @@ __attribute__((noinline)) RunScales w4_run_scales(const CodeRows& rows, int64_t 
 }
 
 void w4_scales(const CodeRows& rows, int64_t row, float* scratch, float* scales, float* offsets) {
-  const RunScales found = rows.codes == Codes::kMxfp4
-                              ? w4_run_scales<Mxfp4Codes>(rows, row, scratch)
-                          : rows.codes == Codes::kInt8
-                              ? w4_run_scales<Int8Codes>(rows, row, scratch)
-                              : w4_run_scales<Int4Codes>(rows, row, scratch);
+  const RunScales found =
+      rows.codes == Codes::kMxfp4  ? w4_run_scales<Mxfp4Codes>(rows, row, scratch)
+      : rows.codes == Codes::kInt8 ? w4_run_scales<Int8Codes>(rows, row, scratch)
+                                   : w4_run_scales<Int4Codes>(rows, row, scratch);
   const int64_t bytes = rows.k / kQuantBlock * static_cast<int64_t>(sizeof(float));
   __builtin_memcpy(scales, found.scale, bytes);
   if (found.offset != nullptr) __builtin_memcpy(offsets, found.offset, bytes);
