@@ -1,4 +1,4 @@
-"""kt-kernel, the CPU experts of KTransformers, on Intel processors with AMX.
+"""kt-kernel, the CPU experts of KTransformers, on processors with AMX or AVX-512 for bf16.
 
     pip install --no-deps kt-kernel
     taskset -c 1 python -m bench.cpu --modes forward quantized ...
@@ -52,8 +52,8 @@ class KTKernel(Baseline):
     def missing(self) -> str | None:
         if importlib.util.find_spec("kt_kernel") is None:
             return "kt-kernel is not installed"
-        if _library.detected_isa() != "amx":
-            return "kt-kernel is compared on processors with AMX only"
+        if _library.detected_isa() not in ("amx", "avx512_bf16"):
+            return "kt-kernel is compared on processors with AMX or AVX-512 for bf16 only"
         return beyond_isa()
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
