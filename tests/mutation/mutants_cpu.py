@@ -564,12 +564,6 @@ FAMILIES: dict[str, Family] = {
                 "weights_at(d.b, 0, feature + first, 0)",
             ),
             (
-                "dot4: scales of the first expert",
-                "scales_at(d.b, it.expert, feature)",
-                "scales_at(d.b, 0, feature)",
-                0,
-            ),
-            (
                 "panels: sums of both halves in one place",
                 "tile + i % d.segments * part + column - part_begin",
                 "tile + column - part_begin",
@@ -611,11 +605,11 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "kernels/quant_w4-inl.h",
+            "kernels/quant_w4_dot-inl.h",
             (
-                "dot4: scale of the first group for the whole end",
-                "tail_scale[f][g] = s[g];",
-                "tail_scale[f][g] = s[0];",
+                "dot4: scales of the first groups for all",
+                "put(dst, unit_scales(scales, u, shift));",
+                "put(dst, unit_scales(scales, 0, shift));",
             ),
         )
         + of(
@@ -639,9 +633,12 @@ FAMILIES: dict[str, Family] = {
             "cpu/test_isa.py",
         ),
         of(
-            "gemm/dequant.cpp",
+            "gemm/dequant.h",
             ("scales of the first expert", "e * q.scale_stride_e", "0 * e"),
             ("zero points of the first expert", "q.zero + scale", "q.zero + 0 * scale"),
+        )
+        + of(
+            "gemm/dequant.cpp",
             (
                 "decoded: end of the tokens not cleared",
                 "std::fill(x + K, x + padded_k, 0.0f);",
@@ -872,8 +869,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "weight gradient without the routing weights on the input",
-                "on_input_ ? maps_.weight : nullptr",
-                "static_cast<T*>(nullptr)",
+                "of_up.a_scale = on_input_ ? maps_.weight : nullptr;",
+                "of_up.a_scale = nullptr;",
             ),
             (
                 "x of the first range of features for all",
@@ -1646,7 +1643,8 @@ def write_sources() -> Path:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
     shutil.copytree(ROOT / "csrc", source / "csrc")
-    for name in ("CMakeLists.txt", "pyproject.toml"):
+    (source / "python" / "moe_ops").mkdir(parents=True)
+    for name in ("CMakeLists.txt", "pyproject.toml", "python/moe_ops/__init__.py"):
         shutil.copy(ROOT / name, source / name)
     (source / "mutant.h").write_text(HEADER)
     texts: dict[str, str] = {}
