@@ -2,8 +2,8 @@
 
     python -m release --test python3.10 "torch==2.10.*" --test python3.13 "torch==2.15.*"
 
-`dist/` then holds the archive of the sources, the wheels, the list of their components, checksums and
-RELEASE.md, which lists what was built and what was run where. Nothing is uploaded.
+`dist/` then holds the archive of the sources, the wheels, the list of their components, checksums
+and RELEASE.md, which lists what was built and what was run where. Nothing is uploaded.
 docs/releasing.md explains the steps.
 """
 
