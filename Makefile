@@ -52,7 +52,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-vllm-newest test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
+.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-vllm-newest test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel release test-installed clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -72,6 +72,7 @@ help:
 	@echo 'make site       build the documentation as a site in ./build/site'
 	@echo 'make wheel      build a wheel into ./dist; make test-wheel PYTHONS="python3.10 python3.13" tries it'
 	@echo 'make wheel-aarch64  the same for Linux on Arm, by a cross compiler'
+	@echo 'make release    build and check all files of a release in ./dist (docs/releasing.md)'
 	@echo 'make test-installed PYTHON=/path/to/python   run the suite on the wheel that is installed there'
 	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
 	@echo
@@ -311,6 +312,12 @@ test-wheel:
 	  build/empty/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)" numpy "$$wheel" && \
 	  (cd build && empty/bin/python -c "import moe_ops.self_test as t; bad = [r for r in t.self_test() if not r.passed]; print(bad or 'every op passed'); raise SystemExit(bool(bad))") || exit 1; \
 	done
+
+# Everything that a release consists of, from a tree without uncommitted files; it uploads nothing.
+# RELEASE_ARGS='--test python3.10 "torch==2.10.*" --test python3.13 torch' chooses what the wheel is tested with.
+RELEASE_ARGS ?=
+release:
+	@$(PYTHON) -m release --build-with $(PYTHON) "$(TORCH)" $(RELEASE_ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache

@@ -15,6 +15,13 @@ KINDS = ("lines", "points", "intervals", "bars", "heatmap")
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#222222")
 
 
+def write_svg(figure: Any, path: Path, **metadata: str) -> None:
+    """Writes a figure without the date, and without the spaces at the ends of lines."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, **metadata})
+    write_text(path, "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n")
+
+
 @dataclass(frozen=True)
 class Picture:
     """One pair of axes.
@@ -69,11 +76,7 @@ class Picture:
             axes.set_ylabel(self.ylabel)
             if self.kind != "heatmap" and len(self.series) > 1:
                 axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-            drawn = io.StringIO()
-            figure.savefig(drawn, format="svg", metadata={"Date": None})
-        # Its lines end in spaces.
-        lines = drawn.getvalue().splitlines()
-        write_text(path, "\n".join(line.rstrip() for line in lines) + "\n")
+            write_svg(figure, path)
 
     def _lines(self, figure: Any, axes: Any) -> None:
         for i, (label, data) in enumerate(self.series.items()):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
+from bench import draw_performance
 from bench.harness.files import RESULTS, ROOT
 
 FILES = {
@@ -116,3 +118,38 @@ def test_the_readme_shows_rows_of_the_page():
         assert weights == row
         cells = dict(zip(titles, values, strict=True))
         assert shown == [cells.get(title, "") for title in head[2:]], name
+
+
+def test_picture_is_of_the_recorded_run():
+    """The picture names its run; the file in bench/results must be that run, unchanged."""
+    text = draw_performance.PICTURE.read_text()
+    described = re.search(r"<dc:description>(.+?)</dc:description>", text)
+    assert described is not None
+    name = described[1].split(",")[0]
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    current = draw_performance.source(name, result)
+    assert described[1] == current, f"run python -m bench.draw_performance {name}"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*-2c*.json")), ids=lambda path: path.stem)
+def test_picture_of_any_recorded_run(path, tmp_path):
+    """All panels are drawn, and as many rings as cells in which moe_ops is slower."""
+    pytest.importorskip("matplotlib")
+    result = json.loads(path.read_text())
+    drawn = tmp_path / "drawn.svg"
+    draw_performance.draw(path.stem, result, drawn)
+    text = drawn.read_text()
+    found = draw_performance.ratios(result)
+    for kind, layer in found:
+        assert f">{kind}</text>" in text and f">{draw_performance.LAYERS[layer]}</text>" in text
+    for library in {name for panel in found.values() for name in panel}:
+        assert f">{library}</text>" in text
+    slower = [
+        (kind, layer, library, T)
+        for (kind, layer), panel in found.items()
+        for library, line in panel.items()
+        for T, ratio in line.items()
+        if ratio < 1
+    ]
+    groups = [part.split('<g id="')[0] for part in text.split('<g id="slower-')[1:]]
+    assert sum(group.count("<use ") for group in groups) == len(slower)

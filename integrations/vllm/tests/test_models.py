@@ -171,7 +171,7 @@ def test_a_published_layout(monkeypatch, tmp_path, model_type, method, zeros, la
     model = write(monkeypatch, tmp_path / "model", model_type, method, zeros)
     prompts = torch.randint(3, 60, (4, 12))
     result, log = generate(tmp_path / "model", prompts, "eager", tmp_path)
-    assert f"Experts run on moe_ops 0.1.0: {label}." in log
+    assert f"Experts run on moe_ops {moe_ops.__version__}: {label}." in log
     assert result["ops"].pop("moe_ops::moe_ffn_quantized") == 2
     dense = result["ops"].pop("moe_ops::grouped_gemm_quantized", 0)
     assert result["ops"] == {}
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_moe_ops(tmp_path, model_type, config, ranks, experts):
     engine = {"tensor_parallel_size": ranks, "enable_expert_parallel": experts}
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     result, log = generate(tmp_path / "model", prompts, "eager", tmp_path, engine=engine, env=env)
-    assert f"Experts run on moe_ops 0.1.0: {config.label}." in log
+    assert f"Experts run on moe_ops {moe_ops.__version__}: {config.label}." in log
     check(result, model, prompts)
 
 
@@ -208,7 +208,7 @@ def test_float_weights(tmp_path, model_type, mode):
     model.save_pretrained(tmp_path / "model")
     prompts = torch.randint(3, 60, (4, 12))
     result, log = generate(tmp_path / "model", prompts, mode, tmp_path)
-    assert "Experts run on moe_ops 0.1.0: bfloat16." in log
+    assert f"Experts run on moe_ops {moe_ops.__version__}: bfloat16." in log
     assert result["ops"] == {"moe_ops::moe_ffn_packed": 2}
     check(result, model, prompts)
 
@@ -221,7 +221,7 @@ def test_turned_off(tmp_path):
     generate(tmp_path / "model", prompts, "compiled", tmp_path)
     off = {"MOE_OPS_VLLM": "0"}
     result, log = generate(tmp_path / "model", prompts, "compiled", tmp_path, env=off)
-    assert "moe_ops 0.1.0" not in log
+    assert f"moe_ops {moe_ops.__version__}" not in log
     assert result["ops"] == {}
     check(result, model, prompts)
 

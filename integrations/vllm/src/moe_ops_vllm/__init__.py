@@ -6,10 +6,11 @@ MOE_OPS_VLLM=0 turns the plugin off.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 __all__ = ["register"]
-__version__ = "0.1.0"
+__version__ = importlib.metadata.version("torch-moe-ops-vllm")
 
 
 def register() -> None:
