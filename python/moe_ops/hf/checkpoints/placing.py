@@ -18,6 +18,8 @@ from moe_ops.quant import WeightConfig
 
 from .quantizer import ExpertsQuantizer, MoeOpsConfig, forget_quantizer
 
+__all__ = ["load_placed"]
+
 _METHOD = "moe_ops_place"
 # Options of from_pretrained that choose places or formats too.
 _CONFLICTING = ("device_map", "tp_plan", "distributed_config", "quantization_config")
@@ -33,7 +35,7 @@ def load_placed(
     stream_min_tokens: int | None = None,
     **options: Any,
 ) -> Any:
-    """`from_pretrained` and :func:`place` in one pass over the checkpoint.
+    """`from_pretrained` and :func:`moe_ops.hf.place` in one pass over the checkpoint.
 
     Example:
         model = load_placed(
