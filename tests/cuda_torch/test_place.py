@@ -9,7 +9,9 @@ import threading
 import pytest
 import torch
 from tests.hf.models import build, loss_and_gradients, tokens
+from transformers import AutoModelForCausalLM
 
+import moe_ops
 import moe_ops.hf
 from moe_ops import _seam
 from moe_ops._slots import SlotStream
@@ -50,6 +52,26 @@ def test_no_bank_is_on_the_card():
     gradients = dense
     activations = 4 << 20
     assert torch.cuda.max_memory_allocated() - before < dense + gradients + activations < bank
+
+
+def test_loading_puts_no_bank_on_the_card(tmp_path):
+    """Its peak is the dense weights, also while experts are read and quantized."""
+    with torch.device("cpu"):
+        build("qwen3_moe", moe_intermediate_size=2048, num_experts=32).save_pretrained(tmp_path)
+    for quantization in (None, moe_ops.Int8WeightConfig()):
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.device("cpu"):
+            model = moe_ops.hf.load_placed(
+                AutoModelForCausalLM, tmp_path, "cuda", quantization=quantization
+            )
+        tensors = [*model.parameters(), *model.buffers()]
+        dense = sum(t.nbytes for t in tensors if t.is_cuda)
+        assert 0 < dense < sum(t.nbytes for t in tensors if not t.is_cuda)
+        assert torch.cuda.max_memory_allocated() - before <= dense + 512 * len(tensors)
+        del model, tensors
 
 
 def test_the_host_waits_once_per_layer_and_direction(monkeypatch):

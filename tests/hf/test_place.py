@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import moe_ops
 import moe_ops.hf
 from moe_ops import _seam
+from moe_ops.hf.checkpoints.placing import _PlaceWhileLoading
 from moe_ops.hf.decode import fused
 from moe_ops.hf.experts import placed
 from moe_ops.hf.experts.streamed import Streamer
@@ -296,6 +297,87 @@ def test_saves_plain_files(dense, tmp_path):
     assert values.keys() == want.state_dict().keys()
     for name, value in want.state_dict().items():
         assert torch.equal(values[name].cpu(), value.cpu())
+
+
+# Experts with names of their own in files, an expert bias that stays float32, and blocks that
+# contain their router.
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize("config", [None, moe_ops.Int8WeightConfig()], ids=["float", "int8"])
+def test_loads_into_place(model_type, config, dense, tmp_path):
+    build(model_type).cpu().save_pretrained(tmp_path)
+    for options in ({}, {"dtype": torch.bfloat16}, {"layers": "*.1.*"}):
+        load = {k: v for k, v in options.items() if k == "dtype"}
+        layers = options.get("layers")
+        with torch.device("cpu"):
+            want = AutoModelForCausalLM.from_pretrained(tmp_path, **load)
+        moe_ops.hf.place(want, dense, layers=layers, quantization=config)
+        how = {**options, "quantization": config}
+        with torch.device("cpu"):
+            got = moe_ops.hf.load_placed(AutoModelForCausalLM, tmp_path, dense, **how)
+        theirs, ours = (dict(m.state_dict(keep_vars=True)) for m in (want, got))
+        assert ours.keys() == theirs.keys()
+        for name, t in theirs.items():
+            found = ours[name]
+            assert (found.device, found.dtype) == (t.device, t.dtype)
+            assert found.requires_grad == t.requires_grad
+            assert torch.equal(found, t)
+        assert len(experts_of(got)) == len(experts_of(want)) > 0
+        ids = tokens().to(dense)
+        with torch.no_grad():
+            assert torch.equal(got(ids).logits, want(ids).logits)
+        assert getattr(got, "hf_quantizer", None) is None or config is not None
+        got.save_pretrained(tmp_path / "again")
+        with torch.device("cpu"):
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+        assert all(torch.equal(again[name].cpu(), t.cpu()) for name, t in ours.items())
+
+
+@pytest.mark.parametrize("config", [None, moe_ops.Int8WeightConfig()], ids=["float", "int8"])
+def test_dense_weights_leave_the_cpu_when_they_are_read(config, tmp_path, monkeypatch):
+    """A meta tensor has no memory, and stands for one on the GPU."""
+    build("qwen3_moe").cpu().save_pretrained(tmp_path)
+    left, to = [], torch.Tensor.to
+
+    def moved(t, *args, **kwargs):
+        if args and args[0] == torch.device("meta"):
+            left.append(t.nbytes)
+        return to(t, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    loading = _PlaceWhileLoading(torch.device("meta"), None, config)
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=loading)
+    experts = {n for n in model.state_dict() if ".experts." in n}
+    dense = {n: t for n, t in model.state_dict().items() if n not in experts}
+    assert experts
+    assert all(model.state_dict()[n].device.type == "cpu" for n in experts)
+    assert all(t.is_meta for t in dense.values())
+    assert sorted(left) == sorted(t.nbytes for t in dense.values())
+
+
+def test_quantized_checkpoints_are_placed(dense, tmp_path):
+    config = moe_ops.Int8WeightConfig()
+    want = moe_ops.quantize(build("qwen3_moe").cpu(), config)
+    want.save_pretrained(tmp_path)
+    with torch.device("cpu"):
+        got = moe_ops.hf.load_placed(AutoModelForCausalLM, tmp_path, dense)
+    assert len(experts_of(got)) == 2
+    for name, t in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name].cpu(), t)
+    with pytest.raises(ValueError, match="quantization must be None for a checkpoint that is"):
+        moe_ops.hf.load_placed(AutoModelForCausalLM, tmp_path, dense, quantization=config)
+
+
+def test_bad_options_of_load_placed(tmp_path):
+    build("qwen3_moe").cpu().save_pretrained(tmp_path)
+    for options, match in (
+        ({"dense": "xpu"}, "load_placed: dense must be cuda or cpu, got 'xpu'"),
+        ({"dense": "cpu", "device_map": "auto"}, "must not contain device_map, got 'auto'"),
+        ({"dense": "cpu", "layers": "x.*"}, "got 'x.*', which matches none"),
+        ({"dense": "cpu", "stream_min_tokens": 0}, "load_placed: stream_min_tokens must be None"),
+    ):
+        with pytest.raises(ValueError, match=match.replace("*", "[*]")):
+            moe_ops.hf.load_placed(AutoModelForCausalLM, tmp_path, **options)
 
 
 def test_an_error_leaves_nothing_behind(dense, monkeypatch):

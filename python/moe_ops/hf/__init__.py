@@ -45,6 +45,7 @@ from moe_ops.hf.checkpoints import published
 from moe_ops.hf.checkpoints.export import export
 from moe_ops.hf.checkpoints.hook import TransformersHook
 from moe_ops.hf.checkpoints.offloading import load_offloaded
+from moe_ops.hf.checkpoints.placing import load_placed as load_placed
 from moe_ops.hf.checkpoints.quantizer import MoeOpsConfig
 from moe_ops.hf.decode import attention
 from moe_ops.hf.decode.optimize import optimize, restore

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_ops._sharded import is_sharded
 from moe_ops.hf.decode.optimize import is_optimized
@@ -70,8 +70,9 @@ def place(
             meta device, with hooks of accelerate, sharded, offloaded, or optimized already; models
             that `enable` and `quantize` reject.
     """
-    device = _check(model, dense, experts, quantization, stream_min_tokens)
-    placed = _matching(model, layers)
+    device = check_options("place", dense, experts, quantization, stream_min_tokens)
+    _check_model(model)
+    placed, others = matching_blocks(model, layers)
     streamed = []
     if stream_min_tokens is not None:
         streamed = [n for n in placed if quantization or _is_called(model.get_submodule(n))]
@@ -85,7 +86,6 @@ def place(
         for name in placed:
             for bank in _banks(model.get_submodule(name)):
                 bank.cpu()  # Quantized experts are on the device of the float ones.
-        others = [n for n in blocks if n not in placed and _banks(model.get_submodule(n))]
         quantize(model, quantization, skip=others)
     banks = [bank for name in placed for bank in _banks(model.get_submodule(name))]
     module: Any
@@ -109,27 +109,35 @@ def place(
     return found | dict.fromkeys(streamed, f"cpu, {device} from {stream_min_tokens} tokens")
 
 
-def _check(
-    model: Any, dense: Any, experts: Any, quantization: Any, stream_min_tokens: Any
+def check_options(
+    op: str, dense: Any, experts: Any, quantization: Any, stream_min_tokens: Any
 ) -> torch.device:
-    """Returns the device of everything but experts."""
+    """Returns the device of everything but experts.
+
+    Raises:
+        ValueError: options that `place` does not take, in a sentence of `op`.
+    """
+    _device(op, "experts", experts, ("cpu",))
+    device = _device(op, "dense", dense, ("cuda", "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{op}: dense must be a CUDA device that torch sees, got {str(dense)!r} with "
+            f"{torch.cuda.device_count()} devices."
+        )
+    if quantization is not None:
+        check_config(op, quantization)
+    number = stream_min_tokens
+    if number is not None and (type(number) is not int or number < 1):
+        raise ValueError(f"{op}: stream_min_tokens must be None or at least 1, got {number!r}.")
+    return device
+
+
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(
             "place: model must be a loaded model (AutoModelForCausalLM.from_pretrained), got "
             f"{model!r:.80}."
         )
-    _device("experts", experts, ("cpu",))
-    device = _device("dense", dense, ("cuda", "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"place: dense must be a CUDA device that torch sees, got {str(dense)!r} with "
-            f"{torch.cuda.device_count()} devices."
-        )
-    if quantization is not None:
-        check_config("place", quantization)
-    number = stream_min_tokens
-    if number is not None and (type(number) is not int or number < 1):
-        raise ValueError(f"place: stream_min_tokens must be None or at least 1, got {number!r}.")
     if is_optimized(model):
         raise ValueError("place: model must not be optimized yet; call restore, place, optimize.")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -145,24 +153,27 @@ def _check(
             raise ValueError(f"place: experts must be in memory, got offloaded ones as {name}.")
         if getattr(model.get_submodule(name), "dispatcher", None) is not None:
             raise ValueError(f"place: experts must be in one process, got sharded ones as {name}.")
-    return device
 
 
-def _device(argument: str, value: Any, kinds: tuple[str, ...]) -> torch.device:
+def _device(op: str, argument: str, value: Any, kinds: tuple[str, ...]) -> torch.device:
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in kinds:
-        raise ValueError(f"place: {argument} must be {' or '.join(kinds)}, got {value!r}.")
+        raise ValueError(f"{op}: {argument} must be {' or '.join(kinds)}, got {value!r}.")
     return device
 
 
-def _matching(model: nn.Module, layers: Any) -> list[str]:
-    """Returns the blocks whose experts stay on the CPU."""
+def matching_blocks(model: nn.Module, layers: Any) -> tuple[list[str], list[str]]:
+    """Returns the names of the blocks whose experts stay on the CPU, and of the others.
+
+    Raises:
+        ValueError: `layers` is no pattern, or one that matches no block.
+    """
     found = [name for name in status(model) if _banks(model.get_submodule(name))]
     if layers is None or not found:
-        return found
+        return found, []
     patterns = (layers,) if isinstance(layers, str) else tuple(layers)
     for pattern in patterns:
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in found):
@@ -170,7 +181,13 @@ def _matching(model: nn.Module, layers: Any) -> list[str]:
                 f"place: layers must be patterns of the names of MoE blocks, as {found[0]!r}, got "
                 f"{pattern!r}, which matches none."
             )
-    return [name for name in found if any(fnmatchcase(name, p) for p in patterns)]
+    placed = [name for name in found if any(fnmatchcase(name, p) for p in patterns)]
+    return placed, [name for name in found if name not in placed]
+
+
+def bank_tensors(block: nn.Module) -> list[Tensor]:
+    """Returns the tensors of a block's experts that `place` keeps on the CPU."""
+    return [t for bank in _banks(block) for t in (*bank.parameters(), *bank.buffers())]
 
 
 def _shared_experts(block: Any) -> nn.Module | None:

@@ -18,7 +18,7 @@ from moe_ops.offload.convert import parts_of
 from moe_ops.offload.store import FileStore
 from moe_ops.quant.bank import FoundBank, check_weights, find_banks
 
-from .quantizer import BankReader
+from .quantizer import BankReader, forget_quantizer
 
 _METHOD = "moe_ops_offload"
 
@@ -69,14 +69,7 @@ def load_offloaded(
     model = auto_class.from_pretrained(
         pretrained, quantization_config=_OffloadWhileLoading(loading), **options
     )
-    # It was no quantization, but what transformers lets look at weights while they are read.
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
-    model.hf_quantizer = None
-    for name in ("quantization_method", "is_quantized"):
-        model.__dict__.pop(name, None)
+    forget_quantizer(model)
     if not loading.files:
         raise ValueError(
             f"load_offloaded: model must hold a bank of float experts, got {type(model).__name__} "

@@ -186,6 +186,17 @@ class BankReader(HfQuantizer):
         return True
 
 
+def forget_quantizer(model: Any) -> None:
+    """Removes what transformers keeps of a quantizer that only watched weights being read."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+    model.hf_quantizer = None
+    for name in ("quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+
+
 @register_quantizer(METHOD)
 class ExpertsQuantizer(BankReader):
     """Builds quantized banks before a checkpoint is read, or quantizes while it is."""
