@@ -1,59 +1,102 @@
-"""Runs torchtitan's trainer on CPU processes: `python -m tests.torchtitan.train` with its options.
-
-torchtitan looks for an accelerator. Here torch names the CPU as one, with the functions that
-torchtitan calls for memory statistics. Each rank prints its losses as JSON behind LOSSES.
-"""
+"""Runs torchtitan's trainer on CPU processes with the options of its command line."""
 
 from __future__ import annotations
 
 import json
-import sys
-from types import SimpleNamespace
+import multiprocessing
+import os
+import random
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-
-def use_cpu() -> None:
-    torch._utils._get_available_device_type = lambda: "cpu"
-    cpu: Any = torch.cpu
-    cpu.get_device_name = lambda device=None: "cpu"
-    cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=1 << 34)
-    cpu.memory_stats = lambda device=None: {}
-    cpu.reset_peak_memory_stats = lambda device=None: None
-    cpu.empty_cache = lambda: None
-    cpu.current_device = lambda: 0
-    if not hasattr(torch.distributed, "set_timeout"):  # torchtitan 0.3.0 needs a torch after 2.13
-        distributed: Any = torch.distributed
-        distributed.set_timeout = lambda *args, **options: None
+WORDS = 500
 
 
-def main(args: list[str]) -> None:
-    use_cpu()
+def make_assets(folder: Path) -> None:
+    """Writes a tokenizer of WORDS words and a data set where torchtitan looks for its own."""
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", *map(str, range(WORDS))])}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<s>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    data = folder / "tests" / "assets" / "c4_test" / "data.json"
+    data.parent.mkdir(parents=True)
+    texts = (" ".join(str(random.randrange(WORDS)) for _ in range(100)) for _ in range(500))
+    data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+
+def rank_main(rank: int, ranks: int, port: int, folder: str, args: list[str], result: Any) -> None:
+    os.chdir(folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    import tests.torchtitan.cpu  # noqa: F401, I001  # before torchtitan
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.config import ConfigManager
 
+    if "--fp32" in args:  # torchtitan's experts always compute in bfloat16.
+        args.remove("--fp32")
+        tensor: Any = torch.Tensor
+        tensor.bfloat16 = tensor.float
+
     losses: list[float] = []
+    times: list[float] = []
     log = MetricsProcessor.log
 
     def record(self: Any, step: int, loss: float, *rest: Any, **options: Any) -> None:
         losses.append(loss)
+        times.append(time.perf_counter())
         log(self, step, loss, *rest, **options)
 
-    MetricsProcessor.log = record
-    config = ConfigManager().parse_args(args)
-    config.override.imports.append("tests.torchtitan.cpu_attention.causal")
+    setattr(MetricsProcessor, "log", record)
+    config: Any = ConfigManager().parse_args(args)
+    config.override.imports.append("tests.torchtitan.cpu.causal")
     trainer = config.build()
-    for part in trainer.model_parts:
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no other.
+    modules = [m for part in trainer.model_parts for m in part.modules()]
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other.
     trainer.train()
     trainer.close()
-    print("LOSSES", json.dumps(losses), flush=True)
+    experts = {type(m).__qualname__ for m in modules if type(m).__qualname__.endswith("Experts")}
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    result.send((losses, experts - {"RoutedExperts"}, seconds))
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def train(folder: Path, ranks: int, *args: str) -> tuple[list[float], set[str], list[float]]:
+    """Returns the losses, the classes of experts and the seconds per step of the last rank."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tests.torchtitan.cpu", "torchtitan.trainer"])
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [
+        context.Process(target=rank_main, args=(r, ranks, port, str(folder), list(args), sender))
+        for r in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    sender.close()
+    try:
+        results = []
+        while len(results) < ranks:
+            results.append(receiver.recv())  # EOFError: a rank failed, and the others ended.
+    finally:
+        for process in processes:
+            process.join(60)
+            process.kill()
+    losses = {tuple(losses) for losses, *_ in results}
+    assert len(losses) == 1, f"ranks report different losses: {losses}"
+    return results[-1]
