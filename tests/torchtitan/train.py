@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,17 +36,18 @@ def make_assets(folder: Path) -> None:
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
 
-def rank_main(rank: int, ranks: int, port: int, folder: str, args: list[str], result: Any) -> None:
+def rank_main(
+    rank: int, ranks: int, port: int, folder: str, args: list[str], fp32: bool, result: Any
+) -> None:
     os.chdir(folder)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    import tests.torchtitan.cpu  # noqa: F401, I001  # before torchtitan
+    import tests.torchtitan.cpu  # noqa: F401  # before torchtitan
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.config import ConfigManager
 
-    if "--fp32" in args:  # torchtitan's experts always compute in bfloat16.
-        args.remove("--fp32")
+    if fp32:  # Experts convert their inputs and weights by this method.
         tensor: Any = torch.Tensor
         tensor.bfloat16 = tensor.float
 
@@ -58,7 +60,7 @@ def rank_main(rank: int, ranks: int, port: int, folder: str, args: list[str], re
         times.append(time.perf_counter())
         log(self, step, loss, *rest, **options)
 
-    setattr(MetricsProcessor, "log", record)
+    MetricsProcessor.log = record
     config: Any = ConfigManager().parse_args(args)
     config.override.imports.append("tests.torchtitan.cpu.causal")
     trainer = config.build()
@@ -69,23 +71,26 @@ def rank_main(rank: int, ranks: int, port: int, folder: str, args: list[str], re
     trainer.train()
     trainer.close()
     experts = {type(m).__qualname__ for m in modules if type(m).__qualname__.endswith("Experts")}
-    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(times)]
     result.send((losses, experts - {"RoutedExperts"}, seconds))
     torch.distributed.destroy_process_group()
 
 
-def train(folder: Path, ranks: int, *args: str) -> tuple[list[float], set[str], list[float]]:
-    """Returns the losses, the classes of experts and the seconds per step of the last rank."""
+def train(
+    folder: Path, ranks: int, args: list[str], *, fp32: bool
+) -> tuple[list[float], set[str], list[float]]:
+    """Returns the losses, the classes of the experts and the seconds per step of one rank.
+
+    With fp32, experts compute in float32 where torchtitan converts to bfloat16.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "tests.torchtitan.cpu", "torchtitan.trainer"])
     receiver, sender = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=rank_main, args=(r, ranks, port, str(folder), list(args), sender))
-        for r in range(ranks)
-    ]
+    rest = (ranks, port, str(folder), args, fp32, sender)
+    processes = [context.Process(target=rank_main, args=(r, *rest)) for r in range(ranks)]
     for process in processes:
         process.start()
     sender.close()
