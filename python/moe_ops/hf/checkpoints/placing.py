@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -176,5 +176,5 @@ class _Put(ConversionOps):
     def convert(self, input_dict: Any, *args: Any, **context: Any) -> dict[str, Any]:
         if any(name in self.placer._device_of for name in input_dict):
             return self.placer.put(input_dict)
-        found: dict[str, Tensor] = self.quantize.convert(input_dict, *args, **context)
+        found: dict[str, Any] = self.quantize.convert(input_dict, *args, **context)
         return found
