@@ -41,6 +41,12 @@ QUANTIZATION = {
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
     },
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+    "autofp8": {"quant_method": "fp8", "activation_scheme": "static"},
+    "packed-int8": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}},
+    },
     "mxfp4": {"quant_method": "mxfp4"},
     "nvfp4": {
         "quant_method": "compressed-tensors",
@@ -80,11 +86,18 @@ def quantize(method: str, weight: torch.Tensor, zeros: bool) -> tuple[dict, torc
         q, scale = quantize_fp8_blocks(weight)
         leaf = "weight_scale_inv" if method == "fp8" else "weight_scale"
         return {"weight": q, leaf: scale}, dequantize_fp8_blocks(q, scale)
-    if method in ("fp8-channel", "fp8-tensor"):
+    if method == "packed-int8":
+        scale = weight.unflatten(1, (-1, GROUP)).abs().amax(2).div(127).bfloat16()
+        steps = scale.float().repeat_interleave(GROUP, 1)
+        codes = (weight / steps).round().clamp(-128, 127).to(torch.int8)
+        packed = (codes.view(torch.uint8) ^ 128).view(torch.int32)
+        return {"weight_packed": packed, "weight_scale": scale}, codes * steps
+    if method in ("fp8-channel", "fp8-tensor", "autofp8"):
         most = weight.abs().amax(1, keepdim=True) if method == "fp8-channel" else weight.abs().max()
         scale = (most / 448).bfloat16()
         q = (weight / scale.float()).to(torch.float8_e4m3fn)
-        return {"weight": q, "weight_scale": scale}, q.float() * scale.float()
+        inputs = {"input_scale": torch.rand(())} if method == "autofp8" else {}
+        return {"weight": q, "weight_scale": scale} | inputs, q.float() * scale.float()
     if method in ("nvfp4", "modelopt"):
         codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
         scale = (torch.rand(weight.shape[0], weight.shape[1] // 16) * 400 + 40).to(

@@ -29,6 +29,8 @@ CASES = {
     ("qwen3_moe", "fp8-channel", False): ("e4m3", 1e-4),
     ("qwen3_moe", "fp8-block", False): ("fp8", 0.08),
     ("mixtral", "fp8-tensor", False): ("e4m3", 1e-4),
+    ("mixtral", "autofp8", False): ("e4m3", 1e-4),
+    ("qwen3_moe", "packed-int8", False): ("int8 g64 bfloat16", 0.02),
     ("gpt_oss", "mxfp4", False): ("mxfp4", 0.08),
     ("qwen3_moe", "nvfp4", False): ("nvfp4", 0.08),
     ("mixtral", "modelopt", False): ("nvfp4", 0.08),

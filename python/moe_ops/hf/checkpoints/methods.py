@@ -60,6 +60,18 @@ def _group(files: Checkpoint, scales: str, dimension: int, in_features: int) -> 
     return in_features // groups
 
 
+def _packed_bits(files: Checkpoint, packed: str, in_features: int) -> int:
+    """Returns the bits of a code: a row of words of 32 bits has `in_features` of them."""
+    words = files.shape(packed)[-1]
+    bits = next((bits for bits in (4, 8) if -(-in_features * bits // 32) == words), None)
+    if bits is None:
+        raise ValueError(
+            f"from_pretrained: {packed} must have {in_features} codes of 4 or 8 bits in a row, got "
+            f"{words} words."
+        )
+    return bits
+
+
 def _int4(files: Checkpoint, scales: str, group: int, zero_points: bool) -> WeightFormat:
     dtype = _scale_dtype(files, scales)
     kernels = not zero_points and group in _KERNEL_GROUPS
@@ -125,7 +137,11 @@ class CompressedTensors(Method):
         if f"{name}.weight_packed" not in files:
             return WeightFormat("int8")
         group = _group(files, scale, 1, in_features)
-        return _int4(files, scale, group, f"{name}.weight_zero_point" in files)
+        if _packed_bits(files, f"{name}.weight_packed", in_features) == 4:
+            return _int4(files, scale, group, f"{name}.weight_zero_point" in files)
+        if group == in_features:
+            return WeightFormat("int8")
+        return WeightFormat("int8", group, _scale_dtype(files, scale))
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
         if self._has_e4m3(files, name):
@@ -144,7 +160,10 @@ class CompressedTensors(Method):
             return published.from_int8_channels(weight, scale)
         rest = (files.optional(f"{name}.weight_{leaf}") for leaf in ("zero_point", "g_idx"))
         packed = files.get(f"{name}.weight_packed")
-        return published.from_compressed_tensors(packed, scale, *rest, in_features=in_features)
+        bits = _packed_bits(files, f"{name}.weight_packed", in_features)
+        return published.from_compressed_tensors(
+            packed, scale, *rest, in_features=in_features, bits=bits
+        )
 
 
 class ModelOpt(Method):
@@ -164,12 +183,18 @@ class ModelOpt(Method):
 
 
 class Fp8(Method):
-    marker = "weight_scale_inv"
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        # Without blocks (AutoFP8), a weight has one scale.
+        self._blocks = config.get("weight_block_size") is not None
+        self.marker = "weight_scale_inv" if self._blocks else "weight_scale"
 
     def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
-        return WeightFormat("fp8")
+        return WeightFormat("fp8" if self._blocks else "e4m3")
 
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        if not self._blocks:
+            return _read_e4m3(files, name, blocks=False)
         leaves = (f"{name}.weight", f"{name}.weight_scale_inv")
         return published.from_fp8(*map(files.get, leaves))
 

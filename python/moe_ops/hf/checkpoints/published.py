@@ -1,6 +1,7 @@
 """Checkpoints that others quantized, read into layers that compute with the weights as they are:
 GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized, float-quantized,
-nvfp4-pack-quantized), NVFP4 and FP8 of ModelOpt, MXFP4 and fp8 in blocks of 128.
+nvfp4-pack-quantized), NVFP4 and FP8 of ModelOpt, MXFP4, and fp8 in blocks of 128 or with one scale
+per weight.
 
 Example:
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
@@ -252,8 +253,9 @@ def _check_values(config: dict[str, Any]) -> None:
             refuse("version", "gemm", version)
     if method == "modelopt" and config.get("quant_algo") not in ("NVFP4", "FP8"):
         refuse("quant_algo", "NVFP4 or FP8", config.get("quant_algo"))
-    if method == "fp8" and list(config.get("weight_block_size") or ()) != [128, 128]:
-        refuse("weight_block_size", "[128, 128]", config.get("weight_block_size"))
+    blocks = config.get("weight_block_size")
+    if method == "fp8" and blocks is not None and list(blocks) != [128, 128]:
+        refuse("weight_block_size", "[128, 128] or null", blocks)
     if method == "compressed-tensors":
         known = (
             "pack-quantized",
@@ -267,10 +269,10 @@ def _check_values(config: dict[str, Any]) -> None:
         groups = (config.get("config_groups") or {}).values()
         packed = [g for g in groups if (g.get("format") or config["format"]) == "pack-quantized"]
         bits = {(g.get("weights") or {}).get("num_bits") for g in packed}
-        if bits - {4}:
-            refuse("num_bits", "4", sorted(map(str, bits)))
-        blocks = [(g.get("weights") or {}).get("block_structure") for g in groups]
-        for size in blocks:
+        if bits - {4, 8}:
+            refuse("num_bits", "4 or 8", sorted(map(str, bits)))
+        for group in groups:
+            size = (group.get("weights") or {}).get("block_structure")
             if size is not None and list(size) != [128, 128]:
                 refuse("block_structure", "[128, 128]", size)
 
