@@ -7,6 +7,7 @@ in :mod:`moe_ops.hf`, and reference implementations in plain torch are in :mod:`
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -53,11 +54,7 @@ else:
     def __getattr__(name: str) -> Any:
         """Imports the reference and quantization on first use: no op needs them."""
         if name == "reference":
-            import moe_ops.reference
-
-            return moe_ops.reference
+            return _import_module(f"{__name__}.reference")
         if name in ("Int4WeightConfig", "Int8WeightConfig", "quantize"):
-            import moe_ops.quant
-
-            return getattr(moe_ops.quant, name)
+            return getattr(_import_module(f"{__name__}.quant"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
