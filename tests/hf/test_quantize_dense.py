@@ -89,6 +89,22 @@ def test_loaded_layers_run_in_decode_steps(tmp_path):
     assert "model.layers.0" not in found.left  # Its last call was one step.
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dense", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_loaded_layers_are_known(model_type, dense, dtype, tmp_path):
+    """A loaded model of few bits takes the steps of one that was quantized in place."""
+    model, ids = make(model_type).to(dtype), tokens(1, 5)
+    moe_ops.hf.optimize(model, quantization=dense)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, dtype=dtype)
+    moe_ops.hf.optimize(loaded)
+    for each in (model, loaded):
+        each.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    wanted, got = moe_ops.hf.report(model), moe_ops.hf.report(loaded)
+    assert dict(got) == dict(wanted) and got.left == wanted.left
+
+
 def test_a_tied_head_stays_float_while_loading(tmp_path):
     model = make("mixtral", tie_word_embeddings=True)
     model.tie_weights()

@@ -27,7 +27,8 @@ from moe_ops.ops import (
     router_linear,
     topk_router,
 )
-from moe_ops.quant.linear import DenseOperands
+from moe_ops.quant.linear import DenseOperands, QuantizedLinear
+from moe_ops.quant.stored_linear import StoredLinear
 
 _SIZES = (1e-3, 1.0, 30.0, 1e4)
 _TOLERANCE = 1e-5
@@ -68,7 +69,10 @@ def shell(module: nn.Module, parts: dict[str, nn.Module]) -> Any:
 
 def float_copy(module: nn.Module) -> Any:
     """Returns a copy of the module and its submodules in eval mode, in fp32 on the CPU, without
-    hooks. fp32 tensors share memory."""
+    hooks. fp32 tensors share memory. Quantized linear layers become float ones: their tokens would
+    be rounded, and formulas are compared to more digits."""
+    if isinstance(module, QuantizedLinear | StoredLinear):
+        return _float_linear(module)
     parts = {name: float_copy(m) for name, m in module._modules.items() if m is not None}
     probe = shell(module, parts)
     for kind in ("_parameters", "_buffers"):
@@ -80,6 +84,16 @@ def float_copy(module: nn.Module) -> Any:
             tensors[name] = t
         probe.__dict__[kind] = tensors
     return probe
+
+
+def _float_linear(layer: QuantizedLinear | StoredLinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    weight = layer.weight.as_subclass(Tensor).to("cpu", torch.float32)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        bias = layer.bias.detach().to("cpu", torch.float32)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def _first_difference(
