@@ -67,7 +67,7 @@ def test_an_error_of_a_kernel_ends_generate(decoding, model_type, config, dense)
 
 
 def test_ids_out_of_range_are_empty_slots(dense):
-    """As for experts that are not placed."""
+    """They add nothing, like those of experts that are not placed."""
     want, got = pair("qwen3_moe", dense)
     ids = tokens().to(dense)
 
