@@ -233,12 +233,18 @@ def in_two_threads(model, ids, repeats):
                 got[number] = model(ids[2 * number : 2 * number + 2]).logits
             torch.cuda.current_stream().synchronize()
 
+    in_threads(call)
+    return got
+
+
+def in_threads(call):
+    """Runs call(0) and call(1) in two threads."""
     threads = [threading.Thread(target=call, args=(number,)) for number in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    return got
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_two_threads():
@@ -248,6 +254,92 @@ def test_two_threads():
         want = [model(part).logits for part in ids.split(2)]
     torch.cuda.synchronize()
     torch.testing.assert_close(in_two_threads(model, ids, 5), want)
+
+
+def test_an_error_in_one_thread_leaves_the_other_alone():
+    """Both call one model, each on its own stream; half of the calls of one thread fail."""
+    model, ids = placed("deepseek_v3"), tokens(4, 7).cuda()
+    with torch.no_grad():
+        want = [model(part).logits for part in ids.split(2)]
+    torch.cuda.synchronize()
+    failing, errors, got = threading.local(), [], [None, None]
+
+    def hook(module, args):
+        return (*args[:2], args[2][:, :1]) if getattr(failing, "now", False) else None
+
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(hook)
+
+    def call(number):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(8):
+                failing.now = number == 0 and turn % 2 == 0
+                try:
+                    got[number] = model(ids[2 * number : 2 * number + 2]).logits
+                except ValueError as error:
+                    errors.append((number, str(error)))
+            torch.cuda.current_stream().synchronize()
+
+    in_threads(call)
+    assert len(errors) == 4
+    for number, message in errors:
+        assert number == 0 and "moe_ffn: topk_weights must have K = 3" in message
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_an_error_in_a_backward_on_a_side_stream(device):
+    """It comes from the thread of autograd for the device; the next backward has no trace of it."""
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("There is one device.")
+    model, ids = placed("deepseek_v3", device), tokens().to(device)
+    want = loss_and_gradients(model, ids)
+    model.zero_grad()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(side):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.down_proj.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    torch.cuda.current_stream(device).wait_stream(side)
+    got = loss_and_gradients(model, ids)
+    torch.testing.assert_close(got[1], want[1])
+    for name, gradient in want[2].items():
+        torch.testing.assert_close(got[2][name], gradient)
+
+
+@pytest.mark.parametrize("stream_min_tokens", [None, 1])
+def test_unplace_to_a_card(stream_min_tokens):
+    """The whole model and its gradients are there, and nothing is page-locked."""
+    with torch.device("cpu"):
+        model = build("qwen3_moe", hidden_size=256, moe_intermediate_size=256)
+        moe_ops.hf.place(model, "cuda", stream_min_tokens=stream_min_tokens)
+    ids = tokens().cuda()
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, want, gradients = loss_and_gradients(model, ids)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer.step()
+    weights = [p.data for layer in model.model.layers for p in layer.mlp.experts.parameters()]
+    assert all(t.is_pinned() == (stream_min_tokens is not None) for t in weights)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert set(moe_ops.hf.unplace(model, "cuda").values()) == {"cuda"}
+    assert not any(t.is_pinned() for t in weights)
+    for name, parameter in model.named_parameters():
+        assert parameter.is_cuda and parameter.grad.is_cuda
+        assert torch.equal(parameter.detach().cpu(), values[name].cpu())
+        torch.testing.assert_close(parameter.grad.cpu(), gradients[name].cpu())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(state["exp_avg"].is_cuda for state in optimizer.state.values())
+    optimizer.step()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial[name])
+        for device in ("cuda", "cpu"):
+            got = model.to(device)(ids.to(device)).logits
+            assert got.device.type == device
+            torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-4, atol=1e-4)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def streamed(model_type="qwen3_moe", dense="cuda", min_tokens=8, **options):

@@ -54,6 +54,7 @@ from moe_ops.hf.experts.forward import experts_forward
 from moe_ops.hf.experts.parallel import Interface, register_ep_implementation
 from moe_ops.hf.experts.switch import assert_used, disable, enable, status
 from moe_ops.hf.hybrid import place as place
+from moe_ops.hf.hybrid import unplace as unplace
 from moe_ops.hf.models import (
     register_attention,
     register_block,

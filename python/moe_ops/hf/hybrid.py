@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from moe_ops._sharded import is_sharded
 from moe_ops.hf.decode.optimize import is_optimized
-from moe_ops.hf.experts.placed import is_placed, run_ahead, set_placed
+from moe_ops.hf.experts.placed import is_placed, run_ahead, set_placed, unset_placed
 from moe_ops.hf.experts.streamed import set_streamed
 from moe_ops.hf.experts.switch import enable, is_quantized, status
 from moe_ops.hf.models.known import Unknown, find
 from moe_ops.quant import WeightConfig, quantize
 from moe_ops.quant.config import check_config
 
-__all__ = ["place"]
+__all__ = ["place", "unplace"]
 
 # Attributes with the weights of blocks that also contain the router, by class of transformers. The
 # experts of JetMoE's attention stay with the attention.
@@ -109,6 +109,49 @@ def place(
     return found | dict.fromkeys(streamed, f"cpu, {device} from {stream_min_tokens} tokens")
 
 
+def unplace(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, str]:
+    """Undoes :func:`place`: moves the whole model to one device, in place.
+
+    Experts get their former classes back, and `.to`, `.cuda` and the like move them again. They
+    stay on moe_ops until :func:`moe_ops.hf.disable`, and stay quantized if they are. Adapters of
+    peft move along. The state of an optimizer stays where it is: load its `state_dict` again.
+
+    Args:
+        model: a model that `place` or `load_placed` returned or changed.
+        device: CUDA or the CPU. If its memory is too small, torch's error leaves a part of the
+            model there, and `model.to("cpu")` moves all of it back.
+
+    Returns:
+        Name of each MoE block whose experts were placed -> their device.
+
+    Raises:
+        ValueError: another device; a model without placed experts, one that is optimized, or one
+            whose experts got another class since, for instance by parametrizations. The model is
+            unchanged.
+    """
+    target = _device("unplace", "device", device, ("cuda", "cpu"))
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    banks = {module: name for name, module in named if is_placed(module)}
+    if not banks:
+        raise ValueError(
+            f"unplace: model must have experts that place put on the CPU, got {model!r:.80}."
+        )
+    if is_optimized(model):
+        raise ValueError("unplace: model must not be optimized; call restore first.")
+    for bank, name in banks.items():
+        if not is_placed(bank, itself=True):
+            raise ValueError(
+                f"unplace: {name} must have the class that place gave it, got one derived from it; "
+                "remove parametrizations first."
+            )
+    set_streamed(list(banks), target.type, None)
+    for bank in banks:
+        unset_placed(bank)
+    model.to(target)
+    blocks = (n for n in status(model) if banks.keys() & _banks(model.get_submodule(n)))
+    return dict.fromkeys(blocks, str(target))
+
+
 def check_options(
     op: str, dense: Any, experts: Any, quantization: Any, stream_min_tokens: Any
 ) -> torch.device:
@@ -119,11 +162,6 @@ def check_options(
     """
     _device(op, "experts", experts, ("cpu",))
     device = _device(op, "dense", dense, ("cuda", "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"{op}: dense must be a CUDA device that torch sees, got {str(dense)!r} with "
-            f"{torch.cuda.device_count()} devices."
-        )
     if quantization is not None:
         check_config(op, quantization)
     number = stream_min_tokens
@@ -162,6 +200,11 @@ def _device(op: str, argument: str, value: Any, kinds: tuple[str, ...]) -> torch
         device = torch.device("meta")
     if device.type not in kinds:
         raise ValueError(f"{op}: {argument} must be {' or '.join(kinds)}, got {value!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{op}: {argument} must be a CUDA device that torch sees, got {str(value)!r} with "
+            f"{torch.cuda.device_count()} devices."
+        )
     return device
 
 

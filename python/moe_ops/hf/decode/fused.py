@@ -44,6 +44,12 @@ def set_fused(module: nn.Module, kind: str, settings: Any) -> None:
     module._moe_ops_fused = settings
 
 
+def unset_fused(module: nn.Module) -> None:
+    """Gives a module with a fused class the class that it had before."""
+    module.__class__ = type(module)._moe_ops_own  # type: ignore[attr-defined]
+    del module._moe_ops_fused
+
+
 def kind_of(module: nn.Module) -> str | None:
     """Returns the kind of a module's fused class; None for another class, including one that was
     derived from a fused class (for example by parametrizations)."""

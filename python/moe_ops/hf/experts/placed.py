@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._seam import run_on_cpu
-from moe_ops.hf.decode.fused import kind_of, register_kind, set_fused
+from moe_ops.hf.decode.fused import kind_of, register_kind, set_fused, unset_fused
 from moe_ops.hf.experts.streamed import run_streamed, weights_changed
 
 _KIND = "placed"
@@ -24,9 +24,13 @@ _SHARED = "_moe_ops_shared"
 _RESULT = "_moe_ops_ahead"
 
 
-def is_placed(module: nn.Module) -> bool:
-    """Returns whether the module's tensors stay on the CPU."""
-    return getattr(type(module), "_moe_ops_placed", False)
+def is_placed(module: nn.Module, *, itself: bool = False) -> bool:
+    """Returns whether the module's tensors stay on the CPU.
+
+    Args:
+        itself: False for a module whose class was derived from that of a placed one.
+    """
+    return kind_of(module) == _KIND if itself else getattr(type(module), "_moe_ops_placed", False)
 
 
 def set_placed(module: nn.Module) -> None:
@@ -34,6 +38,16 @@ def set_placed(module: nn.Module) -> None:
     if not is_placed(module):
         module.cpu()
         set_fused(module, _KIND, None)
+
+
+def unset_placed(module: nn.Module) -> None:
+    """Gives a placed module its own class back; its tensors stay where they are."""
+    shared: nn.Module
+    for shared in module.__dict__.pop(_SHARED, ()):
+        shared.__dict__.pop(_RESULT, None)
+        if kind_of(shared) == _AHEAD:
+            unset_fused(shared)
+    unset_fused(module)
 
 
 def run_ahead(experts: nn.Module, shared: nn.Module) -> None:
