@@ -194,8 +194,15 @@ class MoELayer(nn.Module):
         return out
 
 
+class TokenByToken(MoELayer):
+    """The same layer with one call per token, as in decoding of one sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.moe(token) for token in x.split(1, dim=1)], dim=1)
+
+
 class OffloadedLayer(nn.Module):
-    """Offloaded experts, top-1, of which one token after the other uses one.
+    """Offloaded experts, top-1, with one call per token.
 
     With probability `hit_rate` the next token's expert is one in the cache, and otherwise one that
     is not, drawn uniformly in both cases; the cache is LRU.
@@ -238,7 +245,9 @@ class OffloadedLayer(nn.Module):
         return expert
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        ids = torch.tensor([[self.next_expert()] for _ in flat])
-        out: Tensor = self.experts(flat, torch.ones(len(flat), 1), ids)
-        return out.view(x.shape)
+        one = torch.ones(1, 1)
+        outputs = [
+            self.experts(token, one, torch.tensor([[self.next_expert()]]))
+            for token in x.flatten(0, -2).split(1)
+        ]
+        return torch.cat(outputs).view(x.shape)
