@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .claims import Claim, Runs
 
+
 def example(module: Any, lead: tuple[int, ...], **where: Any) -> Tensor:
     """Returns a random input of a module for a scene's leading dimensions."""
     shape = (module.rows * lead[0], *lead[1:], *module.features)

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"efficiency: claims must be among {', '.join(CLAIMS)}, got {unknown}.")
     if not options.page:
         for name in options.claims or CLAIMS:
-            if options.again or name not in read()["claims"]:
+            if options.again or not read()["claims"].get(name, {}).get("measured"):
                 store(name, measure(CLAIMS[name], options.seconds))
                 print(f"measured {name}", flush=True)
     for path in report.write(read()):

@@ -25,7 +25,7 @@ def write(result: Mapping[str, Any], page: Path = PAGE, picture: Path = PICTURE)
 def body(result: Mapping[str, Any]) -> str:
     """Returns the text between the marks of the page."""
     machine, claims = result["machine"], result["claims"]
-    missing = [f"`{name}`" for name in CLAIMS if name not in claims]
+    missing = [f"`{name}`" for name in CLAIMS if not claims.get(name, {}).get("measured")]
     parts = [
         f"Measured on {machine['cores']} cores of {machine['cpu']}. Counted and measured values "
         "are ratios to the baseline; below 1, the arm is cheaper.",
@@ -34,7 +34,7 @@ def body(result: Mapping[str, Any]) -> str:
         "\n".join(f"- {CLAIMS[n].system} (`{n}`): {CLAIMS[n].why}" for n in claims),
     ]
     if missing:
-        parts.append(f"Not measured so far: {', '.join(missing)}.")
+        parts.append(f"Counted, but not measured so far: {', '.join(missing)}.")
     details = "\n".join(values(claims))
     summary = "<summary>Sizes, and the values that the ratios are of</summary>"
     return "\n\n".join([*parts, f"<details>\n{summary}\n\n{details}\n\n</details>"])
@@ -82,7 +82,7 @@ def table(claims: Mapping[str, Any]) -> Iterator[str]:
             f"{arm} / {claim.baseline}",
             DASH if published is None else f"{published:.2f} ({claim.quantity})",
             f"{counted_ratio(claim, found['counted'], arm):.3f} ({counted_name(claim)})",
-            "<br>".join(time_cell(scene, of["ratio"][arm]) for scene, of in measured(found)),
+            "<br>".join(time_cell(s, of["ratio"][arm]) for s, of in measured(found)) or DASH,
             DASH if peak is None else f"{peak:.2f}",
         )
         yield f"| {' | '.join(cells)} |"
@@ -121,7 +121,7 @@ def values(claims: Mapping[str, Any]) -> Iterator[str]:
                 f"{counted['weights'] / 1e6:,.0f}",
                 by_scene(counted["flops"], 1e9),
                 by_scene(counted["saved"], 1e6),
-                by_scene({s: of["seconds"][arm] for s, of in measured(found)}, 1e-3),
+                by_scene({s: of["seconds"][arm] for s, of in measured(found)}, 1e-3) or DASH,
                 DASH if peak is None else f"{peak / 1e6:,.0f}",
             )
             yield f"| {' | '.join(cells)} |"
@@ -155,6 +155,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             counted = counted_ratio(claim, found["counted"], arm)
             axes.plot(counted, place, "o", color="#0072B2", ms=6, label="counted")
             peak = peak_ratio(claim, found, arm)
+            if not found["measured"]:
+                continue
             if claim.quantity in (FLOPS, TIME) or peak is None:
                 middle, low, high = next(measured(found))[1]["ratio"][arm]
                 error = [[middle - low], [high - middle]]
