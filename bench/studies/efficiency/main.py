@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=", ".join(CLAIMS))
     parser.add_argument("--again", action="store_true", help="also those with a stored result")
     parser.add_argument("--page", action="store_true", help="write the page and measure nothing")
-    parser.add_argument("--seconds", type=seconds, default=15.0, help="for a scene (15)")
+    parser.add_argument("--seconds", type=seconds, default=3.0, help="for a scene (3)")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.claims) - set(CLAIMS))
     if unknown:
