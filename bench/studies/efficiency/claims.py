@@ -227,7 +227,7 @@ def deepseek() -> Claim:
         system="deepseek",
         published="about 40 % of the compute of Llama 2 7B: 74.4 against 187.9 TFLOPs per 4,096 "
         "tokens, in training",
-        source=arxiv("2401.06066", "table 3"),
+        source=arxiv("2401.06066", "paper"),
         quantity=FLOPS,
         counted_by=FLOPS,
         counted_scene="4,096 tokens",
@@ -249,7 +249,7 @@ def deepseek() -> Claim:
         scenes=LM_SCENES,
         counted_scenes=CONTEXT,
         why="Three times the counted FLOPs, for forward and backward, are 75.9 and 188.8 "
-        "TFLOPs per 4,096 tokens, within 2 % and 0.5 % of the published values. On the "
+        "TFLOPs per 4,096 tokens, 2 % and 0.5 % above the published values. On the "
         "CPU, a prompt of 256 tokens gives each of 64 experts 24 tokens, for which "
         "weights are read but little is computed.",
     )
@@ -654,7 +654,7 @@ def expertflow() -> Claim:
         prepare=offload,
         needs=("in memory",),
         peak_arms=("predicted", "in memory"),
-        why="The hit rates are trained quantities, taken from the paper: 91.90 % predicted "
+        why="The hit rates are trained quantities, taken as published: 91.90 % predicted "
         "and 76.61 % LRU; the zoo's own predictor has lower ones "
         "([expertflow](expertflow.md)). The published memory corresponds to a cache of "
         "6 of 128 experts per layer, which is why the row has it. Counted are weights; "
