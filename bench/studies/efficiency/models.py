@@ -145,7 +145,7 @@ class MixtralBlock(nn.Module):
 
 
 class WeakMixtralBlock(nn.Module):
-    """The same block in SCMoE's weak pass: only the expert of rank 2."""
+    """Mixtral block in SCMoE's weak pass, which runs only the expert of rank 2."""
 
     rows = 1
 
@@ -195,7 +195,7 @@ class MoELayer(nn.Module):
 
 
 class TokenByToken(MoELayer):
-    """The same layer with one call per token, as in decoding of one sequence."""
+    """MoE layer that is called once per token, as in decoding of one sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.moe(token) for token in x.split(1, dim=1)], dim=1)
