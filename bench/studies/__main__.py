@@ -31,7 +31,8 @@ def hours(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.studies",
-        epilog="python -m bench.studies train SYSTEM --folder FOLDER trains one system.",
+        epilog="python -m bench.studies train SYSTEM --folder FOLDER trains one system; python -m "
+        "bench.studies efficiency counts and measures claims of efficiency.",
         description="Puts what the systems of the zoo claim to the test. Runs what is missing, "
         "goes on with what was cut, and writes results and pages into the tree.",
     )
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["train"]:
             return train.main(given[1:])
+        if given[:1] == ["efficiency"]:
+            from .efficiency import main as efficiency
+
+            return efficiency.main(given[1:])
         options = parser.parse_args(given)
         if options.again:
             return again(*options.again)
