@@ -120,7 +120,9 @@ def run_with_a_failure(rank, how, where, folder):
 
 @pytest.mark.parametrize("_", range(int(os.environ.get("MOE_OPS_FAILURE_REPEATS", "1"))))
 @pytest.mark.parametrize(("how", "where"), FAILURES, ids=map(" ".join, FAILURES))
-def test_a_failing_rank_ends_the_others_in_time(processes, tmp_path, record_property, how, where, _):
+def test_a_failing_rank_ends_the_others_in_time(
+    processes, tmp_path, record_property, how, where, _
+):
     """MOE_OPS_FAILURE_REPEATS=20 runs each kind of failure 20 times."""
     with pytest.raises(RankError) as error:
         processes.run(run_with_a_failure, how, where, tmp_path, timeout=TIMEOUT)

