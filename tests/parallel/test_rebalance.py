@@ -182,7 +182,7 @@ def test_gradients_of_replicas_are_those_of_one_process(processes):
         torch.testing.assert_close(its_norm, norm, rtol=1e-5, atol=0)
 
 
-COPIES = ExpertPlacement(8, 4, (0, 1, 0, 2, 3, 0, 4, 5, 1, 6, 7, 1))
+COPIES = ExpertPlacement(8, 4, (0, 1, 2, 3, 0, 4, 5, 0, 1, 6, 7, 1))
 
 
 def gradients_of_copies(rank):
@@ -205,7 +205,7 @@ def test_only_ranks_with_copies_of_an_expert_exchange_its_gradient(processes):
     loss_of(model, *batch(0)).backward()
     want = model.layers[0].moe.experts.w_down.grad
     sent, found = zip(*processes.run(gradients_of_copies), strict=True)
-    assert sent == ([[0, 2, 1, 1]], [[1, 0, 0, 0]], [[1, 0, 0, 1]], [[1, 0, 1, 0]])
+    assert sent == ([[0, 1, 2, 1]], [[1, 0, 1, 0]], [[2, 1, 0, 1]], [[1, 0, 1, 0]])
     rows = torch.cat(found)
     assert_same({"w_down": rows}, {"w_down": want[list(COPIES.physical)]})
     first = list(COPIES.first_places)
