@@ -70,7 +70,7 @@ class DispatchOutput(NamedTuple):
     state: data for `combine` of the dispatcher.
     num_slots: number of ids that have an expert on this process, or None. With it, training calls
         `Bank.forward_local` with a row for each of these, so that the memory for backward is in
-        proportion to num_slots and not to R * K'.
+        proportion to num_slots and not to R * K'; not in compiled code.
     """
 
     x: Tensor | InFlight
@@ -167,7 +167,8 @@ class Dispatcher:
             rows, options["x_scale"] = rows.wait_codes()
             options.setdefault("out_dtype", dtype)
         call = wait(rows), wait(sent.topk_weights), wait(sent.topk_ids)
-        if sent.num_slots is not None and torch.is_grad_enabled():
+        training = torch.is_grad_enabled() and not is_compiling()
+        if sent.num_slots is not None and training:
             y = self._forward_by_slot(bank, *call, sent.num_slots, options)
         else:
             y = bank.forward_local(*call, **options)
