@@ -393,3 +393,37 @@ def test_gather_of_too_many_tokens(processes):
 def test_placement_of_another_group(bad_input):
     with bad_input("DedupAllToAllDispatcher", "placement", "2"):
         DedupAllToAllDispatcher(None, ExpertPlacement.contiguous(8, 2))
+
+
+# ---------------------------------------------------------------------- memory for backward
+
+MANY = Case(tokens=(64,) * 4, num_experts=32, top_k=8, hidden_size=64, intermediate_size=48)
+
+
+def run_saved(rank: int, name: str) -> int:
+    """Returns the bytes of the tensors that a call saves for backward, besides its operands."""
+    call = MANY.operands("saved", torch.bfloat16)
+    local, block = list(MANY.placement.local(rank)), MANY.block(rank)
+    weights = {n: call[n][local].requires_grad_() for n in ("w_gate_up", "w_down")}
+    x, w = (call[n][block].clone().requires_grad_() for n in ("x", "topk_weights"))
+    ids = call["topk_ids"][block].clone()
+    storages: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+        return t
+
+    dispatcher = make_dispatcher(dist.group.WORLD, MANY.num_experts, dispatch=name)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = dispatcher(OpBank(weights), x, w, ids)
+    y.sum().backward()
+    for operand in (x, w, ids, *weights.values()):
+        storages.pop(operand.untyped_storage().data_ptr(), None)
+    return sum(size for size, _ in storages.values())
+
+
+def test_tokens_saves_memory_for_the_slots_of_a_rank(processes):
+    slots, tokens = (sum(processes.run(run_saved, name)) for name in ("slots", "tokens"))
+    num_slots = 4 * 64 * 8
+    rows = num_slots * (64 + 2 * 48) * 2  # Inputs of the experts and their pre-activations.
+    assert rows <= tokens <= slots <= 1.5 * rows + num_slots * 64

@@ -15,12 +15,15 @@ import moe_ops
 from moe_ops.layers import ExpertLoadStats, Experts, record_routing
 from moe_ops.parallel import (
     ExpertPlacement,
+    banks,
     clip_grad_norm_,
     init_moe_meshes,
     move_experts,
     plan_placements,
     shard_experts,
 )
+from moe_ops.parallel.comm import all_to_all_rows
+from moe_ops.testing import assert_identical
 
 from .common import EXPERTS, Model, Run, assert_same, batch, gradients, loss_of, whole
 
@@ -177,6 +180,37 @@ def test_gradients_of_replicas_are_those_of_one_process(processes):
     for got, its_norm in processes.run(gradients_of_replicas, world=2):
         assert_same(got, want)
         torch.testing.assert_close(its_norm, norm, rtol=1e-5, atol=0)
+
+
+COPIES = ExpertPlacement(8, 4, (0, 1, 2, 3, 0, 4, 5, 0, 1, 6, 7, 1))
+
+
+def gradients_of_copies(rank):
+    """Returns the rows sent to each rank to sum gradients, and w_down's gradient on this one."""
+    sent = []
+
+    def send_rows(x, recv, send, group):
+        sent.append(send)
+        return all_to_all_rows(x, recv, send, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(banks, "all_to_all_rows", send_rows)
+        model = shard_experts(Model(1), init_moe_meshes(4).ep, placement=COPIES)
+        (loss_of(model, *batch(0, rank, 4)) / 4).backward()
+    return sent, model.layers[0].moe.experts.w_down.grad.to_local()
+
+
+def test_only_ranks_with_copies_of_an_expert_exchange_its_gradient(processes):
+    model = Model(1)
+    loss_of(model, *batch(0)).backward()
+    want = model.layers[0].moe.experts.w_down.grad
+    sent, found = zip(*processes.run(gradients_of_copies), strict=True)
+    assert sent == ([[0, 1, 2, 1]], [[1, 0, 1, 0]], [[2, 1, 0, 1]], [[1, 0, 1, 0]])
+    rows = torch.cat(found)
+    assert_same({"w_down": rows}, {"w_down": want[list(COPIES.physical)]})
+    first = list(COPIES.first_places)
+    for row, expert in zip(rows, COPIES.physical, strict=True):
+        assert_identical(row, rows[first[expert]])
 
 
 # ---------------------------------------------------------------------------------- checkpoints

@@ -6,10 +6,12 @@ calls for memory statistics. FlexAttention has no backward on CPUs: an override 
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 torch._utils._get_available_device_type = lambda: "cpu"
 cpu: Any = torch.cpu
@@ -22,6 +24,20 @@ cpu.current_device = lambda: 0
 if not hasattr(torch.distributed, "set_timeout"):  # torchtitan 0.3.0 needs a torch after 2.13.
     distributed: Any = torch.distributed
     distributed.set_timeout = lambda *args, **options: None
+
+
+def step_of_micro_batches(
+    self: Any, *, arg_mbs: list | None, kwarg_mbs: list, target_mbs: list | None, **options: Any
+) -> Any:
+    """Runs a pipeline on a list of micro-batches, which `step` of a later torch takes."""
+    self._split_inputs = lambda *_: (arg_mbs, kwarg_mbs)
+    target = None if target_mbs is None else torch.cat(target_mbs)
+    return step_of_a_batch(self, target=target, **options)
+
+
+step_of_a_batch = PipelineScheduleSingle.step
+if "arg_mbs" not in inspect.signature(step_of_a_batch).parameters:
+    PipelineScheduleSingle.step = step_of_micro_batches  # type: ignore[method-assign]
 
 from torchtitan.config import override  # noqa: E402
 from torchtitan.models.common.attention import (  # noqa: E402

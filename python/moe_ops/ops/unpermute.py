@@ -88,6 +88,13 @@ def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return new_like(rows), new_if(weighted, rows, slot_to_row.shape, acc)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, *maps, weights = inputs
+    if weights is None:  # Backward needs no values of the rows, only their shape.
+        rows = rows.new_empty((1, rows.shape[1])).expand(rows.shape)
+    ctx.save_for_backward(rows, *maps, weights)
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, expert_offsets, slot_to_row, weights = ctx.saved_tensors
     grad_rows, grad_weights = torch.ops.moe_ops.unpermute_bwd(
@@ -115,6 +122,6 @@ def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -
     return d_grad_y, d_rows, None, None, d_weights
 
 
-register_autograd("unpermute", _backward, save_inputs)
+register_autograd("unpermute", _backward, _setup)
 register_autograd("unpermute_bwd", _backward_bwd, save_inputs)
 register_autocast("unpermute")

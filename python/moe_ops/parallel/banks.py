@@ -19,7 +19,7 @@ from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers import Experts
 from moe_ops.quant import QuantizedExperts
 
-from .comm import sum_over_group
+from .comm import all_to_all_rows
 from .placement import ExpertPlacement
 from .registry import make_dispatcher
 
@@ -153,19 +153,17 @@ class _TieReplicas(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Runs one all-reduce with a row for each replicated expert."""
-        placement, mesh = ctx.sharding.placement, ctx.sharding.ep_mesh
-        several = [e for e, copies in enumerate(placement.copies) if copies > 1]
-        local = placement.local(mesh.get_local_rank())
-        here = [row for row, expert in enumerate(local) if expert in several]
-        there = [several.index(local[row]) for row in here]
         found = [g for g in grads if g is not None]
         if not found:
             return None, *grads
+        placement, mesh = ctx.sharding.placement, ctx.sharding.ep_mesh
+        here = [
+            row
+            for row, expert in enumerate(placement.local(mesh.get_local_rank()))
+            if placement.copies[expert] > 1
+        ]
         rows = torch.cat([g[here].flatten(1) for g in found], 1)
-        total = rows.new_zeros(len(several), rows.shape[1])
-        total[there] = rows
-        total = sum_over_group(total, mesh.get_group())[there]
+        total = _sum_of_copies(rows, here, placement, mesh)
         parts = iter(total.split([g[0].numel() for g in found], 1))
         results: list[Tensor | None] = [None]
         for g in grads:
@@ -174,3 +172,33 @@ class _TieReplicas(torch.autograd.Function):
                 g[here] = part.view(-1, *g.shape[1:])
             results.append(g)
         return tuple(results)
+
+
+def _sum_of_copies(
+    rows: Tensor, here: list[int], placement: ExpertPlacement, mesh: DeviceMesh
+) -> Tensor:
+    """Returns the sum of each row [R, F] over all copies of its expert, with one all-to-all in
+    which ranks send rows only to other ranks that have the expert. All ranks add in the order of
+    physical experts, so the sums of an expert are bitwise identical.
+
+    Args:
+        here: the physical experts of the rows, counted from the first one of this rank.
+    """
+    rank, n = mesh.get_local_rank(), mesh.size()
+    experts = [placement.local(r) for r in range(n)]
+    mine = [experts[rank][row] for row in here]
+    away = [[i for i, e in enumerate(mine) if r != rank and e in experts[r]] for r in range(n)]
+    # Experts of the rows of each rank that this one also has, its own rows among them.
+    known = [[e for e in experts[r] if e in mine] for r in range(n)]
+    recv = [0 if r == rank else len(known[r]) for r in range(n)]
+    send = [len(indices) for indices in away]
+    sent = rows[[i for indices in away for i in indices]]
+    received = all_to_all_rows(sent, recv, send, mesh.get_group())
+    before, after = received.tensor_split([sum(recv[:rank])])
+    copies = torch.cat([before, rows, after, rows.new_zeros(1, rows.shape[1])])
+    order = [e for part in known for e in part]
+    lines = [[i for i, e in enumerate(order) if e == expert] for expert in mine]
+    total = torch.zeros_like(rows)
+    for nth in range(max(placement.copies)):  # The last row of `copies` is zero.
+        total = total + copies[[line[nth] if nth < len(line) else -1 for line in lines]]
+    return total

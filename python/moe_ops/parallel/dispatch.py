@@ -23,8 +23,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moe_ops._private_torch import in_selective_recompute
+from moe_ops._private_torch import check_size, in_selective_recompute
 from moe_ops.layers.recompute import in_backward
+from moe_ops.ops import permute, sort_by_expert, unpermute
 
 from .comm import (
     InFlight,
@@ -67,12 +68,16 @@ class DispatchOutput(NamedTuple):
     x: [R, H].
     topk_weights, topk_ids: [R, K'], see `Bank.forward_local`.
     state: data for `combine` of the dispatcher.
+    num_slots: number of ids that have an expert on this process, or None. With it, training calls
+        `Bank.forward_local` with a row for each of these, so that the memory for backward is in
+        proportion to num_slots and not to R * K'; not in compiled code.
     """
 
     x: Tensor | InFlight
     topk_weights: Tensor | InFlight
     topk_ids: Tensor | InFlight
     state: Any
+    num_slots: int | None = None
 
 
 class Dispatcher:
@@ -161,9 +166,34 @@ class Dispatcher:
         ):
             rows, options["x_scale"] = rows.wait_codes()
             options.setdefault("out_dtype", dtype)
-        y = bank.forward_local(wait(rows), wait(sent.topk_weights), wait(sent.topk_ids), **options)
+        call = wait(rows), wait(sent.topk_weights), wait(sent.topk_ids)
+        training = torch.is_grad_enabled() and not is_compiling()
+        if sent.num_slots is not None and training:
+            y = self._forward_by_slot(bank, *call, sent.num_slots, options)
+        else:
+            y = bank.forward_local(*call, **options)
         y = self.combine(y, sent.state)
         return y.to(dtype) if self.fp32_combine else y
+
+    def _forward_by_slot(
+        self,
+        bank: Bank,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_slots: int,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Computes `bank.forward_local` with one row per nonempty slot, in the order of experts."""
+        offsets, row_to_slot, slot_to_row = sort_by_expert(topk_ids, self.placement.per_rank)
+        row_to_slot = first_rows(row_to_slot, num_slots)
+        slot_to_row = slot_to_row.masked_fill(slot_to_row >= num_slots, -1)
+        rows = permute(x, offsets, row_to_slot, top_k=topk_ids.shape[1])
+        weights, ids = (
+            t.reshape(-1, 1).index_select(0, row_to_slot) for t in (topk_weights, topk_ids)
+        )
+        y = bank.forward_local(rows, weights, ids, **options)
+        return unpermute(y, offsets, slot_to_row)
 
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
@@ -222,6 +252,13 @@ class Dispatcher:
     def __repr__(self) -> str:
         experts = f"{len(self.placement.local(self.rank))} of {self.placement.num_experts} experts"
         return f"{type(self).__name__}(rank {self.rank} of {self.num_ranks}, {experts})"
+
+
+def first_rows(rows: Tensor, number: int) -> Tensor:
+    """Returns the first `number` rows, of which compiled code learns that they exist."""
+    if is_compiling():
+        check_size(number <= rows.shape[0])
+    return rows.narrow(0, 0, number)
 
 
 def _as_multiplied(x: Tensor) -> Tensor:

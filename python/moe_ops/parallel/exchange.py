@@ -11,11 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_ops._private_torch import check_size
 from moe_ops.ops import dispatch_layout, permute, sort_by_expert, unpermute
 
 from .comm import (
@@ -26,7 +24,7 @@ from .comm import (
     exchange_counts,
     to_host,
 )
-from .dispatch import Dispatcher, DispatchOutput
+from .dispatch import Dispatcher, DispatchOutput, first_rows
 from .placement import ExpertPlacement
 
 
@@ -68,10 +66,13 @@ class _AllToAll(Dispatcher):
         super().__init__(group, placement, fp32_combine=fp32_combine)
         self.fp8 = fp8
 
-    def _splits(self, send: Tensor, recv: Tensor) -> tuple[list[int], list[int]]:
-        """Returns the numbers of rows for and from each rank, [n] each, with one device sync."""
-        numbers = to_host(torch.cat([send, recv]))
-        return numbers[: self.num_ranks], numbers[self.num_ranks :]
+    def _splits(
+        self, send: Tensor, recv: Tensor, slots: Tensor
+    ) -> tuple[list[int], list[int], int]:
+        """Returns the numbers of rows for and from each rank, [n] each, and the sum of the slots
+        from each rank [n], with one device sync."""
+        n, numbers = self.num_ranks, to_host(torch.cat([send, recv, slots]))
+        return numbers[:n], numbers[n : 2 * n], sum(numbers[2 * n :])
 
     def _begin(self, rows: Tensor, recv: list[int], send: list[int]) -> Tensor | InFlight:
         begin = begin_all_to_all_fp8 if self.fp8 else begin_all_to_all_rows
@@ -80,12 +81,6 @@ class _AllToAll(Dispatcher):
     def combine(self, y: Tensor, state: _Sent) -> Tensor:
         back = all_to_all_rows(y, state.send, state.recv, self.group, grad_dtype=state.grad_dtype)
         return unpermute(back, state.offsets, state.slot_to_row, state.topk_weights)
-
-
-def _first(rows: Tensor, number: int) -> Tensor:
-    if is_compiling():
-        check_size(number <= rows.shape[0])
-    return rows.narrow(0, 0, number)
 
 
 class AllToAllDispatcher(_AllToAll):
@@ -104,11 +99,13 @@ class AllToAllDispatcher(_AllToAll):
 
         def exchange() -> tuple[list[int], list[int], Tensor]:
             received = exchange_counts(counts, self.group)
-            return *self._splits(counts.sum(1), received.sum(1)), received
+            rows = received.sum(1)
+            send, recv, _ = self._splits(counts.sum(1), rows, rows)
+            return send, recv, received
 
         send, recv, received = self._sizes_of(topk_ids, exchange)
         num_sent, num_rows = sum(send), sum(recv)
-        row_to_slot = _first(row_to_slot, num_sent)
+        row_to_slot = first_rows(row_to_slot, num_sent)
         slot_to_row = slot_to_row.masked_fill(slot_to_row >= num_sent, -1)
         rows = permute(x, offsets, row_to_slot, top_k=max(topk_ids.shape[1], 1))
         arriving = self._begin(rows, recv, send)
@@ -133,13 +130,16 @@ class DedupAllToAllDispatcher(_AllToAll):
         offsets, tokens, slot_to_row, ids = dispatch_layout(
             topk_ids, self.num_ranks, self.placement.per_rank, self.table(topk_ids)
         )
-        counts = offsets.diff()
+        # Rows for each rank, and the slots among them.
+        slots = F.pad((ids >= 0).sum(1).cumsum(0), (1, 0)).index_select(0, offsets).diff()
+        counts = torch.stack([offsets.diff(), slots.int()], 1)
 
-        def exchange() -> tuple[list[int], list[int]]:
-            return self._splits(counts, exchange_counts(counts, self.group))
+        def exchange() -> tuple[list[int], list[int], int]:
+            received = exchange_counts(counts, self.group)
+            return self._splits(counts[:, 0], *received.unbind(1))
 
-        send, recv = self._sizes_of(topk_ids, exchange)
-        tokens, ids = _first(tokens, sum(send)), _first(ids, sum(send))
+        send, recv, num_slots = self._sizes_of(topk_ids, exchange)
+        tokens, ids = first_rows(tokens, sum(send)), first_rows(ids, sum(send))
         rows = permute(x, offsets, tokens, top_k=1)
         weights = permute(topk_weights, offsets, tokens, top_k=1)
         return DispatchOutput(
@@ -147,6 +147,7 @@ class DedupAllToAllDispatcher(_AllToAll):
             begin_all_to_all_rows(weights, recv, send, self.group),
             begin_all_to_all_rows(ids, recv, send, self.group),
             _Sent(offsets, slot_to_row, send, recv, None, rows.dtype),
+            num_slots,
         )
 
 

@@ -69,13 +69,17 @@ class _Layer(NamedTuple):
     kept: saved for backward, without rows.
     rows: of the experts, saved for backward.
     arriving: a buffer of R rows.
-    returned: saved rows that were returned.
+    given: rows that the experts save: R, or with "tokens" in training one per slot.
+    returned: a buffer of returned rows.
+    weighted: saved rows that were returned, for the gradients of routing weights.
     """
 
     kept: int
     rows: int
     arriving: int
+    given: int
     returned: int
+    weighted: int
     weights: _Sizes
     experts: _Sizes
 
@@ -149,7 +153,7 @@ def _layer(
     kept = 4 * t * h * b + 4 * t * _FLOAT32 + _attention(shape, job)
     if not moe:
         width = shape.dense_intermediate_size
-        return _Layer(kept + t * _activated(shape, width) * b, 0, 0, 0, weights, experts)
+        return _Layer(kept + t * _activated(shape, width) * b, 0, 0, 0, 0, 0, weights, experts)
     kept += t * _activated(shape, shape.shared_intermediate_size) * b
     if shape.float32_router and b < _FLOAT32:  # Copies of the operands, and the logits.
         kept += (t * h + shape.num_experts * h + t * shape.num_experts) * _FLOAT32
@@ -163,8 +167,12 @@ def _layer(
         arriving = rows.num_received * h * b
     if rows.name in ("slots", "tokens", "padded"):
         returned = rows.num_sent * h * job.result_size
+    by_slot = rows.name == "tokens" and job.training
+    given = rows.slots * h * b if by_slot else arriving
+    weighted = returned if rows.name == "slots" else 0
     inside = rows.slots * (shape.width * b + 4 * _FLOAT32)
-    return _Layer(kept, arriving + inside + returned, arriving, returned, weights, experts)
+    saved = given + inside + weighted
+    return _Layer(kept, saved, arriving, given, returned, weighted, weights, experts)
 
 
 def _activated(shape: ModelShape, width: int) -> int:
@@ -243,17 +251,17 @@ def _training(
         ),
         _Moment(
             "backward of the last experts",
-            below + last - moe.arriving - moe.returned + 2 * row,
-            3 * moe.arriving,
+            below + last - moe.given - moe.weighted + 2 * row,
+            3 * moe.given,
             held + gathered + moe.weights.used + 2 * moe.experts.used,
             _workspace(shape, job, True),
         ),
         _Moment(
             "backward of the last combine",
-            below + last - moe.arriving - moe.returned + 2 * row,
-            # Received rows, returned rows, their gradient, and if its dtype differs, the gradient
-            # in that of x.
-            moe.arriving + 2 * moe.returned + (moe.arriving if job.fp32_combine else 0),
+            below + last - moe.given - moe.weighted + 2 * row,
+            # Rows of the experts, returned rows, their gradient, and if its dtype differs, the
+            # gradient in that of x.
+            moe.given + moe.weighted + moe.returned + (moe.arriving if job.fp32_combine else 0),
             held + gathered + moe.weights.used + moe.experts.used,
             0,
         ),

@@ -171,7 +171,7 @@ def _know_sizes(model: nn.Module, rows: Rows) -> None:
     for module in model.modules():
         dispatcher: Any = getattr(module, "dispatcher", None)
         if hasattr(dispatcher, "_splits"):
-            dispatcher._splits = lambda *_: (rows.sent, rows.received)
+            dispatcher._splits = lambda *_: (rows.sent, rows.received, rows.expert_slots)
         elif hasattr(dispatcher, "_largest"):
             dispatcher._largest = _Largest(dispatcher.group)
 

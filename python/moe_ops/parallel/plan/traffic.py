@@ -45,7 +45,8 @@ class Rows:
 
     name: of the dispatcher.
     sent, received: rows to and from each rank of the group, including this one.
-    slots: of the busiest rank, K' for each row that the experts get.
+    slots: of the busiest rank, for which its experts allocate memory: K' for each row that they
+        get, or with "tokens" in training those of its own experts.
     expert_slots: those of its own experts.
     """
 
@@ -133,7 +134,9 @@ def rows_of(shape: ModelShape, job: ParallelJob) -> Rows:
         return Rows(name, [], [], tokens * k, round(tokens * k * job.imbalance / n))
     rows = tokens * k if name == "slots" else round(tokens * visits(shape, n))
     received = round(rows * job.imbalance)
-    slots = received if name == "slots" else received * k
+    slots = received
+    if name == "tokens":
+        slots = ours if job.training else received * k
     return Rows(name, split_evenly(rows, n), split_evenly(received, n), slots, ours)
 
 
@@ -200,7 +203,7 @@ def _all_to_all(
         return Message(name, "forward", "ep", "all_to_all", back * size, out * size)
 
     # As int32; the size of gathered tokens is an int64.
-    counts = {"slots": local_experts(shape, job), "tokens": 1}.get(rows.name, 0)
+    counts = {"slots": local_experts(shape, job), "tokens": 2}.get(rows.name, 0)
     sizes = 4 * (n - 1) * counts
     first = [Message("sizes", "forward", "ep", "all_to_all", sizes, sizes)] if sizes else []
     if job.fp8:
