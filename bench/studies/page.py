@@ -293,7 +293,8 @@ def counted(results: Path = RESULTS) -> str:
         f"The studies declared {declared} hypotheses before their runs. "
         f"{by_headline.total()} headlines stand in the tables: {_listed(by_headline)}. Of these "
         f"headlines, {published} have a published figure beside them. The abstracts of "
-        f"{len(ABSTRACTS)} models and methods make {by_abstract.total()} claims: {_listed(by_abstract)}."
+        f"{len(ABSTRACTS)} models and methods make {by_abstract.total()} claims: "
+        f"{_listed(by_abstract)}."
     )
 
 
