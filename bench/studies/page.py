@@ -314,12 +314,13 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
             "x": [size for size, _ in there],
             "y": [c.mean for _, c in there],
             "error": [c.interval.high - c.mean for _, c in there],
+            "bound": [c.bound for _, c in there],
         }
     return [
         Picture(
             "trend" if i == 0 else f"trend-{i + 1}",
             # A legend names the headlines where there are several.
-            "By study, with 95 % intervals"
+            "By study, with 95 % intervals, bounds dashed"
             + (f": {next(iter(series))}" if len(series) == 1 else ""),
             "",
             unit or "difference",

@@ -81,6 +81,16 @@ def test_list_command(toy):
         assert word in result.output
 
 
+def test_methods_have_functions():
+    methods = zoo.list_methods()
+    assert [m.name for m in methods] == ["premoe", "uncurl", "super_experts", "scmoe", "expertflow"]
+    for method in methods:
+        assert all(map(callable, method.load().values())), method.name
+        assert method.summary.endswith(".") and len(method.summary) < 90, method.name
+    result = runner.invoke(app, ["zoo", "list"])
+    assert all(method.name in result.output for method in methods)
+
+
 def test_every_system_is_whole():
     for name in zoo.list_models():
         system = zoo.get(name)
