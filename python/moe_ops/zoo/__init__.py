@@ -14,12 +14,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
 from ._presets import preset, presets_of
+from ._saving import load_weights_and_config, save_model
 
 __all__ = [
     "Method",
@@ -28,8 +30,10 @@ __all__ = [
     "get",
     "list_methods",
     "list_models",
+    "load_model",
     "preset",
     "register",
+    "save_model",
 ]
 
 
@@ -170,6 +174,22 @@ def create_model(name: str, preset: str = "tiny", **overrides: Any) -> Any:
         ValueError: an unknown name, preset or field.
     """
     return get(name).create(preset, **overrides)
+
+
+def load_model(name: str, path: Path | str) -> Any:
+    """Returns the model that `save_model` wrote, on the CPU.
+
+    Args:
+        name: one of `list_models()`, the model's system.
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown name; the file is damaged, or of another system.
+    """
+    module = get(name).load()
+    config_class, model_class = getattr(module, get(name).config), getattr(module, get(name).model)
+    return load_weights_and_config(path, config_class, model_class)
 
 
 # Name, config, model, extra and summary; a system is imported by `System.load` alone.
