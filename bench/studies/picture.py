@@ -122,7 +122,7 @@ class Picture:
                 places, data["y"], data["error"], fmt="o", color=color, label=label, capsize=3
             )
             for place, bound in zip(places, data.get("bound", []), strict=False):
-                axes.hlines(bound, place - 0.25, place + 0.25, color=color, linestyle="--")
+                axes.hlines(bound, place - step / 2, place + step / 2, color=color, linestyle="--")
         low, high = axes.get_ylim()
         if low < 0 < high:
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
