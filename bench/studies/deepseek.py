@@ -426,7 +426,7 @@ EXPERIMENT = Experiment(
             contradicted="with a shared expert a token has 7 choices, without one 28 pairs",
         ),
         Headline(
-            "finer", "finer experts lower it further", "monotone over 16, 32, 64 experts",
+            "finer", "finer experts lower it further", "monotone over three numbers of experts",
             "quality",
             shown="2.6 million sets of experts to choose from in place of 7, at equal compute",
         ),

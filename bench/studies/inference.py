@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 LEVEL = 0.95
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
+# Not computed from differences: the study lacks what the claim is about.
+NOT_TESTABLE = "not testable at this size"
 
 
 def t_cdf(t: float, degrees: int) -> float:

@@ -17,11 +17,12 @@ from pathlib import Path
 from moe_ops._files import write_text
 
 from . import registry
-from .inference import CONTRADICTED, NOT_SHOWN, SHOWN, detectable
+from .abstracts import ABSTRACTS
+from .inference import CONTRADICTED, NOT_SHOWN, NOT_TESTABLE, SHOWN, detectable
 from .picture import Picture
 from .queue import RESULTS
 from .report import Claim, Report, measured
-from .study import Experiment, Headline, Hypothesis, Study
+from .study import NOT_MEASURED, Abstract, Experiment, Headline, Hypothesis, Study
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "zoo"
@@ -29,9 +30,11 @@ OVERVIEW = ROOT / "docs" / "zoo.md"
 BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
 KINDS = ("quality", "mechanism", "cost")
 MOST_COLUMNS = 3
-MARKS = {SHOWN: "●", NOT_SHOWN: "○", CONTRADICTED: "✕"}
 NOT_RUN = "not run so far"
-STATES = (SHOWN, CONTRADICTED, NOT_SHOWN, NOT_RUN)
+MARKS = {
+    SHOWN: "●", NOT_SHOWN: "○", CONTRADICTED: "✕", NOT_TESTABLE: "□", NOT_MEASURED: "–",
+    NOT_RUN: "–",
+}  # fmt: skip
 
 
 def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIEW) -> list[Path]:
@@ -41,8 +44,8 @@ def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIE
         ValueError: a page without the two marks, each on a line of its own.
     """
     written = []
-    rows = [f"| system | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
-    counts: Counter[str] = Counter()
+    titles = ("system", "claims of the abstract", *(f"studies: {kind}" for kind in KINDS))
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for system in registry.NAMES:
         found = registry.experiment(system)
         made, drawn = body(found, results)
@@ -52,8 +55,7 @@ def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIE
             written.append(path)
         written.append(fill(pages / f"{system}.md", made))
         rows.append(f"| [{system}](zoo/{system}.md) | {' | '.join(cells(found, results))} |")
-        counts.update(states(found, results))
-    written.append(fill(overview, "\n".join([counted(counts), "", *rows])))
+    written.append(fill(overview, "\n".join([counted(results), "", *rows])))
     return written
 
 
@@ -70,7 +72,11 @@ def fill(page: Path, text: str) -> Path:
 def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]]:
     """Returns the text between the marks of a system's page, and its pictures."""
     reports = reports_of(found, results)
-    parts, drawn = [headlines(found, reports)], trends(found, reports)
+    parts, drawn = [], trends(found, reports)
+    if found.system in ABSTRACTS:
+        parts += ["Claims of the abstract:", abstracts(found, reports)]
+        parts += ["What the studies test, at their sizes:"]
+    parts.append(headlines(found, reports))
     drawn += last_pictures(found, reports)
     parts += [f"![{p.title}]({found.system}-{p.name}.svg)" for p in drawn]
     pairs = list(zip(found.studies, reports, strict=True))
@@ -139,6 +145,45 @@ def is_done(study: Study, claim: Claim) -> bool:
     return len(claim.differences) == study.seeds
 
 
+def abstracts(found: Experiment, reports: Sequence[Report | None]) -> str:
+    """The table of the abstract's claims: published, measured, verdict, why."""
+    lines = ["| claim | published | measured | verdict | why |", "|---" * 5 + "|"]
+    for claim in ABSTRACTS[found.system]:
+        found_claim = evidence(claim, found, reports)
+        cells = [
+            claim.statement,
+            claim.published,
+            cell(found_claim, marked=not claim.state) if found_claim else "–",
+            f"**{verdict_of(claim, found, reports)}**",
+            claim.why or "–",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def evidence(claim: Abstract, found: Experiment, reports: Sequence[Report | None]) -> Claim | None:
+    """Returns the studies' claim with the key and bound of the abstract's, None without one."""
+    if not claim.key:
+        return None
+    headline = Headline(claim.key, claim.statement, claim.published, "")
+    decided = deciding(headline, found, reports)
+    if decided is None or claim.bound is None:
+        return decided
+    return replace(decided, bound=claim.bound)
+
+
+def verdict_of(claim: Abstract, found: Experiment, reports: Sequence[Report | None]) -> str:
+    """Returns the state of the abstract's claim, or the verdict that the stored results give."""
+    decided = evidence(claim, found, reports)
+    return claim.state or (decided.verdict() if decided else NOT_RUN)
+
+
+def said(headline: Headline, decided: Claim) -> str:
+    """Returns the verdict, with the number of seeds if that is small."""
+    verdict = headline.verdict(decided)
+    return verdict if verdict == NOT_TESTABLE else decided.said()
+
+
 def headlines(found: Experiment, reports: Sequence[Report | None]) -> str:
     """The table that a page leads with: claim, published, ours by size, verdict, why."""
     of_all = {h: claims_of(h, reports) for h in found.headlines}
@@ -146,11 +191,10 @@ def headlines(found: Experiment, reports: Sequence[Report | None]) -> str:
     shown = [
         i
         for i, study in enumerate(found.studies)
-        if any(h.key in {x.key for x in study.hypotheses} for h in found.headlines)
+        if any(h.key in study.keys for h in found.headlines)
     ]
     names = [found.studies[i].size for i in shown]
-    plans = {h: [i for i in shown if h.key in {x.key for x in found.studies[i].hypotheses}]
-             for h in found.headlines}  # fmt: skip
+    plans = {h: [i for i in shown if h.key in found.studies[i].keys] for h in found.headlines}
     # Studies of different things, none of which says anything about another's, share a column.
     apart = len(shown) > MOST_COLUMNS and all(len(plan) == 1 for plan in plans.values())
     if apart:
@@ -161,10 +205,11 @@ def headlines(found: Experiment, reports: Sequence[Report | None]) -> str:
         cells = [headline.statement, headline.published]
         for i in plans[headline] if apart else shown:
             claim = claims[i]
-            planned = any(h.key == headline.key for h in found.studies[i].hypotheses)
-            cells.append(cell(claim) if claim else "to be run" if planned else "–")
+            planned = headline.key in found.studies[i].keys
+            marked = not headline.untestable
+            cells.append(cell(claim, marked) if claim else "to be run" if planned else "–")
         decided = deciding(headline, found, reports)
-        cells.append(f"**{decided.said()}**" if decided else "open")
+        cells.append(f"**{said(headline, decided)}**" if decided else "open")
         cells.append(why(headline, found, decided) or "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -179,10 +224,10 @@ def why(headline: Headline, found: Experiment, decided: Claim | None) -> str:
                 if hypothesis.key == headline.key and hypothesis.power(study.seeds) is not None:
                     return promise(study, hypothesis)
         return "no run and no pilot so far"
-    reasons = [headline.why(decided.verdict())]
+    reasons = [headline.why(headline.verdict(decided))]
     n = len(decided.differences)
     deviation = decided.standard_error * math.sqrt(n)
-    if decided.verdict() == NOT_SHOWN and n > 1 and deviation:
+    if headline.verdict(decided) == NOT_SHOWN and n > 1 and deviation:
         distance = decided.mean - decided.bound
         side = "claimed" if (distance < 0) == decided.below else "other"
         reasons.append(
@@ -192,41 +237,69 @@ def why(headline: Headline, found: Experiment, decided: Claim | None) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
-def cell(claim: Claim) -> str:
+def cell(claim: Claim, marked: bool = True) -> str:
+    """Returns the measured difference, its bound and its seeds; marked: behind the verdict's
+    mark."""
     side = "<" if claim.below else ">"
-    return (
-        f"{MARKS[claim.verdict()]} {measured(claim)}, {side} {claim.bound:g}?, "
-        f"n {len(claim.differences)}"
-    )
+    mark = f"{MARKS[claim.verdict()]} " * marked
+    return f"{mark}{measured(claim)}, {side} {claim.bound:g}?, n {len(claim.differences)}"
 
 
 def cells(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
-    """A row of the table of all systems: its headlines by kind, with their verdicts, and those of
-    all studies that are done where they differ."""
+    """A row of the table of all systems: claims of its abstract, then its headlines by kind, with
+    their verdicts, and those of all studies that are done where they differ."""
     reports = reports_of(found, results)
+    claims = ABSTRACTS.get(found.system, ())
+    yield (
+        "<br>".join(
+            f"{MARKS[verdict_of(claim, found, reports)]} {claim.statement}" for claim in claims
+        )
+        or "–"
+    )
     for kind in KINDS:
         said = []
         for headline in (h for h in found.headlines if h.kind == kind):
             decided = deciding(headline, found, reports)
-            mark = MARKS[decided.verdict()] if decided else "–"
+            mark = MARKS[headline.verdict(decided) if decided else NOT_RUN]
             every = [MARKS[claim.verdict()] for claim in done(headline, found, reports)]
-            by_study = f" ({' '.join(every)} by study)" if len(set(every)) > 1 else ""
+            differ = len(set(every)) > 1 and not headline.untestable
+            by_study = f" ({' '.join(every)} by study)" if differ else ""
             said.append(f"{mark} {headline.statement}{by_study}")
         yield "<br>".join(said) or "–"
 
 
 def states(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
-    """The verdict of each headline that has one."""
+    """The verdict of each headline."""
     reports = reports_of(found, results)
     for headline in found.headlines:
         decided = deciding(headline, found, reports)
-        yield decided.verdict() if decided else NOT_RUN
+        yield headline.verdict(decided) if decided else NOT_RUN
 
 
-def counted(counts: Mapping[str, int]) -> str:
-    """The line above the table of all systems."""
-    parts = [f"{counts[state]} {state}" for state in STATES if counts.get(state)]
-    return f"{sum(counts.values())} claims: {', '.join(parts)}."
+def counted(results: Path = RESULTS) -> str:
+    """The paragraph above the table of all systems: numbers of hypotheses, headlines and claims of
+    abstracts, with verdicts."""
+    every = [registry.experiment(system) for system in registry.NAMES]
+    declared = sum(len(study.hypotheses) for found in every for study in found.studies)
+    published = sum(headline.has_figure for found in every for headline in found.headlines)
+    by_headline = Counter(state for found in every for state in states(found, results))
+    by_abstract: Counter[str] = Counter()
+    for found in every:
+        reports = reports_of(found, results)
+        by_abstract.update(
+            verdict_of(claim, found, reports) for claim in ABSTRACTS.get(found.system, ())
+        )
+    return (
+        f"The studies declared {declared} hypotheses before their runs. "
+        f"{by_headline.total()} headlines stand in the tables: {_listed(by_headline)}. Of these "
+        f"headlines, {published} have a published figure beside them. The abstracts of "
+        f"{len(ABSTRACTS)} models and methods make {by_abstract.total()} claims: "
+        f"{_listed(by_abstract)}."
+    )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts[state]} {state}" for state in MARKS if counts.get(state))
 
 
 def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:
@@ -241,12 +314,13 @@ def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]
             "x": [size for size, _ in there],
             "y": [c.mean for _, c in there],
             "error": [c.interval.high - c.mean for _, c in there],
+            "bound": [c.bound for _, c in there],
         }
     return [
         Picture(
             "trend" if i == 0 else f"trend-{i + 1}",
             # A legend names the headlines where there are several.
-            "By study, with 95 % intervals"
+            "By study, with 95 % intervals, bounds dashed"
             + (f": {next(iter(series))}" if len(series) == 1 else ""),
             "",
             unit or "difference",

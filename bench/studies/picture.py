@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from moe_ops._files import write_text
 KINDS = ("lines", "points", "intervals", "bars", "heatmap")
 # Okabe and Ito's colors, told apart by everybody; the yellow is too pale for lines.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#222222")
+
+
+# Characters of a legend's label beside the axes, and of a line of a title.
+LONGEST_LABEL = 28
+LINE = 84
 
 
 def write_svg(figure: Any, path: Path, **metadata: str) -> None:
@@ -32,9 +38,10 @@ class Picture:
         xlabel, ylabel: the axes, with units.
         kind: "lines", "points", "intervals", "bars" or "heatmap".
         series: label -> {"x": [...], "y": [...]} and, for lines and bars, "error": one standard
-            error for each y; of intervals it is half of the interval's width. x of bars and
-            intervals are names, those of bars the same for all series. A heatmap has one
-            series, {"x": names of columns, "y": names of rows, "z": rows of numbers}.
+            error for each y; of intervals it is half of the interval's width, and "bound" has the
+            bound of each y, drawn as a dashed line. x of bars and intervals are names, those of
+            bars the same for all series. A heatmap has one series, {"x": names of columns, "y":
+            names of rows, "z": rows of numbers}.
     """
 
     name: str
@@ -63,20 +70,31 @@ class Picture:
 
         import_matplotlib()
         import matplotlib
-        from matplotlib.figure import Figure
 
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
-            figure = Figure(figsize=(7.2, 3.8), layout="constrained", facecolor="white")
-            axes = figure.add_subplot()
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
-            getattr(self, f"_{self.kind}")(figure, axes)
-            axes.set_title(self.title, loc="left", fontsize=10)
-            axes.set_xlabel(self.xlabel)
-            axes.set_ylabel(self.ylabel)
-            if self.kind != "heatmap" and len(self.series) > 1:
-                axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-            write_svg(figure, path)
+            write_svg(self.figure(), path)
+
+    def figure(self) -> Any:
+        """Returns the matplotlib figure."""
+        from matplotlib.figure import Figure
+
+        # A legend of long labels is below the axes: beside them it would leave no width.
+        labels = list(self.series) if self.kind != "heatmap" and len(self.series) > 1 else []
+        below = max(map(len, labels), default=0) > LONGEST_LABEL
+        height = 3.8 + 0.18 * len(labels) * below
+        figure = Figure(figsize=(7.2, height), layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        getattr(self, f"_{self.kind}")(figure, axes)
+        axes.set_title(textwrap.fill(self.title, LINE), loc="left", fontsize=10)
+        axes.set_xlabel(self.xlabel)
+        axes.set_ylabel(self.ylabel)
+        if below:
+            figure.legend(frameon=False, fontsize=8, loc="outside lower left")
+        elif labels:
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
 
     def _lines(self, figure: Any, axes: Any) -> None:
         for i, (label, data) in enumerate(self.series.items()):
@@ -103,6 +121,8 @@ class Picture:
             axes.errorbar(
                 places, data["y"], data["error"], fmt="o", color=color, label=label, capsize=3
             )
+            for place, bound in zip(places, data.get("bound", []), strict=False):
+                axes.hlines(bound, place - step / 2, place + step / 2, color=color, linestyle="--")
         low, high = axes.get_ylim()
         if low < 0 < high:
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)

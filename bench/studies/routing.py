@@ -428,7 +428,7 @@ def soft_study(recipe: Recipe = RECIPE, experts: int = 8) -> Study:
 def headlines() -> Sequence[Headline]:
     said: list[tuple[str, str, str, str]] = [
         ("early", "balance by quantiles lowers early MaxVio below that of signs",
-         "balanced within a few steps (Kimi K3)", "mechanism"),
+         "balanced within a few steps (Kimi)", "mechanism"),
         ("early loss", "and below that of a balance loss", "not compared", "mechanism"),
         ("cost", "at no loss (0.01)", "no cost", "cost"),
         ("densemixer", "gradients of all experts lower the loss",

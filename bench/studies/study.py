@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moe_ops._files import make_folder
 from moe_ops._state import read_state, write_state
 
-from .inference import CONTRADICTED, NOT_SHOWN, SHOWN, power
+from .inference import CONTRADICTED, NOT_SHOWN, NOT_TESTABLE, SHOWN, power
 from .picture import Picture
 from .report import Claim, Report
 
+# State of a claim that this size could decide, without a stored result that does.
+NOT_MEASURED = "not measured"
 # Smaller ones are for pilots: settings may be chosen by them, and no test uses them.
 FIRST_SEED = 10
 SECONDS_BETWEEN_SAVES = 120.0
@@ -211,6 +213,8 @@ class Study:
         setting: what a reader needs to know of it.
         pictures: what is drawn of the results.
         first_seed: above those of an earlier study of the same setting that is this one's pilot.
+        later: claims that were stated after the results: they are no part of the plan.
+        repeats: the earlier study whose results on the same seeds were known, or "".
     """
 
     name: str
@@ -223,6 +227,13 @@ class Study:
     setting: Callable[[], dict[str, str]]
     pictures: Callable[[Results], list[Picture]] = no_pictures
     first_seed: int = FIRST_SEED
+    later: Sequence[Hypothesis] = ()
+    repeats: str = ""
+
+    @property
+    def keys(self) -> set[str]:
+        """Returns the keys of the headlines about which the study has a claim."""
+        return {h.key for h in (*self.hypotheses, *self.later) if h.key}
 
     @property
     def numbers(self) -> range:
@@ -259,7 +270,13 @@ class Study:
             setting,
             list(columns),
             {arm: [[row.get(c) for c in columns] for row in rows] for arm, rows in arms.items()},
-            [h.claim(results) for h in self.hypotheses],
+            [
+                *(h.claim(results) for h in self.hypotheses),
+                *(
+                    replace(c, statement=f"{c.statement} (stated after the results)")
+                    for c in (h.claim(results) for h in self.later)
+                ),
+            ],
             self.pictures(results),
             self.size,
             self._said(stored["fixed"], len(seeds)),
@@ -267,8 +284,14 @@ class Study:
 
     def _said(self, fixed: Mapping[str, Any], done: int) -> list[str]:
         seeds = fixed["seeds"]
+        known = "which no pilot used"
+        if self.repeats:
+            known = (
+                f"on which the results of study `{self.repeats}` were known when this study was "
+                "planned"
+            )
         lines = [
-            f"settings, claims, bounds, and seeds {seeds[0]} to {seeds[-1]}, which no pilot used"
+            f"settings, claims, bounds, and seeds {seeds[0]} to {seeds[-1]}, {known}"
             + (f"; {done} of {len(seeds)} are done" if done < len(seeds) else "")
         ]
         for h in fixed["hypotheses"]:
@@ -293,10 +316,12 @@ class Headline:
     Attributes:
         key: of the hypotheses that decide it.
         statement: in a few words.
-        published: what the authors report.
+        published: what the authors report; only measured figures have digits.
         kind: "quality", "mechanism" or "cost": a column of the table of all systems.
         shown, contradicted, not_shown: what the result is put down to, should it be this one; ""
             where nothing is known.
+        untestable: what the studies lack to test this claim, and what would test it; the verdict
+            is then NOT_TESTABLE, whatever the differences are.
     """
 
     key: str
@@ -306,12 +331,44 @@ class Headline:
     shown: str = ""
     contradicted: str = ""
     not_shown: str = ""
+    untestable: str = ""
+
+    @property
+    def has_figure(self) -> bool:
+        """True if the authors report a figure."""
+        return any(c.isdigit() for c in self.published)
+
+    def verdict(self, claim: Claim) -> str:
+        """Returns the verdict, given the claim of the study that decides."""
+        return NOT_TESTABLE if self.untestable else claim.verdict()
 
     def why(self, verdict: str) -> str:
         """The reason that goes with the verdict."""
         return {
-            SHOWN: self.shown, CONTRADICTED: self.contradicted, NOT_SHOWN: self.not_shown
+            SHOWN: self.shown, CONTRADICTED: self.contradicted, NOT_SHOWN: self.not_shown,
+            NOT_TESTABLE: self.untestable,
         }[verdict]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Abstract:
+    """Claim of a paper's abstract: the first rows of a system's page.
+
+    Attributes:
+        statement: the claim, with its metric and baseline.
+        published: the figure, "–" for none.
+        key: of the studies' claim about this metric and baseline; "" for none.
+        bound: replaces the bound of that claim; None keeps it.
+        state: NOT_TESTABLE or NOT_MEASURED if no stored result decides, "" otherwise.
+        why: the reason for `state` and the experiment that would decide, or what limits the result.
+    """
+
+    statement: str
+    published: str
+    key: str = ""
+    bound: float | None = None
+    state: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,9 @@ EXPERIMENT = Experiment(
         Headline(
             "damage", "a super expert costs 5 times its controls",
             "perplexity 8.7 to 59.9 without 3 of 6144", "quality",
-            contradicted="a large output at a token that attention does not use is worth nothing",
+            untestable="these models have no super experts and no attention sinks, and a planted "
+            "large output is at a token that attention does not use; a model with both, such as "
+            "Mixtral, would test it",
         ),
         Headline(
             "rank", "the size of outputs tells what an expert is worth", "not compared",

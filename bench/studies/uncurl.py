@@ -229,7 +229,7 @@ EXPERIMENT = Experiment(
         ),
         Headline(
             "scratch", "a reduced model is ahead of one of its size from scratch",
-            "at factors of 2, sometimes 4", "quality",
+            "at factors of two, sometimes four", "quality",
             contradicted="16 experts are hardly better than 8 here: there is nothing to inherit",
         ),
     ),

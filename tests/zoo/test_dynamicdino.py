@@ -170,3 +170,8 @@ def test_what_is_refused(dense):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_meta_device_is_named():
+    with torch.device("meta"), pytest.raises(ValueError, match="DynamicDino: the default device"):
+        zoo.create_model("dynamicdino")

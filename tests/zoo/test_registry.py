@@ -8,6 +8,7 @@ import types
 from dataclasses import dataclass
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moe_ops import zoo
@@ -79,6 +80,55 @@ def test_list_command(toy):
     assert result.exit_code == 0, result.output
     for word in ("toy", "A toy [not real].", "tiny, large"):
         assert word in result.output
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_save_and_load(name, tmp_path):
+    try:
+        model = zoo.create_model(name)
+    except ImportError:
+        pytest.skip("An extra is not installed here.")
+    path = tmp_path / "model.pt"
+    if name == "driftmoe":
+        with pytest.raises(ValueError, match="experts of DriftMoE must be torch modules"):
+            zoo.save_model(model, path)
+        return
+    zoo.save_model(model, path)
+    again = zoo.load_model(name, path)
+    assert type(again) is type(model) and again.config == model.config
+    states = model.state_dict(), again.state_dict()
+    assert list(states[0]) == list(states[1])
+    for key, value in states[0].items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, states[1][key]), key
+
+
+def test_trees_are_not_dropped(tmp_path):
+    from moe_ops.zoo.driftmoe import DriftMoE, DriftMoEConfig
+
+    model = DriftMoE(DriftMoEConfig(num_features=1, num_classes=2), lambda i: object())
+    with pytest.raises(ValueError, match="experts of DriftMoE must be torch modules"):
+        zoo.save_model(model, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="must be a torch module with a config of the zoo"):
+        zoo.save_model(torch.nn.Linear(1, 1), tmp_path / "model.pt")
+
+
+def test_load_rejects_other_systems(tmp_path):
+    path = tmp_path / "model.pt"
+    zoo.save_model(zoo.create_model("home"), path)
+    with pytest.raises(ValueError, match=r"load_model: .* a JetMoEConfig and its weights"):
+        zoo.load_model("jetmoe", path)
+    with pytest.raises(FileNotFoundError):
+        zoo.load_model("home", tmp_path / "none.pt")
+
+
+def test_methods_have_functions():
+    methods = zoo.list_methods()
+    assert [m.name for m in methods] == ["premoe", "uncurl", "super_experts", "scmoe", "expertflow"]
+    for method in methods:
+        assert all(map(callable, method.load().values())), method.name
+        assert method.summary.endswith(".") and len(method.summary) < 90, method.name
+    result = runner.invoke(app, ["zoo", "list"])
+    assert all(method.name in result.output for method in methods)
 
 
 def test_every_system_is_whole():

@@ -164,3 +164,9 @@ def test_ranking_loss_is_written_out():
                 ]  # fmt: skip
                 total = total - torch.stack(scores).log_softmax(0)[i] / 6
         torch.testing.assert_close(ranking_loss(left, right, similarity=similarity), total)
+
+
+def test_meta_tensors_are_named():
+    tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match="SentenceExperts: input_ids and domains must have values"):
+        bert()(tokens, torch.ones(2, 4), torch.zeros(2, dtype=torch.long))

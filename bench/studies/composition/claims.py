@@ -159,7 +159,7 @@ def whole(plan: Plan) -> Job:
     return perform
 
 
-def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
+def study(name: str, size: str, rank: int, minutes: float, plan: Plan, repeats: str = "") -> Study:
     settings = plan.settings
 
     def against(other: str, column: str = KNOWN) -> Any:
@@ -210,7 +210,10 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             "the least confidence",
         }
 
-    return Study(name, size, rank, {ALL: whole(plan)}, 5, minutes, hypotheses, made, pictures)
+    return Study(
+        name, size, rank, {ALL: whole(plan)}, 5, minutes, hypotheses, made, pictures,
+        repeats=repeats,
+    )  # fmt: skip
 
 
 def pictures(results: Results) -> list[Picture]:
@@ -224,7 +227,7 @@ EXPERIMENT = Experiment(
     "composition",
     (
         study("composition-bytes", "H 64", 45, 5.0, PLAN),
-        study("composition-tuned", "H 64, tuned", 46, 5.0, TUNED),
+        study("composition-tuned", "H 64, tuned", 46, 5.0, TUNED, "composition-bytes"),
     ),
     (
         Headline(

@@ -192,7 +192,7 @@ EXPERIMENT = Experiment(
             "slices", "slices are ahead of whole copies", "two are best", "mechanism",
             shown="likely: a query can have halves of two copies",
         ),
-        Headline("more", "more copies are better", "16 before 8 before 4", "mechanism"),
+        Headline("more", "more copies are better", "sixteen before eight before four", "mechanism"),
         Headline(
             "router", "repeated rows of the router help", "they do", "mechanism",
             not_shown="without them the detector starts 0.04 off, which 300 steps take back",

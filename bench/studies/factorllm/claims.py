@@ -171,9 +171,17 @@ LONGER = Plan(1000, 1.5e-3, (PRIOR, "straight-through", "as released", "random s
 
 
 def study(
-    name: str, size: str, rank: int, minutes: float, model: str, plan: Plan, *, apart: bool
+    name: str,
+    size: str,
+    rank: int,
+    minutes: float,
+    model: str,
+    plan: Plan,
+    *,
+    apart: bool,
+    repeats: str = "",
 ) -> Study:
-    """Returns a study; `apart`: each arm is a separate run."""
+    """Returns a study; `apart`: each arm is a separate run; repeats: see `Study`."""
 
     def kept(k: int) -> Hypothesis:
         statement, bound, key = KEPT[k]
@@ -209,7 +217,9 @@ def study(
             f"rate {plan.rate:g}",
         }
 
-    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures(plan))
+    return Study(
+        name, size, rank, runs, 5, minutes, hypotheses, made, pictures(plan), repeats=repeats
+    )
 
 
 def pictures(plan: Plan) -> Any:
@@ -227,7 +237,9 @@ EXPERIMENT = Experiment(
     "factorllm",
     (
         study("factorllm-subject", "1 and 2 of 4", 43, 20.0, "dense", SHORT, apart=False),
-        study("factorllm-longer", "1 of 4, longer", 47, 2.0, "dense", LONGER, apart=True),
+        study("factorllm-longer", "1 of 4, longer", 47, 2.0, "dense", LONGER, apart=True,
+            repeats="factorllm-subject",
+        ),
     ),
     (
         Headline(

@@ -28,7 +28,7 @@ EXPERIMENT = Experiment(
             not_shown="with He's weights 40 layers train without a guide",
         ),
         Headline("prior", "because of its convolutions", "not compared so", "mechanism"),
-        Headline("third", "for the first third is enough", "300 steps are enough", "cost"),
+        Headline("third", "for the first third is enough", "some hundred steps are enough", "cost"),
         Headline(
             "look", "LOOK keeps more of what is inside of a class", "transfers better", "quality",
             shown="at 2.9 points of the class itself",

@@ -112,7 +112,11 @@ def study(name: str, size: str, rank: int, minutes: float, recipe: Recipe) -> St
         }
 
     runs = {arm: trained(arm, recipe) for arm in ARMS}
-    return Study(name, size, rank, runs, 5, minutes, hypotheses, made)
+    chrf = Hypothesis(
+        "THOR translates better than Switch, by chrF", lambda r: r.gap("thor", "switch", "chrF"),
+        "chrF", below=False, key="chrF",
+    )  # fmt: skip
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, later=[chrf])
 
 
 EXPERIMENT = Experiment(

@@ -41,4 +41,11 @@ def print_listing(console: Console) -> None:
         shown = f"needs [{entry['needs']}]" if presets is None else ", ".join(presets)
         table.add_row(entry["name"], escape(entry["summary"]), escape(shown))
     console.print(table)
+    methods = Table()
+    for column in ("method", "what it is", "functions"):
+        methods.add_column(column)
+    for method in zoo.list_methods():
+        functions = ", ".join(f"{method.module}.{name}" for name in method.functions)
+        methods.add_row(method.name, escape(method.summary), functions)
+    console.print(methods)
     console.print(EXPERIMENTS, markup=False, soft_wrap=True)

@@ -14,14 +14,27 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
 from ._presets import preset, presets_of
+from ._saving import load_weights_and_config, save_model
 
-__all__ = ["System", "create_model", "get", "list_models", "preset", "register"]
+__all__ = [
+    "Method",
+    "System",
+    "create_model",
+    "get",
+    "list_methods",
+    "list_models",
+    "load_model",
+    "preset",
+    "register",
+    "save_model",
+]
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,41 @@ class System:
         return getattr(self.load(), self.model)(self.make_config(preset, **overrides))
 
 
+@dataclass(frozen=True)
+class Method:
+    """Published method for trained models: it has functions instead of a model and presets.
+
+    Attributes:
+        name: the stem of its page in docs/zoo and of its experiment in bench/studies.
+        module: the module that has its functions.
+        functions: their names in that module.
+        summary: one line for lists.
+    """
+
+    name: str
+    module: str
+    functions: tuple[str, ...]
+    summary: str
+
+    def load(self) -> dict[str, Any]:
+        """Imports the module and returns its functions and classes by name."""
+        module = importlib.import_module(self.module)
+        return {name: getattr(module, name) for name in self.functions}
+
+
+_METHODS = (
+    Method("premoe", "moe_ops.surgery", ("TaskRoutingPatterns", "load_pruned"),
+           "PreMoe: finds the experts of a task from a prompt, and loads only these."),
+    Method("uncurl", "moe_ops.surgery", ("uncurl_groups", "merge_experts"),
+           "UNCURL: groups, aligns and merges experts."),
+    Method("super_experts", "moe_ops.surgery",
+           ("find_super_experts", "evaluate_super_experts"),
+           "Super Experts: finds the few experts with extremely large outputs."),
+    Method("scmoe", "moe_ops.surgery", ("SelfContrastLogitsProcessor", "override_routing"),
+           "SCMoE: decoding that contrasts a model with itself under weaker routing."),
+    Method("expertflow", "moe_ops.offload", ("offload_experts", "ExpertPredictor"),
+           "ExpertFlow: experts in slower memory, and a cache that is filled by prediction."),
+)  # fmt: skip
 _SYSTEMS: dict[str, System] = {}
 
 
@@ -97,6 +145,11 @@ def register(system: System) -> System:
 def list_models() -> tuple[str, ...]:
     """Returns the names of all models, in the order of `moe-ops zoo list`."""
     return tuple(_SYSTEMS)
+
+
+def list_methods() -> tuple[Method, ...]:
+    """Returns the methods for trained models, which `create_model` cannot build."""
+    return _METHODS
 
 
 def get(name: str) -> System:
@@ -121,6 +174,22 @@ def create_model(name: str, preset: str = "tiny", **overrides: Any) -> Any:
         ValueError: an unknown name, preset or field.
     """
     return get(name).create(preset, **overrides)
+
+
+def load_model(name: str, path: Path | str) -> Any:
+    """Returns the model that `save_model` wrote, on the CPU.
+
+    Args:
+        name: one of `list_models()`, the model's system.
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown name; the file is damaged, or of another system.
+    """
+    module = get(name).load()
+    config_class, model_class = getattr(module, get(name).config), getattr(module, get(name).model)
+    return load_weights_and_config(path, config_class, model_class)
 
 
 # Name, config, model, extra and summary; a system is imported by `System.load` alone.

@@ -85,24 +85,25 @@ class BAMConfig(LMConfig):
 
     tiny = preset("Bytes, two blocks, four experts: trains on a CPU.")
     bam_590m = preset(
-        "Four experts from dense models of 590 million parameters.",
+        "Four experts from dense models of 590 million parameters: the published width of 4096 "
+        "counts gate and up projections together.",
         vocab_size=256_000,
         hidden_size=1024,
         num_layers=6,
         num_heads=8,
         num_kv_heads=8,
         head_size=128,
-        intermediate_size=4096,
+        intermediate_size=2048,
     )
     bam_2b = preset(
-        "Four experts from dense models of 2 billion parameters.",
+        "Four experts from dense models of 2 billion parameters; the published width is 18,432.",
         vocab_size=256_000,
         hidden_size=2304,
         num_layers=18,
         num_heads=18,
         num_kv_heads=6,
         head_size=128,
-        intermediate_size=18_432,
+        intermediate_size=9216,
         tie_embeddings=True,
     )
 

@@ -317,6 +317,11 @@ class DynamicDino(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if torch.get_default_device().type == "meta":
+            raise ValueError(
+                "DynamicDino: the default device must have memory, because experts are slices of "
+                "the detector's weights, got meta."
+            )
         self.config = config
         self.detector = config.make_detector() if detector is None else detector
         decoder_layers(self.detector)

@@ -222,6 +222,10 @@ class SentenceExperts(nn.Module):
                 f"SentenceExperts: domains must be [{input_ids.shape[0]}], got shape "
                 f"{list(domains.shape)}."
             )
+        if domains.is_meta or input_ids.is_meta:
+            raise ValueError(
+                "SentenceExperts: input_ids and domains must have values, got a tensor on meta."
+            )
         if bool((domains < 0).any()) or bool((domains >= len(self.config.domains)).any()):
             raise ValueError(
                 f"SentenceExperts: domains must be in [0, {len(self.config.domains)}), got "

@@ -106,3 +106,14 @@ def test_without_geometric_one_sentence_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install torch-moe-ops\[graphs\]"):
         Mowst(MowstConfig())
+
+
+def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    """PyTorch Geometric may be installed without a package that it imports."""
+    (tmp_path / "torch_geometric").mkdir()
+    (tmp_path / "torch_geometric" / "__init__.py").write_text("import a_dependency\n")
+    for name in [name for name in sys.modules if name.startswith("torch_geometric")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match=r"need a_dependency, which is not installed"):
+        GNN("gcn", 16, 8, CLASSES, 2, 0.5)

@@ -46,7 +46,7 @@ class DriftMoEConfig:
             router.
         expert: "tree" or "adaptive_tree", see `hoeffding_tree`; grace_period, delta: of it.
         hidden_sizes: of the router's layers. dropout: in its training steps.
-        temperature: logits are divided by it.
+        temperature: routing divides the logits by it; the router's loss does not.
         rate: of Adam. batch_size: examples of a router step; 1 in the published MoE-Task.
         standardize: the router gets features standardized with the mean and deviation of the stream
             so far.

@@ -218,8 +218,9 @@ def _geometric() -> Any:
         import torch_geometric
         import torch_geometric.nn
     except ModuleNotFoundError as error:
+        missing = "PyTorch Geometric" if error.name == "torch_geometric" else error.name
         raise ImportError(
-            "moe_ops.zoo: graph networks need PyTorch Geometric, which is not installed: "
+            f"moe_ops.zoo: graph networks need {missing}, which is not installed: "
             "pip install torch-moe-ops[graphs]"
         ) from error
     return torch_geometric
