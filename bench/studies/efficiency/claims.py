@@ -4,6 +4,8 @@ A claim's arms are lists of runs, (count, module): JetMoE-8B runs its block 24 t
 once. Ratios are arm / baseline; below 1 the arm is cheaper.
 
 Letters: H hidden size, I intermediate size, E experts, K experts per token.
+
+The file is long because it is one table, whose rows state sizes and sources.
 """
 
 from __future__ import annotations

@@ -20,19 +20,16 @@ from typing import Any
 
 from moe_ops._fields import check_choice, check_names
 
-from ._presets import preset, presets_of
+from ._presets import preset as preset
+from ._presets import presets_of
 from ._saving import load_weights_and_config, save_model
 
 __all__ = [
-    "Method",
-    "System",
     "create_model",
     "get",
     "list_methods",
     "list_models",
     "load_model",
-    "preset",
-    "register",
     "save_model",
 ]
 

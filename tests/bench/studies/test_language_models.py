@@ -40,7 +40,8 @@ def report_of(study: Study, seeds=(10, 11)) -> Report:
     stored = json.loads(json.dumps({"machine": "this", "fixed": study.fixed(), "runs": runs}))
     report = study.report(study.name.split("-")[0], stored)
     assert report is not None
-    assert [len(claim.differences) for claim in report.claims] == [2] * len(study.hypotheses)
+    num_claims = len(study.hypotheses) + len(study.later)
+    assert [len(claim.differences) for claim in report.claims] == [2] * num_claims
     for picture in report.pictures:
         assert picture.series
     return report
