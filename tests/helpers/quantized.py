@@ -360,7 +360,8 @@ def stored(
         parts = (head, steps.view(torch.uint8))
         return codes(depth // 2), torch.cat(parts, -1), None
     if kind.startswith("e4m3"):
-        numbers = torch.randn(experts, features, depth).mul_(100).to(torch.float8_e4m3fn)
+        numbers = torch.randn(experts, features, depth).mul_(100).clamp_(-448, 448)
+        numbers = numbers.to(torch.float8_e4m3fn)
         # A scale per row, or one in bfloat16 per 32 inputs.
         groups = (depth // 32,) if "g32" in kind else ()
         scale = (torch.rand(experts, features, *groups) + 0.5) * size / 100
