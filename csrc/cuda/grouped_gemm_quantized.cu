@@ -1,8 +1,7 @@
 // One stage of moe_ffn_quantized, without an activation.
-#include "moe_ops/grouped_gemm_quantized.h"
-
 #include "cuda/check.h"
 #include "cuda/moe_ffn_quantized/stage.h"
+#include "moe_ops/grouped_gemm_quantized.h"
 
 namespace moe_ops::cuda {
 

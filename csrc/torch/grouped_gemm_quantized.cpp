@@ -124,16 +124,13 @@ static Tensor grouped_gemm_quantized_cuda(const Tensor& a, const Tensor& b, cons
   p.b = call.weights.matrices;
   p.bias = bias_rows.vectors;
   p.out = out.mutable_data_ptr();
-  Tensor workspace =
-      device_empty(a, {cuda::grouped_gemm_quantized_workspace(p)}, ScalarType::Byte);
+  Tensor workspace = device_empty(a, {cuda::grouped_gemm_quantized_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_status(op, cuda::grouped_gemm_quantized(p, current_stream(a)));
   return out;
 }
 
-MOE_CUDA_LIBRARY(m) {
-  m.impl("grouped_gemm_quantized", MOE_CUDA_BOX(grouped_gemm_quantized_cuda));
-}
+MOE_CUDA_LIBRARY(m) { m.impl("grouped_gemm_quantized", MOE_CUDA_BOX(grouped_gemm_quantized_cuda)); }
 
 #endif  // MOE_OPS_WITH_CUDA
 

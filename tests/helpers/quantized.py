@@ -146,9 +146,7 @@ def weight_bound(w: Tensor, scale: Tensor, zero: Tensor | None, format: str) -> 
     bound = dequantized_weight(w, scale, zero, format=format, dtype=torch.float64).abs()
     if zero is not None or format == "q4_k":
         codes_of_zero = torch.full_like(w, 0x88 if zero is not None else 0)
-        offset = dequantized_weight(
-            codes_of_zero, scale, zero, format=format, dtype=torch.float64
-        )
+        offset = dequantized_weight(codes_of_zero, scale, zero, format=format, dtype=torch.float64)
         bound += 2 * offset.abs()
     return bound
 

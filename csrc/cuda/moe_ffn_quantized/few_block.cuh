@@ -56,8 +56,8 @@ __device__ __forceinline__ int64_t line_of(const QuantStage& s, int64_t f0, int 
   return s.act.interleaved ? 2 * (f0 + i) + tile : f0 + i + tile * s.features;
 }
 
-// Adds up the partial sums of the warps, for rows row0 to row0 + count of the expert, and stores what
-// the stage makes of them. line_scale(line): a factor of the sums of a line.
+// Adds up the partial sums of the warps, for rows row0 to row0 + count of the expert, and stores
+// what the stage makes of them. line_scale(line): a factor of the sums of a line.
 template <class S, int kRowTiles, int kWarps, class LineScale>
 __device__ void few_finish(const FewLaunch& p, const float (*partial)[2][kRowTiles][4][kWarp],
                            const LineScale& line_scale, int expert, int64_t f0, int row0,

@@ -1,11 +1,10 @@
 // Which kernel serves a stage, and rows as all of them read them.
-#include "cuda/moe_ffn_quantized/stage.h"
-
 #include <cstdlib>
 #include <string_view>
 
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/moe_ffn_quantized/stage.h"
 #include "cuda/overlap.cuh"
 #include "cuda/rows.cuh"
 #include "moe_ops/batch_invariant.h"

@@ -3,11 +3,11 @@
 //   v[r, f] = factor(r) * <w[e(r), f], a[r]> + bias[e(r), f]
 //
 // out[r] holds v, or with a gate act(v[gate f], v[up f]), or act(v). int8 with a scale per line and
-// int4 in groups of 32, 64 or 128 with float32 scales have a kernel for few tokens and one for many;
-// other formats have one for few rows per expert, which is right for any number of them. Nothing is
-// rounded but out: codes are exact in a's type (in two tf32 terms for float32), products are summed
-// in fp32 and scales multiply these sums; with float32 and 4 bits in tiles, weights of code times
-// scale, rounded once to float32.
+// int4 in groups of 32, 64 or 128 with float32 scales have a kernel for few tokens and one for
+// many; other formats have one for few rows per expert, which is right for any number of them.
+// Nothing is rounded but out: codes are exact in a's type (in two tf32 terms for float32), products
+// are summed in fp32 and scales multiply these sums; with float32 and 4 bits in tiles, weights of
+// code times scale, rounded once to float32.
 #pragma once
 
 #include "moe_ops/moe_ffn_quantized.h"
@@ -44,8 +44,8 @@ namespace quantized {
 // Returns the stride, in elements, of rows that kernels read 16 at a time.
 inline int64_t padded(int64_t size) { return round_up<int64_t>(size, 16); }
 
-// Returns whether rows x [rows, size] must be copied for the kernels: because factors multiply them,
-// or as they do not start on 16 bytes with whole 16 elements.
+// Returns whether rows x [rows, size] must be copied for the kernels: because factors multiply
+// them, or as they do not start on 16 bytes with whole 16 elements.
 bool needs_copy(const Rows& x, int64_t size, const float* factors);
 
 // Copies rows, times factors [size] unless nullptr, to rows padded(size) elements apart, with zeros

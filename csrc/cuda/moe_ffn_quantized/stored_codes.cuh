@@ -71,7 +71,8 @@ template <>
 struct FourCodes<float> {
   float r[4];
   __device__ __forceinline__ FourCodes(uint32_t first, uint32_t second) {
-    const float2 a = __half22float2(as_pair<fp16>(first)), b = __half22float2(as_pair<fp16>(second));
+    const float2 a = __half22float2(as_pair<fp16>(first)),
+                 b = __half22float2(as_pair<fp16>(second));
     r[0] = a.x, r[1] = a.y, r[2] = b.x, r[3] = b.y;
   }
 };
@@ -86,7 +87,7 @@ struct FourNumbers {
 template <>
 struct FourNumbers<float> {
   uint32_t first[4], rest[4];
-  __device__ __forceinline__ FourNumbers() {}
+  __device__ __forceinline__ FourNumbers() : first{}, rest{} {}
   __device__ __forceinline__ FourNumbers(float a, float b, float c, float d) {
     const float v[4] = {a, b, c, d};
 #pragma unroll
@@ -198,7 +199,8 @@ __device__ __forceinline__ FourCodes<S> scaled_e2m1_codes(uint32_t word, int m, 
           multiply_pairs<H>(e2m1_pair<H>(word >> (4 * m + 8)), scale)};
 }
 
-// Codes of six bits, whose upper two are in the bits `shift` and `shift` + 1 of the bytes of `high`.
+// Codes of six bits, whose upper two are in the bits `shift` and `shift` + 1 of the bytes of
+// `high`.
 template <class S>
 __device__ __forceinline__ FourCodes<S> six_bit_codes(uint32_t word, int m, uint32_t high,
                                                       int shift) {

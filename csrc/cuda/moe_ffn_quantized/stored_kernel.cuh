@@ -1,6 +1,6 @@
 // Few rows per expert, weights as checkpoints store them (stored_steps.cuh). Blocks, tiles and the
-// sums of warps are those of few_kernel.cuh, 8 rows at a time. Scales multiply sums in fp32, but for
-// nvfp4, whose e4m3 scales multiply codes exactly.
+// sums of warps are those of few_kernel.cuh, 8 rows at a time. Scales multiply sums in fp32, but
+// for nvfp4, whose e4m3 scales multiply codes exactly.
 #pragma once
 
 #include "cuda/launch.h"
@@ -40,10 +40,11 @@ __global__ void __launch_bounds__(Step::kWarps* kWarp, Step::kBlocksPerSm)
   const QuantStage& s = p.few.s;
   await_previous_kernel();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  // By a shuffle, so that the compiler knows it to be the same in all lanes.
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int ordinal = static_cast<int>(blockIdx.x) / p.few.tiles;
-  const int64_t f0 = static_cast<int64_t>(static_cast<int>(blockIdx.x) - ordinal * p.few.tiles) *
-                     p.few.tile_lines;
+  const int64_t f0 =
+      static_cast<int64_t>(static_cast<int>(blockIdx.x) - ordinal * p.few.tiles) * p.few.tile_lines;
   if (s.zero_tail && ordinal == 0) zero_tail<S>(p.few, f0);
   const int expert = expert_with_rows(s.expert_offsets, static_cast<int>(s.num_experts),
                                       static_cast<int>(s.num_rows), ordinal);
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(Step::kWarps* kWarp, Step::kBlocksPerSm)
 
 template <class S, class Step>
 Status run_stored(const QuantStage& s, Stream stream) {
-  StoredLaunch launch{few_launch(s), cutlass::FastDivmod(1), static_cast<int>(s.depth), 0, 0, false};
+  StoredLaunch launch{few_launch(s), cutlass::FastDivmod(1), static_cast<int>(s.depth), 0, 0,
+                      false};
   if (!counts_fit(launch.few)) return cudaErrorInvalidValue;
   launch.group = cutlass::FastDivmod(static_cast<int>(std::max<int64_t>(s.w.format.group, 1)));
   launch.steps = static_cast<int>(ceil_div<int64_t>(s.depth, Step::kWeights));

@@ -1,6 +1,6 @@
 // Steps of the kernel for stored formats: what a lane loads of 64 bytes of codes of four lines, and
-// how these bytes become sums. A quad of lanes has a line: lane q its bytes 16 q to 16 q + 15, which
-// are a unit of neighboring weights or, in ggml's formats, 16 bytes of a block.
+// how these bytes become sums. A quad of lanes has a line: lane q its bytes 16 q to 16 q + 15,
+// which are a unit of neighboring weights or, in ggml's formats, 16 bytes of a block.
 //
 // A step has
 //   kWarps, kBlocksPerSm           as many as its registers allow
@@ -28,9 +28,9 @@ struct StoredLaunch {
 
 // The four lines of a lane, g and g + 8 of both tiles.
 struct StoredLines {
-  const uint8_t* codes[4];         // with the lane's place in a step
-  int scale[4];                    // of the line's first group, from the expert's first on
-  const uint8_t *scales, *zeros;   // of the expert; zeros may be nullptr
+  const uint8_t* codes[4];        // with the lane's place in a step
+  int scale[4];                   // of the line's first group, from the expert's first on
+  const uint8_t *scales, *zeros;  // of the expert; zeros may be nullptr
 };
 
 __device__ __forceinline__ int quad_lane() { return static_cast<int>(threadIdx.x) % 4; }
@@ -41,24 +41,29 @@ __device__ __forceinline__ T of_lane(T v, int lane) {
   return __shfl_sync(kAllLanes, v, lane, 4);
 }
 
-// Loads 16 bytes, those from `count` on as zeros. Nobody reads these weights again before the next
-// call.
-__device__ __forceinline__ void load_codes(uint32_t (&words)[4], const uint8_t* from, int count,
-                                           bool aligned) {
+// Loads 16 bytes of each line, `ahead` of the lane's place, those from `count` on as zeros. Nobody
+// reads these weights again before the next call.
+__device__ __forceinline__ void load_codes(uint32_t (&words)[4][4], const StoredLines& lines,
+                                           int64_t ahead, int count, bool aligned) {
+  if (aligned && count > 0) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = 0;
-  if (count <= 0) return;
-  if (aligned) {
-    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(from));
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    for (int i = 0; i < 4; ++i) {
+      const uint4 v = __ldcs(reinterpret_cast<const uint4*>(lines.codes[i] + ahead));
+      words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+    }
     return;
   }
   // Rare, and unrolled it would take the registers of what is on its way.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
+    const uint8_t* const from = lines.codes[i] + ahead;
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      words[i][word] = 0;
 #pragma unroll 1
-    for (int n = 4 * i; n < min(4 * i + 4, count); ++n)
-      words[i] |= static_cast<uint32_t>(from[n]) << (8 * (n % 4));
+      for (int n = 4 * word; n < min(4 * word + 4, count); ++n)
+        words[i][word] |= static_cast<uint32_t>(from[n]) << (8 * (n % 4));
+    }
   }
 }
 
@@ -72,18 +77,24 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* from, bool aligned)
 
 // --- scales of one number
 
-__device__ __forceinline__ uint32_t load_scale(ScaleType type, const uint8_t* scales, int at) {
+// Loads a scale of each line, `group` groups into it.
+__device__ __forceinline__ void load_scales(uint32_t (&scale)[4], ScaleType type,
+                                            const StoredLines& lines, int group) {
+  const auto load = [&](auto* scales) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scale[i] = scales[lines.scale[i] + group];
+  };
   switch (type) {
     case ScaleType::kFloat32:
-      return reinterpret_cast<const uint32_t*>(scales)[at];
+      return load(reinterpret_cast<const uint32_t*>(lines.scales));
     case ScaleType::kBytes:
-      return scales[at];
+      return load(lines.scales);
     default:
-      return reinterpret_cast<const uint16_t*>(scales)[at];
+      return load(reinterpret_cast<const uint16_t*>(lines.scales));
   }
 }
 
-// Returns what load_scale found; bytes are exponents (e8m0): 2^(byte - 127), and 255 is NaN.
+// Returns what load_scales found; bytes are exponents (e8m0): 2^(byte - 127), and 255 is NaN.
 __device__ __forceinline__ float scale_value(ScaleType type, uint32_t bits) {
   if (type == ScaleType::kFloat32) return __uint_as_float(bits);
   if (type == ScaleType::kBFloat16) return __uint_as_float(bits << 16);
@@ -109,14 +120,15 @@ struct GroupedStep {
     const int q = quad_lane(), count = p.line_bytes - 64 * step - 16 * q;
     int group, rest;
     p.group(group, rest, step * kWeights + q * kUnit);
-    const bool loads = count > 0 && (q == 0 || rest == 0);
+    load_codes(words, lines, int64_t{64} * step, count, p.aligned);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      load_codes(words[i], lines.codes[i] + int64_t{64} * step, count, p.aligned);
-      const int at = lines.scale[i] + group;
-      scale[i] = loads ? load_scale(scale_type(p), lines.scales, at) : 0;
-      if constexpr (kCodes == Codes::kInt4)
-        zero[i] = loads && lines.zeros != nullptr ? lines.zeros[at] : 8;
+    for (int i = 0; i < 4; ++i) scale[i] = 0, zero[i] = 8;
+    if (count <= 0 || (q > 0 && rest > 0)) return;
+    load_scales(scale, scale_type(p), lines, group);
+    if constexpr (kCodes == Codes::kInt4) {
+      if (lines.zeros == nullptr) return;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) zero[i] = lines.zeros[lines.scale[i] + group];
     }
   }
 
@@ -137,13 +149,14 @@ struct GroupedStep {
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
       const int k = first + unit * kUnit;
-      if (k >= p.depth) break;
       const int from = of_lane(loader, unit);
-      FourNumbers<S> x[2];
-      if constexpr (kBytes) {
-        x[0] = in_order(row + k + 4 * q);
-      } else {
-        nibble_order(row + k + 8 * q, x);
+      FourNumbers<S> x[2] = {};  // past the end, where codes stand for anything
+      if (k < p.depth) {
+        if constexpr (kBytes) {
+          x[0] = in_order(row + k + 4 * q);
+        } else {
+          nibble_order(row + k + 8 * q, x);
+        }
       }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
@@ -186,8 +199,8 @@ struct GroupedStep {
   static __device__ __forceinline__ float line_factor(const uint8_t*) { return 1.0f; }
 };
 
-// --- nvfp4. Each 16 codes have a scale of e4m3, and the product of both is exact: words stay with the
-// lane that has loaded them.
+// --- nvfp4. Each 16 codes have a scale of e4m3, and the product of both is exact: words stay with
+// the lane that has loaded them.
 
 template <class S>
 struct Nvfp4Step {
@@ -200,9 +213,9 @@ struct Nvfp4Step {
   __device__ __forceinline__ void load(const StoredLaunch& p, const StoredLines& lines, int step) {
     const int q = quad_lane(), k = step * kWeights + 32 * q;
     const int count = p.line_bytes - 64 * step - 16 * q;
+    load_codes(words, lines, int64_t{64} * step, count, p.aligned);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      load_codes(words[i], lines.codes[i] + int64_t{64} * step, count, p.aligned);
       const uint8_t* const from = lines.scales + lines.scale[i] + kHead + k / 16;
       scale[i] = (k < p.depth ? from[0] : 0u) | (k + 16 < p.depth ? from[1] << 8 : 0u);
     }
@@ -236,8 +249,8 @@ struct Nvfp4Step {
   }
 };
 
-// --- ggml's q4_K: a step is half a block of 256. Access i of the quad has 16 codes of run i / 2 * 2
-// in the low halves of its bytes and 16 of the next run in the high halves; a run is 32 weights
+// --- ggml's q4_K: a step is half a block of 256. Access i of the quad has 16 codes of run i / 2 *
+// 2 in the low halves of its bytes and 16 of the next run in the high halves; a run is 32 weights
 // `code * step - low`. Multiplied with ones, a run of the row becomes the sum that lows multiply.
 
 template <class S>
@@ -249,9 +262,9 @@ struct Q4KStep {
 
   __device__ __forceinline__ void load(const StoredLaunch& p, const StoredLines& lines, int step) {
     const int q = quad_lane();
+    load_codes(words, lines, int64_t{64} * step, 16, p.aligned);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      load_codes(words[i], lines.codes[i] + int64_t{64} * step, 16, p.aligned);
       const uint8_t* const from = lines.scales + lines.scale[i] + step / 2 * 16 + 4 * q;
       // The last word is about the second half.
       record[i] = q < 3 || step % 2 == 1 ? *reinterpret_cast<const uint32_t*>(from) : 0;
@@ -322,10 +335,10 @@ struct Q6KStep {
 
   __device__ __forceinline__ void load(const StoredLaunch& p, const StoredLines& lines, int step) {
     const int q = quad_lane(), half = step % 2, block = step / 2;
+    load_codes(words, lines, int64_t{192} * block + 64 * half, 16, p.aligned);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint8_t* const codes = lines.codes[i] + int64_t{192} * block;
-      load_codes(words[i], codes + 64 * half, 16, p.aligned);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         upper[i][n] = load_word(codes + 128 + 32 * half + 16 * n - 12 * q, p.aligned);

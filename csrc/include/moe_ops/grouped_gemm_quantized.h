@@ -6,8 +6,8 @@
 
 namespace moe_ops::cuda {
 
-// out[r] = b[e(r)] a[r] + bias[e(r)]. Codes are widened exactly and multiply a as it is; sums are in
-// fp32, and out is rounded to a's type. Rows from expert_offsets[E] on become zero.
+// out[r] = b[e(r)] a[r] + bias[e(r)]. Codes are widened exactly and multiply a as it is; sums are
+// in fp32, and out is rounded to a's type. Rows from expert_offsets[E] on become zero.
 struct GroupedGemmQuantizedParams {
   const int32_t* expert_offsets = nullptr;  // [E+1]
   int64_t num_experts = 0;                  // E

@@ -119,7 +119,7 @@ def moe_ffn_quantized(
     summed in fp32, and the scales multiply these sums (float32 x with 4 bits in large calls: the
     weights, in fp32). Formats without kernels of integers do so in calls of up to 64 slots (of T *
     K) per expert, and of any size in the batch-invariant mode; in larger ones, their weights are
-    rounded to x's type. What is rounded to x's type is x times `x_scale`, the activated features and
+    rounded to x's type. Rounded to x's type are also x times `x_scale`, the activated features and
     an expert's output, as by :func:`moe_ffn`.
 
     Args:
@@ -326,10 +326,10 @@ register_autocast(_OP, ["x", "b_gate_up", "b_down"])
 register_autocast(f"{_OP}_fwd", ["x", "b_gate_up", "b_down"])
 
 
-# --- CUDA. Many tokens and formats without kernels for them, and all backward passes, dequantize some
-# experts at a time into weights of x's type, for moe_ffn: at the sizes that train, an expert has
-# enough rows for its products to take longer than that, and no tensor of all weights exists. Which
-# experts have rows only the device knows, so all take their turn.
+# --- CUDA. Calls of many tokens in formats without kernels for them, and all backward passes,
+# dequantize some experts at a time into weights of x's type, for moe_ffn: at the sizes that train,
+# an expert has enough rows for its products to take longer than that, and no tensor of all weights
+# exists. Which experts have rows only the device knows, so all take their turn.
 
 _CHUNK_BYTES = 1 << 27
 
