@@ -21,6 +21,7 @@ from tests.helpers.quantized import (
 from tests.helpers.routing import Routing
 
 import moe_ops
+from moe_ops.reference._codes import dequantized
 from moe_ops.testing import assert_identical, short
 from moe_ops.weight_formats import parse_format
 
@@ -89,6 +90,42 @@ def test_dense_layers(kind, counts, dtype):
         call = stored_gemm_call(kind, counts, depths(kind)[0], features, dtype)
         check_unrounded_gemm(call)
         assert not moe_ops.grouped_gemm_quantized(**call)[sum(counts) :].any()
+
+
+@dtypes
+def test_weights_that_are_not_finite_or_subnormal(dtype):
+    """e4m3 has NaN of either sign; scales of MXFP4 are powers from 2^-127 on, or NaN."""
+    for kind, byte in (("fp8", 0x7F), ("e4m3", 0xFF), ("nvfp4", 0x7F), ("nvfp4", 0xFF)):
+        call = stored_gemm_call(kind, (3,), 208, 9, dtype)
+        changed = call["b_scale"] if kind == "nvfp4" else call["b"].view(torch.uint8)
+        changed[0, 4, 10] = byte
+        y = moe_ops.grouped_gemm_quantized(**call)[:3]
+        assert y[:, 4].isnan().all() and y.isnan().sum() == 3
+    call = stored_gemm_call("mxfp4", (3,), 96, 9, dtype)
+    call["b_scale"][0, 4, 1] = 255
+    y = moe_ops.grouped_gemm_quantized(**call)[:3]
+    assert y[:, 4].isnan().all() and y.isnan().sum() == 3
+    if dtype != torch.float16:  # whose numbers are too small for these scales
+        call["a"] *= 2.0**120
+        call["b_scale"][:] = torch.arange(3, dtype=torch.uint8)
+        check_unrounded_gemm(call)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["e4m3", "mxfp4", "nvfp4", "q6_k", "int4 g64 bfloat16 zero"])
+def test_every_code(kind, dtype):
+    """Products with unit vectors are the weights, rounded to x's type once."""
+    call = stored_gemm_call(kind, (256,), 256, 16, dtype)
+    call["a"] = torch.cat([torch.eye(256), torch.zeros(2, 256)]).to(dtype)
+    call["bias"] = torch.zeros_like(call["bias"])
+    if kind == "e4m3":
+        codes = torch.arange(256, dtype=torch.uint8)
+        call["b"].view(torch.uint8)[0] = torch.where(codes & 0x7F == 0x7F, 0, codes)
+    parts = (call["b"], call["b_scale"], call.get("b_zero"))
+    weights = dequantized(*parts, format=kind, dtype=torch.float64)[0].T
+    y = moe_ops.grouped_gemm_quantized(**call)[:256].double()
+    step = torch.finfo(dtype).eps
+    assert ((y - weights).abs() <= 0.51 * step * weights.abs() + 2.0**-25).all()
 
 
 @kinds
