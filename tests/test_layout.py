@@ -31,7 +31,6 @@ EXCEPTIONS = {
     ("moe_ffn_packed", "csrc/include/moe_ops"): SAME_KERNEL,
     ("moe_ffn_packed", "csrc/cpu"): SAME_KERNEL,
     ("moe_ffn_packed", "csrc/torch"): SAME_KERNEL,
-    ("grouped_gemm_quantized", "csrc/include/moe_ops"): "grouped_gemm takes such weights",
     ("grouped_gemm_quantized", "csrc/cpu"): "grouped_gemm takes such weights",
 }
 # Files of a layer that belong to no single op.

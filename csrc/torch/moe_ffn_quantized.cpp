@@ -189,9 +189,9 @@ static Tensor moe_ffn_quantized_cuda(const Tensor& x, const Tensor& w_gate_up,
                      .format = format,
                      .w_gate_up_zero = w_gate_up_zero,
                      .w_down_zero = w_down_zero};
-  const Call call = check(op, in);
-  MOE_CHECK(call.up.matrices.format.has_kernels && call.down.matrices.format.has_kernels, op,
-            ": format must have CUDA kernels, got '", format, "'.");
+  Call call = check(op, in);
+  align_records(call.up);
+  align_records(call.down);
   const Sizes& s = call.sizes;
   const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());

@@ -133,4 +133,15 @@ inline Quantized quantized_of(const Op& op, const std::string& what, const Tenso
   return out;
 }
 
+// Copies records of scales that start anywhere to memory of their own: device kernels read words of
+// them.
+inline void align_records(Quantized& q) {
+  QuantFormat& format = q.matrices.format;
+  if (format.scale_type != ScaleType::kBytes) return;
+  if (reinterpret_cast<uintptr_t>(format.scales) % 4 == 0) return;
+  q.scale = copy_of(q.scale, [](const Tensor& t) { return torch::stable::clone(t); });
+  format.scales = q.scale.const_data_ptr();
+  format.scale = static_cast<const float*>(format.scales);
+}
+
 }  // namespace moe_ops::adapter

@@ -9,7 +9,7 @@ from torch import Tensor
 from .calls import CASES, IDS, Step, assert_same_bits, call_of, copy_of
 
 # On the simulator kernels of torch run when they are captured, and not at a replay.
-BACKWARD_OF_TORCH = {"grouped_sum"}
+BACKWARD_OF_TORCH = {"grouped_gemm_quantized", "grouped_sum"}
 
 
 @pytest.mark.parametrize(("op", "dtype"), CASES, ids=IDS)

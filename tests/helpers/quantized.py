@@ -139,9 +139,26 @@ def dequantized(call: Kwargs) -> Kwargs:
     return exact
 
 
+def weight_bound(w: Tensor, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:
+    """Returns in fp64 a bound on what the terms of a weight amount to. A weight may be the
+    difference of a value and an offset, which may be larger than what they add up to: a weight of
+    zero point 15 and code 15 is 7 * scale - 7 * scale."""
+    bound = dequantized_weight(w, scale, zero, format=format, dtype=torch.float64).abs()
+    if zero is not None or format == "q4_k":
+        codes_of_zero = torch.full_like(w, 0x88 if zero is not None else 0)
+        offset = dequantized_weight(codes_of_zero, scale, zero, format=format, dtype=torch.float64)
+        bound += 2 * offset.abs()
+    return bound
+
+
 def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
     """moe_ffn_magnitude of the weights that codes and scales stand for."""
-    return moe_ffn_magnitude(**absolute(dequantized(call)))
+    exact = absolute(dequantized(call))
+    formats = formats_of(call["format"], 2)
+    for name, format in zip(("w_gate_up", "w_down"), formats, strict=True):
+        parts = (call[name], call[f"{name}_scale"], call.get(f"{name}_zero"))
+        exact[name] = weight_bound(*parts, format)
+    return moe_ffn_magnitude(**exact)
 
 
 def check_moe_ffn_quantized(call: Kwargs) -> None:
@@ -341,7 +358,8 @@ def stored(
         parts = (head, steps.view(torch.uint8))
         return codes(depth // 2), torch.cat(parts, -1), None
     if kind.startswith("e4m3"):
-        numbers = torch.randn(experts, features, depth).mul_(100).to(torch.float8_e4m3fn)
+        numbers = torch.randn(experts, features, depth).mul_(100).clamp_(-448, 448)
+        numbers = numbers.to(torch.float8_e4m3fn)
         # A scale per row, or one in bfloat16 per 32 inputs.
         groups = (depth // 32,) if "g32" in kind else ()
         scale = (torch.rand(experts, features, *groups) + 0.5) * size / 100
@@ -396,9 +414,7 @@ def stored_gemm_call(
 
 
 def check_stored_gemm(call: Kwargs, wrt: Sequence[str] = ()) -> None:
-    """Against its reference in fp64. Where rows are not rounded, the bound is that of sums whose
-    weights are a value and an offset, which may be larger than what they add up to: a weight of
-    zero point 15 and code 15 is 7 * scale - 7 * scale."""
+    """Checks a call against its reference in fp64."""
     counts = call["expert_offsets"].diff().long()
     bits = token_bits(call["b"], call["format"], call["a"].dtype, counts[counts > 0])
     if call["a"].device.type == "cpu" and bool((bits > 0).any()):
@@ -406,22 +422,22 @@ def check_stored_gemm(call: Kwargs, wrt: Sequence[str] = ()) -> None:
         if not wrt:
             return
         # Where a gradient is wanted, rows are not rounded.
+    check_unrounded_gemm(call, wrt)
+
+
+def check_unrounded_gemm(call: Kwargs, wrt: Sequence[str] = ()) -> None:
+    """Checks a call that does not round rows. The bound is that of the sums, with weights of
+    `weight_bound`."""
     names = {"b", "b_scale", "b_zero", "format"}
     codes = {name: v for name, v in call.items() if name in names}
-    parts = (codes["b_scale"], codes.get("b_zero"))
-    how = {"format": codes["format"], "dtype": torch.float64}
-    weights = dequantized_weight(codes["b"], *parts, **how)
-    has_zero = codes.get("b_zero") is not None
-    if has_zero or codes["format"] == "q4_k":
-        codes_of_zero = torch.full_like(codes["b"], 0x88 if has_zero else 0)
-        weights = weights.abs() + 2 * dequantized_weight(codes_of_zero, *parts, **how).abs()
+    bound = weight_bound(codes["b"], codes["b_scale"], codes.get("b_zero"), codes["format"])
     check_against_reference(
         functools.partial(ops.grouped_gemm_quantized, **codes),
         functools.partial(reference.grouped_gemm_quantized, **codes),
         {name: v for name, v in call.items() if name not in codes},
         wrt,
-        magnitude=functools.partial(reference.grouped_gemm, b=weights.abs()),
-        sum_length=max(*call["a"].shape, *weights.shape[1:]),
+        magnitude=functools.partial(reference.grouped_gemm, b=bound),
+        sum_length=max(*call["a"].shape, *bound.shape[1:]),
     )
 
 

@@ -20,6 +20,7 @@ from torch.func import grad, jvp, vmap
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.ops._quantized import reads_stored
 from moe_ops.quant import dequantize_weight
 from moe_ops.testing import as_strided_copy, assert_identical, short
 
@@ -110,6 +111,12 @@ def test_stored_formats(kind, counts, backend):
         for out_features in features:
             for dtype in (torch.float32, torch.bfloat16):
                 check(stored_gemm_call(kind, counts, in_features, out_features, dtype))
+
+
+def test_the_limit_of_what_cuda_kernels_read_as_it_is_stored():
+    assert reads_stored(3 * 64, 3) and not reads_stored(3 * 64 + 1, 3)
+    with moe_ops.batch_invariant():
+        assert reads_stored(10**6, 1)
 
 
 @pytest.mark.cpu_only

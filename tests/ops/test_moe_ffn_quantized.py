@@ -363,11 +363,8 @@ def test_two_python_threads_at_once():
 @pytest.mark.parametrize("routing", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("kind", STORED)
 def test_stored_formats(kind, routing, dtype, backend):
-    if backend == "sim":
-        pytest.skip("CPU tensors on the simulator meet CUDA kernels only, which have two formats")
-    if backend != "cpu" and (routing is MANY or dtype == torch.bfloat16):
-        pytest.skip("on CUDA one formula serves them all")
-    check_stored_ffn(stored_call(kind, routing, 256, 256, dtype, bias=True, x_scale=True))
+    check = check_moe_ffn_quantized if backend == "sim" else check_stored_ffn
+    check(stored_call(kind, routing, 256, 256, dtype, bias=True, x_scale=True))
 
 
 @pytest.mark.cpu_only

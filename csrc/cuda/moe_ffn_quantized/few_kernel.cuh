@@ -16,12 +16,10 @@
 #include <cute/arch/mma_sm80.hpp>
 
 #include "cuda/grouped_gemm/launch.cuh"
-#include "cuda/moe_ffn/fused_act.cuh"
 #include "cuda/moe_ffn_quantized/codes.cuh"
-#include "cuda/moe_ffn_quantized/stage.h"
+#include "cuda/moe_ffn_quantized/few_block.cuh"
 #include "cuda/overlap.cuh"
 #include "cuda/quad.cuh"
-#include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::quantized {
 
@@ -33,13 +31,6 @@ template <int kRowTiles>
 struct FewConfig {
   static constexpr int kWarps = kRowTiles == 1 ? 8 : 4, kBlocksPerSm = 2;
   static constexpr int kThreads = kWarps * kWarp;
-};
-
-struct FewLaunch {
-  QuantStage s;
-  FusedAct act;
-  int tiles;       // of features
-  int tile_lines;  // features of one: 16 with a gate, else 32
 };
 
 // Eight neighboring numbers of a row of x, as `first` and `rest` of the products with codes: rest
@@ -265,60 +256,6 @@ struct FewRows {
   }
 };
 
-// Returns the line i of tile `tile` from feature f0 on, as a row of w.
-__device__ __forceinline__ int64_t line_of(const QuantStage& s, int64_t f0, int tile, int i) {
-  if (!s.gated) return f0 + 16 * tile + i;
-  return s.act.interleaved ? 2 * (f0 + i) + tile : f0 + i + tile * s.features;
-}
-
-template <class S, int kGroup, int kRowTiles>
-__device__ void few_finish(const FewLaunch& p, const float (*partial)[2][kRowTiles][4][kWarp],
-                           int expert, int64_t f0, int row0, int count) {
-  using Config = FewConfig<kRowTiles>;
-  const QuantStage& s = p.s;
-  for (int at = static_cast<int>(threadIdx.x); at < 16 * count; at += Config::kThreads) {
-    const int i = at % 16, j = at / 16, r = row0 + j;
-    const int reg = i / 8 * 2 + j % 2, lane = i % 8 * 4 + j % 8 / 2;
-    const float factor = row_factor<float>(s.factor, r);
-    float v[2];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      v[tile] = 0;
-      const int64_t f = f0 + i + (s.gated ? 0 : 16 * tile);
-      if (f >= s.features) continue;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < Config::kWarps; ++w) sum += partial[w][tile][j / 8][reg][lane];
-      const int64_t line = line_of(s, f0, tile, i);
-      const QuantFormat& format = s.w.format;
-      if constexpr (kGroup == 0)
-        sum *= format.scale[expert * format.scale_stride_e + line * format.scale_stride_o];
-      const float bias =
-          s.bias.data == nullptr
-              ? 0.0f
-              : widen(static_cast<const S*>(s.bias.data)[expert * s.bias.stride_e + line]);
-      v[tile] = fmaf(sum, factor, bias);
-    }
-    if (s.activate) {
-      with_family(p.act.family, [&](auto family) {
-        if (s.gated) {
-          v[0] = fused_forward<family.value>(p.act, v[0], v[1]);
-        } else {
-          v[0] = fused_forward<family.value>(p.act, v[0], 0.0f);
-          v[1] = fused_forward<family.value>(p.act, v[1], 0.0f);
-        }
-      });
-    }
-    S* const out = static_cast<S*>(s.out) + r * s.out_stride;
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int64_t f = f0 + i + 16 * tile;
-      if ((s.gated && tile == 1) || f >= s.out_stride) continue;
-      out[f] = narrow<S>(f < s.features ? v[tile] : 0.0f);
-    }
-  }
-}
-
 // kGroup: 4-bit codes that share a scale; 0: 8-bit codes with one scale per line.
 template <class S, int kGroup, bool kAligned, int kRowTiles>
 __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
@@ -332,12 +269,13 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int ordinal = static_cast<int>(blockIdx.x) / p.tiles;
+  const int64_t f0 =
+      static_cast<int64_t>(static_cast<int>(blockIdx.x) - ordinal * p.tiles) * p.tile_lines;
+  if (s.zero_tail && ordinal == 0) zero_tail<S>(p, f0);
   const int expert = expert_with_rows(s.expert_offsets, static_cast<int>(s.num_experts),
                                       static_cast<int>(s.num_rows), ordinal);
   if (expert < 0) return;
   const RowRange range = expert_rows(s.expert_offsets, expert, static_cast<int>(s.num_rows));
-  const int64_t f0 =
-      static_cast<int64_t>(static_cast<int>(blockIdx.x) - ordinal * p.tiles) * p.tile_lines;
 
   const QuantFormat& format = s.w.format;
   const float* const scales = format.scale + expert * format.scale_stride_e;
@@ -393,35 +331,29 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
       }
     }
     __syncthreads();
-    few_finish<S, kGroup, kRowTiles>(p, partial, expert, f0, row0, rows.count);
+    const auto line_scale = [&](int64_t line) {
+      return kGroup == 0 ? scales[line * format.scale_stride_o] : 1.0f;
+    };
+    few_finish<S, kRowTiles, kWarps>(p, partial, line_scale, expert, f0, row0, rows.count);
     __syncthreads();  // The next rows' sums come to the same place.
   }
 }
 
 template <class S, int kGroup, bool kAligned, int kRowTiles>
-Status launch_few(const FewLaunch& launch, unsigned blocks, Stream stream) {
-  Launch at{blocks, FewConfig<kRowTiles>::kThreads, stream};
+Status launch_few(const FewLaunch& launch, Stream stream) {
+  Launch at{static_cast<unsigned>(launch.blocks), FewConfig<kRowTiles>::kThreads, stream};
   at.overlaps = true;
   return launch_kernel<quantized_few_kernel<S, kGroup, kAligned, kRowTiles>>(at, launch);
 }
 
 template <class S, int kGroup>
 Status run_few(const QuantStage& s, Stream stream) {
-  FewLaunch launch;
-  launch.s = s;
-  launch.act = fused_act(s.act);
-  launch.tile_lines = s.gated ? 16 : 32;
-  launch.tiles = static_cast<int>(ceil_div<int64_t>(s.features, launch.tile_lines));
-  const int64_t blocks = std::min(s.num_experts, s.num_rows) * launch.tiles;
-  const int64_t scales = s.features * (s.gated ? 2 : 1) * s.w.format.scale_stride_o;
-  if (blocks > INT32_MAX || scales > INT32_MAX) return cudaErrorInvalidValue;
-  const auto n = static_cast<unsigned>(blocks);
+  const FewLaunch launch = few_launch(s);
+  if (!counts_fit(launch)) return cudaErrorInvalidValue;
   // Codes that lie anywhere take 16 accesses, and come with 8 rows at a time only.
-  const bool aligned = aligned_to(s.w.data, 16) && s.w.stride_e % 16 == 0 &&
-                       s.w.stride_o % 16 == 0 && s.depth % 16 == 0;
-  if (!aligned) return launch_few<S, kGroup, false, 1>(launch, n, stream);
-  return s.num_tokens <= 8 ? launch_few<S, kGroup, true, 1>(launch, n, stream)
-                           : launch_few<S, kGroup, true, 4>(launch, n, stream);
+  if (!lines_aligned(s)) return launch_few<S, kGroup, false, 1>(launch, stream);
+  return s.num_tokens <= 8 ? launch_few<S, kGroup, true, 1>(launch, stream)
+                           : launch_few<S, kGroup, true, 4>(launch, stream);
 }
 
 template <class S>

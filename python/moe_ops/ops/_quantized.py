@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_exporting
 
+from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check,
@@ -19,6 +21,7 @@ from moe_ops.ops._checks import (
 )
 from moe_ops.weight_formats import WeightFormat, parse_format, split_formats
 
+_STORED_ROWS = 64  # Per expert, on average.
 _FLOAT = "float"  # The name of a weight in x's dtype among the formats of a block's weights.
 
 
@@ -54,6 +57,25 @@ def have_kernels(names: str, count: int) -> bool:
     found = split_formats(names, count) or ()
     formats = [parse_format(name) for name in found]
     return bool(formats) and all(how is not None and how.has_kernels for how in formats)
+
+
+def reads_stored(num_rows: int, num_experts: int) -> bool:
+    """Returns whether CUDA kernels read weights of formats without integer kernels as they are
+    stored, for so many rows in all; otherwise, they become numbers of x's dtype first.
+
+    The kernel reads an expert's weights once per 8 rows. Dequantizing moves 20 to 55 bytes per
+    weight of all experts, which is as much as this does for 180 rows per expert or more. The limit
+    is lower because experts have unequal numbers of rows.
+    """
+    if is_batch_invariant_enabled():
+        return True
+    most = _STORED_ROWS * num_experts
+    if not is_exporting():
+        return num_rows <= most
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    # A comparison would limit an exported program to numbers of rows like that of its example.
+    return statically_known_true(num_rows <= most)
 
 
 def _check_part(

@@ -26,7 +26,7 @@ from moe_ops.ops._checks import (
     check_tensor,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_weight
+from moe_ops.ops._quantized import check_weight, reads_stored
 
 _grouped_gemm_quantized = direct_call("grouped_gemm_quantized")
 _exact = direct_call("grouped_gemm_quantized_exact")
@@ -48,10 +48,14 @@ def grouped_gemm_quantized(
 
     ``out[r] = w[e] @ a[r] + bias[e]``, where w is the dequantized b. The formats, and the integers
     that the CPU uses for rows, are those of :func:`moe_ffn_quantized`. If a gradient is requested,
-    and on CUDA tensors, it is :func:`grouped_gemm` with the dequantized weights: rows are not
-    rounded, and a and bias have gradients. The CPU then dequantizes weights in cache, forward and
-    backward. In the batch-invariant mode, the CPU computes the values of a call with a gradient as
-    of one without.
+    it is :func:`grouped_gemm` with the dequantized weights: rows are not rounded, and a and bias
+    have gradients. The CPU then dequantizes weights in cache, forward and backward. In the
+    batch-invariant mode, the CPU computes the values of a call with a gradient as of one without.
+
+    CUDA kernels never round rows. In calls of up to 64 rows per expert, and of any size in the
+    batch-invariant mode, they read weights as they are stored, with a gradient or without, and
+    scales multiply sums in fp32. In larger calls, some experts at a time, weights are rounded to
+    a's dtype.
 
     Args:
         a: [N, K] rows sorted by expert; float32, bfloat16 or float16, any strides.
@@ -72,6 +76,8 @@ def grouped_gemm_quantized(
     """
     zero = () if b_zero is None else (b_zero,)
     args = (a, b, b_scale, expert_offsets, format, bias, *zero)
+    if a.device.type == "cuda" and not reads_stored(a.shape[0], b.shape[0]):
+        return _exact(*args)
     out = _grouped_gemm_quantized(*args)
     if out.requires_grad and out.device.type == "cpu" and is_batch_invariant_enabled():
         with torch.no_grad():
@@ -149,6 +155,9 @@ def _(
     transposed: bool,
 ) -> Tensor:
     experts = b.shape[0]
+    if not transposed and reads_stored(a.shape[0], experts):
+        args = (a, b, b_scale, expert_offsets, format, bias, b_zero)
+        return torch.ops.moe_ops.grouped_gemm_quantized(*args)
     matrix = b[0].numel() * 2 if experts else 1  # at least the weights of an expert, or nearly
     step = max(1, _CHUNK_BYTES // max(matrix * a.element_size(), 1))
     out = None
@@ -168,8 +177,3 @@ def _(
         out = y if out is None else out + y
     assert out is not None
     return out
-
-
-@register_cuda_formula("grouped_gemm_quantized")
-def _(*args: Any) -> Tensor:
-    return torch.ops.moe_ops.grouped_gemm_quantized_exact(*args)

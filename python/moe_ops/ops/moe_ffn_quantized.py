@@ -28,7 +28,7 @@ from moe_ops.ops._checks import (
     new_like,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_names, check_weight, have_kernels, joined
+from moe_ops.ops._quantized import check_names, check_weight, have_kernels, joined, reads_stored
 from moe_ops.ops.gated_act import check_activation
 from moe_ops.ops.moe_ffn import (
     DEFAULT_OPTIONS,
@@ -80,8 +80,8 @@ def moe_ffn_quantized(
     The others are as checkpoints store them. On the CPU, int8, int4, "mxfp4" and, for up to 8
     tokens of an expert, "nvfp4" are multiplied as integers, too. Other weights become float32, in
     registers where an expert has up to 4 tokens (2 without AVX-512) and else in cache, some rows at
-    a time, or bfloat16 for x of that type where that is exact (on CUDA x's type, some experts at a
-    time), and rows are not rounded to integers for them:
+    a time, or bfloat16 for x of that type where that is exact, and rows are not rounded to integers
+    for them:
 
     - "int8 gG": int8 [E, O, D] with scales [E, O, D/G], G a multiple of 32.
     - "int4 gG" with another multiple of 32, with scales of "bfloat16" or "float16", or with "zero"
@@ -117,7 +117,9 @@ def moe_ffn_quantized(
 
     On CUDA rows are not rounded to integers: numbers of x's type meet the weights, products are
     summed in fp32, and the scales multiply these sums (float32 x with 4 bits in large calls: the
-    weights, in fp32). What is rounded to x's type is x times `x_scale`, the activated features and
+    weights, in fp32). Formats without kernels of integers do so in calls of up to 64 slots (of T *
+    K) per expert, and of any size in the batch-invariant mode; in larger ones, their weights are
+    rounded to x's type. Rounded to x's type are also x times `x_scale`, the activated features and
     an expert's output, as by :func:`moe_ffn`.
 
     Args:
@@ -158,9 +160,14 @@ def moe_ffn_quantized(
     rest = (topk_weights, topk_ids, names, x_scale)
     if w_gate_up_zero is not None or w_down_zero is not None:
         options = (*(options or DEFAULT_OPTIONS), w_gate_up_zero, w_down_zero)
-    if x.device.type == "cuda" and not have_kernels(names, 2):
+    if x.device.type == "cuda" and not _has_cuda_kernel(names, w_down, topk_ids):
         return _moe_ffn_quantized_fwd(x, *weights, *rest, *options)[0]
     return _moe_ffn_quantized(x, *weights, *rest, *options)
+
+
+def _has_cuda_kernel(names: str, w_down: Tensor, topk_ids: Tensor) -> bool:
+    """Returns whether the kernels read the weights of a call on CUDA as they are stored."""
+    return have_kernels(names, 2) or reads_stored(topk_ids.numel(), w_down.shape[0])
 
 
 def _check_call(
@@ -319,10 +326,10 @@ register_autocast(_OP, ["x", "b_gate_up", "b_down"])
 register_autocast(f"{_OP}_fwd", ["x", "b_gate_up", "b_down"])
 
 
-# --- CUDA. Formats without kernels there, and all backward passes, dequantize some experts at a
-# time into weights of x's type, for moe_ffn: at the sizes that train, an expert has enough rows for
-# its products to take longer than that, and no tensor of all weights exists. Which experts have
-# rows only the device knows, so all take their turn.
+# --- CUDA. Calls of many tokens in formats without kernels for them, and all backward passes,
+# dequantize some experts at a time into weights of x's type, for moe_ffn: at the sizes that train,
+# an expert has enough rows for its products to take longer than that, and no tensor of all weights
+# exists. Which experts have rows only the device knows, so all take their turn.
 
 _CHUNK_BYTES = 1 << 27
 
@@ -360,7 +367,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     ops = torch.ops.moe_ops
     routing = ops.sort_by_expert(topk_ids, weights[2].shape[0])
     preact = x.new_empty((0, weights[0].shape[1]))
-    if have_kernels(format, 2):
+    if _has_cuda_kernel(format, weights[2], topk_ids):
         return ops.moe_ffn_quantized(*args), preact, *routing
     scaled = x if x_scale is None else (x * x_scale).to(x.dtype)
     y = x.new_zeros(x.shape, dtype=torch.float32)
