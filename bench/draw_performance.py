@@ -23,6 +23,7 @@ LAYERS = {
     "b": "Mixtral, half width",
     "c": "OLMoE",
     "d": "small model",
+    "f16": "DeepSeek-V3, 16 experts",
 }
 # Beginning of a contender's name -> the library that it is a way of.
 LIBRARIES = {

@@ -32,6 +32,15 @@ _TASKS = Path("/proc/self/task")
 _MOST_TOKENS = 2048
 
 
+def missing() -> str | None:
+    """Returns the reason why the library cannot run in this process; None if it can."""
+    if importlib.util.find_spec("kt_kernel") is None:
+        return "kt-kernel is not installed"
+    if _library.detected_isa() not in ("amx", "avx512_bf16"):
+        return "kt-kernel is compared on processors with AMX or AVX-512 for bf16 only"
+    return beyond_isa()
+
+
 class KTKernel(Baseline):
     """kt-kernel baseline. `layer` is the name of the library's class."""
 
@@ -50,16 +59,12 @@ class KTKernel(Baseline):
         self.name = f"kt-kernel {kind}"
 
     def missing(self) -> str | None:
-        if importlib.util.find_spec("kt_kernel") is None:
-            return "kt-kernel is not installed"
-        if _library.detected_isa() not in ("amx", "avx512_bf16"):
-            return "kt-kernel is compared on processors with AMX or AVX-512 for bf16 only"
-        return beyond_isa()
+        return missing()
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         import kt_kernel
 
-        pool = _pool(torch.get_num_threads())
+        pool = worker_pool(torch.get_num_threads())
         shape = bank.shape
         config = kt_kernel.kt_kernel_ext.moe.MOEConfig(shape.E, shape.K, shape.H, shape.I, 0)
         config.pool, config.max_len = pool.backend_, _MOST_TOKENS
@@ -110,7 +115,7 @@ class KTKernel(Baseline):
 
 
 @functools.cache
-def _pool(num_threads: int) -> Any:
+def worker_pool(num_threads: int) -> Any:
     """Starts the library's threads, which no thread of this process may share a core with."""
     import kt_kernel
 

@@ -48,6 +48,7 @@ SHAPES = {
         Shape("c", 2048, 1024, 64, 8, "OLMoE"),
         Shape("d", 256, 512, 16, 2, "a small model"),
         Shape("e", 1024, 512, 32, 4, "a medium model"),
+        Shape("f16", 7168, 2048, 16, 8, "DeepSeek-V3 with 16 of its 256 experts"),
     )
 }
 
