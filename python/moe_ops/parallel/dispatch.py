@@ -65,12 +65,13 @@ class Bank(Protocol):
 class DispatchOutput(NamedTuple):
     """Rows for the experts of this process, received or in flight.
 
-    x: [R, H].
-    topk_weights, topk_ids: [R, K'], see `Bank.forward_local`.
-    state: data for `combine` of the dispatcher.
-    num_slots: number of ids that have an expert on this process, or None. With it, training calls
-        `Bank.forward_local` with a row for each of these, so that the memory for backward is in
-        proportion to num_slots and not to R * K'; not in compiled code.
+    Attributes:
+        x: [R, H].
+        topk_weights, topk_ids: [R, K'], see `Bank.forward_local`.
+        state: data for `combine` of the dispatcher.
+        num_slots: number of ids that have an expert on this process, or None. With it, training
+            calls `Bank.forward_local` with a row for each of these, so that the memory for backward
+            is in proportion to num_slots and not to R * K'; not in compiled code.
     """
 
     x: Tensor | InFlight
