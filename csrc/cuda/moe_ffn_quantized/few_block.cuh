@@ -56,6 +56,15 @@ __device__ __forceinline__ int64_t line_of(const QuantStage& s, int64_t f0, int 
   return s.act.interleaved ? 2 * (f0 + i) + tile : f0 + i + tile * s.features;
 }
 
+// Returns the row of w of a lane's line `in_tile`. Past the last feature it is the last one again:
+// nobody reads its sums.
+__device__ __forceinline__ int64_t lane_line(const QuantStage& s, int64_t f0, int tile,
+                                             int64_t in_tile) {
+  const int64_t last = s.features - 1 - f0 - (s.gated ? 0 : 16 * tile);
+  return last < 0 ? line_of(s, 0, 0, 0)
+                  : line_of(s, f0, tile, static_cast<int>(min(in_tile, last)));
+}
+
 // Adds up the partial sums of the warps, for rows row0 to row0 + count of the expert, and stores
 // what the stage makes of them. line_scale(line): a factor of the sums of a line.
 template <class S, int kRowTiles, int kWarps, class LineScale>

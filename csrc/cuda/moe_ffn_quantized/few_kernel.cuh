@@ -288,11 +288,7 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
     FewLines lines;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // Past the last feature that one again: nobody reads its sums.
-      const int64_t last = s.features - 1 - f0 - (s.gated ? 0 : 16 * (i / 2));
-      const int64_t in_tile = lane / 4 + 8 * (i % 2);
-      const int64_t line = last < 0 ? line_of(s, 0, 0, 0)
-                                    : line_of(s, f0, i / 2, static_cast<int>(min(in_tile, last)));
+      const int64_t line = lane_line(s, f0, i / 2, lane / 4 + 8 * (i % 2));
       lines.codes[i / 2][i % 2] = static_cast<const uint8_t*>(s.w.data) + expert * s.w.stride_e +
                                   line * s.w.stride_o + first;
       lines.scales[i / 2][i % 2] = static_cast<int>(line * format.scale_stride_o);

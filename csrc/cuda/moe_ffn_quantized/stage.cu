@@ -95,48 +95,23 @@ Status zero_tail(const QuantStage& s, Stream stream) {
   return launch_kernel<zero_tail_kernel<S>>(at, s);
 }
 
+using RunStage = Status (*)(const QuantStage&, Stream);
+
+// Calls the function for the type of the stage's rows.
+Status by_type(const QuantStage& s, Stream stream, RunStage in_bf16, RunStage in_fp16,
+               RunStage in_fp32) {
+  switch (s.a.type) {
+    case DType::kBFloat16:
+      return in_bf16(s, stream);
+    case DType::kFloat16:
+      return in_fp16(s, stream);
+    default:
+      return in_fp32(s, stream);
+  }
+}
+
 Status zero_tail(const QuantStage& s, Stream stream) {
-  switch (s.a.type) {
-    case DType::kBFloat16:
-      return zero_tail<bf16>(s, stream);
-    case DType::kFloat16:
-      return zero_tail<fp16>(s, stream);
-    default:
-      return zero_tail<float>(s, stream);
-  }
-}
-
-Status run_tiles(const QuantStage& s, Stream stream) {
-  switch (s.a.type) {
-    case DType::kBFloat16:
-      return tiles_bf16(s, stream);
-    case DType::kFloat16:
-      return tiles_fp16(s, stream);
-    default:
-      return tiles_fp32(s, stream);
-  }
-}
-
-Status run_few(const QuantStage& s, Stream stream) {
-  switch (s.a.type) {
-    case DType::kBFloat16:
-      return few_bf16(s, stream);
-    case DType::kFloat16:
-      return few_fp16(s, stream);
-    default:
-      return few_fp32(s, stream);
-  }
-}
-
-Status run_stored(const QuantStage& s, Stream stream) {
-  switch (s.a.type) {
-    case DType::kBFloat16:
-      return stored_bf16(s, stream);
-    case DType::kFloat16:
-      return stored_fp16(s, stream);
-    default:
-      return stored_fp32(s, stream);
-  }
+  return by_type(s, stream, zero_tail<bf16>, zero_tail<fp16>, zero_tail<float>);
 }
 
 }  // namespace
@@ -148,10 +123,10 @@ Status run_stage(const QuantStage& s, Stream stream) {
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (s.num_rows > kMost || s.num_experts > kMost || s.depth > kMost || 2 * s.features > kMost)
     return cudaErrorInvalidValue;
-  if (!s.w.format.has_kernels) return run_stored(s, stream);
-  if (takes_few(s)) return run_few(s, stream);
+  if (!s.w.format.has_kernels) return by_type(s, stream, stored_bf16, stored_fp16, stored_fp32);
+  if (takes_few(s)) return by_type(s, stream, few_bf16, few_fp16, few_fp32);
   if (s.zero_tail) MOE_TRY(zero_tail(s, stream));
-  return run_tiles(s, stream);
+  return by_type(s, stream, tiles_bf16, tiles_fp16, tiles_fp32);
 }
 
 }  // namespace moe_ops::cuda::quantized
