@@ -10,8 +10,18 @@ from tests.helpers.simulator import run_script
 from moe_ops.testing import eps, short
 
 
-@pytest.mark.parametrize("router", ["mixtral", "qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize(
+    ("dtype", "router"),
+    [
+        (torch.float32, "mixtral"),
+        (torch.bfloat16, "qwen3_moe"),
+        (torch.float32, "deepseek_v3"),
+        pytest.param(torch.bfloat16, "mixtral", marks=pytest.mark.full),
+        pytest.param(torch.float32, "qwen3_moe", marks=pytest.mark.full),
+        pytest.param(torch.bfloat16, "deepseek_v3", marks=pytest.mark.full),
+    ],
+    ids=lambda value: value if isinstance(value, str) else short(value),
+)
 def test_moe_layer_equals_the_cpu_backend(tmp_path, dtype, router):
     build = {
         "hidden_size": 24,

@@ -39,8 +39,19 @@ def depths(kind):
 
 
 @kinds
-@dtypes
-@pytest.mark.parametrize("routing", ["skewed", "out_of_range", "half_empty"])
+@pytest.mark.parametrize(
+    ("routing", "dtype"),
+    [
+        pytest.param(
+            routing,
+            dtype,
+            id=f"{routing}-{short(dtype)}",
+            marks=() if row == column else pytest.mark.full,
+        )
+        for row, routing in enumerate(("skewed", "out_of_range", "half_empty"))
+        for column, dtype in enumerate(FLOATS)
+    ],
+)
 def test_values(simulator, routing, dtype, kind):
     """Experts without rows and with more than 8, ids that name none, gate and up, biases."""
     call = stored_call(kind, Routing(14, 5, 2, routing), *depths(kind), dtype, bias=True)
@@ -149,7 +160,11 @@ def test_memory_that_starts_anywhere(kind):
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)],
+    ids=short,
+)
 def test_schedules(simulator, kind, dtype):
     call = stored_call(kind, Routing(10, 3, 2, "dropped"), *depths(kind), dtype, bias=True)
     with simulator.options(sms=2):
@@ -173,8 +188,10 @@ def stored_bytes(call, name):
     return sum(t[0].numel() * t.element_size() for t in parts if t is not None)
 
 
-@pytest.mark.parametrize("experts", [2, 12])
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize(
+    ("tokens", "experts"),
+    [(6, 2), (1, 12), *(pytest.param(*more, marks=pytest.mark.full) for more in ((1, 2), (6, 12)))],
+)
 @kinds
 def test_touched_experts_are_read_once(simulator, kind, tokens, experts):
     """Up to 8 rows per expert: loads are those of x, of the maps and of the weights."""
