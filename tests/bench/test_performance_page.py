@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from bench import draw_performance
 from bench.harness.files import RESULTS, ROOT
+from bench.whole_models import report
 
 FILES = {
     "Zen 4, AVX-512": "epyc-zen4-2c",
@@ -163,3 +164,18 @@ def test_picture_of_any_recorded_run(path, tmp_path):
     ]
     groups = [part.split('<g id="')[0] for part in text.split('<g id="slower-')[1:]]
     assert sum(group.count("<use ") for group in groups) == len(slower)
+
+
+def test_whole_models(tmp_path):
+    """The table and the picture of whole models are those of the recorded runs."""
+    shown = [" | ".join(row) for row in rows("Whole models, against llama.cpp")]
+    head, _, *body = [line.strip("| ") for line in report.table()]
+    assert shown == [head, *body] and len(body) == 3 * len(report.runs()) > 9
+    pytest.importorskip("matplotlib")
+    report.draw(tmp_path / "drawn.svg")
+    # Numbers of paths depend on matplotlib's version, and what is written does not.
+    texts = [
+        re.findall(r">([^<>]+)</text>", p.read_text())
+        for p in (report.PICTURE, tmp_path / "drawn.svg")
+    ]
+    assert texts[0] == texts[1]
