@@ -163,7 +163,7 @@ def contrasted(model: nn.Module, tested: Sequence[Tensor]) -> dict[str, float]:
         strong = _logits(model, tokens)
         with surgery.override_routing(model, surgery.rules.rank(2), renormalize=True):
             weak = _logits(model, tokens)
-        both = surgery.contrast(strong, weak)
+        both = surgery.self_contrast.contrast(strong, weak)
         for arm, logits in zip(hits, (strong, weak, both), strict=True):
             hits[arm] += int((logits[:, :-1].argmax(-1) == tokens[:, 1:]).sum())
         count += tokens[:, 1:].numel()
