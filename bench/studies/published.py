@@ -49,7 +49,7 @@ PROFILE_PASSES, TEST_PASSES = 3, 10
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run needs.
+    """The resources that a run needs.
 
     Attributes:
         download: bytes; 0 for a local folder.
@@ -186,7 +186,7 @@ def pruned(
     """Losses added with half the experts: by PreMoe's criterion, by others, and random ones."""
 
     def cost(scores: Mapping[str, Tensor]) -> float:
-        with among(model, surgery.select_experts(model, scores, PART)):  # type: ignore[arg-type]
+        with among(model, surgery.select_experts(model, scores, PART)):
             return surgery.super_experts.mean_loss(model, tested) - before
 
     found = {by: cost(surgery.score_experts(profile, by)) for by in ("tcess", "gate_norm")}
@@ -208,7 +208,7 @@ def merged(
     """Losses added with half the experts: the most frequent ones kept, or UNCURL's groups merged
     (in place, so that no second copy is needed)."""
     keep = surgery.select_experts(model, surgery.score_experts(profile, "frequency"), PART)
-    with among(model, keep):  # type: ignore[arg-type]
+    with among(model, keep):
         dropped = surgery.super_experts.mean_loss(model, tested) - before
     number = len(next(iter(keep.values())))
     groups = surgery.uncurl_groups(profile, number, seed=seed)
