@@ -67,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .efficiency import main as efficiency
 
             return efficiency.main(given[1:])
+        if given[:1] == ["power"]:
+            from . import planning
+
+            return planning.main(given[1:])
+        if given[:1] == ["published"]:
+            from . import published
+
+            return published.main(given[1:])
         options = parser.parse_args(given)
         if options.again:
             return again(*options.again)

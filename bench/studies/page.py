@@ -280,7 +280,8 @@ def counted(results: Path = RESULTS) -> str:
     """The paragraph above the table of all systems: numbers of hypotheses, headlines and claims of
     abstracts, with verdicts."""
     every = [registry.experiment(system) for system in registry.NAMES]
-    declared = sum(len(study.hypotheses) for found in every for study in found.studies)
+    run = [s for found in every for s in found.studies if (results / f"{s.name}.json").is_file()]
+    declared = sum(len(study.hypotheses) for study in run)
     published = sum(headline.has_figure for found in every for headline in found.headlines)
     by_headline = Counter(state for found in every for state in states(found, results))
     by_abstract: Counter[str] = Counter()

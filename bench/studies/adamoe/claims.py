@@ -4,7 +4,10 @@ weak and strong balance losses."""
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from moe_ops.zoo.adamoe import ActionTransformer, AdaMoEConfig
 
 from ..picture import Picture
 from ..report import means
-from ..study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
+from ..study import FIRST_SEED, Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from ..trainer import train_steps
 from ..zoo_fits import resumed
 
@@ -98,7 +101,26 @@ def whole(plan: Plan, sizes: dict[str, Any]) -> Job:
     return perform
 
 
-def study(name: str, size: str, rank: int, minutes: float, plan: Plan, **sizes: Any) -> Study:
+def study(
+    name: str,
+    size: str,
+    rank: int,
+    minutes: float,
+    plan: Plan,
+    seeds: int = 5,
+    first_seed: int = FIRST_SEED,
+    pilots: Mapping[str, tuple[float, float, str]] = MappingProxyType({}),
+    **sizes: Any,
+) -> Study:
+    """Returns a study of all arms.
+
+    Args:
+        name, size, rank, minutes, seeds, first_seed: see `Study`.
+        plan: of the training.
+        pilots: key of a hypothesis -> its mean, its deviation and what they were taken from.
+        sizes: of the model.
+    """
+
     def gap(weight: float) -> Any:
         return lambda r: r.gap(arm("additive", weight), arm("coupled", weight), SUCCESS)
 
@@ -136,6 +158,12 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan, **sizes: 
             key="apart",
         ),
     ]  # fmt: skip
+    for i, hypothesis in enumerate(hypotheses):
+        if hypothesis.key in pilots:
+            mean, deviation, source = pilots[hypothesis.key]
+            hypotheses[i] = dataclasses.replace(
+                hypothesis, expected=mean, deviation=deviation, pilot=source
+            )
 
     def made() -> dict[str, str]:
         config = AdaMoEConfig(ffn="dense", **sizes)
@@ -153,7 +181,9 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan, **sizes: 
         }
 
     runs = {ALL: whole(plan, sizes)}
-    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
+    return Study(
+        name, size, rank, runs, seeds, minutes, hypotheses, made, pictures, first_seed=first_seed
+    )
 
 
 def pictures(results: Results) -> list[Picture]:
@@ -171,7 +201,16 @@ def pictures(results: Results) -> list[Picture]:
 
 EXPERIMENT = Experiment(
     "adamoe",
-    (study("adamoe-skills", "H 64", 46, 5.0, Plan()),),
+    (
+        study("adamoe-skills", "H 64", 46, 5.0, Plan()),
+        study(
+            "adamoe-skills-12", "H 64, more seeds", 47, 5.0, Plan(), 12, 16,
+            {
+                "published": (1.26, 0.98, "seeds 10 to 14"),
+                "strong": (1.2, 0.89, "seeds 10 to 14"),
+            },
+        ),
+    ),
     (
         Headline(
             "published", "additive weights are ahead of coupled ones", "about 1 point of success",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import random
 from collections import Counter
 
@@ -207,6 +208,20 @@ def test_bad_examples(x, y, words):
     for good, label in zip(examples(3), CLASSES, strict=True):
         model.learn_one(good[0], label)
     with pytest.raises(ValueError, match=words):
+        model.learn_one(x, y)
+
+
+@pytest.mark.parametrize("expert", ["tree", "adaptive_tree"])
+def test_a_pickled_model_of_trees_continues_equally(expert):
+    pytest.importorskip("river")
+    model = zoo.create_model("driftmoe", num_features=3, num_classes=3, expert=expert)
+    for x, _ in examples(1500):
+        model.learn_one(x, "red" if x["a"] > x["b"] else "blue")
+    assert max(tree.n_nodes for tree in model.experts) > 1
+    loaded = pickle.loads(pickle.dumps(model))
+    for x, y in examples(500, seed=1):
+        assert loaded.predict_proba_one(x) == model.predict_proba_one(x)
+        loaded.learn_one(x, y)
         model.learn_one(x, y)
 
 
