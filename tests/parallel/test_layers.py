@@ -111,7 +111,7 @@ class Log(TorchDispatchMode):
 def order_of_events(rank: int, name: str) -> tuple[list[str], list[str]]:
     moe = layer(name, torch.float32)
     x, grad = (t[block(rank)] for t in tokens(torch.float32))
-    ids, weights = moe.router(x)[2], torch.rand(T, K)
+    ids, weights = moe.router(x)[2], torch.rand(T, K, requires_grad=True)
     with Log() as forward:
         y = moe(x.clone().requires_grad_(), topk_ids=ids, topk_weights=weights)
     with Log() as backward:
