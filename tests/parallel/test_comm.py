@@ -170,6 +170,54 @@ def test_rows_in_fp8(processes, dtype):
         assert_identical(grad, torch.full_like(x, 0.3))
 
 
+def parts_of_one_message(rank: int, dtype: torch.dtype, width: int, fp8: bool) -> None:
+    """Parts arrive as they would alone; so do the gradients of parts that require one."""
+    group = dist.group.WORLD
+    recv, send = splits(rank)
+    torch.manual_seed(rank)
+    x = torch.randn(sum(send), width).to(dtype)
+    weights, ids = torch.rand(sum(send), 3), torch.randint(-1, 9, (sum(send), 3))
+    for learned in ([x], [weights], [x, weights], []):
+        for part in (x, weights):
+            part.grad = None
+            part.requires_grad_(any(part is t for t in learned))
+        begun = comm.begin_all_to_all_parts([x, weights, ids], recv, send, group, fp8=fp8)
+        got = [comm.wait(part) for part in begun]
+        sent = x.detach()
+        if fp8:
+            sent = dequantize_rows(*quantize_fp8(sent)).to(dtype)
+        parts = [sent, weights.detach(), ids]
+        for y, part in zip(got, parts, strict=True):
+            assert y.dtype == part.dtype and y.is_contiguous()
+            assert_identical(y.detach(), all_to_all_rows(part, recv, send, group))
+        assert [y.requires_grad for y in got[:2]] == [x.requires_grad, weights.requires_grad]
+        if not learned:
+            continue
+        factors = [torch.rand(y.shape).to(y.dtype) for y in got[:2]]
+        sum((y * f).sum() for y, f in zip(got, factors, strict=False) if y.requires_grad).backward()
+        for part, factor in zip((x, weights), factors, strict=True):
+            if part.requires_grad:
+                assert_identical(part.grad, all_to_all_rows(factor, send, recv, group))
+            else:
+                assert part.grad is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "fp8"),
+    [
+        (torch.float64, 5, False),
+        (torch.float32, 5, False),
+        (torch.bfloat16, 5, False),
+        (torch.float16, 8, False),
+        (torch.bfloat16, 131, True),
+        (torch.float32, 128, True),
+    ],
+    ids=str,
+)
+def test_parts_of_one_message(processes, dtype, width, fp8):
+    processes.run(parts_of_one_message, dtype, width, fp8)
+
+
 # ----------------------------------------------------------------------------- wrong arguments
 
 

@@ -143,7 +143,8 @@ class DedupAllToAllDispatcher(_AllToAll):
         rows = permute(x, offsets, tokens, top_k=1)
         weights = permute(topk_weights, offsets, tokens, top_k=1)
         state = _Sent(offsets, slot_to_row, send, recv, None, rows.dtype)
-        return DispatchOutput(*self._begin([rows, weights, ids], recv, send), state, num_slots)
+        arriving, weights_there, ids_there = self._begin([rows, weights, ids], recv, send)
+        return DispatchOutput(arriving, weights_there, ids_there, state, num_slots)
 
 
 class PaddedAllToAllDispatcher(Dispatcher):
@@ -205,8 +206,9 @@ class PaddedAllToAllDispatcher(Dispatcher):
         weights = permute(topk_weights, lines, tokens, top_k=1)
         state = lines, slot_to_line, capacity, rows.dtype
         equal = [capacity] * num_ranks
-        sent = begin_all_to_all_parts([rows, weights, ids], equal, equal, self.group)
-        return DispatchOutput(*sent, state)
+        parts = [rows, weights, ids]
+        arriving, weights_there, ids_there = begin_all_to_all_parts(parts, equal, equal, self.group)
+        return DispatchOutput(arriving, weights_there, ids_there, state)
 
     def combine(self, y: Tensor, state: tuple[Tensor, Tensor, int, torch.dtype]) -> Tensor:
         lines, slot_to_line, capacity, dtype = state
