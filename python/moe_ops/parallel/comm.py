@@ -436,8 +436,7 @@ def begin_all_gather_parts(parts: Sequence[Tensor], group: ProcessGroup) -> list
         return result
 
     def adjoint(*grads: Tensor) -> tuple[Tensor, ...]:
-        summed = (_ops.reduce_scatter_tensor(g.contiguous(), "sum", n, name) for g in grads)
-        return tuple(summed)
+        return tuple(_ops.reduce_scatter_tensor(g.contiguous(), "sum", n, name) for g in grads)
 
     flight = _Flight(begin, adjoint, packing.unpack).start(*parts)
     return [InFlight(flight, index) for index in range(len(parts))]
