@@ -135,9 +135,23 @@ MUTANTS = [
     Mutant(
         "exchange: fp8 rows lose their scale",
         "comm.py",
-        "return dequantized_rows(*_codes(*parts)).to(dtype)",
-        "return _codes(*parts)[0].to(dtype)",
+        "dequantized_rows(codes.view(torch.float8_e4m3fn), scale).to(dtype)",
+        "codes.view(torch.float8_e4m3fn).to(dtype)",
         first="rows_in_fp8",
+    ),
+    Mutant(
+        "exchange: gradients of a message by the splits of the way there",
+        "comm.py",
+        "_ops.all_to_all_single(home.pack(grads), send, recv, name)",
+        "_ops.all_to_all_single(home.pack(grads), recv, send, name)",
+        first="parts_of_one_message",
+    ),
+    Mutant(
+        "exchange: parts of a message are not aligned",
+        "packing.py",
+        "(-(-width // align) * align for width in self._widths)",
+        "iter(self._widths)",
+        first="parts_of_one_message",
     ),
     Mutant(
         "exchange: the counts of this rank for those of others",
@@ -156,8 +170,8 @@ MUTANTS = [
     Mutant(
         "gather: another rank's experts",
         "dispatch.py",
-        "local = ids - self.rank * self.placement.per_rank",
-        "local = ids - (self.rank ^ 1) * self.placement.per_rank",
+        "first = self.rank * self.placement.per_rank",
+        "first = (self.rank ^ 1) * self.placement.per_rank",
         first="groups_of_two and gather",
     ),
     Mutant(

@@ -126,11 +126,35 @@ def test_equal_sizes(processes):
     processes.run(equal_sizes)
 
 
+def parts_in_one_message(rank: int, dtype: torch.dtype, width: int) -> None:
+    """Equals an exchange of each tensor, also of its gradient; rank 1 sends nothing."""
+    group = dist.group.WORLD
+    recv, send = splits(rank)
+    torch.manual_seed(rank)
+    x = torch.randn(sum(send), width).to(dtype).requires_grad_()
+    weights = torch.rand(sum(send), 3, requires_grad=True)
+    ids = torch.randint(99, (sum(send), 3), dtype=torch.int32)
+    flights = comm.begin_all_to_all_parts([x, weights, ids], recv, send, group)
+    got = [comm.wait(part) for part in reversed(flights)][::-1]
+    (got[0].square().sum() + got[1].square().sum()).backward()
+    for part, y in zip((x, weights, ids), got, strict=True):
+        assert_identical(y.detach(), all_to_all_rows(part.detach(), recv, send, group))
+    assert_identical(x.grad, 2 * x.detach())
+    assert_identical(weights.grad, 2 * weights.detach())
+
+
+@pytest.mark.parametrize("width", [1, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_parts_in_one_message(processes, dtype, width):
+    processes.run(parts_in_one_message, dtype, width)
+
+
 def rounded_rows(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     recv, send = splits(rank)
     torch.manual_seed(rank)
     x = torch.randn(sum(send), 200).to(dtype).requires_grad_()
-    y = comm.begin_all_to_all_fp8(x, recv, send, dist.group.WORLD).wait()
+    (sent,) = comm.begin_all_to_all_parts([x], recv, send, dist.group.WORLD, fp8=True)
+    y = comm.wait(sent)
     assert y.dtype == dtype
     y.backward(torch.full_like(y, 0.3))
     return x.detach(), y.detach(), x.grad
@@ -144,6 +168,54 @@ def test_rows_in_fp8(processes, dtype):
         wanted = torch.cat([dequantize_rows(*quantize_fp8(sent[a][rank])) for a in range(4)])
         assert_identical(y, wanted.to(dtype))
         assert_identical(grad, torch.full_like(x, 0.3))
+
+
+def parts_of_one_message(rank: int, dtype: torch.dtype, width: int, fp8: bool) -> None:
+    """Parts arrive as they would alone; so do the gradients of parts that require one."""
+    group = dist.group.WORLD
+    recv, send = splits(rank)
+    torch.manual_seed(rank)
+    x = torch.randn(sum(send), width).to(dtype)
+    weights, ids = torch.rand(sum(send), 3), torch.randint(-1, 9, (sum(send), 3))
+    for learned in ([x], [weights], [x, weights], []):
+        for part in (x, weights):
+            part.grad = None
+            part.requires_grad_(any(part is t for t in learned))
+        begun = comm.begin_all_to_all_parts([x, weights, ids], recv, send, group, fp8=fp8)
+        got = [comm.wait(part) for part in begun]
+        sent = x.detach()
+        if fp8:
+            sent = dequantize_rows(*quantize_fp8(sent)).to(dtype)
+        parts = [sent, weights.detach(), ids]
+        for y, part in zip(got, parts, strict=True):
+            assert y.dtype == part.dtype and y.is_contiguous()
+            assert_identical(y.detach(), all_to_all_rows(part, recv, send, group))
+        assert [y.requires_grad for y in got[:2]] == [x.requires_grad, weights.requires_grad]
+        if not learned:
+            continue
+        factors = [torch.rand(y.shape).to(y.dtype) for y in got[:2]]
+        sum((y * f).sum() for y, f in zip(got, factors, strict=False) if y.requires_grad).backward()
+        for part, factor in zip((x, weights), factors, strict=True):
+            if part.requires_grad:
+                assert_identical(part.grad, all_to_all_rows(factor, send, recv, group))
+            else:
+                assert part.grad is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "fp8"),
+    [
+        (torch.float64, 5, False),
+        (torch.float32, 5, False),
+        (torch.bfloat16, 5, False),
+        (torch.float16, 8, False),
+        (torch.bfloat16, 131, True),
+        (torch.float32, 128, True),
+    ],
+    ids=str,
+)
+def test_parts_of_one_message(processes, dtype, width, fp8):
+    processes.run(parts_of_one_message, dtype, width, fp8)
 
 
 # ----------------------------------------------------------------------------- wrong arguments

@@ -91,6 +91,9 @@ def test_layer(processes, name, options):
         torch.testing.assert_close(got, want, msg=lambda m, key=key: f"{key}: {m}")
 
 
+COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
 class Log(TorchDispatchMode):
     """Names of collectives, of shared experts' products, and of the experts' op, as they come."""
 
@@ -108,7 +111,7 @@ class Log(TorchDispatchMode):
 def order_of_events(rank: int, name: str) -> tuple[list[str], list[str]]:
     moe = layer(name, torch.float32)
     x, grad = (t[block(rank)] for t in tokens(torch.float32))
-    ids, weights = moe.router(x)[2], torch.rand(T, K)
+    ids, weights = moe.router(x)[2], torch.rand(T, K, requires_grad=True)
     with Log() as forward:
         y = moe(x.clone().requires_grad_(), topk_ids=ids, topk_weights=weights)
     with Log() as backward:
@@ -132,6 +135,17 @@ def test_shared_experts_run_while_rows_are_on_their_way(processes, name):
         assert bwd < last, backward
         begun = backward[bwd:last].count(back) - backward[bwd:last].count("wait_tensor")
         assert begun > 0 and backward[last:].count("wait_tensor") >= begun, backward
+
+
+# Forward and backward. Gradients of gathered rows and weights are summed one by one.
+NUM_COLLECTIVES = {"slots": (3, 2), "tokens": (3, 2), "padded": (2, 2), "gather": (3, 3)}
+
+
+@pytest.mark.parametrize("name", NUM_COLLECTIVES)
+def test_number_of_collectives(processes, name):
+    for events in processes.run(order_of_events, name):
+        counts = tuple(sum(event in COLLECTIVES for event in phase) for phase in events)
+        assert counts == NUM_COLLECTIVES[name], events
 
 
 def test_overlap_without_a_dispatcher():

@@ -22,6 +22,8 @@ from moe_ops._private_torch import check_size, collective_ops, collectives_with_
 from moe_ops.formulas.codes import dequantized_rows
 from moe_ops.ops import quantize_fp8
 
+from .packing import Packing
+
 _ops = collective_ops()
 _funcol = collectives_with_gradients()
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -120,22 +122,21 @@ def _check_same(op: str, what: str, line: list[int], first: list[int], rank: int
 class InFlight:
     """Tensor that a collective is computing. `wait` returns it, once."""
 
-    def __init__(self, token: Tensor, flight: _Flight) -> None:
-        self._token = token
+    def __init__(self, flight: _Flight, index: int = 0) -> None:
         self._flight = flight
+        self._index = index
 
     def wait(self) -> Tensor:
-        y: Tensor = _End.apply(self._token, self._flight)
-        return y
+        return self._flight.output(self._index)
 
 
 class InFlightFp8(InFlight):
-    """Result of `begin_all_to_all_fp8`: rows in their own dtype, or as sent."""
+    """Rows sent as float8_e4m3fn: received in their own dtype, or as sent."""
 
     def wait_codes(self) -> tuple[Tensor, Tensor]:
         """Returns float8_e4m3fn [R, H] and their float32 scales [R, ceil(H / 128)] instead of
         `wait`; without gradients."""
-        return _codes(*self._flight.results_there())
+        return self._flight.codes()
 
 
 def wait(x: Tensor | InFlight) -> Tensor:
@@ -144,31 +145,58 @@ def wait(x: Tensor | InFlight) -> Tensor:
 
 
 class _Flight:
-    """A collective and its adjoint, with their started results.
+    """A collective of one or more tensors and its adjoint, with their started results.
 
-    begin: starts the collective for an input and returns the tensors to wait for.
-    end: computes the output from these when complete.
-    adjoint: starts the gradient of the input from that of the output.
+    begin: starts the collective for the inputs and returns the tensor to wait for.
+    adjoint: starts collectives for the gradients of the outputs in `learned`, and returns the
+        tensors to wait for.
+    end: returns what the complete result contains.
+    widen: computes the outputs, one per input, from what `end` returns.
+    home: computes the gradients of the inputs in `learned` from the complete results of `adjoint`.
     """
 
     def __init__(
         self,
-        begin: Callable[[Tensor], tuple[Tensor, ...]],
-        adjoint: Callable[[Tensor], Tensor],
-        end: Callable[..., Tensor] = lambda result: result,
+        begin: Callable[..., Tensor],
+        adjoint: Callable[..., tuple[Tensor, ...]],
+        end: Callable[[Tensor], list[Tensor]] = lambda result: [result],
+        widen: Callable[[list[Tensor]], list[Tensor]] = lambda outputs: outputs,
+        home: Callable[..., Sequence[Tensor]] = lambda *results: results,
     ) -> None:
         self.begin = begin
         self.adjoint = adjoint
         self.end = end
-        self.results: tuple[Tensor, ...] = ()
-        self.gradient: Tensor | None = None
+        self.widen = widen
+        self.home = home
+        self.learned: list[int] = []  # Indices of inputs that require a gradient.
+        self.result: Tensor | None = None
+        self.gradients: tuple[Tensor, ...] = ()
+        self._token: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
 
-    def start(self, x: Tensor) -> InFlight:
-        return InFlight(_Begin.apply(x, self), self)
+    def start(self, *inputs: Tensor) -> _Flight:
+        self._token = _Begin.apply(self, *inputs)
+        return self
 
-    def results_there(self) -> list[Tensor]:
-        results, self.results = self.results, ()
-        return [_ops.wait_tensor(result) for result in results]
+    def output(self, index: int) -> Tensor:
+        """Returns an output, once. The first call waits for the collective."""
+        if self._token is not None:
+            token, self._token = self._token, None
+            self._outputs = list(_End.apply(token, self))
+        y, self._outputs[index] = self._outputs[index], None
+        assert y is not None
+        return y
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Returns the first two tensors of the message instead of output 0; without gradients."""
+        self._token = None
+        codes, scale, *others = self.arrived()
+        self._outputs = [None, *others]
+        return codes.view(torch.float8_e4m3fn), scale
+
+    def arrived(self) -> list[Tensor]:
+        result, self.result = self.result, None
+        return self.end(_ops.wait_tensor(result))
 
 
 class _Begin(torch.autograd.Function):
@@ -177,27 +205,36 @@ class _Begin(torch.autograd.Function):
     again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        flight.results = flight.begin(x)
-        return x.new_empty(0)
+    def forward(ctx: Any, flight: _Flight, *inputs: Tensor) -> Tensor:
+        ctx.flight, ctx.num_inputs = flight, len(inputs)
+        flight.learned = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        flight.result = flight.begin(*inputs)
+        return inputs[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        gradient, ctx.flight.gradient = ctx.flight.gradient, None
-        return _ops.wait_tensor(gradient), None
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        flight = ctx.flight
+        started, flight.gradients = flight.gradients, ()
+        complete = flight.home(*(_ops.wait_tensor(gradient) for gradient in started))
+        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        for index, gradient in zip(flight.learned, complete, strict=True):
+            gradients[index] = gradient
+        return None, *gradients
 
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> tuple[Tensor, ...]:
         ctx.flight = flight
-        return flight.end(*flight.results_there())
+        outputs = flight.widen(flight.arrived())
+        ctx.mark_non_differentiable(*(y for i, y in enumerate(outputs) if i not in flight.learned))
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.gradient = ctx.flight.adjoint(grad)
-        return grad.new_empty(0), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        learned = [grads[i] for i in ctx.flight.learned]
+        ctx.flight.gradients = ctx.flight.adjoint(*learned)
+        return learned[0].new_empty(0), None
 
 
 # --------------------------------------------------------------------------------- all to all
@@ -222,10 +259,11 @@ def begin_all_to_all_rows(
         return y
     _check(x, recv, send, group)
     name = group.group_name
-    return _Flight(
-        lambda rows: (_ops.all_to_all_single(rows.contiguous(), recv, send, name),),
-        lambda grad: _ops.all_to_all_single(_compact(grad, grad_dtype), send, recv, name),
-    ).start(x)
+    flight = _Flight(
+        lambda rows: _ops.all_to_all_single(rows.contiguous(), recv, send, name),
+        lambda grad: (_ops.all_to_all_single(_compact(grad, grad_dtype), send, recv, name),),
+    )
+    return InFlight(flight.start(x))
 
 
 def _compact(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -233,39 +271,69 @@ def _compact(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
     return grad.contiguous() if dtype is None else grad.to(dtype).contiguous()
 
 
-def begin_all_to_all_fp8(
-    x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
-) -> InFlightFp8:
-    """Starts `begin_all_to_all_rows` for x [S, H] quantized to float8_e4m3fn with one scale per 128
-    columns (`moe_ops.quantize_fp8`): half the bytes of bfloat16. Results have x's dtype, and so
-    have gradients, which ignore the quantization.
+def begin_all_to_all_parts(
+    parts: Sequence[Tensor],
+    recv: Sequence[int],
+    send: Sequence[int],
+    group: ProcessGroup,
+    *,
+    fp8: bool = False,
+) -> list[Tensor | InFlight]:
+    """Starts `all_to_all_rows` of several tensors as one message, and later of their gradients. In
+    compiled code each tensor is a message.
+
+    Args:
+        parts: [S, W] each; the first is floating.
+        recv, send, group: see `all_to_all_rows`.
+        fp8: send the first part quantized to float8_e4m3fn with one scale per 128 columns
+            (`moe_ops.quantize_fp8`): half the bytes of bfloat16. Its result has its own dtype, and
+            so has its gradient, which ignores the quantization.
+
+    Returns:
+        The rows of each part, in flight; with fp8 the first is an `InFlightFp8`.
 
     Raises:
-        NotImplementedError: in compiled code.
+        NotImplementedError: fp8 in compiled code.
     """
-    if is_compiling():
+    if is_compiling() and fp8:
         raise NotImplementedError("all_to_all_fp8: torch.compile is not supported.")
+    if is_compiling() or (len(parts) == 1 and not fp8):
+        return [begin_all_to_all_rows(part, recv, send, group) for part in parts]
     recv, send = list(recv), list(send)
-    _check(x, recv, send, group)
-    name, dtype = group.group_name, x.dtype
+    name, dtype = group.group_name, parts[0].dtype
+    packing = home = Packing(parts)
 
-    def begin(rows: Tensor) -> tuple[Tensor, ...]:
-        parts = (codes_or_scale.view(torch.uint8) for codes_or_scale in quantize_fp8(rows))
-        return tuple(_ops.all_to_all_single(part, recv, send, name) for part in parts)
-
-    def end(*parts: Tensor) -> Tensor:
-        return dequantized_rows(*_codes(*parts)).to(dtype)
-
-    def adjoint(grad: Tensor) -> Tensor:
-        result: Tensor = _ops.all_to_all_single(grad.contiguous(), send, recv, name)
+    def begin(*parts: Tensor) -> Tensor:
+        nonlocal packing
+        if fp8:
+            codes, scale = quantize_fp8(parts[0])
+            parts = codes.view(torch.uint8), scale, *parts[1:]
+        packing = Packing(parts)
+        message = packing.pack(parts)
+        _check(message, recv, send, group)
+        result: Tensor = _ops.all_to_all_single(message, recv, send, name)
         return result
 
-    flight = _Flight(begin, adjoint, end)
-    return InFlightFp8(_Begin.apply(x, flight), flight)
+    def widen(received: list[Tensor]) -> list[Tensor]:
+        if not fp8:
+            return received
+        codes, scale, *others = received
+        return [dequantized_rows(codes.view(torch.float8_e4m3fn), scale).to(dtype), *others]
 
+    def adjoint(*grads: Tensor) -> tuple[Tensor, ...]:
+        nonlocal home
+        home = Packing(grads)
+        return (_ops.all_to_all_single(home.pack(grads), send, recv, name),)
 
-def _codes(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return codes.view(torch.float8_e4m3fn), scale.view(torch.float32)
+    flight = _Flight(
+        begin,
+        adjoint,
+        lambda message: packing.unpack(message),
+        widen,
+        lambda message: home.unpack(message),
+    ).start(*parts)
+    first = InFlightFp8(flight) if fp8 else InFlight(flight)
+    return [first, *(InFlight(flight, i) for i in range(1, len(parts)))]
 
 
 def _check(x: Tensor, recv: list[int], send: list[int], group: ProcessGroup) -> None:
@@ -345,10 +413,33 @@ def begin_all_gather_rows(x: Tensor, group: ProcessGroup) -> Tensor | InFlight:
     n, name = group.size(), group.group_name
     if is_checking_splits():
         _check_equal("all_gather_rows", x, group)
-    return _Flight(
-        lambda rows: (_ops.all_gather_into_tensor(rows.contiguous(), n, name),),
-        lambda grad: _ops.reduce_scatter_tensor(grad.contiguous(), "sum", n, name),
-    ).start(x)
+    flight = _Flight(
+        lambda rows: _ops.all_gather_into_tensor(rows.contiguous(), n, name),
+        lambda grad: (_ops.reduce_scatter_tensor(grad.contiguous(), "sum", n, name),),
+    )
+    return InFlight(flight.start(x))
+
+
+def begin_all_gather_parts(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor | InFlight]:
+    """Starts `begin_all_gather_rows` of several tensors [S, W], the first of them floating, as one
+    message. Gradients are reduced one by one because their dtypes may differ. In compiled code each
+    tensor is a message."""
+    if is_compiling():
+        return [begin_all_gather_rows(part, group) for part in parts]
+    n, name, packing = group.size(), group.group_name, Packing(parts)
+
+    def begin(*parts: Tensor) -> Tensor:
+        message = packing.pack(parts)
+        if is_checking_splits():
+            _check_equal("all_gather_rows", message, group)
+        result: Tensor = _ops.all_gather_into_tensor(message, n, name)
+        return result
+
+    def adjoint(*grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_ops.reduce_scatter_tensor(g.contiguous(), "sum", n, name) for g in grads)
+
+    flight = _Flight(begin, adjoint, packing.unpack).start(*parts)
+    return [InFlight(flight, index) for index in range(len(parts))]
 
 
 def reduce_scatter_rows(
@@ -363,10 +454,10 @@ def reduce_scatter_rows(
     if is_checking_splits():
         _check_equal("reduce_scatter_rows", x, group)
     flight = _Flight(
-        lambda rows: (_ops.reduce_scatter_tensor(rows.contiguous(), "sum", n, name),),
-        lambda grad: _ops.all_gather_into_tensor(_compact(grad, grad_dtype), n, name),
+        lambda rows: _ops.reduce_scatter_tensor(rows.contiguous(), "sum", n, name),
+        lambda grad: (_ops.all_gather_into_tensor(_compact(grad, grad_dtype), n, name),),
     )
-    return flight.start(x).wait()
+    return flight.start(x).output(0)
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -30,6 +30,7 @@ from moe_ops.ops import permute, sort_by_expert, unpermute
 from .comm import (
     InFlight,
     InFlightFp8,
+    begin_all_gather_parts,
     begin_all_gather_rows,
     copy_to_group,
     reduce_scatter_rows,
@@ -72,6 +73,7 @@ class DispatchOutput(NamedTuple):
         num_slots: number of ids that have an expert on this process, or None. With it, training
             calls `Bank.forward_local` with a row for each of these, so that the memory for backward
             is in proportion to num_slots and not to R * K'; not in compiled code.
+        first_expert: subtracted from topk_ids before `Bank.forward_local`.
     """
 
     x: Tensor | InFlight
@@ -79,6 +81,7 @@ class DispatchOutput(NamedTuple):
     topk_ids: Tensor | InFlight
     state: Any
     num_slots: int | None = None
+    first_expert: int = 0
 
 
 class Dispatcher:
@@ -167,7 +170,10 @@ class Dispatcher:
         ):
             rows, options["x_scale"] = rows.wait_codes()
             options.setdefault("out_dtype", dtype)
-        call = wait(rows), wait(sent.topk_weights), wait(sent.topk_ids)
+        ids = wait(sent.topk_ids)
+        if sent.first_expert:
+            ids = ids - sent.first_expert
+        call = wait(rows), wait(sent.topk_weights), ids
         training = torch.is_grad_enabled() and not is_compiling()
         if sent.num_slots is not None and training:
             y = self._forward_by_slot(bank, *call, sent.num_slots, options)
@@ -360,11 +366,10 @@ class AllGatherDispatcher(Dispatcher):
             )
         rows = (0, 0, 0, size - num_tokens)
         places = F.pad(self.places(topk_ids), rows, value=-1)
-        received = begin_all_gather_rows(F.pad(x, rows), self.group)
-        weights = begin_all_gather_rows(F.pad(topk_weights, rows), self.group)
-        ids = wait(begin_all_gather_rows(places, self.group))
-        local = ids - self.rank * self.placement.per_rank
-        return DispatchOutput(received, weights, local, (num_tokens, x.dtype))
+        parts = [F.pad(x, rows), F.pad(topk_weights, rows), places]
+        received, weights, ids = begin_all_gather_parts(parts, self.group)
+        first = self.rank * self.placement.per_rank
+        return DispatchOutput(received, weights, ids, (num_tokens, x.dtype), first_expert=first)
 
     def combine(self, y: Tensor, state: tuple[int, torch.dtype]) -> Tensor:
         num_tokens, dtype = state

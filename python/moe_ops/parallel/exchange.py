@@ -19,8 +19,7 @@ from moe_ops.ops import dispatch_layout, permute, sort_by_expert, unpermute
 from .comm import (
     InFlight,
     all_to_all_rows,
-    begin_all_to_all_fp8,
-    begin_all_to_all_rows,
+    begin_all_to_all_parts,
     exchange_counts,
     to_host,
 )
@@ -74,9 +73,10 @@ class _AllToAll(Dispatcher):
         n, numbers = self.num_ranks, to_host(torch.cat([send, recv, slots]))
         return numbers[:n], numbers[n : 2 * n], sum(numbers[2 * n :])
 
-    def _begin(self, rows: Tensor, recv: list[int], send: list[int]) -> Tensor | InFlight:
-        begin = begin_all_to_all_fp8 if self.fp8 else begin_all_to_all_rows
-        return begin(rows, recv, send, self.group)
+    def _begin(
+        self, parts: list[Tensor], recv: list[int], send: list[int]
+    ) -> list[Tensor | InFlight]:
+        return begin_all_to_all_parts(parts, recv, send, self.group, fp8=self.fp8)
 
     def combine(self, y: Tensor, state: _Sent) -> Tensor:
         back = all_to_all_rows(y, state.send, state.recv, self.group, grad_dtype=state.grad_dtype)
@@ -108,15 +108,15 @@ class AllToAllDispatcher(_AllToAll):
         row_to_slot = first_rows(row_to_slot, num_sent)
         slot_to_row = slot_to_row.masked_fill(slot_to_row >= num_sent, -1)
         rows = permute(x, offsets, row_to_slot, top_k=max(topk_ids.shape[1], 1))
-        arriving = self._begin(rows, recv, send)
         # Each rank's rows are sorted by expert.
         experts = torch.arange(per_rank, device=x.device).repeat(num_ranks)
         ids = experts.repeat_interleave(received.view(-1), output_size=num_rows).unsqueeze(1)
         back = _Sent(offsets, slot_to_row, send, recv, topk_weights, rows.dtype)
         if not on_input:
+            (arriving,) = self._begin([rows], recv, send)
             return DispatchOutput(arriving, topk_weights.new_ones(num_rows, 1), ids, back)
         own = topk_weights.reshape(-1, 1).index_select(0, row_to_slot)
-        weights = begin_all_to_all_rows(own, recv, send, self.group)
+        arriving, weights = self._begin([rows, own], recv, send)
         return DispatchOutput(arriving, weights, ids, back._replace(topk_weights=None))
 
 
@@ -142,13 +142,9 @@ class DedupAllToAllDispatcher(_AllToAll):
         tokens, ids = first_rows(tokens, sum(send)), first_rows(ids, sum(send))
         rows = permute(x, offsets, tokens, top_k=1)
         weights = permute(topk_weights, offsets, tokens, top_k=1)
-        return DispatchOutput(
-            self._begin(rows, recv, send),
-            begin_all_to_all_rows(weights, recv, send, self.group),
-            begin_all_to_all_rows(ids, recv, send, self.group),
-            _Sent(offsets, slot_to_row, send, recv, None, rows.dtype),
-            num_slots,
-        )
+        state = _Sent(offsets, slot_to_row, send, recv, None, rows.dtype)
+        arriving, weights_there, ids_there = self._begin([rows, weights, ids], recv, send)
+        return DispatchOutput(arriving, weights_there, ids_there, state, num_slots)
 
 
 class PaddedAllToAllDispatcher(Dispatcher):
@@ -202,10 +198,6 @@ class PaddedAllToAllDispatcher(Dispatcher):
             lines = t.new_full((end + 1, *t.shape[1:]), -1)
             return lines.index_copy(0, line.masked_fill(~fits, end), t)[:end]
 
-        def begin(lines: Tensor) -> Tensor | InFlight:
-            equal = [capacity] * num_ranks
-            return begin_all_to_all_rows(lines, equal, equal, self.group)
-
         tokens, ids = in_lines(tokens), in_lines(ids)
         # Index -1 selects the last element, which is -1.
         slot_to_line = F.pad(line, (0, 1), value=-1)[slot_to_row.long()]
@@ -213,7 +205,10 @@ class PaddedAllToAllDispatcher(Dispatcher):
         rows = permute(x, lines, tokens, top_k=1)
         weights = permute(topk_weights, lines, tokens, top_k=1)
         state = lines, slot_to_line, capacity, rows.dtype
-        return DispatchOutput(begin(rows), begin(weights), begin(ids), state)
+        equal = [capacity] * num_ranks
+        parts = [rows, weights, ids]
+        arriving, weights_there, ids_there = begin_all_to_all_parts(parts, equal, equal, self.group)
+        return DispatchOutput(arriving, weights_there, ids_there, state)
 
     def combine(self, y: Tensor, state: tuple[Tensor, Tensor, int, torch.dtype]) -> Tensor:
         lines, slot_to_line, capacity, dtype = state

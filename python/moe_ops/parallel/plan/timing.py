@@ -18,7 +18,7 @@ from .traffic import Message, layer_messages, local_experts
 
 # Bytes that Adam reads and writes per weight: itself, its gradient, two moments, all float32.
 _ADAM_BYTES = 28
-_WAY_OUT = ("sizes", "dispatch", "scales", "weights", "ids")
+_WAY_OUT = ("sizes", "dispatch", "weights")
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ def expert_messages(shape: ModelShape, job: ParallelJob) -> list[Message]:
     if rows.name == "local":
         return []
     row, routing = shape.hidden_size * job.element_size, shape.top_k * 4
+    packed = packed_bytes(row, routing, routing)
     result = shape.hidden_size * job.result_size
     if rows.name == "shared":
         forward = [_reduced("combine", "all_reduce", job.tokens * result, n)]
@@ -167,9 +168,7 @@ def expert_messages(shape: ModelShape, job: ParallelJob) -> list[Message]:
     elif rows.name == "gather":
         forward = [
             _gathered("sizes", 8, n),
-            _gathered("dispatch", job.tokens * row, n),
-            _gathered("weights", job.tokens * routing, n),
-            _gathered("ids", job.tokens * routing, n),
+            _gathered("dispatch", job.tokens * packed, n),
             _reduced("combine", "reduce_scatter", n * job.tokens * result, n),
         ]
         backward = [
@@ -206,16 +205,23 @@ def _all_to_all(
     counts = {"slots": local_experts(shape, job), "tokens": 2}.get(rows.name, 0)
     sizes = 4 * (n - 1) * counts
     first = [Message("sizes", "forward", "ep", "all_to_all", sizes, sizes)] if sizes else []
+    # A row, in fp8 with its scales; except for slots, also with the weights and ids of its experts.
+    parts = [row]
     if job.fp8:
-        blocks = -(-shape.hidden_size // FP8_BLOCK)
-        first += [there("dispatch", shape.hidden_size), there("scales", 4 * blocks)]
-    else:
-        first += [there("dispatch", row)]
-    weights = [] if rows.name == "slots" else [there("weights", routing), there("ids", routing)]
-    forward = [*first, *weights, home("combine", shape.hidden_size * job.result_size)]
-    backward = [there("combine", row), home("dispatch", row)]
-    backward += [home("weights", routing)] if weights else []
+        parts = [shape.hidden_size, 4 * -(-shape.hidden_size // FP8_BLOCK)]
+    weights = [] if rows.name == "slots" else [routing]
+    parts += 2 * weights
+    size = packed_bytes(*parts) if len(parts) > 1 else row
+    result = shape.hidden_size * job.result_size
+    forward = [*first, there("dispatch", size), home("combine", result)]
+    returned = packed_bytes(row, *weights) if weights else row
+    backward = [there("combine", row), home("dispatch", returned)]
     return forward, backward
+
+
+def packed_bytes(*widths: int) -> int:
+    """Returns the bytes of a row of several tensors in one message, aligned to 4 bytes."""
+    return sum(-(-width // 4) * 4 for width in widths)
 
 
 def _gathered(name: str, share: int, n: int) -> Message:
