@@ -11,8 +11,6 @@
 // A split has a fixed number of positions, so that the bits of a result do not depend on the batch
 // or on the GPU. Positions that a query does not attend to are skipped, so that what they contain
 // has no effect.
-#include "moe_ops/attend_decode.h"
-
 #include <algorithm>
 
 #include "cuda/dispatch.h"
@@ -20,6 +18,7 @@
 #include "cuda/overlap.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
+#include "moe_ops/attend_decode.h"
 
 namespace moe_ops::cuda {
 
@@ -101,10 +100,10 @@ __global__ void place_heads_kernel(const AttendDecodeParams p) {
     }
   };
   for (int64_t i = lane; i < p.half; i += kWarp) {
-    const A cos = number_at<A>(p.cos, p.angle_type,
-                               b * p.cos_stride_batch + s * p.cos_stride_token + i);
-    const A sin = number_at<A>(p.sin, p.angle_type,
-                               b * p.sin_stride_batch + s * p.sin_stride_token + i);
+    const A cos =
+        number_at<A>(p.cos, p.angle_type, b * p.cos_stride_batch + s * p.cos_stride_token + i);
+    const A sin =
+        number_at<A>(p.sin, p.angle_type, b * p.sin_stride_batch + s * p.sin_stride_token + i);
     const A first = feature(i), second = feature(i + p.half);
     place(i, first * cos - second * sin);
     place(i + p.half, second * cos + first * sin);
@@ -209,8 +208,8 @@ __global__ void __launch_bounds__(kThreads)
       query[g][i] = there ? static_cast<const A*>(p.queries)[(head + g) * size + first + i] : A(0);
     }
   }
-  const S* const keys = static_cast<const S*>(p.keys.data) + b * p.keys.stride_batch +
-                        kv_head * p.keys.stride_head;
+  const S* const keys =
+      static_cast<const S*>(p.keys.data) + b * p.keys.stride_batch + kv_head * p.keys.stride_head;
   const S* const values = static_cast<const S*>(p.values.data) + b * p.values.stride_batch +
                           kv_head * p.values.stride_head;
   const int64_t end = min((split + 1) * kSplitKeys, p.start + p.num_tokens);
@@ -228,8 +227,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kAtOnce; ++j) {
       sees[j] = begin + j < end && attends(p, b, s, begin + j, added[j]);
       if (sees[j]) {
-        x[j] = lane_features<S, kLane>(keys + (begin + j) * p.keys.stride_token, first, size,
-                                       aligned);
+        x[j] =
+            lane_features<S, kLane>(keys + (begin + j) * p.keys.stride_token, first, size, aligned);
       }
     }
     A score[G][kAtOnce];

@@ -50,8 +50,8 @@ Tensor attend_decode_cuda(const Tensor& q, const Tensor& k, const Tensor& v, con
   p.kv_heads = keys.size(1);
   p.head_size = keys.size(3);
   p.heads = q.size(2) / p.head_size;
-  MOE_CHECK(p.head_size <= cuda::kMaxHeadSize, op, ": keys must have at most ",
-            cuda::kMaxHeadSize, " features per head, got shape ", shape_string(keys), ".");
+  MOE_CHECK(p.head_size <= cuda::kMaxHeadSize, op, ": keys must have at most ", cuda::kMaxHeadSize,
+            " features per head, got shape ", shape_string(keys), ".");
   const Tensor own_q = dense(q), own_k = dense(k), own_v = dense(v);
   p.q = own_q.const_data_ptr();
   p.k = own_k.const_data_ptr();

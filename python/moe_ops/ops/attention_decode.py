@@ -66,8 +66,10 @@ def attention_decode(
 
     A query's output does not depend bitwise on the contents of masked positions (later tokens
     without a mask; otherwise False or -inf in the mask), including infinities and NaN, whether
-    these are cached positions or tokens of the call. On CUDA tensors the formula is composed of
-    torch operations, whose projections have inputs and outputs in x's dtype. There is no gradient.
+    these are cached positions or tokens of the call. On CUDA tensors torch operations
+    compute the projections, with inputs and outputs in x's dtype, and three kernels what is between
+    them, for up to 16 tokens per sequence and d up to 512; torch operations otherwise. There is no
+    gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
