@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops._private_torch import has_kernel
 from moe_ops.formulas.attention_decode import attention_decode as _formula
 from moe_ops.ops._attention_block import check_block, check_kept
 from moe_ops.ops._autocast import register_autocast
@@ -204,6 +205,8 @@ def _attend_kernel(x: Tensor, keys: Tensor) -> Callable[..., Tensor] | None:
     if x.shape[1] > _MAX_TOKENS or keys.shape[3] > _MAX_HEAD_SIZE:
         return None
     if not hasattr(torch.ops.moe_ops_cuda, "attend_decode"):
+        return None
+    if not has_kernel("moe_ops_cuda::attend_decode", x.device.type):
         return None
     kernel: Callable[..., Tensor] = torch.ops.moe_ops_cuda.attend_decode.default
     return kernel
