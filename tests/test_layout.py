@@ -37,6 +37,7 @@ EXCEPTIONS = {
 SHARED = {
     "csrc/include/moe_ops": {
         "activation",
+        "attend_decode",  # a part of attention_decode, on CUDA
         "attention_block",
         "batch_invariant",
         "common",
@@ -48,7 +49,7 @@ SHARED = {
         "weight_format",
     },
     "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
-    "csrc/torch": {"device", "library", "router", "tensor_utils"},
+    "csrc/torch": {"attend_decode", "device", "library", "router", "tensor_utils"},
 }
 # Schemas that live in another op's files.
 FAMILY = {

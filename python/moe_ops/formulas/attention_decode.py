@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,12 @@ def attention_decode(
     sinks: Tensor | None = None,
     residual_scale: float = 1.0,
     formats: str = "float",
+    attend_heads: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Computes :func:`moe_ops.attention_decode`; writes the new keys and values into the cache.
+
+    attend_heads computes, if given, all that is between the projections: the kernel
+    ``moe_ops_cuda::attend_decode``.
 
     Projections have inputs and outputs in x's dtype. Head norms, angles, scores, softmax and
     weighted sums are computed in float32 (float64 for float64). Heads of a group share one copy of
@@ -52,8 +58,38 @@ def attention_decode(
     """
     kinds = split_formats(formats, 4) or ()
     acc = accumulate_dtype(x.dtype)
+    h = rms_norm(x, norm_weight, eps)
+    q = linear(h, w_q, w_q_scale, b_q, kinds[0])
+    k = linear(h, w_k, w_k_scale, b_k, kinds[1])
+    v = linear(h, w_v, w_v_scale, b_v, kinds[2])
+    attend_all = attend_heads or _attend_heads
+    caches = (cos, sin, keys, values, start, rotary_size, scale)
+    mixed = attend_all(q, k, v, *caches, q_norm, k_norm, head_eps, mask, sinks)
+    y = linear(mixed, w_o, w_o_scale, b_o, kinds[3])
+    return torch.add(x.to(acc), y, alpha=residual_scale).to(x.dtype)
+
+
+def _attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    rotary_size: int,
+    scale: float,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    head_eps: float,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Writes k and v [B, S, m d] into the caches and returns what q [B, S, n d] attends to."""
+    acc = accumulate_dtype(q.dtype)
     groups, size = keys.shape[1], keys.shape[3]
-    end, half = start + x.shape[1], rotary_size // 2
+    end, half = start + q.shape[1], rotary_size // 2
     angles = [f[:, :, None, :half].to(acc) for f in (cos, sin)]
 
     def heads(t: Tensor, weight: Tensor | None) -> Tensor:
@@ -67,12 +103,9 @@ def attention_decode(
         pairs = t[..., :rotary_size].unflatten(-1, (2, half))
         return torch.cat((turned(pairs, *angles).flatten(-2), t[..., rotary_size:]), -1)
 
-    h = rms_norm(x, norm_weight, eps)
-    q = heads(linear(h, w_q, w_q_scale, b_q, kinds[0]), q_norm)
-    k = heads(linear(h, w_k, w_k_scale, b_k, kinds[1]), k_norm)
-    v = linear(h, w_v, w_v_scale, b_v, kinds[2]).unflatten(2, (groups, size))
+    dtype, q, k = q.dtype, heads(q, q_norm), heads(k, k_norm)
     keys[:, :, start:end] = k.transpose(1, 2).to(keys.dtype)
-    values[:, :, start:end] = v.transpose(1, 2)
+    values[:, :, start:end] = v.unflatten(2, (groups, size)).transpose(1, 2)
 
     # [B, S, m g, d] to [B, m, g S, d]: one GEMM per group.
     q = (q * scale).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
@@ -81,6 +114,4 @@ def attention_decode(
         sinks = sinks.view(groups, -1)
     scores = scores.unflatten(2, q.shape[2:4])
     mixed = attend(scores, values[:, :, :end], mask, start, sinks)
-    mixed = mixed.permute(0, 3, 1, 2, 4).flatten(2).to(x.dtype)
-    y = linear(mixed, w_o, w_o_scale, b_o, kinds[3])
-    return torch.add(x.to(acc), y, alpha=residual_scale).to(x.dtype)
+    return mixed.permute(0, 3, 1, 2, 4).flatten(2).to(dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from moe_ops._private_torch import has_kernel
 from moe_ops.formulas.attention_decode import attention_decode as _formula
 from moe_ops.ops._attention_block import check_block, check_kept
 from moe_ops.ops._autocast import register_autocast
@@ -16,6 +18,10 @@ from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense, check_names, joined
 
 _OP = "attention_decode"
+# Of the CUDA kernel: tokens of a sequence per call, and features of a head
+# (csrc/include/moe_ops/attend_decode.h).
+_MAX_TOKENS = 16
+_MAX_HEAD_SIZE = 512
 _attention_decode = direct_call(_OP)
 
 
@@ -61,8 +67,10 @@ def attention_decode(
 
     A query's output does not depend bitwise on the contents of masked positions (later tokens
     without a mask; otherwise False or -inf in the mask), including infinities and NaN, whether
-    these are cached positions or tokens of the call. On CUDA tensors the formula is composed of
-    torch operations, whose projections have inputs and outputs in x's dtype. There is no gradient.
+    these are cached positions or tokens of the call. On CUDA tensors torch operations
+    compute the projections, with inputs and outputs in x's dtype, and three kernels what is between
+    them, for up to 16 tokens per sequence and d up to 512; torch operations otherwise. There is no
+    gradient.
 
     Args:
         x: [B, S, H]; float64, float32, bfloat16 or float16, any strides.
@@ -186,7 +194,22 @@ def _(*row: Any) -> Tensor:
 
 @register_cuda_formula("attention_decode")
 def _(*row: Any) -> Tensor:
-    return _formula(*row[:10], **dict(zip(_names[10:], row[10:], strict=True)))
+    args = dict(zip(_names, row, strict=True))
+    kernel = _attend_kernel(args["x"], args["keys"])
+    return _formula(*row[:10], **dict(zip(_names[10:], row[10:], strict=True)), attend_heads=kernel)
+
+
+def _attend_kernel(x: Tensor, keys: Tensor) -> Callable[..., Tensor] | None:
+    """Returns the kernel that attends, None where torch operations do: in a library without CUDA
+    kernels, for large heads, and for many tokens, of which GEMMs read a key once."""
+    if x.shape[1] > _MAX_TOKENS or keys.shape[3] > _MAX_HEAD_SIZE:
+        return None
+    if not hasattr(torch.ops.moe_ops_cuda, "attend_decode"):
+        return None
+    if not has_kernel("moe_ops_cuda::attend_decode", x.device.type):
+        return None
+    kernel: Callable[..., Tensor] = torch.ops.moe_ops_cuda.attend_decode.default
+    return kernel
 
 
 register_no_gradient(_OP, "use the modules that it stands for")
