@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.formulas.attention_block import attend
-from moe_ops.formulas.dense_layer import linear, rms_norm
+from moe_ops.formulas.dense_layer import Linear, linear, rms_norm
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.formulas.rotary import turned
 from moe_ops.weight_formats import split_formats
@@ -46,6 +46,7 @@ def attention_decode(
     residual_scale: float = 1.0,
     formats: str = "float",
     attend_heads: Callable[..., Tensor] | None = None,
+    product: Linear = linear,
 ) -> Tensor:
     """Computes :func:`moe_ops.attention_decode`; writes the new keys and values into the cache.
 
@@ -59,13 +60,13 @@ def attention_decode(
     kinds = split_formats(formats, 4) or ()
     acc = accumulate_dtype(x.dtype)
     h = rms_norm(x, norm_weight, eps)
-    q = linear(h, w_q, w_q_scale, b_q, kinds[0])
-    k = linear(h, w_k, w_k_scale, b_k, kinds[1])
-    v = linear(h, w_v, w_v_scale, b_v, kinds[2])
+    q = product(h, w_q, w_q_scale, b_q, kinds[0])
+    k = product(h, w_k, w_k_scale, b_k, kinds[1])
+    v = product(h, w_v, w_v_scale, b_v, kinds[2])
     attend_all = attend_heads or _attend_heads
     caches = (cos, sin, keys, values, start, rotary_size, scale)
     mixed = attend_all(q, k, v, *caches, q_norm, k_norm, head_eps, mask, sinks)
-    y = linear(mixed, w_o, w_o_scale, b_o, kinds[3])
+    y = product(mixed, w_o, w_o_scale, b_o, kinds[3])
     return torch.add(x.to(acc), y, alpha=residual_scale).to(x.dtype)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.formulas.codes import dequantized
 from moe_ops.formulas.dtypes import accumulate_dtype
+
+# x, weight, scale, bias, format: as of `linear`.
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], Tensor]
 
 
 def linear(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None, format: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.formulas.activations import GATES
-from moe_ops.formulas.dense_layer import linear, rms_norm
+from moe_ops.formulas.dense_layer import Linear, linear, rms_norm
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.weight_formats import split_formats
 
@@ -27,16 +27,17 @@ def gated_mlp_decode(
     residual_scale: float = 1.0,
     activation: str = "swiglu",
     formats: str = "float",
+    product: Linear = linear,
 ) -> Tensor:
     """Computes :func:`moe_ops.gated_mlp_decode`; what enters or leaves a product is in x's
     dtype."""
     kinds = split_formats(formats, 3) or ()
     acc = accumulate_dtype(x.dtype)
     h = rms_norm(x, norm_weight, eps)
-    gate = linear(h, w_gate, w_gate_scale, None, kinds[0]).to(acc)
-    up = linear(h, w_up, w_up_scale, None, kinds[1])
+    gate = product(h, w_gate, w_gate_scale, None, kinds[0]).to(acc)
+    up = product(h, w_up, w_up_scale, None, kinds[1])
     hidden = GATES[activation](gate).mul_(up).to(x.dtype)
-    y = linear(hidden, w_down, w_down_scale, None, kinds[2]).to(acc) * residual_scale
+    y = product(hidden, w_down, w_down_scale, None, kinds[2]).to(acc) * residual_scale
     if output_gate is not None:
         y *= torch.sigmoid(h.to(acc) @ output_gate.to(acc)).unsqueeze(-1)
     if residual is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.formulas.attention_block import attend
-from moe_ops.formulas.dense_layer import linear, rms_norm
+from moe_ops.formulas.dense_layer import Linear, linear, rms_norm
 from moe_ops.formulas.dtypes import accumulate_dtype
 from moe_ops.formulas.rotary import turned
 from moe_ops.weight_formats import split_formats
@@ -45,6 +45,7 @@ def mla_decode(
     mask: Tensor | None = None,
     residual_scale: float = 1.0,
     formats: str = "float",
+    product: Linear = linear,
 ) -> Tensor:
     """Computes :func:`moe_ops.mla_decode`; writes the new latents and rotated keys.
 
@@ -67,12 +68,12 @@ def mla_decode(
         return (pairs.mT if interleaved_keys else pairs).flatten(-2)
 
     h = rms_norm(x, norm_weight, eps)
-    latent, key = linear(h, w_kv_a, w_kv_a_scale, b_kv_a, kinds[1]).split((rank, rope), -1)
+    latent, key = product(h, w_kv_a, w_kv_a_scale, b_kv_a, kinds[1]).split((rank, rope), -1)
     latents[:, 0, start:end] = rms_norm(latent, kv_norm, latent_eps)
     rope_keys[:, 0, start:end] = rotated(key.unsqueeze(2)).squeeze(2).to(rope_keys.dtype)
     if w_q_a is not None:
-        h = rms_norm(linear(h, w_q_a, w_q_a_scale, b_q_a, kinds[3]), q_norm, latent_eps)
-    q = linear(h, w_q, w_q_scale, b_q, kinds[0]).unflatten(2, (num_heads, -1))
+        h = rms_norm(product(h, w_q_a, w_q_a_scale, b_q_a, kinds[3]), q_norm, latent_eps)
+    q = product(h, w_q, w_q_scale, b_q, kinds[0]).unflatten(2, (num_heads, -1))
     nope = q.shape[3] - rope
 
     # q . (w_k c) = (w_k^T q) . c, and a sum of w_v c is w_v times the sum of c. Heads are the batch
@@ -87,5 +88,5 @@ def mla_decode(
     mixed = attend(scores, latents[:, :, :end], mask, start).squeeze(1).to(x.dtype)
     made = mixed.transpose(0, 1).flatten(1, 2) @ w_v.mT  # [n, B S, d_v]
     made = made.unflatten(1, q.shape[:2]).permute(1, 2, 0, 3).flatten(2)
-    y = linear(made, w_o, w_o_scale, b_o, kinds[2])
+    y = product(made, w_o, w_o_scale, b_o, kinds[2])
     return torch.add(x.to(acc), y, alpha=residual_scale).to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_exporting
 
+from moe_ops.formulas.dense_layer import linear
 from moe_ops.numerics import is_batch_invariant_enabled
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
@@ -76,6 +77,25 @@ def reads_stored(num_rows: int, num_experts: int) -> bool:
 
     # A comparison would limit an exported program to numbers of rows like that of its example.
     return statically_known_true(num_rows <= most)
+
+
+def stored_linear(
+    x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None, format: str
+) -> Tensor:
+    """Computes a dense layer on CUDA tensors. Few rows are multiplied by quantized weights as they
+    are stored, instead of by a dequantized copy; the arguments are those of the formula `linear`.
+    """
+    rows = x.flatten(0, -2)
+    count = rows.shape[0]
+    if scale is None or count == 0 or not reads_stored(count, 1):
+        return linear(x, w, scale, bias, format)
+    # Made on the device: a copy from the host would wait, and could not be captured in a graph.
+    offsets = torch.arange(0, count + 1, count, dtype=torch.int32, device=x.device)
+    own_bias = None if bias is None else bias[None]
+    y = torch.ops.moe_ops.grouped_gemm_quantized(
+        rows, w[None], scale[None], offsets, format, own_bias
+    )
+    return y.unflatten(0, x.shape[:-1])
 
 
 def _check_part(

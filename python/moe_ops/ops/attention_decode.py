@@ -15,7 +15,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_dense, check_names, joined
+from moe_ops.ops._quantized import check_dense, check_names, joined, stored_linear
 
 _OP = "attention_decode"
 # Of the CUDA kernel: tokens of a sequence per call, and features of a head
@@ -196,7 +196,8 @@ def _(*row: Any) -> Tensor:
 def _(*row: Any) -> Tensor:
     args = dict(zip(_names, row, strict=True))
     kernel = _attend_kernel(args["x"], args["keys"])
-    return _formula(*row[:10], **dict(zip(_names[10:], row[10:], strict=True)), attend_heads=kernel)
+    rest = dict(zip(_names[10:], row[10:], strict=True))
+    return _formula(*row[:10], **rest, attend_heads=kernel, product=stored_linear)
 
 
 def _attend_kernel(x: Tensor, keys: Tensor) -> Callable[..., Tensor] | None:

@@ -20,7 +20,7 @@ from moe_ops.ops._checks import (
     check_same_device,
 )
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_dense, check_names, joined
+from moe_ops.ops._quantized import check_dense, check_names, joined, stored_linear
 
 _OP = "gated_mlp_decode"
 _ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
@@ -122,7 +122,8 @@ def _(*row: Any) -> Tensor:
 
 @register_cuda_formula("gated_mlp_decode")
 def _(*row: Any) -> Tensor:
-    return _formula(*row[:4], **dict(zip(_names[4:], row[4:], strict=True)))
+    rest = dict(zip(_names[4:], row[4:], strict=True))
+    return _formula(*row[:4], **rest, product=stored_linear)
 
 
 register_no_gradient(_OP, "use the modules that it stands for")

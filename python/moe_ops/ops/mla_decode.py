@@ -13,7 +13,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_dense, check_names, joined
+from moe_ops.ops._quantized import check_dense, check_names, joined, stored_linear
 
 _OP = "mla_decode"
 _mla_decode = direct_call(_OP)
@@ -211,7 +211,8 @@ def _(*row: Any) -> Tensor:
 
 @register_cuda_formula("mla_decode")
 def _(*row: Any) -> Tensor:
-    return _formula(*row[:11], **dict(zip(_names[11:], row[11:], strict=True)))
+    rest = dict(zip(_names[11:], row[11:], strict=True))
+    return _formula(*row[:11], **rest, product=stored_linear)
 
 
 register_no_gradient(_OP, "use the modules that it stands for")
