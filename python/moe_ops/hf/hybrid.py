@@ -79,9 +79,7 @@ def place(
             meta device, with hooks of accelerate, sharded, offloaded, or optimized already; models
             that `enable` and `quantize` reject.
     """
-    device = check_options(
-        "place", dense, experts, quantization, stream_min_tokens, cached_experts
-    )
+    device = check_options("place", dense, experts, quantization, stream_min_tokens, cached_experts)
     _check_model(model)
     placed, others = matching_blocks(model, layers)
     called = [n for n in placed if quantization or _is_called(model.get_submodule(n))]

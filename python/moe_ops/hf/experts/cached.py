@@ -243,7 +243,17 @@ def serves(module: nn.Module, x: Tensor) -> bool:
     if trains and (module.training or torch.is_grad_enabled()):
         cache.clear()
         return False
-    return x.device.type == cache.device_type and not torch.is_grad_enabled()
+    takes = x.device.type == cache.device_type and not torch.is_grad_enabled()
+    return takes and _is_on_moe_ops(module)
+
+
+def _is_on_moe_ops(module: Any) -> bool:
+    """Returns whether the module's own forward accepts empty slots, which transformers' does not."""
+    own = type(module)._moe_ops_own
+    if getattr(own, "quantized_bank", False) or hasattr(own, "replaces"):
+        return True
+    config = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) == "moe_ops"
 
 
 @torch.compiler.disable
@@ -256,7 +266,7 @@ def run_cached(
     meanwhile: Callable[[], object] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Returns ``run(*args, **kwargs)`` like `moe_ops._seam.run_on_cpu`, with cached experts computed
+    """Returns ``run(*args, **kwargs)`` like `moe_ops._seam.run_on_cpu`; cached experts are computed
     where the tensors are."""
     cache = cache_of(module)
     assert cache is not None
