@@ -1,4 +1,4 @@
-"""Experts cached on CUDA: memory, waits and copies. tests/hf/test_place_cached.py has the values."""
+"""Experts cached on CUDA: memory, waits, copies. tests/hf/test_place_cached.py has the values."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def serves(module: nn.Module, x: Tensor) -> bool:
 
 
 def _is_on_moe_ops(module: Any) -> bool:
-    """Returns whether the module's own forward accepts empty slots, which transformers' does not."""
+    """Returns whether the module's forward accepts empty slots; that of transformers may not."""
     own = type(module)._moe_ops_own
     if getattr(own, "quantized_bank", False) or hasattr(own, "replaces"):
         return True
