@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_ops._seam import take_tensors
 from moe_ops._slots import SlotStream
 from moe_ops.hf.experts.pinned import PinnedStorages
-from moe_ops.hf.experts.streamed import identity, tensors_of, with_tensors
+from moe_ops.hf.experts.streamed import identity_of, tensors_of, with_tensors
 from moe_ops.offload.policy import LRUPolicy
 
 _ATTRIBUTE = "_moe_ops_cache"
@@ -215,7 +215,7 @@ def _by_expert(t: Tensor, num_experts: int, rows: int) -> Tensor:
 
 
 def _key(module: nn.Module) -> tuple[Any, ...]:
-    return tuple(map(identity, tensors_of(module)))
+    return tuple(map(identity_of, tensors_of(module)))
 
 
 def set_cached(modules: Sequence[nn.Module], device_type: str, num_slots: int | None) -> None:
