@@ -48,7 +48,7 @@ def test_values_and_tokens(model_type, num_slots, dense):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "jetmoe", "llama4_text"])
 @pytest.mark.parametrize(
     "config",
-    [moe_ops.Int8WeightConfig(), moe_ops.Int4WeightConfig(32), moe_ops.MXFP4WeightConfig()],
+    [moe_ops.Int8WeightConfig(), moe_ops.Int4WeightConfig(32)],
     ids=lambda c: c.label,
 )
 def test_quantized(model_type, config, dense):
