@@ -367,8 +367,8 @@ def _decode(
     card: int,
     hit_rate: float = 0.0,
 ) -> Figure:
-    # The CPU and the GPU compute a layer at the same time. Their times are added nevertheless, which
-    # is a lower bound of the speed.
+    # With cached experts, the CPU and the GPU compute a layer at the same time. The sum of their
+    # times gives a lower bound of the speed.
     # Experts that a batch uses in a layer, if each token chooses K of E by chance.
     used = shape.num_experts * (1 - (1 - shape.top_k / shape.num_experts) ** batch)
     layer = used / shape.num_experts * sizes.layer
