@@ -13,22 +13,24 @@ class SlotStream:
     """Stream that fills slots on a CUDA device.
 
     Attributes:
-        stream: the stream of the copies.
+        stream: the stream of the copies; by default a new one.
         ready: one event per slot, after its last copy.
     """
 
-    def __init__(self, device: torch.device, num_slots: int) -> None:
+    def __init__(self, device: torch.device, num_slots: int, stream: Any = None) -> None:
         self.device = device
-        self.stream: Any = torch.cuda.Stream(device)
+        self.stream: Any = torch.cuda.Stream(device) if stream is None else stream
         self.ready: list[Any] = [torch.cuda.Event() for _ in range(num_slots)]
-        self._used: list[Any] = [None] * num_slots
+        # For each slot, the last event of each stream that reads it.
+        self._used: list[dict[Any, Any]] = [{} for _ in range(num_slots)]
 
     @contextmanager
     def filling(self, slot: int) -> Iterator[None]:
         """Runs copies into a slot on the stream, after the work that reads its old contents."""
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            if self._used[slot] is not None:
-                self.stream.wait_event(self._used[slot])
+            for event in self._used[slot].values():
+                self.stream.wait_event(event)
+            self._used[slot].clear()
             yield
             self.ready[slot].record(self.stream)
 
@@ -40,7 +42,7 @@ class SlotStream:
 
     def used(self, slots: Sequence[int]) -> None:
         """Records that the work submitted so far to the caller's stream reads these slots."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event, stream = torch.cuda.Event(), torch.cuda.current_stream(self.device)
+        event.record(stream)
         for slot in slots:
-            self._used[slot] = event
+            self._used[slot][stream] = event

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bench.gpu import cases, steps
 from bench.gpu.cases import Case
-from bench.gpu.lease import build, child, decode, main, plan, result, stream, tiles
+from bench.gpu.lease import build, cached, child, decode, main, plan, result, stream, tiles
 from bench.gpu.lease.build import Sources
 from bench.gpu.lease.journal import NAME, Journal
 from bench.gpu.lease.measure import SELECTIONS, options_of
@@ -386,3 +386,17 @@ def test_step_stream(tmp_path):
     assert [row[:2] for row in rows] == [["bfloat16", "16"], ["int4 g64", "16"]]
     assert stream.run(task) == (0, "streaming measured")
     assert list(task.journal.records("stream")) == records
+
+
+def test_step_cached(tmp_path):
+    """A dry run on the CPU finds cached experts and equal logits, and a second one does nothing."""
+    task = child.Task("cached", Journal(tmp_path), tmp_path, 60.0, True)
+    assert cached.run(task) == (0, "cached experts measured")
+    records = list(task.journal.records("cached"))
+    ways = [(r["format"], r["slots"]) for r in records]
+    assert ways == [("bfloat16", 0), ("bfloat16", 4), ("int4 g64", 0), ("int4 g64", 4)]
+    for record in records:
+        assert (record["hit_rate"] > 0) is (record["slots"] > 0) and record["error"] < 0.05
+    assert [row[:2] for row in cached.table(records)[2]] == [[f, str(n)] for f, n in ways]
+    assert cached.run(task) == (0, "cached experts measured")
+    assert list(task.journal.records("cached")) == records

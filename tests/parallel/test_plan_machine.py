@@ -107,6 +107,48 @@ def test_experts_that_do_not_fit_move_to_the_gpu_in_part():
     assert "│ part │" in done.output
 
 
+def test_cached_experts():
+    """Slots take VRAM, and hits move their bytes from the CPU's memory to the GPU's."""
+    shape = plan.find_shape("qwen3_30b")
+    none = plan_machine(shape, CARD, format="bf16", context=1)
+    result = plan_machine(shape, CARD, format="bf16", context=1, cached_experts=16, hit_rate=0.5)
+    # An eighth of 58.0 GB of experts.
+    assert (result.vram.value - none.vram.value) / GB == pytest.approx(7.25, rel=3e-3)
+    assert none.cached is None and result.decode == none.decode
+    # 1.812 of 3.624 GB of experts on each side, and 2.46 GB of other weights.
+    expected = 1 / (1.812 / 80 + (1.812 + 2.46) / 360 + 48 * 50e-6 + 0.2e-3)
+    assert result.cached.value == pytest.approx(expected, rel=2e-3)
+    never = plan_machine(shape, CARD, format="bf16", context=1, cached_experts=16, hit_rate=0.0)
+    assert never.cached.value == none.decode.value
+    many = plan_machine(shape, CARD, format="bf16", cached_experts=128, hit_rate=1.0)
+    assert not many.fits_vram
+    done = invoke(
+        *("qwen3_30b", "--vram", 12, "--ram", 64, *GIVEN, "--format", "int4"),
+        *("--cached-experts", 16, "--hit-rate", 0.5),
+    )
+    assert done.exit_code == 0, done.output
+    assert "decode with cached experts: 1 / (experts 0.51 GB / 80 GB/s" in done.output
+
+
+@pytest.mark.parametrize(
+    "machine, options, message",
+    [
+        (CARD, {"cached_experts": 129, "hit_rate": 0.5}, "cached_experts must be from 0 to 128"),
+        (CARD, {"cached_experts": 4}, "hit_rate must be given with cached_experts"),
+        (CARD, {"hit_rate": 0.5}, "hit_rate must be given with cached_experts"),
+        (CARD, {"cached_experts": 4, "hit_rate": 1.5}, "hit_rate must be from 0 to 1, got 1.5"),
+        (
+            Machine(0, 64 * GB, 80 * GB, 1.6e12),
+            {"cached_experts": 4, "hit_rate": 0.5},
+            "cached_experts must be 0 without a GPU",
+        ),
+    ],
+)
+def test_caches_that_cannot_be(machine, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_machine(plan.find_shape("qwen3_30b"), machine, format="int4", **options)
+
+
 def test_files_of_save_pretrained(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")

@@ -9,7 +9,7 @@ moe_ops: the library is built by CMake alone, or a built one is provided.
 
 `main` is the command and runs the steps, `plan` defines them, `journal` stores results, `build`
 creates the package. These import no torch. `child` is the process of a step: `smoke`, `tiles`,
-`measure`, `decode`, `stream`, `result`.
+`measure`, `decode`, `stream`, `cached`, `result`.
 
 See docs/cuda-on-a-lent-machine.md for usage; ``--dry`` runs it on tiny layers.
 """

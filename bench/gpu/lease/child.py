@@ -20,7 +20,9 @@ import torch
 from bench.gpu.lease.journal import Journal
 
 UNFINISHED = 3
-PROGRAMS = ("machine", "smoke", "tiles", "measure", "decode", "stream", "small", "result")
+PROGRAMS = (
+    *("machine", "smoke", "tiles", "measure", "decode", "stream", "cached", "small", "result"),
+)
 
 
 @dataclass(frozen=True)

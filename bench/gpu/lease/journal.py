@@ -2,7 +2,7 @@
 
 A line has `kind` and `step`. "outcome" ends a step: status (passed, failed, unfinished, skipped),
 seconds, text. Other kinds are results of a step: "machine", "check", "tile", "limits", "cell",
-"decode", "stream". A line that was cut off by the loss of the machine is ignored.
+"decode", "stream", "cached". A line that was cut off by the loss of the machine is ignored.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ def steps_of_a_lease() -> list[Step]:
         *(Step(name, limit_s, child("measure"), least_s=40) for name, limit_s in MEASURED.items()),
         Step("decode", 120, child("decode"), least_s=40),
         Step("stream", 120, child("stream"), least_s=60),
+        Step("cached", 120, child("cached"), least_s=60),
         Step("memcheck", 150, _sanitize),
         Step("synccheck", 150, _sanitize),
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.gpu import cases, report
 from bench.gpu.card import slug
-from bench.gpu.lease import decode, stream, tiles
+from bench.gpu.lease import cached, decode, stream, tiles
 from bench.gpu.lease.child import Task
 from bench.gpu.lease.journal import Journal, Record
 from bench.gpu.lease.plan import MEASURED
@@ -36,10 +36,10 @@ def run(task: Task) -> tuple[int, str]:
 
 def more_tables(result: dict[str, Any]) -> str:
     parts = []
-    tables = {"tiles": tiles.table, "decode": decode.table, "stream": stream.table}
-    for key, make in tables.items():
+    programs = {"tiles": tiles, "decode": decode, "stream": stream, "cached": cached}
+    for key, program in programs.items():
         if result[key]:
-            title, header, rows = make(result[key])
+            title, header, rows = program.table(result[key])
             parts += [f"### {title}", markdown_table(header, rows, right_from=3)]
     if rows := _peaks(result["cells"]):
         header = ["part", "model", "T", "routing", "dtype", "MiB at the peak of a call"]
@@ -91,6 +91,7 @@ def assemble(journal: Journal, *, dry: bool) -> dict[str, Any] | None:
         "tiles": [_plain(r) for r in journal.records("tile")],
         "decode": [_plain(r) for r in journal.records("decode")],
         "stream": [_plain(r) for r in journal.records("stream")],
+        "cached": [_plain(r) for r in journal.records("cached")],
     }
     add_floors(result, limits)
     return dict(rounded(result))

@@ -381,6 +381,8 @@ _OF_MACHINES = (
     "format",
     "dense_format",
     "batch",
+    "cached_experts",
+    "hit_rate",
 )
 _OF_BOTH = ("model", "vram", "context", "tflops", "as_json", *_OF_MACHINES)
 
@@ -425,6 +427,13 @@ def plan(
         typer.Option(help="Of other weights. [default: that of the files, or bf16]"),
     ] = None,
     batch: Annotated[int, arguments.tokens("Sequences of the machine.", 1)] = 1,
+    cached_experts: Annotated[
+        int, typer.Option(min=0, help="Experts per layer cached on the GPU, with --hit-rate.")
+    ] = 0,
+    hit_rate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Fraction of the used experts that are cached."),
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, max=ranges.MAX_RANKS, help="All devices.")] = 8,
     cluster: Annotated[
         str, typer.Option(help="Preset of devices and links: h100, h200, b200, gb200_nvl72, ...")
@@ -501,6 +510,8 @@ def plan(
                 dense_format=dense_format,
                 context=context,
                 batch=batch,
+                cached_experts=cached_experts,
+                hit_rate=hit_rate,
             ),
             _console(quiet=as_json),
         )

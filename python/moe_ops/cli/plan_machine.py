@@ -43,6 +43,8 @@ class MachineOptions:
     dense_format: str | None = None
     context: int = 4096
     batch: int = 1
+    cached_experts: int = 0
+    hit_rate: float | None = None
 
 
 def run(options: MachineOptions, console: Console) -> dict[str, Any]:
@@ -65,6 +67,8 @@ def run(options: MachineOptions, console: Console) -> dict[str, Any]:
             stored=stored,
             context=options.context,
             batch=options.batch,
+            cached_experts=options.cached_experts,
+            hit_rate=options.hit_rate,
         )
 
     # Invalid options are rejected before anything is measured.
@@ -224,6 +228,7 @@ def _figures(plan: MachinePlan) -> list[tuple[str, Figure]]:
         (f"VRAM, {_word(plan.fits_vram)}", plan.vram),
         ("decode", plan.decode),
         ("decode", plan.split),
+        ("decode with cached experts", plan.cached),
         ("prefill on the CPU", plan.prefill),
         ("prefill with experts copied to the GPU", plan.streamed),
         ("T*, from which copying is faster", plan.crossover),

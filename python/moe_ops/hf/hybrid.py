@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_ops._sharded import is_sharded
 from moe_ops.hf.decode.optimize import is_optimized
+from moe_ops.hf.experts.cached import set_cached
 from moe_ops.hf.experts.placed import is_placed, run_ahead, set_placed, unset_placed
 from moe_ops.hf.experts.streamed import set_streamed
 from moe_ops.hf.experts.switch import enable, is_quantized, status
@@ -39,6 +40,7 @@ def place(
     layers: Sequence[str] | str | None = None,
     quantization: WeightConfig | None = None,
     stream_min_tokens: int | None = None,
+    cached_experts: int | None = None,
 ) -> dict[str, str]:
     """Keeps the experts of a transformers model on the CPU and moves the rest to a GPU, in place.
 
@@ -62,6 +64,13 @@ def place(
         quantization: `moe_ops.quant.Int8WeightConfig()` or another config for the experts that stay
             on the CPU; None leaves their weights as they are, float or quantized.
 
+        stream_min_tokens: number of tokens from which on a call copies the experts to `dense`; None
+            is never.
+        cached_experts: N, number of experts per layer with a copy on `dense`, at least 1; larger
+            values than E mean E. Calls without gradients that are not streamed compute those
+            experts there, and the others on the CPU, which then take the slots that were used least
+            recently. None caches nothing.
+
     Returns:
         Name of each MoE block -> device of its experts.
 
@@ -70,16 +79,18 @@ def place(
             meta device, with hooks of accelerate, sharded, offloaded, or optimized already; models
             that `enable` and `quantize` reject.
     """
-    device = check_options("place", dense, experts, quantization, stream_min_tokens)
+    device = check_options("place", dense, experts, quantization, stream_min_tokens, cached_experts)
     _check_model(model)
     placed, others = matching_blocks(model, layers)
-    streamed = []
-    if stream_min_tokens is not None:
-        streamed = [n for n in placed if quantization or _is_called(model.get_submodule(n))]
-        if not streamed:
+    called = [n for n in placed if quantization or _is_called(model.get_submodule(n))]
+    for option, value, done in (
+        ("stream_min_tokens", stream_min_tokens, "streamed"),
+        ("cached_experts", cached_experts, "cached"),
+    ):
+        if value is not None and not called:
             raise ValueError(
-                "place: stream_min_tokens must be None for a model without experts that can be "
-                f"streamed, got {stream_min_tokens}; quantize them."
+                f"place: {option} must be None for a model without experts that can be {done}, "
+                f"got {value}; quantize them."
             )
     blocks = enable(model)
     if quantization is not None:
@@ -103,10 +114,17 @@ def place(
     model.to(device)
     model.__dict__.pop("hf_device_map", None)
     set_streamed(banks, device.type, None)
-    chosen = [bank for name in streamed for bank in _banks(model.get_submodule(name))]
+    set_cached(banks, device.type, None)
+    chosen = [bank for name in called for bank in _banks(model.get_submodule(name))]
     set_streamed(chosen, device.type, stream_min_tokens)
+    set_cached(chosen, device.type, cached_experts)
+    where = "cpu"
+    if stream_min_tokens is not None:
+        where += f", {device} from {stream_min_tokens} tokens"
+    if cached_experts is not None:
+        where += f", {cached_experts} experts cached on {device}"
     found = {name: "cpu" if name in placed else str(device) for name in blocks}
-    return found | dict.fromkeys(streamed, f"cpu, {device} from {stream_min_tokens} tokens")
+    return found | dict.fromkeys(called, where)
 
 
 def unplace(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, str]:
@@ -145,6 +163,7 @@ def unplace(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, s
                 "remove parametrizations first."
             )
     set_streamed(list(banks), target.type, None)
+    set_cached(list(banks), target.type, None)
     for bank in banks:
         unset_placed(bank)
     model.to(target)
@@ -153,7 +172,12 @@ def unplace(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, s
 
 
 def check_options(
-    op: str, dense: Any, experts: Any, quantization: Any, stream_min_tokens: Any
+    op: str,
+    dense: Any,
+    experts: Any,
+    quantization: Any,
+    stream_min_tokens: Any,
+    cached_experts: Any,
 ) -> torch.device:
     """Returns the device of everything but experts.
 
@@ -164,9 +188,12 @@ def check_options(
     device = _device(op, "dense", dense, ("cuda", "cpu"))
     if quantization is not None:
         check_config(op, quantization)
-    number = stream_min_tokens
-    if number is not None and (type(number) is not int or number < 1):
-        raise ValueError(f"{op}: stream_min_tokens must be None or at least 1, got {number!r}.")
+    for name, number in (
+        ("stream_min_tokens", stream_min_tokens),
+        ("cached_experts", cached_experts),
+    ):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"{op}: {name} must be None or at least 1, got {number!r}.")
     return device
 
 

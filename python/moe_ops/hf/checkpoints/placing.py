@@ -33,6 +33,7 @@ def load_placed(
     layers: Sequence[str] | str | None = None,
     quantization: WeightConfig | None = None,
     stream_min_tokens: int | None = None,
+    cached_experts: int | None = None,
     **options: Any,
 ) -> Any:
     """`from_pretrained` and :func:`moe_ops.hf.place` in one pass over the checkpoint.
@@ -57,7 +58,7 @@ def load_placed(
         dense: device of everything but experts, as for `place`.
         layers: see `place`.
         quantization: see `place`; None for a checkpoint that is already quantized.
-        stream_min_tokens: see `place`.
+        stream_min_tokens, cached_experts: see `place`.
         options: further ones of `from_pretrained`, without `device_map`, `tp_plan`,
             `distributed_config` and `quantization_config`.
 
@@ -68,14 +69,20 @@ def load_placed(
         ValueError: see `place`; one of the excluded options, or `quantization` of a checkpoint that
             is already quantized.
     """
-    device = check_options("load_placed", dense, "cpu", quantization, stream_min_tokens)
+    device = check_options(
+        "load_placed", dense, "cpu", quantization, stream_min_tokens, cached_experts
+    )
     for name in _CONFLICTING:
         if options.get(name) is not None:
             raise ValueError(
                 f"load_placed: options must not contain {name}, got {options[name]!r:.80}; dense, "
                 "layers and quantization determine places and formats."
             )
-    placing: dict[str, Any] = {"layers": layers, "stream_min_tokens": stream_min_tokens}
+    placing: dict[str, Any] = {
+        "layers": layers,
+        "stream_min_tokens": stream_min_tokens,
+        "cached_experts": cached_experts,
+    }
     if options.get("gguf_file") is not None or _is_quantized(pretrained, options):
         if quantization is not None:
             raise ValueError(

@@ -10,6 +10,7 @@ from moe_ops.hf.decode.fused import is_intact, kind_of
 from moe_ops.hf.decode.known_parts import LayerParts
 from moe_ops.hf.decode.step import KIND, reason_of
 from moe_ops.hf.decode.stock import take_stock
+from moe_ops.hf.experts.cached import cache_of
 from moe_ops.hf.experts.streamed import streams_from
 from moe_ops.hf.experts.switch import status
 from moe_ops.layers.linear import FewRowsLinear
@@ -55,6 +56,8 @@ def report(model: nn.Module) -> Report:
         kind = kind_of(module)
         if name in found and (tokens := streams_from(module)) is not None:
             found[name] += f", streamed to the GPU from {tokens} tokens"
+        if name in found and (cache := cache_of(module)) is not None:
+            found[name] += f", {cache.num_slots} experts cached on the GPU"
         if kind in ("norm", "router", KIND):
             if is_intact(module):
                 found[name] = f"fused {kind}"

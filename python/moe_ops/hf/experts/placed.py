@@ -2,7 +2,8 @@
 
 A placed module gets a subclass of its own class, like a fused one. Its calls copy their tensors to
 the CPU and their result back (:mod:`moe_ops._seam`), or copy the weights to the GPU
-(:mod:`moe_ops.hf.experts.streamed`); its tensors ignore moves to other devices.
+(:mod:`moe_ops.hf.experts.streamed`), or use experts that are there already
+(:mod:`moe_ops.hf.experts.cached`); its tensors ignore moves to other devices.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_ops._seam import run_on_cpu
 from moe_ops.hf.decode.fused import kind_of, register_kind, set_fused, unset_fused
+from moe_ops.hf.experts.cached import cache_of, run_cached, serves
 from moe_ops.hf.experts.streamed import run_streamed, weights_changed
 
 _KIND = "placed"
@@ -58,22 +60,33 @@ def run_ahead(experts: nn.Module, shared: nn.Module) -> None:
     experts.__dict__[_SHARED] = (shared,)  # Not as a submodule.
 
 
-def run_placed(experts: nn.Module, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Returns ``run(*args, **kwargs)``, computed on the CPU like a call of placed experts."""
+def run_placed(
+    experts: nn.Module,
+    run: Callable[..., Tensor],
+    *args: Any,
+    call: Callable[..., Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Returns ``run(*args, **kwargs)``, computed on the CPU like a call of placed experts.
+
+    Args:
+        call: called like `run_on_cpu`, and in its place.
+    """
+    call = run_on_cpu if call is None else call
     (shared,) = experts.__dict__.get(_SHARED, (None,))
     if shared is None:
-        return run_on_cpu(run, *args, **kwargs)
+        return call(run, *args, **kwargs)
     if shared.__dict__.pop(_RESULT, None) is not None:
         # The last result was not used: something computes this network in another way.
         del experts.__dict__[_SHARED]
-        return run_on_cpu(run, *args, **kwargs)
+        return call(run, *args, **kwargs)
     x = (*args, *kwargs.values())[0]
 
     def meanwhile() -> None:
         shared.__dict__[_RESULT] = x, x._version, shared(x)
 
     try:
-        return run_on_cpu(run, *args, meanwhile=meanwhile, **kwargs)
+        return call(run, *args, meanwhile=meanwhile, **kwargs)
     except BaseException:
         shared.__dict__.pop(_RESULT, None)
         raise
@@ -98,7 +111,11 @@ def _forward(cls: Any) -> Callable[..., Tensor]:
             y = run_streamed(self, cls, *args, **kwargs)
             if y is not None:
                 return y
-        return run_placed(self, functools.partial(cls.forward, self), *args, **kwargs)
+        run = functools.partial(cls.forward, self)
+        if kind_of(self) == _KIND and serves(self, (*args, *kwargs.values())[0]):
+            call = functools.partial(run_cached, run_on_cpu, self, cls)
+            return run_placed(self, run, *args, call=call, **kwargs)
+        return run_placed(self, run, *args, **kwargs)
 
     return forward
 
@@ -133,10 +150,18 @@ def _apply(cls: Any) -> Callable[..., Any]:
     def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         found = cls._apply(self, without_moves(fn), recurse)
         weights_changed(self)
+        if (cache := cache_of(self)) is not None:
+            cache.release()
         return found
 
     return apply
 
 
 register_kind(_AHEAD, _ahead_forward)
-register_kind(_KIND, _forward, _apply=_apply, _moe_ops_placed=lambda cls: True)
+register_kind(
+    _KIND,
+    _forward,
+    _apply=_apply,
+    _moe_ops_placed=lambda cls: True,
+    expert_cache=lambda cls: property(cache_of),
+)

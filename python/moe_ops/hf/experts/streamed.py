@@ -14,7 +14,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,10 @@ from torch.autograd.function import once_differentiable
 from moe_ops._private_torch import current_graph_task_id
 from moe_ops._seam import CallWithoutTensors, take_tensors
 from moe_ops._slots import SlotStream
+from moe_ops.hf.experts.pinned import PinnedStorages
 
 _ATTRIBUTE = "_moe_ops_stream"
 _ALIGNMENT = 256  # Bytes, of each tensor in a slot.
-# Smaller tensors are not page-locked: they may share a page with other memory, and their copies are
-# short.
-_PIN_FROM = 1 << 20
-_PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 
 
 class Streamer:
@@ -49,7 +46,7 @@ class Streamer:
         self._modules: list[Callable[[], nn.Module | None]] = [lambda: None] * num_layers
         self._lock = threading.RLock()
         self._last = -1  # Index of the last layer that a forward pass called.
-        self._pinned = _Pinned()
+        self._pinned = PinnedStorages()
         self._stream: SlotStream | None = None
         self._buffers: list[Tensor] = []
         self._contents: list[Any] = [None, None]  # Key of the layer in each slot.
@@ -99,7 +96,7 @@ class Streamer:
                 self._stream.wait_for([slot])
                 self._buffers[slot].record_stream(torch.cuda.current_stream(device))
             try:
-                yield _with_tensors(module, cls, views)
+                yield with_tensors(module, cls, views)
             finally:
                 if self._stream is not None:
                     self._stream.used([slot])
@@ -107,7 +104,7 @@ class Streamer:
     def pin(self) -> None:
         """Page-locks the weights of all modules, if calls are on a GPU."""
         for module in self._bound():
-            self._pin(_tensors(module))
+            self._pin(tensors_of(module))
 
     def release(self) -> None:
         """Unlocks all memory and frees the slots."""
@@ -118,7 +115,7 @@ class Streamer:
     def release_unused(self) -> None:
         """Unlocks the memory of former weights, which is freed only then."""
         with self._lock:
-            kept = {t.untyped_storage().data_ptr() for m in self._bound() for t in _tensors(m)}
+            kept = {t.untyped_storage().data_ptr() for m in self._bound() for t in tensors_of(m)}
             self._pinned.unlock(kept)
 
     def _bound(self) -> list[nn.Module]:
@@ -130,7 +127,7 @@ class Streamer:
         modules."""
 
         def largest(modules: Iterable[nn.Module | None]) -> int:
-            return max(_layout(_tensors(module))[1] for module in modules if module is not None)
+            return max(layout_of(tensors_of(module))[1] for module in modules if module is not None)
 
         if self._buffers and self._buffers[0].device == device:
             if self._buffers[0].numel() >= largest(modules):
@@ -155,11 +152,11 @@ class Streamer:
         Args:
             kept: slot that keeps its contents.
         """
-        tensors = _tensors(module)
-        key = index, tuple(map(_identity, tensors))
+        tensors = tensors_of(module)
+        key = index, tuple(map(identity_of, tensors))
         if key in self._contents:
             slot = self._contents.index(key)
-            return slot, _views(self._buffers[slot], tensors)
+            return slot, views_of(self._buffers[slot], tensors)
         self._pin(tensors)
         if kept is None:
             kept = 1 if self._contents[0] is None else 0
@@ -171,7 +168,7 @@ class Streamer:
 
     def _copy(self, index: int, tensors: Sequence[Tensor], slot: int) -> list[Tensor]:
         """Copies a layer's weights into a slot."""
-        views = _views(self._buffers[slot], tensors)
+        views = views_of(self._buffers[slot], tensors)
         filling = contextlib.nullcontext() if self._stream is None else self._stream.filling(slot)
         with filling:
             for view, t in zip(views, tensors, strict=True):
@@ -179,45 +176,8 @@ class Streamer:
         return views
 
     def _pin(self, tensors: Sequence[Tensor]) -> None:
-        if self.device_type != "cuda":
-            return
-        for t in tensors:
-            storage = t.untyped_storage()
-            address, size = storage.data_ptr(), storage.nbytes()
-            if size < _PIN_FROM or address in self._pinned or t.is_pinned():
-                continue
-            self.release_unused()
-            cudart: Any = torch.cuda.cudart()
-            error = cudart.cudaHostRegister(address, size, _PORTABLE)
-            if int(error) != 0:
-                raise RuntimeError(
-                    f"place: {size} bytes of expert weights must be page-locked to be streamed, "
-                    f"got error {int(error)} of cudaHostRegister; raise the system's limit of "
-                    "locked memory, or call place without stream_min_tokens."
-                )
-            self._pinned[address] = storage
-
-
-class _Pinned(dict[int, Any]):
-    """Page-locked storages by address, each of which is unlocked before it may be freed.
-
-    Attributes:
-        devices: devices of the copies from them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.devices: set[torch.device] = set()
-
-    def unlock(self, kept: Collection[int] = ()) -> None:
-        """Unlocks all but the addresses in `kept`, after all copies."""
-        unused = [address for address in self if address not in kept]
-        if unused:
-            for device in self.devices:
-                torch.cuda.synchronize(device)
-        for address in unused:
-            torch.cuda.cudart().cudaHostUnregister(address)
-            del self[address]
+        if self.device_type == "cuda":
+            self._pinned.pin(tensors, self.release_unused)
 
 
 class _Call(NamedTuple):
@@ -315,9 +275,9 @@ def run_streamed(module: nn.Module, cls: Any, *args: Any, **kwargs: Any) -> Tens
     return y
 
 
-def _with_tensors(module: nn.Module, cls: type, views: Sequence[Tensor]) -> nn.Module:
-    """Returns a module like `module` with other tensors, in the order of `_tensors`."""
-    by_id = {id(t): view for t, view in zip(_tensors(module), views, strict=True)}
+def with_tensors(module: nn.Module, cls: type, views: Sequence[Tensor]) -> nn.Module:
+    """Returns a module like `module` with other tensors, in the order of `tensors_of`."""
+    by_id = {id(t): view for t, view in zip(tensors_of(module), views, strict=True)}
     return _shadow(module, cls, by_id)
 
 
@@ -328,21 +288,23 @@ def _shadow(module: nn.Module, cls: Any, views: dict[int, Tensor]) -> nn.Module:
     for kind in ("_parameters", "_buffers"):
         state[kind] = {n: t if t is None else views[id(t)] for n, t in state[kind].items()}
     state["_modules"] = {
-        name: child if child is None or not _tensors(child) else _shadow(child, type(child), views)
+        name: child
+        if child is None or not tensors_of(child)
+        else _shadow(child, type(child), views)
         for name, child in module._modules.items()
     }
     return new
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _identity(t: Tensor) -> tuple[Any, ...]:
+def identity_of(t: Tensor) -> tuple[Any, ...]:
     return t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.shape, t.stride()
 
 
-def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+def layout_of(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     """Returns the offset of each tensor in a slot, and the bytes of all."""
     offsets, size = [], 0
     for t in tensors:
@@ -351,8 +313,8 @@ def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     return offsets, size
 
 
-def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def views_of(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [
         buffer[offset : offset + t.nbytes].view(t.dtype).view(t.shape)
-        for offset, t in zip(_layout(tensors)[0], tensors, strict=True)
+        for offset, t in zip(layout_of(tensors)[0], tensors, strict=True)
     ]

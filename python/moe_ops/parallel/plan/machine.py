@@ -124,6 +124,7 @@ class MachinePlan:
         crossover: tokens from which copying the experts is faster than computing on the CPU; None
             without a GPU.
         split: decode with the experts of `card_layers` on the GPU; None if there are none.
+        cached: decode with a cache of experts on the GPU; None without one.
         lora, full: training of adapters and of all expert weights; the latter is also the rate of
             adapters with recomputation.
         adapters: bytes of adapters on all expert matrices, with their optimizer's state.
@@ -147,6 +148,7 @@ class MachinePlan:
     full: Figure
     adapters: Figure
     split: Figure | None
+    cached: Figure | None = None
 
     @property
     def fits(self) -> bool:
@@ -237,6 +239,8 @@ def plan_machine(
     stored: Stored | None = None,
     context: int = 4096,
     batch: int = 1,
+    cached_experts: int = 0,
+    hit_rate: float | None = None,
 ) -> MachinePlan:
     """Computes memory and speed of a model on a machine.
 
@@ -246,12 +250,16 @@ def plan_machine(
         format, dense_format, stored: see `sizes_of`.
         context: tokens of a sequence: of its prompt for prefill, and in the cache for decode.
         batch: sequences.
+        cached_experts: experts per layer with a slot on the GPU, at most E; see `moe_ops.hf.place`.
+        hit_rate: fraction of the experts used in a step that have a slot, from 0 to 1; required
+            with `cached_experts`, because it depends on model and text.
 
     Raises:
         ValueError: an invalid argument.
     """
     check_least("plan", "context", context, 1)
     check_least("plan", "batch", batch, 1)
+    _check_cache(shape, machine, cached_experts, hit_rate)
     sizes = sizes_of(shape, format, dense_format, stored)
     tokens = context * batch
     cache = 2.0 * shape.cache_elements * tokens
@@ -261,8 +269,9 @@ def plan_machine(
     ram = _total(
         [*on_cpu, *(() if machine.vram else dense), ("staging", staging), ("process", PROCESS)]
     )
-    vram = _total(dense) if machine.vram else None
     layer = sizes.layer
+    slots = shape.num_moe_layers * layer * cached_experts / shape.num_experts
+    vram = _total([*dense, ("cached experts", slots)]) if machine.vram else None
     free = machine.vram - (0.0 if vram is None else vram.value)
     card = max(0, min(shape.num_moe_layers, int(free // layer))) if machine.vram else 0
     decode = _decode(shape, machine, sizes, cache, batch, 0)
@@ -275,6 +284,9 @@ def plan_machine(
             f"experts of {card} of {shape.num_moe_layers} layers on the GPU: "
             f"{card * layer / GB:.1f} GB of VRAM, {rest:.1f} GB of RAM, {rate.line}",
         )
+    cached = None
+    if cached_experts and hit_rate is not None:
+        cached = _decode(shape, machine, sizes, cache, batch, 0, hit_rate)
     return MachinePlan(
         format=format,
         dense_format=dense_format,
@@ -294,7 +306,30 @@ def plan_machine(
         full=_training(shape, machine, 6, "one more GEMM: weights' gradients or recomputation"),
         adapters=_adapters(shape),
         split=split,
+        cached=cached,
     )
+
+
+def _check_cache(
+    shape: ModelShape, machine: Machine, cached_experts: int, hit_rate: float | None
+) -> None:
+    """Raises ValueError for a cache that the machine or the model cannot have."""
+    if not 0 <= cached_experts <= shape.num_experts:
+        raise ValueError(
+            f"plan: cached_experts must be from 0 to {shape.num_experts}, the experts of a layer, "
+            f"got {cached_experts}."
+        )
+    if cached_experts and not machine.vram:
+        raise ValueError(
+            f"plan: cached_experts must be 0 without a GPU, got {cached_experts} and vram 0."
+        )
+    if (hit_rate is None) is not (cached_experts == 0):
+        raise ValueError(
+            "plan: hit_rate must be given with cached_experts and not without, got "
+            f"{hit_rate} and {cached_experts}."
+        )
+    if hit_rate is not None and not 0 <= hit_rate <= 1:
+        raise ValueError(f"plan: hit_rate must be from 0 to 1, got {hit_rate}.")
 
 
 def _total(parts: list[tuple[str, float]]) -> Figure:
@@ -324,30 +359,41 @@ def _dense_weights(shape: ModelShape) -> int:
 
 
 def _decode(
-    shape: ModelShape, machine: Machine, sizes: Sizes, cache: float, batch: int, card: int
+    shape: ModelShape,
+    machine: Machine,
+    sizes: Sizes,
+    cache: float,
+    batch: int,
+    card: int,
+    hit_rate: float = 0.0,
 ) -> Figure:
+    # With cached experts, the CPU and the GPU compute a layer at the same time. The sum of their
+    # times gives a lower bound of the speed.
     # Experts that a batch uses in a layer, if each token chooses K of E by chance.
     used = shape.num_experts * (1 - (1 - shape.top_k / shape.num_experts) ** batch)
     layer = used / shape.num_experts * sizes.layer
-    cpu = (shape.num_moe_layers - card) * layer
+    hits = shape.num_moe_layers * layer * hit_rate
+    cpu = (shape.num_moe_layers - card) * layer - hits
+    gpu = card * layer + hits
     terms = [
         (cpu / machine.bandwidth, f"experts {_gb(cpu)} / {_rate(machine.bandwidth)}"),
         (
-            (sizes.read + card * layer) / machine.dense_bandwidth,
+            (sizes.read + gpu) / machine.dense_bandwidth,
             f"other weights {_gb(sizes.read)} / {_rate(machine.dense_bandwidth)}",
         ),
         (cache / machine.dense_bandwidth, f"cache {_gb(cache)} / {_rate(machine.dense_bandwidth)}"),
     ]
-    if card:
+    if gpu:
         terms[1] = (
             terms[1][0],
-            f"weights on the GPU {_gb(sizes.read + card * layer)} / {_rate(machine.gpu_bandwidth)}",
+            f"weights on the GPU {_gb(sizes.read + gpu)} / {_rate(machine.gpu_bandwidth)}",
         )
-    compute = 2.0 * batch * _active(shape) / machine.flops
+    weights = _active(shape) * (1 - hit_rate)
+    compute = 2.0 * batch * weights / machine.flops
     if compute > terms[0][0] and not card:
         terms[0] = (
             compute,
-            f"experts 2 x {batch} x {_active(shape) / 1e9:.2f}e9 / {_ops(machine)}",
+            f"experts 2 x {batch} x {weights / 1e9:.2f}e9 / {_ops(machine)}",
         )
     calls = f"{shape.num_layers} layers x {machine.overhead * 1e6:.0f} us"
     terms.append((shape.num_layers * machine.overhead, calls))
