@@ -182,7 +182,7 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forward(
-    wrapper: Any, chain: list[Any], experts: Any, names: list[str] | None, **call: Tensor
+    wrapper: Any, chain: list[Any], experts: Any, names: list[str] | None, **call: Any
 ) -> Tensor:
     """Returns the output of experts with their adapters, where the experts are."""
     run = functools.partial(_run, wrapper, chain, experts, names)

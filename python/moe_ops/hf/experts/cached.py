@@ -70,6 +70,9 @@ class ExpertSlots:
             self._key: Any = None
             self._num_slots = self.num_slots
             self._tensors: list[Tensor] = []
+            # Tensors with a part for each expert, of slots and of the module, and rows per expert.
+            self._per_expert: list[tuple[Tensor, int]] = []
+            self._sources_per_expert: list[tuple[Tensor, int]] = []
             self._stream: SlotStream | None = None
             self.clear()
 
@@ -172,8 +175,6 @@ class ExpertSlots:
         if device.type == "cuda":
             self._memory.devices.add(device)
             self._memory.pin(tensors, lambda: None)
-        self._per_expert: list[tuple[Tensor, int]] = []
-        self._sources_per_expert: list[tuple[Tensor, int]] = []
         with torch.inference_mode(False), torch.no_grad():
             for name, t in zip(names, tensors, strict=True):
                 if name in _SHARED or name.startswith("post_expert_norm."):
