@@ -293,8 +293,8 @@ MUTANTS = [
     Mutant(
         "replicas: gradients of one place",
         "banks.py",
-        "total = sum_over_group(total, mesh.get_group())[there]",
-        "total = total[there]",
+        "total = _sum_of_copies(rows, here, placement, mesh)",
+        "total = rows",
         SHARDING[1:],
         first="of_replicas",
     ),

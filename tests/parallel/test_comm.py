@@ -126,29 +126,6 @@ def test_equal_sizes(processes):
     processes.run(equal_sizes)
 
 
-def parts_in_one_message(rank: int, dtype: torch.dtype, width: int) -> None:
-    """Equals an exchange of each tensor, also of its gradient; rank 1 sends nothing."""
-    group = dist.group.WORLD
-    recv, send = splits(rank)
-    torch.manual_seed(rank)
-    x = torch.randn(sum(send), width).to(dtype).requires_grad_()
-    weights = torch.rand(sum(send), 3, requires_grad=True)
-    ids = torch.randint(99, (sum(send), 3), dtype=torch.int32)
-    flights = comm.begin_all_to_all_parts([x, weights, ids], recv, send, group)
-    got = [comm.wait(part) for part in reversed(flights)][::-1]
-    (got[0].square().sum() + got[1].square().sum()).backward()
-    for part, y in zip((x, weights, ids), got, strict=True):
-        assert_identical(y.detach(), all_to_all_rows(part.detach(), recv, send, group))
-    assert_identical(x.grad, 2 * x.detach())
-    assert_identical(weights.grad, 2 * weights.detach())
-
-
-@pytest.mark.parametrize("width", [1, 7, 8])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_parts_in_one_message(processes, dtype, width):
-    processes.run(parts_in_one_message, dtype, width)
-
-
 def rounded_rows(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     recv, send = splits(rank)
     torch.manual_seed(rank)
