@@ -14,20 +14,8 @@ namespace {
 // Checks a cache and returns its memory.
 KeptHeads<void> device_heads(const Op& op, const char* name, const Tensor& t, const Tensor& x,
                              int64_t end) {
-  check_same_dtype(op, name, t, "x", x);
   check_device(op, name, t);
-  check_dim(op, name, t, 4, "[B, m, L, d]");
-  MOE_CHECK(t.size(0) == x.size(0) && t.size(2) >= end, op, ": ", name,
-            " must be [B, m, L, d] with L at least start + S = ", end, ", got shape ",
-            shape_string(t), ".");
-  MOE_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": ", name,
-            " must have features side by side, got shape ", shape_string(t), " with a stride of ",
-            t.stride(3), " in dimension 3.");
-  for (int64_t d = 0; d < 3; ++d) {
-    MOE_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, ": ", name,
-              " must have memory of its own for each element, got an expanded tensor of shape ",
-              shape_string(t), ".");
-  }
+  check_heads(op, name, t, x, end);
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 

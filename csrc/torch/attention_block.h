@@ -18,8 +18,9 @@ struct Kept {
   }
 };
 
-inline Kept kept_heads(const Op& op, const char* name, const Tensor& t, const Tensor& x,
-                       int64_t end) {
+// Checks a cache that gets tokens up to `end`.
+inline void check_heads(const Op& op, const char* name, const Tensor& t, const Tensor& x,
+                        int64_t end) {
   check_same_dtype(op, name, t, "x", x);
   check_dim(op, name, t, 4, "[B, m, L, d]");
   check_size(op, name, t, 0, x.size(0), "B");
@@ -33,6 +34,11 @@ inline Kept kept_heads(const Op& op, const char* name, const Tensor& t, const Te
               " must have memory of its own for each element, got an expanded tensor of shape ",
               shape_string(t), ".");
   }
+}
+
+inline Kept kept_heads(const Op& op, const char* name, const Tensor& t, const Tensor& x,
+                       int64_t end) {
+  check_heads(op, name, t, x, end);
   Kept kept{t, aligned(t), {}};
   const Tensor& into = kept.tensor;
   kept.heads.data = const_cast<void*>(into.const_data_ptr());

@@ -21,7 +21,15 @@ from bench.gpu.lease.journal import Journal
 
 UNFINISHED = 3
 PROGRAMS = (
-    *("machine", "smoke", "tiles", "measure", "decode", "stream", "cached", "small", "result"),
+    "machine",
+    "smoke",
+    "tiles",
+    "measure",
+    "decode",
+    "stream",
+    "cached",
+    "small",
+    "result",
 )
 
 
