@@ -77,8 +77,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("cpu_only")
     if backend == "sim" and not full:
         left_out.add("slow_on_simulator")
-    config.hook.pytest_deselected(items=[i for i in items if left_out & set(i.keywords)])
-    items[:] = [i for i in items if not left_out & set(i.keywords)]
+    dropped = [item for item in items if left_out & set(item.keywords)]
+    if backend == "sim" and not full:
+        dropped += repeated_twins(items)
+    config.hook.pytest_deselected(items=dropped)
+    gone = set(dropped)
+    items[:] = [item for item in items if item not in gone]
+
+
+def repeated_twins(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Returns the cases in float64 and float16 but for the first of each test. The CUDA kernels of
+    these types are the text of those of float32 and bfloat16."""
+    seen, repeated = set(), []
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        dtype = callspec and callspec.params.get("dtype")
+        if dtype in (torch.float64, torch.float16):
+            test = (item.nodeid.partition("[")[0], dtype)
+            if test in seen:
+                repeated.append(item)
+            seen.add(test)
+    return repeated
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,17 +7,13 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 from moe_ops import _library
 from moe_ops._private_torch import has_kernel, registered_ops
 from moe_ops.ops._library import cuda_formulas
-from moe_ops.testing import short
 
 # Ops without a CUDA kernel, and what runs on CUDA in their place. Here they keep the CPU kernel.
 CPU_ONLY = {
@@ -76,11 +72,3 @@ def noticed_mutants(name: str) -> dict[str, str | None]:
     not."""
     noticed: dict[str, str | None] = json.loads(run_script(name))
     return noticed
-
-
-def fewer_on_simulator(dtypes: Sequence[torch.dtype]) -> list[Any]:
-    """Returns parameters, one for each dtype. float64 and float16 are left out on the simulator:
-    their CUDA kernels are the text of those of float32 and bfloat16."""
-    twins = (torch.float64, torch.float16)
-    slow = pytest.mark.slow_on_simulator
-    return [pytest.param(d, id=short(d), marks=slow if d in twins else ()) for d in dtypes]

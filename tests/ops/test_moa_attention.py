@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from tests.helpers.isas import has_own_kernels, run_python_at
 from tests.helpers.op_case import OpCase, ones
-from tests.helpers.simulator import fewer_on_simulator
 
 import moe_ops
 from moe_ops import _library, reference
@@ -325,7 +324,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", fewer_on_simulator(DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options, dtype, kind):
     check(operands(dtype, tokens=90, heads=2, kind=kind, **OPTIONS[options]))

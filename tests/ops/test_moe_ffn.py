@@ -12,7 +12,6 @@ import torch.utils.checkpoint
 from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
 from tests.helpers.op_case import OpCase, map_of, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
-from tests.helpers.simulator import fewer_on_simulator
 
 import moe_ops
 from moe_ops import reference
@@ -114,11 +113,14 @@ def test_empty_sizes(hidden_size, intermediate_size, dtype):
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
-@pytest.mark.parametrize("dtype", fewer_on_simulator(DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(
     ("activation", "interleaved"),
-    [("swiglu", False), ("swiglu_oai", True), ("silu", False)],
-    ids=["halves", "interleaved", "plain"],
+    [
+        pytest.param("swiglu", False, id="halves"),
+        pytest.param("swiglu_oai", True, id="interleaved", marks=pytest.mark.slow_on_simulator),
+        pytest.param("silu", False, id="plain"),
+    ],
 )
 def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, on_input):
     routing = Routing(160, 2, 2, "skewed")
@@ -650,15 +652,8 @@ def test_two_python_threads_at_once(dtype):
         assert_identical(y, want[i % 4], f"call {i}")
 
 
-@pytest.mark.parametrize(
-    ("hidden_size", "on_input"),
-    [
-        (64, False),
-        pytest.param(2061, False, marks=pytest.mark.slow_on_simulator),
-        pytest.param(2061, True, marks=pytest.mark.slow_on_simulator),
-    ],
-    ids=str,
-)
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("hidden_size", "on_input"), [(64, False), (2061, False), (2061, True)])
 @pytest.mark.parametrize("kind", ["skewed", "dropped", "one_expert"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_same_bits_for_any_thread_count(dtype, kind, hidden_size, on_input, set_threads):

@@ -189,7 +189,7 @@ def test_options(bits_group, dtype, x_scale, interleaved, on_input, routing):
     check({**call, "alpha": 1.3, "limit": 0.8})
 
 
-@pytest.mark.parametrize("tokens", [3, 160])
+@pytest.mark.parametrize("tokens", [3, pytest.param(160, marks=pytest.mark.slow_on_simulator)])
 @dtypes
 @formats
 def test_more_than_one_block_in_every_direction(bits_group, dtype, tokens):
