@@ -379,24 +379,24 @@ def test_tables_of_tiles_and_decoding():
 def test_step_stream(tmp_path):
     """A dry run on the CPU measures both ways, with equal logits, and a second one nothing."""
     task = child.Task("stream", Journal(tmp_path), tmp_path, 60.0, True)
-    assert stream.run(task) == (0, "streaming measured")
+    assert stream.run(task) == (0, "stream: measured")
     records = list(task.journal.records("stream"))
     assert [r["format"] for r in records] == ["bfloat16", "int4 g64"]
     rows = stream.table(records)[2]
     assert [row[:2] for row in rows] == [["bfloat16", "16"], ["int4 g64", "16"]]
-    assert stream.run(task) == (0, "streaming measured")
+    assert stream.run(task) == (0, "stream: measured")
     assert list(task.journal.records("stream")) == records
 
 
 def test_step_cached(tmp_path):
     """A dry run on the CPU finds cached experts and equal logits, and a second one does nothing."""
     task = child.Task("cached", Journal(tmp_path), tmp_path, 60.0, True)
-    assert cached.run(task) == (0, "cached experts measured")
+    assert cached.run(task) == (0, "cached: measured")
     records = list(task.journal.records("cached"))
     ways = [(r["format"], r["slots"]) for r in records]
     assert ways == [("bfloat16", 0), ("bfloat16", 4), ("int4 g64", 0), ("int4 g64", 4)]
     for record in records:
         assert (record["hit_rate"] > 0) is (record["slots"] > 0) and record["error"] < 0.05
     assert [row[:2] for row in cached.table(records)[2]] == [[f, str(n)] for f, n in ways]
-    assert cached.run(task) == (0, "cached experts measured")
+    assert cached.run(task) == (0, "cached: measured")
     assert list(task.journal.records("cached")) == records

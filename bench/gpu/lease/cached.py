@@ -14,47 +14,25 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from bench.gpu.lease.child import UNFINISHED, Task
-from bench.gpu.lease.decode import model_of
+from bench.gpu.lease.child import Task
+from bench.gpu.lease.placed import Measure, run_cases
 from bench.gpu.problem import relative
-from bench.harness.files import rounded
 
 _SLOTS = (0, 4, 8, 16, 32, 64, 128)
 _PROMPT, _WARM_UP, _STEPS = 16, 64, 64
-# Tolerance of logits: the CPU's int4 kernels round tokens to 8 bits.
-_TOLERANCE = 0.1
 
 
 def run(task: Task) -> tuple[int, str]:
-    try:
-        import moe_ops.hf
-    except ImportError:
-        return 0, "left out: transformers is not installed"
-    end = time.perf_counter() + task.seconds
-    done = {(r["format"], r["slots"]) for r in task.journal.records("cached", task.step)}
-    wrong = []
-    for config in (None, moe_ops.Int4WeightConfig()):
-        label = "bfloat16" if config is None else config.label
-        cases = [n for n in ((0, 4) if task.dry else _SLOTS) if (label, n) not in done]
-        if not cases:
-            continue
-        model = model_of(task.dry, "cpu")
-        moe_ops.hf.place(model, task.device, quantization=config)
-        truth = None
-        for slots in cases:
-            if time.perf_counter() > end:
-                return UNFINISHED, f"the time was up before {slots} slots in {label}"
-            if truth is None:
-                truth = _measure(model, 0, task)[1]
+    def measure_of(model: Any) -> Measure:
+        truth = _measure(model, 0, task)[1]
+
+        def measure(slots: int) -> dict[str, float]:
             found, logits = _measure(model, slots, task)
-            found["error"] = relative(logits, truth)
-            task.journal.write(
-                *("cached", task.step), **{"format": label, "slots": slots}, **rounded(found)
-            )
-            print(f"{label}, {slots} slots: {found}", flush=True)
-            if not found["error"] <= _TOLERANCE:
-                wrong.append(f"{label}, {slots} slots: relative error {found['error']:.1e}")
-    return (1 if wrong else 0), "; ".join(wrong) or "cached experts measured"
+            return {**found, "error": relative(logits, truth)}
+
+        return measure
+
+    return run_cases(task, "cached", "slots", (0, 4) if task.dry else _SLOTS, measure_of)
 
 
 @torch.no_grad()
