@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import moe_ops
 import moe_ops.hf
 from moe_ops.hf.experts import cached
 
+from . import published_checkpoints
 from .models import MODEL_TYPES, build, loss_and_gradients, tokens
 from .placed_models import SIZES, experts_of, generate
 
@@ -62,6 +64,39 @@ def test_quantized(model_type, config, dense):
             torch.testing.assert_close(got(ids).logits, want(ids).logits, **close)
     caches = [cache for cache in caches_of(got) if cache is not None]
     assert caches and all(cache.hits > 0 for cache in caches)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("gpt_oss", "mxfp4", False),
+        ("qwen3_moe", "fp8", False),
+        ("qwen3_moe", "nvfp4", False),
+        ("mixtral", "gptq", True),
+        ("mixtral", "fp8-tensor", False),
+    ],
+    ids=lambda c: f"{c[0]}-{c[1]}",
+)
+def test_published_formats(case, dense, tmp_path):
+    """Experts as others store them. The CPU rounds tokens of 4-bit and fp8 experts to 8 bits in
+    both models; slots on a GPU need not."""
+    with torch.device("cpu"):
+        published_checkpoints.write(tmp_path, *case)
+        want, got = (
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path, experts_implementation="moe_ops", dtype=torch.float32
+            )
+            for _ in range(2)
+        )
+    moe_ops.hf.place(want, dense)
+    moe_ops.hf.place(got, dense, cached_experts=3)
+    ids = torch.randint(1, 64, (1, 6), device=dense)
+    with torch.no_grad():
+        for _ in range(2):
+            found, wanted = got(ids).logits, want(ids).logits
+            bound = 1e-5 if dense == "cpu" else 0.08
+            assert (found - wanted).norm() <= bound * wanted.norm()
+    assert all(cache.hits > 0 and cache.copies > 0 for cache in caches_of(got))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
