@@ -49,7 +49,11 @@ myst_heading_anchors = 4
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": "extra_repr",
+}
 autosummary_generate = False
 # Optional packages whose names stand in code that runs at import.
 autodoc_mock_imports = ["lightning", "onnxscript", "onnx_ir"]

@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -80,13 +79,11 @@ def build_sources(tools: Path) -> tuple[Path, Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     run("git", "archive", "-o", WORK / "committed.tar", "HEAD")
-    with tarfile.open(WORK / "committed.tar") as archive:
-        archive.extractall(committed, filter="data")
+    run("tar", "-xf", WORK / "committed.tar", "-C", committed)
     # Not isolated: an isolated build would download a torch, which the archive does not need.
     run(tools, "-m", "build", "--sdist", "-n", "-x", "-o", DIST, committed)
     (sources,) = DIST.glob("*.tar.gz")
-    with tarfile.open(sources) as archive:
-        archive.extractall(unpacked, filter="data")
+    run("tar", "-xzf", sources, "-C", unpacked)
     (folder,) = unpacked.iterdir()
     return sources, folder
 

@@ -358,8 +358,19 @@ def test_bad_arguments():
     model = build("mixtral")
     with pytest.raises(ValueError, match=r"optimize: config must be an Int8WeightConfig, .*'int8'"):
         moe_ops.hf.optimize(model, quantization="int8")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        moe_ops.hf.enable,
+        moe_ops.hf.optimize,
+        lambda name: moe_ops.quantize(name, moe_ops.Int4WeightConfig()),
+    ],
+)
+def test_a_name_is_no_model(call):
     with pytest.raises(ValueError, match=r"must be a loaded model .*, got 'Qwen/Qwen3'\."):
-        moe_ops.hf.optimize("Qwen/Qwen3")
+        call("Qwen/Qwen3")
 
 
 def test_out_of_turn():

@@ -19,7 +19,7 @@ from moe_ops.hf.experts.streamed import set_streamed
 from moe_ops.hf.experts.switch import enable, is_quantized, status
 from moe_ops.hf.models.known import Unknown, find
 from moe_ops.quant import WeightConfig, quantize
-from moe_ops.quant.config import check_config
+from moe_ops.quant.config import check_config, check_model
 
 __all__ = ["place", "unplace"]
 
@@ -198,11 +198,7 @@ def check_options(
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            "place: model must be a loaded model (AutoModelForCausalLM.from_pretrained), got "
-            f"{model!r:.80}."
-        )
+    check_model("place", model)
     if is_optimized(model):
         raise ValueError("place: model must not be optimized yet; call restore, place, optimize.")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):

@@ -40,15 +40,16 @@ class PEEROutput(NamedTuple):
 class PEER(nn.Module):
     """Parameter-efficient expert retrieval: each head selects K of E single-neuron experts.
 
-    A head's query has two halves. Expert e = i * N + j has the key (row i of the first sub-keys,
-    row j of the second), so its score is a sum of two scores, and the best K experts are among the
-    K x K pairs of the best K rows of each half: N comparisons per half instead of N^2. The weights
-    are the softmax over the K scores, and the output is the weighted sum of act(u_e . x) v_e over
-    the experts of all heads.
+    A head's query has two halves. With N = sqrt(E), expert e = i * N + j has the key (row i of the
+    first sub-keys, row j of the second), so its score is a sum of two scores, and the best K
+    experts are among the K x K pairs of the best K rows of each half: N comparisons per half
+    instead of N^2. The weights are the softmax over the K scores, and the output is the weighted
+    sum of act(u_e . x) v_e over the experts of all heads.
 
     Parameters:
-        query.weight: [R D, H]. sub_keys: [2, N, D / 2], shared by the heads.
-        query_norm.weight, .bias and running statistics: [R D], with `query_norm=True`.
+        query.weight: [R D, H].
+        sub_keys: [2, N, D / 2], shared by the heads.
+        query_norm: weight, bias and running statistics [R D], with `query_norm=True`.
         experts: `Experts` of intermediate size 1 (u is w_gate_up [E, 1, H], v is w_down [E, H, 1]).
 
     Args:
@@ -57,7 +58,7 @@ class PEER(nn.Module):
         top_k: K in [1, N].
         num_heads: R.
         query_size: D, even; None: H, or H + 1 if H is odd.
-        query_norm: batch normalization of the queries, which uses more experts.
+        query_norm: True normalizes the queries over the batch, which uses more experts.
         activation: "gelu", or another activation of `Experts`; with a gated one, an expert has two
             input vectors.
         sparse_grad: gradients of the experts are sparse tensors with the selected experts, for

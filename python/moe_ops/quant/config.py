@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from moe_ops.weight_formats import GROUP_SIZES, WeightFormat
 
 __all__ = ["Fp8WeightConfig", "Int4WeightConfig", "Int8WeightConfig", "WeightConfig"]
@@ -87,6 +89,15 @@ def config_named(owner: str, label: str) -> WeightConfig:
             return config
     names = ", ".join(sorted(config.label for config in known))
     raise ValueError(f"{owner}: format must be one of {names}, got {label!r}.")
+
+
+def check_model(owner: str, model: object) -> None:
+    """Rejects what is not a module, such as the name of a checkpoint."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{owner}: model must be a loaded model (AutoModelForCausalLM.from_pretrained), got "
+            f"{model!r:.80}."
+        )
 
 
 def check_config(owner: str, config: object) -> WeightConfig:

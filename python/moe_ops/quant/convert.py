@@ -15,7 +15,7 @@ from moe_ops.expert_weights import ExpertWeights, hooks_for
 
 from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
 from .calibration import CalibrationData, collect_calibration
-from .config import WeightConfig, check_config
+from .config import WeightConfig, check_config, check_model
 from .experts import QuantizedExperts
 from .formats import check_divides, quantize_weight
 from .linear import find_linears, quantize_linears
@@ -78,6 +78,7 @@ def quantize(
             came before is done.
         ImportError: a model of a transformers that is too old for moe_ops.hf.
     """
+    check_model("quantize", model)
     check_config("quantize", config)
     if dense is not None:
         check_config("quantize", dense)

@@ -23,7 +23,7 @@ from moe_ops.layers.linear import replace_linears
 from moe_ops.memory import register_holder, release_file_pages
 from moe_ops.quant import QuantizedExperts, WeightConfig, quantize
 from moe_ops.quant.bank import find_banks
-from moe_ops.quant.config import check_config
+from moe_ops.quant.config import check_config, check_model
 from moe_ops.quant.linear import quantize_linears
 
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
@@ -111,11 +111,7 @@ def optimize(
     """
     if quantization is not None:
         check_config("optimize", quantization)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"optimize: model must be a loaded model (AutoModelForCausalLM.from_pretrained), got "
-            f"{model!r:.80}."
-        )
+    check_model("optimize", model)
     every, warn = parse_verify(verify)
     with _lock:
         if model in _optimized:

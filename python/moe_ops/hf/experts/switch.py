@@ -14,6 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 from moe_ops.expert_weights.packing import invalidate
 from moe_ops.hf.experts.placed import is_placed, set_placed
 from moe_ops.hf.models.known import own_class
+from moe_ops.quant.config import check_model
 
 # Blocks outside transformers' experts interface, and the module with their subclass.
 _BLOCKS = {
@@ -53,6 +54,7 @@ def enable(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: nothing to switch, or a block that cannot be switched; the model is unchanged.
     """
+    check_model("enable", model)
     on_interface: list[nn.Module] = []
     by_class: list[tuple[nn.Module, ModuleType]] = []
     report: dict[str, str] = {}
