@@ -49,11 +49,7 @@ myst_heading_anchors = 4
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_default_options = {
-    "members": True,
-    "show-inheritance": True,
-    "exclude-members": "extra_repr",
-}
+autodoc_default_options = {"members": True, "show-inheritance": True}
 autosummary_generate = False
 # Optional packages whose names stand in code that runs at import.
 autodoc_mock_imports = ["lightning", "onnxscript", "onnx_ir"]
