@@ -1,5 +1,5 @@
-"""What steps cached and stream share: a transformers model with its experts on the CPU
-(`moe_ops.hf.place`), measured in bfloat16 and int4."""
+"""Measures a transformers model with its experts on the CPU (`moe_ops.hf.place`) in bfloat16 and
+int4, for the steps cached and stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Measure = Callable[[int], dict[str, float]]
 def run_cases(
     task: Task, step: str, unit: str, cases: Sequence[int], measure_of: Callable[[Any], Measure]
 ) -> tuple[int, str]:
-    """Measures the cases that the journal lacks, in each format.
+    """Measures the cases that the journal lacks in each format. Returns status and summary.
 
     Args:
         step: the name of the step and of its records.
