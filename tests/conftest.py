@@ -75,29 +75,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set() if full else {"full"}
     if backend != "cpu":
         left_out.add("cpu_only")
-    if backend == "sim" and not full:
+    spares_time = backend == "sim" and not full
+    if spares_time:
         left_out.add("slow_on_simulator")
-    dropped = [item for item in items if left_out & set(item.keywords)]
-    if backend == "sim" and not full:
-        dropped += repeated_twins(items)
-    config.hook.pytest_deselected(items=dropped)
-    gone = set(dropped)
-    items[:] = [item for item in items if item not in gone]
+    kept = [item for item in items if not left_out & set(item.keywords)]
+    if spares_time:
+        kept = without_repeated_twins(kept)
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
 
 
-def repeated_twins(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Returns the cases in float64 and float16 but for the first of each test. The CUDA kernels of
-    these types are the text of those of float32 and bfloat16."""
-    seen, repeated = set(), []
+def without_repeated_twins(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Leaves out cases in float64 and float16, except for the first of each test. The CUDA kernels
+    of these types are the text of those of float32 and bfloat16."""
+    seen, kept = set(), []
     for item in items:
         callspec = getattr(item, "callspec", None)
         dtype = callspec and callspec.params.get("dtype")
-        if dtype in (torch.float64, torch.float16):
-            test = (item.nodeid.partition("[")[0], dtype)
-            if test in seen:
-                repeated.append(item)
-            seen.add(test)
-    return repeated
+        test = (item.nodeid.partition("[")[0], dtype)
+        if dtype not in (torch.float64, torch.float16) or test not in seen:
+            kept.append(item)
+        seen.add(test)
+    return kept
 
 
 @pytest.fixture(scope="module", autouse=True)

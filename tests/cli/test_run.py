@@ -132,10 +132,12 @@ def test_processes_of_a_program_after_install(checkpoint, tmp_path, fresh):
     for name, text in (("launcher", LAUNCHER), ("program", PROGRAM), ("modules", MODULES)):
         (tmp_path / f"{name}.py").write_text(text)
     line = ["-m", "moe_ops", "run"]
+    launched = [*line, "launcher.py", "program.py", folder, "out.pt"]
+    done = python(*launched, cwd=tmp_path, program=fresh)
+    assert done.returncode == 1 and "Unknown quantization type, got moe_ops" in done.stderr
     done = python(*line, "--install", cwd=tmp_path, program=fresh)
     assert done.returncode == 0 and "MOE_OPS_TRANSFORMERS=1" in done.stdout, done.stderr
-    launched = ["launcher.py", "program.py", folder, "out.pt"]
-    done = python(*line, *launched, cwd=tmp_path, program=fresh)
+    done = python(*launched, cwd=tmp_path, program=fresh)
     assert done.returncode == 3, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits)
     # Nothing is imported before transformers, and nothing at all without the variable.
@@ -143,8 +145,9 @@ def test_processes_of_a_program_after_install(checkpoint, tmp_path, fresh):
     assert done.stdout == "['runpy'] True\n", done.stderr
     done = python("modules.py", cwd=tmp_path, program=fresh)
     assert done.stdout == "[] False\n", done.stderr
-    done = python(*line, "--uninstall", cwd=tmp_path, program=fresh)
-    assert done.returncode == 0 and done.stdout.startswith("Removed: "), done.stderr
+    for word in ("Removed", "Not there"):
+        done = python(*line, "--uninstall", cwd=tmp_path, program=fresh)
+        assert done.returncode == 0 and done.stdout.startswith(f"{word}: "), done.stderr
     done = python("modules.py", cwd=tmp_path, program=fresh, MOE_OPS_TRANSFORMERS="1")
     assert done.stdout == "[] False\n", done.stderr
 

@@ -147,3 +147,10 @@ def write(folder: Path, model_type: str, method: str, zeros: bool = False):
         config["quantization_config"] = QUANTIZATION[method] | {"zero_point": zeros}
     (folder / "config.json").write_text(json.dumps(config))
     return reference, packed
+
+
+def load(folder, **options):
+    """Returns the model of a checkpoint on moe_ops."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="moe_ops", dtype=torch.float32, **options
+    )

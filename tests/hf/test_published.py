@@ -11,13 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 from tests.helpers.fresh_python import run_python
-from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
 from moe_ops.quant import QuantizedExperts
 
 from . import published_checkpoints
-from .published_checkpoints import write
+from .published_checkpoints import load, write
 
 # (model type, method, zero points) -> format of the experts, and how far logits may be off: fp32
 # sums, tokens that become integers of 8 bits, or fp8.
@@ -61,12 +60,6 @@ for folder in sys.argv[1:]:
     }
 print(json.dumps(results))
 """
-
-
-def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, experts_implementation="moe_ops", dtype=torch.float32, **options
-    )
 
 
 def in_a_fresh_process(folders):
