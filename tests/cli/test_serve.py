@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,8 +80,17 @@ def test_answers_of_the_server_are_those_of_the_model(talker):
         assert "".join(deltas).split() == expected.split() and len(deltas) > 6
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
-    assert rest.count("6 tokens in ") == 2 and "All answers: 12 tokens in" in rest
     assert "Traceback" not in rest
+
+
+@needs_server
+def test_weights_that_cannot_be_read(talker, tmp_path):
+    shutil.copytree(talker, tmp_path / "model")
+    os.truncate(tmp_path / "model" / "model.safetensors", 5000)
+    command = [sys.executable, "-m", "moe_ops", "serve", str(tmp_path / "model"), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: serve: MODEL must be" in done.stderr
 
 
 @needs_server
@@ -121,6 +132,15 @@ def test_without_the_server_of_transformers(talker, monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     done = CliRunner().invoke(app, ["serve", str(talker)])
     assert done.exit_code == 1 and 'pip install "transformers[serving]"' in done.stderr
+
+
+def test_an_older_transformers(talker, monkeypatch):
+    monkeypatch.setattr(serve, "is_serve_available", lambda: True)
+    monkeypatch.delitem(sys.modules, "moe_ops.cli.server", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.model_manager", None)
+    done = CliRunner().invoke(app, ["serve", str(talker)])
+    assert done.exit_code == 1
+    assert "serve: --engine transformers needs the server of transformers 5.25" in done.stderr
 
 
 def test_options_of_vllm(talker, monkeypatch):

@@ -144,7 +144,7 @@ NEWER: dict[str, dict] = {
     "nemotron_h": {
         **COMMON,
         "head_dim": 8,
-        "layers_block_type": ["moe", "attention"],
+        "layers_block_type": ["attention", "moe"],
         "n_routed_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 20,

@@ -48,7 +48,7 @@ def table() -> list[str]:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="the page is of 5.24")
+@pytest.mark.skipif(not transformers.__version__.startswith("5.25."), reason="the page is of 5.25")
 def test_the_page_has_the_table():
     text = PAGE.read_text()
     assert "\n".join(table()) in text, "python -m tests.hf.test_families_page prints the new table"

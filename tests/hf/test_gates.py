@@ -116,6 +116,18 @@ def test_gates_are_known_by_their_code(case):
     assert fused_activation(experts) == expected
 
 
+def test_bounds_that_may_be_none():
+    """With bounds the experts' own gate is called."""
+    pytest.importorskip("transformers", minversion="5.25")
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    experts = make_experts(gate=Step3p7Experts._apply_gate)
+    for limit, expected in ((None, {"activation": "swiglu"}), (0.3, None)):
+        experts.limit = limit
+        assert fused_activation(experts) == expected
+        assert_like_eager(experts)
+
+
 def test_an_option_of_a_gate_is_read_at_each_call():
     experts = make_experts(gate=gate_with_an_option)
     assert_like_eager(experts)

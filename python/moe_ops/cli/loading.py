@@ -52,11 +52,24 @@ class Speed:
             console.print(f"All answers: {self}.", style="dim")
 
 
-def load(
-    command: str, options: LoadOptions, console: Console, *, needs_template: bool = False
-) -> tuple[Any, Any]:
-    """Returns the optimized model and its tokenizer. transformers draws the bar of loading, during
-    which experts are quantized too.
+@dataclass(frozen=True)
+class Checked:
+    """Holds what `check` found.
+
+    folder: the folder of the model.
+    tokenizer: its tokenizer.
+    format: the format that --quantize names, or None.
+    arguments: those of `from_pretrained`.
+    """
+
+    folder: Path
+    tokenizer: Any
+    format: Any
+    arguments: dict[str, Any]
+
+
+def check(command: str, options: LoadOptions, *, needs_template: bool = False) -> Checked:
+    """Checks options and a model, without reading its weights. Downloads an id of the hub.
 
     Raises:
         ValueError: invalid options, or a folder without a causal language model or a tokenizer.
@@ -91,10 +104,23 @@ def load(
                 f"{command}: --quantize must be left out for a checkpoint that is quantized, got "
                 f"{options.quantize} for one of {held}."
             )
+    return Checked(folder, tokenizer, config, arguments)
+
+
+def load(
+    command: str, options: LoadOptions, console: Console, *, needs_template: bool = False
+) -> tuple[Any, Any]:
+    """Returns the optimized model and its tokenizer. transformers draws the bar of loading, during
+    which experts are quantized too.
+
+    Raises:
+        ValueError: those of `check`, or a model that cannot be read.
+    """
+    found = check(command, options, needs_template=needs_template)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = checkpoints.load_model(command, folder, "MODEL", **arguments)
-    report = moe_ops.hf.optimize(model, quantization=config)
+    model = checkpoints.load_model(command, found.folder, "MODEL", **found.arguments)
+    report = moe_ops.hf.optimize(model, quantization=found.format)
     memory.release_file_pages()
     console.print(
         f"{options.model}: {checkpoints.size_of(model) / 2**20:.0f} MiB, {len(report)} modules run "
@@ -102,7 +128,7 @@ def load(
         markup=False,
         soft_wrap=True,
     )
-    return model, tokenizer
+    return model, found.tokenizer
 
 
 def _tokenizer(command: str, folder: Path) -> Any:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-import time
 from importlib import util
-from typing import Any
 
 from rich.console import Console
-from transformers.cli.serve import Serve
-from transformers.cli.serving.model_manager import TimedModel
 from transformers.utils.import_utils import is_serve_available
 
-from moe_ops.cli.loading import LoadOptions, Speed, load
+from moe_ops.cli.loading import LoadOptions
 
 ENGINES = ("transformers", "vllm")
 _VLLM = "vllm.entrypoints.openai.api_server"
-# Continuous batching: tokens of a block of the cache, which transformers sets, and of a forward,
-# whose mask has that many rows.
-_PAGE, _BATCH_TOKENS = 256, 256
-
-
-class _Server(Serve):
-    """transformers' server, which `run` starts when the model is in it."""
-
-    def start_server(self) -> None:
-        pass
 
 
 def run(
@@ -56,51 +41,9 @@ def run(
             "moe-ops serve needs the server of transformers: "
             'pip install "transformers[serving]" (fastapi, uvicorn, openai)'
         )
-    # Clients that connect while the model is being loaded wait.
-    with socket.create_server(
-        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-    ) as listening:
-        model, tokenizer = load("serve", options, console)
-        if tokenizer.chat_template is None:
-            console.print(
-                "The tokenizer has no chat template: /v1/completions works, and "
-                "/v1/chat/completions does not."
-            )
-        total = Speed()
-        _time_answers(model, total, console)
-        name = str(options.model)
-        server = _Server(
-            host=host,
-            port=port,
-            non_blocking=True,
-            continuous_batching=cache_tokens is not None,
-            cb_num_blocks=-(-cache_tokens // _PAGE) if cache_tokens else None,
-            cb_max_batch_tokens=_BATCH_TOKENS if cache_tokens else None,
-        )
-        manager = server._model_manager
-        key, held = manager.process_model_name(name), manager.loaded_models
-        held[key] = TimedModel(model, -1, tokenizer, on_unload=lambda: held.pop(key, None))
-        manager.force_model = name
-        address = f"http://{host}:{listening.getsockname()[1]}/v1"
-        console.print(f"Serving {name} at {address}", markup=False, soft_wrap=True)
-        try:
-            server.server.run(sockets=[listening])
-        finally:
-            total.print_sum(console)
+    from moe_ops.cli import server
 
-
-def _time_answers(model: Any, total: Speed, console: Console) -> None:
-    """Has each answer print its speed and added to `total`."""
-    generate = model.generate
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        before = time.perf_counter()
-        sequences = generate(*args, **kwargs)
-        count = sequences.shape[-1] - kwargs["input_ids"].shape[-1]
-        console.print(str(total.add(count, time.perf_counter() - before)), style="dim")
-        return sequences
-
-    model.generate = timed
+    server.run(options, console, host, port, cache_tokens)
 
 
 def _run_vllm(options: LoadOptions, host: str, port: int, cache_tokens: int | None) -> None:

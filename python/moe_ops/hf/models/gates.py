@@ -78,8 +78,15 @@ class ClampedGate:
     has_act_fn: bool = False
 
 
-# Digest of `_apply_gate` -> the clamped gate, or None for act_fn(gate) * up on halves.
-_GATES: dict[str, ClampedGate | None] = {
+@dataclass(frozen=True)
+class PlainGate:
+    """Activation act_fn(gate) * up of halves, if the experts' attribute `limit` is None."""
+
+    limit: str
+
+
+# Digest of `_apply_gate` -> the gate, or None for act_fn(gate) * up on halves.
+_GATES: dict[str, ClampedGate | PlainGate | None] = {
     "c2ed68475700": None,
     # gpt-oss
     "12f3205ad306": ClampedGate("alpha", "limit", interleaved=True),
@@ -91,6 +98,8 @@ _GATES: dict[str, ClampedGate | None] = {
     "058bc636ec12": ClampedGate(None, "limit", has_act_fn=True),
     # GLM-5-Next
     "1b23ea1561fe": ClampedGate(None, "swiglu_limit"),
+    # Step-3.7, and Bailing from transformers 5.25 on: bounds after act_fn, in a few layers
+    "a59dcb639427": PlainGate("limit"),
 }
 _UNKNOWN = object()
 _known: dict[Callable[..., Any], Any] = {}
@@ -114,6 +123,8 @@ def fused_activation(experts: Any) -> dict[str, Any] | None:
     if "_apply_gate" in experts.__dict__:  # Replaced on this module.
         return None
     gate = _gate_of(type(experts))
+    if isinstance(gate, PlainGate):
+        gate = None if getattr(experts, gate.limit) is None else _UNKNOWN
     if gate is None:
         return fused_gate(experts.act_fn)
     if gate is _UNKNOWN:

@@ -13,7 +13,12 @@ from moe_ops.hf.models.known import add_table, register, unexpected_parts
 
 @dataclass(frozen=True)
 class GatedNetwork:
-    """Network down_proj(act_fn(gate_proj(x)) * up_proj(x)), without biases."""
+    """Network down_proj(act_fn(gate_proj(x)) * up_proj(x)), without biases.
+
+    limit: name of a bound of gate and up, which must be None.
+    """
+
+    limit: str | None = None
 
     def why_not(self, network: nn.Module) -> str | None:
         """Returns why this module does not compute the formula; None if it does."""
@@ -21,6 +26,8 @@ class GatedNetwork:
         reason = unexpected_parts(network, names, {"act_fn"})
         if reason is not None:
             return reason
+        if self.limit is not None and network.__dict__.get(self.limit) is not None:
+            return "its gate and up must have no bounds"
         for name in sorted(names):
             part: Any = network._modules[name]
             if not isinstance(part, nn.Linear) or part.bias is not None:
@@ -35,8 +42,15 @@ class GatedNetwork:
         return None if gate is None else gate["activation"]
 
 
-# One code in all 48 families with such a network.
-add_table("network", {"1513f7d96870": GatedNetwork()})
+add_table(
+    "network",
+    {
+        # Nearly all families with such a network.
+        "1513f7d96870": GatedNetwork(),
+        # Bailing from transformers 5.25 on
+        "8ea3ecd56bb7": GatedNetwork("limit"),
+    },
+)
 
 
 def register_network(cls: type[nn.Module]) -> None:

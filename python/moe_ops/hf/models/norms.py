@@ -49,10 +49,12 @@ add_table(
         "7d9ab20ea6ce": _T5,
         # Nemotron-H, Lara: (weight.float() * x / rms).to(x.dtype)
         "e296b38744f7": _T5,
-        # Llama 4
+        # Llama 4, before and from transformers 5.25 on
         "3901e6860228": RmsNorm("eps"),
-        # Gemma 4, Muse Spark
+        "1e4751d6040f": RmsNorm(),
+        # Gemma 4, Muse Spark, likewise
         "ce01b584ad5f": RmsNorm("eps", scaled="with_scale"),
+        "9ed882cd9f23": RmsNorm(scaled="with_scale"),
     },
 )
 

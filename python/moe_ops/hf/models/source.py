@@ -98,6 +98,9 @@ def _collect(
 def _function(value: Any) -> FunctionType | None:
     if isinstance(value, property):
         value = value.fget
+    if isinstance(value, nn.Module) and _is_decorator(type(value).forward):
+        # Its decorator makes a module of a function.
+        value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
     value = getattr(value, "__func__", value)
     return value if isinstance(value, FunctionType) else None
 
@@ -108,13 +111,19 @@ def _is_relevant(function: Callable[..., Any]) -> bool:
     return module.startswith(_MODELS) or module.split(".")[0] not in ("torch", "transformers")
 
 
+def _is_decorator(function: Any) -> bool:
+    """Returns True for code of transformers outside its models, and for code of kernels, with which
+    it lets other packages replace a function or a forward."""
+    package, _, rest = getattr(function, "__globals__", {}).get("__name__", "").partition(".")
+    return package == "kernels" or (package == "transformers" and not rest.startswith("models."))
+
+
 def _unwrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """Yields a function and the functions that it wraps, without transformers' own wrappers."""
+    """Yields a function and the functions that it wraps, without the wrappers of decorators."""
     each: Any = function
     while isinstance(each, FunctionType):
         inner = getattr(each, "__wrapped__", None)
-        file = each.__code__.co_filename.replace("\\", "/")
-        if inner is None or "/transformers/" not in file or "/transformers/models/" in file:
+        if inner is None or not _is_decorator(each):
             yield each
         each = inner
 
