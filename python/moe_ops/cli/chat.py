@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from rich.console import Console
 from transformers import TextStreamer
 
-from moe_ops.cli.loading import LoadOptions, Speed, load
+from moe_ops.cli.loading import LoadOptions, load
 from moe_ops.hf.models.cache_argument import cache_name
 
 with contextlib.suppress(ImportError):
@@ -22,6 +22,29 @@ with contextlib.suppress(ImportError):
 # Of a checkpoint whose generation config has no limit; that of transformers' server.
 _MOST_TOKENS = 1024
 _HELP = "Ctrl-C stops an answer, /clear starts anew, /exit or Ctrl-D ends."
+
+
+@dataclass
+class _Speed:
+    """Generated tokens, and the seconds of their answers, reading the prompt included."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> _Speed:
+        """Adds an answer, and returns its own speed."""
+        self.tokens += tokens
+        self.seconds += seconds
+        return _Speed(tokens, seconds)
+
+    def __str__(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens/s"
+
+    def print_sum(self, console: Console) -> None:
+        """Prints the speed of all answers, if there were any."""
+        if self.seconds:
+            console.print(f"All answers: {self}.", style="dim")
 
 
 class _Answer(TextStreamer):
@@ -103,7 +126,7 @@ def run(
     if temperature is not None:
         settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
     start = [{"role": "system", "content": system}] if system else []
-    chat, total = _Chat(model, tokenizer, settings, [*start]), Speed()
+    chat, total = _Chat(model, tokenizer, settings, [*start]), _Speed()
     console.print(_HELP, style="dim")
     try:
         while (text := _read()) not in (None, "/exit"):

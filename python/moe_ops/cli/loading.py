@@ -29,29 +29,6 @@ class LoadOptions:
     threads: int | None = None
 
 
-@dataclass
-class Speed:
-    """Generated tokens, and the seconds of their answers, reading the prompt included."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, seconds: float) -> Speed:
-        """Adds an answer, and returns its own speed."""
-        self.tokens += tokens
-        self.seconds += seconds
-        return Speed(tokens, seconds)
-
-    def __str__(self) -> str:
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        return f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens/s"
-
-    def print_sum(self, console: Console) -> None:
-        """Prints the speed of all answers, if there were any."""
-        if self.seconds:
-            console.print(f"All answers: {self}.", style="dim")
-
-
 @dataclass(frozen=True)
 class Checked:
     """Holds what `check` found.

@@ -13,12 +13,14 @@ from moe_ops.hf.experts.forward import run_gated
 
 
 class MoeOpsLongcatFlashExperts(LongcatFlashExperts):
-    """LongcatFlashExperts with another forward: ids from E on add the token times their weight.
+    """LongcatFlashExperts until transformers 5.24 with another forward: ids from E on add the token
+    times their weight.
 
     The first parameter has E + Z experts, of which the last Z are never read.
     """
 
     replaces = LongcatFlashExperts
+    num_routed_experts: int
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         num_experts = self.num_routed_experts
