@@ -104,6 +104,36 @@ def test_errors_of_a_program_are_its_own(tmp_path):
     assert done.returncode == 1 and "broken.py" in done.stderr and "its own" in done.stderr
 
 
+SPAWNING = """
+import multiprocessing, sys
+import torch
+from transformers import AutoModelForCausalLM
+
+def child(folder, out):
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(8)[None]).logits
+    torch.save(logits, out)
+
+def main():
+    process = multiprocessing.get_context("spawn").Process(target=child, args=sys.argv[1:])
+    process.start()
+    process.join()
+    return process.exitcode
+"""
+
+
+def test_processes_that_a_command_spawns(checkpoint, tmp_path):
+    folder, logits = checkpoint
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    package = tmp_path / "spawning-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: spawning\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[console_scripts]\nspawning = spawning:main\n")
+    done = run("spawning", folder, "out.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits)
+
+
 LAUNCHER = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-
-# A process that a command of `moe-ops run` has spawned with multiprocessing imports this module.
-if os.environ.get("MOE_OPS_TRANSFORMERS") == "1":
-    from moe_ops.cli import startup  # noqa: F401
 
 MISSING_EXTRA = 'moe-ops needs its command-line extra: pip install "torch-moe-ops[cli]"'
 

@@ -17,6 +17,7 @@ from moe_ops._files import write_text
 
 VARIABLE = "MOE_OPS_TRANSFORMERS"
 HOOK_NAME = "moe_ops_transformers.pth"
+_START_UP = str(Path(__file__).with_name("startup.py"))
 
 
 def set_up(
@@ -43,8 +44,7 @@ def set_up(
             f"{'Removed' if there else 'Not there'}: {path}", markup=False, soft_wrap=True
         )
         return
-    script = str(Path(__file__).with_name("startup.py"))
-    write_text(path, _HOOK.format(variable=VARIABLE, script=script))
+    write_text(path, _HOOK.format(variable=VARIABLE, script=_START_UP))
     console.print(
         f"Written: {path}\nProcesses of this Python know moe_ops where {VARIABLE}=1 is set, as "
         "moe-ops run does for the processes of a program.",
@@ -102,6 +102,9 @@ def run_program(words: Sequence[str]) -> None:
         return
     command = _command(name)
     assert command is not None
+    # Processes that the command spawns with multiprocessing begin with the file of `__main__`.
+    main = sys.modules["__main__"]
+    main.__spec__, main.__file__ = None, _START_UP
     sys.exit(command.load()())
 
 

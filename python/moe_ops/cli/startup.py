@@ -1,4 +1,5 @@
-"""Runs at the start of a Python in which `moe-ops run --install` has put it.
+"""Runs at the start of a Python in which `moe-ops run --install` has put it, and of processes that
+a command of `moe-ops run` spawns.
 
 It must be fast, and so imports nothing: when a program imports transformers, moe_ops.hf follows.
 """
