@@ -405,13 +405,17 @@ def _same_bits_for_any_thread_count() -> Finding:
         torch.set_num_threads(max(2, threads))
         many = ops.moe_ffn(x, w_gate_up, w_down, weights, ids)
     except Exception as error:
-        return Finding("same bits", "fail", f"moe_ffn raises {type(error).__name__}: {error}")
+        return Finding("reproducible", "fail", f"moe_ffn raises {type(error).__name__}: {error}")
     finally:
         torch.set_num_threads(threads)
     if torch.equal(one, many):
-        return Finding("same bits", "ok", f"from moe_ffn with 1 and {max(2, threads)} threads")
+        return Finding(
+            "reproducible",
+            "ok",
+            f"moe_ffn with 1 and {max(2, threads)} threads is bitwise identical",
+        )
     return Finding(
-        "same bits", "fail", "moe_ffn differs between thread counts", f"Reinstall: {_REINSTALL}"
+        "reproducible", "fail", "moe_ffn differs between thread counts", f"Reinstall: {_REINSTALL}"
     )
 
 

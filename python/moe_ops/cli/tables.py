@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,12 +28,13 @@ def print_report(console: Console, report: Report) -> None:
         table = Table(
             title=f"Self-test on {device}: relative error against moe_ops.reference",
             title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),  # All columns fit 80 characters.
         )
-        for name in ("op", "dtype"):
+        for name in ("op", "dtype", "result"):
             table.add_column(name, no_wrap=True)
-        table.add_column("result")
         for name in ("forward", "backward", "allowed", "ms"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for test in report.self_tests:
             if test.device != device:
                 continue

@@ -113,7 +113,7 @@ def moe_ffn_quantized(
       cache, which is exact, and products are in fp32.
 
     So x in float32 is the more accurate way. Sums of integers are exact, others run in fp32 in a
-    fixed order: the same bits every run, whatever the number of threads.
+    fixed order: results are bitwise identical every run, with any number of threads.
 
     On CUDA rows are not rounded to integers: numbers of x's type meet the weights, products are
     summed in fp32, and the scales multiply these sums (float32 x with 4 bits in large calls: the
