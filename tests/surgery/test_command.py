@@ -82,7 +82,8 @@ def test_merging_and_tuning(checkpoint, tmp_path, by):
     ("extra", "message"),
     [
         (["--keep", "all"], "--keep must be a number, got all"),
-        (["--keep", "9"], "keep must be in [2, 6]"),
+        (["--keep", "9"], "prune: --keep must be in [2, 6]"),
+        (["--keep", "1.5"], "prune: --keep must be a part in (0, 1]"),
         (["--by", "size"], "--by must be one of frequency"),
         (["--groups", "some"], "groups must be 'drop' or 'keep'"),
         (["--text", "nowhere.txt"], "--text must be a file, got nowhere.txt"),
@@ -143,7 +144,7 @@ def test_inspect_refuses_models_that_do_not_fit(tmp_path):
     from moe_ops.surgery.page import routing_data, routing_page
 
     pages = {n: routing_data(build_moe(8, 8, n, 2), [torch.randn(5, 8)]) for n in (4, 6)}
-    with pytest.raises(ValueError, match="must have the same layers and experts"):
+    with pytest.raises(ValueError, match="got 4 experts in a and 6 in b, in layer"):
         routing_page({"a": pages[4], "b": pages[6]}, [], tmp_path / "page.html")
     with pytest.raises(ValueError, match="must be one or two, got 0"):
         routing_page({}, [], tmp_path / "page.html")

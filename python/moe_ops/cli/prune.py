@@ -54,7 +54,9 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
     layers = surgery.find_routed_layers(model, caller="prune")
     if options.by not in MERGES:  # Before the text is read, which may take long.
         for layer in layers:
-            surgery.criteria.number_to_keep(options.keep, layer.num_experts, layer.top_k)
+            surgery.criteria.number_to_keep(
+                options.keep, layer.num_experts, layer.top_k, "prune: --keep"
+            )
     before, size = checkpoints.perplexity(model, judging, context), checkpoints.size_of(model)
     console.print(f"Looking at {seen.numel()} tokens in {len(layers)} layers.")
     found = surgery.profile_experts(

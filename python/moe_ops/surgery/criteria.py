@@ -142,19 +142,23 @@ def select_experts(
     }
 
 
-def number_to_keep(keep: int | float, num_experts: int, top_k: int) -> int:
+def number_to_keep(
+    keep: int | float, num_experts: int, top_k: int, name: str = "select_experts: keep"
+) -> int:
     """Returns the experts that a layer keeps, for `keep` of `select_experts`.
+
+    `name` says in an error what was given.
 
     Raises:
         ValueError: a fraction outside (0, 1], or a number outside [top_k, num_experts].
     """
     if isinstance(keep, float):
         if not 0 < keep <= 1:
-            raise ValueError(f"select_experts: keep must be a part in (0, 1], got {keep}.")
+            raise ValueError(f"{name} must be a part in (0, 1], got {keep}.")
         keep = max(1, round(keep * num_experts))
     if not top_k <= keep <= num_experts:
         raise ValueError(
-            f"select_experts: keep must be in [{top_k}, {num_experts}], from the experts a token "
+            f"{name} must be in [{top_k}, {num_experts}], from the experts a token "
             f"uses to those there are, got {keep}."
         )
     return keep

@@ -118,6 +118,21 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
     return [found[layer.name].to_dict(layer.name, measured[layer.name]) for layer in layers]
 
 
+def _check_alike(
+    first: str, one: Sequence[Mapping[str, Any]], second: str, other: Sequence[Mapping[str, Any]]
+) -> None:
+    rule = "routing_page: models must have the same layers and experts and have read the same text"
+    if len(one) != len(other):
+        raise ValueError(f"{rule}, got {len(one)} layers in {first} and {len(other)} in {second}.")
+    for a, b in zip(one, other, strict=True):
+        for key, unit in (("num_experts", "experts"), ("tokens", "tokens")):
+            if a[key] != b[key]:
+                raise ValueError(
+                    f"{rule}, got {a[key]} {unit} in {first} and {b[key]} in {second}, in layer "
+                    f"{a['name']!r}."
+                )
+
+
 def routing_page(
     models: Mapping[str, Sequence[Mapping[str, Any]]],
     tokens: Sequence[str],
@@ -142,12 +157,9 @@ def routing_page(
     """
     if not 1 <= len(models) <= 2:
         raise ValueError(f"routing_page: models must be one or two, got {len(models)}.")
-    shapes = [[(one["num_experts"], one["tokens"]) for one in layers] for layers in models.values()]
-    if shapes[1:] and shapes[0] != shapes[1]:
-        raise ValueError(
-            "routing_page: models must have the same layers and experts and have read the same "
-            f"text, got (experts, tokens) {shapes[0]} and {shapes[1]}."
-        )
+    (first, one), *others = models.items()
+    for second, other in others:
+        _check_alike(first, one, second, other)
     data = {
         "title": title,
         "tokens": list(tokens[:MAX_TOKENS]),
