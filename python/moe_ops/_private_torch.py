@@ -84,8 +84,9 @@ try:
 
     def is_plain_eager() -> bool:
         """Returns whether the dispatcher would go directly to the autograd rule: no autocast,
-        functorch, tracer or mode, no tangents, and not below autograd. Reading all dispatch keys
-        would take longer than these checks."""
+        functorch, tracer or mode, no tangents, and not below autograd. Inference mode counts as
+        plain, although it excludes autograd's keys. Reading all dispatch keys would take longer
+        than these checks."""
         return not (
             forward_ad._current_level >= 0
             or _is_any_autocast_enabled()
@@ -93,7 +94,10 @@ try:
             or len_torch_dispatch_stack()
             or _is_tracing()
             or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-            or _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+            or (
+                _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+                and not torch.is_inference_mode_enabled()
+            )
         )
 
 except (AttributeError, ImportError):  # All calls pass through the dispatcher.

@@ -174,6 +174,26 @@ def test_growing_past_the_room(monkeypatch):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_inference_mode(model_type, calls):
+    """Steps are fused there too, and a cache may begin in one mode and go on in the other."""
+    models, ids = pair(model_type), tokens(1, 12)
+
+    def run(m, modes):
+        cache, outputs = DynamicCache(config=m.config), []
+        for i, mode in enumerate(modes):
+            with mode():
+                outputs.append(m(ids[:, i : i + 1], **{CACHE: cache}).logits.clone())
+        return outputs
+
+    for modes in ([torch.inference_mode] * 4, [torch.inference_mode, torch.no_grad] * 3):
+        calls.clear()
+        both(models, lambda m, modes=modes: run(m, modes))
+        assert len(calls) == 2 * len(modes)
+    models[1].train()
+    models[1](ids).logits.sum().backward()  # Nothing that inference mode kept is in the way.
+
+
 def test_outputs_beside_the_logits(calls):
     models = pair()
     ids = tokens(1, 6)
