@@ -133,8 +133,32 @@ def test_least_recently_used_and_counts(dense):
     assert call(1, 2) == {1, 2, 3}
     assert call(4, 5) == {2, 4, 5}
     assert call(0, 1, 2) == {0, 1, 2}
-    assert call(5, 6, 7, 3) == {3, 6, 7}  # The last ones of more than N.
-    assert call(-1, 1000) == {3, 6, 7}
+    assert call(3) == {1, 2, 3}
+    assert call(-1, 1000) == {1, 2, 3}
+
+
+def test_a_call_of_more_experts_than_slots_fills_free_slots_only(dense):
+    """It computes hits in the slots and evicts nothing, whether one of its tokens selects more than
+    N experts or all of them together do. The next calls find the experts of the earlier ones."""
+    want, got = cached_pair("qwen3_moe", dense, 3)
+    bank, other = experts_of(got)[0], experts_of(want)[0]
+    cache = bank.expert_cache
+
+    def call(*ids):
+        topk_ids = torch.tensor(ids, device=dense)
+        x, weights = torch.randn(len(ids), 32, device=dense), torch.rand(topk_ids.shape).to(dense)
+        with torch.no_grad():
+            torch.testing.assert_close(bank(x, topk_ids, weights), other(x, topk_ids, weights))
+        if dense == "cuda":
+            torch.cuda.synchronize()
+        return set(cache.experts), cache.hits, cache.misses, cache.copies
+
+    assert call([0, 1]) == ({0, 1}, 0, 2, 2)
+    assert call([4, 1], [5, 2], [0, 3]) == ({0, 1, 3}, 2, 6, 3)  # The last token's experts first.
+    assert call([4, 1], [5, 2], [0, 6]) == ({0, 1, 3}, 4, 10, 3)
+    assert call([4, 5, 6, 1]) == ({0, 1, 3}, 5, 13, 3)
+    assert call([4, 4], [5, -1], [6, 1000]) == ({4, 5, 6}, 5, 17, 6)  # Three experts fit.
+    assert call([4, 6]) == ({4, 5, 6}, 7, 17, 6)
 
 
 def test_a_slot_serves_after_its_copy(dense, monkeypatch):

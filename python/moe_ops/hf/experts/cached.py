@@ -3,7 +3,8 @@
 Each module has N slots on the GPU, one expert in each. A call computes the top-k selections of
 cached experts there and all others on the CPU, and adds the two results. An expert that the CPU
 computed is then copied into the least recently used slot, which serves once its copy has ended:
-no call waits for a copy.
+no call waits for a copy. A call that selects more than N experts, such as a long prompt, fills free
+slots only: if it evicted experts, it would replace all of them.
 
 Letters: E experts, T tokens, K experts per token.
 """
@@ -121,7 +122,8 @@ class ExpertSlots:
     @torch.no_grad()
     def admit(self, module: nn.Module, topk_ids: Tensor) -> None:
         """Starts the copies of a call's experts that have no slot. Experts of this call, and slots
-        whose copy has not ended, keep their places; the last tokens' experts come first."""
+        whose copy has not ended, keep their places; a call of more experts than slots evicts none.
+        The last tokens' experts come first."""
         num_experts = _num_experts(module)
         latest = dict.fromkeys(reversed(topk_ids.flatten().tolist()))
         used = [expert for expert in latest if 0 <= expert < num_experts]
@@ -134,6 +136,8 @@ class ExpertSlots:
                 for expert, slot in self._slot_of.items()
                 if expert not in latest and self._is_filled(slot)
             }
+            if len(used) > self._num_slots:
+                idle.clear()
             for expert in used:
                 if expert in self._slot_of:
                     continue
