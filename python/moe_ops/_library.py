@@ -79,6 +79,17 @@ def failing_kernel(isa: str) -> str | None:
     return _failing_kernel(supported_isas().index(isa))
 
 
+_openmp_cores: Callable[[], int] | None = getattr(_quick, "omp_get_num_procs", None)
+
+
+def num_usable_cores() -> int | None:
+    """Returns the number of cores that OpenMP may use, or None if the runtime does not say.
+
+    With OMP_PROC_BIND, the affinity of the main thread is one core, whatever the process may use.
+    """
+    return None if _openmp_cores is None else _openmp_cores()
+
+
 _EachRate = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_double)
 _measure_limits = _function(
     _slow, "measure_limits", None, ctypes.c_size_t, ctypes.c_double, _EachRate

@@ -442,6 +442,9 @@ def _driver_version() -> tuple[int, int] | None:
 
 
 def _usable_cores() -> int:
+    cores = _library.num_usable_cores()
+    if cores is not None:
+        return cores
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

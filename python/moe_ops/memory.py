@@ -245,14 +245,19 @@ def _system_call() -> Any:
     return call
 
 
-def release_file_pages(pattern: str = r"\.safetensors$") -> int:
+# Files of weights: the hub's cache links their names to files that are named by their SHA-256.
+_WEIGHT_FILES = r"\.safetensors$|/blobs/[0-9a-f]{64}$"
+
+
+def release_file_pages(pattern: str = _WEIGHT_FILES) -> int:
     """Releases the pages of mapped files from this process's memory; they are read again if needed.
 
     The touched pages of a memory-mapped checkpoint stay in memory while any tensor uses the
     mapping. Nothing is lost: written pages are kept.
 
     Args:
-        pattern: regular expression, searched in the paths of mapped files.
+        pattern: regular expression, searched in the paths of mapped files after links are
+            resolved; by default, it finds safetensors files, and those in the hub's cache.
 
     Returns:
         Bytes of the mappings that the system was asked to release; 0 on other systems than Linux.

@@ -315,9 +315,14 @@ def test_quantized_banks_ask_for_huge_pages_before_they_are_filled(
     assert len(moved) == 2
 
 
-def test_pages_of_a_mapped_file_are_released(tmp_path: Path):
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_pages_of_a_mapped_file_are_released(tmp_path: Path, is_linked: bool):
     values = torch.arange(4 * MIB // 4, dtype=torch.int32)
     path = tmp_path / "weights.safetensors"
+    if is_linked:  # As in the cache of huggingface_hub
+        blob = tmp_path / "blobs" / ("0123456789abcdef" * 4)
+        blob.parent.mkdir()
+        path.symlink_to(blob)
     values.numpy().tofile(path)
     mapped = torch.from_file(str(path), shared=False, size=values.numel(), dtype=torch.int32)
     mapped[5] = 7  # A page of its own, that the file does not have.

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -313,3 +316,16 @@ def test_lowered_isa_warns(monkeypatch):
     monkeypatch.setenv("MOE_OPS_CPU_ISA", "portable")
     finding = next(doctor._cpu())
     assert finding.level == "warning" and "MOE_OPS_CPU_ISA" in finding.advice
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
+def test_bound_threads_do_not_hide_cores():
+    """OMP_PROC_BIND binds the main thread to one core when torch is imported."""
+    cores = len(os.sched_getaffinity(0))
+    code = "from moe_ops import doctor; print(doctor._usable_cores())"
+    for number in ("1", str(cores)):
+        environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_NUM_THREADS": number}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == str(cores), run.stderr
